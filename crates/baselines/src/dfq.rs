@@ -1,0 +1,248 @@
+//! DFQ: "Data-Free Quantization through Weight Equalization and Bias Correction" (Nagel et al. 2019,
+//! arXiv 1906.04721). One file for each step, in the paper's order.
+
+mod absorb;
+mod correct;
+mod equalize;
+mod folded;
+mod normal;
+mod ranges;
+#[cfg(test)]
+mod testing;
+
+use crate::{Error, Result};
+use candle_core::Tensor;
+use folded::Folded;
+use kernels::quantize;
+use models::{Fold, Network, Quantization};
+use quant_core::Precision;
+use serde::{Deserialize, Serialize};
+
+/// The settings of DFQ.
+///
+/// # Where this differs from the paper
+///
+/// * Biases are absorbed into pointwise layers only. Into a depthwise layer the paper's formula counts
+///   all nine taps, of which zero padding takes some away at the border, where the outputs would be wrong.
+/// * The deviation of a channel before its activation is `|γ|·√(V/(V+ε))`, which batch normalization
+///   gives exactly; the paper's `γ` is its limit for `V ≫ ε`.
+/// * A filter with a running variance `V < ε` gives (nearly) a constant. Equalization may make its
+///   weights smaller but not larger: as little as its weights do, it would multiply the channel's bias,
+///   and with it the range of the whole activation tensor, by many orders of magnitude.
+///   [`LayerReport::constant`] counts these filters.
+/// * As in the paper, bias correction takes all nine taps of a depthwise filter: at the border, where
+///   padding takes some away, it corrects slightly too much.
+/// * The classifier takes part in bias correction, but not in equalization and absorption.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dfq {
+    /// Cross-layer equalization of weight ranges (section 4.1).
+    pub equalize: bool,
+    /// Absorption of high biases into the next layer (section 4.1, "Absorbing high biases").
+    pub absorb: bool,
+    /// Analytic correction of the bias that quantized weights introduce (section 4.2).
+    pub correct_bias: bool,
+    /// `n` in the activation ranges `β ± n·γ`. The paper's 6 by default.
+    pub range_sigmas: f64,
+    /// `n` in the absorbed amount `c = max(0, β − n·γ)`. The paper's 3 by default.
+    pub absorb_sigmas: f64,
+    /// Equalization has settled when no channel's scale differs from 1 by more. By default 0.001, far
+    /// below the step of any quantizer; the paper says "until convergence".
+    pub tolerance: f64,
+    /// The most sweeps over all pairs of layers. 1000 by default.
+    pub max_sweeps: usize,
+}
+
+impl Default for Dfq {
+    fn default() -> Self {
+        Self {
+            equalize: true,
+            absorb: true,
+            correct_bias: true,
+            range_sigmas: 6.0,
+            absorb_sigmas: 3.0,
+            tolerance: 1e-3,
+            max_sweeps: 1000,
+        }
+    }
+}
+
+/// What DFQ did to a network.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DfqReport {
+    /// Sweeps of equalization until it settled; [`Dfq::max_sweeps`] if it did not.
+    pub sweeps: usize,
+    /// The largest `|s − 1|` of a scale that another sweep would still apply.
+    pub remaining: f64,
+    /// Every convolution and the classifier, in order.
+    pub layers: Vec<LayerReport>,
+}
+
+/// What DFQ did to one layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// Name of the unit, or `head`.
+    pub name: String,
+    /// Lowest and highest weight, batch normalization folded, before equalization.
+    pub range_before: (f32, f32),
+    /// Lowest and highest weight after equalization: what the quantizer spans.
+    pub range_after: (f32, f32),
+    /// Filters whose running variance is below ε.
+    pub constant: usize,
+    /// Channels of which a part of the bias went into the next layer.
+    pub absorbed: usize,
+    /// Mean |change| of a bias by bias correction.
+    pub correction: f64,
+}
+
+impl Dfq {
+    /// A copy of a pre-trained network that is ready to run, or to be fine-tuned, with quantizers;
+    /// `image_range` is the lowest and the highest value of a normalized image. Training moves the
+    /// activation ranges on from those given here.
+    ///
+    /// Normalized images are taken to have mean 0. ReLU6 becomes ReLU if `equalize` or `absorb` is
+    /// set; that alone changes the outputs wherever a value exceeds 6.
+    ///
+    /// # Errors
+    /// When weights stay float, batch normalization is not to be frozen or has been folded before, or a
+    /// range is not finite.
+    pub fn apply(
+        &self,
+        network: &Network,
+        quantization: &Quantization,
+        image_range: (f32, f32),
+    ) -> Result<(Network, DfqReport)> {
+        if quantization.fold != Fold::Frozen {
+            return Err(Error::Fold(quantization.fold));
+        }
+        if quantization.weights == Precision::Float {
+            return Err(Error::FloatWeights);
+        }
+        let mut folded = Folded::new(network)?;
+        let before = weight_ranges(&folded.network)?;
+        let constant: Vec<usize> =
+            folded.channels.iter().map(|unit| unit.iter().filter(|c| c.constant).count()).collect();
+
+        if self.equalize || self.absorb {
+            folded.replace_relu6();
+        }
+        let (sweeps, remaining) = if self.equalize {
+            folded.equalize(self.tolerance, self.max_sweeps)?
+        } else {
+            (0, folded.imbalance()?)
+        };
+        let absorbed =
+            if self.absorb { folded.absorb(self.absorb_sigmas)? } else { vec![0; folded.channels.len()] };
+        let after = weight_ranges(&folded.network)?;
+        folded.network.quantize(quantization)?;
+        folded.set_ranges(self.range_sigmas, image_range)?;
+        let corrections =
+            if self.correct_bias { folded.correct_bias()? } else { vec![0.0; folded.channels.len() + 1] };
+
+        let network = folded.network;
+        let names = network.units.iter().map(|u| u.name.as_str()).chain(["head"]);
+        // The classifier has neither batch normalization nor a next layer.
+        let (constant, absorbed) = (constant.into_iter().chain([0]), absorbed.into_iter().chain([0]));
+        let layers = names
+            .zip(before.into_iter().zip(after))
+            .zip(constant.zip(absorbed).zip(corrections))
+            .map(|((name, (range_before, range_after)), ((constant, absorbed), correction))| LayerReport {
+                name: name.into(),
+                range_before,
+                range_after,
+                constant,
+                absorbed,
+                correction,
+            })
+            .collect();
+        Ok((network, DfqReport { sweeps, remaining, layers }))
+    }
+}
+
+/// Lowest and highest weight of every unit and of the classifier.
+fn weight_ranges(network: &Network) -> Result<Vec<(f32, f32)>> {
+    let range = |weight: &Tensor| {
+        let range = quantize::min_max(weight)?.to_vec1::<f32>()?;
+        Ok((range[0], range[1]))
+    };
+    network.units.iter().map(|u| &u.weight).chain([&network.head.weight]).map(range).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{gaussian_images, mobilenet, quantization, relative_difference};
+    use super::*;
+    use kernels::Activation::{Relu, Relu6};
+    use models::Version;
+
+    const IMAGES: (f32, f32) = (-6.0, 6.0);
+
+    fn refused(network: &Network, quantization: &Quantization, expect: &str) {
+        let error = Dfq::default().apply(network, quantization, IMAGES).unwrap_err().to_string();
+        assert!(error.contains(expect), "{error}");
+    }
+
+    #[test]
+    fn unusable_settings_are_errors() {
+        let mut network = mobilenet(Version::V1, Relu);
+        let good = quantization(4);
+        refused(&network, &Quantization { fold: Fold::Unfolded, ..good }, "Unfolded");
+        refused(&network, &Quantization { fold: Fold::BatchStatistics, ..good }, "BatchStatistics");
+        refused(&network, &Quantization { weights: Precision::Float, ..good }, "`weights` is 32");
+        assert!(Dfq::default().apply(&network, &good, (1.0, -1.0)).is_err());
+        network.fold().unwrap();
+        refused(&network, &good, "unit stem has no batch normalization");
+    }
+
+    /// DFQ at 8 bits comes much closer to the float network than the same quantizers without it.
+    fn check(version: Version) {
+        let mut network = mobilenet(version, Relu);
+        let mut g = super::testing::Gaussian::new(1);
+        for first in Folded::new(&network).unwrap().pairs() { super::testing::unbalance(&mut network, first, |_| (1.5*g.next()).exp()); }
+        let images = gaussian_images(4, &network);
+        let logits = network.forward(&images).unwrap();
+        let none = Dfq { equalize: false, absorb: false, correct_bias: false, ..Dfq::default() };
+        let distance = |dfq: Dfq| {
+            let (prepared, report) = dfq.apply(&network, &quantization(8), IMAGES).unwrap();
+            assert_eq!(report.layers.len(), network.units.len() + 1);
+            (relative_difference(&logits, &prepared.forward(&images).unwrap()), report)
+        };
+        for q in [quantization(8), Quantization{activations: Precision::Float, ..quantization(8)}] {
+            for (e,a,c) in [(false,false,false),(true,false,false),(true,true,false),(true,true,true),(false,false,true)] {
+                let (p,r) = Dfq{equalize:e,absorb:a,correct_bias:c,..Dfq::default()}.apply(&network,&q,IMAGES).unwrap();
+                eprintln!("{e} {a} {c} {} {} {}", relative_difference(&logits, &p.forward(&images).unwrap()), r.sweeps, r.remaining);
+            }
+        }
+        let ((plain, _), (dfq, report)) = (distance(none), distance(Dfq::default()));
+        assert!(dfq < 0.5 * plain, "{version:?}: {dfq} with DFQ, {plain} without");
+        assert!(report.remaining <= Dfq::default().tolerance);
+        assert!(report.layers.iter().map(|l| l.absorbed).sum::<usize>() > 0);
+        assert!(report.layers[1..].iter().all(|l| l.correction > 0.0), "{report:?}");
+        // The network that came in is as it was.
+        assert_eq!(relative_difference(&logits, &network.forward(&images).unwrap()), 0.0);
+    }
+
+    #[test]
+    fn mobilenet_v1_survives_eight_bits() {
+        check(Version::V1);
+    }
+
+    #[test]
+    fn mobilenet_v2_survives_eight_bits() {
+        check(Version::V2);
+    }
+
+    #[test]
+    fn relu6_goes_only_where_homogeneity_is_needed() {
+        let network = mobilenet(Version::V2, Relu6);
+        let count = |dfq: Dfq, activation| {
+            let (prepared, _) = dfq.apply(&network, &quantization(4), IMAGES).unwrap();
+            prepared.units.iter().filter(|u| u.activation == activation).count()
+        };
+        let off = Dfq { equalize: false, absorb: false, ..Dfq::default() };
+        assert_eq!(count(off, Relu), 0);
+        assert_eq!(count(off, Relu6), 36);
+        assert_eq!(count(Dfq { absorb: true, ..off }, Relu6), 0);
+        assert_eq!(count(Dfq::default(), Relu), 36);
+    }
+}

@@ -1,0 +1,146 @@
+//! Step 6: analytic bias correction (Nagel et al., section 4.2, appendices B and C).
+
+use super::folded::{Folded, response};
+use crate::Result;
+use candle_core::Tensor;
+use kernels::{Quantizer, quantize};
+use models::{Kernel, WeightQuantizer};
+
+impl Folded {
+    /// Takes the mean error that quantized weights `W̃` make out of every bias:
+    /// `b ← b − (W̃ − W)·E[x]`. `E[x]` is the mean of the layer's input, from the statistics of the
+    /// float network (what is corrected has its mean again): see [`Folded::outputs`]; of the image it
+    /// is 0. Gives the mean |change| for each unit and for the classifier.
+    pub(crate) fn correct_bias(&mut self) -> Result<Vec<f64>> {
+        let outputs = self.outputs();
+        let device = self.network.device().clone();
+        let mut changes = Vec::with_capacity(outputs.len() + 1);
+        for i in 0..self.network.units.len() {
+            let unit = &self.network.units[i];
+            let input: Vec<f32> = match i.checked_sub(1) {
+                Some(before) => outputs[before].iter().map(|x| x.mean as f32).collect(),
+                None => vec![0.0; unit.input_channels()],
+            };
+            let input = Tensor::new(input, &device)?;
+            let change = correction(unit.kernel, &unit.weight, unit.weight_quantizer, &input)?;
+            self.add_to_bias(i, &change)?;
+            changes.push(mean_abs(&change)?);
+        }
+        // Pooling leaves means as they are.
+        let features: Vec<f32> = outputs.last().into_iter().flatten().map(|x| x.mean as f32).collect();
+        let head = &mut self.network.head;
+        let features = Tensor::new(features, &device)?;
+        let change = correction(Kernel::Pointwise, &head.weight, head.weight_quantizer, &features)?;
+        head.bias = (&head.bias + &change)?;
+        changes.push(mean_abs(&change)?);
+        Ok(changes)
+    }
+}
+
+/// `−(W̃ − W)·E[x]`; 0 where the weights are not quantized.
+fn correction(
+    kernel: Kernel,
+    weight: &Tensor,
+    quantizer: Option<WeightQuantizer>,
+    input: &Tensor,
+) -> Result<Tensor> {
+    let quantized = match quantizer {
+        Some(WeightQuantizer { bits, .. }) => {
+            let range = quantize::min_max(weight)?;
+            quantize::forward(weight, Quantizer { range: &range, bits })?
+        }
+        None => weight.clone(),
+    };
+    response(kernel, &(weight - quantized)?, input)
+}
+
+fn mean_abs(tensor: &Tensor) -> Result<f64> {
+    Ok(tensor.abs()?.mean_all()?.to_scalar::<f32>()?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{chain, channel_means, gaussian_images, mobilenet, quantization};
+    use super::*;
+    use kernels::Activation::{Identity, Relu};
+    use models::{Network, Quantization, Version};
+    use quant_core::Precision;
+
+    /// Weights quantized, activations not: what bias correction is about.
+    fn weights_only(bits: u32) -> Quantization {
+        Quantization { activations: Precision::Float, ..quantization(bits) }
+    }
+
+    #[test]
+    fn hand_worked_layer() {
+        let mut network = chain(
+            1,
+            &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)],
+            &[&[1.0, 1.0], &[0.0, 1.1, 3.0, 0.4]],
+        )
+        .norm(0, &[[0.0, 2.0, 0.0, 1.0], [0.0, -5.0, 0.0, 1.0]])
+        .network;
+        network.epsilon = 0.0;
+        let mut folded = Folded::new(&network).unwrap();
+        folded.network.quantize(&weights_only(2)).unwrap();
+        let changes = folded.correct_bias().unwrap();
+        // Levels 0, 1, 2, 3. The inputs are 2 and 0: only 1.1 → 1 counts, 0.1 · 2 too low.
+        let bias = super::super::folded::bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        assert!(bias[0] == 0.0 && (bias[1] - 0.2).abs() < 1e-6, "{bias:?}");
+        assert!((changes[1] - 0.1).abs() < 1e-6, "{changes:?}");
+        // 0 and 1 are levels of the classifier too, and those of the first layer (γ = 0).
+        assert_eq!((changes[0], changes[2]), (0.0, 0.0));
+    }
+
+    #[test]
+    fn expected_input_is_the_clipped_mean() {
+        // A standard normal input after ReLU has mean 1/√(2π); 1.4 → 1.
+        let mut folded = Folded::new(
+            &chain(1, &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)], &[&[1.0], &[1.4, 3.0]])
+                .network,
+        )
+        .unwrap();
+        folded.network.epsilon = 0.0;
+        folded.network.quantize(&weights_only(2)).unwrap();
+        folded.correct_bias().unwrap();
+        let bias = super::super::folded::bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        assert!((f64::from(bias[0]) - 0.4 / std::f64::consts::TAU.sqrt()).abs() < 1e-4, "{bias:?}");
+    }
+
+    /// Mean over layers of the error of channel means before the activation, in deviations.
+    fn error(folded: &Folded, reference: &Network, images: &Tensor) -> f64 {
+        let (want, got) = (channel_means(reference, images), channel_means(&folded.network, images));
+        let mut errors = Vec::new();
+        for ((want, got), channels) in want.iter().zip(&got).zip(&folded.channels) {
+            for ((want, got), channel) in want.iter().zip(got).zip(channels) {
+                if channel.deviation > 1e-3 {
+                    errors.push(f64::from((want - got).abs()) / channel.deviation);
+                }
+            }
+        }
+        errors.iter().sum::<f64>() / errors.len() as f64
+    }
+
+    fn check(version: Version) {
+        let network = mobilenet(version, Relu);
+        let images = gaussian_images(16, &network);
+        let mut folded = Folded::new(&network).unwrap();
+        folded.equalize(1e-2, 100).unwrap();
+        let reference = folded.network.duplicate().unwrap();
+        folded.network.quantize(&weights_only(4)).unwrap();
+        let before = error(&folded, &reference, &images);
+        folded.correct_bias().unwrap();
+        let after = error(&folded, &reference, &images);
+        assert!(after < 0.7 * before, "{version:?}: {before} → {after}");
+    }
+
+    #[test]
+    fn channel_means_come_closer_in_mobilenet_v1() {
+        check(Version::V1);
+    }
+
+    #[test]
+    fn channel_means_come_closer_in_mobilenet_v2() {
+        check(Version::V2);
+    }
+}

@@ -1,0 +1,184 @@
+//! Step 3: cross-layer equalization of weight ranges (Nagel et al., section 4.1, appendix A).
+
+use super::folded::{Folded, bias_mut};
+use crate::Result;
+use candle_core::{D, Tensor};
+use models::{Kernel, Unit};
+
+impl Folded {
+    /// Scales every channel between the two units of a pair by
+    /// `s_i = √(r¹_i·r²_i) / r²_i`, where `r¹_i` is the largest |weight| that makes the channel and
+    /// `r²_i` the largest that reads it: `W¹ ← W¹/s`, `b¹ ← b¹/s`, `W² ← s·W²`, after which both
+    /// ranges are `√(r¹_i·r²_i)`. Sweeps over all [pairs](Folded::pairs), as one moves the ranges of
+    /// its neighbours, until no scale differs from 1 by more than `tolerance` or `max_sweeps` are
+    /// done. Gives the number of sweeps and the [imbalance](Folded::imbalance) that is left.
+    ///
+    /// With activations that are positively homogeneous (ReLU, identity) outputs do not change.
+    pub(crate) fn equalize(&mut self, tolerance: f64, max_sweeps: usize) -> Result<(usize, f64)> {
+        let mut sweeps = 0;
+        loop {
+            let imbalance = self.imbalance()?;
+            if imbalance <= tolerance || sweeps == max_sweeps {
+                return Ok((sweeps, imbalance));
+            }
+            for first in self.pairs() {
+                let scales = self.scales(first)?;
+                self.rescale(first, &scales)?;
+            }
+            sweeps += 1;
+        }
+    }
+
+    /// The largest `|s − 1|` over all channels of all pairs.
+    pub(crate) fn imbalance(&self) -> Result<f64> {
+        let mut worst: f64 = 0.0;
+        for first in self.pairs() {
+            worst = self.scales(first)?.iter().fold(worst, |worst, s| worst.max((s - 1.0).abs()));
+        }
+        Ok(worst)
+    }
+
+    /// The scales of the pair `(first, first + 1)`. A channel that nothing makes or nothing reads is
+    /// left alone, and one with a constant output is not made larger.
+    fn scales(&self, first: usize) -> Result<Vec<f64>> {
+        let made = filter_ranges(&self.network.units[first])?;
+        let read = input_ranges(&self.network.units[first + 1])?;
+        let scale = |((made, read), constant): ((f32, f32), bool)| {
+            if made == 0.0 || read == 0.0 {
+                return 1.0;
+            }
+            // √(r¹·r²)/r², without the product, which may underflow.
+            let scale = (f64::from(made) / f64::from(read)).sqrt();
+            if constant { scale.max(1.0) } else { scale }
+        };
+        let constant = self.channels[first].iter().map(|c| c.constant);
+        Ok(made.into_iter().zip(read).zip(constant).map(scale).collect())
+    }
+
+    fn rescale(&mut self, first: usize, scales: &[f64]) -> Result<()> {
+        for (channel, s) in self.channels[first].iter_mut().zip(scales) {
+            channel.mean /= s;
+            channel.deviation /= s;
+        }
+        let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
+        let scales = Tensor::new(scales, self.network.device())?;
+        let maker = &mut self.network.units[first];
+        maker.weight = maker.weight.broadcast_div(&scales)?;
+        let bias = bias_mut(maker);
+        *bias = (&*bias / &scales)?;
+        let reader = &mut self.network.units[first + 1];
+        let scales = match reader.kernel {
+            Kernel::Depthwise { .. } => scales,
+            _ => scales.unsqueeze(D::Minus1)?,
+        };
+        reader.weight = reader.weight.broadcast_mul(&scales)?;
+        Ok(())
+    }
+}
+
+/// The largest |weight| of every filter.
+fn filter_ranges(unit: &Unit) -> Result<Vec<f32>> {
+    let weight = unit.weight.abs()?.flatten_to(D::Minus2)?;
+    Ok(weight.max(0)?.to_vec1()?)
+}
+
+/// The largest |weight| that reads each input channel, of a unit behind the first.
+fn input_ranges(unit: &Unit) -> Result<Vec<f32>> {
+    match unit.kernel {
+        Kernel::Depthwise { .. } => filter_ranges(unit),
+        _ => Ok(unit.weight.abs()?.max(1)?.to_vec1()?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{chain, gaussian_images, mobilenet, relative_difference, unbalance};
+    use super::*;
+    use kernels::Activation::{Identity, Relu};
+    use models::Version;
+
+    const TOLERANCE: f64 = 1e-3;
+
+    /// Equalization keeps the outputs of a ReLU network, and settles.
+    fn check(version: Version) {
+        let network = mobilenet(version, Relu);
+        let images = gaussian_images(4, &network);
+        let mut folded = Folded::new(&network).unwrap();
+        let before = folded.imbalance().unwrap();
+        let (sweeps, remaining) = folded.equalize(TOLERANCE, 1000).unwrap();
+        assert!(before > 1.0 && remaining <= TOLERANCE && sweeps > 1, "{before}, {remaining}, {sweeps}");
+        for first in folded.pairs() {
+            let made = filter_ranges(&folded.network.units[first]).unwrap();
+            let read = input_ranges(&folded.network.units[first + 1]).unwrap();
+            for (made, read) in made.into_iter().zip(read) {
+                let alike = f64::from((made / read).max(read / made)) <= (1.0 + 1.1 * TOLERANCE).powi(2);
+                assert!(made == 0.0 || read == 0.0 || alike, "unit {first}: {made} and {read}");
+            }
+        }
+        let (want, got) = (network.forward(&images).unwrap(), folded.network.forward(&images).unwrap());
+        let difference = relative_difference(&want, &got);
+        assert!(difference < 1e-4, "outputs moved by {difference}");
+    }
+
+    #[test]
+    fn mobilenet_v1_keeps_its_outputs() {
+        check(Version::V1);
+    }
+
+    #[test]
+    fn mobilenet_v2_keeps_its_outputs() {
+        check(Version::V2);
+    }
+
+    #[test]
+    fn hand_worked_pair() {
+        // Two channels: ranges 8 and 1 made, 2 and 4 read, so s = √(8/2) = 2 and √(1/4) = ½; and a
+        // third that nothing reads.
+        let network = chain(
+            1,
+            &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)],
+            &[&[8.0, -1.0, 5.0], &[-2.0, 1.0, 3.0, 4.0, 0.0, 0.0]],
+        )
+        .norm(0, &[[1.0, 0.5, 0.0, 1.0], [1.0, -2.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]])
+        .network;
+        let mut folded = Folded::new(&network).unwrap();
+        assert_eq!(folded.equalize(1e-3, 10).unwrap().0, 1);
+        let weight =
+            |i: usize| folded.network.units[i].weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let close = |got: Vec<f32>, want: &[f32]| {
+            assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 1e-4), "{got:?}, expected {want:?}");
+        };
+        close(weight(0), &[4.0, -2.0, 5.0]);
+        close(weight(1), &[-4.0, 2.0, 1.5, 2.0, 0.0, 0.0]);
+        close(bias_mut(&mut folded.network.units[0]).to_vec1().unwrap(), &[0.25, -4.0, 1.0]);
+        let channels = &folded.channels[0];
+        close(channels.iter().map(|c| c.mean as f32).collect(), &[0.25, -4.0, 1.0]);
+        close(channels.iter().map(|c| c.deviation as f32).collect(), &[0.5, 2.0, 1.0]);
+    }
+
+    #[test]
+    fn a_constant_filter_is_not_made_larger() {
+        // Made with 1e-12, read with 1: s would be 1e-6, and the bias a million times larger.
+        let network =
+            chain(1, &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)], &[&[1e-12], &[1.0]])
+                .norm(0, &[[1.0, 0.5, 0.0, 1e-20]])
+                .network;
+        let mut folded = Folded::new(&network).unwrap();
+        assert_eq!(folded.equalize(1e-3, 10).unwrap(), (0, 0.0));
+        assert_eq!(folded.channels[0][0].mean, 0.5);
+    }
+
+    #[test]
+    fn planted_wide_ranges_shrink() {
+        let mut network = mobilenet(Version::V1, Relu);
+        // Filters whose folded weights are a thousand times too large, undone by what reads them.
+        let first = 4;
+        unbalance(&mut network, first, |channel| if channel % 8 == 3 { 1000.0 } else { 1.0 });
+        let spread = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let mut folded = Folded::new(&network).unwrap();
+        let before = spread(&folded.network.units[first].weight);
+        folded.equalize(TOLERANCE, 1000).unwrap();
+        let after = spread(&folded.network.units[first].weight);
+        assert!(after < before / 20.0, "{before} → {after}");
+    }
+}

@@ -1,0 +1,117 @@
+//! Step 5: activation ranges from batch normalization (Nagel et al., section 5).
+
+use super::folded::Folded;
+use crate::Result;
+use candle_core::Tensor;
+use models::ActivationQuantizer;
+use quant_core::{Error, Grid};
+
+impl Folded {
+    /// Sets the range of every activation quantizer: `β ± n·γ` over the unit's channels, cut to the
+    /// activation's bounds; the same of the sum where a residual ends; that of the last unit for the
+    /// pooled features; `image` for the image. All but `image` are widened to hold zero.
+    ///
+    /// # Errors
+    /// When a range is not finite or `image` is not in order.
+    pub(crate) fn set_ranges(&mut self, sigmas: f64, image: (f32, f32)) -> Result<()> {
+        let ranges = self.ranges(sigmas)?;
+        let network = &mut self.network;
+        set(&mut network.input_quantizer, image)?;
+        let mut last = image;
+        for (unit, range) in network.units.iter_mut().zip(ranges) {
+            set(&mut unit.output_quantizer, range)?;
+            last = range;
+        }
+        set(&mut network.head.input_quantizer, last)
+    }
+
+    /// The range of every unit's output.
+    fn ranges(&self, sigmas: f64) -> Result<Vec<(f32, f32)>> {
+        let outputs = self.outputs();
+        let mut ranges = Vec::with_capacity(outputs.len());
+        for (i, unit) in self.network.units.iter().enumerate() {
+            // Mean and deviation before the activation; that of a sum is the identity.
+            let spreads: Vec<(f64, f64)> = match self.network.residual_into(i) {
+                Some(_) => outputs[i].iter().map(|sum| (sum.mean, sum.variance.sqrt())).collect(),
+                None => self.channels[i].iter().map(|c| (c.mean, c.deviation)).collect(),
+            };
+            let (mut low, mut high) = (0f32, 0f32);
+            for (mean, deviation) in spreads {
+                let (lo, hi) = ((mean - sigmas * deviation) as f32, (mean + sigmas * deviation) as f32);
+                if !(lo.is_finite() && hi.is_finite()) {
+                    return Err(Error::Range { lo, hi }.into());
+                }
+                (low, high) = (low.min(lo), high.max(hi));
+            }
+            ranges.push((unit.activation.apply(low), unit.activation.apply(high)));
+        }
+        Ok(ranges)
+    }
+}
+
+fn set(quantizer: &mut Option<ActivationQuantizer>, (lo, hi): (f32, f32)) -> Result<()> {
+    if let Some(quantizer) = quantizer {
+        Grid::new(lo, hi, quantizer.bits)?;
+        quantizer.range = Tensor::new(&[lo, hi], quantizer.range.device())?;
+        quantizer.ready = true;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{chain, quantization};
+    use super::*;
+    use kernels::Activation::{Identity, Relu, Relu6};
+    use models::{Kernel::Pointwise, Residual};
+
+    /// Image → ReLU → identity → identity + the first unit's output → ReLU6 → ReLU, in one channel.
+    fn folded() -> Folded {
+        let units = [Relu, Identity, Identity, Relu6, Relu].map(|activation| (Pointwise, activation));
+        let mut network = chain(1, &units, &[&[1.0f32] as &[f32]; 5])
+            .norm(0, &[[1.0, 20.0, 0.0, 1.0]])
+            .norm(1, &[[-2.0, 1.0, 0.0, 1.0]])
+            .norm(2, &[[2.0, -30.0, 0.0, 1.0]])
+            .norm(3, &[[1.0, 2.0, 0.0, 1.0]])
+            .norm(4, &[[0.5, -4.0, 0.0, 1.0]])
+            .network;
+        network.residuals.push(Residual { from: 0, to: 2 });
+        let mut folded = Folded::new(&network).unwrap();
+        folded.network.quantize(&quantization(8)).unwrap();
+        folded
+    }
+
+    #[test]
+    fn hand_worked_ranges() {
+        let mut folded = folded();
+        folded.set_ranges(6.0, (-2.0, 3.0)).unwrap();
+        let network = &folded.network;
+        let check = |quantizer: &Option<ActivationQuantizer>, lo: f64, hi: f64| {
+            let quantizer = quantizer.as_ref().unwrap();
+            let range = quantizer.range.to_vec1::<f32>().unwrap();
+            let close = |got: f32, want: f64| (f64::from(got) - want).abs() < 1e-3;
+            assert!(
+                quantizer.ready && close(range[0], lo) && close(range[1], hi),
+                "{range:?}, not [{lo}, {hi}]"
+            );
+        };
+        check(&network.input_quantizer, -2.0, 3.0);
+        check(&network.units[0].output_quantizer, 0.0, 20.0 + 6.0);
+        check(&network.units[1].output_quantizer, 1.0 - 12.0, 1.0 + 12.0);
+        // 20 deviations above zero ReLU changes nothing: means −30 + 20, variances 4 + 1.
+        let spread = 6.0 * 5f64.sqrt();
+        check(&network.units[2].output_quantizer, -10.0 - spread, -10.0 + spread);
+        check(&network.units[3].output_quantizer, 0.0, 6.0);
+        // −4 + 6 · 0.5 < 0: never active.
+        check(&network.units[4].output_quantizer, 0.0, 0.0);
+        check(&network.head.input_quantizer, 0.0, 0.0);
+    }
+
+    #[test]
+    fn ranges_that_are_not_finite_are_errors() {
+        let mut folded = folded();
+        assert!(folded.set_ranges(6.0, (1.0, -1.0)).is_err());
+        folded.channels[1][0].mean = f64::NAN;
+        assert!(folded.set_ranges(6.0, (-1.0, 1.0)).is_err());
+    }
+}

@@ -1,0 +1,189 @@
+//! What CIFAR-100 is: its official files, and the forms of its records.
+
+use md5::{Digest, Md5};
+
+use crate::dataset::{CHANNELS, Dataset, Images, hex};
+use crate::error::{Error, Result};
+use crate::pickle::{self, Value};
+use crate::source::Event;
+
+/// Rows and columns of an image.
+pub(crate) const SIDE: usize = 32;
+/// Bytes of an image.
+pub(crate) const PIXELS: usize = SIDE * SIDE * CHANNELS;
+/// Fine classes, the ones that are learned.
+pub(crate) const CLASSES: usize = 100;
+/// Coarse classes, read only to be checked.
+pub(crate) const COARSE: usize = 20;
+
+/// What is known of an official file.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    /// Its length, where it is published: a wrong one says more about what went wrong than a wrong sum.
+    pub bytes: Option<u64>,
+    /// Its MD5 in lower-case hex.
+    pub md5: String,
+}
+
+impl Expected {
+    fn new(bytes: Option<u64>, md5: &str) -> Expected {
+        Expected { bytes, md5: md5.into() }
+    }
+
+    /// Checks the length of `file`.
+    pub fn check_size(&self, file: &str, found: u64) -> Result<()> {
+        match self.bytes {
+            Some(expected) if expected != found => {
+                Err(Error::WrongSize { file: file.into(), found, expected })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks the MD5 of `file`.
+    pub fn check_md5(&self, file: &str, hash: Md5) -> Result<()> {
+        let found = hex(&hash.finalize());
+        match found == self.md5 {
+            true => Ok(()),
+            false => Err(Error::Checksum { file: file.into(), found, expected: self.md5.clone() }),
+        }
+    }
+
+    /// Checks the contents of `file`.
+    pub fn check(&self, file: &str, contents: &[u8]) -> Result<()> {
+        self.check_size(file, contents.len() as u64)?;
+        self.check_md5(file, Md5::new_with_prefix(contents))
+    }
+}
+
+/// One of the two published forms: the official archive, and its members for training and testing.
+#[derive(Clone, Debug)]
+pub(crate) struct Release {
+    pub archive: Expected,
+    pub members: [Expected; 2],
+}
+
+/// What the files of the data set must be. It is a value so that tests can put a small data set in its place.
+#[derive(Clone, Debug)]
+pub(crate) struct Manifest {
+    /// Images for training and testing.
+    pub records: [usize; 2],
+    pub binary: Release,
+    pub python: Release,
+    /// [`Dataset::fingerprint`] of the official files.
+    pub fingerprint: String,
+}
+
+impl Manifest {
+    /// CIFAR-100 as published by its authors.
+    pub fn official() -> Manifest {
+        Manifest {
+            records: [50_000, 10_000],
+            binary: Release {
+                archive: Expected::new(Some(168_513_733), "03b5dce01913d631647c71ecec9e9cb8"),
+                members: [
+                    Expected::new(Some(153_700_000), "6172c7755cfe09b2fe270c85cebc1b15"),
+                    Expected::new(Some(30_740_000), "4499cfba6c016c1be1438163640a0898"),
+                ],
+            },
+            python: Release {
+                archive: Expected::new(Some(169_001_437), "eb9058c3a382ffc7106e4002c42a8d85"),
+                members: [
+                    Expected::new(Some(155_249_918), "16019d7e3df5f24257cddd939b257f8d"),
+                    Expected::new(None, "f0ef6b0ae62326f3e7ffdfab6717acfc"),
+                ],
+            },
+            fingerprint: "1465f6dce7af2ddf02526af1c2774137ae118fdb11dc8d28a714b4fd619a771e".into(),
+        }
+    }
+
+    /// The data set of the given images. Tells if they are not the official ones in their order, which can happen
+    /// only to files without an official checksum.
+    pub fn dataset(
+        &self,
+        source: String,
+        [train, test]: [Images; 2],
+        on_event: &mut dyn FnMut(Event),
+    ) -> Result<Dataset> {
+        let data = Dataset::new("cifar100", source, CLASSES, train, test)?;
+        if data.fingerprint != self.fingerprint {
+            let why = format!(
+                "{} decodes to fingerprint {}, while the official files have {}: the pictures, the labels or their \
+                 order differ",
+                data.source, data.fingerprint, self.fingerprint
+            );
+            on_event(Event::Unverified { why });
+        }
+        Ok(data)
+    }
+}
+
+/// Images without pixels yet, with room for `n`.
+pub(crate) fn with_capacity(n: usize) -> Images {
+    Images {
+        pixels: Vec::with_capacity(n * PIXELS),
+        labels: Vec::with_capacity(n),
+        height: SIDE,
+        width: SIDE,
+        channels: CHANNELS,
+    }
+}
+
+/// Checks the two labels of record `i` of `file` and returns the fine one.
+pub(crate) fn check_labels(file: &str, i: usize, coarse: i64, fine: i64) -> Result<u16> {
+    for (what, label, classes) in [("coarse", coarse, COARSE), ("fine", fine, CLASSES)] {
+        if !(0..classes as i64).contains(&label) {
+            let what = format!("record {i} has the {what} label {label} instead of one below {classes}");
+            return Err(Error::malformed(file, what));
+        }
+    }
+    Ok(fine as u16)
+}
+
+/// Appends an image stored as three planes of rows, red, green and blue, with the channels of a pixel together.
+fn push_planes(planes: &[u8], pixels: &mut Vec<u8>) {
+    let plane = SIDE * SIDE;
+    pixels.extend((0..plane).flat_map(|i| [planes[i], planes[plane + i], planes[2 * plane + i]]));
+}
+
+/// Reads `records` records of the binary form: coarse label, fine label, three planes.
+pub(crate) fn parse_binary(file: &str, contents: &[u8], records: usize) -> Result<Images> {
+    const RECORD: usize = 2 + PIXELS;
+    if contents.len() != records * RECORD {
+        let what = format!("it has {} bytes instead of {records} records of {RECORD}", contents.len());
+        return Err(Error::malformed(file, what));
+    }
+    let mut images = with_capacity(records);
+    for (i, record) in contents.chunks_exact(RECORD).enumerate() {
+        images.labels.push(check_labels(file, i, record[0].into(), record[1].into())?);
+        push_planes(&record[2..], &mut images.pixels);
+    }
+    Ok(images)
+}
+
+/// Reads the python form, a pickled dictionary whose `data` is a NumPy array `[records, 3072]` of bytes, each row three
+/// planes, with the lists `fine_labels` and `coarse_labels`.
+pub(crate) fn parse_python(file: &str, contents: &[u8], records: usize) -> Result<Images> {
+    let bad = |what: String| Error::malformed(file, what);
+    let root = pickle::read(contents).map_err(bad)?;
+    let get = |key: &str| root.get(key).ok_or_else(|| bad(format!("there is no {key:?} in its dictionary")));
+    let labels = |key: &str| match get(key)? {
+        Value::List(list) if list.len() == records => Ok(list),
+        Value::List(list) => Err(bad(format!("{key} has {} entries instead of {records}", list.len()))),
+        _ => Err(bad(format!("{key} is not a list"))),
+    };
+    let (fine, coarse) = (labels("fine_labels")?, labels("coarse_labels")?);
+    let data = get("data")?
+        .byte_array(&[records as i64, PIXELS as i64])
+        .map_err(|what| bad(format!("data: {what}")))?;
+
+    let mut images = with_capacity(records);
+    for (i, planes) in data.chunks_exact(PIXELS).enumerate() {
+        let (Value::Int(coarse), Value::Int(fine)) = (&coarse[i], &fine[i]) else {
+            return Err(bad(format!("a label of record {i} is not an integer")));
+        };
+        images.labels.push(check_labels(file, i, *coarse, *fine)?);
+        push_planes(planes, &mut images.pixels);
+    }
+    Ok(images)
+}

@@ -1,0 +1,266 @@
+//! Images in memory, and a data set of two splits with its statistics and fingerprint.
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// The channels of every image that this crate handles: red, green, blue.
+pub(crate) const CHANNELS: usize = 3;
+
+/// Labelled images, all of one size, held as bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Images {
+    /// The pixels, `[n, height, width, channels]`, row-major, 0..=255.
+    pub pixels: Vec<u8>,
+    /// The class of each image, `[n]`.
+    pub labels: Vec<u16>,
+    /// Rows of an image.
+    pub height: usize,
+    /// Columns of an image.
+    pub width: usize,
+    /// Channels of a pixel.
+    pub channels: usize,
+}
+
+impl Images {
+    /// The number of images.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there is no image.
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// The bytes of image `i`, `[height, width, channels]`.
+    ///
+    /// # Panics
+    ///
+    /// If there is no image `i`.
+    pub fn image(&self, i: usize) -> &[u8] {
+        let size = self.image_size();
+        &self.pixels[i * size..(i + 1) * size]
+    }
+
+    /// Copies of the images with the given indices, in the order of `idx`.
+    ///
+    /// # Panics
+    ///
+    /// If an index is out of range.
+    pub fn subset(&self, idx: &[usize]) -> Images {
+        let mut pixels = Vec::with_capacity(idx.len() * self.image_size());
+        for &i in idx {
+            pixels.extend_from_slice(self.image(i));
+        }
+        Images {
+            pixels,
+            labels: idx.iter().map(|&i| self.labels[i]).collect(),
+            height: self.height,
+            width: self.width,
+            channels: self.channels,
+        }
+    }
+
+    /// Bytes of one image.
+    pub(crate) fn image_size(&self) -> usize {
+        self.height * self.width * self.channels
+    }
+
+    /// Checks that the parts fit together and that the labels lie in `0..classes`.
+    fn check(&self, what: &str, classes: usize) -> Result<()> {
+        let invalid = |why: String| Err(Error::Invalid(format!("the {what} images are inconsistent: {why}")));
+        if self.channels != CHANNELS || self.height == 0 || self.width == 0 {
+            return invalid(format!(
+                "{}x{}x{} pixels each instead of three channels and at least one pixel",
+                self.height, self.width, self.channels
+            ));
+        }
+        if self.pixels.len() != self.len() * self.image_size() {
+            return invalid(format!(
+                "{} bytes of pixels for {} labels and {} bytes an image",
+                self.pixels.len(),
+                self.len(),
+                self.image_size()
+            ));
+        }
+        match self.labels.iter().find(|&&label| usize::from(label) >= classes) {
+            Some(label) => invalid(format!("label {label} of {classes} classes")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A data set: where it came from and what it holds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dataset {
+    /// `"cifar100"` or `"synthetic"`.
+    pub name: String,
+    /// For people to read: the folder, the hub's repository and revision, or `synthetic (seed ..)`, and what was
+    /// taken from it.
+    pub source: String,
+    /// The number of classes; labels lie in `0..classes`.
+    pub classes: usize,
+    /// The images to train on.
+    pub train: Images,
+    /// The images to test on.
+    pub test: Images,
+    /// The mean of each channel over all pixels of `train`, black being 0 and full intensity 1.
+    pub mean: [f32; 3],
+    /// The standard deviation of each channel over all pixels of `train` (division by the number of pixels), in
+    /// the same units. A channel without any variation gets 1, so that it normalizes to zero.
+    pub std: [f32; 3],
+    /// What identifies the pictures: the SHA-256, in lower-case hex, over `train` and then `test`, each as its
+    /// number of images (u64), height, width and channels (u32 each), then for every image its label (u16) and its
+    /// pixels row by row, red, green and blue of a pixel together; integers are little-endian.
+    ///
+    /// It is taken over decoded records: the same pictures with the same labels in the same order have the same
+    /// fingerprint from whatever form of file they came.
+    pub fingerprint: String,
+}
+
+impl Dataset {
+    /// A data set of the given images; the statistics and the fingerprint are computed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there is no training image, if the images do not have three channels and one size, or
+    /// if a label is not in `0..classes`.
+    pub fn new(
+        name: impl Into<String>,
+        source: impl Into<String>,
+        classes: usize,
+        train: Images,
+        test: Images,
+    ) -> Result<Dataset> {
+        train.check("training", classes)?;
+        test.check("test", classes)?;
+        if train.is_empty() {
+            return Err(Error::Invalid("a data set needs at least one training image".into()));
+        }
+        if (train.height, train.width) != (test.height, test.width) {
+            return Err(Error::Invalid(format!(
+                "the training images have {}x{} pixels and the test images {}x{}",
+                train.height, train.width, test.height, test.width
+            )));
+        }
+        let (mean, std) = channel_statistics(&train.pixels);
+        let fingerprint = fingerprint(&[&train, &test]);
+        Ok(Dataset { name: name.into(), source: source.into(), classes, train, test, mean, std, fingerprint })
+    }
+
+    /// For choosing settings without looking at the test set: `test` becomes `n` of the training images, drawn
+    /// with `seed` and spread over the classes as evenly as possible, and `train` becomes the others; both keep
+    /// their order. The real test set is not in the result. The name stays; the statistics (of the images that are
+    /// left to train on) and the fingerprint are new.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] unless `0 < n < train.len()`.
+    pub fn hold_out(&self, n: usize, seed: u64) -> Result<Dataset> {
+        let all = self.train.len();
+        if n == 0 || n >= all {
+            return Err(Error::Invalid(format!(
+                "cannot hold out {n} of {all} training images: choose 1..={}",
+                all - 1
+            )));
+        }
+        let mut order: Vec<usize> = (0..all).collect();
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        let held = balanced(&order, &self.train.labels, self.classes, n);
+        let mut is_held = vec![false; all];
+        held.iter().for_each(|&i| is_held[i] = true);
+        let kept: Vec<usize> = (0..all).filter(|&i| !is_held[i]).collect();
+        let source = format!("{}; {n} training images held out as test (seed {seed})", self.source);
+        Dataset::new(&self.name, source, self.classes, self.train.subset(&kept), self.train.subset(&held))
+    }
+
+    /// The first `train` training and `test` test images, taken from the classes in turn so that these stay as
+    /// balanced as possible; the order is kept. `None`, or a number that is not below the number of images, keeps
+    /// all of them. If anything is left out, the statistics and the fingerprint are new.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if a limit is 0.
+    pub fn limit(&self, train: Option<usize>, test: Option<usize>) -> Result<Dataset> {
+        if train == Some(0) || test == Some(0) {
+            return Err(Error::Invalid("a limit on the number of images must be at least 1".into()));
+        }
+        let first = |images: &Images, n: Option<usize>| match n {
+            Some(n) if n < images.len() => {
+                let order: Vec<usize> = (0..images.len()).collect();
+                images.subset(&balanced(&order, &images.labels, self.classes, n))
+            }
+            _ => images.clone(),
+        };
+        let (train, test) = (first(&self.train, train), first(&self.test, test));
+        if (train.len(), test.len()) == (self.train.len(), self.test.len()) {
+            return Ok(self.clone());
+        }
+        let source = format!("{}; limited to {} + {} images", self.source, train.len(), test.len());
+        Dataset::new(&self.name, source, self.classes, train, test)
+    }
+}
+
+/// `n` of the indices in `order`, ascending: the first of every class, then the second of every class, and so on, so
+/// that no class gives more than one image more than another that still has some.
+fn balanced(order: &[usize], labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
+    let mut seen = vec![0usize; classes];
+    let mut ranked: Vec<(usize, usize)> = order
+        .iter()
+        .map(|&i| {
+            let rank = &mut seen[usize::from(labels[i])];
+            *rank += 1;
+            (*rank, i)
+        })
+        .collect();
+    ranked.sort_by_key(|&(rank, _)| rank);
+    let mut taken: Vec<usize> = ranked.into_iter().take(n).map(|(_, i)| i).collect();
+    taken.sort_unstable();
+    taken
+}
+
+/// Mean and standard deviation of each channel of interleaved pixels, in units of full intensity.
+///
+/// The sums are integers, so that the result does not depend on the order of the additions.
+fn channel_statistics(pixels: &[u8]) -> ([f32; 3], [f32; 3]) {
+    let (mut sum, mut squares) = ([0u64; CHANNELS], [0u64; CHANNELS]);
+    for pixel in pixels.chunks_exact(CHANNELS) {
+        for (c, &value) in pixel.iter().enumerate() {
+            let value = u64::from(value);
+            sum[c] += value;
+            squares[c] += value * value;
+        }
+    }
+    let n = (pixels.len() / CHANNELS) as f64;
+    let mean = sum.map(|s| s as f64 / n);
+    let std = std::array::from_fn(|c| {
+        let variance = (squares[c] as f64 / n - mean[c] * mean[c]).max(0.0);
+        if variance > 0.0 { (variance.sqrt() / 255.0) as f32 } else { 1.0 }
+    });
+    (mean.map(|m| (m / 255.0) as f32), std)
+}
+
+/// The fingerprint documented at [`Dataset::fingerprint`].
+fn fingerprint(splits: &[&Images]) -> String {
+    let mut hash = Sha256::new();
+    for images in splits {
+        hash.update((images.len() as u64).to_le_bytes());
+        for size in [images.height, images.width, images.channels] {
+            hash.update((size as u32).to_le_bytes());
+        }
+        for (label, pixels) in images.labels.iter().zip(images.pixels.chunks_exact(images.image_size())) {
+            hash.update(label.to_le_bytes());
+            hash.update(pixels);
+        }
+    }
+    hex(&hash.finalize())
+}
+
+/// Lower-case hex.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

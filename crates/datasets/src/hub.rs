@@ -1,0 +1,192 @@
+//! CIFAR-100 from the Hugging Face hub.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use hf_hub::progress::{DownloadEvent, FileProgress, ProgressEvent, ProgressHandler};
+use hf_hub::{HFClient, HFClientSync, HFError};
+
+use crate::cifar::Manifest;
+use crate::dataset::Dataset;
+use crate::error::{Error, Result};
+use crate::folder::{TABLES, TABLES_FOLDER};
+use crate::source::Event;
+use crate::table;
+
+/// The repository: owner and name.
+const OWNER: &str = "uoft-cs";
+const NAME: &str = "cifar100";
+const REVISION: &str = "main";
+
+/// How to reach the hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hub {
+    /// The base address. `None`: `HF_ENDPOINT`, or else <https://huggingface.co>.
+    pub endpoint: Option<String>,
+    /// The cache directory, in the layout that all tools of the hub share. `None`: `HF_HUB_CACHE`, or else `hub` under
+    /// `HF_HOME`, or else `huggingface/hub` under `XDG_CACHE_HOME` or `~/.cache`.
+    pub cache: Option<PathBuf>,
+    /// Whether to do with what is in the cache.
+    pub offline: bool,
+    /// How long to wait for the first answer to a request for a file.
+    pub answer_timeout: Duration,
+    /// How long a download may stand still.
+    pub stall_timeout: Duration,
+}
+
+impl Hub {
+    /// As the environment says: `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_CACHE` as described at the fields, a token from
+    /// `HF_TOKEN` or the file in `HF_HOME`, and offline if `HF_HUB_OFFLINE` is 1, true, yes or on. The first answer
+    /// may take 10 seconds, a pause 60.
+    pub fn from_env() -> Hub {
+        let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
+        Hub {
+            endpoint: None,
+            cache: None,
+            offline: ["1", "true", "yes", "on"].contains(&offline.as_str()),
+            answer_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(60),
+        }
+    }
+
+    fn client(&self) -> std::result::Result<HFClient, HFError> {
+        // One retry: someone is waiting, and can start again.
+        let mut builder = HFClient::builder().retry_max_attempts(1);
+        if let Some(endpoint) = &self.endpoint {
+            builder = builder.endpoint(endpoint);
+        }
+        if let Some(cache) = &self.cache {
+            builder = builder.cache_dir(cache);
+        }
+        builder.build()
+    }
+
+    /// The path of a file of the repository, from the cache or downloaded to it.
+    ///
+    /// The request runs in a thread of its own, for it has no time limit for connecting: where packets vanish it would
+    /// last minutes. After a time-out the thread is left to end by itself.
+    fn fetch(&self, file: &str, revision: &str, on_event: &mut dyn FnMut(Event)) -> Result<PathBuf> {
+        let repo = format!("{OWNER}/{NAME}");
+        let unusable =
+            |error: HFError| Error::Invalid(format!("the hub's client cannot be set up: {}", chain(&error)));
+        let client = self.client().map_err(unusable)?;
+        let (endpoint, cache) = (client.endpoint().to_string(), client.cache_dir().to_path_buf());
+        let client = HFClientSync::from_inner(client).map_err(unusable)?;
+        let failed = |what: String| Error::Hub {
+            file: file.into(),
+            repo: repo.clone(),
+            endpoint: endpoint.clone(),
+            what,
+        };
+
+        let files = client.dataset(OWNER, NAME);
+        let cached = files.download_file().filename(file).revision(revision).local_files_only(true).send();
+        if let Ok(path) = cached {
+            return Ok(path);
+        }
+        if self.offline {
+            return Err(Error::Offline { file: file.into(), repo, cache });
+        }
+
+        on_event(Event::Download { file: file.into(), done: 0, total: 0 });
+        let (sender, receiver) = channel();
+        let (name, revision) = (file.to_string(), revision.to_string());
+        let spawned = std::thread::Builder::new().name("download".into()).spawn(move || {
+            let files = client.dataset(OWNER, NAME);
+            let request =
+                files.download_file().filename(name).revision(revision).progress(Reporter(sender.clone()));
+            let done = match request.clone().send() {
+                // The link in the cache is still there, but what it points to was deleted.
+                Ok(path) if !path.exists() => request.force_download(true).send(),
+                done => done,
+            };
+            // A failing send means that nobody waits any more.
+            let _ = sender.send(Message::Done(done.map_err(|error| chain(&error))));
+        });
+        spawned.map_err(|error| failed(format!("no thread: {error}")))?;
+
+        let mut timeout = self.answer_timeout;
+        loop {
+            match receiver.recv_timeout(timeout) {
+                Ok(Message::Progress { done, total }) => {
+                    timeout = self.stall_timeout;
+                    on_event(Event::Download { file: file.into(), done, total });
+                }
+                Ok(Message::Done(done)) => return done.map_err(|what| failed(what)),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(failed(format!("nothing arrived for {} seconds", timeout.as_secs_f32())));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(failed("the download broke off".into()));
+                }
+            }
+        }
+    }
+}
+
+/// Loads CIFAR-100 from the hub's repository `uoft-cs/cifar100`, from its cache or downloaded to it.
+///
+/// What is in the cache is used without asking the hub whether there is something newer. The number of records, the form
+/// of every picture and the range of every label are checked. [`Event::Unverified`] tells if the pictures differ from
+/// those of the official files.
+///
+/// # Errors
+///
+/// [`Error::Hub`] if a file cannot be downloaded, [`Error::Offline`] if it must not be, [`Error::Malformed`] if one in
+/// the cache is damaged (deleting the file that it names mends that).
+pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
+    load_with(hub, &Manifest::official(), on_event)
+}
+
+pub(crate) fn load_with(hub: &Hub, manifest: &Manifest, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
+    on_event(Event::Trying { place: format!("the Hugging Face hub ({OWNER}/{NAME})") });
+    let [train, test] = TABLES.map(|table| format!("{TABLES_FOLDER}/{table}"));
+    let train = hub.fetch(&train, REVISION, on_event)?;
+    // The cache keeps a file under `snapshots/<commit>/<folder>/<file>`. Both files must be of one commit.
+    let commit = train.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
+    let commit = commit.unwrap_or(REVISION).to_string();
+    let test = hub.fetch(&test, &commit, on_event)?;
+    let source = format!("hub {OWNER}/{NAME} @ {commit}");
+    // Links are resolved so that an error names the file to delete, not a link to it.
+    let [train, test] = [train, test].map(|path| path.canonicalize().unwrap_or(path));
+    let [n_train, n_test] = manifest.records;
+    manifest.dataset(source, [table::read(&train, n_train)?, table::read(&test, n_test)?], on_event)
+}
+
+/// What the downloading thread has to tell.
+enum Message {
+    Progress { done: u64, total: u64 },
+    Done(std::result::Result<PathBuf, String>),
+}
+
+/// Passes the progress of the one file on.
+struct Reporter(Sender<Message>);
+
+impl ProgressHandler for Reporter {
+    fn on_progress(&self, event: &ProgressEvent) {
+        let ProgressEvent::Download(event) = event else { return };
+        let (done, total) = match event {
+            DownloadEvent::Start { total_bytes, .. } => (0, *total_bytes),
+            DownloadEvent::AggregateProgress { bytes_completed, total_bytes, .. } => {
+                (*bytes_completed, *total_bytes)
+            }
+            DownloadEvent::Progress { files } => match files.last() {
+                Some(FileProgress { bytes_completed, total_bytes, .. }) => (*bytes_completed, *total_bytes),
+                None => return,
+            },
+            DownloadEvent::Complete => return,
+        };
+        // A failing send means that nobody waits any more.
+        let _ = self.0.send(Message::Progress { done, total });
+    }
+}
+
+/// An error with its causes, which is where a failed connection says why.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
+    // Some errors repeat their cause in their own text.
+    texts.dedup_by(|later, earlier| earlier.contains(later.as_str()));
+    texts.join(": ")
+}

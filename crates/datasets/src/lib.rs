@@ -1,0 +1,37 @@
+//! CIFAR-100 and a synthetic stand-in: loading, verification, augmentation, batches.
+//!
+//! [`load`] takes a data set from a folder, from the Hugging Face hub, or draws a synthetic one, and verifies all of it
+//! before any of it is used. [`train_batches`] and [`test_batches`] turn it into normalized tensors, prepared ahead in a
+//! background thread and yet a function of their arguments alone.
+//!
+//! ```
+//! # fn main() -> datasets::Result<()> {
+//! use std::sync::Arc;
+//! let data = Arc::new(datasets::synthetic(200, 100, 7)?);
+//! for batch in datasets::train_batches(&data, 64, datasets::Augmentation { pad: 4, flip: true }, 7, 0) {
+//!     let batch = batch?;
+//!     assert_eq!(batch.images.dims()[1..], [32, 32, 3]);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod batches;
+mod cifar;
+mod dataset;
+mod error;
+mod folder;
+mod hub;
+mod pickle;
+mod source;
+mod synthetic;
+mod table;
+
+pub use batches::{Augmentation, Batch, Batches, test_batches, train_batches};
+pub use dataset::{Dataset, Images};
+pub use error::{Error, Result};
+pub use hub::{Hub, load as load_hub};
+pub use source::{Event, Source, load};
+pub use synthetic::synthetic;

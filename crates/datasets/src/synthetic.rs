@@ -1,0 +1,218 @@
+//! A stand-in for CIFAR-100: drawn pictures, for machines and tests without the real ones.
+
+use rand::{Rng, RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::cifar::{CLASSES, PIXELS, SIDE, with_capacity};
+use crate::dataset::{Dataset, Images};
+use crate::error::Result;
+
+/// What `Source::Synthetic` draws.
+const TRAIN: usize = 10_000;
+const TEST: usize = 2_000;
+const SEED: u64 = 100;
+
+/// A class is a shape, a texture and a range of colours.
+const SHAPES: usize = 10;
+const TEXTURES: usize = 5;
+
+/// Coordinates are in sixteenths of a pixel.
+const UNIT: i32 = 16;
+/// The radius that shapes are described in.
+const RADIUS: i32 = 256;
+/// Hues go around the circle in this many steps, starting at red.
+const HUES: i32 = 6 * 256;
+
+/// The data of `Source::Synthetic`.
+pub(crate) fn default() -> Result<Dataset> {
+    synthetic(TRAIN, TEST, SEED)
+}
+
+/// Draws `train` + `test` pictures of 32x32 RGB pixels in 100 classes, which come in turn.
+///
+/// A class is one of 10 shapes with one of 5 textures in warm or in cold colours. Each picture places the shape elsewhere
+/// in another size and shade, on a gradient of any colour with clutter around it, partly covered, under noise. So a small
+/// convolutional network learns the classes in a few epochs, yet not perfectly, and colours alone tell little. Every
+/// class is symmetric under mirroring left to right.
+///
+/// All arithmetic is in integers and all random numbers are ChaCha8's, so that a seed gives the same bytes everywhere.
+/// `Source::Synthetic` is 10,000 + 2,000 pictures with seed 100.
+///
+/// # Errors
+///
+/// [`Error::Invalid`](crate::Error::Invalid) if `train` is 0.
+pub fn synthetic(train: usize, test: usize, seed: u64) -> Result<Dataset> {
+    let source = format!("synthetic (seed {seed}, {train} + {test} images)");
+    Dataset::new("synthetic", source, CLASSES, draw_all(train, seed, 0), draw_all(test, seed, 1))
+}
+
+/// `n` pictures of the split, each from a stream of random numbers of its own.
+fn draw_all(n: usize, seed: u64, split: u8) -> Images {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8] = split;
+    let mut rng = ChaCha8Rng::from_seed(key);
+    let mut images = with_capacity(n);
+    for i in 0..n {
+        rng.set_stream(i as u64);
+        rng.set_word_pos(0);
+        let class = i % CLASSES;
+        images.labels.push(class as u16);
+        images.pixels.extend_from_slice(&draw(class, &mut rng));
+    }
+    images
+}
+
+type Color = [i32; 3];
+
+/// A picture of the class.
+fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
+    let shape = class % SHAPES;
+    let texture = class / SHAPES % TEXTURES;
+    let cold = class / (SHAPES * TEXTURES);
+
+    // The ground is a gradient between two dull colours.
+    let ground = [(); 2].map(|_| {
+        let (hue, light) = (rng.random_range(0..HUES), rng.random_range(40..170));
+        color(hue, light, rng.random_range(0..128))
+    });
+    let (slope_x, slope_y) = (rng.random_range(-4..=4), rng.random_range(-4..=4));
+    let clutter: [Blot; 4] = std::array::from_fn(|_| Blot::random(rng, 2..5));
+    let cover = Blot::random(rng, 2..6);
+
+    // Warm hues lie around orange, cold ones opposite.
+    let hue = 128 + cold as i32 * HUES / 2 + rng.random_range(-340..=340);
+    let light = rng.random_range(150..=255);
+    let bright = color(hue, light, rng.random_range(120..=230));
+    let dark = bright.map(|value| value * 5 / 16);
+
+    let middle = SIDE as i32 * UNIT / 2;
+    let (x0, y0) = (middle + rng.random_range(-64..=64), middle + rng.random_range(-64..=64));
+    let radius = rng.random_range(8 * UNIT..=12 * UNIT);
+    let weave = Weave {
+        texture,
+        width: rng.random_range(2 * UNIT..=3 * UNIT),
+        phase: [rng.random_range(0..64), rng.random_range(0..64)],
+        lean: rng.random(),
+    };
+
+    let mut noise = [0; PIXELS];
+    rng.fill_bytes(&mut noise);
+    let mut pixels = [0; PIXELS];
+    for (i, (pixel, noise)) in
+        pixels.as_chunks_mut::<3>().0.iter_mut().zip(noise.as_chunks::<3>().0).enumerate()
+    {
+        let (column, row) = ((i % SIDE) as i32, (i / SIDE) as i32);
+        let (x, y) = (column * UNIT + UNIT / 2, row * UNIT + UNIT / 2);
+
+        let half = SIDE as i32 / 2;
+        let share = (128 + slope_x * (column - half) + slope_y * (row - half)).clamp(0, 256);
+        let mut shade: Color =
+            std::array::from_fn(|c| (ground[0][c] * (256 - share) + ground[1][c] * share) / 256);
+        if let Some(blot) = clutter.iter().rev().find(|blot| blot.covers(x, y)) {
+            shade = blot.color;
+        }
+        let (u, v) = ((x - x0) * RADIUS / radius, (y - y0) * RADIUS / radius);
+        if inside(shape, u, v) {
+            shade = if weave.is_dark(x - x0, y - y0) { dark } else { bright };
+        }
+        if cover.covers(x, y) {
+            shade = cover.color;
+        }
+        for c in 0..3 {
+            // The sum of two numbers of four bits: small deviations are likelier than large ones.
+            let deviation = i32::from(noise[c] >> 4) + i32::from(noise[c] & 15) - 15;
+            pixel[c] = (shade[c] + 2 * deviation).clamp(0, 255) as u8;
+        }
+    }
+    pixels
+}
+
+/// Whether the point lies in the shape, which fills about the disc of `RADIUS` around the origin; v points down.
+fn inside(shape: usize, u: i32, v: i32) -> bool {
+    let (au, av) = (u.abs(), v.abs());
+    let far = au.max(av);
+    let square = u * u + v * v;
+    match shape {
+        // disc, square, diamond
+        0 => square < RADIUS * RADIUS,
+        1 => far < 220,
+        2 => au + av < 290,
+        // triangles: up, down
+        3 => v < 200 && 2 * au < v + 256,
+        4 => v > -200 && 2 * au < 256 - v,
+        // ring, frame
+        5 => (140 * 140..RADIUS * RADIUS).contains(&square),
+        6 => (130..235).contains(&far),
+        // upright and diagonal cross
+        7 => au.min(av) < 85 && far < 250,
+        8 => (au - av).abs() < 95 && far < 230,
+        // cup
+        _ => square < RADIUS * RADIUS && u * u + (v + 120) * (v + 120) > 190 * 190,
+    }
+}
+
+/// The texture of a shape: where it is dark.
+struct Weave {
+    texture: usize,
+    /// Of a stripe.
+    width: i32,
+    phase: [i32; 2],
+    /// Which way diagonals lean.
+    lean: bool,
+}
+
+impl Weave {
+    fn is_dark(&self, x: i32, y: i32) -> bool {
+        let stripe = |position: i32| position.div_euclid(self.width) & 1 == 1;
+        let (x, y) = (x + self.phase[0], y + self.phase[1]);
+        match self.texture {
+            0 => false,
+            1 => stripe(x),
+            2 => stripe(y),
+            3 => stripe(x) != stripe(y),
+            // A diagonal stripe is narrower across than along an axis, by about 5/7.
+            _ => stripe((if self.lean { x + y } else { x - y }) * 5 / 7),
+        }
+    }
+}
+
+/// A rectangle or a disc of one colour.
+struct Blot {
+    x: i32,
+    y: i32,
+    size: i32,
+    round: bool,
+    color: Color,
+}
+
+impl Blot {
+    /// Anywhere in the picture, with half an edge or a radius in the range of pixels.
+    fn random(rng: &mut ChaCha8Rng, pixels: std::ops::Range<i32>) -> Blot {
+        let side = SIDE as i32 * UNIT;
+        let (x, y) = (rng.random_range(0..side), rng.random_range(0..side));
+        let size = rng.random_range(pixels.start * UNIT..pixels.end * UNIT);
+        let (hue, light, strength) =
+            (rng.random_range(0..HUES), rng.random_range(60..=255), rng.random_range(0..=256));
+        Blot { x, y, size, round: rng.random(), color: color(hue, light, strength) }
+    }
+
+    fn covers(&self, x: i32, y: i32) -> bool {
+        let (dx, dy) = (x - self.x, y - self.y);
+        match self.round {
+            true => dx * dx + dy * dy < self.size * self.size,
+            false => dx.abs().max(dy.abs()) < self.size,
+        }
+    }
+}
+
+/// The colour of a hue (any integer; the circle has `HUES` steps), with `light` (0..=255) as its largest channel, as far
+/// from grey as `strength` (0..=256) says.
+fn color(hue: i32, light: i32, strength: i32) -> Color {
+    // A channel is full within a sixth of the circle of its own hue, empty beyond a third, and falls off in between.
+    [0, HUES / 3, 2 * HUES / 3].map(|own| {
+        let away = (hue - own).rem_euclid(HUES);
+        let pure = (2 * HUES / 6 - away.min(HUES - away)).clamp(0, 256);
+        light * (256 * 256 - strength * (256 - pure)) / (256 * 256)
+    })
+}

@@ -1,0 +1,87 @@
+//! CIFAR-100 from the parquet files of the hub.
+
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+// The trait comes from here so that reader and trait are those of one version of parquet.
+use candle_datasets::hub::FileReader;
+use image::{ColorType, ImageFormat};
+use parquet::data_type::ByteArray;
+use parquet::file::reader::SerializedFileReader;
+use parquet::record::{Field, Row};
+use rayon::prelude::*;
+
+use crate::cifar::{PIXELS, SIDE, check_labels, with_capacity};
+use crate::dataset::Images;
+use crate::error::{Error, Result, panic_message};
+
+/// Reads a table of exactly `records` rows with the columns `img` (a group whose `bytes` are a PNG of 32x32 RGB pixels),
+/// `fine_label` and `coarse_label`. Anything else is [`Error::Malformed`].
+pub(crate) fn read(path: &Path, records: usize) -> Result<Images> {
+    let name = path.display().to_string();
+    let file = File::open(path).map_err(Error::io(path))?;
+    // Decoders of damaged input have been seen to panic; that is one more way for the file to be damaged.
+    catch_unwind(AssertUnwindSafe(|| decode(file, &name, records))).unwrap_or_else(|panic| {
+        Err(Error::malformed(&name, format!("decoding failed: {}", panic_message(&*panic))))
+    })
+}
+
+fn decode(file: File, name: &str, records: usize) -> Result<Images> {
+    let bad = |what: String| Error::malformed(name, what);
+    let not_parquet = |error| bad(format!("it is not a complete parquet file: {error}"));
+    let reader = SerializedFileReader::new(file).map_err(not_parquet)?;
+    let rows = reader.metadata().file_metadata().num_rows();
+    if rows != records as i64 {
+        return Err(bad(format!("it has {rows} rows instead of {records}")));
+    }
+    let mut images = with_capacity(records);
+    let mut pngs = Vec::with_capacity(records);
+    for (i, row) in reader.get_row_iter(None).map_err(not_parquet)?.enumerate() {
+        let row = row.map_err(not_parquet)?;
+        let label =
+            |column| integer(&row, column).ok_or_else(|| bad(format!("row {i} has no integer {column}")));
+        images.labels.push(check_labels(name, i, label("coarse_label")?, label("fine_label")?)?);
+        pngs.push(png(&row).ok_or_else(|| bad(format!("row {i} has no img.bytes")))?);
+    }
+    if pngs.len() != records {
+        return Err(bad(format!("it ends after {} of {records} rows", pngs.len())));
+    }
+    images.pixels.resize(records * PIXELS, 0);
+    images.pixels.par_chunks_exact_mut(PIXELS).zip(&pngs).enumerate().try_for_each(
+        |(i, (pixels, png))| {
+            let picture = image::load_from_memory_with_format(png.data(), ImageFormat::Png)
+                .map_err(|error| bad(format!("the picture of row {i} cannot be decoded: {error}")))?;
+            let (color, width, height) = (picture.color(), picture.width(), picture.height());
+            if color != ColorType::Rgb8 || [width, height] != [SIDE as u32; 2] {
+                let what = format!(
+                    "the picture of row {i} is {width}x{height} {color:?} instead of {SIDE}x{SIDE} Rgb8"
+                );
+                return Err(bad(what));
+            }
+            pixels.copy_from_slice(picture.as_bytes());
+            Ok(())
+        },
+    )?;
+    Ok(images)
+}
+
+fn column<'a>(row: &'a Row, name: &str) -> Option<&'a Field> {
+    row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field)
+}
+
+fn integer(row: &Row, name: &str) -> Option<i64> {
+    match column(row, name)? {
+        Field::Long(value) => Some(*value),
+        Field::Int(value) => Some((*value).into()),
+        _ => None,
+    }
+}
+
+fn png(row: &Row) -> Option<ByteArray> {
+    let Field::Group(group) = column(row, "img")? else { return None };
+    match column(group, "bytes")? {
+        Field::Bytes(bytes) => Some(bytes.clone()),
+        _ => None,
+    }
+}

@@ -1,0 +1,262 @@
+//! What the CPU kernels share: argument checks, slices of tensors, fixed chunks over threads, and
+//! run-time choice of the vector instructions.
+
+use crate::{Error, Quantizer, Result};
+use candle_core::{CpuStorage, DType, Layout, Shape, Storage, Tensor};
+use quant_core::Grid;
+use rayon::prelude::*;
+
+/// Elements per chunk: half of a small L2 cache, and enough work to be worth a task.
+pub(crate) const CHUNK: usize = 32 * 1024;
+
+/// The most parts that a reduction is cut in, whatever its size, and the elements of a part at least: each
+/// part leaves sums to add up in order.
+const MAX_PARTS: usize = 32;
+const MIN_PART: usize = 4 * CHUNK;
+
+/// The vector instructions that [`simd!`] compiles for, from the least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    /// What every machine of the architecture has.
+    Portable,
+    /// 256-bit vectors with fused multiply-add.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// 512-bit vectors.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Level {
+    /// The best level of this machine. (Detection is cached by the standard library.)
+    #[inline]
+    pub(crate) fn of_machine() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx2") && has!("fma") && has!("bmi2") {
+                let avx512 = has!("avx512f") && has!("avx512vl") && has!("avx512dq") && has!("avx512bw");
+                return if avx512 { Self::Avx512 } else { Self::Avx2 };
+            }
+        }
+        Self::Portable
+    }
+
+    /// The level to use: in tests, one below the machine's can be chosen.
+    #[cfg(not(test))]
+    #[inline]
+    pub(crate) fn current() -> Self {
+        Self::of_machine()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn current() -> Self {
+        crate::testing::level_limit().min(Self::of_machine())
+    }
+}
+
+/// Compiles a function's body once for each [`Level`] of vector instructions, and calls the best that the
+/// machine has. The loops in it vectorize by themselves; helpers must be `#[inline(always)]`.
+macro_rules! simd {
+    ($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,bmi2")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+            // SAFETY: a level is only chosen where the machine has its features.
+            #[allow(unsafe_code)]
+            match $crate::cpu::Level::current() {
+                $crate::cpu::Level::Portable => body($($arg),*),
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Level::Avx2 => unsafe { avx2($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Level::Avx512 => unsafe { avx512($($arg),*) },
+            }
+        }
+    };
+}
+pub(crate) use simd;
+
+/// The arguments of one operation, checked.
+pub(crate) struct Check(pub(crate) &'static str);
+
+impl Check {
+    /// The tensor, contiguous and `f32`.
+    pub(crate) fn float(&self, argument: &'static str, tensor: &Tensor) -> Result<Tensor> {
+        self.dtype(argument, tensor, DType::F32)
+    }
+
+    /// The tensor, contiguous and of a dtype.
+    pub(crate) fn dtype(&self, argument: &'static str, tensor: &Tensor, expected: DType) -> Result<Tensor> {
+        if tensor.dtype() != expected {
+            return Err(Error::DType { op: self.0, argument, found: tensor.dtype(), expected });
+        }
+        Ok(tensor.contiguous()?)
+    }
+
+    /// The error of a wrong shape.
+    pub(crate) fn shape(&self, argument: &'static str, tensor: &Tensor, expected: impl ToString) -> Error {
+        let expected = expected.to_string();
+        Error::Shape { op: self.0, argument, found: tensor.shape().clone(), expected }
+    }
+
+    /// The error of a setting that the operation does not support.
+    pub(crate) fn setting(&self, message: String) -> Error {
+        Error::Setting { op: self.0, message }
+    }
+
+    /// That a tensor has the given dimensions and is contiguous `f32`.
+    pub(crate) fn dims(&self, argument: &'static str, tensor: &Tensor, dims: &[usize]) -> Result<Tensor> {
+        if tensor.dims() != dims {
+            return Err(self.shape(argument, tensor, format!("{dims:?}")));
+        }
+        self.float(argument, tensor)
+    }
+
+    /// The `[N, H, W, C]` of a feature map.
+    pub(crate) fn map(
+        &self,
+        argument: &'static str,
+        tensor: &Tensor,
+    ) -> Result<(usize, usize, usize, usize)> {
+        match tensor.dims() {
+            &[n, h, w, c] if tensor.elem_count() > 0 => Ok((n, h, w, c)),
+            _ => Err(self.shape(argument, tensor, "[images, height, width, channels], none of them 0")),
+        }
+    }
+
+    /// The number of rows and channels of a tensor whose last dimension is the channel.
+    pub(crate) fn rows(&self, argument: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
+        match tensor.dims().last() {
+            Some(&c) if tensor.elem_count() > 0 => Ok((tensor.elem_count() / c, c)),
+            _ => Err(self.shape(argument, tensor, "[…, channels], not empty")),
+        }
+    }
+
+    /// That a quantizer's range is `[2]` and `f32`.
+    pub(crate) fn quantizer(&self, quant: Option<Quantizer<'_>>) -> Result<()> {
+        quant.map_or(Ok(()), |quant| self.dims("range", quant.range, &[2]).map(drop))
+    }
+}
+
+/// The elements of a contiguous `f32` tensor in a kernel.
+pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let all = storage.as_slice::<f32>()?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&all[start..end]),
+        None => candle_core::bail!("the kernel needs a contiguous tensor, found {layout:?}"),
+    }
+}
+
+/// The elements of a contiguous `f32` tensor that a kernel changes in place.
+pub(crate) fn slice_mut<'a>(
+    storage: &'a mut CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a mut [f32]> {
+    let CpuStorage::F32(all) = storage else { candle_core::bail!("the kernel needs an f32 tensor") };
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&mut all[start..end]),
+        None => candle_core::bail!("the kernel needs a contiguous tensor, found {layout:?}"),
+    }
+}
+
+/// The elements of a small tensor (per-channel values, a range) that a CPU kernel reads.
+pub(crate) fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(slice(storage, layout)?.to_vec()),
+        _ => candle_core::bail!("the tensors of one operation are on different devices"),
+    }
+}
+
+/// The grid of a quantizer, from its range tensor.
+pub(crate) fn grid(quant: Quantizer<'_>) -> candle_core::Result<Grid> {
+    let range = values(quant.range)?;
+    Ok(Grid::spanning(range[0], range[1], quant.bits))
+}
+
+/// What a kernel returns: its elements and their shape.
+pub(crate) fn output(
+    elements: Vec<f32>,
+    shape: impl Into<Shape>,
+) -> candle_core::Result<(CpuStorage, Shape)> {
+    Ok((CpuStorage::F32(elements), shape.into()))
+}
+
+/// `len` elements, computed in chunks of `chunk` (the last may be shorter) on all threads, and what
+/// `f(state, index of the chunk, chunk)` returns for each, in order. `state` is scratch memory made by
+/// `init`, reused from chunk to chunk. The chunks come zeroed. The vector has room for `spare` more.
+pub(crate) fn generate<S, R: Send>(
+    len: usize,
+    spare: usize,
+    chunk: usize,
+    init: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, usize, &mut [f32]) -> R + Sync + Send,
+) -> (Vec<f32>, Vec<R>) {
+    let mut elements = Vec::with_capacity(len + spare);
+    let run = |state: &mut S, (i, chunk): (usize, &mut [std::mem::MaybeUninit<f32>])| {
+        // Zeroing here, while the chunk is about to be in cache anyway, is what makes the slice safe to
+        // hand out, and costs much less than a pass of its own over the whole vector.
+        for element in chunk.iter_mut() {
+            element.write(0.0);
+        }
+        // SAFETY: all elements were just written.
+        #[allow(unsafe_code)]
+        let chunk = unsafe { chunk.assume_init_mut() };
+        f(state, i, chunk)
+    };
+    let chunks = &mut elements.spare_capacity_mut()[..len];
+    let results = if len <= CHUNK {
+        let mut state = init();
+        chunks.chunks_mut(chunk.max(1)).enumerate().map(|part| run(&mut state, part)).collect()
+    } else {
+        chunks.par_chunks_mut(chunk.max(1)).enumerate().map_init(init, run).collect()
+    };
+    // SAFETY: every one of the first `len` elements is in one of the chunks, which were all initialized.
+    #[allow(unsafe_code)]
+    unsafe {
+        elements.set_len(len);
+    }
+    (elements, results)
+}
+
+/// `len` elements computed in chunks by `f(index of the chunk, chunk)`; see [`generate`].
+pub(crate) fn fill(len: usize, chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> Vec<f32> {
+    generate(len, 0, chunk, || (), |(), i, chunk| f(i, chunk)).0
+}
+
+/// Cuts `rows` rows of `width` elements in parts that depend on these numbers alone, and gives what
+/// `f(rows of the part)` finds in each, in order.
+pub(crate) fn parts<R: Send>(
+    rows: usize,
+    width: usize,
+    f: impl Fn(std::ops::Range<usize>) -> R + Sync + Send,
+) -> Vec<R> {
+    let per_part = rows.div_ceil(MAX_PARTS).max(MIN_PART.div_ceil(width.max(1)));
+    let range = |part: usize| part * per_part..rows.min((part + 1) * per_part);
+    let count = rows.div_ceil(per_part);
+    if count <= 1 {
+        (0..count).map(|part| f(range(part))).collect()
+    } else {
+        (0..count).into_par_iter().with_max_len(1).map(|part| f(range(part))).collect()
+    }
+}
+
+/// Changes elements in place, in chunks over all threads: `f(index of the chunk's first element, chunk)`.
+pub(crate) fn change(elements: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    if elements.len() <= CHUNK {
+        f(0, elements);
+    } else {
+        elements.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| f(i * CHUNK, chunk));
+    }
+}

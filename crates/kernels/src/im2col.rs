@@ -1,0 +1,112 @@
+//! Patches of images as rows, which makes a `k×k` convolution a matrix product
+//! ([`crate::pointwise`]): for the stem.
+//!
+//! `y[n,oh,ow,(kh·k + kw)·C + c] = x[n, oh·s + kh − p, ow·s + kw − p, c]`, and 0 outside the image. The
+//! weight is a matrix `[k·k·C, Cout]` in that order. There is no input gradient: the input is the
+//! image, and nothing trains it. The weight's is `pointwise::grad_weight` of the patches.
+
+use crate::Result;
+use crate::cpu::{self, CHUNK, Check};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+
+/// The `kernel × kernel` patches of `x[N, H, W, C]`, `[N, Ho, Wo, kernel·kernel·C]`, with
+/// `Ho = (H + 2·padding − kernel) / stride + 1`.
+pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
+    let check = Check("im2col::forward");
+    let (_, h, w, _) = check.map("x", x)?;
+    if kernel == 0 || stride == 0 || h + 2 * padding < kernel || w + 2 * padding < kernel {
+        return Err(check.setting(format!(
+            "a kernel of {kernel} with stride {stride} and padding {padding} does not fit {h}×{w} images"
+        )));
+    }
+    Ok(check.float("x", x)?.apply_op1_no_bwd(&Forward { kernel, stride, padding })?)
+}
+
+struct Forward {
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+}
+
+impl CustomOp1 for Forward {
+    fn name(&self) -> &'static str {
+        "im2col-forward"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let &Self { kernel, stride, padding } = self;
+        let (n, h, w, c) = layout.shape().dims4()?;
+        let x = cpu::slice(x, layout)?;
+        let out = |size: usize| (size + 2 * padding - kernel) / stride + 1;
+        let (ho, wo, patch) = (out(h), out(w), kernel * kernel * c);
+        let rows_per_chunk = (CHUNK / (wo * patch)).max(1);
+        let y = cpu::fill(n * ho * wo * patch, rows_per_chunk * wo * patch, |i, chunk| {
+            for (row, y) in chunk.chunks_exact_mut(wo * patch).enumerate() {
+                let (image, oh) = ((i * rows_per_chunk + row) / ho, (i * rows_per_chunk + row) % ho);
+                for (ow, y) in y.chunks_exact_mut(patch).enumerate() {
+                    // The columns of the patch that lie in the image are contiguous in both.
+                    let first = (ow * stride).max(padding);
+                    let end = (ow * stride + kernel).min(w + padding);
+                    if first >= end {
+                        continue;
+                    }
+                    let skipped = first - ow * stride;
+                    let len = (end - first) * c;
+                    for (kh, y) in y.chunks_exact_mut(kernel * c).enumerate() {
+                        let ih = oh * stride + kh;
+                        if ih < padding || ih >= h + padding {
+                            continue;
+                        }
+                        let start = ((image * h + ih - padding) * w + first - padding) * c;
+                        y[skipped * c..][..len].copy_from_slice(&x[start..][..len]);
+                    }
+                }
+            }
+        });
+        cpu::output(y, (n, ho, wo, patch))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    /// The convolution by Candle, which is NCHW and wants the weight as `[Cout, C, k, k]`.
+    fn convolution(x: &Tensor, w: &Tensor, kernel: usize, stride: usize, padding: usize) -> Tensor {
+        let (c, outputs) = (x.dims()[3], w.dims()[1]);
+        let w = w.reshape((kernel, kernel, c, outputs)).unwrap().permute((3, 2, 0, 1)).unwrap();
+        let x = x.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap();
+        x.conv2d(&w.contiguous().unwrap(), padding, stride, 1, 1).unwrap().permute((0, 2, 3, 1)).unwrap()
+    }
+
+    #[test]
+    fn product_with_the_patches_is_convolution() {
+        for (n, h, w) in [(1, 3, 3), (2, 5, 8), (1, 9, 4), (3, 33, 30)] {
+            for (kernel, stride, padding) in
+                [(3, 1, 1), (3, 2, 1), (1, 1, 0), (3, 1, 0), (2, 2, 0), (3, 3, 2)]
+            {
+                for c in [1, 3, 7] {
+                    let context =
+                        format!("{n}×{h}×{w}×{c}, kernel {kernel}, stride {stride}, padding {padding}");
+                    let (x, weight) = (random(1, &[n, h, w, c]), random(2, &[kernel * kernel * c, 5]));
+                    let patches = forward(&x, kernel, stride, padding).unwrap();
+                    let y = crate::pointwise::forward(&patches, &weight).unwrap();
+                    assert_close(&y, &convolution(&x, &weight, kernel, stride, padding), 1e-5, &context);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_the_result() {
+        let x = random(1, &[6, 41, 40, 3]);
+        assert_same_on_threads(|| vec![forward(&x, 3, 2, 1).unwrap()]);
+    }
+
+    #[test]
+    fn kernels_that_do_not_fit_are_errors() {
+        let message = forward(&random(1, &[1, 2, 2, 3]), 3, 1, 0).unwrap_err().to_string();
+        assert!(message.contains("does not fit 2×2 images"), "{message}");
+    }
+}

@@ -1,0 +1,129 @@
+//! The numerical operations of a quantized network over Candle tensors, each in one file with its
+//! definition, its derivative, its kernels and its tests against a plain-Candle reference.
+//!
+//! Feature maps are NHWC (`[images, height, width, channels]`), everything is contiguous `f32`, and
+//! nothing uses Candle's autograd: a network owns its forward and backward passes and calls the
+//! functions here for both. Three promises hold for all of them:
+//!
+//! * **No host synchronization.** What a kernel needs (quantization ranges, statistics) it reads from
+//!   tensors; what it finds it returns as tensors.
+//! * **The same bits whatever the number of threads** and whatever the instruction set: work is cut in
+//!   pieces that depend on the shapes alone, and sums are combined in a fixed order. (Matrix products
+//!   are the exception on the second point: their blocking follows the machine's registers and caches.)
+//! * **Clear errors.** A wrong shape or dtype names the operation and the argument.
+//!
+//! The CPU kernels are [`candle_core::CustomOp1`] to `CustomOp3` and `InplaceOp`s, so that a CUDA kernel
+//! has its place (`cuda_fwd`) beside each.
+
+mod cpu;
+pub mod depthwise;
+pub mod im2col;
+pub mod loss;
+pub mod norm;
+pub mod pointwise;
+pub mod pool;
+pub mod quantize;
+pub mod residual;
+pub mod sgd;
+#[cfg(test)]
+mod testing;
+
+use candle_core::{DType, Shape, Tensor};
+use quant_core::Bits;
+use serde::{Deserialize, Serialize};
+
+/// The activation function `φ` after a normalization.
+///
+/// Each is a clamp to an interval, which is how the kernels compute it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `φ(x) = x`.
+    Identity,
+    /// `φ(x) = max(x, 0)`.
+    Relu,
+    /// `φ(x) = min(max(x, 0), 6)`.
+    Relu6,
+}
+
+impl Activation {
+    /// The interval that the activation clamps to.
+    pub const fn bounds(self) -> (f32, f32) {
+        match self {
+            Self::Identity => (f32::NEG_INFINITY, f32::INFINITY),
+            Self::Relu => (0.0, f32::INFINITY),
+            Self::Relu6 => (0.0, 6.0),
+        }
+    }
+
+    /// `φ(x)`; NaN stays NaN.
+    pub fn apply(self, x: f32) -> f32 {
+        clamp(x, self.bounds())
+    }
+
+    /// Whether `φ'(x) = 1`: strictly inside the interval. Elsewhere, the kinks included, it is 0, as in
+    /// PyTorch.
+    pub fn passes(self, x: f32) -> bool {
+        let (lo, hi) = self.bounds();
+        lo < x && x < hi
+    }
+}
+
+/// `x` clamped to `(lo, hi)`, NaN staying NaN, in two vector instructions.
+#[inline(always)]
+fn clamp(x: f32, (lo, hi): (f32, f32)) -> f32 {
+    let x = if x < lo { lo } else { x };
+    if x > hi { hi } else { x }
+}
+
+/// A uniform fake quantizer of a tensor: the grid is [`quant_core::Grid::spanning`] of the range.
+#[derive(Clone, Copy, Debug)]
+pub struct Quantizer<'a> {
+    /// The range, `[2] = (lo, hi)`.
+    pub range: &'a Tensor,
+    /// The bit width.
+    pub bits: Bits,
+}
+
+/// What can be wrong with a call of an operation.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An argument has the wrong shape.
+    #[error("{op}: {argument} has shape {found:?}, expected {expected}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// The argument.
+        argument: &'static str,
+        /// Its shape.
+        found: Shape,
+        /// The shape it should have.
+        expected: String,
+    },
+    /// An argument has the wrong dtype.
+    #[error("{op}: {argument} is {found:?}, expected {expected:?}")]
+    DType {
+        /// The operation.
+        op: &'static str,
+        /// The argument.
+        argument: &'static str,
+        /// Its dtype.
+        found: DType,
+        /// The dtype it should have.
+        expected: DType,
+    },
+    /// A setting is outside what the operation supports.
+    #[error("{op}: {message}")]
+    Setting {
+        /// The operation.
+        op: &'static str,
+        /// What was found and what is supported.
+        message: String,
+    },
+    /// Candle could not do its part.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// The result of an operation.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,184 @@
+//! Softmax cross-entropy with label smoothing.
+//!
+//! With `p = softmax(logits)` and the target `t = (1 − ε)·onehot(label) + ε/K` (PyTorch's convention),
+//! the loss of an image is `−Σ_k t_k·ln p_k`, and that of the batch its mean, so the gradient is
+//! `(p − t)/N`.
+
+use crate::Result;
+use crate::cpu::{self, CHUNK, Check};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
+
+/// What [`softmax_cross_entropy`] finds.
+#[derive(Clone, Debug)]
+pub struct Loss {
+    /// The mean loss of the batch, a scalar.
+    pub loss: Tensor,
+    /// The gradient of the mean loss with respect to the logits, `[N, K]`.
+    pub grad: Tensor,
+    /// How many images have their largest logit (the first of equals) at the label: an `f32` scalar, so
+    /// that it can be summed with the losses.
+    pub correct: Tensor,
+}
+
+/// The mean cross-entropy of `logits[N, K]` against `labels[N]` (`u32`), its gradient, and the number of
+/// images classified correctly.
+///
+/// # Errors
+/// A label that is not below `K`, and wrong shapes.
+pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Loss> {
+    let check = Check("loss::softmax_cross_entropy");
+    let (n, k) = match logits.dims() {
+        &[n, k] if n > 0 && k > 0 => (n, k),
+        _ => return Err(check.shape("logits", logits, "[images, classes]")),
+    };
+    if labels.dims() != [n] {
+        return Err(check.shape("labels", labels, format!("[{n}]")));
+    }
+    let labels = check.dtype("labels", labels, DType::U32)?;
+    // One tensor comes out of an operation: the gradient, then the loss and the number of correct ones.
+    let all = check.float("logits", logits)?.apply_op2_no_bwd(&labels, &Forward { smoothing })?;
+    Ok(Loss {
+        loss: all.narrow(0, n * k, 1)?.reshape(())?,
+        grad: all.narrow(0, 0, n * k)?.reshape((n, k))?,
+        correct: all.narrow(0, n * k + 1, 1)?.reshape(())?,
+    })
+}
+
+struct Forward {
+    smoothing: f64,
+}
+
+/// Writes the gradient of one image's loss (`scale` times it), and gives the loss and whether the image
+/// is classified correctly.
+fn image(logits: &[f32], label: usize, smoothing: f64, scale: f64, grad: &mut [f32]) -> (f64, bool) {
+    let mut best = 0;
+    for (i, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = i;
+        }
+    }
+    let max = f64::from(logits[best]);
+    let spread = smoothing / logits.len() as f64;
+    let (mut sum, mut total) = (0.0, 0.0);
+    for logit in logits {
+        let shifted = f64::from(*logit) - max;
+        sum += shifted.exp();
+        total += shifted;
+    }
+    for (grad, logit) in grad.iter_mut().zip(logits) {
+        *grad = (((f64::from(*logit) - max).exp() / sum - spread) * scale) as f32;
+    }
+    let p = (f64::from(logits[label]) - max).exp() / sum;
+    grad[label] = ((p - spread - (1.0 - smoothing)) * scale) as f32;
+    // −Σ t·(shifted − ln sum), where the targets sum to 1.
+    let at_label = f64::from(logits[label]) - max;
+    (sum.ln() - (1.0 - smoothing) * at_label - spread * total, best == label)
+}
+
+impl CustomOp2 for Forward {
+    fn name(&self) -> &'static str {
+        "softmax-cross-entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        layout: &Layout,
+        labels: &CpuStorage,
+        labels_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (n, k) = layout.shape().dims2()?;
+        let logits = cpu::slice(logits, layout)?;
+        let labels = &labels.as_slice::<u32>()?[labels_layout.start_offset()..][..n];
+        if let Some(label) = labels.iter().find(|label| **label as usize >= k) {
+            candle_core::bail!("label {label} is outside the {k} classes");
+        }
+        let images = (CHUNK / 8 / k).max(1);
+        let (mut all, found) = cpu::generate(
+            n * k,
+            2,
+            images * k,
+            || (),
+            |(), i, grad| {
+                let first = i * images;
+                let (mut loss, mut correct) = (0.0, 0usize);
+                for (j, grad) in grad.chunks_exact_mut(k).enumerate() {
+                    let row = first + j;
+                    let logits = &logits[row * k..][..k];
+                    let (l, c) = image(logits, labels[row] as usize, self.smoothing, 1.0 / n as f64, grad);
+                    loss += l;
+                    correct += usize::from(c);
+                }
+                (loss, correct)
+            },
+        );
+        let (loss, correct) = found.into_iter().fold((0.0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        all.extend([(loss / n as f64) as f32, correct as f32]);
+        let len = all.len();
+        cpu::output(all, len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    fn labels(n: usize, k: usize) -> Tensor {
+        let labels: Vec<u32> = (0..n).map(|i| (i * 7 % k) as u32).collect();
+        Tensor::new(labels, &candle_core::Device::Cpu).unwrap()
+    }
+
+    fn reference(logits: &Tensor, labels: &Tensor, smoothing: f64) -> candle_core::Result<Tensor> {
+        let (n, k) = logits.dims2()?;
+        let log_p = candle_nn::ops::log_softmax(logits, 1)?;
+        let at_label = log_p.gather(&labels.unsqueeze(1)?, 1)?.sum_all()?;
+        ((at_label * (smoothing - 1.0))? - (log_p.sum_all()? * (smoothing / k as f64))?)? / n as f64
+    }
+
+    #[test]
+    fn loss_and_gradient_match_the_reference() {
+        for (n, k) in [(1, 2), (1, 100), (5, 3), (200, 100), (64, 1000)] {
+            for smoothing in [0.0, 0.1] {
+                let context = format!("{n}×{k}, smoothing {smoothing}");
+                let logits = (random(1, &[n, k]) * 5.0).unwrap();
+                let labels = labels(n, k);
+                let found = softmax_cross_entropy(&logits, &labels, smoothing).unwrap();
+                let reference = |inputs: &[Tensor]| reference(&inputs[0], &labels, smoothing);
+                assert_close(&found.loss, &reference(std::slice::from_ref(&logits)).unwrap(), 1e-6, &context);
+                let one = Tensor::new(1f32, logits.device()).unwrap();
+                assert_gradients(&[&logits], &one, reference, &[&found.grad], &context);
+                let best = logits.argmax(1).unwrap().eq(&labels).unwrap();
+                let best = best.to_dtype(DType::F32).unwrap().sum_all().unwrap();
+                assert_eq!(elements(&found.correct), elements(&best));
+            }
+        }
+    }
+
+    #[test]
+    fn huge_logits_stay_finite_and_ties_go_to_the_first() {
+        let logits =
+            Tensor::new(&[[3e38f32, -3e38, 0.0], [1.0, 1.0, 0.0]], &candle_core::Device::Cpu).unwrap();
+        let labels = Tensor::new(&[0u32, 1], &candle_core::Device::Cpu).unwrap();
+        let found = softmax_cross_entropy(&logits, &labels, 0.0).unwrap();
+        assert!(elements(&found.grad).iter().all(|g| g.is_finite()));
+        assert!(found.loss.to_scalar::<f32>().unwrap().is_finite());
+        assert_eq!(found.correct.to_scalar::<f32>().unwrap(), 1.0);
+    }
+
+    #[test]
+    fn labels_outside_the_classes_are_errors() {
+        let labels = Tensor::new(&[0u32, 3], &candle_core::Device::Cpu).unwrap();
+        let message = softmax_cross_entropy(&random(1, &[2, 3]), &labels, 0.0).unwrap_err().to_string();
+        assert!(message.contains("label 3 is outside the 3 classes"), "{message}");
+    }
+
+    #[test]
+    fn threads_do_not_change_the_result() {
+        let (logits, labels) = (random(1, &[500, 100]), labels(500, 100));
+        assert_same_on_threads(|| {
+            let found = softmax_cross_entropy(&logits, &labels, 0.1).unwrap();
+            vec![found.loss, found.grad, found.correct]
+        });
+    }
+}

@@ -1,0 +1,247 @@
+//! Fake quantization of a tensor, and the estimation of its range.
+//!
+//! With the [`Grid`](quant_core::Grid) over the range `(lo, hi)`: `y = Q(x)`, the grid's value nearest
+//! to `x`; the straight-through gradient `∂x = ∂y` where `x` rounds to one of the levels without being
+//! clamped, else 0.
+
+use crate::cpu::{self, CHUNK, Check, simd};
+use crate::{Quantizer, Result};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Shape, Tensor};
+use quant_core::Grid;
+
+/// `Q(x)`, of the shape of `x`.
+pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
+    let check = Check("quantize::forward");
+    check.quantizer(Some(quant))?;
+    Ok(check.float("x", x)?.apply_op1_no_bwd(&Forward(quant))?)
+}
+
+/// The straight-through gradient: `gy` where the quantizer does not clamp `x`, else 0.
+pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
+    let check = Check("quantize::backward");
+    check.quantizer(Some(quant))?;
+    let gy = check.dims("gy", gy, x.dims())?;
+    Ok(check.float("x", x)?.apply_op2_no_bwd(&gy, &Backward(quant))?)
+}
+
+/// The smallest and the largest element, `[2]`.
+pub fn min_max(x: &Tensor) -> Result<Tensor> {
+    let check = Check("quantize::min_max");
+    if x.elem_count() == 0 {
+        return Err(check.shape("x", x, "at least one element"));
+    }
+    Ok(check.float("x", x)?.apply_op1_no_bwd(&MinMax)?)
+}
+
+/// Moves a range towards that of a batch, in place: `range += momentum · (batch − range)`. A momentum
+/// of 1 sets it.
+pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()> {
+    let check = Check("quantize::update_range");
+    check.dims("range", range, &[2])?;
+    let batch = check.dims("batch", batch, &[2])?;
+    Ok(range.inplace_op2(&batch, &UpdateRange(momentum as f32))?)
+}
+
+struct Forward<'a>(Quantizer<'a>);
+
+simd! {
+    fn fake(x: &[f32], y: &mut [f32], grid: &Grid) {
+        let grid = *grid;
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = grid.fake(*x);
+        }
+    }
+}
+
+impl CustomOp1 for Forward<'_> {
+    fn name(&self) -> &'static str {
+        "quantize-forward"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = cpu::slice(x, layout)?;
+        let grid = cpu::grid(self.0)?;
+        let y = cpu::fill(x.len(), CHUNK, |i, y| fake(&x[i * CHUNK..][..y.len()], y, &grid));
+        cpu::output(y, layout.shape())
+    }
+}
+
+struct Backward<'a>(Quantizer<'a>);
+
+simd! {
+    fn mask(x: &[f32], gy: &[f32], gx: &mut [f32], grid: &Grid) {
+        let grid = *grid;
+        for ((gx, gy), x) in gx.iter_mut().zip(gy).zip(x) {
+            *gx = if grid.passes(*x) { *gy } else { 0.0 };
+        }
+    }
+}
+
+impl CustomOp2 for Backward<'_> {
+    fn name(&self) -> &'static str {
+        "quantize-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        gy: &CpuStorage,
+        gy_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (x, gy) = (cpu::slice(x, layout)?, cpu::slice(gy, gy_layout)?);
+        let grid = cpu::grid(self.0)?;
+        let gx = cpu::fill(x.len(), CHUNK, |i, gx| {
+            let (start, len) = (i * CHUNK, gx.len());
+            mask(&x[start..][..len], &gy[start..][..len], gx, &grid);
+        });
+        cpu::output(gx, layout.shape())
+    }
+}
+
+struct MinMax;
+
+simd! {
+    fn extremes(x: &[f32]) -> (f32, f32) {
+        // Independent lanes, so that the loop vectorizes.
+        const LANES: usize = 64;
+        let (mut lo, mut hi) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        for x in x.chunks(LANES) {
+            for ((lo, hi), &x) in lo.iter_mut().zip(&mut hi).zip(x) {
+                *lo = if x < *lo { x } else { *lo };
+                *hi = if x > *hi { x } else { *hi };
+            }
+        }
+        (lo.iter().fold(f32::INFINITY, |a, &b| a.min(b)), hi.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)))
+    }
+}
+
+impl CustomOp1 for MinMax {
+    fn name(&self) -> &'static str {
+        "quantize-min-max"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = cpu::slice(x, layout)?;
+        let (lo, hi) = cpu::parts(x.len(), 1, |part| extremes(&x[part]))
+            .into_iter()
+            .fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
+        cpu::output(vec![lo, hi], 2)
+    }
+}
+
+struct UpdateRange(f32);
+
+impl InplaceOp2 for UpdateRange {
+    fn name(&self) -> &'static str {
+        "quantize-update-range"
+    }
+
+    fn cpu_fwd(
+        &self,
+        range: &mut CpuStorage,
+        layout: &Layout,
+        batch: &CpuStorage,
+        batch_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (range, batch) = (cpu::slice_mut(range, layout)?, cpu::slice(batch, batch_layout)?);
+        for (range, batch) in range.iter_mut().zip(batch) {
+            *range += self.0 * (batch - *range);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use quant_core::Bits;
+    use std::collections::BTreeSet;
+
+    fn bits(bits: u32) -> Bits {
+        Bits::new(bits).unwrap()
+    }
+
+    /// Quantization by plain Candle operations.
+    fn reference(x: &Tensor, lo: f64, hi: f64, levels: f64) -> candle_core::Result<Tensor> {
+        let step = (hi - lo) / levels;
+        let zero_point = (-lo / step).round_ties_even();
+        let level = ((x / step)?.round()? + zero_point)?.clamp(0.0, levels)?;
+        (level - zero_point)? * step
+    }
+
+    #[test]
+    fn matches_plain_candle_and_the_grid() {
+        for (lo, hi) in [(0.0f32, 0.75), (-0.5, 0.25), (-0.9, 0.9)] {
+            for b in 2..=8 {
+                // More than a chunk, and no multiple of a vector.
+                let x = random(1, &[3, 10_007, 2]);
+                let gy = random(2, x.dims());
+                let range = tensor(&[lo, hi]);
+                let quant = Quantizer { range: &range, bits: bits(b) };
+                let grid = Grid::new(lo, hi, bits(b)).unwrap();
+                let (y, gx) = (forward(&x, quant).unwrap(), backward(&x, &gy, quant).unwrap());
+                let expected = reference(&x, lo.into(), hi.into(), f64::from(bits(b).max_level())).unwrap();
+                // Where x is halfway between two levels, rounding in another precision may differ.
+                let unequal =
+                    elements(&y).iter().zip(elements(&expected)).filter(|(a, b)| (**a - b).abs() > 1e-6);
+                assert!(unequal.count() <= 20, "[{lo}, {hi}] at {b} bits");
+                let all = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let (x, y, gy, gx) = (all(&x), all(&y), all(&gy), all(&gx));
+                for i in 0..x.len() {
+                    assert_eq!(y[i].to_bits(), grid.fake(x[i]).to_bits(), "{}", x[i]);
+                    assert_eq!(gx[i], if grid.passes(x[i]) { gy[i] } else { 0.0 }, "{}", x[i]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn levels_zero_and_idempotence() {
+        let x = random(1, &[5000]);
+        let range = tensor(&[-0.3, 0.8]);
+        for b in 2..=8 {
+            let quant = Quantizer { range: &range, bits: bits(b) };
+            let y = forward(&x, quant).unwrap();
+            let levels: BTreeSet<u64> = elements(&y).iter().map(|y| (y + 0.0).to_bits()).collect();
+            assert_eq!(levels.len(), 1 << b);
+            assert!(levels.contains(&0.0f64.to_bits()));
+            assert_eq!(elements(&forward(&y, quant).unwrap()), elements(&y));
+        }
+        let zeros = Tensor::zeros(7, candle_core::DType::F32, x.device()).unwrap();
+        let quant = Quantizer { range: &range, bits: bits(3) };
+        assert_eq!(elements(&forward(&zeros, quant).unwrap()), [0.0; 7]);
+    }
+
+    #[test]
+    fn extremes() {
+        for len in [1, 7, 64, 100, 300_000] {
+            let x = random(len as u64, &[len]);
+            let found = elements(&min_max(&x).unwrap());
+            let expected = elements(&x);
+            assert_eq!(found[0], expected.iter().copied().fold(f64::INFINITY, f64::min));
+            assert_eq!(found[1], expected.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+        }
+        assert!(min_max(&random(1, &[0])).is_err());
+    }
+
+    #[test]
+    fn ranges_move_in_place() {
+        let (range, batch) = (tensor(&[0.0, 2.0]), tensor(&[-1.0, 4.0]));
+        update_range(&range, &batch, 0.5).unwrap();
+        assert_eq!(elements(&range), [-0.5, 3.0]);
+        update_range(&range, &batch, 1.0).unwrap();
+        assert_eq!(elements(&range), [-1.0, 4.0]);
+        assert!(update_range(&tensor(&[1.0]), &batch, 0.5).is_err());
+    }
+
+    #[test]
+    fn same_bits_everywhere() {
+        let (x, gy, range) = (random(1, &[300_001]), random(2, &[300_001]), tensor(&[-0.4, 0.7]));
+        let quant = Quantizer { range: &range, bits: bits(4) };
+        assert_same_everywhere(|| {
+            vec![forward(&x, quant).unwrap(), backward(&x, &gy, quant).unwrap(), min_max(&x).unwrap()]
+        });
+    }
+}

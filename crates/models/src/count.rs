@@ -1,0 +1,65 @@
+//! Multiply–accumulates and weights, counted as the paper counts them (method section 5).
+
+use crate::Network;
+
+/// Counts of one convolution or of the classifier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Name of the unit, or `head`.
+    pub name: String,
+    /// Filters (output channels).
+    pub filters: usize,
+    /// Weights, without biases and normalization.
+    pub weights: u64,
+    /// Multiply–accumulates for one image.
+    pub macs: u64,
+}
+
+impl Network {
+    /// Counts of every convolution and of the classifier, in order.
+    pub fn layers(&self) -> Vec<Layer> {
+        let [mut h, mut w, _] = self.input;
+        let mut layers = Vec::with_capacity(self.units.len() + 1);
+        for unit in &self.units {
+            (h, w) = (unit.kernel.output_size(h), unit.kernel.output_size(w));
+            // Every weight is used once for every position of the output.
+            let weights = unit.weight.elem_count() as u64;
+            let macs = weights * (h * w) as u64;
+            layers.push(Layer { name: unit.name.clone(), filters: unit.filters(), weights, macs });
+        }
+        let weights = self.head.weight.elem_count() as u64;
+        layers.push(Layer { name: "head".into(), filters: self.classes(), weights, macs: weights });
+        layers
+    }
+
+    /// Multiply–accumulates of the convolutions and the classifier for one image.
+    pub fn macs(&self) -> u64 {
+        self.layers().iter().map(|l| l.macs).sum()
+    }
+
+    /// Weights of the convolutions and the classifier: what "weights pruned %" is a share of.
+    pub fn weights(&self) -> u64 {
+        self.layers().iter().map(|l| l.weights).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Input, MobileNet, Version};
+    use candle_core::Device;
+
+    fn check(config: MobileNet, macs: u64) {
+        let network = config.init(0, &Device::Cpu).unwrap();
+        assert_eq!(network.macs(), macs, "{config:?}");
+    }
+
+    /// The paper's figures, cut to whole or tenth millions there: 147.2, 510, 313.
+    #[test]
+    fn macs_of_the_papers_networks_to_the_unit() {
+        check(MobileNet::new(Version::V2, Input::Cifar, 100), 147_240_960);
+        check(MobileNet::new(Version::V1, Input::Cifar, 100), 510_840_832);
+        let v2 = MobileNet::new(Version::V2, Input::Imagenet, 1000);
+        check(v2, 313_619_328);
+        check(MobileNet { first_expansion: false, ..v2 }, 300_774_272);
+    }
+}

@@ -1,0 +1,57 @@
+//! One [`Network`] for MobileNetV1 and V2: forward and backward passes, counts, files.
+//!
+//! A network is a plain ordered list of [`Unit`]s (convolution, normalization, activation, quantizer)
+//! with residual spans over it and a classifier behind it. Training, MAC counting, pruning, folding
+//! and equalization all read this one structure; both MobileNets are values of it
+//! ([`MobileNet::init`]), not code of their own.
+
+#![forbid(unsafe_code)]
+
+mod count;
+mod file;
+mod mobilenet;
+mod network;
+mod pass;
+mod quantization;
+
+pub use count::Layer;
+pub use file::Extras;
+pub use mobilenet::{Input, MobileNet, Version};
+pub use network::{BatchNorm, Head, Kernel, Network, Norm, Parameter, Residual, Role, Unit};
+pub use pass::{Gradients, Step, Tape};
+pub use quantization::{ActivationQuantizer, Fold, Quantization, WeightQuantizer};
+
+/// What can go wrong with a network.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] kernels::Error),
+    /// A quantizer's settings are not usable.
+    #[error(transparent)]
+    Quantizer(#[from] quant_core::Error),
+    /// The structure is not one that the passes can run.
+    #[error("network {network}, {place}: {problem}")]
+    Structure {
+        /// Name of the network.
+        network: String,
+        /// The unit or span concerned.
+        place: String,
+        /// What was found and what was expected.
+        problem: String,
+    },
+    /// A network file could not be read or written.
+    #[error("network file {path}: {problem}")]
+    File {
+        /// The file.
+        path: String,
+        /// What was found, what was expected, what to do.
+        problem: String,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,206 @@
+use crate::{BatchNorm, Head, Kernel, Network, Norm, Residual, Result, Unit};
+use candle_core::{Device, Tensor};
+use kernels::Activation;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+/// Which MobileNet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Version {
+    /// MobileNetV1 (Howard et al. 2017): 13 depthwise separable blocks.
+    #[serde(rename = "mobilenet_v1")]
+    V1,
+    /// MobileNetV2 (Sandler et al. 2018): 17 inverted residual blocks.
+    #[serde(rename = "mobilenet_v2")]
+    V2,
+}
+
+impl Version {
+    /// The name in the paper's tables and ours.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "mobilenet_v1",
+            Self::V2 => "mobilenet_v2",
+        }
+    }
+}
+
+/// The image size the strides are laid out for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Input {
+    /// 32 × 32, with the strides that give the paper's MAC counts on CIFAR-100.
+    Cifar,
+    /// 224 × 224, the usual strides.
+    Imagenet,
+}
+
+/// Which MobileNet to build. `MobileNet::new` has the defaults of the paper's networks.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MobileNet {
+    /// V1 or V2.
+    pub version: Version,
+    /// CIFAR or ImageNet strides.
+    pub input: Input,
+    /// Number of classes.
+    pub classes: usize,
+    /// Width multiplier; channels are rounded to multiples of 8, never by more than a tenth down.
+    /// V2's last pointwise layer is never narrower than 1280.
+    pub width: f64,
+    /// V2: whether the first block (expansion factor 1) has its 1×1 expansion too. The paper's MAC
+    /// counts need it; torchvision's weights lack it.
+    pub first_expansion: bool,
+    /// φ after every convolution but V2's projections.
+    pub activation: Activation,
+}
+
+impl MobileNet {
+    /// The paper's network: width 1, the first expansion present, ReLU6.
+    pub fn new(version: Version, input: Input, classes: usize) -> Self {
+        Self { version, input, classes, width: 1.0, first_expansion: true, activation: Activation::Relu6 }
+    }
+
+    /// The network with fresh parameters drawn from `seed`: He-normal over the fan-out for
+    /// convolutions (as torchvision does it, groups not counted), N(0, 0.01²) for the classifier,
+    /// γ = 1, everything else 0.
+    pub fn init(&self, seed: u64, device: &Device) -> Result<Network> {
+        let side = match self.input {
+            Input::Cifar => 32,
+            Input::Imagenet => 224,
+        };
+        let mut b = Builder {
+            units: Vec::new(),
+            residuals: Vec::new(),
+            channels: 3,
+            random: Normal(ChaCha8Rng::seed_from_u64(seed)),
+            device: device.clone(),
+        };
+        match self.version {
+            Version::V1 => self.build_v1(&mut b)?,
+            Version::V2 => self.build_v2(&mut b)?,
+        }
+        let weight = b.random.tensor(&[b.channels, self.classes], 0.01, device)?;
+        let network = Network {
+            name: self.version.name().into(),
+            input: [side, side, 3],
+            input_quantizer: None,
+            units: b.units,
+            residuals: b.residuals,
+            head: Head {
+                input_quantizer: None,
+                weight,
+                weight_quantizer: None,
+                bias: Tensor::zeros(self.classes, candle_core::DType::F32, device)?,
+            },
+            epsilon: 1e-5,
+        };
+        network.validate()?;
+        Ok(network)
+    }
+
+    fn scaled(&self, channels: usize) -> usize {
+        let exact = channels as f64 * self.width;
+        let rounded = (((exact + 4.0) / 8.0).floor() as usize * 8).max(8);
+        if (rounded as f64) < 0.9 * exact { rounded + 8 } else { rounded }
+    }
+
+    fn build_v1(&self, b: &mut Builder) -> Result<()> {
+        let channels = [64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024];
+        // On CIFAR only the 12th block has stride 2 (16×16 → 8×8): the choice that gives 510.84 M.
+        let strides = match self.input {
+            Input::Cifar => [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1],
+            Input::Imagenet => [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1],
+        };
+        b.unit("stem", Kernel::Full { size: 3, stride: 2 }, self.scaled(32), self.activation)?;
+        for (i, (c, stride)) in channels.into_iter().zip(strides).enumerate() {
+            let input = b.channels;
+            b.unit(format!("blocks.{i}.depthwise"), Kernel::Depthwise { stride }, input, self.activation)?;
+            b.unit(format!("blocks.{i}.pointwise"), Kernel::Pointwise, self.scaled(c), self.activation)?;
+        }
+        Ok(())
+    }
+
+    fn build_v2(&self, b: &mut Builder) -> Result<()> {
+        let stages = [(1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)];
+        // On CIFAR two of the seven stages halve the map (8×8 at the end): 147.24 M.
+        let (stem, strides) = match self.input {
+            Input::Cifar => (1, [1, 2, 2, 1, 1, 1, 1]),
+            Input::Imagenet => (2, [1, 2, 2, 2, 1, 2, 1]),
+        };
+        b.unit("stem", Kernel::Full { size: 3, stride: stem }, self.scaled(32), self.activation)?;
+        let mut block = 0;
+        for ((expansion, c, repeats), stage_stride) in stages.into_iter().zip(strides) {
+            for repeat in 0..repeats {
+                let stride = if repeat == 0 { stage_stride } else { 1 };
+                let (input, output, shortcut) = (b.channels, self.scaled(c), b.units.len() - 1);
+                let name = |part: &str| format!("blocks.{block}.{part}");
+                if expansion > 1 || self.first_expansion {
+                    b.unit(name("expand"), Kernel::Pointwise, input * expansion, self.activation)?;
+                }
+                b.unit(name("depthwise"), Kernel::Depthwise { stride }, input * expansion, self.activation)?;
+                b.unit(name("project"), Kernel::Pointwise, output, Activation::Identity)?;
+                if stride == 1 && input == output {
+                    b.residuals.push(Residual { from: shortcut, to: b.units.len() - 1 });
+                }
+                block += 1;
+            }
+        }
+        let last = self.scaled(1280).max(1280);
+        b.unit("last", Kernel::Pointwise, last, self.activation)?;
+        Ok(())
+    }
+}
+
+struct Builder {
+    units: Vec<Unit>,
+    residuals: Vec<Residual>,
+    channels: usize,
+    random: Normal,
+    device: Device,
+}
+
+impl Builder {
+    fn unit(
+        &mut self,
+        name: impl Into<String>,
+        kernel: Kernel,
+        filters: usize,
+        activation: Activation,
+    ) -> Result<()> {
+        let (shape, taps) = match kernel {
+            Kernel::Full { size, .. } => (vec![size * size * self.channels, filters], size * size),
+            Kernel::Depthwise { .. } => (vec![3, 3, filters], 9),
+            Kernel::Pointwise => (vec![self.channels, filters], 1),
+        };
+        let deviation = (2.0 / (taps * filters) as f64).sqrt();
+        self.units.push(Unit {
+            name: name.into(),
+            kernel,
+            weight: self.random.tensor(&shape, deviation, &self.device)?,
+            weight_quantizer: None,
+            norm: Norm::Batch(BatchNorm::init(filters, &self.device)?),
+            activation,
+            output_quantizer: None,
+        });
+        self.channels = filters;
+        Ok(())
+    }
+}
+
+/// Normally distributed tensors from a seeded generator (Box–Muller).
+struct Normal(ChaCha8Rng);
+
+impl Normal {
+    fn tensor(&mut self, shape: &[usize], deviation: f64, device: &Device) -> Result<Tensor> {
+        let values: Vec<f32> = (0..shape.iter().product())
+            .map(|_| {
+                let (u, v): (f64, f64) = (1.0 - self.0.random::<f64>(), self.0.random());
+                (deviation * (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+            })
+            .collect();
+        Ok(Tensor::from_vec(values, shape, device)?)
+    }
+}

@@ -1,0 +1,366 @@
+use crate::{ActivationQuantizer, Error, Result, WeightQuantizer};
+use candle_core::{Device, Tensor};
+use kernels::Activation;
+use serde::{Deserialize, Serialize};
+
+/// A convolutional network for images, in NHWC and float32.
+///
+/// Unit `i` reads the output of unit `i − 1` (unit 0 the image); a [`Residual`] adds an earlier
+/// output to a later one; the [`Head`] averages the last unit's output over space and classifies.
+#[derive(Debug)]
+pub struct Network {
+    /// What it is, e.g. `mobilenet_v2`; part of every result row.
+    pub name: String,
+    /// Height, width and channels of an input image.
+    pub input: [usize; 3],
+    /// Quantizer of the input image.
+    pub input_quantizer: Option<ActivationQuantizer>,
+    /// The convolutions in order.
+    pub units: Vec<Unit>,
+    /// The residual additions, ordered by their end.
+    pub residuals: Vec<Residual>,
+    /// Global average pooling and classifier.
+    pub head: Head,
+    /// ε of every batch normalization; also the default pruning threshold τ (method section 2).
+    pub epsilon: f64,
+}
+
+/// One convolution with what follows it: `Q(φ(norm(x ∗ w)))`.
+#[derive(Debug)]
+pub struct Unit {
+    /// Unique name, e.g. `blocks.3.depthwise`.
+    pub name: String,
+    /// The kind of convolution.
+    pub kernel: Kernel,
+    /// Weights, output channels last: `[k·k·C_in, C_out]` (full, rows in the order kh, kw, c),
+    /// `[3, 3, C]` (depthwise), `[C_in, C_out]` (pointwise).
+    pub weight: Tensor,
+    /// Quantizer of the weights.
+    pub weight_quantizer: Option<WeightQuantizer>,
+    /// Batch normalization, or the bias that is left after folding it.
+    pub norm: Norm,
+    /// φ. Must be the identity where a residual ends.
+    pub activation: Activation,
+    /// Quantizer of the unit's output. Where a residual ends it is applied once, to the sum: the
+    /// addition itself is not rounded, and whatever reads the sum (the next convolution and a
+    /// later shortcut alike) reads the quantized one.
+    pub output_quantizer: Option<ActivationQuantizer>,
+}
+
+/// The kind of a unit's convolution. Padding is `(k − 1)/2` zeros on every side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kernel {
+    /// Every input channel to every output channel, `size × size`; only for the first unit.
+    Full {
+        /// Side of the kernel.
+        size: usize,
+        /// Step between outputs.
+        stride: usize,
+    },
+    /// One 3×3 filter a channel.
+    Depthwise {
+        /// Step between outputs.
+        stride: usize,
+    },
+    /// 1×1: a matrix product over the channels.
+    Pointwise,
+}
+
+impl Kernel {
+    /// Step between outputs.
+    pub fn stride(self) -> usize {
+        match self {
+            Self::Full { stride, .. } | Self::Depthwise { stride } => stride,
+            Self::Pointwise => 1,
+        }
+    }
+
+    /// Height or width of the output for one of the input.
+    pub fn output_size(self, input: usize) -> usize {
+        (input - 1) / self.stride() + 1
+    }
+}
+
+/// What stands between the convolution and the activation.
+#[derive(Debug)]
+pub enum Norm {
+    /// Batch normalization.
+    Batch(BatchNorm),
+    /// A bias `[C]`: batch normalization has been folded into the weights.
+    Bias(Tensor),
+}
+
+/// Batch normalization; each tensor is `[C]`.
+#[derive(Debug)]
+pub struct BatchNorm {
+    /// Scale γ, learned.
+    pub gamma: Tensor,
+    /// Shift β, learned.
+    pub beta: Tensor,
+    /// Running mean μ: moving average with momentum 0.1.
+    pub mean: Tensor,
+    /// Running variance V: moving average, momentum 0.1, of the unbiased batch variance (N/(N−1)),
+    /// as in PyTorch. This is what τ is compared with.
+    pub variance: Tensor,
+}
+
+/// The output of unit `from` is added to that of unit `to` (before `to`'s quantizer).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Residual {
+    /// Index of the unit whose output is the shortcut.
+    pub from: usize,
+    /// Index of the unit whose output becomes the sum.
+    pub to: usize,
+}
+
+/// Global average pooling, then a linear classifier.
+#[derive(Debug)]
+pub struct Head {
+    /// Quantizer of the pooled features.
+    pub input_quantizer: Option<ActivationQuantizer>,
+    /// `[C, classes]`.
+    pub weight: Tensor,
+    /// Quantizer of the weights.
+    pub weight_quantizer: Option<WeightQuantizer>,
+    /// `[classes]`; float in every setting.
+    pub bias: Tensor,
+}
+
+/// What a parameter is, for the weight-decay setting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Convolution or classifier weights.
+    Weight,
+    /// γ, β or a bias.
+    NormOrBias,
+}
+
+/// One learned tensor. It shares its storage with the network's own, so that an optimizer can
+/// update it in place.
+pub struct Parameter {
+    /// `unit.weight`, `unit.gamma`, …
+    pub name: String,
+    /// The tensor itself.
+    pub tensor: Tensor,
+    /// What it is.
+    pub role: Role,
+}
+
+impl Unit {
+    /// Number of filters (output channels).
+    pub fn filters(&self) -> usize {
+        *self.weight.dims().last().expect("weights have at least two dimensions")
+    }
+
+    /// Number of input channels.
+    pub fn input_channels(&self) -> usize {
+        match self.kernel {
+            Kernel::Full { size, .. } => self.weight.dims()[0] / (size * size),
+            Kernel::Depthwise { .. } => self.filters(),
+            Kernel::Pointwise => self.weight.dims()[0],
+        }
+    }
+
+    /// The batch normalization, unless it has been folded.
+    pub fn batch_norm(&self) -> Option<&BatchNorm> {
+        match &self.norm {
+            Norm::Batch(norm) => Some(norm),
+            Norm::Bias(_) => None,
+        }
+    }
+}
+
+impl BatchNorm {
+    /// γ = 1, β = 0, μ = 0, V = 1.
+    pub(crate) fn init(channels: usize, device: &Device) -> Result<Self> {
+        let ones = || Tensor::ones(channels, candle_core::DType::F32, device);
+        let zeros = || Tensor::zeros(channels, candle_core::DType::F32, device);
+        Ok(Self { gamma: ones()?, beta: zeros()?, mean: zeros()?, variance: ones()? })
+    }
+
+    /// The affine map of the running statistics, `(γ/√(V+ε), β − μγ/√(V+ε))`, each `[C]`.
+    pub fn affine(&self, epsilon: f64) -> Result<(Tensor, Tensor)> {
+        let scale = self.scale(epsilon)?;
+        let shift = (&self.beta - (&self.mean * &scale)?)?;
+        Ok((scale, shift))
+    }
+
+    /// `γ/√(V+ε)` of the running variance.
+    pub fn scale(&self, epsilon: f64) -> Result<Tensor> {
+        Ok((&self.gamma / (&self.variance + epsilon)?.sqrt()?)?)
+    }
+}
+
+impl Network {
+    /// The device that holds the network.
+    pub fn device(&self) -> &Device {
+        self.head.weight.device()
+    }
+
+    /// Number of classes.
+    pub fn classes(&self) -> usize {
+        self.head.bias.dims()[0]
+    }
+
+    /// The shortcut that ends at unit `to`.
+    pub fn residual_into(&self, to: usize) -> Option<usize> {
+        self.residuals.iter().find(|r| r.to == to).map(|r| r.from)
+    }
+
+    /// An error about a place in this network.
+    pub fn structure_error(&self, place: impl Into<String>, problem: impl Into<String>) -> Error {
+        Error::Structure { network: self.name.clone(), place: place.into(), problem: problem.into() }
+    }
+
+    /// Checks what the passes rely on: channels that match, residuals over equal shapes and
+    /// identities, a full convolution only in front.
+    pub fn validate(&self) -> Result<()> {
+        let mut channels = self.input[2];
+        for (i, unit) in self.units.iter().enumerate() {
+            if unit.input_channels() != channels {
+                let found = unit.input_channels();
+                return Err(self.structure_error(
+                    &unit.name,
+                    format!("reads {found} channels, but {channels} come in"),
+                ));
+            }
+            if i > 0 && matches!(unit.kernel, Kernel::Full { .. }) {
+                return Err(self.structure_error(&unit.name, "only the first unit may be a full convolution"));
+            }
+            channels = unit.filters();
+        }
+        for r in &self.residuals {
+            let (Some(from), Some(to)) = (self.units.get(r.from), self.units.get(r.to)) else {
+                return Err(self.structure_error(format!("{r:?}"), "names a unit that does not exist"));
+            };
+            if r.from >= r.to || from.filters() != to.filters() || to.activation != Activation::Identity {
+                return Err(self.structure_error(
+                    format!("residual {} → {}", from.name, to.name),
+                    format!(
+                        "must run forward over equal channels to a unit without activation; found {} → {} channels, {:?}",
+                        from.filters(), to.filters(), to.activation
+                    ),
+                ));
+            }
+        }
+        for (i, r) in self.residuals.iter().enumerate() {
+            if self.residuals[..i].iter().any(|other| other.from == r.from || other.to == r.to) {
+                return Err(self.structure_error(format!("{r:?}"), "begins or ends where another residual does"));
+            }
+        }
+        if self.head.weight.dims()[0] != channels {
+            let found = self.head.weight.dims()[0];
+            return Err(self.structure_error("head", format!("reads {found} channels, but {channels} come in")));
+        }
+        Ok(())
+    }
+
+    /// Every learned tensor, in a fixed order; gradients come in the same order.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let mut all = Vec::new();
+        let mut push = |name: String, tensor: &Tensor, role| {
+            all.push(Parameter { name, tensor: tensor.clone(), role });
+        };
+        for unit in &self.units {
+            push(format!("{}.weight", unit.name), &unit.weight, Role::Weight);
+            match &unit.norm {
+                Norm::Batch(norm) => {
+                    push(format!("{}.gamma", unit.name), &norm.gamma, Role::NormOrBias);
+                    push(format!("{}.beta", unit.name), &norm.beta, Role::NormOrBias);
+                }
+                Norm::Bias(bias) => push(format!("{}.bias", unit.name), bias, Role::NormOrBias),
+            }
+        }
+        push("head.weight".into(), &self.head.weight, Role::Weight);
+        push("head.bias".into(), &self.head.bias, Role::NormOrBias);
+        all
+    }
+
+    /// Every tensor with its name: parameters, running statistics and quantizer ranges.
+    pub fn tensors(&self) -> Vec<(String, &Tensor)> {
+        let mut all = Vec::new();
+        if let Some(q) = &self.input_quantizer {
+            all.push(("input.range".to_string(), &q.range));
+        }
+        for unit in &self.units {
+            let name = &unit.name;
+            all.push((format!("{name}.weight"), &unit.weight));
+            match &unit.norm {
+                Norm::Batch(norm) => {
+                    all.push((format!("{name}.gamma"), &norm.gamma));
+                    all.push((format!("{name}.beta"), &norm.beta));
+                    all.push((format!("{name}.mean"), &norm.mean));
+                    all.push((format!("{name}.variance"), &norm.variance));
+                }
+                Norm::Bias(bias) => all.push((format!("{name}.bias"), bias)),
+            }
+            if let Some(q) = &unit.output_quantizer {
+                all.push((format!("{name}.range"), &q.range));
+            }
+        }
+        if let Some(q) = &self.head.input_quantizer {
+            all.push(("head.range".to_string(), &q.range));
+        }
+        all.push(("head.weight".to_string(), &self.head.weight));
+        all.push(("head.bias".to_string(), &self.head.bias));
+        all
+    }
+
+    /// The same network with every tensor replaced by `f` of it.
+    fn map(&self, f: &mut dyn FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        let quantizer = |place: &str, q: &Option<ActivationQuantizer>, f: &mut dyn FnMut(&str, &Tensor) -> Result<Tensor>| {
+            q.as_ref()
+                .map(|q| Ok::<_, Error>(ActivationQuantizer { range: f(&format!("{place}.range"), &q.range)?, ..*q }))
+                .transpose()
+        };
+        let input_quantizer = quantizer("input", &self.input_quantizer, f)?;
+        let mut units = Vec::with_capacity(self.units.len());
+        for unit in &self.units {
+            let name = &unit.name;
+            units.push(Unit {
+                name: name.clone(),
+                kernel: unit.kernel,
+                weight: f(&format!("{name}.weight"), &unit.weight)?,
+                weight_quantizer: unit.weight_quantizer,
+                norm: match &unit.norm {
+                    Norm::Batch(norm) => Norm::Batch(BatchNorm {
+                        gamma: f(&format!("{name}.gamma"), &norm.gamma)?,
+                        beta: f(&format!("{name}.beta"), &norm.beta)?,
+                        mean: f(&format!("{name}.mean"), &norm.mean)?,
+                        variance: f(&format!("{name}.variance"), &norm.variance)?,
+                    }),
+                    Norm::Bias(bias) => Norm::Bias(f(&format!("{name}.bias"), bias)?),
+                },
+                activation: unit.activation,
+                output_quantizer: quantizer(name, &unit.output_quantizer, f)?,
+            });
+        }
+        let head = Head {
+            input_quantizer: quantizer("head", &self.head.input_quantizer, f)?,
+            weight: f("head.weight", &self.head.weight)?,
+            weight_quantizer: self.head.weight_quantizer,
+            bias: f("head.bias", &self.head.bias)?,
+        };
+        Ok(Self {
+            name: self.name.clone(),
+            input: self.input,
+            input_quantizer,
+            units,
+            residuals: self.residuals.clone(),
+            head,
+            epsilon: self.epsilon,
+        })
+    }
+
+    /// A copy that shares no storage with this one: an optimizer updates parameters in place, so a
+    /// shallow copy would be trained along.
+    pub fn duplicate(&self) -> Result<Self> {
+        self.map(&mut |_, t| Ok(t.copy()?))
+    }
+
+    /// A copy on `device`.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.map(&mut |_, t| Ok(if t.device().same_device(device) { t.copy()? } else { t.to_device(device)? }))
+    }
+}

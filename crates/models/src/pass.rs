@@ -1,0 +1,304 @@
+//! The forward and backward passes: a tape of what each unit's gradient needs, walked back once.
+
+use crate::{ActivationQuantizer, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
+use candle_core::Tensor;
+use kernels::{Quantizer, depthwise, im2col, norm, pointwise, pool, quantize, residual};
+
+/// Momentum of the running statistics of batch normalization, as in PyTorch.
+const NORM_MOMENTUM: f64 = 0.1;
+
+/// How a training step updates the network's moving averages.
+#[derive(Debug, Clone, Copy)]
+pub struct Step {
+    /// Share by which a batch moves the activation ranges.
+    pub range_momentum: f64,
+}
+
+/// Gradients of the mean loss, in the order of [`Network::parameters`].
+pub type Gradients = Vec<Tensor>;
+
+/// What one unit's backward pass needs.
+struct Record {
+    /// The unit's input.
+    input: Tensor,
+    /// The convolution's output.
+    z: Tensor,
+    /// The weights that the convolution used, and how they came about.
+    weight: UsedWeight,
+    affine: Affine,
+    /// Where a residual ends: the normalized output and the shortcut, before their sum.
+    summands: Option<(Tensor, Tensor)>,
+}
+
+/// The normalization as the forward pass applied it.
+enum Affine {
+    Batch { mean: Tensor, inv_std: Tensor },
+    Bias,
+}
+
+/// The weights as the products see them.
+struct UsedWeight {
+    value: Tensor,
+    /// The tensor that was quantized and its range, if it was.
+    quantized: Option<(Tensor, Tensor)>,
+}
+
+/// What the forward pass leaves for the backward pass.
+pub struct Tape {
+    records: Vec<Record>,
+    /// Height and width before pooling.
+    pooled_from: (usize, usize),
+    /// The pooled features before and after their quantizer.
+    features: (Tensor, Tensor),
+    head_weight: UsedWeight,
+}
+
+impl UsedWeight {
+    /// The weights `[…, C]` after their quantizer; `scale` `[C]` is the folding factor.
+    fn new(weight: &Tensor, quantizer: Option<WeightQuantizer>, scale: Option<&Tensor>) -> Result<Self> {
+        let Some(WeightQuantizer { bits, folded }) = quantizer else {
+            return Ok(Self { value: weight.clone(), quantized: None });
+        };
+        let scale = scale.filter(|_| folded);
+        let original = match scale {
+            Some(scale) => weight.broadcast_mul(scale)?,
+            None => weight.clone(),
+        };
+        let range = quantize::min_max(&original)?;
+        let mut value = quantize::forward(&original, Quantizer { range: &range, bits })?;
+        if let Some(scale) = scale {
+            // A scale of 0 stands for a filter whose γ is 0: its weights are 0 already.
+            let divisor = (scale + scale.eq(0.0)?.to_dtype(scale.dtype())?)?;
+            value = value.broadcast_div(&divisor)?;
+        }
+        Ok(Self { value, quantized: Some((original, range)) })
+    }
+
+    /// The gradient for the network's own weights: straight through, where not clamped. The folding
+    /// factor is held constant, so it cancels.
+    fn gradient(&self, gradient: Tensor, quantizer: Option<WeightQuantizer>) -> Result<Tensor> {
+        match (&self.quantized, quantizer) {
+            (Some((original, range)), Some(WeightQuantizer { bits, .. })) => {
+                Ok(quantize::backward(original, &gradient, Quantizer { range, bits })?)
+            }
+            _ => Ok(gradient),
+        }
+    }
+}
+
+fn convolve(kernel: Kernel, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    Ok(match kernel {
+        // Rows are gathered anew in the backward pass: keeping them would cost nine inputs.
+        Kernel::Full { size, stride } => {
+            pointwise::forward(&im2col::forward(input, size, stride, (size - 1) / 2)?, weight)?
+        }
+        Kernel::Depthwise { stride } => depthwise::forward(input, weight, stride)?,
+        Kernel::Pointwise => pointwise::forward(input, weight)?,
+    })
+}
+
+impl Unit {
+    /// The weights as the products see them, quantized if the unit says so; batch normalization's
+    /// running statistics give the folding factor.
+    fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
+        let scale = match (self.weight_quantizer, &self.norm) {
+            (Some(WeightQuantizer { folded: true, .. }), Norm::Batch(norm)) => Some(norm.scale(epsilon)?),
+            _ => None,
+        };
+        UsedWeight::new(&self.weight, self.weight_quantizer, scale.as_ref())
+    }
+}
+
+fn kernel_of(quantizer: &Option<ActivationQuantizer>) -> Option<Quantizer<'_>> {
+    quantizer.as_ref().filter(|q| q.ready).map(ActivationQuantizer::kernel)
+}
+
+fn fake_quantize(x: &Tensor, quantizer: &Option<ActivationQuantizer>) -> Result<Tensor> {
+    match kernel_of(quantizer) {
+        Some(q) => Ok(quantize::forward(x, q)?),
+        None => Ok(x.clone()),
+    }
+}
+
+impl Network {
+    /// The logits `[N, classes]` of images `[N, H, W, C]`, with the running statistics and the
+    /// ranges as they are. Quantizers whose range has never been set pass values through.
+    pub fn forward(&self, images: &Tensor) -> Result<Tensor> {
+        self.forward_observed(images, &mut |_, _, _| Ok(()))
+    }
+
+    /// [`Network::forward`], showing every unit's convolution output `z` and final output `y`
+    /// (after activation, residual and quantizer) to `observe(unit, z, y)`.
+    pub fn forward_observed(
+        &self,
+        images: &Tensor,
+        observe: &mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        let mut x = fake_quantize(images, &self.input_quantizer)?;
+        // Only what a residual will still read is kept.
+        let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
+        for (i, unit) in self.units.iter().enumerate() {
+            let z = convolve(unit.kernel, &x, &unit.used_weight(self.epsilon)?.value)?;
+            let (scale, shift) = match &unit.norm {
+                Norm::Batch(norm) => norm.affine(self.epsilon)?,
+                Norm::Bias(bias) => (bias.ones_like()?, bias.clone()),
+            };
+            let quantizer = kernel_of(&unit.output_quantizer);
+            x = match self.residual_into(i) {
+                Some(from) => {
+                    let y = norm::forward(&z, &scale, &shift, unit.activation, None)?;
+                    let shortcut = shortcuts[from].take().expect("kept when it was made");
+                    residual::add_quantize(&y, &shortcut, quantizer)?
+                }
+                None => norm::forward(&z, &scale, &shift, unit.activation, quantizer)?,
+            };
+            observe(i, &z, &x)?;
+            if self.residuals.iter().any(|r| r.from == i) {
+                shortcuts[i] = Some(x.clone());
+            }
+        }
+        let features = fake_quantize(&pool::global_average(&x)?, &self.head.input_quantizer)?;
+        let weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer, None)?;
+        Ok(pointwise::forward(&features, &weight.value)?.broadcast_add(&self.head.bias)?)
+    }
+
+    /// A training forward pass: batch statistics (where normalization is live), moving averages of
+    /// statistics and ranges updated. Gives the logits and the tape for [`Network::backward`].
+    pub fn forward_train(&mut self, images: &Tensor, step: Step) -> Result<(Tensor, Tape)> {
+        let epsilon = self.epsilon;
+        if let Some(q) = &mut self.input_quantizer {
+            q.observe(&quantize::min_max(images)?, step.range_momentum)?;
+        }
+        let mut x = fake_quantize(images, &self.input_quantizer)?;
+        let residuals = self.residuals.clone();
+        let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
+        let mut records = Vec::with_capacity(self.units.len());
+        for (i, unit) in self.units.iter_mut().enumerate() {
+            let weight = unit.used_weight(epsilon)?;
+            let z = convolve(unit.kernel, &x, &weight.value)?;
+            // With a bias the statistics serve only the range, so they are not taken in float.
+            let stats = match (&unit.norm, &unit.output_quantizer) {
+                (Norm::Bias(_), None) => None,
+                _ => Some(norm::channel_stats(&z)?),
+            };
+            let (affine, scale, shift) = match (&mut unit.norm, &stats) {
+                (Norm::Batch(norm), Some(stats)) => {
+                    let inv_std = (&stats.variance + epsilon)?.sqrt()?.recip()?;
+                    let scale = (&norm.gamma * &inv_std)?;
+                    let shift = (&norm.beta - (&stats.mean * &scale)?)?;
+                    let count = z.elem_count() / z.dim(candle_core::D::Minus1)?;
+                    let unbiased = (&stats.variance * (count as f64 / (count.max(2) - 1) as f64))?;
+                    norm.mean = moving_average(&norm.mean, &stats.mean, NORM_MOMENTUM)?;
+                    norm.variance = moving_average(&norm.variance, &unbiased, NORM_MOMENTUM)?;
+                    (Affine::Batch { mean: stats.mean.clone(), inv_std }, scale, shift)
+                }
+                (Norm::Bias(bias), _) => (Affine::Bias, bias.ones_like()?, bias.clone()),
+                (Norm::Batch(_), None) => unreachable!("live normalization always takes statistics"),
+            };
+            let from = residuals.iter().find(|r| r.to == i).map(|r| r.from);
+            let (output, summands) = if let Some(from) = from {
+                let y = norm::forward(&z, &scale, &shift, unit.activation, None)?;
+                let shortcut = shortcuts[from].take().expect("kept when it was made");
+                let sum = residual::add_quantize(&y, &shortcut, None)?;
+                if let Some(q) = &mut unit.output_quantizer {
+                    q.observe(&quantize::min_max(&sum)?, step.range_momentum)?;
+                }
+                (fake_quantize(&sum, &unit.output_quantizer)?, Some((y, shortcut)))
+            } else {
+                if let (Some(q), Some(stats)) = (&mut unit.output_quantizer, &stats) {
+                    let extremes = norm::output_range(stats, &scale, &shift, unit.activation)?;
+                    q.observe(&extremes, step.range_momentum)?;
+                }
+                let quantizer = kernel_of(&unit.output_quantizer);
+                (norm::forward(&z, &scale, &shift, unit.activation, quantizer)?, None)
+            };
+            if residuals.iter().any(|r| r.from == i) {
+                shortcuts[i] = Some(output.clone());
+            }
+            let input = std::mem::replace(&mut x, output);
+            records.push(Record { input, z, weight, affine, summands });
+        }
+        let (_, h, w, _) = x.dims4()?;
+        let pooled = pool::global_average(&x)?;
+        if let Some(q) = &mut self.head.input_quantizer {
+            q.observe(&quantize::min_max(&pooled)?, step.range_momentum)?;
+        }
+        let features = fake_quantize(&pooled, &self.head.input_quantizer)?;
+        let head_weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer, None)?;
+        let logits = pointwise::forward(&features, &head_weight.value)?.broadcast_add(&self.head.bias)?;
+        Ok((logits, Tape { records, pooled_from: (h, w), features: (pooled, features), head_weight }))
+    }
+
+    /// The gradients of every parameter from that of the logits `[N, classes]`.
+    pub fn backward(&self, tape: Tape, logits: &Tensor) -> Result<Gradients> {
+        let Tape { mut records, pooled_from: (h, w), features: (pooled, features), head_weight } = tape;
+        // Collected from the last parameter to the first.
+        let mut gradients = Vec::new();
+        gradients.push(logits.sum(0)?);
+        let weight = pointwise::grad_weight(&features, logits)?;
+        gradients.push(head_weight.gradient(weight, self.head.weight_quantizer)?);
+        let mut g = pointwise::grad_input(logits, &head_weight.value)?;
+        if let Some(q) = kernel_of(&self.head.input_quantizer) {
+            g = quantize::backward(&pooled, &g, q)?;
+        }
+        g = pool::backward(&g, h, w)?;
+
+        let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
+        for (i, unit) in self.units.iter().enumerate().rev() {
+            let Record { input, z, weight, affine, summands } =
+                records.pop().expect("one record for every unit");
+            if let Some(shortcut) = shortcuts[i].take() {
+                g = residual::add_quantize(&g, &shortcut, None)?;
+            }
+            let mut quantizer = kernel_of(&unit.output_quantizer);
+            if let (Some((y, shortcut)), Some(from)) = (summands, self.residual_into(i)) {
+                g = residual::backward(&y, &shortcut, &g, quantizer)?;
+                shortcuts[from] = Some(g.clone());
+                quantizer = None;
+            }
+            let gz = match (&unit.norm, affine) {
+                (Norm::Batch(norm), Affine::Batch { mean, inv_std }) => {
+                    let all = norm::backward_batch(
+                        &z, &g, &norm.gamma, &norm.beta, &mean, &inv_std, unit.activation, quantizer,
+                    )?;
+                    gradients.push(all.beta);
+                    gradients.push(all.gamma);
+                    all.z
+                }
+                (Norm::Bias(bias), _) => {
+                    let (gz, shift) =
+                        norm::backward_affine(&z, &g, &bias.ones_like()?, bias, unit.activation, quantizer)?;
+                    gradients.push(shift);
+                    gz
+                }
+                (Norm::Batch(_), Affine::Bias) => unreachable!("recorded by this network"),
+            };
+            drop(z);
+            let weight_gradient = match unit.kernel {
+                Kernel::Full { size, stride } => {
+                    pointwise::grad_weight(&im2col::forward(&input, size, stride, (size - 1) / 2)?, &gz)?
+                }
+                Kernel::Depthwise { stride } => depthwise::grad_weight(&input, &gz, stride)?,
+                Kernel::Pointwise => pointwise::grad_weight(&input, &gz)?,
+            };
+            gradients.push(weight.gradient(weight_gradient, unit.weight_quantizer)?);
+            if i > 0 {
+                g = match unit.kernel {
+                    Kernel::Depthwise { stride } => {
+                        let (_, h, w, _) = input.dims4()?;
+                        depthwise::grad_input(&gz, &weight.value, stride, (h, w))?
+                    }
+                    _ => pointwise::grad_input(&gz, &weight.value)?,
+                };
+            }
+        }
+        gradients.reverse();
+        Ok(gradients)
+    }
+}
+
+/// `old + momentum·(new − old)`.
+fn moving_average(old: &Tensor, new: &Tensor, momentum: f64) -> Result<Tensor> {
+    Ok((old + ((new - old)? * momentum)?)?)
+}
+

@@ -1,0 +1,210 @@
+use crate::analysis::quantize;
+use crate::{Constants, Error, Group, Result, groups};
+use candle_core::Tensor;
+use models::{BatchNorm, Kernel, Network, Norm, Unit};
+use serde::{Deserialize, Serialize};
+
+/// Pruning for quantization: which filters count as constant, and whether their constants are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PfQ {
+    /// τ: filters whose running variance is below it go. `None` stands for the ε of the network's
+    /// batch normalization, so that the method has no parameter of its own.
+    pub threshold: Option<f64>,
+    /// Whether the readers of a removed channel take up its constant. `false` is the paper's
+    /// "PfQ (w/o bias correction)".
+    pub bias_correction: bool,
+}
+
+impl Default for PfQ {
+    fn default() -> Self {
+        Self { threshold: None, bias_correction: true }
+    }
+}
+
+/// What pruning did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// τ as used.
+    pub threshold: f64,
+    /// One entry for every unit, in order.
+    pub layers: Vec<LayerReport>,
+    /// Conv and classifier weights before.
+    pub weights_before: u64,
+    /// Conv and classifier weights after.
+    pub weights_after: u64,
+    /// Multiply–accumulates of one image before.
+    pub macs_before: u64,
+    /// Multiply–accumulates of one image after.
+    pub macs_after: u64,
+    /// Channels tied by residuals that are low in some, but not in all of their producers: they stay.
+    pub low_in_part: usize,
+    /// Channels that stay although everything that reads them reads a constant, because a layer
+    /// must keep one channel.
+    pub kept_as_last: usize,
+}
+
+/// What pruning did to one unit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// Name of the unit.
+    pub name: String,
+    /// Filters before.
+    pub filters: usize,
+    /// Filters whose running variance was below τ.
+    pub low: usize,
+    /// Filters that went. More than `low` where the rest of the channel's chain was low.
+    pub removed: usize,
+}
+
+impl Report {
+    /// Weights pruned, in percent of `whole`: the weights of the network before any pruning.
+    pub fn weights_pruned_percent(&self, whole: u64) -> f64 {
+        100.0 * (1.0 - self.weights_after as f64 / whole as f64)
+    }
+}
+
+impl PfQ {
+    /// The pruned network, and what was done. The tensors of `network` are not changed.
+    ///
+    /// A channel is removed from its whole [`Group`] if every reader outside of the group reads a
+    /// constant there. For pointwise → depthwise → pointwise chains that is: the producer's or the
+    /// depthwise filter's variance is low. For channels tied by residuals: every producer is low.
+    ///
+    /// # Errors
+    /// When weights are quantized already, or τ is not positive.
+    pub fn apply(&self, network: &Network) -> Result<(Network, Report)> {
+        let threshold = self.threshold.unwrap_or(network.epsilon);
+        if !(threshold.is_finite() && threshold > 0.0) {
+            return Err(Error::Threshold(threshold));
+        }
+        if let Some(unit) = network.units.iter().find(|u| u.weight_quantizer.is_some()) {
+            return Err(Error::QuantizedWeights(unit.name.clone()));
+        }
+        let constants = Constants::find(network, threshold)?;
+        let mut pruned = network.duplicate()?;
+        let mut low_in_part = 0;
+        let mut kept_as_last = 0;
+        // keep[i][j]: channel j of unit i's output stays.
+        let mut keep: Vec<Vec<bool>> = network.units.iter().map(|u| vec![true; u.filters()]).collect();
+        for group in groups(network) {
+            let first = group.units[0];
+            let mut stays: Vec<bool> = (0..network.units[first].filters())
+                .map(|j| group.read.iter().any(|&i| constants.output[i][j].is_none()))
+                .collect();
+            if !stays.contains(&true) {
+                stays[most_varied(network, &group)?] = true;
+                kept_as_last += 1;
+            }
+            if group.tied {
+                let low = |j: usize| group.units.iter().any(|&i| constants.low[i][j]);
+                low_in_part += (0..stays.len()).filter(|&j| stays[j] && low(j)).count();
+            }
+            for &i in &group.units {
+                keep[i] = stays.clone();
+            }
+        }
+
+        for i in 0..network.units.len() {
+            self.shrink_input(&mut pruned, i, &keep[i], &constants.output[i])?;
+            shrink_filters(&mut pruned.units[i], &keep[i])?;
+        }
+        pruned.validate()?;
+
+        let count = |flags: &[bool], wanted: bool| flags.iter().filter(|&&f| f == wanted).count();
+        let layers = (network.units.iter().zip(&constants.low).zip(&keep))
+            .map(|((unit, low), keep)| LayerReport {
+                name: unit.name.clone(),
+                filters: unit.filters(),
+                low: count(low, true),
+                removed: count(keep, false),
+            })
+            .collect();
+        let report = Report {
+            threshold,
+            layers,
+            weights_before: network.weights(),
+            weights_after: pruned.weights(),
+            macs_before: network.macs(),
+            macs_after: pruned.macs(),
+            low_in_part,
+            kept_as_last,
+        };
+        Ok((pruned, report))
+    }
+
+    /// Removes from what reads unit `i`'s output the slices of the channels that go, with bias
+    /// correction: `μ ← μ − Σ_j w_j a_j` where the reader is normalized, `b ← b + Σ_j w_j a_j` where it
+    /// has a bias. A depthwise reader shares the channels and needs nothing here.
+    fn shrink_input(&self, network: &mut Network, i: usize, keep: &[bool], constants: &[Option<f32>]) -> Result<()> {
+        if keep.iter().all(|&k| k) {
+            return Ok(());
+        }
+        let mut lost: Vec<Option<f32>> =
+            keep.iter().zip(constants).map(|(&k, &c)| if k { None } else { c }).collect();
+        let contribution = |weight: &Tensor, lost: &[Option<f32>]| -> Result<Tensor> {
+            let lost: Vec<f32> = lost.iter().map(|c| c.unwrap_or(0.0)).collect();
+            let lost = Tensor::from_vec(lost, (1, keep.len()), weight.device())?;
+            Ok(lost.matmul(weight)?.squeeze(0)?)
+        };
+        match network.units.get_mut(i + 1) {
+            Some(Unit { kernel: Kernel::Depthwise { .. }, .. }) => {}
+            Some(reader) => {
+                if self.bias_correction {
+                    let shift = contribution(&reader.weight, &lost)?;
+                    match &mut reader.norm {
+                        Norm::Batch(norm) => norm.mean = (&norm.mean - shift)?,
+                        Norm::Bias(bias) => *bias = (&*bias + shift)?,
+                    }
+                }
+                reader.weight = select(&reader.weight, keep, 0)?;
+            }
+            None => {
+                let head = &mut network.head;
+                if self.bias_correction {
+                    quantize(&mut lost, &head.input_quantizer)?;
+                    head.bias = (&head.bias + contribution(&head.weight, &lost)?)?;
+                }
+                head.weight = select(&head.weight, keep, 0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The channel of `group` with the largest running variance in any of its normalized units.
+fn most_varied(network: &Network, group: &Group) -> Result<usize> {
+    let mut best = (0, f32::NEG_INFINITY);
+    for &i in &group.units {
+        if let Some(norm) = network.units[i].batch_norm() {
+            for (j, v) in norm.variance.to_vec1::<f32>()?.into_iter().enumerate() {
+                if v > best.1 {
+                    best = (j, v);
+                }
+            }
+        }
+    }
+    Ok(best.0)
+}
+
+/// Removes the filters that go from a unit's own tensors.
+fn shrink_filters(unit: &mut Unit, keep: &[bool]) -> Result<()> {
+    unit.weight = select(&unit.weight, keep, unit.weight.rank() - 1)?;
+    unit.norm = match &unit.norm {
+        Norm::Batch(norm) => Norm::Batch(BatchNorm {
+            gamma: select(&norm.gamma, keep, 0)?,
+            beta: select(&norm.beta, keep, 0)?,
+            mean: select(&norm.mean, keep, 0)?,
+            variance: select(&norm.variance, keep, 0)?,
+        }),
+        Norm::Bias(bias) => Norm::Bias(select(bias, keep, 0)?),
+    };
+    Ok(())
+}
+
+/// The slices of `tensor` along `dim` that stay.
+fn select(tensor: &Tensor, keep: &[bool], dim: usize) -> Result<Tensor> {
+    let indices: Vec<u32> = (0..keep.len() as u32).filter(|&j| keep[j as usize]).collect();
+    let indices = Tensor::new(indices, tensor.device())?;
+    Ok(tensor.contiguous()?.index_select(&indices, dim)?)
+}

@@ -1,0 +1,34 @@
+//! Bit widths, quantization grids and batch-norm folding: the arithmetic, without tensors.
+//!
+//! A fake-quantized value is `level × step` (shifted by an integer zero point), so the levels can be
+//! read back as integers at any time. Everything here is scalar; [`Grid`] is what the kernels apply
+//! to whole tensors.
+
+#![forbid(unsafe_code)]
+
+mod bits;
+mod fold;
+mod grid;
+
+pub use bits::{Bits, Precision};
+pub use fold::{fold_scale, fold_shift};
+pub use grid::Grid;
+
+/// What can be wrong with a quantizer's settings.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// The bit width is outside 2…8 (and not the 32 that stands for float).
+    #[error("bit width {0} is not supported: use 2 to 8, or 32 for no quantization")]
+    Bits(u32),
+    /// A range with a bound that is not finite, or with the lower bound above the upper.
+    #[error(
+        "quantization range [{lo}, {hi}] is not usable: both bounds must be finite and in order; \
+         a diverged training run (NaN or infinity) is the usual cause"
+    )]
+    Range {
+        /// Lower bound found.
+        lo: f32,
+        /// Upper bound found.
+        hi: f32,
+    },
+}

@@ -1,0 +1,385 @@
+//! The report as Markdown and as plain text: one document, two ways to write it.
+
+use std::collections::BTreeSet;
+
+use crate::names::{FLOAT, bits_label, dataset_label, is_synthetic, method_label, model_label, table_label};
+use crate::paper::Paper;
+use crate::row::Row;
+use crate::stats::{Paired, Summary, paired, summarize};
+
+/// What a report says about its rows besides the rows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Context {
+    /// The heading.
+    pub title: String,
+    /// The exact command that made the rows.
+    pub command: String,
+    /// The profile of settings.
+    pub profile: String,
+    /// The data.
+    pub dataset: String,
+    /// What the reader should know, each a sentence or more.
+    pub notes: Vec<String>,
+    /// Further facts on how the rows were made, as (name, value); those in the rows are added by themselves.
+    pub provenance: Vec<(String, String)>,
+}
+
+/// The report as Markdown: the results in the paper's layout, the paper's orderings, and how it was made.
+pub fn markdown(rows: &[Row], context: &Context) -> String {
+    let document = Document::new(rows, context, |text, best| if best { format!("**{text}**") } else { text });
+    let mut blocks = vec![format!("# {}", document.title)];
+    blocks.extend(document.caveats.iter().map(|line| format!("> **{line}**")));
+    blocks.push(document.results.markdown());
+    blocks.extend(document.remarks);
+    if !document.orderings.rows.is_empty() {
+        blocks.push("## Does the order of the methods hold?".into());
+        blocks.push(document.orderings.markdown());
+        blocks.push(document.verdict);
+    }
+    if !document.notes.is_empty() {
+        blocks.push("## Notes".into());
+        blocks.push(list(&document.notes));
+    }
+    blocks.push("## How it was made".into());
+    blocks.push(format!("```sh\n{}\n```", document.command));
+    blocks.push(list(&document.made));
+    blocks.join("\n\n") + "\n"
+}
+
+/// The report as aligned plain text, at most 100 columns wide.
+pub fn terminal(rows: &[Row], context: &Context) -> String {
+    let document = Document::new(
+        rows,
+        context,
+        |text, best| if best { format!("{text} *") } else { format!("{text}  ") },
+    );
+    let mut blocks = vec![wrap(&document.title, "", "")];
+    blocks.extend(document.caveats.iter().map(|line| wrap(line, "! ", "")));
+    blocks.push(format!("{}\n* the best of its group", document.results.plain()));
+    blocks.extend(document.remarks.iter().map(|line| wrap(line, "", "")));
+    if !document.orderings.rows.is_empty() {
+        blocks.push(document.orderings.plain());
+        blocks.push(wrap(&document.verdict, "", ""));
+    }
+    let bullets =
+        |lines: &[String]| lines.iter().map(|line| wrap(line, "- ", "")).collect::<Vec<_>>().join("\n");
+    blocks.extend((!document.notes.is_empty()).then(|| bullets(&document.notes)));
+    blocks.push(format!("{}\n{}", wrap(&document.command, "$ ", " \\"), bullets(&document.made)));
+    blocks.join("\n\n") + "\n"
+}
+
+/// Why the rows cannot be compared with the paper in absolute terms, one reason a line; empty where they can.
+pub(crate) fn caveats(rows: &[Row]) -> Vec<String> {
+    let mut reasons = BTreeSet::new();
+    for row in rows.iter().filter(|row| !row.comparable()) {
+        let theirs = Paper::published().dataset(&row.table);
+        if is_synthetic(&row.dataset) {
+            reasons.insert("SYNTHETIC DATA".to_string());
+        } else if let Some(theirs) = theirs.filter(|theirs| *theirs != row.dataset) {
+            reasons.insert(format!("{}, not {}", dataset_label(&row.dataset), dataset_label(theirs)));
+        }
+        if row.width != 1.0 {
+            reasons.insert(format!("network width ×{}", row.width));
+        }
+    }
+    reasons.into_iter().collect()
+}
+
+struct Document {
+    title: String,
+    caveats: Vec<String>,
+    results: Table,
+    remarks: Vec<String>,
+    orderings: Table,
+    verdict: String,
+    notes: Vec<String>,
+    command: String,
+    made: Vec<String>,
+}
+
+impl Document {
+    /// `emphasize` is given a cell's text and whether it is the best of its group.
+    fn new(rows: &[Row], context: &Context, emphasize: fn(String, bool) -> String) -> Self {
+        let summaries = summarize(rows);
+        let groups: Vec<_> = summaries.chunk_by(|a, b| a.group() == b.group()).collect();
+        let orderings: Vec<_> = groups.iter().flat_map(|group| orderings(rows, group)).collect();
+        let reasons = caveats(rows).join("; ");
+        let caveat = format!(
+            "{reasons}: these figures cannot be compared with the paper's in absolute terms, only in their \
+             order. Differences marked † are for reference."
+        );
+        Document {
+            title: context.title.clone(),
+            caveats: (!reasons.is_empty()).then_some(caveat).into_iter().collect(),
+            results: Table {
+                head: RESULTS.to_vec(),
+                rows: groups.iter().flat_map(|group| results(group, emphasize)).collect(),
+            },
+            remarks: remarks(&summaries),
+            verdict: verdict(&orderings),
+            orderings: Table {
+                head: ORDERINGS.to_vec(),
+                rows: orderings.iter().map(Ordering::cells).collect(),
+            },
+            notes: context.notes.clone(),
+            command: context.command.clone(),
+            made: made(rows, context),
+        }
+    }
+}
+
+/// A column's heading, and whether its cells are numbers.
+type Column = (&'static str, bool);
+
+const RESULTS: [Column; 9] = [
+    ("model", false),
+    ("bits", false),
+    ("method", false),
+    ("top-1 %", true),
+    ("paper", true),
+    ("diff.", true),
+    ("MACs M", true),
+    ("paper", true),
+    ("pruned %", true),
+];
+
+fn results(group: &[Summary], emphasize: fn(String, bool) -> String) -> Vec<Vec<String>> {
+    let best = group.iter().map(|summary| summary.mean).fold(f64::MIN, f64::max);
+    let row = |summary: &Summary| {
+        let spread = summary.std.map(|std| format!(" ± {std:.2}")).unwrap_or_default();
+        let mark = if summary.comparable() { "" } else { " †" };
+        vec![
+            model_label(&summary.model, summary.width),
+            bits_label(summary.activation_bits, summary.weight_bits),
+            method_label(&summary.method).to_string(),
+            emphasize(format!("{:.2}{spread}", summary.mean), group.len() > 1 && summary.mean == best),
+            optional(summary.paper_top1_percent, |value| format!("{value:.2}")),
+            optional(summary.top1_minus_paper, |value| signed(value) + mark),
+            format!("{:.1}", summary.macs / 1e6),
+            optional(summary.paper_mac_millions, |value| value.to_string()),
+            format!("{:.1}", summary.weights_pruned_percent),
+        ]
+    };
+    group.iter().map(row).collect()
+}
+
+/// The proposed method against another of its group.
+struct Ordering<'a> {
+    ours: &'a Summary,
+    other: &'a Summary,
+    paired: Paired,
+    paper: Option<f64>,
+}
+
+const ORDERINGS: [Column; 8] = [
+    ("model", false),
+    ("bits", false),
+    ("method − method", false),
+    ("diff.", true),
+    ("95 % interval", true),
+    ("pairs", true),
+    ("paper", true),
+    ("as paper", false),
+];
+
+fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
+    let Some((ours, others)) = group.split_last() else { return Vec::new() };
+    let alike =
+        |row: &&Row| (&*row.table, &*row.dataset, row.width) == (&*ours.table, &*ours.dataset, ours.width);
+    let rows: Vec<Row> = rows.iter().filter(alike).cloned().collect();
+    let ordering = |other: &'a Summary| {
+        let (abits, wbits) = (ours.activation_bits, ours.weight_bits);
+        let paired = paired(&rows, &ours.model, abits, wbits, &ours.method, &other.method)?;
+        let paper = ours.paper_top1_percent.zip(other.paper_top1_percent).map(|(ours, other)| ours - other);
+        Some(Ordering { ours, other, paired, paper })
+    };
+    others.iter().filter_map(ordering).collect()
+}
+
+impl Ordering<'_> {
+    fn same(&self) -> Option<bool> {
+        self.paper.map(|paper| (paper > 0.0) == (self.paired.mean > 0.0))
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let doubt = if self.paired.certain() { "" } else { "?" };
+        vec![
+            model_label(&self.ours.model, self.ours.width),
+            bits_label(self.ours.activation_bits, self.ours.weight_bits),
+            format!("{} − {}", method_label(&self.ours.method), method_label(&self.other.method)),
+            signed(self.paired.mean),
+            optional(self.paired.interval, |(low, high)| format!("{} … {}", signed(low), signed(high))),
+            self.paired.pairs.to_string(),
+            optional(self.paper, signed),
+            optional(self.same(), |same| format!("{}{doubt}", if same { "yes" } else { "no" })),
+        ]
+    }
+}
+
+fn verdict(orderings: &[Ordering]) -> String {
+    let count = |same: bool| {
+        let of: Vec<_> = orderings.iter().filter(|ordering| ordering.same() == Some(same)).collect();
+        let certain = of.iter().filter(|ordering| ordering.paired.certain()).count();
+        format!("{} ({certain} certain)", of.len())
+    };
+    format!(
+        "Comparisons in the paper's order: {}; in the opposite order: {}. Certain (no question mark) means at \
+         95 %, by Student's t over pairs of the same seed.",
+        count(true),
+        count(false)
+    )
+}
+
+/// Where the networks began, and what the paper says about pruned weights.
+fn remarks(summaries: &[Summary]) -> Vec<String> {
+    let by_model = || summaries.chunk_by(|a, b| a.model == b.model && a.width == b.width).map(|of| &of[0]);
+    let mut began: Vec<String> = by_model()
+        .map(|first| format!("{} {:.2} %", model_label(&first.model, first.width), first.float_top1_percent))
+        .collect();
+    began.dedup();
+    let theirs = |pruned: &&crate::paper::PaperPruned| {
+        by_model().any(|first| {
+            first.model == pruned.model && Paper::published().dataset(&first.table) == Some(&pruned.dataset)
+        })
+    };
+    let pruned: Vec<String> = Paper::published()
+        .pruned_weights()
+        .iter()
+        .filter(theirs)
+        .map(|row| {
+            format!("{} {} % ({})", model_label(&row.model, 1.0), row.weights_pruned_percent, row.source)
+        })
+        .collect();
+    let sentence = |head: &str, parts: Vec<String>| {
+        (!parts.is_empty()).then(|| format!("{head}: {}.", parts.join(", ")))
+    };
+    let float = summaries.iter().any(|summary| summary.weight_bits == 32).then(|| FLOAT.into());
+    [
+        float,
+        sentence("Pre-trained float networks that the runs began from", began),
+        sentence("Weights pruned in the paper", pruned),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn made(rows: &[Row], context: &Context) -> Vec<String> {
+    let distinct = |value: fn(&Row) -> String| {
+        let values: BTreeSet<String> = rows.iter().map(value).collect();
+        match values.len() {
+            0..=4 => values.into_iter().collect::<Vec<_>>().join(", "),
+            more => format!("{more} different, see the rows"),
+        }
+    };
+    let seeds: BTreeSet<u64> = rows.iter().map(|row| row.seed).collect();
+    let seeds: Vec<String> = seeds.iter().map(u64::to_string).collect();
+    let longest = rows.iter().map(|row| row.wall_seconds).fold(0.0, f64::max);
+    let facts = [
+        ("profile", context.profile.clone()),
+        ("data", dataset_label(&context.dataset).into()),
+        ("seeds", seeds.join(", ")),
+        ("device", distinct(|row| row.device.clone())),
+        ("code", distinct(|row| row.git_commit.clone())),
+        ("settings", distinct(|row| row.settings_hash.clone())),
+        ("longest run", duration(longest)),
+        ("paper's figures", citation(rows)),
+    ];
+    let facts = facts.into_iter().map(|(name, value)| (name.to_string(), value));
+    let all = facts.chain(context.provenance.iter().cloned());
+    all.filter(|(_, value)| !value.is_empty()).map(|(name, value)| format!("{name}: {value}")).collect()
+}
+
+fn citation(rows: &[Row]) -> String {
+    let known = rows.iter().filter(|row| !Paper::published().table_named(&row.table).is_empty());
+    let tables: BTreeSet<String> = known.map(|row| table_label(&row.table)).collect();
+    let tables = tables.into_iter().collect::<Vec<_>>().join(", ");
+    if tables.is_empty() { tables } else { format!("{tables} of Nishikawa and Ikegaya, arXiv:2011.06751") }
+}
+
+fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match (whole / 3600, whole / 60 % 60, whole % 60) {
+        (0, 0, _) => format!("{seconds:.1} s"),
+        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
+        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+    }
+}
+
+fn optional<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
+    value.map_or("–".into(), show)
+}
+
+/// Two decimals and always a sign, a true minus; what rounds to zero has none.
+pub(crate) fn signed(value: f64) -> String {
+    match format!("{value:+.2}").as_str() {
+        "+0.00" | "-0.00" => "0.00".into(),
+        text => text.replace('-', "−"),
+    }
+}
+
+fn list(lines: &[String]) -> String {
+    lines.iter().map(|line| format!("- {line}")).collect::<Vec<_>>().join("\n")
+}
+
+struct Table {
+    head: Vec<Column>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn markdown(&self) -> String {
+        let line = |cells: Vec<String>| format!("| {} |", cells.join(" | "));
+        let head = self.head.iter().map(|(name, _)| name.to_string()).collect();
+        let rule =
+            self.head.iter().map(|(_, number)| if *number { "---:" } else { "---" }.to_string()).collect();
+        let body = self.rows.iter().map(|row| row.iter().map(|cell| cell.replace('|', "\\|")).collect());
+        [head, rule].into_iter().chain(body).map(line).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Columns aligned, two spaces apart, or one where the line would get too long.
+    fn plain(&self) -> String {
+        let length = |text: &str| text.chars().count();
+        let cells = |column: usize| self.rows.iter().map(move |row| length(&row[column]));
+        let widths: Vec<usize> = (0..self.head.len())
+            .map(|column| cells(column).chain([length(self.head[column].0)]).max().unwrap_or(0))
+            .collect();
+        let total = widths.iter().sum::<usize>() + 2 * (widths.len() - 1);
+        let gap = if total <= WIDTH { "  " } else { " " };
+        let line = |cells: &mut dyn Iterator<Item = &str>| {
+            let padded = cells.zip(&widths).zip(&self.head).map(|((cell, &width), (_, number))| {
+                if *number { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+            });
+            padded.collect::<Vec<_>>().join(gap).trim_end().to_string()
+        };
+        let head = line(&mut self.head.iter().map(|(name, _)| *name));
+        let rule =
+            line(&mut widths.iter().map(|width| "─".repeat(*width)).collect::<Vec<_>>().iter().map(|s| &**s));
+        let body = self.rows.iter().map(|row| line(&mut row.iter().map(|cell| &**cell)));
+        [head, rule].into_iter().chain(body).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// Columns of plain text.
+const WIDTH: usize = 100;
+
+/// Breaks `text` between words; `first` begins the first line, as many spaces the others, and `broken` ends a
+/// line that goes on.
+fn wrap(text: &str, first: &str, broken: &str) -> String {
+    let limit = WIDTH - broken.chars().count();
+    let mut lines = Vec::new();
+    let mut line = first.to_string();
+    let mut begun = false;
+    for word in text.split_whitespace() {
+        if begun && line.chars().count() + 1 + word.chars().count() > limit {
+            lines.push(line + broken);
+            line = " ".repeat(first.chars().count());
+            begun = false;
+        }
+        line += if begun { " " } else { "" };
+        line += word;
+        begun = true;
+    }
+    lines.push(line);
+    lines.join("\n")
+}

@@ -1,0 +1,312 @@
+//! The crate from outside: rows in, files and text out.
+
+use std::fs;
+use std::path::Path;
+
+use report::{
+    Context, METHODS, Paired, Paper, Row, Summary, markdown, paired, plot, read_csv, summarize, terminal,
+    write_csv, write_text,
+};
+
+/// A row of Table 3 as a run on the paper's data would give it.
+fn row(model: &str, bits: u32, method: &str, seed: u64, top1_percent: f64) -> Row {
+    Row {
+        table: "table3".into(),
+        profile: "quick".into(),
+        dataset: "cifar100".into(),
+        model: model.into(),
+        width: 1.0,
+        activation_bits: bits,
+        weight_bits: bits,
+        method: method.into(),
+        seed,
+        top1_percent,
+        macs: if method == "ours" { 92_400_000 } else { 147_240_000 },
+        weights_pruned_percent: if method == "ours" { 35.74 } else { 0.0 },
+        float_top1_percent: 75.5,
+        paper_top1_percent: None,
+        paper_mac_millions: None,
+        top1_minus_paper: None,
+        settings_hash: "5e77".into(),
+        git_commit: "c0de".into(),
+        device: "cpu".into(),
+        wall_seconds: 83.0,
+    }
+    .compare(Paper::published())
+}
+
+/// MobileNetV2 with 4 bits: ours 1, 2 and 3 points above DFQ with seeds 0, 1 and 2.
+fn three_seeds() -> Vec<Row> {
+    let ours = [72.0, 74.0, 76.0].into_iter().enumerate();
+    let dfq = [71.0, 72.0, 73.0].into_iter().enumerate();
+    let ours = ours.map(|(seed, top1)| row("mobilenet_v2", 4, "ours", seed as u64, top1));
+    ours.chain(dfq.map(|(seed, top1)| row("mobilenet_v2", 4, "dfq_with_fine_tune", seed as u64, top1)))
+        .collect()
+}
+
+fn context() -> Context {
+    Context {
+        title: "Table 3".into(),
+        command: "pfq table3 --seeds 0,1,2".into(),
+        profile: "quick".into(),
+        dataset: "cifar100".into(),
+        notes: vec!["A note.".into()],
+        provenance: vec![("images".into(), "50000".into())],
+    }
+}
+
+#[test]
+fn paper_has_every_published_row() {
+    fn check(table: usize, expect: (usize, &str)) {
+        let rows = Paper::published().table(table);
+        let sum: f64 = rows.iter().map(|row| row.top1_percent).fold(0.0, |sum, top1| sum + top1);
+        assert_eq!((rows.len(), format!("{sum:.2}").as_str()), expect, "table {table}");
+        assert!(rows.iter().all(|row| METHODS.iter().any(|method| method.id == row.method)), "table {table}");
+    }
+    check(0, (0, "0.00"));
+    check(1, (12, "893.85"));
+    check(2, (8, "573.14"));
+    check(3, (8, "561.16"));
+    check(4, (4, "251.11"));
+    check(5, (2, "141.58"));
+    check(6, (0, "0.00"));
+    assert_eq!(Paper::published().pruned_weights().len(), 3);
+}
+
+#[test]
+fn paper_is_looked_up_by_table() {
+    fn check(input: (&str, &str, u32, &str), expect: Option<(f64, f64)>) {
+        let (table, model, bits, method) = input;
+        let found = Paper::published().lookup(table, model, bits, bits, method);
+        assert_eq!(found.map(|row| (row.top1_percent, row.mac_millions)), expect, "{input:?}");
+    }
+    check(("table3", "mobilenet_v1", 4, "dfq_with_fine_tune"), Some((71.57, 510.0)));
+    check(("table3", "mobilenet_v2", 4, "ours"), Some((72.70, 92.4)));
+    check(("table5", "mobilenet_v2", 4, "ours"), Some((71.58, 92.4)));
+    check(("table3", "mobilenet_v2", 5, "ours"), None);
+    check(("figure3", "mobilenet_v2", 4, "ours"), None);
+}
+
+#[test]
+fn comparison_is_signed_and_says_where_it_is_absolute() {
+    fn check(input: Row, expect: (Option<&str>, bool)) {
+        let row = input.compare(Paper::published());
+        let difference = row.top1_minus_paper.map(|points| format!("{points:+.2}"));
+        assert_eq!((difference.as_deref(), row.comparable()), expect, "{row:?}");
+    }
+    let ours = || row("mobilenet_v2", 4, "ours", 0, 70.2);
+    check(ours(), (Some("-2.50"), true));
+    check(Row { top1_percent: 73.7, ..ours() }, (Some("+1.00"), true));
+    check(Row { dataset: "synthetic".into(), ..ours() }, (Some("-2.50"), false));
+    check(Row { width: 0.25, ..ours() }, (Some("-2.50"), false));
+    check(Row { method: "mine".into(), ..ours() }, (None, true));
+}
+
+#[test]
+fn csv_comes_back_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let check = |input: Vec<Row>| {
+        let path = folder.path().join("new/folder/table3.csv");
+        write_csv(&input, &path).unwrap();
+        assert_eq!(read_csv(&path).unwrap(), input);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "a temporary file stayed");
+    };
+    check(three_seeds());
+    check(vec![Row { device: "a, \"b\"\nc".into(), method: "mine".into(), ..three_seeds()[0].clone() }]);
+    check(vec![]);
+}
+
+#[test]
+fn errors_begin_with_the_file() {
+    fn check<T: std::fmt::Debug>(path: &Path, result: report::Result<T>) {
+        let message = result.unwrap_err().to_string();
+        assert!(message.starts_with(&path.display().to_string()), "{message}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "one,two\n1,2\n").unwrap();
+    let (missing, below) = (folder.path().join("missing.csv"), file.join("below.png"));
+    check(&missing, read_csv(&missing));
+    check(&file, read_csv(&file));
+    check(&below, write_csv(&three_seeds(), &below));
+    check(&below, write_text("text", &below));
+    check(&below, plot(&three_seeds(), &context(), &folder.path().join("a.svg"), &below));
+}
+
+#[test]
+fn summaries_are_means_over_seeds() {
+    fn check(input: &[Row], expect: &[&str]) {
+        let text = |of: Summary| {
+            let Summary { method, seeds, mean, std, top1_minus_paper, .. } = of;
+            format!("{method}: {seeds} seeds, {mean:.2}, {std:.2?}, {top1_minus_paper:.2?}")
+        };
+        assert_eq!(summarize(input).into_iter().map(text).collect::<Vec<_>>(), expect);
+    }
+    let rows = three_seeds();
+    check(
+        &rows,
+        &[
+            "dfq_with_fine_tune: 3 seeds, 72.00, Some(1.00), Some(-0.14)",
+            "ours: 3 seeds, 74.00, Some(2.00), Some(1.30)",
+        ],
+    );
+    check(&rows[..1], &["ours: 1 seeds, 72.00, None, Some(-0.70)"]);
+    // The later row of the same seed counts.
+    let later = Row { top1_percent: 70.0, ..rows[0].clone() };
+    check(&[rows[0].clone(), later], &["ours: 1 seeds, 70.00, None, Some(-2.70)"]);
+    check(&[], &[]);
+}
+
+#[test]
+fn summaries_are_in_the_order_of_every_table_of_the_paper() {
+    fn check(number: usize) {
+        let theirs = Paper::published().table(number);
+        let run = |row: &report::PaperRow| Row {
+            table: format!("table{number}"),
+            weight_bits: row.weight_bits,
+            ..self::row(&row.model, row.activation_bits, &row.method, 0, row.top1_percent)
+        };
+        let rows: Vec<Row> = theirs.iter().rev().map(run).collect();
+        let found =
+            summarize(&rows).into_iter().map(|of| (of.model, of.activation_bits, of.weight_bits, of.method));
+        let expect =
+            theirs.iter().cloned().map(|of| (of.model, of.activation_bits, of.weight_bits, of.method));
+        assert_eq!(found.collect::<Vec<_>>(), expect.collect::<Vec<_>>(), "table {number}");
+    }
+    (1..=5).for_each(check);
+}
+
+#[test]
+fn differences_are_paired_by_seed() {
+    fn check(input: &[Row], expect: Option<&str>) {
+        let found = paired(input, "mobilenet_v2", 4, 4, "ours", "dfq_with_fine_tune");
+        let text =
+            |Paired { pairs, mean, interval }: Paired| format!("{pairs} pairs, {mean:.3}, {interval:.3?}");
+        assert_eq!(found.map(text).as_deref(), expect);
+    }
+    let rows = three_seeds();
+    // Differences 1, 2, 3: mean 2, deviation 1; 2 ± 4.303 / √3.
+    check(&rows, Some("3 pairs, 2.000, Some((-0.484, 4.484))"));
+    // Differences 1, 2: mean 1.5, deviation √½; 1.5 ± 12.706 / 2.
+    check(&[&rows[..2], &rows[3..]].concat(), Some("2 pairs, 1.500, Some((-4.853, 7.853))"));
+    check(&[&rows[..1], &rows[3..]].concat(), Some("1 pairs, 1.000, None"));
+    check(&rows[..3], None);
+    check(&[&rows[..1], &rows[4..]].concat(), None);
+}
+
+#[test]
+fn markdown_is_in_the_layout_of_the_paper() {
+    let expect = "\
+# Table 3
+
+| model | bits | method | top-1 % | paper | diff. | MACs M | paper | pruned % |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| MobileNetV2 | A4/W4 | DFQ + fine-tune | 72.00 ± 1.00 | 72.14 | −0.14 | 147.2 | 147.2 | 0.0 |
+| MobileNetV2 | A4/W4 | Ours | **74.00 ± 2.00** | 72.70 | +1.30 | 92.4 | 92.4 | 35.7 |
+
+Pre-trained float networks that the runs began from: MobileNetV2 75.50 %.
+
+Weights pruned in the paper: MobileNetV2 35.74 % (Table 1).
+
+## Does the order of the methods hold?
+
+| model | bits | method − method | diff. | 95 % interval | pairs | paper | as paper |
+| --- | --- | --- | ---: | ---: | ---: | ---: | --- |
+| MobileNetV2 | A4/W4 | Ours − DFQ + fine-tune | +2.00 | −0.48 … +4.48 | 3 | +0.56 | yes? |
+
+Comparisons in the paper's order: 1 (0 certain); in the opposite order: 0 (0 certain). Certain (no question mark) means at 95 %, by Student's t over pairs of the same seed.
+
+## Notes
+
+- A note.
+
+## How it was made
+
+```sh
+pfq table3 --seeds 0,1,2
+```
+
+- profile: quick
+- data: CIFAR-100
+- seeds: 0, 1, 2
+- device: cpu
+- code: c0de
+- settings: 5e77
+- longest run: 1 min 23 s
+- paper's figures: Table 3 of Nishikawa and Ikegaya, arXiv:2011.06751
+- images: 50000
+";
+    assert_eq!(markdown(&three_seeds(), &context()), expect);
+}
+
+#[test]
+fn reports_say_what_cannot_be_compared() {
+    fn check(input: Row, expect: Option<&str>) {
+        let rows = [input];
+        for text in [markdown(&rows, &context()), terminal(&rows, &context())] {
+            let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert_eq!(
+                text.contains("cannot be compared with the paper's in absolute terms"),
+                expect.is_some()
+            );
+            assert!(text.contains(expect.unwrap_or_default()), "{text}");
+        }
+    }
+    let ours = || row("mobilenet_v2", 4, "ours", 0, 50.0);
+    check(ours(), None);
+    check(Row { dataset: "synthetic".into(), ..ours() }, Some("SYNTHETIC DATA: these figures"));
+    check(Row { width: 0.25, ..ours() }, Some("network width ×0.25: these figures"));
+    check(Row { dataset: "cifar10".into(), ..ours() }, Some("CIFAR-10, not CIFAR-100: these figures"));
+}
+
+#[test]
+fn terminal_text_is_at_most_100_columns_wide() {
+    fn check(table: usize) {
+        let run = |row: &report::PaperRow, seed| Row {
+            table: format!("table{table}"),
+            weight_bits: row.weight_bits,
+            width: 0.25,
+            ..self::row(
+                &row.model,
+                row.activation_bits,
+                &row.method,
+                seed,
+                10.0 + (row.top1_percent * 7.3) % 50.0,
+            )
+        };
+        let rows: Vec<Row> =
+            Paper::published().table(table).iter().flat_map(|row| [run(row, 0), run(row, 1)]).collect();
+        let context = Context { command: "word ".repeat(50), notes: vec!["word ".repeat(50)], ..context() };
+        let text = terminal(&rows, &context);
+        let longest = text.lines().max_by_key(|line| line.chars().count()).unwrap();
+        assert!(longest.chars().count() <= 100, "{} columns: {longest}", longest.chars().count());
+        assert!(text.contains(" *\n") || text.contains(" * "), "the best are marked:\n{text}");
+    }
+    (1..=5).for_each(check);
+}
+
+#[test]
+fn plots_show_the_data() {
+    let folder = tempfile::tempdir().unwrap();
+    let check = |input: &[Row], expect: &[&str]| {
+        let (svg, png) = (folder.path().join("new/a.svg"), folder.path().join("new/a.png"));
+        plot(input, &context(), &svg, &png).unwrap();
+        let (svg, png) = (fs::read_to_string(svg).unwrap(), fs::read(png).unwrap());
+        assert!(svg.starts_with("<svg width=\"1200\" height=\"720\"") && svg.ends_with("</svg>\n"));
+        assert!(svg.contains("sans-serif"));
+        for text in expect {
+            assert!(svg.contains(text), "no {text} in {svg}");
+        }
+        assert_eq!(png[..8], *b"\x89PNG\r\n\x1a\n");
+        assert_eq!((&png[16..20], &png[20..24]), (&2400u32.to_be_bytes()[..], &1440u32.to_be_bytes()[..]));
+        (svg, png)
+    };
+    let rows = three_seeds();
+    let labels = ["Table 3", "DFQ + fine-tune", "Ours", "MobileNetV2", "A4/W4", "74.00", "72.70", "one seed"];
+    let first = check(&rows, &labels);
+    let other = check(&rows[..4], &labels[..5]);
+    assert!(first.0 != other.0 && first.1 != other.1, "other data, the same plot");
+    check(&[Row { dataset: "synthetic".into(), ..rows[0].clone() }], &["SYNTHETIC DATA", "Only the order"]);
+    check(&[Row { top1_percent: f64::NAN, ..rows[0].clone() }], &["NaN"]);
+    check(&[], &["Table 3"]);
+}

@@ -1,0 +1,269 @@
+use crate::{Error, Evaluation, Result, Training, evaluate};
+use candle_core::{DType, Tensor};
+use datasets::{Dataset, train_batches};
+use kernels::{loss::softmax_cross_entropy, sgd};
+use models::{Extras, Network, Role, Step};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// One training run.
+pub struct Run<'a> {
+    /// Training and test images.
+    pub data: &'a Arc<Dataset>,
+    /// Rates, lengths and the rest.
+    pub training: &'a Training,
+    /// Seed of the order and the augmentation of the training images.
+    pub seed: u64,
+    /// Folder of the run's `checkpoint.safetensors` and `metrics.csv`.
+    pub folder: &'a Path,
+    /// Names the run; a checkpoint of another run is an error, not a start.
+    pub identity: &'a str,
+}
+
+/// What one epoch gave: a line of `metrics.csv`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct EpochMetrics {
+    /// From 1.
+    pub epoch: usize,
+    /// Learning rate of its last step.
+    pub rate: f64,
+    /// Mean training loss over the epoch, in nats, while the weights moved.
+    pub train_loss: f64,
+    /// Training accuracy likewise, in percent.
+    pub train_top1_percent: f64,
+    /// Test loss after the epoch, in nats.
+    pub test_loss: f64,
+    /// Test accuracy after the epoch, in percent.
+    pub test_top1_percent: f64,
+    /// Wall time of the epoch with its evaluation.
+    pub seconds: f64,
+}
+
+/// What a run tells while it goes.
+#[derive(Debug, Clone, Copy)]
+pub enum Progress {
+    /// An earlier run's checkpoint was found; `epoch` epochs are done.
+    Resumed {
+        /// Epochs done.
+        epoch: usize,
+    },
+    /// Some steps of an epoch are done.
+    Steps {
+        /// From 1.
+        epoch: usize,
+        /// Epochs in all.
+        epochs: usize,
+        /// Steps done in this epoch.
+        step: usize,
+        /// Steps an epoch.
+        steps: usize,
+        /// Mean training loss so far in the epoch.
+        loss: f64,
+        /// Training images a second, in this epoch.
+        images_per_second: f64,
+    },
+    /// An epoch is done and its checkpoint is on the disk.
+    Epoch {
+        /// Epochs in all.
+        epochs: usize,
+        /// What it gave.
+        metrics: EpochMetrics,
+    },
+}
+
+/// A trained network.
+#[derive(Debug)]
+pub struct Trained {
+    /// The network after the last epoch.
+    pub network: Network,
+    /// Every epoch's metrics, those before an interruption included.
+    pub metrics: Vec<EpochMetrics>,
+}
+
+/// Steps between two readings of the loss; on an accelerator each reading waits for the device.
+const STEPS_PER_REPORT: usize = 20;
+
+/// Trains `network` (its parameters are updated in place), writing a checkpoint after every epoch.
+/// If the folder has a checkpoint of the same run, goes on from there; the result has the same bits
+/// as that of a run that was not interrupted.
+pub fn fit(network: Network, run: &Run, observe: &mut dyn FnMut(Progress)) -> Result<Trained> {
+    run.training.validate()?;
+    let mut state = match State::load(&network, run)? {
+        Some(state) => {
+            observe(Progress::Resumed { epoch: state.metrics.len() });
+            state
+        }
+        None => State::new(network)?,
+    };
+    for epoch in state.metrics.len()..run.training.epochs() {
+        let metrics = state.epoch(epoch, run, observe)?;
+        state.metrics.push(metrics);
+        state.save(run)?;
+        write_metrics(&state.metrics, &run.folder.join("metrics.csv"))?;
+        observe(Progress::Epoch { epochs: run.training.epochs(), metrics });
+    }
+    Ok(Trained { network: state.network, metrics: state.metrics })
+}
+
+/// What is carried from epoch to epoch. The order and the augmentation of images depend on
+/// (seed, epoch) alone, so there is no random state.
+struct State {
+    network: Network,
+    /// Momentum of each parameter, in their order.
+    velocities: Vec<Tensor>,
+    metrics: Vec<EpochMetrics>,
+}
+
+impl State {
+    fn new(network: Network) -> Result<Self> {
+        let velocities = network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<_, _>>()?;
+        Ok(Self { network, velocities, metrics: Vec::new() })
+    }
+
+    fn epoch(&mut self, epoch: usize, run: &Run, observe: &mut dyn FnMut(Progress)) -> Result<EpochMetrics> {
+        let Run { data, training, seed, .. } = *run;
+        let device = self.network.device().clone();
+        let started = Instant::now();
+        let batches = train_batches(data, training.batch, training.augmentation, seed, epoch);
+        let steps = batches.len();
+        if steps == 0 {
+            return Err(Error::Setting {
+                key: "batch",
+                found: training.batch.to_string(),
+                expected: "at most the number of training images",
+            });
+        }
+        let mut totals = Totals::default();
+        let mut rate = 0.0;
+        for (step, batch) in batches.enumerate() {
+            let batch = batch?;
+            // The rate at the middle of the step.
+            rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64);
+            let labels = batch.labels.to_device(&device)?;
+            let step_settings = Step { range_momentum: training.range_momentum };
+            let (logits, tape) = self.network.forward_train(&batch.images.to_device(&device)?, step_settings)?;
+            let result = softmax_cross_entropy(&logits, &labels, training.label_smoothing)?;
+            let gradients = self.network.backward(tape, &result.grad)?;
+            for ((parameter, gradient), velocity) in
+                self.network.parameters().iter().zip(&gradients).zip(&self.velocities)
+            {
+                let decays = parameter.role == Role::Weight || training.decay_norm;
+                let decay = if decays { training.weight_decay } else { 0.0 };
+                sgd::step(&parameter.tensor, gradient, velocity, rate, training.momentum, decay)?;
+            }
+            totals.add(&result.loss, &result.correct, labels.elem_count())?;
+            if (step + 1) % STEPS_PER_REPORT == 0 || step + 1 == steps {
+                let loss = totals.mean_loss()?;
+                if !loss.is_finite() {
+                    return Err(Error::Diverged { loss: loss as f32, epoch: epoch + 1, step, rate });
+                }
+                let images_per_second = totals.images as f64 / started.elapsed().as_secs_f64();
+                let (epoch, epochs) = (epoch + 1, training.epochs());
+                observe(Progress::Steps { epoch, epochs, step: step + 1, steps, loss, images_per_second });
+            }
+        }
+        let Evaluation { loss, top1_percent } = evaluate(&self.network, data)?;
+        Ok(EpochMetrics {
+            epoch: epoch + 1,
+            rate,
+            train_loss: totals.mean_loss()?,
+            train_top1_percent: totals.top1_percent()?,
+            test_loss: loss,
+            test_top1_percent: top1_percent,
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    fn checkpoint(run: &Run) -> PathBuf {
+        run.folder.join("checkpoint.safetensors")
+    }
+
+    fn save(&self, run: &Run) -> Result<()> {
+        let mut extras = Extras::default();
+        for (parameter, velocity) in self.network.parameters().iter().zip(&self.velocities) {
+            extras.tensors.insert(velocity_name(&parameter.name), velocity.clone());
+        }
+        let metrics = serde_json::to_string(&self.metrics).expect("metrics are plain numbers");
+        extras.metadata.insert("identity".into(), run.identity.into());
+        extras.metadata.insert("metrics".into(), metrics);
+        Ok(self.network.save(&Self::checkpoint(run), &extras)?)
+    }
+
+    /// The state that the run's checkpoint holds; `None` if there is none yet.
+    fn load(start: &Network, run: &Run) -> Result<Option<Self>> {
+        let path = Self::checkpoint(run);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let fail = |problem: String| Error::File { path: path.display().to_string(), problem };
+        let (network, mut extras) = Network::load(&path, start.device())?;
+        let found = extras.metadata.get("identity").map_or("none", String::as_str);
+        if found != run.identity {
+            let problem = format!(
+                "is the checkpoint of run {found}, expected that of {}; move it away or choose another folder",
+                run.identity
+            );
+            return Err(fail(problem));
+        }
+        let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
+        let metrics = serde_json::from_str(metrics)
+            .map_err(|e| fail(format!("its metrics can't be read ({e}); delete the file to begin anew")))?;
+        let mut velocities = Vec::new();
+        for parameter in network.parameters() {
+            let name = velocity_name(&parameter.name);
+            let missing = || fail(format!("lacks {name}; delete the file to begin the run anew"));
+            velocities.push(extras.tensors.remove(&name).ok_or_else(missing)?);
+        }
+        Ok(Some(Self { network, velocities, metrics }))
+    }
+}
+
+fn velocity_name(parameter: &str) -> String {
+    format!("velocity.{parameter}")
+}
+
+/// Sums over an epoch, kept on the device until they are read.
+#[derive(Default)]
+struct Totals {
+    loss: Option<Tensor>,
+    correct: Option<Tensor>,
+    images: usize,
+}
+
+impl Totals {
+    /// Adds a step's mean loss and number of hits over `images` images.
+    fn add(&mut self, loss: &Tensor, correct: &Tensor, images: usize) -> Result<()> {
+        // In float64, so that the sums of an epoch are exact enough for any number of steps.
+        let loss = (loss.to_dtype(DType::F64)? * images as f64)?;
+        let correct = correct.to_dtype(DType::F64)?;
+        let add = |total: Option<Tensor>, x: Tensor| total.map_or(Ok(x.clone()), |total| total + x);
+        self.loss = Some(add(self.loss.take(), loss)?);
+        self.correct = Some(add(self.correct.take(), correct)?);
+        self.images += images;
+        Ok(())
+    }
+
+    fn mean(&self, total: &Option<Tensor>) -> Result<f64> {
+        let total = total.as_ref().map_or(Ok(0.0), Tensor::to_scalar::<f64>)?;
+        Ok(total / self.images.max(1) as f64)
+    }
+
+    fn mean_loss(&self) -> Result<f64> {
+        self.mean(&self.loss)
+    }
+
+    fn top1_percent(&self) -> Result<f64> {
+        Ok(100.0 * self.mean(&self.correct)?)
+    }
+}
+
+fn write_metrics(metrics: &[EpochMetrics], path: &Path) -> Result<()> {
+    let fail = |e: csv::Error| Error::File { path: path.display().to_string(), problem: e.to_string() };
+    let mut writer = csv::Writer::from_path(path).map_err(fail)?;
+    for row in metrics {
+        writer.serialize(row).map_err(fail)?;
+    }
+    writer.flush().map_err(|e| fail(e.into()))
+}

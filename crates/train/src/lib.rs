@@ -1,0 +1,65 @@
+//! Training of a [`models::Network`]: SGD with momentum, the paper's learning-rate schedule, the
+//! epoch loop with evaluation, and checkpoints from which an interrupted run goes on bit for bit.
+
+#![forbid(unsafe_code)]
+
+mod evaluate;
+mod fit;
+mod settings;
+
+pub use evaluate::{Evaluation, evaluate};
+pub use fit::{EpochMetrics, Progress, Run, Trained, fit};
+pub use settings::Training;
+
+/// What can go wrong while training.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] kernels::Error),
+    /// The network could not be run, read or written.
+    #[error(transparent)]
+    Model(#[from] models::Error),
+    /// The data could not be read.
+    #[error(transparent)]
+    Data(#[from] datasets::Error),
+    /// A setting is impossible.
+    #[error("setting {key} = {found} is impossible: expected {expected}")]
+    Setting {
+        /// Name of the setting.
+        key: &'static str,
+        /// Its value.
+        found: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
+    /// The loss is no longer a number.
+    #[error(
+        "training diverged: the loss is {loss} in epoch {epoch}, step {step}; a smaller learning rate \
+         (now {rate:.5}) or a longer warm-up usually helps"
+    )]
+    Diverged {
+        /// The loss found.
+        loss: f32,
+        /// Epoch, from 1.
+        epoch: usize,
+        /// Step within the epoch.
+        step: usize,
+        /// Learning rate of the step.
+        rate: f64,
+    },
+    /// A checkpoint or metrics file could not be used.
+    #[error("{path}: {problem}")]
+    File {
+        /// The file.
+        path: String,
+        /// What was found and what to do.
+        problem: String,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

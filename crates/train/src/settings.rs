@@ -1,0 +1,81 @@
+use crate::{Error, Result};
+use datasets::Augmentation;
+use serde::{Deserialize, Serialize};
+use std::f64::consts::PI;
+
+/// Everything that determines a training run, beside the network, the data and the seed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// Epochs of linear warm-up, `w` in the paper's (19).
+    pub warmup_epochs: f64,
+    /// Epochs of cosine decay after the warm-up, `λ` in (19). Warm-up and decay together are a whole
+    /// number of epochs.
+    pub cosine_epochs: f64,
+    /// Learning rate at the end of the warm-up, `l₋₁` in (19).
+    pub learning_rate: f64,
+    /// Images a step.
+    pub batch: usize,
+    /// Momentum of SGD.
+    pub momentum: f64,
+    /// L2 penalty, added to the gradient as in PyTorch.
+    pub weight_decay: f64,
+    /// Whether the penalty acts on γ, β and biases too, as it does by default in PyTorch.
+    pub decay_norm: bool,
+    /// Share of the target spread evenly over all classes; 0 is plain cross-entropy.
+    pub label_smoothing: f64,
+    /// Share by which each batch moves the activation ranges.
+    pub range_momentum: f64,
+    /// Augmentation of the training images.
+    pub augmentation: Augmentation,
+}
+
+impl Training {
+    /// Epochs in all.
+    pub fn epochs(&self) -> usize {
+        (self.warmup_epochs + self.cosine_epochs).round() as usize
+    }
+
+    /// The learning rate at time `t` in epochs, the paper's (19): `l₋₁·t/w` up to `w`, then
+    /// `l₋₁·½(1 + cos(π(t − w)/λ))`.
+    pub fn rate(&self, t: f64) -> f64 {
+        if t < self.warmup_epochs {
+            self.learning_rate * t / self.warmup_epochs
+        } else {
+            let share = ((t - self.warmup_epochs) / self.cosine_epochs).min(1.0);
+            self.learning_rate * 0.5 * (1.0 + (PI * share).cos())
+        }
+    }
+
+    /// Checks that the settings can be run.
+    pub fn validate(&self) -> Result<()> {
+        let check = |ok: bool, key, found: f64, expected| {
+            if ok { Ok(()) } else { Err(Error::Setting { key, found: found.to_string(), expected }) }
+        };
+        let total = self.warmup_epochs + self.cosine_epochs;
+        check(self.warmup_epochs >= 0.0, "warmup_epochs", self.warmup_epochs, "0 or more")?;
+        check(self.cosine_epochs > 0.0, "cosine_epochs", self.cosine_epochs, "more than 0")?;
+        check(
+            total.fract() == 0.0 && total <= 10_000.0,
+            "warmup_epochs + cosine_epochs",
+            total,
+            "a whole number of epochs, at most 10000",
+        )?;
+        check(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "more than 0")?;
+        check((1..=65_536).contains(&self.batch), "batch", self.batch as f64, "1 to 65536")?;
+        check((0.0..1.0).contains(&self.momentum), "momentum", self.momentum, "0 up to, not including, 1")?;
+        check((0.0..1.0).contains(&self.weight_decay), "weight_decay", self.weight_decay, "0 up to 1")?;
+        check(
+            (0.0..1.0).contains(&self.label_smoothing),
+            "label_smoothing",
+            self.label_smoothing,
+            "0 up to, not including, 1",
+        )?;
+        check(
+            self.range_momentum > 0.0 && self.range_momentum <= 1.0,
+            "range_momentum",
+            self.range_momentum,
+            "more than 0, at most 1",
+        )
+    }
+}

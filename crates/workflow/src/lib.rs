@@ -1,0 +1,55 @@
+//! Stages and their store.
+//!
+//! A [`Stage`] is a pure function with a name: pre-train, prune, fine-tune, equalize. Its inputs
+//! (parent stage, settings, data, seed) are hashed to its key, and the [`Store`] keeps what it gave
+//! under that key. So a stage that has been run is never run again, tables share what they have in
+//! common, an interrupted run goes on where it was, and two processes can share the work.
+
+#![forbid(unsafe_code)]
+
+mod recipe;
+mod stage;
+mod store;
+
+pub use recipe::Recipe;
+pub use stage::{Kind, Stage};
+pub use store::{Context, DataOrigin, Event, Outcome, Planned, Provenance, Store};
+
+/// What can go wrong while running stages.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A network could not be built, read or written.
+    #[error(transparent)]
+    Model(#[from] models::Error),
+    /// Training or evaluation failed.
+    #[error(transparent)]
+    Train(#[from] train::Error),
+    /// Pruning failed.
+    #[error(transparent)]
+    Prune(#[from] pfq::Error),
+    /// The baseline could not be applied.
+    #[error(transparent)]
+    Baseline(#[from] baselines::Error),
+    /// A file of the store could not be used.
+    #[error("{path}: {problem}")]
+    File {
+        /// The file.
+        path: String,
+        /// What was found and what to do.
+        problem: String,
+    },
+    /// A stage failed; names it.
+    #[error("stage {label} ({folder})")]
+    Stage {
+        /// What the stage is.
+        label: String,
+        /// Its folder in the store.
+        folder: String,
+        /// Why it failed.
+        #[source]
+        source: Box<Error>,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,312 @@
+use crate::{Error, Kind, Result, Stage};
+use candle_core::Device;
+use datasets::Dataset;
+use models::{Extras, Network};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+use train::{EpochMetrics, Evaluation, Progress, Run, evaluate, fit};
+
+/// A folder of finished and unfinished stages, one folder each.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// What a stage runs on.
+pub struct Context<'a> {
+    /// Training and test images.
+    pub data: &'a Arc<Dataset>,
+    /// Where tensors live.
+    pub device: &'a Device,
+    /// Recorded with every outcome.
+    pub provenance: &'a Provenance,
+}
+
+/// Who made a result, with what.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// The exact command line.
+    pub command: String,
+    /// Commit of the source that the binary was built from; ends in `-dirty` if it had been edited.
+    pub git_commit: String,
+    /// Processor or accelerator.
+    pub device: String,
+}
+
+/// What a stage gave.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The stage's key.
+    pub key: String,
+    /// [`Stage::label`].
+    pub label: String,
+    /// Its settings.
+    pub stage: Kind,
+    /// Key of the stage whose network it began from.
+    pub parent: Option<String>,
+    /// The data set's name, source and fingerprint.
+    pub data: DataOrigin,
+    /// The resulting network on the test set; after training, that of the last epoch.
+    pub evaluation: Evaluation,
+    /// Multiply–accumulates of the resulting network for one image.
+    pub macs: u64,
+    /// Its conv and classifier weights.
+    pub weights: u64,
+    /// Wall time of this stage alone, over all of its sessions.
+    pub seconds: f64,
+    /// Of every epoch, for stages that train.
+    pub metrics: Vec<EpochMetrics>,
+    /// What a stage without training reports about its work.
+    pub report: Option<serde_json::Value>,
+    /// Who made it.
+    pub provenance: Provenance,
+}
+
+/// Which data a result comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataOrigin {
+    /// `cifar100` or `synthetic`.
+    pub name: String,
+    /// Folder, hub repository or generator.
+    pub source: String,
+    /// Hash of every image and label.
+    pub fingerprint: String,
+}
+
+/// What the store tells while it works.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// The stage had been run; its outcome is taken from the store.
+    Found(&'a Outcome),
+    /// Another process runs the stage; its end is waited for.
+    Waiting(&'a Stage),
+    /// The stage begins (or goes on).
+    Started(&'a Stage),
+    /// The stage trains.
+    Progress(&'a Stage, Progress),
+    /// The stage is done.
+    Finished(&'a Outcome),
+}
+
+/// A stage in a plan.
+#[derive(Debug)]
+pub struct Planned {
+    /// The stage.
+    pub stage: Arc<Stage>,
+    /// Its key.
+    pub key: String,
+    /// What it gave, if it has been run.
+    pub outcome: Option<Outcome>,
+    /// Epochs of an unfinished run that its checkpoint holds.
+    pub epochs_done: usize,
+}
+
+impl Store {
+    /// The store in folder `root`, which is made when the first stage runs.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The folder of a stage.
+    pub fn folder(&self, stage: &Stage, data_fingerprint: &str) -> PathBuf {
+        let kind = match stage.kind {
+            Kind::Pretrain { .. } => "pretrain",
+            Kind::Prune { .. } => "prune",
+            Kind::FineTune { .. } => "finetune",
+            Kind::Equalize { .. } => "dfq",
+        };
+        self.root.join(format!("{}-{kind}-{}", stage.model(), stage.key(data_fingerprint)))
+    }
+
+    /// What the stage gave, if it has been run.
+    pub fn outcome(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
+        let path = self.folder(stage, data_fingerprint).join("outcome.json");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => serde_json::from_str(&text).map(Some).map_err(|e| {
+                file_error(&path, format!("can't be understood ({e}); delete its folder to run the stage again"))
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(file_error(&path, e)),
+        }
+    }
+
+    /// The network that a finished stage gave, and the stage's outcome.
+    pub fn network(&self, stage: &Stage, data_fingerprint: &str, device: &Device) -> Result<Network> {
+        let path = network_file(&self.folder(stage, data_fingerprint));
+        Ok(Network::load(&path, device)?.0)
+    }
+
+    /// The stages that `ends` need, each once, parents before children.
+    pub fn plan(&self, ends: &[Arc<Stage>], data_fingerprint: &str) -> Result<Vec<Planned>> {
+        let mut plan: Vec<Planned> = Vec::new();
+        for stage in ends.iter().flat_map(Stage::lineage) {
+            let key = stage.key(data_fingerprint);
+            if plan.iter().any(|p| p.key == key) {
+                continue;
+            }
+            let outcome = self.outcome(&stage, data_fingerprint)?;
+            // The metrics file has a heading and a line for every epoch.
+            let metrics = self.folder(&stage, data_fingerprint).join("metrics.csv");
+            let epochs_done =
+                std::fs::read_to_string(metrics).map_or(0, |text| text.lines().count().saturating_sub(1));
+            plan.push(Planned { stage, key, outcome, epochs_done });
+        }
+        Ok(plan)
+    }
+
+    /// The outcome of `stage`: from the store if it has been run, else by running it and whatever it
+    /// needs before it.
+    pub fn run(&self, stage: &Stage, context: &Context, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
+        let fingerprint = &context.data.fingerprint;
+        if let Some(outcome) = self.outcome(stage, fingerprint)? {
+            observe(Event::Found(&outcome));
+            return Ok(outcome);
+        }
+        if let Some(parent) = &stage.parent {
+            self.run(parent, context, observe)?;
+        }
+        let folder = self.folder(stage, fingerprint);
+        let named = |source: Error| Error::Stage {
+            label: stage.label(),
+            folder: folder.display().to_string(),
+            source: Box::new(source),
+        };
+        let lock = lock(&folder, || observe(Event::Waiting(stage))).map_err(named)?;
+        let outcome = match self.outcome(stage, fingerprint)? {
+            // Another process has run it while this one waited.
+            Some(outcome) => {
+                observe(Event::Found(&outcome));
+                outcome
+            }
+            None => {
+                observe(Event::Started(stage));
+                let outcome = self.execute(stage, &folder, context, observe).map_err(named)?;
+                observe(Event::Finished(&outcome));
+                outcome
+            }
+        };
+        drop(lock);
+        Ok(outcome)
+    }
+
+    fn execute(
+        &self,
+        stage: &Stage,
+        folder: &Path,
+        context: &Context,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<Outcome> {
+        let Context { data, device, provenance } = *context;
+        let started = Instant::now();
+        let key = stage.key(&data.fingerprint);
+        let input = || -> Result<Network> {
+            let parent = stage.parent.as_ref().ok_or_else(|| {
+                file_error(folder, format!("stage {} has no parent to take a network from", stage.label()))
+            })?;
+            self.network(parent, &data.fingerprint, device)
+        };
+        let mut train = |network, training: &train::Training, seed| {
+            let run = Run { data, training, seed, folder, identity: &key };
+            fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
+        };
+        let (network, metrics, report) = match &stage.kind {
+            Kind::Pretrain { network, training, seed } => {
+                let trained = train(network.init(*seed, device)?, training, *seed)?;
+                (trained.network, trained.metrics, None)
+            }
+            Kind::FineTune { quantization, training, seed } => {
+                let mut network = input()?;
+                network.quantize(quantization)?;
+                let trained = train(network, training, *seed)?;
+                (trained.network, trained.metrics, None)
+            }
+            Kind::Prune { pfq } => {
+                let (network, report) = pfq.apply(&input()?)?;
+                (network, Vec::new(), Some(serde_json::to_value(report)))
+            }
+            Kind::Equalize { dfq, quantization } => {
+                let (network, report) = dfq.apply(&input()?, quantization, image_range(data))?;
+                (network, Vec::new(), Some(serde_json::to_value(report)))
+            }
+        };
+        let (evaluation, seconds) = match metrics.last() {
+            Some(last) => {
+                let evaluation = Evaluation { loss: last.test_loss, top1_percent: last.test_top1_percent };
+                (evaluation, metrics.iter().map(|m| m.seconds).sum())
+            }
+            None => (evaluate(&network, data)?, started.elapsed().as_secs_f64()),
+        };
+        let outcome = Outcome {
+            key,
+            label: stage.label(),
+            stage: stage.kind,
+            parent: stage.parent.as_ref().map(|p| p.key(&data.fingerprint)),
+            data: DataOrigin {
+                name: data.name.clone(),
+                source: data.source.clone(),
+                fingerprint: data.fingerprint.clone(),
+            },
+            evaluation,
+            macs: network.macs(),
+            weights: network.weights(),
+            seconds,
+            metrics,
+            report: report.transpose().map_err(|e| file_error(folder, e))?,
+            provenance: provenance.clone(),
+        };
+        network.save(&network_file(folder), &Extras::default())?;
+        // The outcome is written last: it is what says that the stage is done.
+        let text = serde_json::to_string_pretty(&outcome).map_err(|e| file_error(folder, e))?;
+        write_whole(&folder.join("outcome.json"), &text)?;
+        // The final network replaces the checkpoint, which is twice its size.
+        match std::fs::remove_file(folder.join("checkpoint.safetensors")) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(file_error(folder, e)),
+            _ => Ok(outcome),
+        }
+    }
+}
+
+fn network_file(folder: &Path) -> PathBuf {
+    folder.join("network.safetensors")
+}
+
+/// Lowest and highest value of a normalized image: black and white in the channel where they lie
+/// farthest out.
+fn image_range(data: &Dataset) -> (f32, f32) {
+    let ends = |pixel: f32| {
+        data.mean.iter().zip(&data.std).map(move |(mean, std)| (pixel - mean) / std)
+    };
+    (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))
+}
+
+/// Locks a stage's folder against other processes; the lock goes with the file, also when the process
+/// is killed.
+fn lock(folder: &Path, waiting: impl FnOnce()) -> Result<File> {
+    let fail = |e: std::io::Error| file_error(folder, format!("could not be locked: {e}"));
+    std::fs::create_dir_all(folder).map_err(fail)?;
+    let file = File::create(folder.join("lock")).map_err(fail)?;
+    if file.try_lock().is_err() {
+        waiting();
+        file.lock().map_err(fail)?;
+    }
+    Ok(file)
+}
+
+fn write_whole(path: &Path, text: &str) -> Result<()> {
+    use std::io::Write;
+    let partial = path.with_extension("partial");
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&partial)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&partial, path)
+    };
+    write().map_err(|e| file_error(path, e))
+}
+
+fn file_error(path: &Path, problem: impl std::fmt::Display) -> Error {
+    Error::File { path: path.display().to_string(), problem: problem.to_string() }
+}
