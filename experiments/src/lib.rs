@@ -1,1 +1,15 @@
-//! What the table binaries share.
+//! What the table binaries share: flags, profiles, progress, and running a table's stages.
+//!
+//! A binary is a [`Table`] and a call of [`main`]. Only this crate parses flags and prints.
+
+#![forbid(unsafe_code)]
+
+mod device;
+mod flags;
+mod profile;
+mod progress;
+mod table;
+
+pub use flags::{Flags, Only};
+pub use profile::{ModelName, Data, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};
+pub use table::{Cell, Method, Table, main};

@@ -170,7 +170,9 @@ fn weight_ranges(network: &Network) -> Result<Vec<(f32, f32)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::testing::{gaussian_images, mobilenet, quantization, relative_difference};
+    use super::testing::{
+        Gaussian, gaussian_images, mobilenet, quantization, relative_difference, unbalance, zero_gamma,
+    };
     use super::*;
     use kernels::Activation::{Relu, Relu6};
     use models::Version;
@@ -194,32 +196,48 @@ mod tests {
         refused(&network, &good, "unit stem has no batch normalization");
     }
 
-    /// DFQ at 8 bits comes much closer to the float network than the same quantizers without it.
+    /// On a network with badly balanced filters, DFQ at 8 bits comes much closer to the float outputs
+    /// than the same quantizers without it.
     fn check(version: Version) {
         let mut network = mobilenet(version, Relu);
-        let mut g = super::testing::Gaussian::new(1);
-        for first in Folded::new(&network).unwrap().pairs() { super::testing::unbalance(&mut network, first, |_| (1.5*g.next()).exp()); }
+        let mut gaussian = Gaussian::new(4);
+        for first in Folded::new(&network).unwrap().pairs() {
+            // Where γ is 0 there is no filter to balance what reads it with.
+            unbalance(
+                &mut network,
+                first,
+                |j| if zero_gamma(j) { 1.0 } else { (2.0 * gaussian.next()).exp() },
+            );
+        }
         let images = gaussian_images(4, &network);
         let logits = network.forward(&images).unwrap();
         let none = Dfq { equalize: false, absorb: false, correct_bias: false, ..Dfq::default() };
         let distance = |dfq: Dfq| {
             let (prepared, report) = dfq.apply(&network, &quantization(8), IMAGES).unwrap();
-            assert_eq!(report.layers.len(), network.units.len() + 1);
             (relative_difference(&logits, &prepared.forward(&images).unwrap()), report)
         };
-        for q in [quantization(8), Quantization{activations: Precision::Float, ..quantization(8)}] {
-            for (e,a,c) in [(false,false,false),(true,false,false),(true,true,false),(true,true,true),(false,false,true)] {
-                let (p,r) = Dfq{equalize:e,absorb:a,correct_bias:c,..Dfq::default()}.apply(&network,&q,IMAGES).unwrap();
-                eprintln!("{e} {a} {c} {} {} {}", relative_difference(&logits, &p.forward(&images).unwrap()), r.sweeps, r.remaining);
-            }
-        }
-        let ((plain, _), (dfq, report)) = (distance(none), distance(Dfq::default()));
+        let ((plain, untouched), (dfq, report)) = (distance(none), distance(Dfq::default()));
+        eprintln!("{version:?} {dfq} {plain} {}", report.sweeps);
         assert!(dfq < 0.5 * plain, "{version:?}: {dfq} with DFQ, {plain} without");
-        assert!(report.remaining <= Dfq::default().tolerance);
-        assert!(report.layers.iter().map(|l| l.absorbed).sum::<usize>() > 0);
-        assert!(report.layers[1..].iter().all(|l| l.correction > 0.0), "{report:?}");
         // The network that came in is as it was.
         assert_eq!(relative_difference(&logits, &network.forward(&images).unwrap()), 0.0);
+
+        let names: Vec<&str> = report.layers.iter().map(|l| l.name.as_str()).collect();
+        assert_eq!(
+            (names.len(), names[0], names[names.len() - 1]),
+            (network.units.len() + 1, "stem", "head")
+        );
+        let narrowed = |(lo, hi): (f32, f32), (lower, higher): (f32, f32)| (higher - lower) / (hi - lo) < 0.5;
+        let many = report.layers.iter().filter(|l| narrowed(l.range_before, l.range_after)).count();
+        assert!(many > names.len() / 4, "{many} ranges shrank");
+        assert!(report.remaining <= Dfq::default().tolerance && report.sweeps > 1);
+        assert!(report.layers.iter().any(|l| l.absorbed > 0));
+        // The first layer reads images, of mean 0.
+        assert!(report.layers.iter().enumerate().all(|(i, l)| (l.correction > 0.0) == (i > 0)), "{report:?}");
+        assert!(untouched.remaining > 1.0 && untouched.sweeps == 0);
+        for layer in &untouched.layers {
+            assert_eq!((layer.range_before, layer.absorbed, layer.correction), (layer.range_after, 0, 0.0));
+        }
     }
 
     #[test]

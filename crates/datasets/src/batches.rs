@@ -300,3 +300,226 @@ fn assemble(
         labels: Tensor::from_vec(labels, n, &Device::Cpu)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    const VARIED: Augmentation = Augmentation { pad: 4, flip: true };
+
+    /// Every training image is told from the others by its pixels.
+    fn data() -> Arc<Dataset> {
+        Arc::new(crate::synthetic(230, 70, 1).unwrap())
+    }
+
+    fn collect(batches: Batches) -> Vec<(Vec<f32>, Vec<u32>)> {
+        let unpack = |batch: Result<Batch>| {
+            let Batch { images, labels } = batch.unwrap();
+            assert_eq!(images.dims()[1..], [32, 32, 3]);
+            assert_eq!(images.dims()[0], labels.dims1().unwrap());
+            (images.flatten_all().unwrap().to_vec1().unwrap(), labels.to_vec1().unwrap())
+        };
+        batches.map(unpack).collect()
+    }
+
+    /// The images of an epoch one by one, by their bits.
+    fn single_images(batches: Batches) -> Vec<Vec<u32>> {
+        let split = |(pixels, _): (Vec<f32>, _)| {
+            pixels.chunks(3072).map(|image| image.iter().map(|x| x.to_bits()).collect()).collect::<Vec<_>>()
+        };
+        collect(batches).into_iter().flat_map(split).collect()
+    }
+
+    #[test]
+    fn an_epoch_is_a_function_of_its_arguments() {
+        let data = data();
+        let epoch = |seed, epoch| collect(train_batches(&data, 64, VARIED, seed, epoch));
+        let first = epoch(1, 0);
+        assert_eq!(first, epoch(1, 0));
+        assert_ne!(first, epoch(1, 1));
+        assert_ne!(first, epoch(2, 0));
+        // A slow consumer sees the same.
+        let slowly =
+            train_batches(&data, 64, VARIED, 1, 0).inspect(|_| std::thread::sleep(Duration::from_millis(20)));
+        let slowly: Vec<Vec<u32>> = slowly.map(|batch| batch.unwrap().labels.to_vec1().unwrap()).collect();
+        assert_eq!(slowly, first.iter().map(|(_, labels)| labels.clone()).collect::<Vec<_>>());
+        // So do several at once.
+        std::thread::scope(|scope| {
+            let runs: Vec<_> = (0..3).map(|_| scope.spawn(|| epoch(1, 0))).collect();
+            runs.into_iter().for_each(|run| assert_eq!(run.join().unwrap(), first));
+        });
+        // The images do not depend on how they are grouped.
+        assert_eq!(
+            single_images(train_batches(&data, 64, VARIED, 1, 0)),
+            single_images(train_batches(&data, 7, VARIED, 1, 0))
+        );
+    }
+
+    #[test]
+    fn every_image_appears_once_with_its_label() {
+        let data = data();
+        let plain = single_images(train_batches(&data, 1, Augmentation::none(), 0, 0));
+        let mut order = single_images(train_batches(&data, 64, Augmentation::none(), 5, 3));
+        let labels: Vec<u32> = collect(train_batches(&data, 64, Augmentation::none(), 5, 3))
+            .into_iter()
+            .flat_map(|b| b.1)
+            .collect();
+        assert_eq!((order.len(), plain.iter().collect::<HashSet<_>>().len()), (230, 230));
+        assert_ne!(order, plain);
+        let table = Normalization::new(&data);
+        let normalized = |i: usize| {
+            let mut target = vec![0.0; 3072];
+            table.image(data.train.image(i), 32, View::default(), &mut target);
+            target.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        };
+        let originals: Vec<_> = (0..230).map(normalized).collect();
+        for (image, label) in order.iter().zip(labels) {
+            let i = originals.iter().position(|original| original == image).unwrap();
+            assert_eq!(u32::from(data.train.labels[i]), label);
+        }
+        order.sort_unstable();
+        let mut plain = plain;
+        plain.sort_unstable();
+        assert_eq!(order, plain);
+    }
+
+    #[test]
+    fn the_last_batch_is_short_or_dropped() {
+        let data = data();
+        let sizes =
+            |batches: Batches| collect(batches).iter().map(|(_, labels)| labels.len()).collect::<Vec<_>>();
+        let train = |batch| train_batches(&data, batch, VARIED, 0, 0);
+        assert_eq!((train(100).len(), sizes(train(100))), (3, vec![100, 100, 30]));
+        assert_eq!((train(100).drop_last().len(), sizes(train(100).drop_last())), (2, vec![100, 100]));
+        assert_eq!(sizes(train(115).drop_last()), [115, 115]);
+        assert_eq!(sizes(train(500)), [230]);
+        assert!(train(500).drop_last().is_empty());
+        assert_eq!(sizes(test_batches(&data, 50)), [50, 20]);
+        let mut batches = train(100);
+        batches.next();
+        assert_eq!((batches.len(), batches.size_hint()), (2, (1, Some(2))));
+    }
+
+    #[test]
+    fn test_batches_are_in_order_and_normalized() {
+        let data = data();
+        let batches = collect(test_batches(&data, 50));
+        let labels: Vec<u32> = batches.iter().flat_map(|(_, labels)| labels.clone()).collect();
+        assert_eq!(labels, data.test.labels.iter().map(|&label| u32::from(label)).collect::<Vec<_>>());
+        let pixels = batches.iter().flat_map(|(pixels, _)| pixels);
+        for (p, (found, &byte)) in pixels.zip(&data.test.pixels).enumerate() {
+            let expected =
+                (f64::from(byte) / 255.0 - f64::from(data.mean[p % 3])) / f64::from(data.std[p % 3]);
+            assert!((f64::from(*found) - expected).abs() < 1e-5);
+        }
+        // Over the training images, the result has mean 0 and standard deviation 1.
+        let train = collect(train_batches(&data, 230, Augmentation::none(), 0, 0)).remove(0).0;
+        for c in 0..3 {
+            let channel: Vec<f64> = train.iter().skip(c).step_by(3).map(|&x| x.into()).collect();
+            let mean = channel.iter().sum::<f64>() / channel.len() as f64;
+            let square = channel.iter().map(|x| x * x).sum::<f64>() / channel.len() as f64;
+            assert!(mean.abs() < 1e-4 && (square - 1.0).abs() < 1e-4, "{mean} {square}");
+        }
+    }
+
+    #[test]
+    fn views_are_those_worked_out_by_hand() {
+        // Two rows of three pixels, whose red channels are 1 2 3 / 4 5 6; green and blue are constant.
+        let source: Vec<u8> = (1..=6).flat_map(|red| [red, 10, 20]).collect();
+        // With this table the result shows where each byte went, and black stands out.
+        let table =
+            Normalization(std::array::from_fn(|c| std::array::from_fn(|v| v as f32 - 100.0 * c as f32)));
+        let red = |top, left, flip| {
+            let mut target = vec![0.0; 18];
+            table.image(&source, 3, View { top, left, flip }, &mut target);
+            for pixel in target.chunks(3) {
+                let black = pixel[0] == 0.0;
+                assert_eq!(pixel[1..], if black { [-100.0, -200.0] } else { [-90.0, -180.0] });
+            }
+            target.iter().step_by(3).copied().collect::<Vec<f32>>()
+        };
+        assert_eq!(red(0, 0, false), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(red(0, 0, true), [3.0, 2.0, 1.0, 6.0, 5.0, 4.0]);
+        assert_eq!(red(1, 0, false), [4.0, 5.0, 6.0, 0.0, 0.0, 0.0]);
+        assert_eq!(red(-1, 1, false), [0.0, 0.0, 0.0, 2.0, 3.0, 0.0]);
+        assert_eq!(red(-1, 1, true), [0.0, 0.0, 0.0, 0.0, 3.0, 2.0]);
+        assert_eq!(red(0, -2, false), [0.0, 0.0, 1.0, 0.0, 0.0, 4.0]);
+        for (top, left) in [(2, 0), (-2, 0), (0, 3), (0, -3), (9, 9), (-9, -9)] {
+            assert_eq!(red(top, left, false), [0.0; 6], "{top} {left}");
+        }
+    }
+
+    #[test]
+    fn augmentation_draws_every_view_about_equally_often() {
+        let augmentation = Augmentation { pad: 1, flip: true };
+        let mut counts = std::collections::HashMap::new();
+        for i in 0..18_000 {
+            let View { top, left, flip } = augmentation.view(3, 1, i);
+            *counts.entry((top, left, flip)).or_insert(0) += 1;
+        }
+        assert_eq!(counts.len(), 18);
+        assert!(counts.values().all(|n| (850..1150).contains(n)), "{counts:?}");
+        assert!((0..100).all(|i| !Augmentation { pad: 4, flip: false }.view(0, 0, i).flip));
+        assert!((0..100).all(|i| Augmentation::none().view(0, 0, i) == View::default()));
+    }
+
+    #[test]
+    fn augmentation_is_read_and_written() {
+        let text = serde_json::to_string(&VARIED).unwrap();
+        assert_eq!(text, r#"{"pad":4,"flip":true}"#);
+        assert_eq!(serde_json::from_str::<Augmentation>(&text).unwrap(), VARIED);
+    }
+
+    #[test]
+    fn dropping_stops_the_thread() {
+        let data = data();
+        let made = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&made);
+        let table = Normalization::new(&data);
+        let mut batches = Batches::start(1_000_000, 1, move |range| {
+            counter.fetch_add(1, Ordering::SeqCst);
+            assemble(&data.train, &table, range.map(|_| (0, View::default())))
+        });
+        batches.next().unwrap().unwrap();
+        drop(batches);
+        // Dropping waits for the thread, which holds the other reference.
+        assert_eq!(Arc::strong_count(&made), 1);
+        assert!(made.load(Ordering::SeqCst) <= 5);
+    }
+
+    #[test]
+    fn failures_are_the_last_item() {
+        let data = data();
+        let table = Normalization::new(&data);
+        let failing = |what: fn() -> Error| {
+            let (data, table) = (Arc::clone(&data), Normalization(table.0));
+            Batches::start(10, 1, move |range| match range.start {
+                2 => Err(what()),
+                _ => assemble(&data.train, &table, range.map(|i| (i, View::default()))),
+            })
+        };
+        let mut batches = failing(|| panic!("out of {}", "luck"));
+        assert!(batches.next().unwrap().is_ok() && batches.next().unwrap().is_ok());
+        let error = batches.next().unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "the batch loader stopped: out of luck");
+        assert!(batches.next().is_none() && batches.is_empty());
+
+        let items: Vec<_> = failing(|| Error::Invalid("no more".into())).collect();
+        assert_eq!(items.len(), 3);
+        assert_eq!(items[2].as_ref().unwrap_err().to_string(), "no more");
+
+        // Fields are public, so a data set can be inconsistent.
+        let mut broken = Dataset::clone(&data);
+        broken.train.pixels.truncate(5 * 3072);
+        let items: Vec<_> = train_batches(&Arc::new(broken), 64, VARIED, 0, 0).collect();
+        assert!(items.last().unwrap().is_err());
+
+        let items: Vec<_> = train_batches(&data, 0, VARIED, 0, 0).collect();
+        assert!(matches!(items.as_slice(), [Err(Error::Invalid(_))]));
+        let items: Vec<_> = test_batches(&data, 0).collect();
+        assert!(matches!(items.as_slice(), [Err(Error::Invalid(_))]));
+    }
+}

@@ -173,9 +173,7 @@ pub(crate) fn parse_python(file: &str, contents: &[u8], records: usize) -> Resul
         _ => Err(bad(format!("{key} is not a list"))),
     };
     let (fine, coarse) = (labels("fine_labels")?, labels("coarse_labels")?);
-    let data = get("data")?
-        .byte_array(&[records as i64, PIXELS as i64])
-        .map_err(|what| bad(format!("data: {what}")))?;
+    let data = get("data")?.byte_array(records, PIXELS).map_err(|what| bad(format!("data: {what}")))?;
 
     let mut images = with_capacity(records);
     for (i, planes) in data.chunks_exact(PIXELS).enumerate() {
@@ -186,4 +184,67 @@ pub(crate) fn parse_python(file: &str, contents: &[u8], records: usize) -> Resul
         push_planes(planes, &mut images.pixels);
     }
     Ok(images)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{PICKLES, binary, images};
+
+    #[test]
+    fn planes_become_pixels() {
+        let mut record = vec![7, 42];
+        record.extend((0..PIXELS).map(|i| (i / 1024 * 100 + i % 1024 / 32 + i % 32) as u8));
+        let images = parse_binary("x", &record, 1).unwrap();
+        assert_eq!(images.labels, [42]);
+        assert_eq!((images.height, images.width, images.channels), (32, 32, 3));
+        // Row 3, column 5: red 3 + 5, green 100 more, blue 200 more.
+        assert_eq!(images.image(0)[(3 * 32 + 5) * 3..][..3], [8, 108, 208]);
+        assert_eq!(images.image(0)[..6], [0, 100, 200, 1, 101, 201]);
+    }
+
+    #[test]
+    fn both_forms_hold_the_same_images() {
+        assert_eq!(parse_binary("x", &binary(3), 3).unwrap(), images(3));
+        assert_eq!(parse_python("x", PICKLES[0], 3).unwrap(), images(3));
+    }
+
+    #[test]
+    fn wrong_records_are_refused() {
+        let refused = |contents: &[u8]| parse_binary("the file", contents, 2).unwrap_err().to_string();
+        assert!(
+            refused(&binary(2)[1..])
+                .contains("the file cannot be used: it has 6147 bytes instead of 2 records")
+        );
+        let mut contents = binary(2);
+        contents[3074] = 20;
+        assert!(refused(&contents).contains("record 1 has the coarse label 20"));
+        contents[3074..3076].copy_from_slice(&[19, 100]);
+        assert!(refused(&contents).contains("record 1 has the fine label 100"));
+        assert!(check_labels("x", 0, 0, -1).is_err());
+    }
+
+    #[test]
+    fn wrong_pickles_are_refused() {
+        let refused = |contents: &[u8], n| parse_python("the file", contents, n).unwrap_err().to_string();
+        assert!(refused(PICKLES[0], 2).contains("fine_labels has 3 entries instead of 2"));
+        assert!(refused(b"}.", 2).contains("no \"fine_labels\""));
+        assert!(refused(b"junk", 2).contains("not a pickle"));
+        let mut contents = PICKLES[0].to_vec();
+        let at = contents.windows(4).position(|window| window == [b'K', 5, b'K', 42]).unwrap();
+        contents[at + 1] = 100;
+        assert!(refused(&contents, 3).contains("record 0 has the fine label 100"));
+        contents[at..at + 2].copy_from_slice(b")N");
+        assert!(refused(&contents, 3).contains("fine_labels has 4 entries"));
+    }
+
+    #[test]
+    fn files_are_compared_with_what_is_known_of_them() {
+        let expected = Expected::new(Some(3), "900150983cd24fb0d6963f7d28e17f72");
+        expected.check("f", b"abc").unwrap();
+        assert!(matches!(expected.check("f", b"abcd"), Err(Error::WrongSize { found: 4, expected: 3, .. })));
+        assert!(matches!(expected.check("f", b"abd"), Err(Error::Checksum { .. })));
+        let unknown = Expected { bytes: None, ..expected };
+        assert!(matches!(unknown.check("f", b"abcd"), Err(Error::Checksum { .. })));
+    }
 }

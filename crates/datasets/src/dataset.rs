@@ -264,3 +264,149 @@ fn fingerprint(splits: &[&Images]) -> String {
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `n` images of 2x1 pixels in `classes` classes in turn; image `i` holds the byte `i` six times.
+    fn numbered(n: usize, classes: usize) -> Images {
+        Images {
+            pixels: (0..n).flat_map(|i| [i as u8; 6]).collect(),
+            labels: (0..n).map(|i| (i % classes) as u16).collect(),
+            height: 2,
+            width: 1,
+            channels: 3,
+        }
+    }
+
+    fn data(train: usize, test: usize, classes: usize) -> Dataset {
+        Dataset::new("d", "here", classes, numbered(train, classes), numbered(test, classes)).unwrap()
+    }
+
+    fn numbers(images: &Images) -> Vec<u8> {
+        (0..images.len()).map(|i| images.image(i)[0]).collect()
+    }
+
+    fn per_class(images: &Images, classes: usize) -> Vec<usize> {
+        let mut counts = vec![0; classes];
+        images.labels.iter().for_each(|&label| counts[usize::from(label)] += 1);
+        counts
+    }
+
+    #[test]
+    fn a_subset_keeps_the_order_asked_for() {
+        let subset = numbered(9, 4).subset(&[7, 0, 7]);
+        assert_eq!((subset.len(), subset.is_empty()), (3, false));
+        assert_eq!(numbers(&subset), [7, 0, 7]);
+        assert_eq!(subset.labels, [3, 0, 3]);
+        assert_eq!((subset.height, subset.width, subset.channels), (2, 1, 3));
+        assert!(numbered(9, 4).subset(&[]).is_empty());
+    }
+
+    #[test]
+    fn statistics_are_those_of_the_training_images() {
+        let train = Images { pixels: vec![0, 51, 9, 255, 51, 9, 255, 102, 9, 0, 102, 9], ..numbered(2, 2) };
+        let data = Dataset::new("d", "here", 2, train, numbered(1, 2)).unwrap();
+        assert_eq!(data.mean, [0.5, 0.3, 9.0 / 255.0]);
+        assert_eq!((data.std[0], data.std[2]), (0.5, 1.0));
+        assert!((data.std[1] - 0.1).abs() < 1e-7);
+    }
+
+    #[test]
+    fn the_fingerprint_is_the_documented_one_and_tells_everything_apart() {
+        let fingerprint =
+            |train: Images, test: Images| Dataset::new("d", "x", 4, train, test).unwrap().fingerprint;
+        let mut bytes = Vec::new();
+        for n in [2u64, 1] {
+            bytes.extend(n.to_le_bytes());
+            [2u32, 1, 3].iter().for_each(|size| bytes.extend(size.to_le_bytes()));
+            (0..n as u8).for_each(|i| bytes.extend([i, 0, i, i, i, i, i, i]));
+        }
+        let base = fingerprint(numbered(2, 4), numbered(1, 4));
+        assert_eq!(base, hex(&Sha256::digest(&bytes)));
+        let mut relabelled = numbered(2, 4);
+        relabelled.labels[1] = 3;
+        let mut repainted = numbered(2, 4);
+        repainted.pixels[11] ^= 1;
+        let reshaped = |images: Images| Images { height: 1, width: 2, ..images };
+        assert_ne!(base, fingerprint(relabelled, numbered(1, 4)));
+        assert_ne!(base, fingerprint(repainted, numbered(1, 4)));
+        assert_ne!(base, fingerprint(numbered(2, 4).subset(&[1, 0]), numbered(1, 4)));
+        assert_ne!(base, fingerprint(reshaped(numbered(2, 4)), reshaped(numbered(1, 4))));
+        assert_ne!(fingerprint(numbered(3, 4), numbered(2, 4)), fingerprint(numbered(2, 4), numbered(3, 4)));
+    }
+
+    #[test]
+    fn held_out_images_are_disjoint_balanced_and_drawn() {
+        let data = data(100, 7, 5);
+        let held = data.hold_out(20, 1).unwrap();
+        assert_eq!((held.train.len(), held.test.len()), (80, 20));
+        assert_eq!((per_class(&held.train, 5), per_class(&held.test, 5)), (vec![16; 5], vec![4; 5]));
+        let mut all = [numbers(&held.train), numbers(&held.test)].concat();
+        assert!(
+            held.train.labels.iter().zip(numbers(&held.train)).all(|(&label, i)| label == u16::from(i) % 5)
+        );
+        all.sort_unstable();
+        assert_eq!(all, (0..100).collect::<Vec<u8>>());
+        assert!(numbers(&held.train).is_sorted() && numbers(&held.test).is_sorted());
+
+        assert_eq!(held, data.hold_out(20, 1).unwrap());
+        assert_ne!(held.test, data.hold_out(20, 2).unwrap().test);
+        assert_ne!(held.fingerprint, data.fingerprint);
+        assert_eq!((held.name.as_str(), held.classes), ("d", 5));
+        assert!(held.source.starts_with("here; 20 training images held out"), "{}", held.source);
+        // The statistics are those of what is left.
+        assert_eq!(held.mean, channel_statistics(&held.train.pixels).0);
+
+        let uneven = per_class(&data.hold_out(13, 3).unwrap().test, 5);
+        assert!(
+            uneven.iter().all(|n| (2..=3).contains(n)) && uneven.iter().sum::<usize>() == 13,
+            "{uneven:?}"
+        );
+    }
+
+    #[test]
+    fn limits_take_the_first_of_every_class() {
+        let data = data(30, 10, 5);
+        let limited = data.limit(Some(10), Some(7)).unwrap();
+        assert_eq!(numbers(&limited.train), (0..10).collect::<Vec<u8>>());
+        assert_eq!(numbers(&limited.test), (0..7).collect::<Vec<u8>>());
+        assert_ne!(limited.fingerprint, data.fingerprint);
+        assert_eq!(data.limit(None, None).unwrap(), data);
+        assert_eq!(data.limit(Some(30), Some(99)).unwrap(), data);
+
+        // Sorted by class, the first images are not a prefix.
+        let mut sorted = numbered(30, 1);
+        sorted.labels = (0..30).map(|i| i / 10).collect();
+        let data = Dataset::new("d", "x", 3, sorted, numbered(1, 1)).unwrap();
+        assert_eq!(numbers(&data.limit(Some(6), None).unwrap().train), [0, 1, 10, 11, 20, 21]);
+        assert_eq!(numbers(&data.limit(Some(4), None).unwrap().train), [0, 1, 10, 20]);
+    }
+
+    #[test]
+    fn unusable_arguments_are_refused() {
+        let data = data(10, 10, 5);
+        for n in [0, 10, 11] {
+            let error = data.hold_out(n, 0).unwrap_err();
+            assert!(
+                matches!(error, Error::Invalid(_)) && error.to_string().contains("choose 1..=9"),
+                "{error}"
+            );
+        }
+        assert!(matches!(data.limit(Some(0), None), Err(Error::Invalid(_))));
+        assert!(matches!(data.limit(None, Some(0)), Err(Error::Invalid(_))));
+
+        let refused =
+            |train: Images| Dataset::new("d", "x", 5, train, numbered(1, 5)).unwrap_err().to_string();
+        assert!(refused(numbered(0, 5)).contains("at least one training image"));
+        assert!(refused(numbered(6, 6)).contains("label 5 of 5 classes"));
+        assert!(refused(Images { channels: 1, ..numbered(3, 5) }).contains("three channels"));
+        assert!(refused(Images { height: 0, ..numbered(3, 5) }).contains("at least one pixel"));
+        assert!(refused(Images { width: 2, ..numbered(3, 5) }).contains("18 bytes of pixels for 3 labels"));
+        assert!(
+            refused(Images { width: 2, height: 1, ..numbered(3, 5) })
+                .contains("1x2 pixels and the test images 2x1")
+        );
+    }
+}

@@ -159,3 +159,185 @@ fn check_file(path: &Path, name: &str, expected: &Expected) -> Result<()> {
     io::copy(&mut file, &mut hash).map_err(Error::io(path))?;
     expected.check_md5(name, hash)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{PICKLES, binary, images, manifest, parquet, tar_gz, write};
+
+    fn quietly(folder: &Path, manifest: &Manifest) -> Result<Dataset> {
+        load(folder, manifest, &mut |_| {})
+    }
+
+    fn message(folder: &Path, manifest: &Manifest) -> String {
+        quietly(folder, manifest).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_form_gives_the_same_data() {
+        let (bins, pickles) = ([binary(3), binary(2)], PICKLES.map(<[u8]>::to_vec));
+        let tables = [parquet(&images(3), "png"), parquet(&images(2), "png")];
+        let binary_archive = tar_gz("cifar-100-binary", &["train.bin", "test.bin"], &bins);
+        let python_archive = tar_gz("cifar-100-python", &["train", "test"], &pickles);
+        let manifest = manifest(&binary_archive, &python_archive);
+        let (a, b) = ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet");
+        let cases: [(&str, [(&str, &[u8]); 2]); 9] = [
+            ("", [("train.bin", &bins[0]), ("test.bin", &bins[1])]),
+            ("", [("cifar-100-binary/train.bin", &bins[0]), ("cifar-100-binary/test.bin", &bins[1])]),
+            (
+                "cifar-100-binary",
+                [("cifar-100-binary/train.bin", &bins[0]), ("cifar-100-binary/test.bin", &bins[1])],
+            ),
+            ("", [("cifar-100-python/train", &pickles[0]), ("cifar-100-python/test", &pickles[1])]),
+            (
+                "cifar-100-python",
+                [("cifar-100-python/train", &pickles[0]), ("cifar-100-python/test", &pickles[1])],
+            ),
+            ("", [("cifar-100-binary.tar.gz", &binary_archive), ("other", b"")]),
+            ("", [("cifar-100-python.tar.gz", &python_archive), ("train/other", b"")]),
+            ("", [(&format!("cifar100/{a}"), &tables[0]), (&format!("cifar100/{b}"), &tables[1])]),
+            ("cifar100", [(&format!("cifar100/{a}"), &tables[0]), (&format!("cifar100/{b}"), &tables[1])]),
+        ];
+        for (folder, files) in cases {
+            let dir = tempfile::tempdir().unwrap();
+            files.iter().for_each(|(name, contents)| write(&dir.path().join(name), contents));
+            let mut events = Vec::new();
+            let data = load(&dir.path().join(folder), &manifest, &mut |event| events.push(event)).unwrap();
+            assert_eq!((&data.train, &data.test), (&images(3), &images(2)), "{files:?}");
+            assert_eq!((data.name.as_str(), data.classes), ("cifar100", 100));
+            assert_eq!(data.fingerprint, manifest.fingerprint);
+            assert!(data.source.starts_with(dir.path().to_str().unwrap()), "{}", data.source);
+            assert!(matches!(events.as_slice(), [Event::Trying { .. }]), "{events:?}");
+        }
+    }
+
+    #[test]
+    fn a_folder_without_data_is_told_from_a_broken_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest = manifest(b"", b"");
+        let absent = dir.path().join("absent");
+        assert!(matches!(quietly(&absent, &manifest), Err(Error::NoData { .. })));
+        assert!(message(&absent, &manifest).contains("there is no such folder"));
+        // Names as common as these mean nothing by themselves.
+        for name in ["train", "test", "train-00000-of-00001.parquet"] {
+            write(&dir.path().join(name), b"something else");
+        }
+        assert!(matches!(quietly(dir.path(), &manifest), Err(Error::NoData { .. })));
+        assert!(message(dir.path(), &manifest).contains("train.bin"));
+        write(&dir.path().join("train.bin"), &binary(3));
+        assert!(message(dir.path(), &manifest).contains("test.bin is missing, although"));
+        fs::remove_file(dir.path().join("train.bin")).unwrap();
+        write(&dir.path().join("cifar-100-python/test"), PICKLES[1]);
+        assert!(message(dir.path(), &manifest).contains("train is missing, although"));
+    }
+
+    #[test]
+    fn truncated_and_corrupted_files_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest = manifest(b"", b"");
+        let (train, test) = (dir.path().join("train.bin"), dir.path().join("test.bin"));
+        write(&train, &binary(3));
+        write(&test, &binary(2)[..5000]);
+        let text = message(dir.path(), &manifest);
+        assert!(
+            text.contains("test.bin has 5000 bytes instead of 6148") && text.contains("delete it"),
+            "{text}"
+        );
+        let mut contents = binary(2);
+        contents[77] ^= 1;
+        write(&test, &contents);
+        assert!(matches!(quietly(dir.path(), &manifest), Err(Error::Checksum { .. })));
+        assert!(message(dir.path(), &manifest).contains("test.bin has MD5"));
+        // An unreadable file is an input/output error that names it.
+        assert!(message_of_unreadable().contains("cannot read"));
+    }
+
+    fn message_of_unreadable() -> String {
+        Error::io("f")(io::Error::from(io::ErrorKind::PermissionDenied)).to_string()
+    }
+
+    #[test]
+    fn archives_and_their_members_are_verified() {
+        let dir = tempfile::tempdir().unwrap();
+        let archive = dir.path().join("cifar-100-binary.tar.gz");
+        let names = ["train.bin", "test.bin"];
+        let good = tar_gz("cifar-100-binary", &names, &[binary(3), binary(2)]);
+
+        write(&archive, &good[..good.len() - 9]);
+        assert!(matches!(quietly(dir.path(), &manifest(&good, b"")), Err(Error::WrongSize { .. })));
+        let mut damaged = good.clone();
+        damaged[40] ^= 1;
+        write(&archive, &damaged);
+        assert!(matches!(quietly(dir.path(), &manifest(&good, b"")), Err(Error::Checksum { .. })));
+        // From here on the archive's own sum is right, so that the checks behind it are reached.
+        assert!(matches!(quietly(dir.path(), &manifest(&damaged, b"")), Err(Error::Malformed { .. })));
+        let check = |contents: &[u8]| {
+            write(&archive, contents);
+            message(dir.path(), &manifest(contents, b""))
+        };
+        assert!(check(&good[..good.len() / 2]).contains("cannot be unpacked"));
+        let mut wrong = binary(2);
+        wrong[5] ^= 1;
+        let text = check(&tar_gz("cifar-100-binary", &names, &[binary(3), wrong]));
+        assert!(text.contains("cifar-100-binary.tar.gz: cifar-100-binary/test.bin has MD5"), "{text}");
+        let text = check(&tar_gz("cifar-100-binary", &names, &[binary(3), binary(1)]));
+        assert!(text.contains("test.bin has 3074 bytes instead of 6148"), "{text}");
+        assert!(
+            check(&tar_gz("elsewhere", &names, &[binary(3), binary(2)]))
+                .contains("lacks train.bin or test.bin")
+        );
+    }
+
+    #[test]
+    fn damaged_tables_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let [train, test] = TABLES.map(|name| dir.path().join(TABLES_FOLDER).join(name));
+        let manifest = manifest(b"", b"");
+        let good = parquet(&images(3), "png");
+        write(&test, &parquet(&images(2), "png"));
+        let check = |contents: &[u8]| {
+            write(&train, contents);
+            let error = quietly(dir.path(), &manifest).unwrap_err();
+            assert!(
+                matches!(&error, Error::Malformed { file, .. } if file.contains("train-00000")),
+                "{error}"
+            );
+            error.to_string()
+        };
+        assert!(check(&good[..good.len() - 100]).contains("not a complete parquet file"));
+        assert!(check(b"").contains("not a complete parquet file"));
+        assert!(check(&parquet(&images(2), "png")).contains("2 rows instead of 3"));
+        assert!(check(&parquet(&images(3), "junk")).contains("picture of row 0 cannot be decoded"));
+        assert!(
+            check(&parquet(&images(3), "grey"))
+                .contains("picture of row 0 is 32x32 L8 instead of 32x32 Rgb8")
+        );
+        assert!(check(&parquet(&images(3), "small")).contains("picture of row 0 is 16x16"));
+        assert!(check(&parquet(&images(3), "no column")).contains("no img.bytes"));
+        let mut labels = images(3);
+        labels.labels[2] = 100;
+        assert!(check(&parquet(&labels, "png")).contains("record 2 has the fine label 100"));
+        // Whatever else is damaged, the result is an error or the right pictures, and never a panic.
+        for at in (0..good.len()).step_by(61) {
+            let mut damaged = good.clone();
+            damaged[at] ^= 0x55;
+            write(&train, &damaged);
+            if let Ok(data) = quietly(dir.path(), &manifest) {
+                assert_eq!(data.train.pixels, images(3).pixels, "byte {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn pictures_without_a_checksum_are_compared_by_fingerprint() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut other = images(3);
+        other.pixels[0] ^= 1;
+        for (name, images) in TABLES.iter().zip([other, images(2)]) {
+            write(&dir.path().join(TABLES_FOLDER).join(name), &parquet(&images, "png"));
+        }
+        let mut events = Vec::new();
+        load(dir.path(), &manifest(b"", b""), &mut |event| events.push(event)).unwrap();
+        assert!(matches!(&events[..], [Event::Trying { .. }, Event::Unverified { .. }]), "{events:?}");
+    }
+}

@@ -28,6 +28,8 @@ mod pickle;
 mod source;
 mod synthetic;
 mod table;
+#[cfg(test)]
+mod testing;
 
 pub use batches::{Augmentation, Batch, Batches, test_batches, train_batches};
 pub use dataset::{Dataset, Images};

@@ -5,6 +5,7 @@
 //! kept as they are, never made, and [`Value::byte_array`] recognizes the one that is needed. Strings are slices of the
 //! input, so that the 150 MB of pixels are not copied.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 type Result<T> = std::result::Result<T, String>;
@@ -37,28 +38,34 @@ impl<'a> Value<'a> {
         entries.iter().find(|(k, _)| *k == Value::Bytes(key.as_bytes())).map(|(_, value)| value)
     }
 
-    /// The elements of a row-major NumPy array of unsigned bytes that has the given shape.
-    pub fn byte_array(&self, shape: &[i64]) -> Result<&'a [u8]> {
+    /// The elements, row by row, of a NumPy array of unsigned bytes that has the given shape.
+    pub fn byte_array(&self, rows: usize, columns: usize) -> Result<Cow<'a, [u8]>> {
         let Some(("_reconstruct", [_, _, _], Some(state))) = self.numpy_call() else {
             return Err("it is not a NumPy array".into());
         };
         // The format's version, the shape, the element type, whether it is column-major, the elements.
-        let [Value::Int(1), Value::Tuple(found), dtype, Value::Bool(false), Value::Bytes(elements)] = state
+        let [Value::Int(1), Value::Tuple(shape), dtype, Value::Bool(by_column), Value::Bytes(elements)] =
+            state
         else {
-            return Err("it is not a row-major NumPy array whose format is known".into());
+            return Err("it is not a NumPy array whose format is known".into());
         };
         match dtype.numpy_call() {
             Some(("dtype", [Value::Bytes(b"u1" | b"|u1"), ..], _)) => {}
             _ => return Err("its elements are not unsigned bytes".into()),
         }
-        let expected: Vec<Value> = shape.iter().map(|&n| Value::Int(n)).collect();
-        if *found != expected {
-            return Err(format!("its shape is {found:?} instead of {shape:?}"));
+        if *shape != [Value::Int(rows as i64), Value::Int(columns as i64)] {
+            return Err(format!("its shape is {shape:?} instead of [{rows}, {columns}]"));
         }
-        if elements.len() as i64 != shape.iter().product::<i64>() {
-            return Err(format!("it holds {} bytes, which do not fill its shape {shape:?}", elements.len()));
+        if elements.len() != rows * columns {
+            return Err(format!(
+                "it holds {} bytes, which do not fill its shape [{rows}, {columns}]",
+                elements.len()
+            ));
         }
-        Ok(elements)
+        Ok(match by_column {
+            false => Cow::Borrowed(elements),
+            true => (0..rows * columns).map(|i| elements[i % columns * rows + i / columns]).collect(),
+        })
     }
 
     /// The name, the arguments and the state of a call of a function of NumPy.
@@ -285,5 +292,81 @@ impl<'a> Machine<'a> {
             }
             None => Err(format!("object {key} was never noted")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::PICKLES;
+
+    #[test]
+    fn a_published_form_of_pickle_is_read() {
+        let root = read(PICKLES[1]).unwrap();
+        assert_eq!(root.get("batch_label"), Some(&Value::Bytes(b"test batch 1 of 1")));
+        assert_eq!(root.get("fine_labels"), Some(&Value::List(vec![Value::Int(5), Value::Int(42)])));
+        let data = root.get("data").unwrap().byte_array(2, 3072).unwrap();
+        assert_eq!((data[0], data[1], data[32], data[1024], data[3072]), (0, 3, 7, 57, 91));
+        assert_eq!(root.get("absent"), None);
+    }
+
+    #[test]
+    fn a_column_major_array_is_transposed() {
+        let mut input = PICKLES[1].to_vec();
+        let elements = input.windows(5).position(|window| window == b"\x89T\x00\x18\x00").unwrap();
+        input[elements] = 0x88;
+        let data = read(&input).unwrap().get("data").unwrap().byte_array(2, 3072).unwrap().into_owned();
+        // What were neighbours are now a row apart.
+        assert_eq!((data[0], data[3072], data[1], data[3073]), (0, 3, 6, 9));
+    }
+
+    #[test]
+    fn other_arrays_are_refused() {
+        let root = read(PICKLES[0]).unwrap();
+        let data = root.get("data").unwrap();
+        assert!(data.byte_array(2, 3072).unwrap_err().contains("shape"));
+        assert!(root.byte_array(3, 3072).unwrap_err().contains("not a NumPy array"));
+        let mut input = PICKLES[0].to_vec();
+        let dtype = input.windows(2).position(|window| window == b"u1").unwrap();
+        input[dtype] = b'i';
+        let root = read(&input).unwrap();
+        assert!(root.get("data").unwrap().byte_array(3, 3072).unwrap_err().contains("unsigned bytes"));
+    }
+
+    #[test]
+    fn small_instructions_work() {
+        // [-2, 300, 65535, None, True, ()] with LONG1, BINGET of a string, APPEND
+        let input = b"\x80\x02](\x8a\x01\xfe\x8a\x02\x2c\x01M\xff\xffN\x88)X\x01\x00\x00\x00xq\x05h\x05eJ\xff\xff\xff\xffa.";
+        let text = Value::Bytes(b"x");
+        let expected = vec![
+            Value::Int(-2),
+            Value::Int(300),
+            Value::Int(65535),
+            Value::None,
+            Value::Bool(true),
+            Value::Tuple(vec![]),
+            text.clone(),
+            text,
+            Value::Int(-1),
+        ];
+        assert_eq!(read(input), Ok(Value::List(expected)));
+    }
+
+    #[test]
+    fn damaged_input_is_an_error_and_never_a_panic() {
+        let whole = PICKLES[1];
+        for end in 0..whole.len() {
+            assert!(read(&whole[..end]).is_err());
+        }
+        for at in 0..300 {
+            for byte in [0, b'.', b'R', b'b', b'u', b'e', b't', 0x86, 0x8a, 0xff] {
+                let mut damaged = whole.to_vec();
+                damaged[at] = byte;
+                let _ =
+                    read(&damaged).map(|root| root.get("data").map(|data| data.byte_array(2, 3072).is_ok()));
+            }
+        }
+        assert!(read(b"]q\x00h\x00.").unwrap_err().contains("occurs twice"));
+        assert!(read(b"\x8f.").unwrap_err().contains("0x8f"));
     }
 }

@@ -17,7 +17,10 @@ fn the_real_data_are_read_correctly() {
         data => data.unwrap(),
     };
     assert!(!events.iter().any(|event| matches!(event, Event::Unverified { .. })), "{events:?}");
-    assert_eq!((data.name.as_str(), data.classes, data.train.len(), data.test.len()), ("cifar100", 100, 50_000, 10_000));
+    assert_eq!(
+        (data.name.as_str(), data.classes, data.train.len(), data.test.len()),
+        ("cifar100", 100, 50_000, 10_000)
+    );
     for (images, per_class) in [(&data.train, 500), (&data.test, 100)] {
         let mut counts = [0; 100];
         images.labels.iter().for_each(|&label| counts[usize::from(label)] += 1);
@@ -25,7 +28,10 @@ fn the_real_data_are_read_correctly() {
     }
     // As published for this data set in many places.
     for (found, known) in [(data.mean, [0.5071, 0.4865, 0.4409]), (data.std, [0.2673, 0.2564, 0.2762])] {
-        assert!(found.iter().zip(known).all(|(found, known): (&f32, f32)| (found - known).abs() < 1e-4), "{found:?}");
+        assert!(
+            found.iter().zip(known).all(|(found, known): (&f32, f32)| (found - known).abs() < 1e-4),
+            "{found:?}"
+        );
     }
     // The first training picture shows cattle, the first test picture a mountain.
     assert_eq!((data.train.labels[0], data.test.labels[0]), (19, 49));

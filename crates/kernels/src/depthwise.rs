@@ -429,7 +429,7 @@ mod tests {
 
     fn reference(x: &Tensor, w: &Tensor, stride: usize) -> candle_core::Result<Tensor> {
         let (_, h, width, c) = x.dims4()?;
-        let padded = x.pad_with_zeros(1, 1, 1)?.pad_with_zeros(2, 1, 1)?;
+        let padded = x.contiguous()?.pad_with_zeros(1, 1, 1)?.pad_with_zeros(2, 1, 1)?;
         let (ho, wo) = ((h - 1) / stride + 1, (width - 1) / stride + 1);
         let mut y = None;
         for kh in 0..3 {

@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn matches_plain_candle_and_the_grid() {
-        for (lo, hi) in [(0.0f32, 0.75), (-0.5, 0.25), (-0.9, 0.9)] {
+        for (lo, hi) in [(0.0f32, 0.75), (-0.5, 0.25), (-0.9, 0.95)] {
             for b in 2..=8 {
                 // More than a chunk, and no multiple of a vector.
                 let x = random(1, &[3, 10_007, 2]);
@@ -184,8 +184,8 @@ mod tests {
                 let (y, gx) = (forward(&x, quant).unwrap(), backward(&x, &gy, quant).unwrap());
                 let expected = reference(&x, lo.into(), hi.into(), f64::from(bits(b).max_level())).unwrap();
                 // Where x is halfway between two levels, rounding in another precision may differ.
-                let unequal =
-                    elements(&y).iter().zip(elements(&expected)).filter(|(a, b)| (**a - b).abs() > 1e-6);
+                let pairs = elements(&y).into_iter().zip(elements(&expected));
+                let unequal = pairs.filter(|(a, b)| (a - b).abs() > 1e-6);
                 assert!(unequal.count() <= 20, "[{lo}, {hi}] at {b} bits");
                 let all = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 let (x, y, gy, gx) = (all(&x), all(&y), all(&gy), all(&gx));

@@ -60,11 +60,14 @@ fn mean_abs(tensor: &Tensor) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::folded::bias_mut;
     use super::super::testing::{chain, channel_means, gaussian_images, mobilenet, quantization};
     use super::*;
-    use kernels::Activation::{Identity, Relu};
+    use kernels::Activation::{self, Identity, Relu};
     use models::{Network, Quantization, Version};
     use quant_core::Precision;
+
+    const UNITS: [(Kernel, Activation); 2] = [(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)];
 
     /// Weights quantized, activations not: what bias correction is about.
     fn weights_only(bits: u32) -> Quantization {
@@ -85,7 +88,7 @@ mod tests {
         folded.network.quantize(&weights_only(2)).unwrap();
         let changes = folded.correct_bias().unwrap();
         // Levels 0, 1, 2, 3. The inputs are 2 and 0: only 1.1 → 1 counts, 0.1 · 2 too low.
-        let bias = super::super::folded::bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        let bias = bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
         assert!(bias[0] == 0.0 && (bias[1] - 0.2).abs() < 1e-6, "{bias:?}");
         assert!((changes[1] - 0.1).abs() < 1e-6, "{changes:?}");
         // 0 and 1 are levels of the classifier too, and those of the first layer (γ = 0).
@@ -95,15 +98,10 @@ mod tests {
     #[test]
     fn expected_input_is_the_clipped_mean() {
         // A standard normal input after ReLU has mean 1/√(2π); 1.4 → 1.
-        let mut folded = Folded::new(
-            &chain(1, &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)], &[&[1.0], &[1.4, 3.0]])
-                .network,
-        )
-        .unwrap();
-        folded.network.epsilon = 0.0;
+        let mut folded = Folded::new(&chain(1, &UNITS, &[&[1.0], &[1.4, 3.0]]).network).unwrap();
         folded.network.quantize(&weights_only(2)).unwrap();
         folded.correct_bias().unwrap();
-        let bias = super::super::folded::bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        let bias = bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
         assert!((f64::from(bias[0]) - 0.4 / std::f64::consts::TAU.sqrt()).abs() < 1e-4, "{bias:?}");
     }
 

@@ -6,15 +6,15 @@ use candle_core::{D, Tensor};
 use kernels::Activation;
 use models::{Kernel, Network, Norm, Unit};
 
-/// A network whose batch normalization has been folded (the paper's section 5: "we first absorb batch
-/// normalization"), with the statistics of every unit's channels before their activation.
+/// A network whose batch normalization has been folded, with the statistics of every unit's channels
+/// before their activation, which DFQ uses in place of data.
 pub(crate) struct Folded {
     pub(crate) network: Network,
     pub(crate) channels: Vec<Vec<Channel>>,
 }
 
 /// The distribution of one channel before its activation, as batch normalization leaves it:
-/// `N(β, γ²)` (section 4.2.1 there).
+/// `N(β, γ²)` (Nagel et al., section 4.2).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Channel {
     /// β.
@@ -58,8 +58,8 @@ impl Folded {
         Ok(Self { network, channels })
     }
 
-    /// Step 2: ReLU for ReLU6, as equalization needs `φ(s·x) = s·φ(x)` (section 5.1.1 there). Where a
-    /// value exceeds 6 this changes the outputs.
+    /// Step 2: ReLU for ReLU6, as equalization needs `φ(s·x) = s·φ(x)` (Nagel et al., section 4.1), and
+    /// absorption `φ(y − c) = φ(y) − c` above c. Where a value exceeds 6 this changes the outputs.
     pub(crate) fn replace_relu6(&mut self) {
         for unit in &mut self.network.units {
             if unit.activation == Activation::Relu6 {

@@ -111,10 +111,10 @@ pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
     for unit in &mut network.units {
         let filters = unit.filters();
         let gamma: Vec<f32> = (0..filters)
-            .map(|j| match j % 16 {
-                5 => 0.0,
-                9 => -(gaussian.next().exp()),
-                _ => gaussian.next().exp(),
+            .map(|j| match gaussian.next().exp() {
+                _ if zero_gamma(j) => 0.0,
+                gamma if j % 16 == 9 => -gamma,
+                gamma => gamma,
             })
             .collect();
         let beta: Vec<f32> = (0..filters).map(|_| gaussian.next()).collect();
@@ -127,6 +127,11 @@ pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
         network.forward_train(&images, Step { range_momentum: 0.1 }).unwrap();
     }
     network
+}
+
+/// The channels of [`mobilenet`] whose γ is 0.
+pub(crate) fn zero_gamma(channel: usize) -> bool {
+    channel % 16 == 5
 }
 
 /// Multiplies the outputs of unit `first`, a channel each, and divides the weights that read them, so

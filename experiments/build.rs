@@ -1,0 +1,16 @@
+//! Tells the binaries which commit they were built from.
+
+use std::process::Command;
+
+fn main() {
+    for path in ["../.git/logs/HEAD", "../Cargo.lock", "../crates", "../experiments"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let commit = Command::new("git")
+        .args(["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+        .output()
+        .ok()
+        .filter(|output| output.status.success())
+        .and_then(|output| String::from_utf8(output.stdout).ok());
+    println!("cargo::rustc-env=PFQ_COMMIT={}", commit.as_deref().map_or("unknown", str::trim));
+}

@@ -1,0 +1,125 @@
+use anyhow::{Result, bail};
+use clap::Parser;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Flags of every table's binary.
+#[derive(Debug, Clone, Parser)]
+#[command(version, about = "Runs the stages of a table of the PfQ paper and writes it beside the published one")]
+pub struct Flags {
+    /// Settings to use: quick (about ten minutes on 2 cores), reduced (the real CIFAR-100 with narrow
+    /// networks, hours) or paper (the full networks)
+    #[arg(long, value_name = "NAME", default_value = "quick", conflicts_with = "config")]
+    pub profile: String,
+
+    /// A settings file instead of a profile: copy one from experiments/profiles/ and edit it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a
+    /// folder with the official files
+    #[arg(long, value_name = "WHERE", default_value = "auto")]
+    pub data: String,
+
+    /// auto, cpu or cuda[:N]
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: String,
+
+    /// Seeds of the fine-tuning, e.g. 0,1,2; the profile's if not given
+    #[arg(long, value_name = "SEEDS", value_delimiter = ',')]
+    pub seeds: Option<Vec<u64>>,
+
+    /// Run these rows only, e.g. mobilenet_v2,a4w4,ours: a row runs if it fits a term of every kind given
+    /// (model, bits, method)
+    #[arg(long, value_name = "TERMS", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// Print the stages, which of them are done and an estimate of the time left, and run nothing
+    #[arg(long)]
+    pub plan: bool,
+
+    /// Folder for the results
+    #[arg(long, value_name = "DIR", default_value = "results")]
+    pub out: PathBuf,
+
+    /// Folder that keeps finished stages and checkpoints
+    #[arg(long, value_name = "DIR", default_value = "runs")]
+    pub store: PathBuf,
+}
+
+/// Which rows `--only` picks: one list of allowed values for every kind, empty meaning all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Only {
+    models: Vec<String>,
+    bits: Vec<(u32, u32)>,
+    methods: Vec<String>,
+}
+
+impl Only {
+    /// Sorts the terms by kind; an unknown term is an error that names what is allowed.
+    pub fn parse(terms: &[String], models: &[&str], methods: &[&str]) -> Result<Self> {
+        let mut only = Self::default();
+        for term in terms {
+            if models.contains(&term.as_str()) {
+                only.models.push(term.clone());
+            } else if methods.contains(&term.as_str()) {
+                only.methods.push(term.clone());
+            } else if let Some(bits) = parse_bits(term) {
+                only.bits.push(bits);
+            } else {
+                bail!(
+                    "--only {term} is unknown: expected a model ({}), bits such as a4w4, or a method ({})",
+                    models.join(", "),
+                    methods.join(", ")
+                );
+            }
+        }
+        Ok(only)
+    }
+
+    /// Whether a row is picked.
+    pub fn picks(&self, model: &str, bits: (u32, u32), method: &str) -> bool {
+        let fits = |list: &[String], value: &str| list.is_empty() || list.iter().any(|x| x == value);
+        fits(&self.models, model)
+            && fits(&self.methods, method)
+            && (self.bits.is_empty() || self.bits.contains(&bits))
+    }
+}
+
+/// `a4w4` → (4, 4).
+fn parse_bits(term: &str) -> Option<(u32, u32)> {
+    let (a, w) = term.strip_prefix('a')?.split_once('w')?;
+    Some((u32::from_str(a).ok()?, u32::from_str(w).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(terms: &[&str], picked: &[(&str, (u32, u32), &str)], left: &[(&str, (u32, u32), &str)]) {
+        let terms: Vec<String> = terms.iter().map(|t| t.to_string()).collect();
+        let only = Only::parse(&terms, &["mobilenet_v1", "mobilenet_v2"], &["ours", "dfq_with_fine_tune"]).unwrap();
+        for row in picked {
+            assert!(only.picks(row.0, row.1, row.2), "{terms:?} should pick {row:?}");
+        }
+        for row in left {
+            assert!(!only.picks(row.0, row.1, row.2), "{terms:?} should leave {row:?}");
+        }
+    }
+
+    #[test]
+    fn terms_of_different_kinds_narrow_down() {
+        check(&[], &[("mobilenet_v1", (4, 4), "ours")], &[]);
+        check(
+            &["mobilenet_v2", "a4w4", "a3w3", "ours"],
+            &[("mobilenet_v2", (4, 4), "ours"), ("mobilenet_v2", (3, 3), "ours")],
+            &[("mobilenet_v1", (4, 4), "ours"), ("mobilenet_v2", (4, 4), "dfq_with_fine_tune")],
+        );
+    }
+
+    #[test]
+    fn unknown_terms_name_what_is_allowed() {
+        let error = Only::parse(&["resnet".into()], &["mobilenet_v2"], &["ours"]).unwrap_err().to_string();
+        assert!(error.contains("resnet") && error.contains("mobilenet_v2") && error.contains("ours"), "{error}");
+    }
+}

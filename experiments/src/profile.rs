@@ -1,0 +1,223 @@
+use anyhow::{Context, Result, bail};
+use baselines::Dfq;
+use kernels::Activation;
+use models::{Fold, Input, MobileNet, Quantization, Version};
+use pfq::PfQ;
+use quant_core::Precision;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+use train::Training;
+use workflow::Recipe;
+
+/// All settings of a run. Every value stands in the profile's TOML file; nothing is a constant of the
+/// code.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// Names the results' folder and column.
+    pub name: String,
+    /// Seeds of the fine-tuning.
+    pub seeds: Vec<u64>,
+    /// Seed of the one pre-trained network that all seeds share, so that they compare methods in
+    /// pairs; without it every seed pre-trains its own.
+    pub pretraining_seed: Option<u64>,
+    /// How much of the data is used.
+    pub data: Data,
+    /// The networks, by model.
+    pub networks: BTreeMap<ModelName, NetworkSettings>,
+    /// Bits of the layers with special treatment, and batch normalization.
+    pub quantization: QuantizationSettings,
+    /// Pruning.
+    pub pfq: Pruning,
+    /// The baseline.
+    pub dfq: Dfq,
+    /// The four kinds of training.
+    pub training: Trainings,
+}
+
+/// A model that can stand in a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelName {
+    /// MobileNetV1.
+    MobilenetV1,
+    /// MobileNetV2.
+    MobilenetV2,
+}
+
+/// How much of the data is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Training images, balanced over the classes; all if not given.
+    pub train_images: Option<usize>,
+    /// Test images, likewise.
+    pub test_images: Option<usize>,
+    /// If given, that many training images stand in for the test set, which is not touched: for
+    /// choosing settings.
+    pub hold_out: Option<usize>,
+}
+
+/// One network.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSettings {
+    /// Width multiplier; 1 is the paper's.
+    pub width: f64,
+    /// `relu6` or `relu`.
+    pub activation: Activation,
+}
+
+/// What the tables' bit widths leave open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizationSettings {
+    /// Bits of the first layer's weights and of the input image.
+    pub first_layer: Precision,
+    /// Bits of the classifier's weights and of the pooled features.
+    pub last_layer: Precision,
+    /// Batch normalization under quantized weights, for our method; DFQ's is always `frozen`.
+    pub fold: Fold,
+}
+
+/// Pruning.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pruning {
+    /// τ; the ε of batch normalization if not given.
+    pub threshold: Option<f64>,
+}
+
+/// The four kinds of training.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trainings {
+    /// In float, from scratch.
+    pub pretraining: Training,
+    /// Activations quantized (Algorithm 1, step 3).
+    pub activations: Training,
+    /// Activations and weights quantized (Algorithm 1, step 5).
+    pub weights: Training,
+    /// After DFQ.
+    pub dfq: Training,
+}
+
+const QUICK: &str = include_str!("../profiles/quick.toml");
+const REDUCED: &str = include_str!("../profiles/reduced.toml");
+const PAPER: &str = include_str!("../profiles/paper.toml");
+
+impl Profile {
+    /// The built-in profile of that name.
+    pub fn named(name: &str) -> Result<Self> {
+        let text = match name {
+            "quick" => QUICK,
+            "reduced" => REDUCED,
+            "paper" => PAPER,
+            _ => bail!("--profile {name} is unknown: expected quick, reduced or paper (or --config FILE)"),
+        };
+        Self::parse(text).with_context(|| format!("profile {name}"))
+    }
+
+    /// The settings in a file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("settings file {} could not be read", path.display()))?;
+        Self::parse(&text).with_context(|| format!("settings file {}", path.display()))
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let profile: Self = toml::from_str(text)?;
+        profile.validate()?;
+        Ok(profile)
+    }
+
+    fn validate(&self) -> Result<()> {
+        if self.seeds.is_empty() {
+            bail!("seeds is empty: expected at least one, e.g. [0]");
+        }
+        let name_ok = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if self.name.is_empty() || !self.name.chars().all(name_ok) {
+            bail!("name = {:?} names a folder: expected letters, digits, - and _", self.name);
+        }
+        for (model, network) in &self.networks {
+            if !(network.width > 0.0 && network.width <= 4.0) {
+                bail!(
+                    "networks.{}.width = {}: expected more than 0, at most 4",
+                    model.version().name(),
+                    network.width
+                );
+            }
+        }
+        let t = &self.training;
+        for (key, training) in
+            [("pretraining", t.pretraining), ("activations", t.activations), ("weights", t.weights), ("dfq", t.dfq)]
+        {
+            training.validate().with_context(|| format!("training.{key}"))?;
+        }
+        Ok(())
+    }
+
+    /// The network to pre-train for a model; an error if the profile has none.
+    pub fn network(&self, model: ModelName, classes: usize) -> Result<MobileNet> {
+        let Some(settings) = self.networks.get(&model) else {
+            bail!("the settings have no [networks.{}]", model.version().name());
+        };
+        let NetworkSettings { width, activation } = *settings;
+        Ok(MobileNet { width, activation, ..MobileNet::new(model.version(), Input::Cifar, classes) })
+    }
+
+    /// The settings of one table cell's workflows.
+    pub fn recipe(&self, activations: Precision, weights: Precision, seed: u64) -> Recipe {
+        let QuantizationSettings { first_layer, last_layer, fold } = self.quantization;
+        Recipe {
+            quantization: Quantization { activations, weights, first_layer, last_layer, fold },
+            pfq: PfQ { threshold: self.pfq.threshold, bias_correction: true },
+            dfq: self.dfq,
+            activation_training: self.training.activations,
+            weight_training: self.training.weights,
+            dfq_training: self.training.dfq,
+            seed,
+        }
+    }
+}
+
+impl ModelName {
+    /// The network's version.
+    pub fn version(self) -> Version {
+        match self {
+            Self::MobilenetV1 => Version::V1,
+            Self::MobilenetV2 => Version::V2,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_profiles_are_valid_and_named_as_asked() {
+        for name in ["quick", "reduced", "paper"] {
+            assert_eq!(Profile::named(name).unwrap().name, name);
+        }
+    }
+
+    /// The built-in quick profile with one piece replaced must fail with a message holding `parts`.
+    fn check(from: &str, to: &str, parts: &[&str]) {
+        assert!(QUICK.contains(from), "the profile has no {from:?}");
+        let error = format!("{:#}", Profile::parse(&QUICK.replacen(from, to, 1)).unwrap_err());
+        for part in parts {
+            assert!(error.contains(part), "{error:?} lacks {part:?}");
+        }
+    }
+
+    #[test]
+    fn wrong_settings_are_named_with_what_is_allowed() {
+        check("[pfq]", "[pfq]\nthreshhold = 1e-5", &["threshhold", "threshold"]);
+        check("fold = \"batch_statistics\"", "fold = \"melted\"", &["melted", "frozen", "unfolded"]);
+        check("first_layer = 8", "first_layer = 9", &["9", "2 to 8"]);
+        check("batch = ", "batch = 0 # ", &["batch", "1 to 65536"]);
+        check("width = ", "width = 0 # ", &["width", "more than 0"]);
+    }
+}

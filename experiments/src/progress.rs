@@ -1,0 +1,134 @@
+//! Progress: bars where the output is a terminal, plain lines where it isn't.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+use train::{EpochMetrics, Progress};
+use workflow::{Event, Outcome};
+
+/// Shows what runs, on standard error.
+pub struct Display {
+    bar: Option<ProgressBar>,
+    terminal: bool,
+}
+
+impl Display {
+    /// A display fit for where standard error goes.
+    pub fn new() -> Self {
+        Self { bar: None, terminal: std::io::stderr().is_terminal() }
+    }
+
+    /// A line above whatever bar is shown.
+    pub fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    /// Shows what loading the data tells.
+    pub fn data(&mut self, event: &datasets::Event) {
+        match event {
+            datasets::Event::Download { file, done, total } if self.terminal => {
+                let bar = self.bar.get_or_insert_with(|| {
+                    let style = "{msg} {bar:40} {bytes}/{total_bytes} {bytes_per_sec}";
+                    ProgressBar::new(*total).with_style(ProgressStyle::with_template(style).expect("a valid template"))
+                });
+                bar.set_message(file.clone());
+                bar.set_length(*total);
+                bar.set_position(*done);
+            }
+            datasets::Event::Download { .. } => {}
+            datasets::Event::FellBack { .. } => {
+                let line = "!".repeat(80);
+                self.line(&format!("{line}\n{event}\n{line}"));
+            }
+            other => self.line(&other.to_string()),
+        }
+    }
+
+    /// Shows what a stage tells.
+    pub fn stage(&mut self, event: Event) {
+        match event {
+            Event::Found(_) => {}
+            Event::Waiting(stage) => self.line(&format!("{}: another process runs it, waiting", stage.label())),
+            Event::Started(stage) => self.line(&format!("{} …", stage.label())),
+            Event::Progress(_, progress) => self.progress(progress),
+            Event::Finished(outcome) => self.finished(outcome),
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn progress(&mut self, progress: Progress) {
+        match progress {
+            Progress::Resumed { epoch } => {
+                self.line(&format!("  going on from the checkpoint after epoch {epoch}"));
+            }
+            Progress::Steps { epoch, epochs, step, steps, loss, images_per_second } => {
+                if self.terminal {
+                    let bar = self.bar.get_or_insert_with(|| {
+                        let style = "  {bar:30} {pos}/{len} steps, {msg}, {eta} left";
+                        let style = ProgressStyle::with_template(style).expect("a valid template");
+                        ProgressBar::new((epochs * steps) as u64)
+                            .with_style(style)
+                            .with_position(((epoch - 1) * steps) as u64)
+                    });
+                    bar.set_position(((epoch - 1) * steps + step) as u64);
+                    bar.set_message(format!(
+                        "epoch {epoch}/{epochs}, loss {loss:.3}, {images_per_second:.0} images/s"
+                    ));
+                }
+            }
+            Progress::Epoch { epochs, metrics } => {
+                let EpochMetrics { epoch, train_loss, test_top1_percent, seconds, .. } = metrics;
+                let left = seconds * (epochs - epoch) as f64;
+                self.line(&format!(
+                    "  epoch {epoch}/{epochs}: training loss {train_loss:.3}, test top-1 {test_top1_percent:.2} %, \
+                     {} (this stage: {} left)",
+                    duration(seconds),
+                    duration(left)
+                ));
+                if epoch == epochs {
+                    self.clear();
+                }
+            }
+        }
+    }
+
+    fn finished(&mut self, outcome: &Outcome) {
+        self.clear();
+        self.line(&format!(
+            "{}: top-1 {:.2} %, {:.2} M MACs, {}",
+            outcome.label,
+            outcome.evaluation.top1_percent,
+            outcome.macs as f64 / 1e6,
+            duration(outcome.seconds)
+        ));
+    }
+}
+
+/// `42 s`, `3 min 20 s`, `2 h 05 min`.
+pub fn duration(seconds: f64) -> String {
+    let s = seconds.round() as u64;
+    match s {
+        0..60 => format!("{s} s"),
+        60..3600 => format!("{} min {:02} s", s / 60, s % 60),
+        _ => format!("{} h {:02} min", s / 3600, s % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::duration;
+
+    #[test]
+    fn durations_read_well() {
+        let got = [0.2, 59.6, 200.0, 7500.0].map(duration);
+        assert_eq!(got, ["0 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]);
+    }
+}
