@@ -19,10 +19,11 @@ const AHEAD: usize = 2;
 
 /// How training images are varied.
 ///
-/// An image is padded with `pad` black pixels on every side, a window of the original size is cut out at a uniformly
-/// drawn place, and if `flip` the window is mirrored left to right with probability one half. The padding is black
-/// *before* normalization, (0 - mean) / std after it, as when a crop of the stored bytes precedes the conversion to
-/// numbers.
+/// An image is padded with `pad` black pixels on every side, a window of the original size is cut out at a
+/// uniformly drawn place, and if `flip` the window is mirrored left to right with probability one half. The
+/// padding is black
+/// *before* normalization, (0 - mean) / std after it, as when a crop of the stored bytes precedes the
+/// conversion to numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Augmentation {
     /// Pixels added on every side before the crop; 0 leaves the image in place.
@@ -37,8 +38,8 @@ impl Augmentation {
         Augmentation { pad: 0, flip: false }
     }
 
-    /// The view of training image `index` in `epoch`: a function of the arguments only, so that neither the order of
-    /// the images nor the batch size matters to it.
+    /// The view of training image `index` in `epoch`: a function of the arguments only, so that neither the
+    /// order of the images nor the batch size matters to it.
     fn view(self, seed: u64, epoch: usize, index: usize) -> View {
         if self == Augmentation::none() {
             return View::default();
@@ -64,9 +65,10 @@ pub struct Batch {
 
 /// The training batches of one epoch.
 ///
-/// The order is a permutation drawn from `(seed, epoch)`, and each image is varied by `(seed, epoch, its index)` only,
-/// so an epoch is the same however often and however fast it is consumed. Every image appears exactly once; the last
-/// batch is short if `batch` does not divide their number, unless [`Batches::drop_last`] is asked for.
+/// The order is a permutation drawn from `(seed, epoch)`, and each image is varied by `(seed, epoch, its
+/// index)` only, so an epoch is the same however often and however fast it is consumed. Every image appears
+/// exactly once; the last batch is short if `batch` does not divide their number, unless
+/// [`Batches::drop_last`] is asked for.
 ///
 /// An unusable `batch` (0) is reported by the first item.
 pub fn train_batches(
@@ -97,7 +99,8 @@ pub fn test_batches(data: &Arc<Dataset>, batch: usize) -> Batches {
     })
 }
 
-/// Batches in the making: a background thread prepares up to three of them ahead. Dropping this stops the thread.
+/// Batches in the making: a background thread prepares up to three of them ahead. Dropping this stops the
+/// thread.
 ///
 /// If the thread fails, the failure is the next item and the last one; an epoch never just ends early.
 #[derive(Debug)]
@@ -228,8 +231,8 @@ fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(key)
 }
 
-/// Where an output image lies in its source: output pixel (y, x) is source pixel (y + top, x + left), after which the
-/// output is mirrored if `flip`.
+/// Where an output image lies in its source: output pixel (y, x) is source pixel (y + top, x + left), after
+/// which the output is mirrored if `flip`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct View {
     top: isize,
@@ -237,7 +240,8 @@ struct View {
     flip: bool,
 }
 
-/// The normalized value of every byte, per channel: one look-up instead of a conversion, a subtraction and a division.
+/// The normalized value of every byte, per channel: one look-up instead of a conversion, a subtraction and a
+/// division.
 struct Normalization([[f32; 256]; CHANNELS]);
 
 impl Normalization {

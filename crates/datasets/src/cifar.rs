@@ -97,8 +97,8 @@ impl Manifest {
         }
     }
 
-    /// The data set of the given images. Tells if they are not the official ones in their order, which can happen
-    /// only to files without an official checksum.
+    /// The data set of the given images. Tells if they are not the official ones in their order, which can
+    /// happen only to files without an official checksum.
     pub fn dataset(
         &self,
         source: String,
@@ -108,8 +108,8 @@ impl Manifest {
         let data = Dataset::new("cifar100", source, CLASSES, train, test)?;
         if data.fingerprint != self.fingerprint {
             let why = format!(
-                "{} decodes to fingerprint {}, while the official files have {}: the pictures, the labels or their \
-                 order differ",
+                "{} decodes to fingerprint {}, while the official files have {}: the pictures, the labels or \
+                 their order differ",
                 data.source, data.fingerprint, self.fingerprint
             );
             on_event(Event::Unverified { why });
@@ -140,7 +140,8 @@ pub(crate) fn check_labels(file: &str, i: usize, coarse: i64, fine: i64) -> Resu
     Ok(fine as u16)
 }
 
-/// Appends an image stored as three planes of rows, red, green and blue, with the channels of a pixel together.
+/// Appends an image stored as three planes of rows, red, green and blue, with the channels of a pixel
+/// together.
 fn push_planes(planes: &[u8], pixels: &mut Vec<u8>) {
     let plane = SIDE * SIDE;
     pixels.extend((0..plane).flat_map(|i| [planes[i], planes[plane + i], planes[2 * plane + i]]));
@@ -161,8 +162,8 @@ pub(crate) fn parse_binary(file: &str, contents: &[u8], records: usize) -> Resul
     Ok(images)
 }
 
-/// Reads the python form, a pickled dictionary whose `data` is a NumPy array `[records, 3072]` of bytes, each row three
-/// planes, with the lists `fine_labels` and `coarse_labels`.
+/// Reads the python form, a pickled dictionary whose `data` is a NumPy array `[records, 3072]` of bytes, each
+/// row three planes, with the lists `fine_labels` and `coarse_labels`.
 pub(crate) fn parse_python(file: &str, contents: &[u8], records: usize) -> Result<Images> {
     let bad = |what: String| Error::malformed(file, what);
     let root = pickle::read(contents).map_err(bad)?;

@@ -99,8 +99,8 @@ impl Images {
 pub struct Dataset {
     /// `"cifar100"` or `"synthetic"`.
     pub name: String,
-    /// For people to read: the folder, the hub's repository and revision, or `synthetic (seed ..)`, and what was
-    /// taken from it.
+    /// For people to read: the folder, the hub's repository and revision, or `synthetic (seed ..)`, and what
+    /// was taken from it.
     pub source: String,
     /// The number of classes; labels lie in `0..classes`.
     pub classes: usize,
@@ -110,15 +110,15 @@ pub struct Dataset {
     pub test: Images,
     /// The mean of each channel over all pixels of `train`, black being 0 and full intensity 1.
     pub mean: [f32; 3],
-    /// The standard deviation of each channel over all pixels of `train` (division by the number of pixels), in
-    /// the same units. A channel without any variation gets 1, so that it normalizes to zero.
+    /// The standard deviation of each channel over all pixels of `train` (division by the number of pixels),
+    /// in the same units. A channel without any variation gets 1, so that it normalizes to zero.
     pub std: [f32; 3],
-    /// What identifies the pictures: the SHA-256, in lower-case hex, over `train` and then `test`, each as its
-    /// number of images (u64), height, width and channels (u32 each), then for every image its label (u16) and its
-    /// pixels row by row, red, green and blue of a pixel together; integers are little-endian.
+    /// What identifies the pictures: the SHA-256, in lower-case hex, over `train` and then `test`, each as
+    /// its number of images (u64), height, width and channels (u32 each), then for every image its label
+    /// (u16) and its pixels row by row, red, green and blue of a pixel together; integers are little-endian.
     ///
-    /// It is taken over decoded records: the same pictures with the same labels in the same order have the same
-    /// fingerprint from whatever form of file they came.
+    /// It is taken over decoded records: the same pictures with the same labels in the same order have the
+    /// same fingerprint from whatever form of file they came.
     pub fingerprint: String,
 }
 
@@ -127,8 +127,8 @@ impl Dataset {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if there is no training image, if the images do not have three channels and one size, or
-    /// if a label is not in `0..classes`.
+    /// [`Error::Invalid`] if there is no training image, if the images do not have three channels and one
+    /// size, or if a label is not in `0..classes`.
     pub fn new(
         name: impl Into<String>,
         source: impl Into<String>,
@@ -152,10 +152,10 @@ impl Dataset {
         Ok(Dataset { name: name.into(), source: source.into(), classes, train, test, mean, std, fingerprint })
     }
 
-    /// For choosing settings without looking at the test set: `test` becomes `n` of the training images, drawn
-    /// with `seed` and spread over the classes as evenly as possible, and `train` becomes the others; both keep
-    /// their order. The real test set is not in the result. The name stays; the statistics (of the images that are
-    /// left to train on) and the fingerprint are new.
+    /// For choosing settings without looking at the test set: `test` becomes `n` of the training images,
+    /// drawn with `seed` and spread over the classes as evenly as possible, and `train` becomes the others;
+    /// both keep their order. The real test set is not in the result. The name stays; the statistics (of the
+    /// images that are left to train on) and the fingerprint are new.
     ///
     /// # Errors
     ///
@@ -178,9 +178,9 @@ impl Dataset {
         Dataset::new(&self.name, source, self.classes, self.train.subset(&kept), self.train.subset(&held))
     }
 
-    /// The first `train` training and `test` test images, taken from the classes in turn so that these stay as
-    /// balanced as possible; the order is kept. `None`, or a number that is not below the number of images, keeps
-    /// all of them. If anything is left out, the statistics and the fingerprint are new.
+    /// The first `train` training and `test` test images, taken from the classes in turn so that these stay
+    /// as balanced as possible; the order is kept. `None`, or a number that is not below the number of
+    /// images, keeps all of them. If anything is left out, the statistics and the fingerprint are new.
     ///
     /// # Errors
     ///
@@ -205,8 +205,8 @@ impl Dataset {
     }
 }
 
-/// `n` of the indices in `order`, ascending: the first of every class, then the second of every class, and so on, so
-/// that no class gives more than one image more than another that still has some.
+/// `n` of the indices in `order`, ascending: the first of every class, then the second of every class, and so
+/// on, so that no class gives more than one image more than another that still has some.
 fn balanced(order: &[usize], labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
     let mut seen = vec![0usize; classes];
     let mut ranked: Vec<(usize, usize)> = order

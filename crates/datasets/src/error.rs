@@ -89,7 +89,8 @@ pub enum Error {
     },
     /// The hub did not deliver a file.
     #[error(
-        "cannot download {file} of {repo} from {endpoint}: {what}; check the network, or put CIFAR-100 into a folder"
+        "cannot download {file} of {repo} from {endpoint}: {what}; check the network, or put CIFAR-100 into \
+         a folder"
     )]
     Hub {
         /// The file within the repository.

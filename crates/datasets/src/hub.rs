@@ -24,8 +24,8 @@ const REVISION: &str = "main";
 pub struct Hub {
     /// The base address. `None`: `HF_ENDPOINT`, or else <https://huggingface.co>.
     pub endpoint: Option<String>,
-    /// The cache directory, in the layout that all tools of the hub share. `None`: `HF_HUB_CACHE`, or else `hub` under
-    /// `HF_HOME`, or else `huggingface/hub` under `XDG_CACHE_HOME` or `~/.cache`.
+    /// The cache directory, in the layout that all tools of the hub share. `None`: `HF_HUB_CACHE`, or else
+    /// `hub` under `HF_HOME`, or else `huggingface/hub` under `XDG_CACHE_HOME` or `~/.cache`.
     pub cache: Option<PathBuf>,
     /// Whether to do with what is in the cache.
     pub offline: bool,
@@ -36,9 +36,9 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// As the environment says: `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_CACHE` as described at the fields, a token from
-    /// `HF_TOKEN` or the file in `HF_HOME`, and offline if `HF_HUB_OFFLINE` is 1, true, yes or on. The first answer
-    /// may take 10 seconds, a pause 60.
+    /// As the environment says: `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_CACHE` as described at the fields, a
+    /// token from `HF_TOKEN` or the file in `HF_HOME`, and offline if `HF_HUB_OFFLINE` is 1, true, yes or on.
+    /// The first answer may take 10 seconds, a pause 60.
     pub fn from_env() -> Hub {
         let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
         Hub {
@@ -64,8 +64,8 @@ impl Hub {
 
     /// The path of a file of the repository, from the cache or downloaded to it.
     ///
-    /// The request runs in a thread of its own, for it has no time limit for connecting: where packets vanish it would
-    /// last minutes. After a time-out the thread is left to end by itself.
+    /// The request runs in a thread of its own, for it has no time limit for connecting: where packets vanish
+    /// it would last minutes. After a time-out the thread is left to end by itself.
     fn fetch(&self, file: &str, revision: &str, on_event: &mut dyn FnMut(Event)) -> Result<PathBuf> {
         let repo = format!("{OWNER}/{NAME}");
         let unusable =
@@ -113,7 +113,7 @@ impl Hub {
                     timeout = self.stall_timeout;
                     on_event(Event::Download { file: file.into(), done, total });
                 }
-                Ok(Message::Done(done)) => return done.map_err(|what| failed(what)),
+                Ok(Message::Done(done)) => return done.map_err(failed),
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(failed(format!("nothing arrived for {} seconds", timeout.as_secs_f32())));
                 }
@@ -127,14 +127,14 @@ impl Hub {
 
 /// Loads CIFAR-100 from the hub's repository `uoft-cs/cifar100`, from its cache or downloaded to it.
 ///
-/// What is in the cache is used without asking the hub whether there is something newer. The number of records, the form
-/// of every picture and the range of every label are checked. [`Event::Unverified`] tells if the pictures differ from
-/// those of the official files.
+/// What is in the cache is used without asking the hub whether there is something newer. The number of
+/// records, the form of every picture and the range of every label are checked. [`Event::Unverified`] tells
+/// if the pictures differ from those of the official files.
 ///
 /// # Errors
 ///
-/// [`Error::Hub`] if a file cannot be downloaded, [`Error::Offline`] if it must not be, [`Error::Malformed`] if one in
-/// the cache is damaged (deleting the file that it names mends that).
+/// [`Error::Hub`] if a file cannot be downloaded, [`Error::Offline`] if it must not be, [`Error::Malformed`]
+/// if one in the cache is damaged (deleting the file that it names mends that).
 pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
     load_with(hub, &Manifest::official(), on_event)
 }
@@ -189,4 +189,150 @@ fn chain(error: &dyn std::error::Error) -> String {
     // Some errors repeat their cause in their own text.
     texts.dedup_by(|later, earlier| earlier.contains(later.as_str()));
     texts.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{COMMIT, Mood, Server, images, manifest};
+    use std::fs;
+    use std::time::Instant;
+
+    /// An empty cache and a hub to fill it from.
+    fn setup() -> (Server, tempfile::TempDir, Hub) {
+        let (server, home) = (Server::start(), tempfile::tempdir().unwrap());
+        let hub = Hub {
+            endpoint: Some(server.endpoint.clone()),
+            cache: Some(home.path().join("hub")),
+            offline: false,
+            answer_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(10),
+        };
+        (server, home, hub)
+    }
+
+    fn quietly(hub: &Hub) -> Result<Dataset> {
+        load_with(hub, &manifest(b"", b""), &mut |_| {})
+    }
+
+    fn check(data: &Dataset) {
+        assert_eq!((&data.train, &data.test), (&images(3), &images(2)));
+        assert_eq!(data.fingerprint, manifest(b"", b"").fingerprint);
+        assert_eq!(data.source, format!("hub uoft-cs/cifar100 @ {COMMIT}"));
+    }
+
+    #[test]
+    fn files_are_downloaded_once_and_then_taken_from_the_cache() {
+        let (server, _home, hub) = setup();
+        let mut events = Vec::new();
+        check(&load_with(&hub, &manifest(b"", b""), &mut |event| events.push(event)).unwrap());
+        let prefix = "/datasets/uoft-cs/cifar100/resolve";
+        let (train, test) = ("cifar100/train-00000-of-00001.parquet", "cifar100/test-00000-of-00001.parquet");
+        // The second file is asked for under the commit that the first one came from.
+        let expected = [
+            format!("HEAD {prefix}/main/{train}"),
+            format!("GET {prefix}/main/{train}"),
+            format!("HEAD {prefix}/{COMMIT}/{test}"),
+            format!("GET {prefix}/{COMMIT}/{test}"),
+        ];
+        assert_eq!(server.requests(), expected);
+        assert!(matches!(events[0], Event::Trying { .. }));
+        for file in [train, test] {
+            let last = events
+                .iter()
+                .rev()
+                .find(|event| matches!(event, Event::Download { file: f, .. } if f == file));
+            assert!(
+                matches!(last, Some(Event::Download { done, total, .. }) if done == total && *total > 0),
+                "{events:?}"
+            );
+        }
+        assert!(!events.iter().any(|event| matches!(event, Event::Unverified { .. })));
+
+        server.set(Mood::Failing);
+        check(&quietly(&hub).unwrap());
+        check(&quietly(&Hub { offline: true, ..hub.clone() }).unwrap());
+        assert!(server.requests().is_empty());
+    }
+
+    #[test]
+    fn offline_means_no_request() {
+        let (server, home, hub) = setup();
+        let error = quietly(&Hub { offline: true, ..hub }).unwrap_err();
+        assert!(matches!(&error, Error::Offline { cache, .. } if cache.starts_with(home.path())), "{error}");
+        assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
+        assert!(server.requests().is_empty());
+    }
+
+    #[test]
+    fn a_hub_that_does_not_deliver_is_named() {
+        let (server, _home, hub) = setup();
+        for (mood, reason) in [(Mood::Empty, "not found"), (Mood::Failing, "500"), (Mood::Truncating, "body")]
+        {
+            server.set(mood);
+            let error = quietly(&hub).unwrap_err();
+            assert!(matches!(error, Error::Hub { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains(&server.endpoint) && text.contains("cifar100/train-00000"), "{text}");
+            assert!(text.to_lowercase().contains(reason), "{text}");
+        }
+        // Nothing of that stays behind.
+        server.set(Mood::Good);
+        check(&quietly(&hub).unwrap());
+    }
+
+    #[test]
+    fn a_hub_out_of_reach_is_given_up_soon() {
+        let (server, _home, hub) = setup();
+        let soon = Duration::from_millis(300);
+        let hub = Hub { answer_timeout: soon, stall_timeout: soon, ..hub };
+        for mood in [Mood::Silent, Mood::Stalling] {
+            server.set(mood);
+            let start = Instant::now();
+            let error = quietly(&hub).unwrap_err().to_string();
+            assert!(error.contains("nothing arrived for 0.3 seconds"), "{error}");
+            assert!(start.elapsed() < Duration::from_secs(3));
+        }
+        // No one listens on a port that was just given back.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let start = Instant::now();
+        let hub =
+            Hub { endpoint: Some(format!("http://127.0.0.1:{port}")), answer_timeout: 10 * soon, ..hub };
+        let error = quietly(&hub).unwrap_err();
+        assert!(matches!(&error, Error::Hub { what, .. } if what.contains("refused")), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(3));
+
+        let error = quietly(&Hub { endpoint: Some("nowhere".into()), ..hub }).unwrap_err();
+        assert!(matches!(error, Error::Invalid(_)), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_file_in_the_cache_is_named_and_mended_by_deleting_it() {
+        let (server, home, hub) = setup();
+        let named = |hub: &Hub| match quietly(hub) {
+            Err(Error::Malformed { file, .. }) => PathBuf::from(file),
+            other => panic!("{other:?}"),
+        };
+        server.set(Mood::Corrupting);
+        let train = named(&hub);
+        assert!(train.starts_with(home.path().canonicalize().unwrap()), "{train:?}");
+        server.set(Mood::Good);
+        // It stays an error until the files are deleted, as the message asks for.
+        assert_eq!(named(&hub), train);
+        fs::remove_file(&train).unwrap();
+        let test = named(&hub);
+        assert_ne!(test, train);
+        fs::remove_file(&test).unwrap();
+        check(&quietly(&hub).unwrap());
+
+        let cached = hub.fetch("cifar100/test-00000-of-00001.parquet", REVISION, &mut |_| {}).unwrap();
+        let blob = cached.canonicalize().unwrap();
+        let contents = fs::read(&blob).unwrap();
+        fs::write(&blob, &contents[..contents.len() / 2]).unwrap();
+        let error = quietly(&Hub { offline: true, ..hub.clone() }).unwrap_err();
+        assert!(matches!(&error, Error::Malformed { file, .. } if Path::new(file) == blob), "{error}");
+        assert!(error.to_string().contains("delete it"), "{error}");
+        fs::remove_file(&blob).unwrap();
+        check(&quietly(&hub).unwrap());
+    }
 }

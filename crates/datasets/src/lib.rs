@@ -1,8 +1,8 @@
 //! CIFAR-100 and a synthetic stand-in: loading, verification, augmentation, batches.
 //!
-//! [`load`] takes a data set from a folder, from the Hugging Face hub, or draws a synthetic one, and verifies all of it
-//! before any of it is used. [`train_batches`] and [`test_batches`] turn it into normalized tensors, prepared ahead in a
-//! background thread and yet a function of their arguments alone.
+//! [`load`] takes a data set from a folder, from the Hugging Face hub, or draws a synthetic one, and verifies
+//! all of it before any of it is used. [`train_batches`] and [`test_batches`] turn it into normalized
+//! tensors, prepared ahead in a background thread and yet a function of their arguments alone.
 //!
 //! ```
 //! # fn main() -> datasets::Result<()> {

@@ -1,9 +1,9 @@
 //! A reader of the pickles in which CIFAR-100 is published.
 //!
-//! These are protocol 2 pickles of Python 2: dictionaries, lists, strings, integers and one NumPy array. A NumPy array is
-//! pickled as a call of NumPy's own functions, which a general reader of plain data rejects or drops; here such calls are
-//! kept as they are, never made, and [`Value::byte_array`] recognizes the one that is needed. Strings are slices of the
-//! input, so that the 150 MB of pixels are not copied.
+//! These are protocol 2 pickles of Python 2: dictionaries, lists, strings, integers and one NumPy array. A
+//! NumPy array is pickled as a call of NumPy's own functions, which a general reader of plain data rejects or
+//! drops; here such calls are kept as they are, never made, and [`Value::byte_array`] recognizes the one that
+//! is needed. Strings are slices of the input, so that the 150 MB of pixels are not copied.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -40,12 +40,12 @@ impl<'a> Value<'a> {
 
     /// The elements, row by row, of a NumPy array of unsigned bytes that has the given shape.
     pub fn byte_array(&self, rows: usize, columns: usize) -> Result<Cow<'a, [u8]>> {
-        let Some(("_reconstruct", [_, _, _], Some(state))) = self.numpy_call() else {
+        let Some(("_reconstruct", _, Value::Tuple(state))) = self.numpy_call() else {
             return Err("it is not a NumPy array".into());
         };
         // The format's version, the shape, the element type, whether it is column-major, the elements.
         let [Value::Int(1), Value::Tuple(shape), dtype, Value::Bool(by_column), Value::Bytes(elements)] =
-            state
+            state.as_slice()
         else {
             return Err("it is not a NumPy array whose format is known".into());
         };
@@ -69,13 +69,9 @@ impl<'a> Value<'a> {
     }
 
     /// The name, the arguments and the state of a call of a function of NumPy.
-    fn numpy_call(&self) -> Option<(&'a str, &[Value<'a>], Option<&[Value<'a>]>)> {
+    fn numpy_call(&self) -> Option<(&'a str, &[Value<'a>], &Value<'a>)> {
         let Value::Object { function, args, state } = self else { return None };
         let (Value::Global(module, name), Value::Tuple(args)) = (&**function, &**args) else { return None };
-        let state = match &**state {
-            Value::Tuple(state) => Some(state.as_slice()),
-            _ => None,
-        };
         // The modules were renamed over time; the names were not.
         module.starts_with(b"numpy").then_some((std::str::from_utf8(name).ok()?, args, state))
     }
@@ -336,7 +332,8 @@ mod tests {
     #[test]
     fn small_instructions_work() {
         // [-2, 300, 65535, None, True, ()] with LONG1, BINGET of a string, APPEND
-        let input = b"\x80\x02](\x8a\x01\xfe\x8a\x02\x2c\x01M\xff\xffN\x88)X\x01\x00\x00\x00xq\x05h\x05eJ\xff\xff\xff\xffa.";
+        let input = b"\x80\x02](\x8a\x01\xfe\x8a\x02\x2c\x01M\xff\xffN\x88)X\x01\x00\x00\x00xq\x05h\x05e\
+            J\xff\xff\xff\xffa.";
         let text = Value::Bytes(b"x");
         let expected = vec![
             Value::Int(-2),

@@ -17,21 +17,22 @@ use crate::synthetic;
 /// The folder that [`Source::Auto`] searches if `PFQ_DATA` is not set.
 const FOLDER: &str = "data";
 
-/// Where to take a data set from. Read from text (`"auto"`, `"synthetic"`, `"hub"`, anything else is a folder) and
-/// written as the same text.
+/// Where to take a data set from. Read from text (`"auto"`, `"synthetic"`, `"hub"`, anything else is a
+/// folder) and written as the same text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Source {
     /// The first of:
     ///
-    /// 1. the folder named by the environment variable `PFQ_DATA`, if it is set and not empty; it must then hold
-    ///    CIFAR-100, for a wrong setting should not go unnoticed;
-    /// 2. `./data`, in any form that [`Source::Folder`] reads (so `./data/cifar-100-binary/train.bin` counts);
+    /// 1. the folder named by the environment variable `PFQ_DATA`, if it is set and not empty; it must then
+    ///    hold CIFAR-100, for a wrong setting should not go unnoticed;
+    /// 2. `./data`, in any form that [`Source::Folder`] reads (so `./data/cifar-100-binary/train.bin`
+    ///    counts);
     /// 3. the hub, as [`Source::Hub`];
     /// 4. the synthetic data, announced by [`Event::FellBack`].
     ///
-    /// A folder that holds a broken form of CIFAR-100 is an error, never a reason to look further, and so is a
-    /// broken file in the hub's cache.
+    /// A folder that holds a broken form of CIFAR-100 is an error, never a reason to look further, and so is
+    /// a broken file in the hub's cache.
     #[default]
     Auto,
     /// The procedurally drawn stand-in, see [`synthetic`](crate::synthetic()).
@@ -45,8 +46,8 @@ pub enum Source {
     ///
     /// The folder may also be `cifar-100-python` or `cifar100` itself.
     ///
-    /// Forms 1 to 3 are checked against the sizes and MD5 sums of the official files, archives and their members
-    /// alike. Nothing is written.
+    /// Forms 1 to 3 are checked against the sizes and MD5 sums of the official files, archives and their
+    /// members alike. Nothing is written.
     Folder(PathBuf),
     /// `uoft-cs/cifar100` on the Hugging Face hub, from its cache or downloaded to it, see [`Hub::from_env`].
     Hub,
@@ -146,8 +147,8 @@ impl fmt::Display for Event {
 ///
 /// # Errors
 ///
-/// Whatever keeps the asked-for source from being read completely and correctly; see [`Error`]. [`Source::Auto`]
-/// moves on only from places that hold no data at all.
+/// Whatever keeps the asked-for source from being read completely and correctly; see [`Error`].
+/// [`Source::Auto`] moves on only from places that hold no data at all.
 pub fn load(source: &Source, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
     match source {
         Source::Auto => Search::from_env().run(on_event),
@@ -201,4 +202,110 @@ impl Search {
 /// Tells that a place has no data.
 fn skip(place: impl fmt::Display, error: Error, on_event: &mut dyn FnMut(Event)) {
     on_event(Event::Skipped { place: place.to_string(), why: error.to_string() });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Mood, Server, binary, images, manifest, write};
+    use std::path::Path;
+    use std::time::Duration;
+
+    #[test]
+    fn sources_are_read_and_written() {
+        for text in ["auto", "synthetic", "hub", "some/folder"] {
+            let source: Source = text.parse().unwrap();
+            assert_eq!(source.to_string(), text);
+            let json = serde_json::to_string(&source).unwrap();
+            assert_eq!(json, format!("{text:?}"));
+            assert_eq!(serde_json::from_str::<Source>(&json).unwrap(), source);
+        }
+        assert_eq!("auto".parse(), Ok(Source::Auto));
+        assert_eq!("./hub".parse(), Ok(Source::Folder("./hub".into())));
+    }
+
+    fn search(root: &Path, server: &Server) -> Search {
+        Search {
+            required: None,
+            folder: root.join("data"),
+            hub: Hub {
+                endpoint: Some(server.endpoint.clone()),
+                cache: Some(root.join("cache")),
+                offline: false,
+                answer_timeout: Duration::from_secs(10),
+                stall_timeout: Duration::from_secs(10),
+            },
+            manifest: manifest(b"", b""),
+        }
+    }
+
+    fn run(search: &Search) -> (Result<Dataset>, Vec<Event>) {
+        let mut events = Vec::new();
+        let data = search.run(&mut |event| events.push(event));
+        (data, events)
+    }
+
+    fn write_data(folder: &Path) {
+        write(&folder.join("cifar-100-binary/train.bin"), &binary(3));
+        write(&folder.join("cifar-100-binary/test.bin"), &binary(2));
+    }
+
+    #[test]
+    fn auto_takes_the_first_place_that_has_data() {
+        let (root, server) = (tempfile::tempdir().unwrap(), Server::start());
+        let mut search = search(root.path(), &server);
+
+        server.set(Mood::Empty);
+        let (data, events) = run(&search);
+        assert_eq!(data.unwrap().name, "synthetic");
+        assert!(matches!(events.last(), Some(Event::FellBack { .. })), "{events:?}");
+        assert!(events.last().unwrap().to_string().starts_with("NOT CIFAR-100: using SYNTHETIC data"));
+        assert_eq!(events.iter().filter(|event| matches!(event, Event::Skipped { .. })).count(), 2);
+
+        server.set(Mood::Good);
+        let (data, events) = run(&search);
+        assert_eq!(data.unwrap().train, images(3));
+        assert_eq!(events.iter().filter(|event| matches!(event, Event::Skipped { .. })).count(), 1);
+
+        write_data(&search.folder);
+        server.requests();
+        let (data, events) = run(&search);
+        assert!(data.unwrap().source.contains("data"));
+        assert!(matches!(events.as_slice(), [Event::Trying { .. }]), "{events:?}");
+        assert!(server.requests().is_empty());
+
+        let required = root.path().join("chosen");
+        write_data(&required);
+        search.required = Some(required);
+        assert!(run(&search).0.unwrap().source.contains("chosen"));
+    }
+
+    #[test]
+    fn auto_does_not_pass_over_what_is_broken() {
+        let (root, server) = (tempfile::tempdir().unwrap(), Server::start());
+        let mut search = search(root.path(), &server);
+        write_data(&search.folder);
+        write(&search.folder.join("cifar-100-binary/test.bin"), &binary(1));
+        assert!(matches!(run(&search).0, Err(Error::WrongSize { .. })));
+        // A wrong PFQ_DATA is an error too, even though there would be other places.
+        search.required = Some(root.path().join("absent"));
+        assert!(matches!(run(&search).0, Err(Error::NoData { .. })));
+        assert!(server.requests().is_empty());
+
+        search.required = None;
+        search.folder = root.path().join("absent");
+        server.set(Mood::Corrupting);
+        assert!(matches!(run(&search).0, Err(Error::Malformed { .. })));
+        // Offline without a cache, there is nothing but synthetic data.
+        search.hub = Hub { offline: true, cache: Some(root.path().join("empty")), ..search.hub };
+        assert_eq!(run(&search).0.unwrap().name, "synthetic");
+    }
+
+    #[test]
+    fn load_goes_where_it_is_told() {
+        let data = load(&Source::Synthetic, &mut |_| {}).unwrap();
+        assert_eq!((data.name.as_str(), data.train.len(), data.test.len()), ("synthetic", 10_000, 2_000));
+        let absent = Source::Folder("no/such/folder".into());
+        assert!(matches!(load(&absent, &mut |_| {}), Err(Error::NoData { .. })));
+    }
 }

@@ -30,13 +30,13 @@ pub(crate) fn default() -> Result<Dataset> {
 
 /// Draws `train` + `test` pictures of 32x32 RGB pixels in 100 classes, which come in turn.
 ///
-/// A class is one of 10 shapes with one of 5 textures in warm or in cold colours. Each picture places the shape elsewhere
-/// in another size and shade, on a gradient of any colour with clutter around it, partly covered, under noise. So a small
-/// convolutional network learns the classes in a few epochs, yet not perfectly, and colours alone tell little. Every
-/// class is symmetric under mirroring left to right.
+/// A class is one of 10 shapes with one of 5 textures in warm or in cold colours. Each picture places the
+/// shape elsewhere in another size and shade, on a gradient of any colour with clutter around it, partly
+/// covered, under noise. So a small convolutional network learns the classes in a few epochs, yet not
+/// perfectly, and colours alone tell little. Every class is symmetric under mirroring left to right.
 ///
-/// All arithmetic is in integers and all random numbers are ChaCha8's, so that a seed gives the same bytes everywhere.
-/// `Source::Synthetic` is 10,000 + 2,000 pictures with seed 100.
+/// All arithmetic is in integers and all random numbers are ChaCha8's, so that a seed gives the same bytes
+/// everywhere. `Source::Synthetic` is 10,000 + 2,000 pictures with seed 100.
 ///
 /// # Errors
 ///
@@ -128,7 +128,8 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     pixels
 }
 
-/// Whether the point lies in the shape, which fills about the disc of `RADIUS` around the origin; v points down.
+/// Whether the point lies in the shape, which fills about the disc of `RADIUS` around the origin; v points
+/// down.
 fn inside(shape: usize, u: i32, v: i32) -> bool {
     let (au, av) = (u.abs(), v.abs());
     let far = au.max(av);
@@ -206,13 +207,111 @@ impl Blot {
     }
 }
 
-/// The colour of a hue (any integer; the circle has `HUES` steps), with `light` (0..=255) as its largest channel, as far
-/// from grey as `strength` (0..=256) says.
+/// The colour of a hue (any integer; the circle has `HUES` steps), with `light` (0..=255) as its largest
+/// channel, as far from grey as `strength` (0..=256) says.
 fn color(hue: i32, light: i32, strength: i32) -> Color {
-    // A channel is full within a sixth of the circle of its own hue, empty beyond a third, and falls off in between.
+    // A channel is full within a sixth of the circle of its own hue, empty beyond a third, and falls off in
+    // between.
     [0, HUES / 3, 2 * HUES / 3].map(|own| {
         let away = (hue - own).rem_euclid(HUES);
         let pure = (2 * HUES / 6 - away.min(HUES - away)).clamp(0, 256);
         light * (256 * 256 - strength * (256 - pure)) / (256 * 256)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_gives_the_same_bytes_everywhere() {
+        let data = synthetic(200, 100, 3).unwrap();
+        assert_eq!(data.fingerprint, "09216edc0a6aae28a37759729f6c0fd096ecd22ddb97798fb88ca512a6a13d3f");
+        assert_eq!(data, synthetic(200, 100, 3).unwrap());
+        assert_ne!(data.train, synthetic(200, 100, 4).unwrap().train);
+        // Training and test pictures differ, and more of them leave the first ones alone.
+        assert_ne!(data.train.image(0), data.test.image(0));
+        assert_eq!(data.train.pixels, synthetic(300, 1, 3).unwrap().train.pixels[..data.train.pixels.len()]);
+    }
+
+    #[test]
+    fn classes_come_in_turn_and_no_picture_twice() {
+        let data = default().unwrap();
+        assert!(data.train.labels.iter().enumerate().all(|(i, &label)| usize::from(label) == i % 100));
+        let all = |images: &Images| (0..images.len()).map(|i| images.image(i).to_vec()).collect::<Vec<_>>();
+        let mut pictures = [all(&data.train), all(&data.test)].concat();
+        pictures.sort_unstable();
+        pictures.dedup();
+        assert_eq!(pictures.len(), TRAIN + TEST);
+    }
+
+    #[test]
+    fn shapes_and_textures_are_symmetric_and_distinct() {
+        let area = |shape| {
+            (-300..300).flat_map(|v| (-300..300).map(move |u| inside(shape, u, v))).collect::<Vec<_>>()
+        };
+        let areas: Vec<_> = (0..SHAPES).map(area).collect();
+        for (i, a) in areas.iter().enumerate() {
+            let filled = a.iter().filter(|&&inside| inside).count();
+            assert!((60_000..210_000).contains(&filled), "shape {i} fills {filled}");
+            assert!((-300..300).all(|v| (0..300).all(|u| inside(i, u, v) == inside(i, -u, v))), "shape {i}");
+            for (j, b) in areas.iter().enumerate().skip(i + 1) {
+                let different = a.iter().zip(b).filter(|(a, b)| a != b).count();
+                assert!(different > 20_000, "shapes {i} and {j} differ in {different}");
+            }
+        }
+        let dark = |texture, phase| {
+            let weave = Weave { texture, width: 32, phase: [phase, 0], lean: true };
+            (-99..99)
+                .flat_map(|y| (-99..99).map(move |x| (x, y)))
+                .filter(|&(x, y)| weave.is_dark(x, y))
+                .count()
+        };
+        assert_eq!(dark(0, 0), 0);
+        assert!((1..TEXTURES).all(|texture| dark(texture, 0).abs_diff(198 * 198 / 2) < 3000));
+    }
+
+    #[test]
+    fn colors_are_what_they_are_called() {
+        assert_eq!(color(0, 255, 256), [255, 0, 0]);
+        assert_eq!(color(HUES / 3, 200, 256), [0, 200, 0]);
+        assert_eq!(color(-HUES / 3, 255, 256), [0, 0, 255]);
+        assert_eq!(color(HUES / 6, 255, 256), [255, 255, 0]);
+        assert_eq!(color(77, 90, 0), [90; 3]);
+        assert_eq!(color(0, 200, 128), [200, 100, 100]);
+    }
+
+    /// The share of test pictures that are nearest to the mean training picture of their own class, by the
+    /// features that `features` makes of a picture.
+    fn nearest_mean(data: &Dataset, features: fn(&[u8]) -> Vec<f32>) -> f32 {
+        let mut means =
+            vec![features(data.train.image(0)).iter().map(|_| 0.0).collect::<Vec<f32>>(); CLASSES];
+        let share = CLASSES as f32 / data.train.len() as f32;
+        for (i, &label) in data.train.labels.iter().enumerate() {
+            let mean = &mut means[usize::from(label)];
+            mean.iter_mut().zip(features(data.train.image(i))).for_each(|(mean, x)| *mean += x * share);
+        }
+        let nearest = |image: &[u8]| {
+            let image = features(image);
+            let distance =
+                |mean: &Vec<f32>| mean.iter().zip(&image).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
+            (0..CLASSES).min_by(|&a, &b| distance(&means[a]).total_cmp(&distance(&means[b]))).unwrap()
+        };
+        let labels = data.test.labels.iter().enumerate();
+        let right = labels.filter(|&(i, &label)| nearest(data.test.image(i)) == usize::from(label)).count();
+        right as f32 / data.test.len() as f32
+    }
+
+    #[test]
+    fn there_is_something_to_learn_that_the_average_does_not_tell() {
+        let data = default().unwrap();
+        let by_pixels = nearest_mean(&data, |image| image.iter().map(|&x| x.into()).collect());
+        assert!((0.02..0.4).contains(&by_pixels), "{by_pixels}");
+        let by_color = nearest_mean(&data, |image| {
+            (0..3)
+                .map(|c| image.iter().skip(c).step_by(3).map(|&x| f32::from(x)).sum::<f32>() / 1024.0)
+                .collect()
+        });
+        assert!((0.01..0.1).contains(&by_color), "{by_color}");
+    }
 }

@@ -16,8 +16,8 @@ use crate::cifar::{PIXELS, SIDE, check_labels, with_capacity};
 use crate::dataset::Images;
 use crate::error::{Error, Result, panic_message};
 
-/// Reads a table of exactly `records` rows with the columns `img` (a group whose `bytes` are a PNG of 32x32 RGB pixels),
-/// `fine_label` and `coarse_label`. Anything else is [`Error::Malformed`].
+/// Reads a table of exactly `records` rows with the columns `img` (a group whose `bytes` are a PNG of 32x32
+/// RGB pixels), `fine_label` and `coarse_label`. Anything else is [`Error::Malformed`].
 pub(crate) fn read(path: &Path, records: usize) -> Result<Images> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(Error::io(path))?;

@@ -1,8 +1,10 @@
 //! A data set of three and two images in every form, for the tests of this crate.
 
-use std::io::{Cursor, Write};
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Cursor, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -117,4 +119,119 @@ fn png(pixels: &[u8], flaw: &str) -> Vec<u8> {
         out.write_all(b"junk").unwrap();
     }
     out.into_inner()
+}
+
+/// The commit that a [`Server`] has.
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// What a [`Server`] does to requests.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Mood {
+    Good,
+    /// Knows no file.
+    Empty,
+    /// Accepts connections and never answers.
+    Silent,
+    /// Begins to send a file and never ends.
+    Stalling,
+    /// Ends in the middle of a file.
+    Truncating,
+    /// Sends a file of the right length with a byte changed.
+    Corrupting,
+    /// Answers every request with an internal error.
+    Failing,
+}
+
+/// A small hub on the loopback address.
+pub struct Server {
+    pub endpoint: String,
+    pub mood: Arc<Mutex<Mood>>,
+    /// The requests so far: method and path.
+    pub log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Server {
+    /// Serves the two tables.
+    pub fn start() -> Server {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let (mood, log) = (Arc::new(Mutex::new(Mood::Good)), Arc::new(Mutex::new(Vec::new())));
+        let server = Server { endpoint, mood: Arc::clone(&mood), log: Arc::clone(&log) };
+        let files = Arc::new(HashMap::from([
+            ("cifar100/train-00000-of-00001.parquet", parquet(&images(3), "png")),
+            ("cifar100/test-00000-of-00001.parquet", parquet(&images(2), "png")),
+        ]));
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mood, log, files) = (*mood.lock().unwrap(), Arc::clone(&log), Arc::clone(&files));
+                // The client may hang up whenever it likes.
+                std::thread::spawn(move || drop(serve(stream.unwrap(), mood, &log, &files)));
+            }
+        });
+        server
+    }
+
+    pub fn set(&self, mood: Mood) {
+        *self.mood.lock().unwrap() = mood;
+    }
+
+    /// The requests since the last call.
+    pub fn requests(&self) -> Vec<String> {
+        std::mem::take(&mut *self.log.lock().unwrap())
+    }
+}
+
+/// Answers one request and closes the connection.
+fn serve(
+    mut stream: TcpStream,
+    mood: Mood,
+    log: &Mutex<Vec<String>>,
+    files: &HashMap<&str, Vec<u8>>,
+) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let request = lines.next().unwrap()?;
+    let (method, path) = request.rsplit_once(' ').unwrap().0.split_once(' ').unwrap();
+    let headers: Vec<String> = lines.map_while(|line| line.ok().filter(|line| !line.is_empty())).collect();
+    log.lock().unwrap().push(format!("{method} {path}"));
+
+    let file = ["main", COMMIT]
+        .iter()
+        .find_map(|revision| path.strip_prefix(&format!("/datasets/uoft-cs/cifar100/resolve/{revision}/")));
+    let body = file.and_then(|file| files.get(file)).filter(|_| mood != Mood::Empty);
+    let etag = body.map(|body| hex(&Md5::digest(body))).unwrap_or_default();
+    let known = headers.iter().any(|header| {
+        let (name, value) = header.split_once(": ").unwrap();
+        name.eq_ignore_ascii_case("if-none-match") && value.trim_matches('"') == etag
+    });
+    let status = match (mood, body) {
+        (Mood::Silent, _) => {
+            std::thread::sleep(std::time::Duration::from_secs(5));
+            return Ok(());
+        }
+        (Mood::Failing, _) => "500 Internal Server Error",
+        (_, None) => "404 Not Found",
+        _ if known => "304 Not Modified",
+        _ => "200 OK",
+    };
+    let mut body = body.filter(|_| status == "200 OK").cloned().unwrap_or_default();
+    let length = body.len();
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\n\
+         Connection: close\r\n\r\n"
+    )?;
+    if method == "HEAD" {
+        return Ok(());
+    }
+    match mood {
+        Mood::Truncating | Mood::Stalling => body.truncate(length / 2),
+        Mood::Corrupting => body[length / 2] ^= 0x55,
+        _ => {}
+    }
+    stream.write_all(&body)?;
+    stream.flush()?;
+    if mood == Mood::Stalling {
+        std::thread::sleep(std::time::Duration::from_secs(5));
+    }
+    Ok(())
 }

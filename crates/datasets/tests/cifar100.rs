@@ -36,7 +36,8 @@ fn the_real_data_are_read_correctly() {
     // The first training picture shows cattle, the first test picture a mountain.
     assert_eq!((data.train.labels[0], data.test.labels[0]), (19, 49));
 
-    // In pictures, neighbouring pixels resemble each other; a mix-up of rows, columns and channels would end that.
+    // In pictures, neighbouring pixels resemble each other; a mix-up of rows, columns and channels would end
+    // that.
     let image = |i: usize| data.train.image(i);
     let (mut along, mut across) = (0u64, 0u64);
     for i in (0..data.train.len()).step_by(97) {

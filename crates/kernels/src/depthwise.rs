@@ -6,9 +6,9 @@
 //! whose divisions leave no remainder, and
 //! `∂w[kh,kw,c] = Σ_{n,oh,ow} ∂y[n,oh,ow,c] · x[n, oh·s + kh − 1, ow·s + kw − 1, c]`.
 //!
-//! The kernels work on bands of rows of an image and 16 channels at a time: they first copy that block,
-//! with a border of zeros, to scratch memory that stays in the first-level cache; so neither the image's
-//! borders nor channel counts that are no multiple of 16 complicate the inner loops.
+//! The kernels visit a map's positions in the order of memory, and at each the channels in blocks whose
+//! sums stay in registers. Which taps reach a position is a product of rows and columns, found once per
+//! call: so the borders of a map, the stride and the direction are all one to the inner loops.
 
 use crate::Result;
 use crate::cpu::{self, CHUNK, Check, simd};
@@ -62,21 +62,261 @@ impl Geometry {
         }
         Ok(Self { h, w, ho: (h - 1) / stride + 1, wo: (w - 1) / stride + 1, c, stride })
     }
+}
 
-    /// Blocks of [`LANES`] channels.
-    fn blocks(&self) -> usize {
-        self.c.div_ceil(LANES)
+/// How taps reach from the positions of one map to those of another, along one dimension.
+#[derive(Clone, Copy)]
+enum Direction {
+    /// From output to input: tap `k` of position `o` is at `o·s + k − 1`.
+    Forward,
+    /// From input to output: tap `k` of position `i` is at `(i + 1 − k)/s`, where that is whole.
+    Backward,
+}
+
+/// One tap: where it reads, and its place in the weight, both as offsets in memory.
+#[derive(Clone, Copy)]
+struct Tap {
+    source: usize,
+    weight: usize,
+}
+
+/// For each of `positions`, the taps that fall on a source of `sources` positions, whose elements are
+/// `source_step` and `weight_step` apart in memory.
+fn reach(
+    direction: Direction,
+    stride: usize,
+    (positions, sources): (usize, usize),
+    (source_step, weight_step): (usize, usize),
+) -> Vec<Vec<Tap>> {
+    let source = |position: usize, k: usize| match direction {
+        Direction::Forward => (position * stride + k).checked_sub(1),
+        Direction::Backward => {
+            let distance = (position + 1).checked_sub(k)?;
+            distance.is_multiple_of(stride).then_some(distance / stride)
+        }
+    };
+    let tap = |position: usize, k: usize| {
+        let source = source(position, k).filter(|source| *source < sources)?;
+        Some(Tap { source: source * source_step, weight: k * weight_step })
+    };
+    (0..positions).map(|position| (0..3).filter_map(|k| tap(position, k)).collect()).collect()
+}
+
+/// Calls `$block::<L>(…, at)` for blocks of `L` channels, from `at` on, that cover `$c` channels. The last
+/// block may overlap the one before it: computing a channel twice must do no harm.
+macro_rules! cover {
+    ($c:expr, [$($lanes:literal),*], $block:ident $arguments:tt) => {{
+        let (c, mut at) = ($c, 0);
+        $(
+            while at + $lanes <= c {
+                cover!(@call $block, $lanes, at, $arguments);
+                at += $lanes;
+            }
+            // Better one block that repeats some channels than several narrow ones.
+            if at < c && c >= $lanes && $lanes <= 16 {
+                cover!(@call $block, $lanes, c - $lanes, $arguments);
+                at = c;
+            }
+        )*
+        debug_assert_eq!(at, c);
+    }};
+    (@call $block:ident, $lanes:literal, $at:expr, ($($argument:expr),*)) => {
+        $block::<$lanes>($($argument,)* $at)
+    };
+}
+
+/// `y[at..at + L] = Σ_taps x·w` at one position.
+#[inline(always)]
+fn single<const L: usize>(x: &[f32], w: &[f32], y: &mut [f32], rows: &[Tap], columns: &[Tap], at: usize) {
+    let mut sum = [0.0; L];
+    for column in columns {
+        for row in rows {
+            let x = &x[row.source + column.source + at..][..L];
+            let w = &w[row.weight + column.weight + at..][..L];
+            for i in 0..L {
+                sum[i] = x[i].mul_add(w[i], sum[i]);
+            }
+        }
+    }
+    y[at..at + L].copy_from_slice(&sum);
+}
+
+/// [`single`] at `T` neighbouring positions of `c` channels, `first` being the column taps of the first
+/// of them. They have all three columns, a position apart, so most of what one position reads the others
+/// need too.
+#[inline(always)]
+fn several<const L: usize, const T: usize>(
+    x: &[f32],
+    w: &[f32],
+    y: &mut [f32],
+    c: usize,
+    rows: &[Tap],
+    first: &[Tap; 3],
+    at: usize,
+) {
+    // In either direction: the leftmost source, and the weights from left to right.
+    let source = first[0].source.min(first[2].source);
+    let mut weights = first.map(|tap| tap.weight);
+    if first[0].source > source {
+        weights.reverse();
+    }
+    let mut sums = [[0.0; L]; T];
+    for row in rows {
+        let x = &x[row.source + source + at..];
+        let mut taps = [[0.0; L]; 3];
+        for (tap, weight) in taps.iter_mut().zip(weights) {
+            tap.copy_from_slice(&w[row.weight + weight + at..][..L]);
+        }
+        for column in 0..T + 2 {
+            let x = &x[column * c..][..L];
+            for t in 0..T {
+                // Constant after unrolling.
+                if t <= column && column <= t + 2 {
+                    let (sum, tap) = (&mut sums[t], &taps[column - t]);
+                    for i in 0..L {
+                        sum[i] = x[i].mul_add(tap[i], sum[i]);
+                    }
+                }
+            }
+        }
+    }
+    for (y, sum) in y.chunks_exact_mut(c).zip(&sums) {
+        y[at..at + L].copy_from_slice(sum);
     }
 }
 
+#[inline(always)]
+fn pair<const L: usize>(
+    x: &[f32],
+    w: &[f32],
+    y: &mut [f32],
+    c: usize,
+    rows: &[Tap],
+    first: &[Tap; 3],
+    at: usize,
+) {
+    several::<L, 2>(x, w, y, c, rows, first, at);
+}
+
+#[inline(always)]
+fn quad<const L: usize>(
+    x: &[f32],
+    w: &[f32],
+    y: &mut [f32],
+    c: usize,
+    rows: &[Tap],
+    first: &[Tap; 3],
+    at: usize,
+) {
+    several::<L, 4>(x, w, y, c, rows, first, at);
+}
+
+simd! {
+    /// One row of positions, `y[columns][c]`, from an image.
+    fn gather_row(
+        x: &[f32],
+        w: &[f32],
+        y: &mut [f32],
+        c: usize,
+        stride: usize,
+        rows: &[Tap],
+        columns: &[Vec<Tap>],
+    ) {
+        let mut position = 0;
+        while position < columns.len() {
+            let y = &mut y[position * c..];
+            let full = |columns: &[Vec<Tap>]| stride == 1 && columns.iter().all(|taps| taps.len() == 3);
+            let first = columns[position].as_array::<3>();
+            let next = |count: usize| columns.get(position..position + count);
+            if let (Some(first), Some(true)) = (first, next(4).map(full)) {
+                cover!(c, [16, 8, 4, 1], quad(x, w, y, c, rows, first));
+                position += 4;
+            } else if let (Some(first), Some(true)) = (first, next(2).map(full)) {
+                cover!(c, [32, 16, 8, 4, 1], pair(x, w, y, c, rows, first));
+                position += 2;
+            } else {
+                cover!(c, [64, 16, 8, 4, 1], single(x, w, y, rows, &columns[position]));
+                position += 1;
+            }
+        }
+    }
+}
+
+/// What the taps gather for each position of the maps of a batch, from `x[N, h, w, C]`.
+fn gather(
+    x: &[f32],
+    w: &[f32],
+    direction: Direction,
+    stride: usize,
+    (from_h, from_w): (usize, usize),
+    (to_h, to_w): (usize, usize),
+    c: usize,
+) -> Vec<f32> {
+    let rows = reach(direction, stride, (to_h, from_h), (from_w * c, 3 * c));
+    let columns = reach(direction, stride, (to_w, from_w), (c, c));
+    let (from, to) = (from_h * from_w * c, to_w * c);
+    let per_chunk = (CHUNK / to).max(1);
+    let positions = x.len() / from * to_h;
+    cpu::fill(positions * to, per_chunk * to, |i, y| {
+        for (row, y) in (i * per_chunk..).zip(y.chunks_exact_mut(to)) {
+            gather_row(&x[row / to_h * from..][..from], w, y, c, stride, &rows[row % to_h], &columns);
+        }
+    })
+}
+
+struct Forward(Geometry);
+
+impl CustomOp2 for Forward {
+    fn name(&self) -> &'static str {
+        "depthwise-forward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let Geometry { h, w, ho, wo, c, stride } = self.0;
+        let (x, weight) = (cpu::slice(x, layout)?, cpu::slice(weight, weight_layout)?);
+        let y = gather(x, weight, Direction::Forward, stride, (h, w), (ho, wo), c);
+        cpu::output(y, (layout.dims()[0], ho, wo, c))
+    }
+}
+
+struct GradInput(Geometry);
+
+impl CustomOp2 for GradInput {
+    fn name(&self) -> &'static str {
+        "depthwise-grad-input"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gy: &CpuStorage,
+        layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let Geometry { h, w, ho, wo, c, stride } = self.0;
+        let (gy, weight) = (cpu::slice(gy, layout)?, cpu::slice(weight, weight_layout)?);
+        let gx = gather(gy, weight, Direction::Backward, stride, (ho, wo), (h, w), c);
+        cpu::output(gx, (layout.dims()[0], h, w, c))
+    }
+}
+
+struct GradWeight(Geometry);
+
 const LANES: usize = 16;
 
-/// Neighbouring channels at one position.
+/// Neighbouring channels at one position, on a cache line of their own.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Lanes([f32; LANES]);
 
 const ZERO: Lanes = Lanes([0.0; LANES]);
+const ONE: Lanes = Lanes([1.0; LANES]);
 
 impl Lanes {
     /// The channels of a slice, those missing being 0.
@@ -86,23 +326,17 @@ impl Lanes {
             Some(all) => Self(*all),
             None => {
                 let mut lanes = ZERO;
-                lanes.0[..from.len()].copy_from_slice(from);
+                for (lane, value) in lanes.0.iter_mut().zip(from) {
+                    *lane = *value;
+                }
                 lanes
             }
         }
     }
 
+    /// `self + a·b`. By value, which keeps sums in registers.
     #[inline(always)]
-    fn store(&self, to: &mut [f32]) {
-        match to.first_chunk_mut() {
-            Some(all) => *all = self.0,
-            None => to.copy_from_slice(&self.0[..to.len()]),
-        }
-    }
-
-    /// `self + a·b`.
-    #[inline(always)]
-    fn add_product(mut self, a: &Self, b: &Self) -> Self {
+    fn plus(mut self, a: &Self, b: &Self) -> Self {
         for i in 0..LANES {
             self.0[i] = a.0[i].mul_add(b.0[i], self.0[i]);
         }
@@ -110,35 +344,70 @@ impl Lanes {
     }
 }
 
-/// The channels of block `b` at one position.
+/// Reads memory once, in order. Loops over blocks of channels touch it in strides, which the machine does
+/// not foresee; after this they find it in cache.
 #[inline(always)]
-fn lanes_of(c: usize, b: usize) -> Range<usize> {
-    b * LANES..c.min((b + 1) * LANES)
+fn touch(elements: &[f32]) {
+    std::hint::black_box(elements.iter().step_by(16).sum::<f32>());
 }
 
-/// The weights as 9 taps for each block of channels.
-fn taps(w: &[f32], c: usize) -> Vec<[Lanes; 9]> {
-    (0..c.div_ceil(LANES))
-        .map(|b| std::array::from_fn(|tap| Lanes::load(&w[tap * c..][lanes_of(c, b)])))
-        .collect()
-}
-
-/// Copies one block of channels of `rows` rows of an image `[h, w, c]` from row `first` on (which may be
-/// −1, and the last one `h`) to `block[rows][w + 2]`, with zeros around the image.
+/// Copies one block of channels of rows of an image `[h, w, c]`, from row `first − 1` on, to
+/// `block[rows][w + 2]`, with zeros around the image.
 #[inline(always)]
-fn pack(block: &mut Vec<Lanes>, image: &[f32], w: usize, c: usize, b: usize, first: isize, rows: usize) {
-    block.resize(rows * (w + 2), ZERO);
-    let h = (image.len() / (w * c)) as isize;
+fn pack(block: &mut [Lanes], image: &[f32], w: usize, c: usize, channels: &Range<usize>, first: usize) {
+    let h = image.len() / (w * c);
     for (row, out) in (first..).zip(block.chunks_exact_mut(w + 2)) {
-        if row < 0 || row >= h {
+        if row == 0 || row > h {
             out.fill(ZERO);
             continue;
         }
         out[0] = ZERO;
         out[w + 1] = ZERO;
-        let row = &image[row as usize * w * c..][..w * c];
+        let row = &image[(row - 1) * w * c..][..w * c];
         for (out, position) in out[1..=w].iter_mut().zip(row.chunks_exact(c)) {
-            *out = Lanes::load(&position[lanes_of(c, b)]);
+            *out = Lanes::load(&position[channels.clone()]);
+        }
+    }
+}
+
+simd! {
+    /// Adds to the sums of the weight's gradient what rows `gy[rows][wo][c]`, from row `oh` on, of one
+    /// image give. One block of channels at a time is copied to `block`, which stays in cache, with a
+    /// border of zeros: so all positions have all taps, and their sums stay in registers.
+    fn correlate(
+        image: &[f32],
+        gy: &[f32],
+        sums: &mut [[Lanes; 9]],
+        geometry: &Geometry,
+        oh: usize,
+        block: &mut Vec<Lanes>,
+    ) {
+        let &Geometry { h, w, wo, c, stride, .. } = geometry;
+        let rows = gy.len() / (wo * c);
+        touch(gy);
+        touch(&image[oh * stride * w * c..((oh + rows) * stride).min(h) * w * c]);
+        block.resize(((rows - 1) * stride + 3) * (w + 2), ZERO);
+        for (b, sums) in sums.iter_mut().enumerate() {
+            let channels = b * LANES..c.min((b + 1) * LANES);
+            pack(block, image, w, c, &channels, oh * stride);
+            let mut sum = [ZERO; 9];
+            for (row, gy) in gy.chunks_exact(wo * c).enumerate() {
+                let x = &block[row * stride * (w + 2)..];
+                let (x0, x1, x2) = (&x[..w + 2], &x[w + 2..][..w + 2], &x[2 * (w + 2)..][..w + 2]);
+                for (ow, gy) in gy.chunks_exact(c).enumerate() {
+                    let at = ow * stride;
+                    let (x0, x1, x2) = (&x0[at..at + 3], &x1[at..at + 3], &x2[at..at + 3]);
+                    let gy = Lanes::load(&gy[channels.clone()]);
+                    for kw in 0..3 {
+                        sum[kw] = sum[kw].plus(&x0[kw], &gy);
+                        sum[3 + kw] = sum[3 + kw].plus(&x1[kw], &gy);
+                        sum[6 + kw] = sum[6 + kw].plus(&x2[kw], &gy);
+                    }
+                }
+            }
+            for (total, sum) in sums.iter_mut().zip(&sum) {
+                *total = total.plus(sum, &ONE);
+            }
         }
     }
 }
@@ -153,222 +422,6 @@ fn bands(rows: Range<usize>, height: usize, most: usize) -> impl Iterator<Item =
         next += len;
         (len > 0).then_some((image, row, len))
     })
-}
-
-/// Rows of output in a band: what they read fits in a first-level cache, 16 channels wide.
-fn band_rows(w: usize, stride: usize) -> usize {
-    (CHUNK / 4 / (LANES * (w + 2) * stride)).max(2)
-}
-
-/// Rows per chunk of a map, a whole number of images where they are small.
-fn rows_per_chunk(height: usize, row: usize) -> usize {
-    let rows = (CHUNK / row).max(1);
-    if rows > height { rows / height * height } else { rows }
-}
-
-simd! {
-    /// Rows of the output, `[rows][wo][c]`, from `oh` on, of one image.
-    fn convolve(
-        image: &[f32],
-        taps: &[[Lanes; 9]],
-        y: &mut [f32],
-        geometry: &Geometry,
-        oh: usize,
-        block: &mut Vec<Lanes>,
-    ) {
-        let &Geometry { w, wo, c, stride, .. } = geometry;
-        let rows = y.len() / (wo * c);
-        for (b, taps) in taps.iter().enumerate() {
-            pack(block, image, w, c, b, (oh * stride) as isize - 1, (rows - 1) * stride + 3);
-            for (row, y) in y.chunks_exact_mut(wo * c).enumerate() {
-                let x = &block[row * stride * (w + 2)..];
-                let (x0, x1, x2) = (&x[..w + 2], &x[w + 2..][..w + 2], &x[2 * (w + 2)..][..w + 2]);
-                for (ow, y) in y.chunks_exact_mut(c).enumerate() {
-                    let at = ow * stride;
-                    let (x0, x1, x2) = (&x0[at..at + 3], &x1[at..at + 3], &x2[at..at + 3]);
-                    let mut sum = ZERO;
-                    for kw in 0..3 {
-                        sum = sum.add_product(&x0[kw], &taps[kw]);
-                        sum = sum.add_product(&x1[kw], &taps[3 + kw]);
-                        sum = sum.add_product(&x2[kw], &taps[6 + kw]);
-                    }
-                    sum.store(&mut y[lanes_of(c, b)]);
-                }
-            }
-        }
-    }
-}
-
-/// The output of a convolution of the images `x`, in chunks over all threads.
-fn convolve_all(x: &[f32], taps: &[[Lanes; 9]], geometry: &Geometry) -> Vec<f32> {
-    let &Geometry { h, w, ho, wo, c, stride } = geometry;
-    let images = x.len() / (h * w * c);
-    let per_chunk = rows_per_chunk(ho, wo * c);
-    let len = images * ho * wo * c;
-    cpu::generate(len, 0, per_chunk * wo * c, Vec::new, |block, i, y| {
-        let mut rest = y;
-        let first = i * per_chunk;
-        for (image, oh, rows) in bands(first..first + rest.len() / (wo * c), ho, band_rows(w, stride)) {
-            let (y, after) = rest.split_at_mut(rows * wo * c);
-            rest = after;
-            convolve(&x[image * h * w * c..][..h * w * c], taps, y, geometry, oh, block);
-        }
-    })
-    .0
-}
-
-struct Forward(Geometry);
-
-impl CustomOp2 for Forward {
-    fn name(&self) -> &'static str {
-        "depthwise-forward"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Geometry { ho, wo, c, .. } = self.0;
-        let taps = taps(cpu::slice(w, w_layout)?, c);
-        let y = convolve_all(cpu::slice(x, layout)?, &taps, &self.0);
-        cpu::output(y, (layout.dims()[0], ho, wo, c))
-    }
-}
-
-struct GradInput(Geometry);
-
-simd! {
-    /// Rows of the input's gradient, `[rows][w][c]`, from `ih` on, of one image, at stride 2. Rows and
-    /// columns with an even index have the middle tap alone; the others the first and the last.
-    fn gather(
-        image: &[f32],
-        taps: &[[Lanes; 9]],
-        gx: &mut [f32],
-        geometry: &Geometry,
-        ih: usize,
-        block: &mut Vec<Lanes>,
-    ) {
-        #[inline(always)]
-        fn row<const ROWS: usize>(
-            rows: [(&[Lanes], &[Lanes]); ROWS],
-            gx: &mut [f32],
-            c: usize,
-            b: usize,
-        ) {
-            for (j, gx) in gx.chunks_mut(2 * c).enumerate() {
-                let (mut even, mut odd) = (ZERO, ZERO);
-                for (g, taps) in rows {
-                    // The border of zeros is at index 0, and beyond the last column.
-                    let (here, next) = (&g[j + 1], &g[j + 2]);
-                    even = even.add_product(here, &taps[1]);
-                    odd = odd.add_product(here, &taps[2]).add_product(next, &taps[0]);
-                }
-                even.store(&mut gx[lanes_of(c, b)]);
-                if let Some(gx) = gx.get_mut(c..) && !gx.is_empty() {
-                    odd.store(&mut gx[lanes_of(c, b)]);
-                }
-            }
-        }
-        let &Geometry { w, wo, c, .. } = geometry;
-        let rows = gx.len() / (w * c);
-        let first = ih / 2;
-        for (b, taps) in taps.iter().enumerate() {
-            pack(block, image, wo, c, b, first as isize, (ih + rows) / 2 - first + 1);
-            for (ih, gx) in (ih..).zip(gx.chunks_exact_mut(w * c)) {
-                let g = |oh: usize| &block[(oh - first) * (wo + 2)..][..wo + 2];
-                if ih % 2 == 0 {
-                    row([(g(ih / 2), &taps[3..6])], gx, c, b);
-                } else {
-                    row([(g(ih / 2), &taps[6..9]), (g(ih / 2 + 1), &taps[0..3])], gx, c, b);
-                }
-            }
-        }
-    }
-}
-
-impl CustomOp2 for GradInput {
-    fn name(&self) -> &'static str {
-        "depthwise-grad-input"
-    }
-
-    fn cpu_fwd(
-        &self,
-        gy: &CpuStorage,
-        layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let geometry = &self.0;
-        let &Geometry { h, w: width, ho, wo, c, stride } = geometry;
-        let gy = cpu::slice(gy, layout)?;
-        let mut taps = taps(cpu::slice(w, w_layout)?, c);
-        let images = layout.dims()[0];
-        let gx = if stride == 1 {
-            // The convolution with the weight turned around.
-            taps.iter_mut().for_each(|taps| taps.reverse());
-            convolve_all(gy, &taps, geometry)
-        } else {
-            let per_chunk = rows_per_chunk(h, width * c);
-            let len = images * h * width * c;
-            cpu::generate(len, 0, per_chunk * width * c, Vec::new, |block, i, gx| {
-                let mut rest = gx;
-                let first = i * per_chunk;
-                for (image, ih, rows) in
-                    bands(first..first + rest.len() / (width * c), h, band_rows(width, 1))
-                {
-                    let (gx, after) = rest.split_at_mut(rows * width * c);
-                    rest = after;
-                    let image = &gy[image * ho * wo * c..][..ho * wo * c];
-                    gather(image, &taps, gx, geometry, ih, block);
-                }
-            })
-            .0
-        };
-        cpu::output(gx, (images, h, width, c))
-    }
-}
-
-struct GradWeight(Geometry);
-
-simd! {
-    /// Adds what rows `gy[rows][wo][c]`, from `oh` on, of one image give to the weight's gradient.
-    fn correlate(
-        image: &[f32],
-        gy: &[f32],
-        taps: &mut [[Lanes; 9]],
-        geometry: &Geometry,
-        oh: usize,
-        block: &mut Vec<Lanes>,
-    ) {
-        let &Geometry { w, wo, c, stride, .. } = geometry;
-        let rows = gy.len() / (wo * c);
-        for (b, taps) in taps.iter_mut().enumerate() {
-            pack(block, image, w, c, b, (oh * stride) as isize - 1, (rows - 1) * stride + 3);
-            let mut sums = [ZERO; 9];
-            for (row, gy) in gy.chunks_exact(wo * c).enumerate() {
-                let x = &block[row * stride * (w + 2)..];
-                let (x0, x1, x2) = (&x[..w + 2], &x[w + 2..][..w + 2], &x[2 * (w + 2)..][..w + 2]);
-                for (ow, gy) in gy.chunks_exact(c).enumerate() {
-                    let at = ow * stride;
-                    let (x0, x1, x2) = (&x0[at..at + 3], &x1[at..at + 3], &x2[at..at + 3]);
-                    let gy = Lanes::load(&gy[lanes_of(c, b)]);
-                    for kw in 0..3 {
-                        sums[kw] = sums[kw].add_product(&x0[kw], &gy);
-                        sums[3 + kw] = sums[3 + kw].add_product(&x1[kw], &gy);
-                        sums[6 + kw] = sums[6 + kw].add_product(&x2[kw], &gy);
-                    }
-                }
-            }
-            for (tap, sum) in taps.iter_mut().zip(&sums) {
-                for (tap, sum) in tap.0.iter_mut().zip(&sum.0) {
-                    *tap += sum;
-                }
-            }
-        }
-    }
 }
 
 impl CustomOp2 for GradWeight {
@@ -386,27 +439,23 @@ impl CustomOp2 for GradWeight {
         let geometry = &self.0;
         let &Geometry { h, w, ho, wo, c, stride } = geometry;
         let (x, gy) = (cpu::slice(x, layout)?, cpu::slice(gy, gy_layout)?);
-        let images = layout.dims()[0];
-        let parts = cpu::parts(images * ho, wo * c, |rows| {
+        // What a block of channels of a band reads fits in a first-level cache.
+        let rows_per_band = (CHUNK / 4 / (LANES * (w + 2) * stride)).max(2);
+        let parts = cpu::parts(layout.dims()[0] * ho, wo * c, |rows| {
+            let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
             let mut block = Vec::new();
-            let mut taps = vec![[ZERO; 9]; geometry.blocks()];
-            let mut rest = &gy[rows.start * wo * c..rows.end * wo * c];
-            for (image, oh, rows) in bands(rows, ho, band_rows(w, stride)) {
-                let (gy, after) = rest.split_at(rows * wo * c);
-                rest = after;
-                correlate(&x[image * h * w * c..][..h * w * c], gy, &mut taps, geometry, oh, &mut block);
+            for (image, oh, rows) in bands(rows, ho, rows_per_band) {
+                let (x, gy) = (&x[image * h * w * c..][..h * w * c], &gy[(image * ho + oh) * wo * c..]);
+                correlate(x, &gy[..rows * wo * c], &mut sums, geometry, oh, &mut block);
             }
-            taps
+            sums
         });
-        let mut gw = Vec::with_capacity(9 * c);
-        for tap in 0..9 {
-            for channel in 0..c {
-                let of_part =
-                    |part: &Vec<[Lanes; 9]>| f64::from(part[channel / LANES][tap].0[channel % LANES]);
-                gw.push(parts.iter().map(of_part).sum::<f64>() as f32);
-            }
-        }
-        cpu::output(gw, (3, 3, c))
+        let sum = |tap: usize, channel: usize| {
+            let of_part = |sums: &Vec<[Lanes; 9]>| f64::from(sums[channel / LANES][tap].0[channel % LANES]);
+            parts.iter().map(of_part).sum::<f64>() as f32
+        };
+        let gw = (0..9).flat_map(|tap| (0..c).map(move |channel| (tap, channel)));
+        cpu::output(gw.map(|(tap, channel)| sum(tap, channel)).collect(), (3, 3, c))
     }
 }
 

@@ -303,7 +303,7 @@ simd! {
         fold(squares, &mut moments.squares);
         for i in 0..c {
             let correction = moments.mean[i] / rows;
-            let unit = 1.0 / f64::from(scale[i]);
+            let unit = f64::from(1.0 / scale[i]);
             let squares = moments.squares[i] - rows * correction * correction;
             // Never below 0 by rounding; NaN stays.
             let squares = if squares < 0.0 { 0.0 } else { squares };

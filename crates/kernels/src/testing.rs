@@ -4,6 +4,7 @@ use crate::cpu::Level;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// The numbers of channels that tests try: fewer than a vector, odd, one vector, more than two.
@@ -124,6 +125,8 @@ pub(crate) fn assert_same_on_threads(operation: impl Fn() -> Vec<Tensor> + Sync)
 /// each.
 #[track_caller]
 pub(crate) fn assert_same_everywhere(operation: impl Fn() -> Vec<Tensor> + Sync) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let best = assert_same_on_threads(&operation);
     for level in [0, 1] {
         LEVEL_LIMIT.store(level, Ordering::Relaxed);

@@ -76,13 +76,9 @@ mod tests {
 
     #[test]
     fn hand_worked_layer() {
-        let mut network = chain(
-            1,
-            &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)],
-            &[&[1.0, 1.0], &[0.0, 1.1, 3.0, 0.4]],
-        )
-        .norm(0, &[[0.0, 2.0, 0.0, 1.0], [0.0, -5.0, 0.0, 1.0]])
-        .network;
+        let mut network = chain(1, &UNITS, &[&[1.0, 1.0], &[0.0, 1.1, 3.0, 0.4]])
+            .norm(0, &[[0.0, 2.0, 0.0, 1.0], [0.0, -5.0, 0.0, 1.0]])
+            .network;
         network.epsilon = 0.0;
         let mut folded = Folded::new(&network).unwrap();
         folded.network.quantize(&weights_only(2)).unwrap();
@@ -105,7 +101,7 @@ mod tests {
         assert!((f64::from(bias[0]) - 0.4 / std::f64::consts::TAU.sqrt()).abs() < 1e-4, "{bias:?}");
     }
 
-    /// Mean over layers of the error of channel means before the activation, in deviations.
+    /// Mean over all channels of the error of their means before the activation, in deviations.
     fn error(folded: &Folded, reference: &Network, images: &Tensor) -> f64 {
         let (want, got) = (channel_means(reference, images), channel_means(&folded.network, images));
         let mut errors = Vec::new();
