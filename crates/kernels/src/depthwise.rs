@@ -102,26 +102,26 @@ fn reach(
     (0..positions).map(|position| (0..3).filter_map(|k| tap(position, k)).collect()).collect()
 }
 
-/// Calls `$block::<L>(…, at)` for blocks of `L` channels, from `at` on, that cover `$c` channels. The last
-/// block may overlap the one before it: computing a channel twice must do no harm.
+/// Calls `$block::<L, …>(…, at)` for blocks of `L` channels, from `at` on, that cover `$c` channels. The
+/// last block may overlap the one before it: computing a channel twice must do no harm.
 macro_rules! cover {
-    ($c:expr, [$($lanes:literal),*], $block:ident $arguments:tt) => {{
+    ($c:expr, [$($lanes:literal),*], $block:ident $constants:tt $arguments:tt) => {{
         let (c, mut at) = ($c, 0);
         $(
-            while at + $lanes <= c {
-                cover!(@call $block, $lanes, at, $arguments);
+            while c - at >= $lanes {
+                cover!(@call $block, $lanes, $constants, at, $arguments);
                 at += $lanes;
             }
             // Better one block that repeats some channels than several narrow ones.
             if at < c && c >= $lanes && $lanes <= 16 {
-                cover!(@call $block, $lanes, c - $lanes, $arguments);
+                cover!(@call $block, $lanes, $constants, c - $lanes, $arguments);
                 at = c;
             }
         )*
         debug_assert_eq!(at, c);
     }};
-    (@call $block:ident, $lanes:literal, $at:expr, ($($argument:expr),*)) => {
-        $block::<$lanes>($($argument,)* $at)
+    (@call $block:ident, $lanes:literal, [$($constant:literal)?], $at:expr, ($($argument:expr),*)) => {
+        $block::<$lanes $(, $constant)?>($($argument,)* $at)
     };
 }
 
@@ -185,32 +185,6 @@ fn several<const L: usize, const T: usize>(
     }
 }
 
-#[inline(always)]
-fn pair<const L: usize>(
-    x: &[f32],
-    w: &[f32],
-    y: &mut [f32],
-    c: usize,
-    rows: &[Tap],
-    first: &[Tap; 3],
-    at: usize,
-) {
-    several::<L, 2>(x, w, y, c, rows, first, at);
-}
-
-#[inline(always)]
-fn quad<const L: usize>(
-    x: &[f32],
-    w: &[f32],
-    y: &mut [f32],
-    c: usize,
-    rows: &[Tap],
-    first: &[Tap; 3],
-    at: usize,
-) {
-    several::<L, 4>(x, w, y, c, rows, first, at);
-}
-
 simd! {
     /// One row of positions, `y[columns][c]`, from an image.
     fn gather_row(
@@ -229,13 +203,13 @@ simd! {
             let first = columns[position].as_array::<3>();
             let next = |count: usize| columns.get(position..position + count);
             if let (Some(first), Some(true)) = (first, next(4).map(full)) {
-                cover!(c, [16, 8, 4, 1], quad(x, w, y, c, rows, first));
+                cover!(c, [16, 8, 4, 1], several[4](x, w, y, c, rows, first));
                 position += 4;
             } else if let (Some(first), Some(true)) = (first, next(2).map(full)) {
-                cover!(c, [32, 16, 8, 4, 1], pair(x, w, y, c, rows, first));
+                cover!(c, [32, 16, 8, 4, 1], several[2](x, w, y, c, rows, first));
                 position += 2;
             } else {
-                cover!(c, [64, 16, 8, 4, 1], single(x, w, y, rows, &columns[position]));
+                cover!(c, [64, 16, 8, 4, 1], single[](x, w, y, rows, &columns[position]));
                 position += 1;
             }
         }
@@ -344,13 +318,6 @@ impl Lanes {
     }
 }
 
-/// Reads memory once, in order. Loops over blocks of channels touch it in strides, which the machine does
-/// not foresee; after this they find it in cache.
-#[inline(always)]
-fn touch(elements: &[f32]) {
-    std::hint::black_box(elements.iter().step_by(16).sum::<f32>());
-}
-
 /// Copies one block of channels of rows of an image `[h, w, c]`, from row `first − 1` on, to
 /// `block[rows][w + 2]`, with zeros around the image.
 #[inline(always)]
@@ -382,10 +349,8 @@ simd! {
         oh: usize,
         block: &mut Vec<Lanes>,
     ) {
-        let &Geometry { h, w, wo, c, stride, .. } = geometry;
+        let &Geometry { w, wo, c, stride, .. } = geometry;
         let rows = gy.len() / (wo * c);
-        touch(gy);
-        touch(&image[oh * stride * w * c..((oh + rows) * stride).min(h) * w * c]);
         block.resize(((rows - 1) * stride + 3) * (w + 2), ZERO);
         for (b, sums) in sums.iter_mut().enumerate() {
             let channels = b * LANES..c.min((b + 1) * LANES);

@@ -243,6 +243,53 @@ fn normalizer(range: f32) -> f32 {
     f32::from_bits((254 - exponent) << 23)
 }
 
+/// Adds some tiles at a time, as the sums are loaded and stored each time, to the sums of the differences
+/// from the pivot, and to the extremes.
+#[inline(always)]
+fn add_extremes<const N: usize>(
+    tiles: [&[f32]; N],
+    pivot: &[f32],
+    sum: &mut [f32],
+    min: &mut [f32],
+    max: &mut [f32],
+) {
+    let n = tiles[0].len();
+    let tiles = tiles.map(|z| &z[..n]);
+    let (pivot, sum, min, max) = (&pivot[..n], &mut sum[..n], &mut min[..n], &mut max[..n]);
+    for i in 0..n {
+        let (mut s, mut lo, mut hi) = (sum[i], min[i], max[i]);
+        for z in tiles {
+            s += z[i] - pivot[i];
+            lo = if z[i] < lo { z[i] } else { lo };
+            hi = if z[i] > hi { z[i] } else { hi };
+        }
+        (sum[i], min[i], max[i]) = (s, lo, hi);
+    }
+}
+
+/// Adds some tiles to the sums of the scaled differences from the mean, and of their squares.
+#[inline(always)]
+fn add_squares<const N: usize>(
+    tiles: [&[f32]; N],
+    mean: &[f32],
+    scale: &[f32],
+    sum: &mut [f32],
+    squares: &mut [f32],
+) {
+    let n = tiles[0].len();
+    let tiles = tiles.map(|z| &z[..n]);
+    let (mean, scale, sum, squares) = (&mean[..n], &scale[..n], &mut sum[..n], &mut squares[..n]);
+    for i in 0..n {
+        let (mut s, mut q) = (sum[i], squares[i]);
+        for z in tiles {
+            let difference = (z[i] - mean[i]) * scale[i];
+            s += difference;
+            q = difference.mul_add(difference, q);
+        }
+        (sum[i], squares[i]) = (s, q);
+    }
+}
+
 simd! {
     /// The moments of a block that fits in cache, in two passes over it. The first sums the differences
     /// from the first row, which gives the mean, exactly so for a constant channel; the second the
@@ -258,14 +305,13 @@ simd! {
         sum.fill(0.0);
         min.fill(f32::INFINITY);
         max.fill(f32::NEG_INFINITY);
-        for z in z.chunks(tile) {
-            let n = z.len();
-            let (pivot, sum, min, max) = (&pivot[..n], &mut sum[..n], &mut min[..n], &mut max[..n]);
-            for i in 0..n {
-                sum[i] += z[i] - pivot[i];
-                min[i] = if z[i] < min[i] { z[i] } else { min[i] };
-                max[i] = if z[i] > max[i] { z[i] } else { max[i] };
-            }
+        let tiles = z.chunks_exact(4 * tile);
+        let rest = tiles.remainder();
+        for z in tiles {
+            add_extremes(std::array::from_fn::<_, 4, _>(|i| &z[i * tile..][..tile]), pivot, sum, min, max);
+        }
+        for z in rest.chunks(tile) {
+            add_extremes([z], pivot, sum, min, max);
         }
         moments.rows = rows;
         moments.mean.fill(0.0);
@@ -287,15 +333,12 @@ simd! {
             scale.copy_within(..c, start);
         }
         squares.fill(0.0);
-        for z in z.chunks(tile) {
-            let n = z.len();
-            let (mean, scale) = (&mean[..n], &scale[..n]);
-            let (sum, squares) = (&mut sum[..n], &mut squares[..n]);
-            for i in 0..n {
-                let difference = (z[i] - mean[i]) * scale[i];
-                sum[i] += difference;
-                squares[i] = difference.mul_add(difference, squares[i]);
-            }
+        let tiles = z.chunks_exact(4 * tile);
+        for z in tiles {
+            add_squares(std::array::from_fn::<_, 4, _>(|i| &z[i * tile..][..tile]), mean, scale, sum, squares);
+        }
+        for z in rest.chunks(tile) {
+            add_squares([z], mean, scale, sum, squares);
         }
         moments.mean.fill(0.0);
         moments.squares.fill(0.0);

@@ -59,9 +59,11 @@ impl Constants {
                     is_low[j] = f64::from(variance[j]) < threshold;
                     let before_activation = if is_low[j] {
                         Some(beta[j])
-                    } else if let (Some(sums), Some(c)) = (&sums, i.checked_sub(1).and_then(|p| output[p][j])) {
+                    } else if let Some(sums) = &sums {
                         let scale = fold_scale(gamma[j], variance[j], network.epsilon as f32);
-                        Some(scale * c * sums[j] + fold_shift(beta[j], mean[j], scale))
+                        let shift = fold_shift(beta[j], mean[j], scale);
+                        // The stem is a full convolution, so a depthwise filter has one before it.
+                        output[i - 1][j].map(|c| scale * c * sums[j] + shift)
                     } else {
                         None
                     };
