@@ -5,6 +5,7 @@ use crate::{Error, Quantizer, Result};
 use candle_core::{CpuStorage, DType, Layout, Shape, Storage, Tensor};
 use quant_core::Grid;
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Elements per chunk: half of a small L2 cache, and enough work to be worth a task.
 pub(crate) const CHUNK: usize = 32 * 1024;
@@ -204,7 +205,7 @@ pub(crate) fn generate<S, R: Send>(
     f: impl Fn(&mut S, usize, &mut [f32]) -> R + Sync + Send,
 ) -> (Vec<f32>, Vec<R>) {
     let mut elements = Vec::with_capacity(len + spare);
-    let run = |state: &mut S, (i, chunk): (usize, &mut [std::mem::MaybeUninit<f32>])| {
+    let run = |state: &mut S, (i, chunk): (usize, &mut [MaybeUninit<f32>])| {
         // Zeroing here, while the chunk is about to be in cache anyway, is what makes the slice safe to
         // hand out, and costs much less than a pass of its own over the whole vector.
         for element in chunk.iter_mut() {
@@ -233,6 +234,34 @@ pub(crate) fn generate<S, R: Send>(
 /// `len` elements computed in chunks by `f(index of the chunk, chunk)`; see [`generate`].
 pub(crate) fn fill(len: usize, chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> Vec<f32> {
     generate(len, 0, chunk, || (), |(), i, chunk| f(i, chunk)).0
+}
+
+/// As [`fill`], but the chunks come uninitialized. Where a kernel is bound by memory and its stores are
+/// scattered, zeroing first costs up to 1.4 times; measured so for the depthwise convolution (1.3–1.4) and
+/// the normalization (1.1–1.25), which are most of a network's elements.
+///
+/// # Safety
+/// `f` must write every element of its chunk.
+#[allow(unsafe_code)]
+pub(crate) unsafe fn fill_uninit(
+    len: usize,
+    chunk: usize,
+    f: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync + Send,
+) -> Vec<f32> {
+    let mut elements = Vec::with_capacity(len);
+    let chunks = &mut elements.spare_capacity_mut()[..len];
+    if cfg!(debug_assertions) {
+        // So that tests see what is not written.
+        chunks.fill(MaybeUninit::new(f32::NAN));
+    }
+    if len <= CHUNK {
+        chunks.chunks_mut(chunk.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk));
+    } else {
+        chunks.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk));
+    }
+    // SAFETY: `f` wrote all of each chunk, and the chunks cover the first `len` elements.
+    unsafe { elements.set_len(len) };
+    elements
 }
 
 /// Cuts `rows` rows of `width` elements in parts that depend on these numbers alone, and gives what

@@ -8,11 +8,13 @@
 //!
 //! The kernels visit a map's positions in the order of memory, and at each the channels in blocks whose
 //! sums stay in registers. Which taps reach a position is a product of rows and columns, found once per
-//! call: so the borders of a map, the stride and the direction are all one to the inner loops.
+//! call: so the borders of a map, the stride and the direction are all one to the inner loops. The
+//! weight's gradient, which has nine sums for each channel, takes 16 channels of some rows at a time.
 
 use crate::Result;
 use crate::cpu::{self, CHUNK, Check, simd};
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// `y[N, Ho, Wo, C]` of `x[N, H, W, C]` and `w[3, 3, C]`.
@@ -127,7 +129,14 @@ macro_rules! cover {
 
 /// `y[at..at + L] = Σ_taps x·w` at one position.
 #[inline(always)]
-fn single<const L: usize>(x: &[f32], w: &[f32], y: &mut [f32], rows: &[Tap], columns: &[Tap], at: usize) {
+fn single<const L: usize>(
+    x: &[f32],
+    w: &[f32],
+    y: &mut [MaybeUninit<f32>],
+    rows: &[Tap],
+    columns: &[Tap],
+    at: usize,
+) {
     let mut sum = [0.0; L];
     for column in columns {
         for row in rows {
@@ -138,7 +147,7 @@ fn single<const L: usize>(x: &[f32], w: &[f32], y: &mut [f32], rows: &[Tap], col
             }
         }
     }
-    y[at..at + L].copy_from_slice(&sum);
+    y[at..at + L].write_copy_of_slice(&sum);
 }
 
 /// [`single`] at `T` neighbouring positions of `c` channels, `first` being the column taps of the first
@@ -148,7 +157,7 @@ fn single<const L: usize>(x: &[f32], w: &[f32], y: &mut [f32], rows: &[Tap], col
 fn several<const L: usize, const T: usize>(
     x: &[f32],
     w: &[f32],
-    y: &mut [f32],
+    y: &mut [MaybeUninit<f32>],
     c: usize,
     rows: &[Tap],
     first: &[Tap; 3],
@@ -181,7 +190,7 @@ fn several<const L: usize, const T: usize>(
         }
     }
     for (y, sum) in y.chunks_exact_mut(c).zip(&sums) {
-        y[at..at + L].copy_from_slice(sum);
+        y[at..at + L].write_copy_of_slice(sum);
     }
 }
 
@@ -190,7 +199,7 @@ simd! {
     fn gather_row(
         x: &[f32],
         w: &[f32],
-        y: &mut [f32],
+        y: &mut [MaybeUninit<f32>],
         c: usize,
         stride: usize,
         rows: &[Tap],
@@ -231,11 +240,17 @@ fn gather(
     let (from, to) = (from_h * from_w * c, to_w * c);
     let per_chunk = (CHUNK / to).max(1);
     let positions = x.len() / from * to_h;
-    cpu::fill(positions * to, per_chunk * to, |i, y| {
-        for (row, y) in (i * per_chunk..).zip(y.chunks_exact_mut(to)) {
-            gather_row(&x[row / to_h * from..][..from], w, y, c, stride, &rows[row % to_h], &columns);
-        }
-    })
+    // SAFETY: a chunk is whole rows of `to` elements, and `gather_row` writes all columns of a row, and by
+    // `cover!` all channels of a column.
+    #[allow(unsafe_code)]
+    unsafe {
+        cpu::fill_uninit(positions * to, per_chunk * to, |i, y| {
+            for (row, y) in (i * per_chunk..).zip(y.chunks_exact_mut(to)) {
+                let x = &x[row / to_h * from..][..from];
+                gather_row(x, w, y, c, stride, &rows[row % to_h], &columns);
+            }
+        })
+    }
 }
 
 struct Forward(Geometry);

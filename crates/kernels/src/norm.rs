@@ -18,6 +18,7 @@ use crate::cpu::{self, CHUNK, Check, simd, values};
 use crate::{Activation, Quantizer, Result, clamp};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 use quant_core::Grid;
+use std::mem::MaybeUninit;
 
 /// The statistics of a batch, each `[C]`.
 #[derive(Clone, Debug)]
@@ -391,17 +392,17 @@ struct Forward<'a> {
 simd! {
     fn normalize(
         z: &[f32],
-        y: &mut [f32],
+        y: &mut [MaybeUninit<f32>],
         scale: &[f32],
         shift: &[f32],
         bounds: (f32, f32),
         grid: Option<Grid>,
     ) {
         #[inline(always)]
-        fn tiles(z: &[f32], y: &mut [f32], scale: &[f32], shift: &[f32], f: impl Fn(f32) -> f32) {
+        fn tiles(z: &[f32], y: &mut [MaybeUninit<f32>], scale: &[f32], shift: &[f32], f: impl Fn(f32) -> f32) {
             for (z, y) in z.chunks(scale.len()).zip(y.chunks_mut(scale.len())) {
                 for (((y, z), scale), shift) in y.iter_mut().zip(z).zip(scale).zip(shift) {
-                    *y = f(z.mul_add(*scale, *shift));
+                    y.write(f(z.mul_add(*scale, *shift)));
                 }
             }
         }
@@ -432,9 +433,13 @@ impl CustomOp3 for Forward<'_> {
         let (scale, shift) = (scale.repeat(tile_rows(c)), shift.repeat(tile_rows(c)));
         let grid = self.quant.map(cpu::grid).transpose()?;
         let chunk = chunk_len(c);
-        let y = cpu::fill(z.len(), chunk, |i, y| {
-            normalize(&z[i * chunk..][..y.len()], y, &scale, &shift, self.act.bounds(), grid);
-        });
+        // SAFETY: `normalize` writes all of `y`, which is as long as its part of `z`.
+        #[allow(unsafe_code)]
+        let y = unsafe {
+            cpu::fill_uninit(z.len(), chunk, |i, y| {
+                normalize(&z[i * chunk..][..y.len()], y, &scale, &shift, self.act.bounds(), grid);
+            })
+        };
         cpu::output(y, layout.shape())
     }
 }

@@ -1,6 +1,6 @@
 //! Fake quantization of a tensor, and the estimation of its range.
 //!
-//! With the [`Grid`](quant_core::Grid) over the range `(lo, hi)`: `y = Q(x)`, the grid's value nearest
+//! With the [`Grid`] over the range `(lo, hi)`: `y = Q(x)`, the grid's value nearest
 //! to `x`; the straight-through gradient `∂x = ∂y` where `x` rounds to one of the levels without being
 //! clamped, else 0.
 

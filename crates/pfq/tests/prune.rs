@@ -1,0 +1,233 @@
+//! Pruning planted filters leaves the outputs as they were.
+
+use candle_core::{Device, IndexOp, Tensor};
+use models::{Input, MobileNet, Network, Norm, Quantization, Step, Version};
+use pfq::{PfQ, Report};
+use quant_core::Precision;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn random(shape: &[usize], (lo, hi): (f32, f32), seed: u64) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(lo..hi)).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn images() -> Tensor {
+    random(&[3, 32, 32, 3], (-2.0, 2.0), 9)
+}
+
+/// A network with γ and β drawn at random and running statistics that fit its activations.
+fn network(version: Version) -> Network {
+    // At half the width V2's stem is not tied to the first block by a residual.
+    let config = MobileNet { width: 0.5, ..MobileNet::new(version, Input::Cifar, 10) };
+    let mut network = config.init(3, &Device::Cpu).unwrap();
+    for (i, unit) in network.units.iter_mut().enumerate() {
+        let channels = unit.filters();
+        if let Norm::Batch(norm) = &mut unit.norm {
+            norm.gamma = random(&[channels], (0.5, 1.5), 100 + i as u64);
+            norm.beta = random(&[channels], (-0.5, 1.0), 200 + i as u64);
+        }
+    }
+    for _ in 0..50 {
+        network.forward_train(&images(), Step { range_momentum: 0.1 }).unwrap();
+    }
+    network
+}
+
+/// Makes filter `channel` of the named unit constant: zero weights, statistics to match, output φ(β).
+fn plant(network: &mut Network, unit: &str, channel: usize, beta: f32) {
+    let unit = network.units.iter_mut().find(|u| u.name == unit).expect("a unit of that name");
+    let keep: Vec<f32> = (0..unit.filters()).map(|j| if j == channel { 0.0 } else { 1.0 }).collect();
+    let keep = Tensor::new(keep, &Device::Cpu).unwrap();
+    unit.weight = unit.weight.broadcast_mul(&keep).unwrap();
+    let Norm::Batch(norm) = &mut unit.norm else { panic!("planting needs batch norm") };
+    norm.mean = (&norm.mean * &keep).unwrap();
+    norm.variance = (&norm.variance * &keep).unwrap();
+    let planted = ((1.0 - &keep).unwrap() * f64::from(beta)).unwrap();
+    norm.beta = ((&norm.beta * &keep).unwrap() + planted).unwrap();
+}
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.dims(), b.dims());
+    values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn removed(report: &Report) -> Vec<(&str, usize)> {
+    report.layers.iter().filter(|l| l.removed > 0).map(|l| (l.name.as_str(), l.removed)).collect()
+}
+
+/// Plants filters with the constant φ(β), prunes, and checks what went and that the logits stayed.
+fn check(version: Version, planted: &[(&str, usize)], beta: f32, gone: &[(&str, usize)]) {
+    let mut network = network(version);
+    for &(unit, channel) in planted {
+        plant(&mut network, unit, channel, beta);
+    }
+    let before = network.forward(&images()).unwrap();
+    let (pruned, report) = PfQ::default().apply(&network).unwrap();
+    assert_eq!(removed(&report), gone);
+    assert_eq!((report.macs_after, report.weights_after), (pruned.macs(), pruned.weights()));
+    assert!(report.macs_after < report.macs_before);
+    let after = pruned.forward(&images()).unwrap();
+    let error = distance(&before, &after);
+    // Where the constant is zero nothing is lost, but a matrix product of another shape is blocked in
+    // another way, and its sums are rounded in another order: one or two units in the last place.
+    let allowed = if beta <= 0.0 { 5e-7 } else { 1e-5 };
+    assert!(error <= allowed, "{planted:?} with β = {beta}: logits differ by {error}");
+    // Behind a depthwise layer a zero has become that layer's own constant, which may be anything.
+    let position = |name| network.units.iter().position(|u| u.name == name).unwrap();
+    let feeds_depthwise = |&(name, _): &(&str, usize)| {
+        let next = network.units.get(position(name) + 1);
+        next.is_some_and(|u| matches!(u.kernel, models::Kernel::Depthwise { .. }))
+    };
+    if beta <= 0.0 && !planted.iter().any(feeds_depthwise) {
+        // The removed terms are exact zeros: what stays of every mean and of the bias has the same bits.
+        for (old, new) in network.units.iter().zip(&pruned.units) {
+            let mean = |unit: &models::Unit| values(&unit.batch_norm().unwrap().mean);
+            let (old, new) = (mean(old), mean(new));
+            assert!(new.iter().all(|x| old.iter().any(|y| x.to_bits() == y.to_bits())), "a mean was moved");
+        }
+        assert_eq!(values(&network.head.bias), values(&pruned.head.bias));
+    }
+    assert_eq!(distance(&before, &network.forward(&images()).unwrap()), 0.0, "the input network was changed");
+}
+
+#[test]
+fn dead_filters_go_without_a_trace() {
+    let v2 = |planted: &[(&str, usize)], gone: &[(&str, usize)]| check(Version::V2, planted, -0.7, gone);
+    v2(&[("stem", 2)], &[("stem", 1)]);
+    v2(&[("blocks.3.expand", 5)], &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)]);
+    v2(&[("blocks.3.depthwise", 0)], &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)]);
+    v2(&[("last", 7), ("last", 1279)], &[("last", 2)]);
+    let v1 = |planted: &[(&str, usize)], gone: &[(&str, usize)]| check(Version::V1, planted, -0.7, gone);
+    v1(&[("stem", 3)], &[("stem", 1), ("blocks.0.depthwise", 1)]);
+    v1(&[("blocks.4.pointwise", 1)], &[("blocks.4.pointwise", 1), ("blocks.5.depthwise", 1)]);
+    v1(&[("blocks.12.pointwise", 9)], &[("blocks.12.pointwise", 1)]);
+}
+
+#[test]
+fn constant_filters_leave_their_constants() {
+    let v2 = |planted: &[(&str, usize)], gone: &[(&str, usize)]| check(Version::V2, planted, 0.8, gone);
+    v2(&[("stem", 2)], &[("stem", 1)]);
+    v2(&[("blocks.3.depthwise", 1)], &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)]);
+    // Both low: the depthwise constant counts.
+    v2(
+        &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)],
+        &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)],
+    );
+    v2(&[("blocks.16.project", 4)], &[("blocks.16.project", 1)]);
+    v2(&[("last", 7)], &[("last", 1)]);
+    let v1 = |planted: &[(&str, usize)], gone: &[(&str, usize)]| check(Version::V1, planted, 0.8, gone);
+    v1(&[("blocks.0.depthwise", 3)], &[("stem", 1), ("blocks.0.depthwise", 1)]);
+    v1(&[("blocks.12.pointwise", 9)], &[("blocks.12.pointwise", 1)]);
+}
+
+/// A channel tied by residuals goes where all of its producers are low, and only there.
+#[test]
+fn residual_channels_need_every_producer() {
+    let all = [("blocks.7.project", 2), ("blocks.8.project", 2), ("blocks.9.project", 2)];
+    let tied: Vec<(&str, usize)> = std::iter::once(("blocks.6.project", 2)).chain(all).collect();
+    let gone: Vec<(&str, usize)> = tied.iter().map(|&(unit, _)| (unit, 1)).collect();
+    check(Version::V2, &tied, 0.8, &gone);
+    // Projections have no activation, so only β = 0 gives nothing.
+    check(Version::V2, &tied, 0.0, &gone);
+
+    let mut network = network(Version::V2);
+    for (unit, channel) in all {
+        plant(&mut network, unit, channel, 0.8);
+    }
+    let (_, report) = PfQ::default().apply(&network).unwrap();
+    assert_eq!(removed(&report), []);
+    assert_eq!(report.low_in_part, 1);
+}
+
+/// A constant c ≠ 0 before a depthwise layer is c·Σk behind it, but for the border, where padding has
+/// zeros instead: inside, what the block gives is unchanged.
+#[test]
+fn constants_through_depthwise_layers_are_exact_inside_the_border() {
+    let mut network = network(Version::V2);
+    plant(&mut network, "blocks.4.expand", 5, 0.8);
+    let (pruned, report) = PfQ::default().apply(&network).unwrap();
+    assert_eq!(removed(&report), [("blocks.4.expand", 1), ("blocks.4.depthwise", 1)]);
+    let block = |network: &Network| {
+        let project = network.units.iter().position(|u| u.name == "blocks.4.project").unwrap();
+        let mut output = None;
+        let mut observe = |i, _: &Tensor, y: &Tensor| {
+            if i == project {
+                output = Some(y.clone());
+            }
+            Ok(())
+        };
+        network.forward_observed(&images(), &mut observe).unwrap();
+        output.unwrap()
+    };
+    let (before, after) = (block(&network), block(&pruned));
+    let inside = |t: &Tensor| t.i((.., 1..7, 1..7, ..)).unwrap();
+    assert_eq!(before.dims()[1..3], [8, 8]);
+    let error = distance(&inside(&before), &inside(&after));
+    assert!(error < 1e-5, "inside: {error}");
+    assert!(distance(&before, &after) > 1e-3, "the border should differ, or the test shows nothing");
+}
+
+/// The constants pass the activation quantizers, as they do in Algorithm 1's second pruning.
+#[test]
+fn constants_are_those_of_the_quantized_network() {
+    for bits in [3u32, 4, 8] {
+        let mut network = network(Version::V2);
+        let precision = |bits| Precision::try_from(bits).unwrap();
+        let settings = Quantization {
+            activations: precision(bits),
+            weights: Precision::Float,
+            first_layer: precision(8),
+            last_layer: precision(8),
+            fold: models::Fold::BatchStatistics,
+        };
+        network.quantize(&settings).unwrap();
+        network.forward_train(&images(), Step { range_momentum: 0.1 }).unwrap();
+        for (unit, channel) in [("stem", 1), ("blocks.3.depthwise", 1), ("last", 7)] {
+            plant(&mut network, unit, channel, 0.8);
+        }
+        let before = network.forward(&images()).unwrap();
+        let (pruned, _) = PfQ::default().apply(&network).unwrap();
+        // A value that rounding puts on the other side of a level's edge would show as a whole step.
+        let error = distance(&before, &pruned.forward(&images()).unwrap());
+        assert!(error < 1e-4, "{bits} bits: {error}");
+    }
+}
+
+#[test]
+fn without_bias_correction_the_constants_are_lost() {
+    let mut network = network(Version::V2);
+    plant(&mut network, "stem", 2, 0.8);
+    let before = network.forward(&images()).unwrap();
+    let pfq = PfQ { bias_correction: false, ..PfQ::default() };
+    let (pruned, _) = pfq.apply(&network).unwrap();
+    let corrected = PfQ::default().apply(&network).unwrap().0;
+    assert_eq!(pruned.macs(), corrected.macs());
+    assert!(distance(&before, &pruned.forward(&images()).unwrap()) > 1e-3);
+}
+
+#[test]
+fn one_channel_always_stays() {
+    let mut network = network(Version::V2);
+    for channel in 0..16 {
+        plant(&mut network, "stem", channel, 0.8);
+    }
+    let before = network.forward(&images()).unwrap();
+    let (pruned, report) = PfQ::default().apply(&network).unwrap();
+    assert_eq!((removed(&report), report.kept_as_last), (vec![("stem", 15)], 1));
+    assert!(distance(&before, &pruned.forward(&images()).unwrap()) < 1e-5);
+}
+
+#[test]
+fn impossible_requests_are_errors() {
+    let network = network(Version::V1);
+    for threshold in [0.0, -1.0, f64::NAN] {
+        let pfq = PfQ { threshold: Some(threshold), ..PfQ::default() };
+        assert!(pfq.apply(&network).unwrap_err().to_string().contains("τ"));
+    }
+}
