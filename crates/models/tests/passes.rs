@@ -42,11 +42,21 @@ fn loss(network: &mut Network, images: &Tensor) -> f64 {
     f64::from(softmax_cross_entropy(&logits, &labels, 0.0).unwrap().loss.to_scalar::<f32>().unwrap())
 }
 
+/// Steps of the central differences, as what they change of the loss: small against curvature, large against
+/// the rounding of a float32 loss of about 2.3 (1e-6 was found).
+const CHANGES: [f64; 2] = [4e-3, 1e-3];
+/// What rounding and the last bit of curvature leave.
+const SMALL: f64 = 0.02;
+/// By what a difference must fall from the first step to the second otherwise, which is a quarter of it: where
+/// the step crosses kinks of ReLU6 it falls by about 4, with smooth curvature by about 16.
+const FALL: f64 = 0.5;
+
 /// For every parameter tensor, the derivative of the loss in the direction of its own gradient: by the
 /// backward pass it is the gradient's norm, by the forward pass a central difference.
 fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mut Network)) {
     let mut network = network(version, first_expansion);
-    let images = random(&[8, 32, 32, 3], 2);
+    // Twelve, six and three pixels: even and odd maps.
+    let images = random(&[8, 12, 12, 3], 2);
     prepare(&mut network);
     let (logits, tape) = network.forward_train(&images, STEP).unwrap();
     let result = softmax_cross_entropy(&logits, &labels(8), 0.0).unwrap();
@@ -56,29 +66,35 @@ fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mu
     let mut checked = 0;
     for (parameter, gradient) in parameters.iter().zip(&gradients) {
         assert_eq!(gradient.dims(), parameter.tensor.dims(), "{}", parameter.name);
-        let norm = |t: &Tensor| f64::from(t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
-        let slope = norm(gradient);
+        let slope = f64::from(gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
         // Too flat for differences of a float32 loss to show anything.
         if slope < 2e-3 {
             continue;
         }
-        // In all about 2e-3 of the loss: well above its rounding, small enough for few kinks of ReLU6.
-        let size = std::env::var("SZ").unwrap().parse::<f64>().unwrap() / slope;
-        let direction = (gradient * (size / slope)).unwrap();
         let original = parameter.tensor.copy().unwrap();
-        let mut at = |sign: f64| {
-            let moved = (&original + (&direction * sign).unwrap()).unwrap();
-            parameter.tensor.slice_set(&moved, 0, 0).unwrap();
-            loss(&mut network, &images)
-        };
-        let difference = (at(1.0) - at(-1.0)) / (2.0 * size);
+        let [coarse, fine] = CHANGES.map(|change| {
+            let size = change / slope;
+            let direction = (gradient * (size / slope)).unwrap();
+            let mut at = |sign: f64| {
+                let moved = (&original + (&direction * sign).unwrap()).unwrap();
+                parameter.tensor.slice_set(&moved, 0, 0).unwrap();
+                loss(&mut network, &images)
+            };
+            (at(1.0) - at(-1.0)) / (2.0 * size) / slope - 1.0
+        });
         parameter.tensor.slice_set(&original, 0, 0).unwrap();
-        // Kinks of ReLU6 and the curvature over ±size leave a few percent.
-        eprintln!("{} slope {slope:.5} ratio {:.4}", parameter.name, difference / slope);
-        //assert!((difference / slope - 1.0).abs() < 0.06, "{}: {slope} against {difference}", parameter.name);
+        eprintln!("DBG {} slope {slope:.4} {coarse:.5} {fine:.5}", parameter.name);
+        assert!(
+            fine.abs() < SMALL || fine.abs() < FALL * coarse.abs(),
+            "{}: the derivative is {slope:.5} by the backward pass; differences of the loss are off by {:.2} % of \
+             it over a step, and by {:.2} % over a quarter of the step",
+            parameter.name,
+            100.0 * coarse,
+            100.0 * fine
+        );
         checked += 1;
     }
-    assert!(checked > parameters.len() / 3, "only {checked} of {} could be checked", parameters.len());
+    assert!(checked > parameters.len() / 2, "only {checked} of {} could be checked", parameters.len());
 }
 
 #[test]
@@ -97,7 +113,7 @@ fn gradients_with_folded_norm() {
     // Folded with batch-like statistics, so that activations stay in range.
     check_gradients(Version::V2, true, |network| {
         for _ in 0..60 {
-            loss(network, &random(&[8, 32, 32, 3], 2));
+            loss(network, &random(&[8, 12, 12, 3], 2));
         }
         network.fold().unwrap();
     });

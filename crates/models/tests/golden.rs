@@ -1,0 +1,209 @@
+//! A whole network against PyTorch: outputs, gradients, three steps of training, evaluation.
+//!
+//! `golden/make_golden.py` states the network anew (NCHW, float64, autograd) and writes what it gives. Here
+//! everything is float32 in NHWC. No value of the golden runs lies so close to a kink or to the border
+//! between two quantization levels that rounding could take it across, so what is left are sums of up to
+//! some hundred products in another order and precision.
+
+use candle_core::{DType, Device, Tensor};
+use kernels::{Activation, loss::softmax_cross_entropy, sgd};
+use models::{BatchNorm, Fold, Head, Kernel, Network, Norm, Quantization, Residual, Role, Step, Unit};
+use quant_core::Precision;
+use std::collections::{HashMap, HashSet};
+
+/// What is allowed between float32 and float64, as a share of a tensor's largest element. A sum of `n` terms
+/// of order 1 is rounded by about `√n · 6e-8`, up to 1e-6 here, if its terms cancel; found were 3e-7 in
+/// outputs, gradients and parameters alike, and the rest is for machines that sum in another order. A wrong
+/// term shows at 1e-3 and more.
+const TOLERANCE: f64 = 4e-6;
+/// The least that counts as a tensor's largest element. The gradient of a shift in front of a normalization is
+/// zero, but for the rounding of its terms (1e-8 was found); other gradients are of order 0.1.
+const SMALLEST: f64 = 1e-2;
+
+/// The settings of the script.
+const STEPS: usize = 3;
+const RANGE_MOMENTUM: f64 = 0.1;
+const RATE: f64 = 0.1;
+const MOMENTUM: f64 = 0.9;
+const DECAY: f64 = 4e-3;
+const SMOOTHING: f64 = 0.1;
+
+/// The values of one case.
+struct Golden {
+    case: &'static str,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Golden {
+    fn load(case: &'static str) -> Self {
+        let bytes = include_bytes!("golden/golden.safetensors");
+        let all = candle_core::safetensors::load_buffer(bytes, &Device::Cpu).unwrap();
+        let own = |(name, tensor): (String, Tensor)| {
+            name.strip_prefix(case)?.strip_prefix('.').map(|name| (name.to_string(), tensor))
+        };
+        Self { case, tensors: all.into_iter().filter_map(own).collect() }
+    }
+
+    fn get(&self, name: &str) -> Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("{} has no {name}", self.case)).clone()
+    }
+
+    /// Names after `prefix`.
+    fn names(&self, prefix: &str) -> HashSet<String> {
+        self.tensors.keys().filter_map(|name| Some(name.strip_prefix(prefix)?.to_string())).collect()
+    }
+
+    /// Asserts that `found` is the golden value within [`TOLERANCE`].
+    #[track_caller]
+    fn check(&self, name: &str, found: &Tensor) {
+        let expected = self.get(name);
+        assert_eq!(found.dims(), expected.dims(), "{}: shape of {name}", self.case);
+        let elements = |tensor: &Tensor| -> Vec<f64> {
+            tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let (found, expected) = (elements(found), elements(&expected));
+        let scale = expected.iter().fold(SMALLEST, |a: f64, b| a.max(b.abs()));
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let difference = (found - expected).abs();
+            assert!(
+                difference <= TOLERANCE * scale,
+                "{}: {name} is {found} and not {expected} at {i}, off by {:.1e} of the largest element",
+                self.case,
+                difference / scale
+            );
+        }
+    }
+
+    fn unit(&self, name: &str, kernel: Kernel, activation: Activation) -> Unit {
+        let tensor = |field: &str| self.get(&format!("start.{name}.{field}"));
+        Unit {
+            name: name.into(),
+            kernel,
+            weight: tensor("weight"),
+            weight_quantizer: None,
+            norm: Norm::Batch(BatchNorm {
+                gamma: tensor("gamma"),
+                beta: tensor("beta"),
+                mean: tensor("mean"),
+                variance: tensor("variance"),
+            }),
+            activation,
+            output_quantizer: None,
+        }
+    }
+
+    /// The network as it begins, before any quantizer.
+    fn network(&self) -> Network {
+        use Activation::{Identity, Relu, Relu6};
+        let images = self.get("images0");
+        let [_, height, width, channels] = images.dims() else { panic!("images have four dimensions") };
+        let network = Network {
+            name: "tiny".into(),
+            input: [*height, *width, *channels],
+            input_quantizer: None,
+            units: vec![
+                self.unit("stem", Kernel::Full { size: 3, stride: 1 }, Relu6),
+                self.unit("block.expand", Kernel::Pointwise, Relu6),
+                self.unit("block.depthwise", Kernel::Depthwise { stride: 1 }, Relu6),
+                self.unit("block.project", Kernel::Pointwise, Identity),
+                self.unit("down.depthwise", Kernel::Depthwise { stride: 2 }, Relu),
+                self.unit("down.project", Kernel::Pointwise, Identity),
+                self.unit("last", Kernel::Pointwise, Relu6),
+            ],
+            residuals: vec![Residual { from: 0, to: 3 }],
+            head: Head {
+                input_quantizer: None,
+                weight: self.get("start.head.weight"),
+                weight_quantizer: None,
+                bias: self.get("start.head.bias"),
+            },
+            epsilon: 1e-5,
+        };
+        network.validate().unwrap();
+        network
+    }
+}
+
+/// Runs a case: `[activations, weights, first layer, last layer]` in bits, 32 for float.
+fn check(case: &'static str, bits: [u32; 4], fold: Fold, decay_norm: bool) {
+    let golden = Golden::load(case);
+    let [activations, weights, first_layer, last_layer] = bits.map(|bits| Precision::try_from(bits).unwrap());
+    let mut network = golden.network();
+    network.quantize(&Quantization { activations, weights, first_layer, last_layer, fold }).unwrap();
+
+    let parameters = network.parameters();
+    let names: HashSet<_> = parameters.iter().map(|p| p.name.clone()).collect();
+    assert_eq!(names, golden.names("gradient."), "{case}: parameters");
+    let velocities: Vec<_> = parameters.iter().map(|p| p.tensor.zeros_like().unwrap()).collect();
+    for step in 0..STEPS {
+        let images = golden.get(&format!("images{step}"));
+        let labels = golden.get(&format!("labels{step}")).to_dtype(DType::U32).unwrap();
+        let (logits, tape) = network.forward_train(&images, Step { range_momentum: RANGE_MOMENTUM }).unwrap();
+        golden.check(&format!("logits{step}"), &logits);
+        let result = softmax_cross_entropy(&logits, &labels, SMOOTHING).unwrap();
+        golden.check(&format!("loss{step}"), &result.loss);
+        let gradients = network.backward(tape, &result.grad).unwrap();
+        for ((parameter, gradient), velocity) in parameters.iter().zip(&gradients).zip(&velocities) {
+            if step == 0 {
+                golden.check(&format!("gradient.{}", parameter.name), gradient);
+            }
+            let decay = if decay_norm || parameter.role == Role::Weight { DECAY } else { 0.0 };
+            sgd::step(&parameter.tensor, gradient, velocity, RATE, MOMENTUM, decay).unwrap();
+        }
+    }
+    let state = network.tensors();
+    let names: HashSet<_> = state.iter().map(|(name, _)| name.clone()).collect();
+    assert_eq!(names, golden.names("end."), "{case}: tensors");
+    for (name, tensor) in state {
+        golden.check(&format!("end.{name}"), tensor);
+    }
+    golden.check("evaluated", &network.forward(&golden.get(&format!("images{}", STEPS - 1))).unwrap());
+}
+
+#[test]
+fn float() {
+    check("float", [32; 4], Fold::Unfolded, true);
+}
+
+#[test]
+fn quantized_activations() {
+    check("activations", [4, 32, 5, 6], Fold::Unfolded, true);
+}
+
+#[test]
+fn quantized_weights_as_they_are() {
+    check("unfolded", [4, 4, 5, 6], Fold::Unfolded, false);
+}
+
+/// The grid is that of the filters times `γ/√(V+ε)`, while normalization stays live.
+#[test]
+fn quantized_weights_on_the_folded_grid() {
+    check("folded", [4, 4, 5, 6], Fold::BatchStatistics, false);
+}
+
+/// Normalization is folded for good; biases are learned in its place.
+#[test]
+fn quantized_weights_with_normalization_folded() {
+    check("frozen", [4, 4, 5, 6], Fold::Frozen, false);
+}
+
+/// The cases differ where they should: if quantizers did nothing, all of the above would compare the same.
+#[test]
+fn cases_are_told_apart() {
+    let golden = Golden::load("folded");
+    let mut network = golden.network();
+    let precision = |bits: u32| Precision::try_from(bits).unwrap();
+    network
+        .quantize(&Quantization {
+            activations: precision(4),
+            weights: precision(4),
+            first_layer: precision(5),
+            last_layer: precision(6),
+            fold: Fold::Unfolded,
+        })
+        .unwrap();
+    let (logits, _) =
+        network.forward_train(&golden.get("images0"), Step { range_momentum: RANGE_MOMENTUM }).unwrap();
+    let difference = (logits - golden.get("logits0")).unwrap().abs().unwrap().max_all().unwrap();
+    assert!(difference.to_scalar::<f32>().unwrap() > 1e-2, "the grid of the folded filters makes no difference");
+}

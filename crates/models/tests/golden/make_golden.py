@@ -1,0 +1,292 @@
+"""Writes golden.safetensors, the values of PyTorch that tests/golden.rs compares with.
+
+    python3 -m venv venv && venv/bin/pip install torch==2.11.0 numpy safetensors
+    venv/bin/python make_golden.py
+
+A tiny network with everything that a MobileNet has, stated anew in PyTorch: NCHW, float64, autograd. Each case
+takes three steps of SGD and then evaluates; written are the values that it began with, the logits and the loss
+of every step, the gradients of the first step, and the state after the last one.
+
+The crate computes in float32. Where a value lies within rounding of a kink of an activation or of the border
+between two quantization levels, the two may differ by the whole jump and nothing can be compared. So the
+seeds are tried in turn until no value of a case is that close (`KINK`, `BORDER`).
+
+Tensors are written as the crate has them: images NHWC, weights with the output channels last.
+"""
+
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+assert torch.__version__.split("+")[0] == "2.11.0", torch.__version__
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+
+EPSILON = 1e-5
+RANGE_MOMENTUM = 0.1
+RATE, MOMENTUM, DECAY = 0.1, 0.9, 4e-3
+SMOOTHING = 0.1
+STEPS = 3
+IMAGES, HEIGHT, WIDTH, CLASSES = 4, 7, 6, 7
+# The least distance of a value from a kink, and from the border between two levels as a share of the step.
+# The values are of order 1 (a few steps), so float32 has them to about 1e-6.
+KINK, BORDER = 1e-5, 2e-5
+
+# name, kind, stride, channels out, activation, unit whose output is added
+UNITS = [
+    ("stem", "full", 1, 8, "relu6", None),
+    ("block.expand", "pointwise", 1, 12, "relu6", None),
+    ("block.depthwise", "depthwise", 1, 12, "relu6", None),
+    ("block.project", "pointwise", 1, 8, "identity", "stem"),
+    ("down.depthwise", "depthwise", 2, 8, "relu", None),
+    ("down.project", "pointwise", 1, 6, "identity", None),
+    ("last", "pointwise", 1, 20, "relu6", None),
+]
+
+# activations, weights, first layer, last layer: bits, or None for float
+FLOAT = (None, None, None, None)
+CASES = {
+    # bits, normalization under quantized weights, whether the weight decay acts on γ, β and biases too
+    "float": (FLOAT, "unfolded", True),
+    "activations": ((4, None, 5, 6), "unfolded", True),
+    "unfolded": ((4, 4, 5, 6), "unfolded", False),
+    "folded": ((4, 4, 5, 6), "batch_statistics", False),
+    "frozen": ((4, 4, 5, 6), "frozen", False),
+}
+
+
+class TooClose(Exception):
+    pass
+
+
+def check_margin(distance, least):
+    if distance.numel() > 0 and distance.min() < least:
+        raise TooClose
+
+
+def activate(u, kind):
+    if kind == "identity":
+        return u
+    check_margin(u.abs(), KINK)
+    if kind == "relu":
+        return F.relu(u)
+    check_margin((u - 6).abs(), KINK)
+    return F.relu6(u)
+
+
+def fake_quantize(x, lo, hi, bits):
+    """Uniform levels over [lo, hi], widened to hold zero, which is a level; straight-through gradient."""
+    levels = 2**bits - 1
+    lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
+    step = (hi - lo) / levels
+    zero_point = round(-lo / step)
+    for value in (x.detach() / step, torch.tensor(-lo / step)):
+        check_margin((value - value.floor() - 0.5).abs(), BORDER)
+    return torch.fake_quantize_per_tensor_affine(x, step, zero_point, 0, levels)
+
+
+class Activations(torch.nn.Module):
+    """The quantizer of an activation tensor; in training the batch moves the range before it is used."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.bits, self.range = bits, None
+
+    def forward(self, x):
+        if self.bits is None:
+            return x
+        if self.training:
+            batch = torch.stack([x.detach().min(), x.detach().max()])
+            self.range = batch if self.range is None else self.range + RANGE_MOMENTUM * (batch - self.range)
+        return fake_quantize(x, *self.range, self.bits)
+
+
+class Unit(torch.nn.Module):
+    def __init__(self, channels_in, kind, stride, channels, activation):
+        super().__init__()
+        self.kind, self.activation = kind, activation
+        size, groups = (1, 1) if kind == "pointwise" else (3, channels if kind == "depthwise" else 1)
+        self.conv = torch.nn.Conv2d(
+            channels_in, channels, size, stride, padding=size // 2, groups=groups, bias=False
+        )
+        self.norm = torch.nn.BatchNorm2d(channels, eps=EPSILON, momentum=0.1)
+        self.bits, self.folded_grid = None, False
+        # Beside the usual, one filter is turned over and one is off.
+        with torch.no_grad():
+            self.norm.weight.uniform_(0.5, 1.5)
+            self.norm.weight[1], self.norm.weight[2] = -0.8, 0.0
+            self.norm.bias.uniform_(-0.5, 1.5)
+            self.norm.running_mean.uniform_(-0.2, 0.2)
+            self.norm.running_var.uniform_(0.2, 1.5)
+
+    def scale(self):
+        return (self.norm.weight / (self.norm.running_var + EPSILON).sqrt()).detach()
+
+    def freeze(self):
+        """Folds the normalization away; leaves the bias."""
+        scale = self.scale()
+        with torch.no_grad():
+            self.conv.weight.mul_(scale[:, None, None, None])
+            bias = self.norm.bias - self.norm.running_mean * scale
+        self.norm = None
+        self.bias = torch.nn.Parameter(bias.detach())
+
+    def weight(self):
+        weight = self.conv.weight
+        if self.bits is None:
+            return weight
+        scale = torch.ones(len(weight))
+        if self.folded_grid and self.norm is not None:
+            scale = self.scale()
+        folded = weight * scale[:, None, None, None]
+        quantized = fake_quantize(folded, folded.detach().min(), folded.detach().max(), self.bits)
+        return quantized / torch.where(scale == 0, 1.0, scale)[:, None, None, None]
+
+    def forward(self, x):
+        z = F.conv2d(x, self.weight(), None, self.conv.stride, self.conv.padding, 1, self.conv.groups)
+        u = z + self.bias[:, None, None] if self.norm is None else self.norm(z)
+        return activate(u, self.activation)
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.units = torch.nn.ModuleList()
+        channels = 3
+        for _, kind, stride, width, activation, _ in UNITS:
+            self.units.append(Unit(channels, kind, stride, width, activation))
+            channels = width
+        self.head = torch.nn.Linear(channels, CLASSES)
+        self.head_bits = None
+        self.quantize(FLOAT, "unfolded")
+
+    def quantize(self, bits, fold):
+        activations, weights, first, last = bits
+        if fold == "frozen":
+            for unit in self.units:
+                unit.freeze()
+        for i, unit in enumerate(self.units):
+            unit.bits = weights and (first if i == 0 else weights)
+            unit.folded_grid = fold == "batch_statistics"
+        self.head_bits = weights and last
+        self.image_quantizer = Activations(activations and first)
+        self.quantizers = torch.nn.ModuleList([Activations(activations) for _ in UNITS])
+        self.head_quantizer = Activations(activations and last)
+
+    def forward(self, images):
+        x = self.image_quantizer(images)
+        outputs = {}
+        for (name, *_, shortcut), unit, quantizer in zip(UNITS, self.units, self.quantizers):
+            x = unit(x)
+            if shortcut is not None:
+                x = x + outputs[shortcut]
+            x = outputs[name] = quantizer(x)
+        features = self.head_quantizer(x.mean((2, 3)))
+        weight = self.head.weight
+        if self.head_bits is not None:
+            weight = fake_quantize(weight, weight.detach().min(), weight.detach().max(), self.head_bits)
+        return F.linear(features, weight, self.head.bias)
+
+    def learned(self):
+        """Name, tensor and whether it is a weight, for every parameter."""
+        for (name, *_), unit in zip(UNITS, self.units):
+            yield f"{name}.weight", unit.conv.weight, True
+            if unit.norm is None:
+                yield f"{name}.bias", unit.bias, False
+            else:
+                yield f"{name}.gamma", unit.norm.weight, False
+                yield f"{name}.beta", unit.norm.bias, False
+        yield "head.weight", self.head.weight, True
+        yield "head.bias", self.head.bias, False
+
+    def state(self):
+        """Name and tensor of everything that training changes."""
+        yield from ((name, tensor) for name, tensor, _ in self.learned())
+        quantizers = [("input", self.image_quantizer), ("head", self.head_quantizer)]
+        for (name, *_), unit, quantizer in zip(UNITS, self.units, self.quantizers):
+            if unit.norm is not None:
+                yield f"{name}.mean", unit.norm.running_mean
+                yield f"{name}.variance", unit.norm.running_var
+            quantizers.append((name, quantizer))
+        yield from ((f"{name}.range", q.range) for name, q in quantizers if q.range is not None)
+
+
+def layout(name, tensor):
+    """As the crate has it."""
+    if name == "head.weight":
+        return tensor.t()
+    if not name.endswith(".weight"):
+        return tensor
+    kind = next(kind for unit, kind, *_ in UNITS if name == f"{unit}.weight")
+    if kind == "depthwise":
+        return tensor[:, 0].permute(1, 2, 0)
+    if kind == "pointwise":
+        return tensor[:, :, 0, 0].t()
+    return tensor.permute(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+
+
+def run(case, seed):
+    bits, fold, decay_norm = CASES[case]
+    torch.manual_seed(seed)
+    out = {}
+
+    def put(name, tensor):
+        key = f"{case}.{name}"
+        assert key not in out
+        tensor = tensor.detach().clone().contiguous()
+        out[key] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
+    network = Network()
+    # Both sides begin with the same float32 numbers.
+    with torch.no_grad():
+        for _, tensor in network.state():
+            tensor.copy_(tensor.float())
+    for name, tensor in network.state():
+        put(f"start.{name}", layout(name, tensor))
+    network.quantize(bits, fold)
+    groups = [
+        {"params": [t for _, t, is_weight in network.learned() if is_weight], "weight_decay": DECAY},
+        {
+            "params": [t for _, t, is_weight in network.learned() if not is_weight],
+            "weight_decay": DECAY if decay_norm else 0.0,
+        },
+    ]
+    optimizer = torch.optim.SGD(groups, lr=RATE, momentum=MOMENTUM)
+    for step in range(STEPS):
+        images = torch.randn(IMAGES, 3, HEIGHT, WIDTH).float().double()
+        labels = torch.randint(0, CLASSES, (IMAGES,))
+        put(f"images{step}", images.permute(0, 2, 3, 1))
+        put(f"labels{step}", labels)
+        optimizer.zero_grad()
+        logits = network(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+        loss.backward()
+        put(f"logits{step}", logits)
+        put(f"loss{step}", loss)
+        if step == 0:
+            for name, tensor, _ in network.learned():
+                put(f"gradient.{name}", layout(name, tensor.grad))
+        optimizer.step()
+    for name, tensor in network.state():
+        put(f"end.{name}", layout(name, tensor))
+    network.eval()
+    put("evaluated", network(images))
+    return out
+
+
+golden = {}
+for index, case in enumerate(CASES):
+    for attempt in range(10_000):
+        try:
+            golden |= run(case, 1000 * index + attempt)
+        except TooClose:
+            continue
+        print(f"{case}: seed {1000 * index + attempt}")
+        break
+    else:
+        raise SystemExit(f"{case}: no seed keeps its distance; loosen KINK or BORDER")
+path = pathlib.Path(__file__).with_name("golden.safetensors")
+save_file(golden, path, {"torch": torch.__version__})
+print(f"{path.name}: {path.stat().st_size} bytes")

@@ -1,0 +1,17 @@
+# Recipes for people; everything here is a plain cargo command.
+
+# Table 3 of the paper (flags: just table3 --help)
+table3 *flags:
+    cargo run --release --bin table3 -- {{flags}}
+
+# Every test
+test:
+    cargo test --workspace
+
+# The custom operations, timed one by one
+bench:
+    cargo bench -p kernels
+
+# What must pass before a change is taken
+ci:
+    bash .ci/run
