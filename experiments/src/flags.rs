@@ -5,7 +5,10 @@ use std::str::FromStr;
 
 /// Flags of every table's binary.
 #[derive(Debug, Clone, Parser)]
-#[command(version, about = "Runs the stages of a table of the PfQ paper and writes it beside the published one")]
+#[command(
+    version,
+    about = "Runs the stages of a table of the PfQ paper and writes it beside the published one"
+)]
 pub struct Flags {
     /// Settings to use: quick (about ten minutes on 2 cores), reduced (the real CIFAR-100 with narrow
     /// networks, hours) or paper (the full networks)
@@ -98,7 +101,8 @@ mod tests {
 
     fn check(terms: &[&str], picked: &[(&str, (u32, u32), &str)], left: &[(&str, (u32, u32), &str)]) {
         let terms: Vec<String> = terms.iter().map(|t| t.to_string()).collect();
-        let only = Only::parse(&terms, &["mobilenet_v1", "mobilenet_v2"], &["ours", "dfq_with_fine_tune"]).unwrap();
+        let only =
+            Only::parse(&terms, &["mobilenet_v1", "mobilenet_v2"], &["ours", "dfq_with_fine_tune"]).unwrap();
         for row in picked {
             assert!(only.picks(row.0, row.1, row.2), "{terms:?} should pick {row:?}");
         }
@@ -120,6 +124,9 @@ mod tests {
     #[test]
     fn unknown_terms_name_what_is_allowed() {
         let error = Only::parse(&["resnet".into()], &["mobilenet_v2"], &["ours"]).unwrap_err().to_string();
-        assert!(error.contains("resnet") && error.contains("mobilenet_v2") && error.contains("ours"), "{error}");
+        assert!(
+            error.contains("resnet") && error.contains("mobilenet_v2") && error.contains("ours"),
+            "{error}"
+        );
     }
 }

@@ -11,5 +11,5 @@ mod progress;
 mod table;
 
 pub use flags::{Flags, Only};
-pub use profile::{ModelName, Data, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};
+pub use profile::{Data, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};
 pub use table::{Cell, Method, Table, main};

@@ -150,9 +150,12 @@ impl Profile {
             }
         }
         let t = &self.training;
-        for (key, training) in
-            [("pretraining", t.pretraining), ("activations", t.activations), ("weights", t.weights), ("dfq", t.dfq)]
-        {
+        for (key, training) in [
+            ("pretraining", t.pretraining),
+            ("activations", t.activations),
+            ("weights", t.weights),
+            ("dfq", t.dfq),
+        ] {
             training.validate().with_context(|| format!("training.{key}"))?;
         }
         Ok(())

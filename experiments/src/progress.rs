@@ -31,7 +31,8 @@ impl Display {
             datasets::Event::Download { file, done, total } if self.terminal => {
                 let bar = self.bar.get_or_insert_with(|| {
                     let style = "{msg} {bar:40} {bytes}/{total_bytes} {bytes_per_sec}";
-                    ProgressBar::new(*total).with_style(ProgressStyle::with_template(style).expect("a valid template"))
+                    ProgressBar::new(*total)
+                        .with_style(ProgressStyle::with_template(style).expect("a valid template"))
                 });
                 bar.set_message(file.clone());
                 bar.set_length(*total);
@@ -50,7 +51,9 @@ impl Display {
     pub fn stage(&mut self, event: Event) {
         match event {
             Event::Found(_) => {}
-            Event::Waiting(stage) => self.line(&format!("{}: another process runs it, waiting", stage.label())),
+            Event::Waiting(stage) => {
+                self.line(&format!("{}: another process runs it, waiting", stage.label()))
+            }
             Event::Started(stage) => self.line(&format!("{} …", stage.label())),
             Event::Progress(_, progress) => self.progress(progress),
             Event::Finished(outcome) => self.finished(outcome),

@@ -103,11 +103,17 @@ fn load(wanted: &str, profile: &Profile, display: &mut Display) -> Result<Arc<Da
     }
     // The synthetic set is smaller than CIFAR-100: all of it, where a profile asks for more.
     let at_most = |wanted: Option<usize>, there: usize| wanted.filter(|&n| n < there);
-    let (train, test) =
-        (at_most(profile.data.train_images, data.train.len()), at_most(profile.data.test_images, data.test.len()));
+    let (train, test) = (
+        at_most(profile.data.train_images, data.train.len()),
+        at_most(profile.data.test_images, data.test.len()),
+    );
     let data = data.limit(train, test)?;
     let Dataset { name, source, train, test, .. } = &data;
-    display.line(&format!("data: {name} from {source}: {} training, {} test images", train.len(), test.len()));
+    display.line(&format!(
+        "data: {name} from {source}: {} training, {} test images",
+        train.len(),
+        test.len()
+    ));
     Ok(Arc::new(data))
 }
 
@@ -175,7 +181,15 @@ impl Table {
             dataset: data.name.clone(),
             notes: notes(&rows, outcomes.values()),
             provenance: vec![
-                ("Data".into(), format!("{} ({} training, {} test images)", data.source, data.train.len(), data.test.len())),
+                (
+                    "Data".into(),
+                    format!(
+                        "{} ({} training, {} test images)",
+                        data.source,
+                        data.train.len(),
+                        data.test.len()
+                    ),
+                ),
                 ("Settings".into(), "`profile.toml`, every stage with its metrics in `stages.json`".into()),
             ],
         };
@@ -222,7 +236,8 @@ impl Table {
 /// What a reader of the table should know: the float networks it began from, and what pruning did.
 fn notes<'a>(rows: &[Row], outcomes: impl Iterator<Item = &'a Outcome>) -> Vec<String> {
     let mut notes = Vec::new();
-    let mut models: Vec<(&str, f64)> = rows.iter().map(|r| (r.model.as_str(), r.float_top1_percent)).collect();
+    let mut models: Vec<(&str, f64)> =
+        rows.iter().map(|r| (r.model.as_str(), r.float_top1_percent)).collect();
     models.dedup();
     for (model, top1) in models {
         notes.push(format!("{model} in float, before pruning and quantization: top-1 {top1:.2} %."));
@@ -270,7 +285,11 @@ fn show_plan(plan: &[Planned], data: &Dataset) -> Result<()> {
         let label = planned.stage.label();
         let status = match (&planned.outcome, planned.stage.training()) {
             (Some(outcome), _) => {
-                format!("done: top-1 {:.2} %, took {}", outcome.evaluation.top1_percent, duration(outcome.seconds))
+                format!(
+                    "done: top-1 {:.2} %, took {}",
+                    outcome.evaluation.top1_percent,
+                    duration(outcome.seconds)
+                )
             }
             (None, None) => "to do: seconds".into(),
             (None, Some(training)) => {

@@ -2,7 +2,8 @@
 //! that a pruned or quantized network is read back from its file alone.
 
 use crate::{
-    ActivationQuantizer, BatchNorm, Error, Head, Kernel, Network, Norm, Residual, Result, Unit, WeightQuantizer,
+    ActivationQuantizer, BatchNorm, Error, Head, Kernel, Network, Norm, Residual, Result, Unit,
+    WeightQuantizer,
 };
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
@@ -167,7 +168,9 @@ impl Network {
             tensors.insert(name, Tensor::from_vec(values, view.shape(), device)?);
         }
         let network = structure.build(&mut |name| {
-            tensors.remove(name).ok_or_else(|| fail(format!("tensor {name} is missing; was the file edited?")))
+            tensors
+                .remove(name)
+                .ok_or_else(|| fail(format!("tensor {name} is missing; was the file edited?")))
         })?;
         network.validate()?;
         Ok((network, Extras { metadata, tensors }))
@@ -176,14 +179,15 @@ impl Network {
 
 impl Structure {
     fn build(self, take: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<Network> {
-        let quantizer = |place: &str, entry: Option<QuantizerEntry>, take: &mut dyn FnMut(&str) -> Result<Tensor>| {
-            entry
-                .map(|QuantizerEntry { bits, ready }| {
-                    let range = take(&format!("{place}.range"))?;
-                    Ok::<_, Error>(ActivationQuantizer { bits, range, ready })
-                })
-                .transpose()
-        };
+        let quantizer =
+            |place: &str, entry: Option<QuantizerEntry>, take: &mut dyn FnMut(&str) -> Result<Tensor>| {
+                entry
+                    .map(|QuantizerEntry { bits, ready }| {
+                        let range = take(&format!("{place}.range"))?;
+                        Ok::<_, Error>(ActivationQuantizer { bits, range, ready })
+                    })
+                    .transpose()
+            };
         let input_quantizer = quantizer("input", self.input_quantizer, take)?;
         let mut units = Vec::with_capacity(self.units.len());
         for entry in self.units {

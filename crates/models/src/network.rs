@@ -220,10 +220,8 @@ impl Network {
         for (i, unit) in self.units.iter().enumerate() {
             if unit.input_channels() != channels {
                 let found = unit.input_channels();
-                return Err(self.structure_error(
-                    &unit.name,
-                    format!("reads {found} channels, but {channels} come in"),
-                ));
+                return Err(self
+                    .structure_error(&unit.name, format!("reads {found} channels, but {channels} come in")));
             }
             if i > 0 && matches!(unit.kernel, Kernel::Full { .. }) {
                 return Err(self.structure_error(&unit.name, "only the first unit may be a full convolution"));
@@ -246,12 +244,16 @@ impl Network {
         }
         for (i, r) in self.residuals.iter().enumerate() {
             if self.residuals[..i].iter().any(|other| other.from == r.from || other.to == r.to) {
-                return Err(self.structure_error(format!("{r:?}"), "begins or ends where another residual does"));
+                return Err(
+                    self.structure_error(format!("{r:?}"), "begins or ends where another residual does")
+                );
             }
         }
         if self.head.weight.dims()[0] != channels {
             let found = self.head.weight.dims()[0];
-            return Err(self.structure_error("head", format!("reads {found} channels, but {channels} come in")));
+            return Err(
+                self.structure_error("head", format!("reads {found} channels, but {channels} come in"))
+            );
         }
         Ok(())
     }
@@ -309,9 +311,16 @@ impl Network {
 
     /// The same network with every tensor replaced by `f` of it.
     fn map(&self, f: &mut dyn FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
-        let quantizer = |place: &str, q: &Option<ActivationQuantizer>, f: &mut dyn FnMut(&str, &Tensor) -> Result<Tensor>| {
+        let quantizer = |place: &str,
+                         q: &Option<ActivationQuantizer>,
+                         f: &mut dyn FnMut(&str, &Tensor) -> Result<Tensor>| {
             q.as_ref()
-                .map(|q| Ok::<_, Error>(ActivationQuantizer { range: f(&format!("{place}.range"), &q.range)?, ..*q }))
+                .map(|q| {
+                    Ok::<_, Error>(ActivationQuantizer {
+                        range: f(&format!("{place}.range"), &q.range)?,
+                        ..*q
+                    })
+                })
                 .transpose()
         };
         let input_quantizer = quantizer("input", &self.input_quantizer, f)?;
@@ -361,6 +370,8 @@ impl Network {
 
     /// A copy on `device`.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        self.map(&mut |_, t| Ok(if t.device().same_device(device) { t.copy()? } else { t.to_device(device)? }))
+        self.map(&mut |_, t| {
+            Ok(if t.device().same_device(device) { t.copy()? } else { t.to_device(device)? })
+        })
     }
 }

@@ -259,7 +259,14 @@ impl Network {
             let gz = match (&unit.norm, affine) {
                 (Norm::Batch(norm), Affine::Batch { mean, inv_std }) => {
                     let all = norm::backward_batch(
-                        &z, &g, &norm.gamma, &norm.beta, &mean, &inv_std, unit.activation, quantizer,
+                        &z,
+                        &g,
+                        &norm.gamma,
+                        &norm.beta,
+                        &mean,
+                        &inv_std,
+                        unit.activation,
+                        quantizer,
                     )?;
                     gradients.push(all.beta);
                     gradients.push(all.gamma);
@@ -301,4 +308,3 @@ impl Network {
 fn moving_average(old: &Tensor, new: &Tensor, momentum: f64) -> Result<Tensor> {
     Ok((old + ((new - old)? * momentum)?)?)
 }
-

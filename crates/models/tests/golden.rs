@@ -205,5 +205,8 @@ fn cases_are_told_apart() {
     let (logits, _) =
         network.forward_train(&golden.get("images0"), Step { range_momentum: RANGE_MOMENTUM }).unwrap();
     let difference = (logits - golden.get("logits0")).unwrap().abs().unwrap().max_all().unwrap();
-    assert!(difference.to_scalar::<f32>().unwrap() > 1e-2, "the grid of the folded filters makes no difference");
+    assert!(
+        difference.to_scalar::<f32>().unwrap() > 1e-2,
+        "the grid of the folded filters makes no difference"
+    );
 }

@@ -41,7 +41,9 @@ pub fn groups(network: &Network) -> Vec<Group> {
     let mut all = Vec::new();
     for first in (0..count).filter(|&i| root[i] == i) {
         let units: Vec<usize> = (first..count).filter(|&i| root[i] == first).collect();
-        let outside = |i: usize| network.units.get(i + 1).is_none_or(|next| !matches!(next.kernel, Kernel::Depthwise { .. }));
+        let outside = |i: usize| {
+            network.units.get(i + 1).is_none_or(|next| !matches!(next.kernel, Kernel::Depthwise { .. }))
+        };
         let read = units.iter().copied().filter(|&i| outside(i)).collect();
         let tied = network.residuals.iter().any(|r| root[r.to] == first);
         all.push(Group { units, read, tied });

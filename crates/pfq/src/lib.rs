@@ -35,7 +35,9 @@ pub enum Error {
     #[error("unit {0} has quantized weights: prune before weight quantization (Algorithm 1, steps 2 and 4)")]
     QuantizedWeights(String),
     /// The threshold is not a positive number.
-    #[error("threshold τ = {0} is not usable: expected a positive number, such as the ε of batch normalization")]
+    #[error(
+        "threshold τ = {0} is not usable: expected a positive number, such as the ε of batch normalization"
+    )]
     Threshold(f64),
 }
 

@@ -136,7 +136,13 @@ impl PfQ {
     /// Removes from what reads unit `i`'s output the slices of the channels that go, with bias
     /// correction: `μ ← μ − Σ_j w_j a_j` where the reader is normalized, `b ← b + Σ_j w_j a_j` where it
     /// has a bias. A depthwise reader shares the channels and needs nothing here.
-    fn shrink_input(&self, network: &mut Network, i: usize, keep: &[bool], constants: &[Option<f32>]) -> Result<()> {
+    fn shrink_input(
+        &self,
+        network: &mut Network,
+        i: usize,
+        keep: &[bool],
+        constants: &[Option<f32>],
+    ) -> Result<()> {
         if keep.iter().all(|&k| k) {
             return Ok(());
         }

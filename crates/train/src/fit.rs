@@ -118,7 +118,8 @@ struct State {
 
 impl State {
     fn new(network: Network) -> Result<Self> {
-        let velocities = network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<_, _>>()?;
+        let velocities =
+            network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<_, _>>()?;
         Ok(Self { network, velocities, metrics: Vec::new() })
     }
 
@@ -143,7 +144,8 @@ impl State {
             rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64);
             let labels = batch.labels.to_device(&device)?;
             let step_settings = Step { range_momentum: training.range_momentum };
-            let (logits, tape) = self.network.forward_train(&batch.images.to_device(&device)?, step_settings)?;
+            let (logits, tape) =
+                self.network.forward_train(&batch.images.to_device(&device)?, step_settings)?;
             let result = softmax_cross_entropy(&logits, &labels, training.label_smoothing)?;
             let gradients = self.network.backward(tape, &result.grad)?;
             for ((parameter, gradient), velocity) in

@@ -111,7 +111,9 @@ impl Stage {
             Kind::FineTune { quantization: q, seed, .. } => {
                 format!("{model} fine-tune A{}/W{} seed {seed}", q.activations, q.weights)
             }
-            Kind::Equalize { quantization: q, .. } => format!("{model} DFQ A{}/W{}", q.activations, q.weights),
+            Kind::Equalize { quantization: q, .. } => {
+                format!("{model} DFQ A{}/W{}", q.activations, q.weights)
+            }
         }
     }
 

@@ -126,7 +126,10 @@ impl Store {
         let path = self.folder(stage, data_fingerprint).join("outcome.json");
         match std::fs::read_to_string(&path) {
             Ok(text) => serde_json::from_str(&text).map(Some).map_err(|e| {
-                file_error(&path, format!("can't be understood ({e}); delete its folder to run the stage again"))
+                file_error(
+                    &path,
+                    format!("can't be understood ({e}); delete its folder to run the stage again"),
+                )
             }),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(file_error(&path, e)),
@@ -276,9 +279,7 @@ fn network_file(folder: &Path) -> PathBuf {
 /// Lowest and highest value of a normalized image: black and white in the channel where they lie
 /// farthest out.
 fn image_range(data: &Dataset) -> (f32, f32) {
-    let ends = |pixel: f32| {
-        data.mean.iter().zip(&data.std).map(move |(mean, std)| (pixel - mean) / std)
-    };
+    let ends = |pixel: f32| data.mean.iter().zip(&data.std).map(move |(mean, std)| (pixel - mean) / std);
     (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))
 }
 
