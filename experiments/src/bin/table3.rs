@@ -7,7 +7,7 @@ use workflow::Recipe;
 fn main() -> Result<()> {
     experiments::main(&Table {
         number: 3,
-        title: "Table 3: DFQ + fine-tune and ours, CIFAR-100",
+        title: "Table 3: DFQ + fine-tune and ours",
         models: &[ModelName::MobilenetV1, ModelName::MobilenetV2],
         bits: &[(4, 4), (3, 3)],
         methods: &[

@@ -1,0 +1,34 @@
+//! Peak memory of a full-width training step; alone in its binary, as the peak is that of the process.
+
+use candle_core::{DType, Device, Tensor};
+use kernels::{loss::softmax_cross_entropy, sgd};
+use models::{Input, MobileNet, Step, Version};
+
+/// Peak resident memory of this process in bytes; `None` where the system doesn't tell.
+fn peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+#[test]
+fn a_full_width_v2_step_at_batch_64_stays_below_4_gib() {
+    let device = Device::Cpu;
+    let mut network = MobileNet::new(Version::V2, Input::Cifar, 100).init(0, &device).unwrap();
+    let images = Tensor::randn(0f32, 1.0, (64, 32, 32, 3), &device).unwrap();
+    let labels = Tensor::zeros(64, DType::U32, &device).unwrap();
+    let (logits, tape) = network.forward_train(&images, Step { range_momentum: 0.01 }).unwrap();
+    let result = softmax_cross_entropy(&logits, &labels, 0.0).unwrap();
+    let gradients = network.backward(tape, &result.grad).unwrap();
+    for (parameter, gradient) in network.parameters().iter().zip(&gradients) {
+        let velocity = parameter.tensor.zeros_like().unwrap();
+        sgd::step(&parameter.tensor, gradient, &velocity, 0.1, 0.9, 1e-4).unwrap();
+    }
+    match peak() {
+        Some(peak) => {
+            println!("peak: {:.2} GiB", peak as f64 / (1u64 << 30) as f64);
+            assert!(peak < 4 << 30, "peak of {peak} bytes");
+        }
+        None => println!("skipped: this system has no /proc/self/status"),
+    }
+}
