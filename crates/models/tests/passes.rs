@@ -55,7 +55,8 @@ const FALL: f64 = 0.4;
 const USUAL: f64 = 0.01;
 
 /// For every parameter tensor, the derivative of the loss in the direction of its own gradient: by the
-/// backward pass it is the gradient's norm, by the forward pass a central difference.
+/// backward pass it is the gradient's norm, by the forward pass a central difference. Elements that a
+/// gradient lacks do not show here but in `golden.rs`, which compares them one by one.
 fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mut Network)) {
     let mut network = network(version, first_expansion);
     // Twelve, six and three pixels: even and odd maps.
@@ -108,7 +109,8 @@ fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mu
         found.push(fine.abs());
     }
     let all = parameters.len();
-    assert!(found.len() > all * 9 / 10, "only {} of {all} could be checked", found.len());
+    // The others are shifts in front of a normalization, whose gradient is zero.
+    assert!(found.len() > all * 4 / 5, "only {} of {all} could be checked", found.len());
     found.sort_by(f64::total_cmp);
     let usual = found[found.len() * 3 / 4];
     assert!(usual < USUAL, "a quarter of the derivatives are off by {:.2} % and more", 100.0 * usual);
