@@ -10,7 +10,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
         cuda if cuda == "cuda" || cuda.starts_with("cuda:") => {
             bail!("--device {cuda}: this version trains on the CPU only; use --device cpu")
         }
-        other => bail!("--device {other} is unknown: expected auto, cpu or cuda[:N]"),
+        other => bail!("--device {other} is unknown: expected auto, cpu, cuda or cuda:N"),
     }
 }
 

@@ -24,7 +24,7 @@ pub struct Flags {
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub data: String,
 
-    /// auto, cpu or cuda[:N]
+    /// auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
 

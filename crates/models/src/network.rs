@@ -1,6 +1,6 @@
 use crate::{ActivationQuantizer, Error, Result, WeightQuantizer};
 use candle_core::{Device, Tensor};
-use kernels::Activation;
+use kernels::{Activation, norm};
 use serde::{Deserialize, Serialize};
 
 /// A convolutional network for images, in NHWC and float32.
@@ -181,14 +181,13 @@ impl BatchNorm {
 
     /// The affine map of the running statistics, `(γ/√(V+ε), β − μγ/√(V+ε))`, each `[C]`.
     pub fn affine(&self, epsilon: f64) -> Result<(Tensor, Tensor)> {
-        let scale = self.scale(epsilon)?;
-        let shift = (&self.beta - (&self.mean * &scale)?)?;
-        Ok((scale, shift))
+        let inv_std = norm::inv_std(&self.variance, epsilon)?;
+        Ok(norm::affine(&self.gamma, &self.beta, &self.mean, &inv_std)?)
     }
 
     /// `γ/√(V+ε)` of the running variance.
     pub fn scale(&self, epsilon: f64) -> Result<Tensor> {
-        Ok((&self.gamma / (&self.variance + epsilon)?.sqrt()?)?)
+        Ok((&self.gamma * norm::inv_std(&self.variance, epsilon)?)?)
     }
 }
 

@@ -183,9 +183,8 @@ impl Network {
             };
             let (affine, scale, shift) = match (&mut unit.norm, &stats) {
                 (Norm::Batch(norm), Some(stats)) => {
-                    let inv_std = (&stats.variance + epsilon)?.sqrt()?.recip()?;
-                    let scale = (&norm.gamma * &inv_std)?;
-                    let shift = (&norm.beta - (&stats.mean * &scale)?)?;
+                    let inv_std = norm::inv_std(&stats.variance, epsilon)?;
+                    let (scale, shift) = norm::affine(&norm.gamma, &norm.beta, &stats.mean, &inv_std)?;
                     let count = z.elem_count() / z.dim(candle_core::D::Minus1)?;
                     let unbiased = (&stats.variance * (count as f64 / (count.max(2) - 1) as f64))?;
                     norm.mean = moving_average(&norm.mean, &stats.mean, NORM_MOMENTUM)?;
