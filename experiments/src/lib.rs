@@ -2,10 +2,9 @@
 //!
 //! A binary is a [`Table`] and a call of [`main`]. Only this crate parses flags and prints.
 
-#![forbid(unsafe_code)]
-
 mod device;
 mod flags;
+mod process;
 mod profile;
 mod progress;
 mod table;

@@ -1,9 +1,9 @@
 //! Running a table: profile and flags → stages → rows → files.
 
-use crate::device;
 use crate::flags::{Flags, Only};
 use crate::profile::{ModelName, Profile};
 use crate::progress::{Display, duration};
+use crate::{device, process};
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 use datasets::{Dataset, Source};
@@ -52,11 +52,15 @@ pub struct Cell {
 
 /// Training throughput that a plan assumes before any stage has been measured, in multiply–accumulates
 /// of the forward pass a second; measured on two cores of a 2.6 GHz server processor.
-const ASSUMED_MACS_PER_SECOND: f64 = 7e9;
+const ASSUMED_MACS_PER_SECOND: f64 = 1e10;
 
 /// Runs a table's binary: parses the flags, runs what is missing, writes the results.
 pub fn main(table: &Table) -> Result<()> {
     let flags = Flags::parse();
+    process::run(|| run(table, &flags))
+}
+
+fn run(table: &Table, flags: &Flags) -> Result<()> {
     let profile = match &flags.config {
         Some(path) => Profile::read(path)?,
         None => Profile::named(&flags.profile)?,
