@@ -81,10 +81,10 @@ impl Display {
                             .with_style(style)
                             .with_position(((epoch - 1) * steps) as u64)
                     });
-                    bar.set_position(((epoch - 1) * steps + step) as u64);
                     bar.set_message(format!(
                         "epoch {epoch}/{epochs}, loss {loss:.3}, {images_per_second:.0} images/s"
                     ));
+                    bar.set_position(((epoch - 1) * steps + step) as u64);
                 }
             }
             Progress::Epoch { epochs, metrics } => {

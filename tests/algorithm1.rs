@@ -1,0 +1,176 @@
+//! Algorithm 1 from end to end: what comes out is smaller, quantized to the bit, and in its file.
+
+mod common;
+
+use candle_core::{Device, Tensor};
+use common::{bits_of, data, images, mobilenet, pretrain, quantization, recipe, run_well, training, values};
+use datasets::Source;
+use models::{ActivationQuantizer, Extras, Network, Unit, Version};
+use pfq::PfQ;
+use quant_core::{Bits, Grid};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use train::{Run, evaluate, fit};
+use workflow::{Kind, Outcome, Recipe, Store};
+
+fn distinct(values: impl IntoIterator<Item = f32>) -> usize {
+    // −0 and 0 are the same value.
+    values.into_iter().map(|x| (x + 0.0).to_bits()).collect::<BTreeSet<_>>().len()
+}
+
+fn grid(range: &Tensor, bits: Bits) -> Grid {
+    let range = values(range);
+    Grid::new(range[0], range[1], bits).unwrap()
+}
+
+/// Checks that every unit's output lies on the grid of its quantizer, for a batch; gives the most levels
+/// that a unit took.
+fn check_activations(network: &Network, images: &Tensor) -> usize {
+    let mut most = 0;
+    network
+        .forward_observed(images, &mut |i, _, y| {
+            let Unit { name, output_quantizer, .. } = &network.units[i];
+            let Some(ActivationQuantizer { bits, range, ready: true }) = output_quantizer else {
+                panic!("{name} has no quantizer with a range")
+            };
+            let (grid, y) = (grid(range, *bits), values(y));
+            let levels = distinct(y.iter().copied());
+            assert!(levels <= 1 << bits.get(), "{name} takes {levels} values at {} bits", bits.get());
+            let off = y.iter().find(|y| **y != grid.fake(**y));
+            assert!(off.is_none(), "{name} gives {off:?}, which is not on {grid:?}");
+            most = most.max(levels);
+            Ok(())
+        })
+        .unwrap();
+    most
+}
+
+/// A tensor on the grid that its own extremes span.
+fn on_grid(weight: &Tensor, bits: Bits, name: &str) -> Tensor {
+    let all = values(weight);
+    let (lo, hi) = all.iter().fold((f32::MAX, f32::MIN), |(lo, hi), x| (lo.min(*x), hi.max(*x)));
+    let grid = Grid::new(lo, hi, bits).unwrap();
+    let quantized: Vec<f32> = all.iter().map(|x| grid.fake(*x)).collect();
+    let levels = distinct(quantized.iter().copied());
+    assert!(
+        levels <= 1 << bits.get() && (levels > 1 || all.len() == 1),
+        "{name} takes {levels} values at {} bits",
+        bits.get()
+    );
+    Tensor::from_vec(quantized, weight.shape(), &Device::Cpu).unwrap()
+}
+
+/// Quantizes the weights by [`Grid`], one number at a time, and checks that a network with these, and without
+/// weight quantizers, gives the same bits: so the network computes with at most `2^b` values of each folded
+/// weight tensor.
+fn check_weights(network: &Network, images: &Tensor) {
+    let mut stated = network.duplicate().unwrap();
+    let epsilon = stated.epsilon;
+    for unit in &mut stated.units {
+        let quantizer = unit.weight_quantizer.take().expect("every weight is quantized");
+        assert!(quantizer.folded, "{}", unit.name);
+        let norm = unit.batch_norm().expect("normalization is live");
+        // γ/√(V+ε)
+        let scale = (&norm.gamma / (&norm.variance + epsilon).unwrap().sqrt().unwrap()).unwrap();
+        let folded = on_grid(&unit.weight.broadcast_mul(&scale).unwrap(), quantizer.bits, &unit.name);
+        unit.weight = folded.broadcast_div(&scale).unwrap();
+    }
+    let quantizer = stated.head.weight_quantizer.take().expect("the classifier is quantized");
+    stated.head.weight = on_grid(&stated.head.weight, quantizer.bits, "head");
+    let [stated, found] = [&stated, network].map(|network| network.forward(images).unwrap());
+    assert_eq!(bits_of(&stated), bits_of(&found), "the weights in use are not the quantized ones");
+}
+
+/// The same logits after one more trip through a file.
+fn check_file(network: &Network, images: &Tensor) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("again.safetensors");
+    network.save(&path, &Extras::default()).unwrap();
+    let (read, _) = Network::load(&path, &Device::Cpu).unwrap();
+    assert_eq!((read.macs(), read.weights()), (network.macs(), network.weights()));
+    let [logits, again] = [network, &read].map(|network| network.forward(images).unwrap());
+    assert_eq!(bits_of(&logits), bits_of(&again), "logits after reading the file");
+}
+
+/// Runs Algorithm 1 at 4 bits with a threshold that a few epochs on synthetic images reach.
+fn check(version: Version, threshold: f64) {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), data(200, 100, 5));
+    let pfq = PfQ { threshold: Some(threshold), bias_correction: true };
+    let end = Recipe { pfq, ..recipe(4) }.algorithm1(&pretrain(version, 3, 0));
+    let (last, told) = run_well(&store, &end, &data);
+    assert_eq!(told.len(), 10, "five stages, each begun and finished: {told:?}");
+
+    let stages: Vec<(Outcome, Network)> = end
+        .lineage()
+        .iter()
+        .map(|stage| {
+            let outcome = store.outcome(stage, &data.fingerprint).unwrap().expect("has run");
+            (outcome, store.network(stage, &data.fingerprint, &Device::Cpu).unwrap())
+        })
+        .collect();
+    let [_, (pruned, _), (_, activations), _, (end, network)] = &stages[..] else { panic!("five stages") };
+    assert_eq!(end.key, last.key);
+    for window in stages.windows(2) {
+        let ((before, _), (after, network)) = (&window[0], &window[1]);
+        assert_eq!(after.parent.as_ref(), Some(&before.key));
+        assert_eq!((after.macs, after.weights), (network.macs(), network.weights()), "{}", after.label);
+        let prunes = matches!(after.stage, Kind::Prune { .. });
+        assert_eq!(after.report.is_some(), prunes, "{}", after.label);
+        assert!(after.macs <= before.macs && (prunes || after.macs == before.macs), "{}", after.label);
+        // What is reported is what the file does.
+        assert_eq!(evaluate(network, &data).unwrap(), after.evaluation, "{}", after.label);
+    }
+    assert!(pruned.macs < stages[0].0.macs && pruned.weights < stages[0].0.weights, "nothing was pruned");
+    // Not down to the one channel that every layer must keep.
+    assert!(network.units.iter().any(|unit| unit.filters() > 1), "everything was pruned");
+
+    // Step 3 quantizes activations only, step 5 the weights too.
+    let images = images(&data, 100);
+    assert!(activations.units.iter().all(|unit| unit.weight_quantizer.is_none()));
+    check_activations(activations, &images);
+    assert_eq!(check_activations(network, &images), 16, "no unit takes all of its levels");
+    check_weights(network, &images);
+    check_file(network, &images);
+}
+
+#[test]
+fn v1() {
+    check(Version::V1, 0.1);
+}
+
+#[test]
+fn v2() {
+    check(Version::V2, 0.05);
+}
+
+/// All test images of the real CIFAR-100, where the environment variable `PFQ_DATA` names its folder: no image
+/// takes a unit off its grid.
+#[test]
+fn every_real_image_stays_on_the_grid() {
+    let Some(folder) = std::env::var_os("PFQ_DATA").filter(|folder| !folder.is_empty()) else {
+        eprintln!("skipped: PFQ_DATA is not set");
+        return;
+    };
+    let data = match datasets::load(&Source::Folder(folder.into()), &mut |_| ()) {
+        Err(error @ datasets::Error::NoData { .. }) => {
+            eprintln!("skipped: {error}");
+            return;
+        }
+        data => Arc::new(data.unwrap().limit(Some(500), None).unwrap()),
+    };
+    let mut network = mobilenet(Version::V1).init(0, &Device::Cpu).unwrap();
+    network.quantize(&quantization(4)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let run =
+        Run { data: &data, training: &training(1), seed: 0, folder: folder.path(), identity: "real images" };
+    let network = fit(network, &run, &mut |_| ()).unwrap().network;
+    let mut seen = 0;
+    for batch in datasets::test_batches(&data, 500) {
+        let images = batch.unwrap().images;
+        check_activations(&network, &images);
+        seen += images.dims()[0];
+    }
+    assert_eq!(seen, 10_000);
+    check_weights(&network, &images(&data, 100));
+}

@@ -1,0 +1,125 @@
+//! What the tests share: tiny data, tiny networks, settings, and a record of the store's events.
+
+#![allow(dead_code, reason = "not every test uses all of it")]
+
+use baselines::Dfq;
+use candle_core::{Device, Tensor};
+use datasets::{Augmentation, Dataset};
+use models::{Fold, Input, MobileNet, Network, Quantization, Version};
+use pfq::PfQ;
+use quant_core::Precision;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use train::Training;
+use workflow::{Context, Event, Kind, Outcome, Provenance, Recipe, Result, Stage, Store};
+
+/// Synthetic images; `seed` makes other ones.
+pub fn data(train: usize, test: usize, seed: u64) -> Arc<Dataset> {
+    Arc::new(datasets::synthetic(train, test, seed).unwrap())
+}
+
+/// Eight channels nearly everywhere: half a million multiply–accumulates (V1), two millions (V2).
+pub fn mobilenet(version: Version) -> MobileNet {
+    MobileNet { width: 0.01, ..MobileNet::new(version, Input::Cifar, 100) }
+}
+
+pub fn training(epochs: usize) -> Training {
+    Training {
+        warmup_epochs: 0.0,
+        cosine_epochs: epochs as f64,
+        learning_rate: 0.05,
+        batch: 20,
+        momentum: 0.9,
+        weight_decay: 1e-3,
+        decay_norm: true,
+        label_smoothing: 0.0,
+        range_momentum: 0.1,
+        augmentation: Augmentation { pad: 2, flip: true },
+    }
+}
+
+pub fn quantization(bits: u32) -> Quantization {
+    let precision = |bits| Precision::try_from(bits).unwrap();
+    Quantization {
+        activations: precision(bits),
+        weights: precision(bits),
+        first_layer: precision(8),
+        last_layer: precision(8),
+        fold: Fold::BatchStatistics,
+    }
+}
+
+pub fn recipe(bits: u32) -> Recipe {
+    Recipe {
+        quantization: quantization(bits),
+        pfq: PfQ::default(),
+        dfq: Dfq::default(),
+        activation_training: training(2),
+        weight_training: training(1),
+        dfq_training: training(1),
+        seed: 1,
+    }
+}
+
+pub fn pretrain(version: Version, epochs: usize, seed: u64) -> Arc<Stage> {
+    Stage::root(Kind::Pretrain { network: mobilenet(version), training: training(epochs), seed })
+}
+
+/// Runs a stage and gives its outcome with what the store told, as `found LABEL`, `started LABEL`,
+/// `finished LABEL`, `waiting LABEL`, `resumed N`; `watch` is shown each.
+pub fn run(
+    store: &Store,
+    stage: &Stage,
+    data: &Arc<Dataset>,
+    watch: &mut dyn FnMut(&str, &Event),
+) -> (Result<Outcome>, Vec<String>) {
+    let provenance =
+        Provenance { command: "test".into(), git_commit: "none".into(), device: "processor".into() };
+    let context = Context { data, device: &Device::Cpu, provenance: &provenance };
+    let mut told = Vec::new();
+    let outcome = store.run(stage, &context, &mut |event| {
+        let text = match &event {
+            Event::Found(outcome) => format!("found {}", outcome.label),
+            Event::Started(stage) => format!("started {}", stage.label()),
+            Event::Finished(outcome) => format!("finished {}", outcome.label),
+            Event::Waiting(stage) => format!("waiting {}", stage.label()),
+            Event::Progress(_, train::Progress::Resumed { epoch }) => format!("resumed {epoch}"),
+            Event::Progress(..) => String::new(),
+        };
+        watch(&text, &event);
+        if !text.is_empty() {
+            told.push(text);
+        }
+    });
+    (outcome, told)
+}
+
+/// [`run`] of a stage that succeeds.
+#[track_caller]
+pub fn run_well(store: &Store, stage: &Stage, data: &Arc<Dataset>) -> (Outcome, Vec<String>) {
+    let (outcome, told) = run(store, stage, data, &mut |_, _| ());
+    (outcome.unwrap(), told)
+}
+
+/// Labels of the stages that were run, from what was told.
+pub fn executed(told: &[String]) -> Vec<&str> {
+    told.iter().filter_map(|text| text.strip_prefix("started ")).collect()
+}
+
+/// The bits of every tensor.
+pub fn bits(network: &Network) -> BTreeMap<String, Vec<u32>> {
+    network.tensors().into_iter().map(|(name, tensor)| (name, bits_of(tensor))).collect()
+}
+
+pub fn bits_of(tensor: &Tensor) -> Vec<u32> {
+    values(tensor).into_iter().map(f32::to_bits).collect()
+}
+
+pub fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The first `count` test images as a batch.
+pub fn images(data: &Arc<Dataset>, count: usize) -> Tensor {
+    datasets::test_batches(data, count).next().unwrap().unwrap().images
+}

@@ -1,0 +1,444 @@
+//! The store of stages: nothing runs twice, nothing is mixed up, what is interrupted goes on.
+//!
+//! Other processes are this binary started again, running what `child` says.
+
+mod common;
+
+use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
+use models::{Fold, Version};
+use pfq::PfQ;
+use quant_core::Precision;
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc;
+use train::Training;
+use workflow::{Error, Event, Kind, Recipe, Stage, Store};
+
+/// Names the store to another process.
+const STORE: &str = "PFQ_TEST_STORE";
+/// What it is to stop at, as [`run`] tells it.
+const HOLD: &str = "PFQ_TEST_HOLD";
+
+fn small() -> Arc<datasets::Dataset> {
+    data(60, 40, 5)
+}
+
+/// Pre-training, pruning, fine-tuning in two epochs.
+fn short_workflow() -> Arc<Stage> {
+    let recipe = recipe(4);
+    let pruned = pretrain(Version::V1, 1, 0).then(Kind::Prune { pfq: recipe.pfq });
+    let training = recipe.activation_training;
+    pruned.then(Kind::FineTune { quantization: recipe.quantization, training, seed: 1 })
+}
+
+#[test]
+fn a_stage_runs_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), small());
+    let end = short_workflow();
+    let labels: Vec<String> = end.lineage().iter().map(|stage| stage.label()).collect();
+
+    let (outcome, told) = run_well(&store, &end, &data);
+    let expected: Vec<String> =
+        labels.iter().flat_map(|label| [format!("started {label}"), format!("finished {label}")]).collect();
+    assert_eq!(told, expected);
+    for stage in end.lineage() {
+        let folder = store.folder(&stage, &data.fingerprint);
+        for (file, there) in
+            [("outcome.json", true), ("network.safetensors", true), ("checkpoint.safetensors", false)]
+        {
+            assert_eq!(folder.join(file).exists(), there, "{file} in {}", folder.display());
+        }
+    }
+
+    // Again, and by a store that has not seen it.
+    for store in [store.clone(), Store::new(folder.path())] {
+        let (again, told) = run_well(&store, &end, &data);
+        assert_eq!(told, [format!("found {}", labels[2])]);
+        assert_eq!(
+            (again.key, again.evaluation.top1_percent, again.metrics.len()),
+            (outcome.key.clone(), outcome.evaluation.top1_percent, outcome.metrics.len())
+        );
+    }
+    // Only what is missing runs.
+    std::fs::remove_dir_all(store.folder(&end.lineage()[1], &data.fingerprint)).unwrap();
+    let (_, told) = run_well(&store, &end, &data);
+    assert_eq!(told, [format!("found {}", labels[2])], "what is before a finished stage is not needed");
+    std::fs::remove_dir_all(store.folder(&end, &data.fingerprint)).unwrap();
+    let (_, told) = run_well(&store, &end, &data);
+    assert_eq!(executed(&told), [&labels[1], &labels[2]]);
+}
+
+/// The keys of a workflow's stages.
+fn keys(end: &Arc<Stage>) -> Vec<String> {
+    end.lineage().iter().map(|stage| stage.key("some data")).collect()
+}
+
+/// The number of stages that two workflows share; checks that they are the first ones.
+#[track_caller]
+fn check_shared(a: &Arc<Stage>, b: &Arc<Stage>, expected: usize, what: &str) {
+    let (a, b) = (keys(a), keys(b));
+    let shared = a.iter().zip(&b).take_while(|(a, b)| a == b).count();
+    assert_eq!(shared, expected, "{what}: stages shared");
+    assert!(a[shared..].iter().all(|key| !b.contains(key)), "{what}: a key comes up again elsewhere");
+}
+
+#[test]
+fn recipes_share_what_they_have_in_common() {
+    let root = pretrain(Version::V1, 1, 0);
+    let one = recipe(4).algorithm1(&root);
+    let check = |expected: usize, what: &str, change: &dyn Fn(&mut Recipe)| {
+        let mut other = recipe(4);
+        change(&mut other);
+        check_shared(&one, &other.algorithm1(&root), expected, what);
+    };
+    check(5, "the same", &|_| ());
+    check(5, "what only DFQ needs", &|r| (r.dfq.equalize, r.dfq_training) = (false, training(9)));
+    check(4, "weight training", &|r| r.weight_training = training(2));
+    check(4, "weight bits", &|r| r.quantization.weights = Precision::try_from(3).unwrap());
+    check(2, "activation bits", &|r| r.quantization.activations = Precision::try_from(3).unwrap());
+    check(2, "activation training", &|r| r.activation_training = training(3));
+    check(2, "seed", &|r| r.seed = 2);
+    check(1, "τ", &|r| r.pfq.threshold = Some(1e-4));
+    check(1, "bias correction", &|r| r.pfq.bias_correction = false);
+    check_shared(&one, &recipe(4).dfq_with_fine_tune(&root), 1, "DFQ");
+    check_shared(&one, &recipe(4).algorithm1(&pretrain(Version::V1, 1, 1)), 0, "another pre-training");
+}
+
+/// Every single setting is in the key of its stage, and so are the data and whatever came before.
+#[test]
+fn any_change_gives_another_key() {
+    let Kind::Pretrain { network, training, .. } = pretrain(Version::V1, 1, 0).kind else { unreachable!() };
+    let recipe = recipe(4);
+    let mut kinds = Vec::new();
+    let mut networks = vec![network; 7];
+    networks[1].version = Version::V2;
+    networks[2].input = models::Input::Imagenet;
+    networks[3].classes += 1;
+    networks[4].width = 0.011;
+    networks[5].first_expansion = false;
+    networks[6].activation = kernels::Activation::Relu;
+    kinds.extend(networks.into_iter().map(|network| Kind::Pretrain { network, training, seed: 0 }));
+    kinds.push(Kind::Pretrain { network, training, seed: 1 });
+
+    let changes: [fn(&mut Training); 11] = [
+        |t| t.warmup_epochs += 1.0,
+        |t| t.cosine_epochs += 1.0,
+        |t| t.learning_rate += 1e-12,
+        |t| t.batch += 1,
+        |t| t.momentum = 0.91,
+        |t| t.weight_decay = 1.1e-3,
+        |t| t.decay_norm ^= true,
+        |t| t.label_smoothing = 0.01,
+        |t| t.range_momentum = 0.11,
+        |t| t.augmentation.pad += 1,
+        |t| t.augmentation.flip ^= true,
+    ];
+    let quantization = recipe.quantization;
+    for change in changes {
+        let mut training = training;
+        change(&mut training);
+        kinds.push(Kind::Pretrain { network, training, seed: 0 });
+        kinds.push(Kind::FineTune { quantization, training, seed: 0 });
+    }
+    kinds.push(Kind::FineTune { quantization, training, seed: 0 });
+    kinds.push(Kind::FineTune { quantization, training, seed: 1 });
+    let three = Precision::try_from(3).unwrap();
+    let mut quantizations = vec![quantization; 6];
+    quantizations[0].activations = three;
+    quantizations[1].weights = three;
+    quantizations[2].first_layer = three;
+    quantizations[3].last_layer = three;
+    quantizations[4].fold = Fold::Frozen;
+    quantizations[5].fold = Fold::Unfolded;
+    kinds.extend(quantizations.into_iter().map(|quantization| Kind::FineTune {
+        quantization,
+        training,
+        seed: 0,
+    }));
+    for threshold in [None, Some(1e-5), Some(1.1e-5)] {
+        kinds.extend(
+            [true, false].map(|bias_correction| Kind::Prune { pfq: PfQ { threshold, bias_correction } }),
+        );
+    }
+    let mut dfqs = vec![recipe.dfq; 8];
+    dfqs[1].equalize ^= true;
+    dfqs[2].absorb ^= true;
+    dfqs[3].correct_bias ^= true;
+    dfqs[4].range_sigmas += 1.0;
+    dfqs[5].absorb_sigmas += 1.0;
+    dfqs[6].tolerance *= 2.0;
+    dfqs[7].max_sweeps += 1;
+    kinds.extend(dfqs.into_iter().map(|dfq| Kind::Equalize { dfq, quantization }));
+
+    let parents = [pretrain(Version::V1, 1, 0), pretrain(Version::V1, 1, 1)];
+    let mut seen = BTreeSet::new();
+    let mut stages = 0;
+    for kind in kinds {
+        for stage in [Stage::root(kind), parents[0].then(kind), parents[1].then(kind)] {
+            for data in ["some data", "other data"] {
+                let key = stage.key(data);
+                assert!(key.len() == 16 && key.chars().all(|c| c.is_ascii_hexdigit()), "{key}");
+                assert_eq!(key, stage.key(data), "a key must not change");
+                assert!(seen.insert(key), "{stage:?} on {data} has the key of another stage");
+                stages += 1;
+            }
+        }
+    }
+    assert_eq!(seen.len(), stages);
+}
+
+#[test]
+fn other_data_are_another_result() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(folder.path());
+    let stage = pretrain(Version::V1, 1, 0);
+    let (first, _) = run_well(&store, &stage, &data(40, 20, 5));
+    let (second, told) = run_well(&store, &stage, &data(40, 20, 6));
+    assert_eq!(executed(&told).len(), 1);
+    assert_ne!(first.key, second.key);
+    assert_ne!(first.data.fingerprint, second.data.fingerprint);
+}
+
+#[test]
+fn a_plan_names_each_stage_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), small());
+    let root = pretrain(Version::V1, 1, 0);
+    let ends = [
+        recipe(4).algorithm1(&root),
+        recipe(3).algorithm1(&root),
+        recipe(4).dfq_with_fine_tune(&root),
+        recipe(4).algorithm1(&root),
+    ];
+    let plan = store.plan(&ends, &data.fingerprint).unwrap();
+    // The root and the first pruning are shared: 5 + 3 + 2.
+    assert_eq!(plan.len(), 10);
+    let keys: Vec<&str> = plan.iter().map(|planned| planned.key.as_str()).collect();
+    assert_eq!(keys.iter().collect::<BTreeSet<_>>().len(), 10, "a stage is planned twice: {keys:?}");
+    for (i, planned) in plan.iter().enumerate() {
+        assert_eq!(planned.key, planned.stage.key(&data.fingerprint));
+        assert!(planned.outcome.is_none() && planned.epochs_done == 0);
+        if let Some(parent) = &planned.stage.parent {
+            let parent = parent.key(&data.fingerprint);
+            assert!(
+                keys[..i].contains(&parent.as_str()),
+                "{} comes before its parent",
+                planned.stage.label()
+            );
+        }
+    }
+    assert!(std::fs::read_dir(folder.path()).unwrap().next().is_none(), "planning left something behind");
+
+    let pruned = ends[1].lineage()[1].clone();
+    run_well(&store, &pruned, &data);
+    let plan = store.plan(&ends, &data.fingerprint).unwrap();
+    let done: Vec<bool> = plan.iter().map(|planned| planned.outcome.is_some()).collect();
+    assert_eq!(done, [true, true, false, false, false, false, false, false, false, false]);
+    assert_eq!(plan[0].epochs_done, 1);
+}
+
+/// Not a test: what other processes run.
+#[test]
+fn child() {
+    let Some(folder) = std::env::var_os(STORE) else { return };
+    let hold = std::env::var(HOLD).unwrap();
+    let (outcome, _) = run(&Store::new(folder), &short_workflow(), &small(), &mut |told, event| {
+        let epoch = match event {
+            Event::Progress(stage, train::Progress::Steps { epoch, .. }) => {
+                format!("epoch {epoch} of {}", stage.label())
+            }
+            _ => String::new(),
+        };
+        println!("{told}{epoch}");
+        if told == hold || epoch == hold {
+            println!("holding");
+            std::io::stdin().read_line(&mut String::new()).unwrap();
+        }
+    });
+    outcome.unwrap();
+}
+
+/// Another process; killed, if it still runs, when this is dropped.
+struct Process {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Fails if the process has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs the short workflow in another process until it holds.
+fn start(store: &Path, hold: &str) -> Process {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--nocapture", "--test-threads", "1"])
+        .envs([(STORE, store.as_os_str()), (HOLD, hold.as_ref())])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = BufReader::new(child.stdout.take().unwrap());
+    let mut process = Process { child, output };
+    let mut printed = String::new();
+    while !printed.ends_with("holding\n") {
+        let read = process.output.read_line(&mut printed).unwrap();
+        assert!(read > 0, "the process ended before {hold:?}, having printed\n{printed}");
+    }
+    process
+}
+
+#[test]
+fn a_killed_workflow_goes_on_where_it_was() {
+    let (data, end) = (small(), short_workflow());
+    let whole_folder = tempfile::tempdir().unwrap();
+    let whole = Store::new(whole_folder.path());
+    let (expected, _) = run_well(&whole, &end, &data);
+
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(folder.path());
+    let [first, second, third] = &end.lineage()[..] else { panic!("three stages") };
+    for hold in [format!("started {}", second.label()), format!("epoch 2 of {}", third.label())] {
+        let mut process = start(folder.path(), &hold);
+        process.child.kill().unwrap();
+        let status = process.child.wait().unwrap();
+        assert!(!status.success(), "the process should have been killed: {status}");
+    }
+    let plan = store.plan(std::slice::from_ref(&end), &data.fingerprint).unwrap();
+    let state: Vec<_> = plan.iter().map(|planned| (planned.outcome.is_some(), planned.epochs_done)).collect();
+    assert_eq!(state, [(true, 1), (true, 0), (false, 1)]);
+
+    let (outcome, told) = run_well(&store, &end, &data);
+    let label = third.label();
+    assert_eq!(
+        told,
+        [
+            format!("found {}", second.label()),
+            format!("started {label}"),
+            "resumed 1".to_string(),
+            format!("finished {label}")
+        ]
+    );
+    assert_eq!(outcome.metrics.len(), 2);
+    assert_eq!(outcome.evaluation, expected.evaluation);
+    for stage in [first, second, third] {
+        let network = |store: &Store| {
+            bits(&store.network(stage, &data.fingerprint, &candle_core::Device::Cpu).unwrap())
+        };
+        assert!(network(&store) == network(&whole), "{} has other bits after a kill", stage.label());
+    }
+}
+
+/// Another process runs the first stage; this one waits for it and takes its result.
+#[test]
+fn two_processes_run_a_stage_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), small());
+    let stage = &short_workflow().lineage()[0];
+    let label = stage.label();
+    let mut process = start(folder.path(), &format!("started {label}"));
+    let mut answers = process.child.stdin.take().unwrap();
+    let (outcome, told) = run(&store, stage, &data, &mut |told, _| {
+        if told.starts_with("waiting") {
+            assert!(!store.folder(stage, &data.fingerprint).join("outcome.json").exists());
+            answers.write_all(b"go on\n").unwrap();
+        }
+    });
+    assert_eq!(told, [format!("waiting {label}"), format!("found {label}")]);
+    assert_eq!(outcome.unwrap().label, label);
+    // The other one goes on with its workflow, to the end.
+    let mut rest = String::new();
+    process.output.read_to_string(&mut rest).unwrap();
+    assert!(process.child.wait().unwrap().success(), "{rest}");
+    assert_eq!(rest.matches(&format!("finished {label}")).count(), 1, "{rest}");
+    assert!(store.outcome(&short_workflow(), &data.fingerprint).unwrap().is_some());
+}
+
+#[test]
+fn two_threads_run_a_stage_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), small());
+    let stage = pretrain(Version::V1, 1, 0);
+    let (started, has_started) = mpsc::channel();
+    let (waits, is_waiting) = mpsc::channel();
+    let (first, second) = {
+        let (store, stage, data) = (&store, &*stage, &data);
+        std::thread::scope(|scope| {
+            let first = scope.spawn(move || {
+                run(store, stage, data, &mut |told, _| {
+                    if told.starts_with("started") {
+                        started.send(()).unwrap();
+                        is_waiting.recv().unwrap();
+                    }
+                })
+            });
+            let second = scope.spawn(move || {
+                has_started.recv().unwrap();
+                run(store, stage, data, &mut |told, _| {
+                    if told.starts_with("waiting") {
+                        waits.send(()).unwrap();
+                    }
+                })
+            });
+            (first.join().unwrap(), second.join().unwrap())
+        })
+    };
+    let label = stage.label();
+    assert_eq!(first.1, [format!("started {label}"), format!("finished {label}")]);
+    assert_eq!(second.1, [format!("waiting {label}"), format!("found {label}")]);
+    assert_eq!(first.0.unwrap().key, second.0.unwrap().key);
+}
+
+/// The chain of an error's causes.
+fn story(error: &dyn std::error::Error) -> String {
+    let mut story = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        story = format!("{story}: {error}");
+        source = error.source();
+    }
+    story
+}
+
+#[test]
+fn a_failed_stage_is_named_and_what_came_before_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), small());
+    let end = short_workflow();
+    // Weights are quantized by now, so this can't be pruned.
+    let impossible = end.then(Kind::Prune { pfq: PfQ::default() });
+    let (outcome, _) = run(&store, &impossible, &data, &mut |_, _| ());
+    let error = outcome.unwrap_err();
+    assert!(matches!(&error, Error::Stage { label, .. } if *label == impossible.label()), "{error:?}");
+    assert!(story(&error).contains("quantized weights"), "{}", story(&error));
+    assert!(store.outcome(&impossible, &data.fingerprint).unwrap().is_none());
+    let (_, told) = run_well(&store, &end, &data);
+    assert_eq!(told, [format!("found {}", end.label())]);
+}
+
+#[test]
+fn damaged_files_of_the_store_are_errors_that_name_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), small());
+    let root = pretrain(Version::V1, 1, 0);
+    let next = root.then(Kind::Prune { pfq: PfQ::default() });
+    run_well(&store, &root, &data);
+    let root_folder = store.folder(&root, &data.fingerprint);
+    for (file, stage) in [("network.safetensors", &next), ("outcome.json", &root)] {
+        let path = root_folder.join(file);
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+        let (outcome, _) = run(&store, stage, &data, &mut |_, _| ());
+        let story = story(&outcome.expect_err("a damaged file was taken"));
+        assert!(story.contains(&path.display().to_string()), "{story:?} does not name {}", path.display());
+        std::fs::write(&path, whole).unwrap();
+    }
+    run_well(&store, &next, &data);
+}
