@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn wrong_settings_are_named_with_what_is_allowed() {
         check("[pfq]", "[pfq]\nthreshhold = 1e-5", &["threshhold", "threshold"]);
-        check("fold = \"batch_statistics\"", "fold = \"melted\"", &["melted", "frozen", "unfolded"]);
+        check("fold = \"unfolded\"", "fold = \"melted\"", &["melted", "frozen", "batch_statistics"]);
         check("first_layer = 8", "first_layer = 9", &["9", "2 to 8"]);
         check("batch = ", "batch = 0 # ", &["batch", "1 to 65536"]);
         check("width = ", "width = 0 # ", &["width", "more than 0"]);

@@ -54,6 +54,10 @@ pub enum Fold {
     /// The weights are quantized as they are; normalization stays live.
     Unfolded,
     /// The grid is that of the folded filter; normalization stays live, with batch statistics.
+    ///
+    /// Few bits can make this run away: a filter whose quantized weights are all zero gets a running
+    /// variance of zero, its folding factor grows to `γ/√ε`, and then its weights span the range of
+    /// the whole layer.
     BatchStatistics,
     /// Folded for good with the running statistics; a bias is left.
     Frozen,

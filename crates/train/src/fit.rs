@@ -167,6 +167,9 @@ impl State {
             }
         }
         let Evaluation { loss, top1_percent } = evaluate(&self.network, data)?;
+        if !loss.is_finite() {
+            return Err(Error::Diverged { loss: loss as f32, epoch: epoch + 1, step: steps, rate });
+        }
         Ok(EpochMetrics {
             epoch: epoch + 1,
             rate,

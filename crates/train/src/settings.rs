@@ -61,7 +61,8 @@ impl Training {
             total,
             "a whole number of epochs, at most 10000",
         )?;
-        check(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "more than 0")?;
+        let rate = self.learning_rate;
+        check(rate > 0.0 && rate.is_finite(), "learning_rate", rate, "a number above 0")?;
         check((1..=65_536).contains(&self.batch), "batch", self.batch as f64, "1 to 65536")?;
         check((0.0..1.0).contains(&self.momentum), "momentum", self.momentum, "0 up to, not including, 1")?;
         check((0.0..1.0).contains(&self.weight_decay), "weight_decay", self.weight_decay, "0 up to 1")?;

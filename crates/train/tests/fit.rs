@@ -177,7 +177,6 @@ fn check_metrics(found: &[EpochMetrics], expected: &[EpochMetrics]) {
 
 /// What is carried in a checkpoint's metadata is to be read as it was written.
 #[test]
-#[ignore = "needs serde_json's feature float_roundtrip"]
 fn json_keeps_every_bit() {
     for i in 1..1000 {
         let x = (f64::from(i) * 0.618).sin() * 5.0;
@@ -436,7 +435,6 @@ fn divergence_is_an_error_that_says_when() {
 
 /// The last step of a run may be the one that breaks it: no loss of training tells, only the evaluation.
 #[test]
-#[ignore = "fit does not look at the evaluation's loss yet"]
 fn divergence_in_the_last_step_is_an_error_too() {
     let training =
         Training { learning_rate: 1e38, warmup_epochs: 0.0, cosine_epochs: 1.0, batch: 40, ..training() };
