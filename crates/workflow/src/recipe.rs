@@ -31,7 +31,10 @@ impl Recipe {
     /// Algorithm 1 of the paper (method section 3) on a pre-trained network: prune, fine-tune with
     /// quantized activations, prune again, fine-tune with quantized activations and weights.
     pub fn algorithm1(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
-        let activations_only = Quantization { weights: Precision::Float, ..self.quantization };
+        // How batch normalization is folded says nothing while the weights are float, and must not make
+        // another stage.
+        let activations_only =
+            Quantization { weights: Precision::Float, fold: Fold::Unfolded, ..self.quantization };
         pretrained
             .then(Kind::Prune { pfq: self.pfq })
             .then(self.fine_tune(activations_only, self.activation_training))
