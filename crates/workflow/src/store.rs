@@ -136,7 +136,7 @@ impl Store {
         }
     }
 
-    /// The network that a finished stage gave, and the stage's outcome.
+    /// The network that a finished stage gave.
     pub fn network(&self, stage: &Stage, data_fingerprint: &str, device: &Device) -> Result<Network> {
         let path = network_file(&self.folder(stage, data_fingerprint));
         Ok(Network::load(&path, device)?.0)
