@@ -12,6 +12,14 @@ test:
 bench:
     cargo bench -p kernels
 
+# Training, evaluation and operations beside PyTorch (flags: just bench-pytorch --help)
+bench-pytorch *flags:
+    cargo run --release --bin bench_pytorch -- {{flags}}
+
+# Where a training step's time goes, beside the machine's peaks
+profile *flags:
+    cargo run --release --bin profile_step -- {{flags}}
+
 # What must pass before a change is taken
 ci:
     bash .ci/run

@@ -1,12 +1,15 @@
 //! What the table binaries share: flags, profiles, progress, and running a table's stages.
 //!
-//! A binary is a [`Table`] and a call of [`main`]. Only this crate parses flags and prints.
+//! A table's binary is a [`Table`] and a call of [`main`]; the benchmark beside PyTorch is [`bench`]. Only this
+//! crate parses flags and prints.
 
+pub mod bench;
 mod device;
 mod flags;
 mod process;
 mod profile;
 mod progress;
+pub mod step_profile;
 mod table;
 
 pub use flags::{Flags, Only};

@@ -4,7 +4,7 @@ use crate::flags::{Flags, Only};
 use crate::profile::{ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, process};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use clap::Parser;
 use datasets::{Dataset, Source};
 use quant_core::Precision;
@@ -165,17 +165,19 @@ impl Table {
         provenance: &Provenance,
         folder: &Path,
     ) -> Result<String> {
+        let ends: Vec<Arc<Stage>> = cells.iter().map(|cell| cell.stage.clone()).collect();
+        let plan = store.plan(&ends, &data.fingerprint)?;
+        let done: BTreeMap<&str, &Outcome> =
+            plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect();
         let mut rows = Vec::new();
-        let mut outcomes: BTreeMap<String, Outcome> = BTreeMap::new();
+        let mut outcomes: BTreeMap<&str, &Outcome> = BTreeMap::new();
         for cell in cells {
-            let mut lineage = Vec::new();
-            for stage in cell.stage.lineage() {
-                lineage.extend(store.outcome(&stage, &data.fingerprint)?);
-            }
+            let keys = cell.stage.lineage().into_iter().map(|stage| stage.key(&data.fingerprint));
+            let lineage: Vec<&Outcome> = keys.filter_map(|key| done.get(key.as_str()).copied()).collect();
             // A cell that `--only` left out, now or in earlier runs, is not in the table.
             if lineage.last().is_some_and(|end| end.key == cell.stage.key(&data.fingerprint)) {
                 rows.push(self.row(profile, cell, &lineage, data)?.compare(Paper::published()));
-                outcomes.extend(lineage.into_iter().map(|outcome| (outcome.key.clone(), outcome)));
+                outcomes.extend(lineage.into_iter().map(|outcome| (outcome.key.as_str(), outcome)));
             }
         }
         let context = report::Context {
@@ -183,7 +185,7 @@ impl Table {
             command: provenance.command.clone(),
             profile: profile.name.clone(),
             dataset: data.name.clone(),
-            notes: notes(&rows, outcomes.values()),
+            notes: notes(&rows, outcomes.values().copied()),
             provenance: vec![
                 (
                     "Data".into(),
@@ -203,12 +205,12 @@ impl Table {
         report::write_text(&report::markdown(&rows, &context), &path("md"))?;
         report::plot(&rows, &context, &path("svg"), &path("png"))?;
         report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
-        let stages: Vec<&Outcome> = outcomes.values().collect();
+        let stages: Vec<&Outcome> = outcomes.into_values().collect();
         report::write_text(&serde_json::to_string_pretty(&stages)?, &folder.join("stages.json"))?;
         Ok(report::terminal(&rows, &context))
     }
 
-    fn row(&self, profile: &Profile, cell: &Cell, lineage: &[Outcome], data: &Dataset) -> Result<Row> {
+    fn row(&self, profile: &Profile, cell: &Cell, lineage: &[&Outcome], data: &Dataset) -> Result<Row> {
         let (Some(first), Some(last)) = (lineage.first(), lineage.last()) else {
             bail!("a workflow without stages: {}", cell.method);
         };
@@ -301,9 +303,8 @@ fn show_plan(plan: &[Planned], data: &Dataset) -> Result<()> {
                 let Kind::Pretrain { network, .. } = &planned.stage.origin().kind else {
                     bail!("stage {label} does not begin with pre-training");
                 };
-                let macs = network.init(0, &candle_core::Device::Cpu).context("counting MACs")?.macs();
                 let epochs = training.epochs().saturating_sub(planned.epochs_done);
-                let estimate = epoch_work(macs) * epochs as f64 / rate;
+                let estimate = epoch_work(network.macs()?) * epochs as f64 / rate;
                 left += estimate;
                 let begun = if planned.epochs_done > 0 { "begun" } else { "to do" };
                 format!("{begun}: {epochs} epochs, about {}", duration(estimate))

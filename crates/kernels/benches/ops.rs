@@ -8,7 +8,8 @@
 
 use candle_core::{Device, Tensor};
 use kernels::{
-    Activation, Quantizer, depthwise, im2col, loss, norm, pointwise, pool, quantize, residual, sgd,
+    Activation, FeatureMap, Quantizer, depthwise, im2col, loss, norm, pointwise, pool, quantize, residual,
+    sgd,
 };
 use quant_core::Bits;
 use std::time::{Duration, Instant};
@@ -93,10 +94,10 @@ fn main() {
                 norm::forward(&z, &scale, &shift, act, quant)
             });
             measure(&format!("norm::backward_batch {at}"), filter, Work::Floats(5 * n), || {
-                norm::backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant)
+                norm::backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant)?.z.tensor()
             });
             measure(&format!("norm::backward_affine {at}"), filter, Work::Floats(3 * n), || {
-                norm::backward_affine(&z, &gy, &scale, &shift, act, quant)
+                norm::backward_affine(&z, &gy, &scale, &shift, act, quant)?.0.tensor()
             });
         }
     }
@@ -117,6 +118,11 @@ fn main() {
         let flops = 2 * x.elem_count() * outputs;
         let name = |op: &str| format!("pointwise::{op} {inputs}→{outputs}@{size}×{size}");
         measure(&name("forward"), filter, Work::Flops(flops), || pointwise::forward(&x, &w));
+        let levels = FeatureMap::quantize(&x, Some(quant)).expect("levels");
+        let weight = pointwise::Weight { value: &w, quantized: Some((&w, quant)) };
+        measure(&name("forward of levels"), filter, Work::Flops(flops), || {
+            pointwise::forward(&levels, weight)
+        });
         measure(&name("grad_input"), filter, Work::Flops(flops), || pointwise::grad_input(&gy, &w));
         measure(&name("grad_weight"), filter, Work::Flops(flops), || pointwise::grad_weight(&x, &gy));
     }
@@ -129,8 +135,9 @@ fn main() {
     measure("residual::add_quantize", filter, Work::Floats(3 * n), || {
         residual::add_quantize(&a, &b, Some(quant))
     });
-    measure("residual::backward", filter, Work::Floats(4 * n), || {
-        residual::backward(&a, &b, &a, Some(quant))
+    let (scale, shift) = (random(&[24]), random(&[24]));
+    measure("residual::add_normalized", filter, Work::Floats(3 * n), || {
+        residual::add_normalized(&a, &scale, &shift, &b)
     });
 
     let images = random(&[BATCH, 32, 32, 3]);

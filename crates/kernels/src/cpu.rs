@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, DType, Layout, Shape, Storage, Tensor};
 use quant_core::Grid;
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
+use std::ops::{Deref, Range};
 
 /// Elements per chunk: half of a small L2 cache, and enough work to be worth a task.
 pub(crate) const CHUNK: usize = 32 * 1024;
@@ -29,6 +30,12 @@ pub(crate) enum Level {
 }
 
 impl Level {
+    /// The level whose registers hold a tile of 8 rows by 3 vectors of a product.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const WIDE: Self = Self::Avx512;
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) const WIDE: Self = Self::Portable;
+
     /// The best level of this machine. (Detection is cached by the standard library.)
     #[inline]
     pub(crate) fn of_machine() -> Self {
@@ -111,6 +118,11 @@ impl Check {
         Error::Shape { op: self.0, argument, found: tensor.shape().clone(), expected }
     }
 
+    /// [`Check::shape`] for what is no tensor.
+    pub(crate) fn sizes(&self, argument: &'static str, dims: &[usize], expected: impl ToString) -> Error {
+        Error::Shape { op: self.0, argument, found: Shape::from(dims), expected: expected.to_string() }
+    }
+
     /// The error of a setting that the operation does not support.
     pub(crate) fn setting(&self, message: String) -> Error {
         Error::Setting { op: self.0, message }
@@ -130,9 +142,18 @@ impl Check {
         argument: &'static str,
         tensor: &Tensor,
     ) -> Result<(usize, usize, usize, usize)> {
-        match tensor.dims() {
-            &[n, h, w, c] if tensor.elem_count() > 0 => Ok((n, h, w, c)),
-            _ => Err(self.shape(argument, tensor, "[images, height, width, channels], none of them 0")),
+        self.map_sizes(argument, tensor.dims())
+    }
+
+    /// [`Check::map`] for dimensions.
+    pub(crate) fn map_sizes(
+        &self,
+        argument: &'static str,
+        dims: &[usize],
+    ) -> Result<(usize, usize, usize, usize)> {
+        match dims {
+            &[n, h, w, c] if !dims.contains(&0) => Ok((n, h, w, c)),
+            _ => Err(self.sizes(argument, dims, "[images, height, width, channels], none of them 0")),
         }
     }
 
@@ -159,6 +180,43 @@ pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core
     }
 }
 
+/// A tensor on the CPU, open for reading. (The guard's type is Candle's own affair.)
+pub(crate) struct Opened<'a>(Box<dyn Deref<Target = Storage> + Sync + 'a>, &'a Layout);
+
+/// Opens a contiguous tensor on the CPU.
+pub(crate) fn open(tensor: &Tensor) -> Opened<'_> {
+    let (storage, layout) = tensor.storage_and_layout();
+    Opened(Box::new(storage), layout)
+}
+
+impl Opened<'_> {
+    fn storage(&self) -> candle_core::Result<&CpuStorage> {
+        match &**self.0 {
+            Storage::Cpu(storage) => Ok(storage),
+            _ => candle_core::bail!("the tensors of one operation are on different devices"),
+        }
+    }
+
+    /// Its dimensions.
+    pub(crate) fn dims(&self) -> &[usize] {
+        self.1.dims()
+    }
+
+    /// Its elements.
+    pub(crate) fn floats(&self) -> candle_core::Result<&[f32]> {
+        slice(self.storage()?, self.1)
+    }
+
+    /// Its elements, of a `u8` tensor.
+    pub(crate) fn bytes(&self) -> candle_core::Result<&[u8]> {
+        let all = self.storage()?.as_slice::<u8>()?;
+        match self.1.contiguous_offsets() {
+            Some((start, end)) => Ok(&all[start..end]),
+            None => candle_core::bail!("the kernel needs a contiguous tensor, found {:?}", self.1),
+        }
+    }
+}
+
 /// The elements of a contiguous `f32` tensor that a kernel changes in place.
 pub(crate) fn slice_mut<'a>(
     storage: &'a mut CpuStorage,
@@ -173,11 +231,7 @@ pub(crate) fn slice_mut<'a>(
 
 /// The elements of a small tensor (per-channel values, a range) that a CPU kernel reads.
 pub(crate) fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => Ok(slice(storage, layout)?.to_vec()),
-        _ => candle_core::bail!("the tensors of one operation are on different devices"),
-    }
+    Ok(open(tensor).floats()?.to_vec())
 }
 
 /// The grid of a quantizer, from its range tensor.
@@ -236,32 +290,50 @@ pub(crate) fn fill(len: usize, chunk: usize, f: impl Fn(usize, &mut [f32]) + Syn
     generate(len, 0, chunk, || (), |(), i, chunk| f(i, chunk)).0
 }
 
-/// As [`fill`], but the chunks come uninitialized. Where a kernel is bound by memory and its stores are
-/// scattered, zeroing first costs up to 1.4 times; measured so for the depthwise convolution (1.3–1.4) and
-/// the normalization (1.1–1.25), which are most of a network's elements.
+/// `rows` rows of `width` elements, computed in blocks of `per_block` rows (the last may have fewer) on all
+/// threads, and what `f(state, rows, block)` returns for each, in order. `state` is scratch memory made by
+/// `init`, reused from block to block. `width` may be 0, for the results alone.
+///
+/// The blocks come uninitialized: where a kernel is bound by memory and its stores are scattered, zeroing first
+/// costs up to 1.4 times; measured so for the depthwise convolution (1.3–1.4) and the normalization (1.1–1.25).
 ///
 /// # Safety
-/// `f` must write every element of its chunk.
+/// `f` must write every element of its block.
 #[allow(unsafe_code)]
-pub(crate) unsafe fn fill_uninit(
-    len: usize,
-    chunk: usize,
-    f: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync + Send,
-) -> Vec<f32> {
+pub(crate) unsafe fn blocks<T: Send + Copy, S, R: Send>(
+    (rows, width): (usize, usize),
+    per_block: usize,
+    init: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, Range<usize>, &mut [MaybeUninit<T>]) -> R + Sync + Send,
+) -> (Vec<T>, Vec<R>) {
+    let len = rows * width;
     let mut elements = Vec::with_capacity(len);
-    let chunks = &mut elements.spare_capacity_mut()[..len];
+    let run = |state: &mut S, (i, block): (usize, &mut [MaybeUninit<T>])| {
+        f(state, i * per_block..rows.min((i + 1) * per_block), block)
+    };
+    let all = &mut elements.spare_capacity_mut()[..len];
     if cfg!(debug_assertions) {
-        // So that tests see what is not written.
-        chunks.fill(MaybeUninit::new(f32::NAN));
+        // NaN, so that tests see what is not written.
+        // SAFETY: any bytes are fine for what is uninitialized.
+        unsafe { all.as_mut_ptr().write_bytes(0xff, len) };
     }
-    if len <= CHUNK {
-        chunks.chunks_mut(chunk.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk));
+    let size = per_block * width;
+    let results = if width == 0 {
+        let count = rows.div_ceil(per_block);
+        (0..count)
+            .into_par_iter()
+            .with_max_len(1)
+            .map_init(init, |state, i| run(state, (i, &mut [])))
+            .collect()
+    } else if len <= CHUNK {
+        let mut state = init();
+        all.chunks_mut(size).enumerate().map(|block| run(&mut state, block)).collect()
     } else {
-        chunks.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk));
-    }
-    // SAFETY: `f` wrote all of each chunk, and the chunks cover the first `len` elements.
+        all.par_chunks_mut(size).enumerate().with_max_len(1).map_init(init, run).collect()
+    };
+    // SAFETY: `f` wrote all of each block, and the blocks cover the first `len` elements.
     unsafe { elements.set_len(len) };
-    elements
+    (elements, results)
 }
 
 /// Cuts `rows` rows of `width` elements in parts that depend on these numbers alone, and gives what
@@ -269,7 +341,7 @@ pub(crate) unsafe fn fill_uninit(
 pub(crate) fn parts<R: Send>(
     rows: usize,
     width: usize,
-    f: impl Fn(std::ops::Range<usize>) -> R + Sync + Send,
+    f: impl Fn(Range<usize>) -> R + Sync + Send,
 ) -> Vec<R> {
     let per_part = rows.div_ceil(MAX_PARTS).max(MIN_PART.div_ceil(width.max(1)));
     let range = |part: usize| part * per_part..rows.min((part + 1) * per_part);

@@ -11,39 +11,85 @@
 //! call: so the borders of a map, the stride and the direction are all one to the inner loops. The
 //! weight's gradient, which has nine sums for each channel, takes 16 channels of some rows at a time.
 
-use crate::Result;
-use crate::cpu::{self, CHUNK, Check, simd};
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
+use crate::convolution::{self, Convolution};
+use crate::cpu::{self, CHUNK, Check, open, simd};
+use crate::feature::Source;
+use crate::norm::{Normalizer, Stats};
+use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
+use candle_core::{Device, Tensor};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// `y[N, Ho, Wo, C]` of `x[N, H, W, C]` and `w[3, 3, C]`.
-pub fn forward(x: &Tensor, w: &Tensor, stride: usize) -> Result<Tensor> {
-    let check = Check("depthwise::forward");
-    let (_, height, width, c) = check.map("x", x)?;
-    let w = check.dims("w", w, &[3, 3, c])?;
-    let geometry = Geometry::new(&check, height, width, c, stride)?;
-    Ok(check.float("x", x)?.apply_op2_no_bwd(&w, &Forward(geometry))?)
+/// `z[N, Ho, Wo, C]` of `x[N, H, W, C]` and `w[3, 3, C]`.
+pub fn forward<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> Result<Tensor> {
+    with_gather("depthwise::forward", x.into(), w, stride, |gather| convolution::plain(gather))
+}
+
+/// [`forward`], with the statistics of `z`.
+pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
+    with_gather("depthwise::forward_stats", x.into(), w, stride, |gather| convolution::with_stats(gather))
+}
+
+/// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
+pub fn forward_normalized<'a>(
+    x: impl Into<Input<'a>>,
+    w: &Tensor,
+    stride: usize,
+    (scale, shift): (&Tensor, &Tensor),
+    act: Activation,
+    quant: Option<Quantizer<'_>>,
+) -> Result<FeatureMap> {
+    with_gather("depthwise::forward_normalized", x.into(), w, stride, |gather| {
+        let check = Check("depthwise::forward_normalized");
+        let normalizer = Normalizer::new(&check, gather.to.2, scale, shift, act, quant)?;
+        convolution::normalized(gather, &normalizer, quant)
+    })
 }
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the output; `size` is the `(h, w)` of the
 /// input.
-pub fn grad_input(gy: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) -> Result<Tensor> {
+pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) -> Result<Tensor> {
     let check = Check("depthwise::grad_input");
-    let (n, _, _, c) = check.map("gy", gy)?;
+    let (n, _, _, c) = check.map("gz", gz)?;
     let w = check.dims("w", w, &[3, 3, c])?;
-    let geometry = Geometry::new(&check, size.0, size.1, c, stride)?;
-    let gy = check.dims("gy", gy, &[n, geometry.ho, geometry.wo, c])?;
-    Ok(gy.apply_op2_no_bwd(&w, &GradInput(geometry))?)
+    let Geometry { h, w: width, ho, wo, .. } = Geometry::new(&check, size.0, size.1, c, stride)?;
+    let gz = check.dims("gz", gz, &[n, ho, wo, c])?;
+    let (gz, w) = (open(&gz), open(&w));
+    let x = Source::Float(gz.floats()?);
+    let _note = profile::note(check.0, 18 * n * ho * wo * c, 4 * n * c * (ho * wo + h * width));
+    convolution::plain(&Gather::new(x, w.floats()?, Direction::Backward, stride, n, (ho, wo), (h, width, c)))
 }
 
 /// The gradient of the weight, `[3, 3, C]`.
-pub fn grad_weight(x: &Tensor, gy: &Tensor, stride: usize) -> Result<Tensor> {
+pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor, stride: usize) -> Result<Tensor> {
     let check = Check("depthwise::grad_weight");
-    let (n, height, width, c) = check.map("x", x)?;
+    let x = x.into();
+    let (n, height, width, c) = check.map_sizes("x", x.dims())?;
     let geometry = Geometry::new(&check, height, width, c, stride)?;
-    let gy = check.dims("gy", gy, &[n, geometry.ho, geometry.wo, c])?;
-    Ok(check.float("x", x)?.apply_op2_no_bwd(&gy, &GradWeight(geometry))?)
+    let _note = profile::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
+    let (x, gz) = (x.open(&check, "x")?, check.dims("gz", gz, &[n, geometry.ho, geometry.wo, c])?);
+    let (x, gz) = (x.opened(), open(&gz));
+    let gw = weight_gradient(Source::new(&x)?, gz.floats()?, n, &geometry);
+    Ok(Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?)
+}
+
+/// Checks the operands and calls `f` with the forward convolution.
+fn with_gather<R>(
+    name: &'static str,
+    x: Input<'_>,
+    w: &Tensor,
+    stride: usize,
+    f: impl FnOnce(&Gather<'_>) -> Result<R>,
+) -> Result<R> {
+    let check = Check(name);
+    let (n, height, width, c) = check.map_sizes("x", x.dims())?;
+    let w = check.dims("w", w, &[3, 3, c])?;
+    let Geometry { h, w: width, ho, wo, .. } = Geometry::new(&check, height, width, c, stride)?;
+    let outputs = n * ho * wo * c;
+    let _note = profile::note(name, 18 * outputs, x.bytes() + 4 * outputs);
+    let x = x.open(&check, "x")?;
+    let (x, w) = (x.opened(), open(&w));
+    f(&Gather::new(Source::new(&x)?, w.floats()?, Direction::Forward, stride, n, (h, width), (ho, wo, c)))
 }
 
 /// The sizes of one convolution.
@@ -123,14 +169,15 @@ macro_rules! cover {
         debug_assert_eq!(at, c);
     }};
     (@call $block:ident, $lanes:literal, [$($constant:literal)?], $at:expr, ($($argument:expr),*)) => {
-        $block::<$lanes $(, $constant)?>($($argument,)* $at)
+        $block::<_, $lanes $(, $constant)?>($($argument,)* $at)
     };
 }
 
 /// `y[at..at + L] = Σ_taps x·w` at one position.
 #[inline(always)]
-fn single<const L: usize>(
-    x: &[f32],
+fn single<T: Copy, const L: usize>(
+    x: &[T],
+    value: impl Fn(T) -> f32,
     w: &[f32],
     y: &mut [MaybeUninit<f32>],
     rows: &[Tap],
@@ -143,19 +190,20 @@ fn single<const L: usize>(
             let x = &x[row.source + column.source + at..][..L];
             let w = &w[row.weight + column.weight + at..][..L];
             for i in 0..L {
-                sum[i] = x[i].mul_add(w[i], sum[i]);
+                sum[i] = value(x[i]).mul_add(w[i], sum[i]);
             }
         }
     }
     y[at..at + L].write_copy_of_slice(&sum);
 }
 
-/// [`single`] at `T` neighbouring positions of `c` channels, `first` being the column taps of the first
+/// [`single`] at `P` neighbouring positions of `c` channels, `first` being the column taps of the first
 /// of them. They have all three columns, a position apart, so most of what one position reads the others
 /// need too.
 #[inline(always)]
-fn several<const L: usize, const T: usize>(
-    x: &[f32],
+fn several<T: Copy, const L: usize, const P: usize>(
+    x: &[T],
+    value: impl Fn(T) -> f32,
     w: &[f32],
     y: &mut [MaybeUninit<f32>],
     c: usize,
@@ -169,21 +217,24 @@ fn several<const L: usize, const T: usize>(
     if first[0].source > source {
         weights.reverse();
     }
-    let mut sums = [[0.0; L]; T];
+    let mut sums = [[0.0; L]; P];
     for row in rows {
         let x = &x[row.source + source + at..];
         let mut taps = [[0.0; L]; 3];
         for (tap, weight) in taps.iter_mut().zip(weights) {
             tap.copy_from_slice(&w[row.weight + weight + at..][..L]);
         }
-        for column in 0..T + 2 {
-            let x = &x[column * c..][..L];
-            for t in 0..T {
+        for column in 0..P + 2 {
+            let mut values = [0.0; L];
+            for (value_at, x) in values.iter_mut().zip(&x[column * c..][..L]) {
+                *value_at = value(*x);
+            }
+            for p in 0..P {
                 // Constant after unrolling.
-                if t <= column && column <= t + 2 {
-                    let (sum, tap) = (&mut sums[t], &taps[column - t]);
+                if p <= column && column <= p + 2 {
+                    let (sum, tap) = (&mut sums[p], &taps[column - p]);
                     for i in 0..L {
-                        sum[i] = x[i].mul_add(tap[i], sum[i]);
+                        sum[i] = values[i].mul_add(tap[i], sum[i]);
                     }
                 }
             }
@@ -197,7 +248,7 @@ fn several<const L: usize, const T: usize>(
 simd! {
     /// One row of positions, `y[columns][c]`, from an image.
     fn gather_row(
-        x: &[f32],
+        x: Source<'_>,
         w: &[f32],
         y: &mut [MaybeUninit<f32>],
         c: usize,
@@ -205,97 +256,100 @@ simd! {
         rows: &[Tap],
         columns: &[Vec<Tap>],
     ) {
-        let mut position = 0;
-        while position < columns.len() {
-            let y = &mut y[position * c..];
-            let full = |columns: &[Vec<Tap>]| stride == 1 && columns.iter().all(|taps| taps.len() == 3);
-            let first = columns[position].as_array::<3>();
-            let next = |count: usize| columns.get(position..position + count);
-            if let (Some(first), Some(true)) = (first, next(4).map(full)) {
-                cover!(c, [16, 8, 4, 1], several[4](x, w, y, c, rows, first));
-                position += 4;
-            } else if let (Some(first), Some(true)) = (first, next(2).map(full)) {
-                cover!(c, [32, 16, 8, 4, 1], several[2](x, w, y, c, rows, first));
-                position += 2;
-            } else {
-                cover!(c, [64, 16, 8, 4, 1], single[](x, w, y, rows, &columns[position]));
-                position += 1;
+        match x {
+            Source::Float(x) => gather_positions(x, |x| x, w, y, c, stride, rows, columns),
+            Source::Levels(x, grid) => {
+                gather_positions(x, |q| grid.value(f32::from(q)), w, y, c, stride, rows, columns);
             }
         }
     }
 }
 
-/// What the taps gather for each position of the maps of a batch, from `x[N, h, w, C]`.
-fn gather(
-    x: &[f32],
+#[inline(always)]
+fn gather_positions<T: Copy>(
+    x: &[T],
+    value: impl Fn(T) -> f32 + Copy,
     w: &[f32],
-    direction: Direction,
-    stride: usize,
-    (from_h, from_w): (usize, usize),
-    (to_h, to_w): (usize, usize),
+    y: &mut [MaybeUninit<f32>],
     c: usize,
-) -> Vec<f32> {
-    let rows = reach(direction, stride, (to_h, from_h), (from_w * c, 3 * c));
-    let columns = reach(direction, stride, (to_w, from_w), (c, c));
-    let (from, to) = (from_h * from_w * c, to_w * c);
-    let per_chunk = (CHUNK / to).max(1);
-    let positions = x.len() / from * to_h;
-    // SAFETY: a chunk is whole rows of `to` elements, and `gather_row` writes all columns of a row, and by
-    // `cover!` all channels of a column.
-    #[allow(unsafe_code)]
-    unsafe {
-        cpu::fill_uninit(positions * to, per_chunk * to, |i, y| {
-            for (row, y) in (i * per_chunk..).zip(y.chunks_exact_mut(to)) {
-                let x = &x[row / to_h * from..][..from];
-                gather_row(x, w, y, c, stride, &rows[row % to_h], &columns);
-            }
-        })
+    stride: usize,
+    rows: &[Tap],
+    columns: &[Vec<Tap>],
+) {
+    let mut position = 0;
+    while position < columns.len() {
+        let y = &mut y[position * c..];
+        let full = |columns: &[Vec<Tap>]| stride == 1 && columns.iter().all(|taps| taps.len() == 3);
+        let first = columns[position].as_array::<3>();
+        let next = |count: usize| columns.get(position..position + count);
+        if let (Some(first), Some(true)) = (first, next(4).map(full)) {
+            cover!(c, [16, 8, 4, 1], several[4](x, value, w, y, c, rows, first));
+            position += 4;
+        } else if let (Some(first), Some(true)) = (first, next(2).map(full)) {
+            cover!(c, [32, 16, 8, 4, 1], several[2](x, value, w, y, c, rows, first));
+            position += 2;
+        } else {
+            cover!(c, [64, 16, 8, 4, 1], single[](x, value, w, y, rows, &columns[position]));
+            position += 1;
+        }
     }
 }
 
-struct Forward(Geometry);
+/// What the taps gather for each position of the maps of a batch: the convolution, or its input's gradient.
+struct Gather<'a> {
+    x: Source<'a>,
+    w: &'a [f32],
+    stride: usize,
+    dims: [usize; 4],
+    /// Elements of an image that is read.
+    from: usize,
+    /// Height, width and channels of a map that is written.
+    to: (usize, usize, usize),
+    rows: Vec<Vec<Tap>>,
+    columns: Vec<Vec<Tap>>,
+}
 
-impl CustomOp2 for Forward {
-    fn name(&self) -> &'static str {
-        "depthwise-forward"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Geometry { h, w, ho, wo, c, stride } = self.0;
-        let (x, weight) = (cpu::slice(x, layout)?, cpu::slice(weight, weight_layout)?);
-        let y = gather(x, weight, Direction::Forward, stride, (h, w), (ho, wo), c);
-        cpu::output(y, (layout.dims()[0], ho, wo, c))
+impl<'a> Gather<'a> {
+    fn new(
+        x: Source<'a>,
+        w: &'a [f32],
+        direction: Direction,
+        stride: usize,
+        n: usize,
+        (from_h, from_w): (usize, usize),
+        to: (usize, usize, usize),
+    ) -> Self {
+        let (to_h, to_w, c) = to;
+        let rows = reach(direction, stride, (to_h, from_h), (from_w * c, 3 * c));
+        let columns = reach(direction, stride, (to_w, from_w), (c, c));
+        Self { x, w, stride, dims: [n, to_h, to_w, c], from: from_h * from_w * c, to, rows, columns }
     }
 }
 
-struct GradInput(Geometry);
+impl Convolution for Gather<'_> {
+    type Scratch = ();
 
-impl CustomOp2 for GradInput {
-    fn name(&self) -> &'static str {
-        "depthwise-grad-input"
+    fn dims(&self) -> &[usize] {
+        &self.dims
     }
 
-    fn cpu_fwd(
-        &self,
-        gy: &CpuStorage,
-        layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Geometry { h, w, ho, wo, c, stride } = self.0;
-        let (gy, weight) = (cpu::slice(gy, layout)?, cpu::slice(weight, weight_layout)?);
-        let gx = gather(gy, weight, Direction::Backward, stride, (ho, wo), (h, w), c);
-        cpu::output(gx, (layout.dims()[0], h, w, c))
+    /// Whole rows of a map.
+    fn rows_per_block(&self) -> usize {
+        let (_, w, c) = self.to;
+        (CHUNK / (w * c)).max(1) * w
+    }
+
+    fn scratch(&self) {}
+
+    fn compute(&self, (): &mut (), rows: Range<usize>, z: &mut [MaybeUninit<f32>]) {
+        // `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
+        let (h, w, c) = self.to;
+        for (row, z) in (rows.start / w..).zip(z.chunks_exact_mut(w * c)) {
+            let image = self.x.part(row / h * self.from..(row / h + 1) * self.from);
+            gather_row(image, self.w, z, c, self.stride, &self.rows[row % h], &self.columns);
+        }
     }
 }
-
-struct GradWeight(Geometry);
 
 const LANES: usize = 16;
 
@@ -310,17 +364,21 @@ const ONE: Lanes = Lanes([1.0; LANES]);
 impl Lanes {
     /// The channels of a slice, those missing being 0.
     #[inline(always)]
-    fn load(from: &[f32]) -> Self {
-        match from.first_chunk() {
-            Some(all) => Self(*all),
-            None => {
-                let mut lanes = ZERO;
-                for (lane, value) in lanes.0.iter_mut().zip(from) {
-                    *lane = *value;
+    fn load<T: Copy>(from: &[T], value: impl Fn(T) -> f32) -> Self {
+        let mut lanes = ZERO;
+        match from.first_chunk::<LANES>() {
+            Some(all) => {
+                for (lane, x) in lanes.0.iter_mut().zip(all) {
+                    *lane = value(*x);
                 }
-                lanes
+            }
+            None => {
+                for (lane, x) in lanes.0.iter_mut().zip(from) {
+                    *lane = value(*x);
+                }
             }
         }
+        lanes
     }
 
     /// `self + a·b`. By value, which keeps sums in registers.
@@ -336,7 +394,15 @@ impl Lanes {
 /// Copies one block of channels of rows of an image `[h, w, c]`, from row `first − 1` on, to
 /// `block[rows][w + 2]`, with zeros around the image.
 #[inline(always)]
-fn pack(block: &mut [Lanes], image: &[f32], w: usize, c: usize, channels: &Range<usize>, first: usize) {
+fn pack<T: Copy>(
+    block: &mut [Lanes],
+    image: &[T],
+    value: impl Fn(T) -> f32 + Copy,
+    w: usize,
+    c: usize,
+    channels: &Range<usize>,
+    first: usize,
+) {
     let h = image.len() / (w * c);
     for (row, out) in (first..).zip(block.chunks_exact_mut(w + 2)) {
         if row == 0 || row > h {
@@ -347,7 +413,7 @@ fn pack(block: &mut [Lanes], image: &[f32], w: usize, c: usize, channels: &Range
         out[w + 1] = ZERO;
         let row = &image[(row - 1) * w * c..][..w * c];
         for (out, position) in out[1..=w].iter_mut().zip(row.chunks_exact(c)) {
-            *out = Lanes::load(&position[channels.clone()]);
+            *out = Lanes::load(&position[channels.clone()], value);
         }
     }
 }
@@ -357,7 +423,7 @@ simd! {
     /// image give. One block of channels at a time is copied to `block`, which stays in cache, with a
     /// border of zeros: so all positions have all taps, and their sums stay in registers.
     fn correlate(
-        image: &[f32],
+        image: Source<'_>,
         gy: &[f32],
         sums: &mut [[Lanes; 9]],
         geometry: &Geometry,
@@ -369,7 +435,12 @@ simd! {
         block.resize(((rows - 1) * stride + 3) * (w + 2), ZERO);
         for (b, sums) in sums.iter_mut().enumerate() {
             let channels = b * LANES..c.min((b + 1) * LANES);
-            pack(block, image, w, c, &channels, oh * stride);
+            match image {
+                Source::Float(image) => pack(block, image, |x| x, w, c, &channels, oh * stride),
+                Source::Levels(image, grid) => {
+                    pack(block, image, |q| grid.value(f32::from(q)), w, c, &channels, oh * stride);
+                }
+            }
             let mut sum = [ZERO; 9];
             for (row, gy) in gy.chunks_exact(wo * c).enumerate() {
                 let x = &block[row * stride * (w + 2)..];
@@ -377,7 +448,7 @@ simd! {
                 for (ow, gy) in gy.chunks_exact(c).enumerate() {
                     let at = ow * stride;
                     let (x0, x1, x2) = (&x0[at..at + 3], &x1[at..at + 3], &x2[at..at + 3]);
-                    let gy = Lanes::load(&gy[channels.clone()]);
+                    let gy = Lanes::load(&gy[channels.clone()], |gy| gy);
                     for kw in 0..3 {
                         sum[kw] = sum[kw].plus(&x0[kw], &gy);
                         sum[3 + kw] = sum[3 + kw].plus(&x1[kw], &gy);
@@ -404,39 +475,29 @@ fn bands(rows: Range<usize>, height: usize, most: usize) -> impl Iterator<Item =
     })
 }
 
-impl CustomOp2 for GradWeight {
-    fn name(&self) -> &'static str {
-        "depthwise-grad-weight"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        gy: &CpuStorage,
-        gy_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let geometry = &self.0;
-        let &Geometry { h, w, ho, wo, c, stride } = geometry;
-        let (x, gy) = (cpu::slice(x, layout)?, cpu::slice(gy, gy_layout)?);
-        // What a block of channels of a band reads fits in a first-level cache.
-        let rows_per_band = (CHUNK / 4 / (LANES * (w + 2) * stride)).max(2);
-        let parts = cpu::parts(layout.dims()[0] * ho, wo * c, |rows| {
-            let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
-            let mut block = Vec::new();
-            for (image, oh, rows) in bands(rows, ho, rows_per_band) {
-                let (x, gy) = (&x[image * h * w * c..][..h * w * c], &gy[(image * ho + oh) * wo * c..]);
-                correlate(x, &gy[..rows * wo * c], &mut sums, geometry, oh, &mut block);
-            }
-            sums
-        });
-        let sum = |tap: usize, channel: usize| {
-            let of_part = |sums: &Vec<[Lanes; 9]>| f64::from(sums[channel / LANES][tap].0[channel % LANES]);
-            parts.iter().map(of_part).sum::<f64>() as f32
-        };
-        let gw = (0..9).flat_map(|tap| (0..c).map(move |channel| (tap, channel)));
-        cpu::output(gw.map(|(tap, channel)| sum(tap, channel)).collect(), (3, 3, c))
-    }
+/// The gradient of the weight from a batch of `n` images.
+fn weight_gradient(x: Source<'_>, gz: &[f32], n: usize, geometry: &Geometry) -> Vec<f32> {
+    let &Geometry { h, w, ho, wo, c, stride } = geometry;
+    // What a block of channels of a band reads fits in a first-level cache.
+    let rows_per_band = (CHUNK / 4 / (LANES * (w + 2) * stride)).max(2);
+    let parts = cpu::parts(n * ho, wo * c, |rows| {
+        let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
+        let mut block = Vec::new();
+        for (image, oh, rows) in bands(rows, ho, rows_per_band) {
+            let x = x.part(image * h * w * c..(image + 1) * h * w * c);
+            let gz = &gz[(image * ho + oh) * wo * c..];
+            correlate(x, &gz[..rows * wo * c], &mut sums, geometry, oh, &mut block);
+        }
+        sums
+    });
+    let sum = |tap: usize, channel: usize| {
+        let of_part = |sums: &Vec<[Lanes; 9]>| f64::from(sums[channel / LANES][tap].0[channel % LANES]);
+        parts.iter().map(of_part).sum::<f64>() as f32
+    };
+    (0..9)
+        .flat_map(|tap| (0..c).map(move |channel| (tap, channel)))
+        .map(|(tap, channel)| sum(tap, channel))
+        .collect()
 }
 
 #[cfg(test)]
@@ -521,6 +582,36 @@ mod tests {
     }
 
     #[test]
+    fn levels_give_the_bits_of_the_floats_that_they_stand_for() {
+        let range = tensor(&[-0.7, 0.9]);
+        let quant = Quantizer { range: &range, bits: quant_core::Bits::new(4).unwrap() };
+        let out_range = tensor(&[0.0, 1.5]);
+        let out = Quantizer { range: &out_range, bits: quant_core::Bits::new(3).unwrap() };
+        for (dims, stride) in LARGE.into_iter().chain([[2, 5, 8, 7]]).flat_map(|dims| [(dims, 1), (dims, 2)])
+        {
+            let levels = FeatureMap::quantize(&random(1, &dims), Some(quant)).unwrap();
+            let (x, w) = (levels.to_float().unwrap(), random(2, &[3, 3, dims[3]]));
+            let (scale, shift) = (random(3, &[dims[3]]), random(4, &[dims[3]]));
+            let z = forward(&x, &w, stride).unwrap();
+            let gz = random(5, z.dims());
+            assert_eq!(elements(&forward(&levels, &w, stride).unwrap()), elements(&z));
+            let (found, stats) = forward_stats(&levels, &w, stride).unwrap();
+            assert_eq!(elements(&found), elements(&z));
+            let expected = crate::norm::channel_stats(&z).unwrap();
+            assert_close(&stats.mean, &expected.mean, 1e-6, "mean");
+            assert_close(&stats.variance, &expected.variance, 1e-6, "variance");
+            let gw = grad_weight(&levels, &gz, stride).unwrap();
+            assert_eq!(elements(&gw), elements(&grad_weight(&x, &gz, stride).unwrap()));
+            for quant in [None, Some(out)] {
+                let affine = (&scale, &shift);
+                let y = forward_normalized(&levels, &w, stride, affine, Activation::Relu6, quant).unwrap();
+                let expected = crate::norm::forward(&z, &scale, &shift, Activation::Relu6, quant).unwrap();
+                assert_eq!(elements(&y.to_float().unwrap()), elements(&expected.to_float().unwrap()));
+            }
+        }
+    }
+
+    #[test]
     fn strided_views_are_read_as_what_they_are() {
         let (x, w) = (random(1, &[2, 7, 5, 4]), random(2, &[3, 3, 7]));
         let view = x.transpose(1, 3).unwrap();
@@ -538,7 +629,7 @@ mod tests {
         assert_eq!(message, "depthwise::forward: w has shape [3, 3, 5], expected [3, 3, 3]");
         let w = random(2, &[3, 3, 3]);
         assert!(forward(&x, &w, 3).unwrap_err().to_string().contains("stride"));
-        assert!(grad_input(&x, &w, 2, (4, 4)).unwrap_err().to_string().contains("gy has shape"));
+        assert!(grad_input(&x, &w, 2, (4, 4)).unwrap_err().to_string().contains("gz has shape"));
         let double = x.to_dtype(candle_core::DType::F64).unwrap();
         assert!(forward(&double, &w, 1).unwrap_err().to_string().contains("x is F64, expected F32"));
     }

@@ -5,8 +5,8 @@
 //! weight is a matrix `[k·k·C, Cout]` in that order. There is no input gradient: the input is the
 //! image, and nothing trains it. The weight's is `pointwise::grad_weight` of the patches.
 
-use crate::Result;
 use crate::cpu::{self, CHUNK, Check};
+use crate::{Result, profile};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 /// The `kernel × kernel` patches of `x[N, H, W, C]`, `[N, Ho, Wo, kernel·kernel·C]`, with
@@ -19,6 +19,7 @@ pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Resu
             "a kernel of {kernel} with stride {stride} and padding {padding} does not fit {h}×{w} images"
         )));
     }
+    let _note = profile::note(check.0, 0, 4 * (1 + kernel * kernel / (stride * stride)) * x.elem_count());
     Ok(check.float("x", x)?.apply_op1_no_bwd(&Forward { kernel, stride, padding })?)
 }
 

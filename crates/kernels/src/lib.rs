@@ -8,25 +8,29 @@
 //! * **No host synchronization.** What a kernel needs (quantization ranges, statistics) it reads from
 //!   tensors; what it finds it returns as tensors.
 //! * **The same bits whatever the number of threads** and whatever the instruction set: work is cut in
-//!   pieces that depend on the shapes alone, and sums are combined in a fixed order. (Matrix products
-//!   are the exception on the second point: their blocking follows the machine's registers and caches.)
+//!   pieces that depend on the shapes alone, and sums are combined in a fixed order.
 //! * **Clear errors.** A wrong shape or dtype names the operation and the argument.
 //!
-//! The CPU kernels are [`candle_core::CustomOp1`] to `CustomOp3` and `InplaceOp`s, so that a CUDA kernel
-//! has its place (`cuda_fwd`) beside each.
+//! What the forward pass hands on is a [`FeatureMap`]: floats, or the levels of their quantizer, one byte each.
 
+mod convolution;
 mod cpu;
 pub mod depthwise;
+mod feature;
 pub mod im2col;
 pub mod loss;
 pub mod norm;
 pub mod pointwise;
 pub mod pool;
+mod product;
+pub mod profile;
 pub mod quantize;
 pub mod residual;
 pub mod sgd;
 #[cfg(test)]
 mod testing;
+
+pub use feature::{FeatureMap, Input, Levels};
 
 use candle_core::{DType, Shape, Tensor};
 use quant_core::Bits;

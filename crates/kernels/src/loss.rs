@@ -4,8 +4,8 @@
 //! the loss of an image is `−Σ_k t_k·ln p_k`, and that of the batch its mean, so the gradient is
 //! `(p − t)/N`.
 
-use crate::Result;
 use crate::cpu::{self, CHUNK, Check};
+use crate::{Result, profile};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
 
 /// What [`softmax_cross_entropy`] finds.
@@ -34,6 +34,7 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -
     if labels.dims() != [n] {
         return Err(check.shape("labels", labels, format!("[{n}]")));
     }
+    let _note = profile::note(check.0, 0, 8 * logits.elem_count());
     let labels = check.dtype("labels", labels, DType::U32)?;
     // One tensor comes out of an operation: the gradient, then the loss and the number of correct ones.
     let all = check.float("logits", logits)?.apply_op2_no_bwd(&labels, &Forward { smoothing })?;

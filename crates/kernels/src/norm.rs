@@ -15,10 +15,12 @@
 //! Sums are `f32` inside a block that fits in cache and `f64` across blocks.
 
 use crate::cpu::{self, CHUNK, Check, simd, values};
-use crate::{Activation, Quantizer, Result, clamp};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor};
+use crate::feature::byte;
+use crate::{Activation, FeatureMap, Quantizer, Result, clamp, profile};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Tensor};
 use quant_core::Grid;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// The statistics of a batch, each `[C]`.
 #[derive(Clone, Debug)]
@@ -34,10 +36,9 @@ pub struct Stats {
 }
 
 /// The gradients of a normalization with batch statistics.
-#[derive(Clone, Debug)]
 pub struct BatchGrads {
-    /// Of the input, of its shape.
-    pub z: Tensor,
+    /// Of the input, not computed yet.
+    pub z: OutputGradient,
     /// Of `γ`, `[C]`.
     pub gamma: Tensor,
     /// Of `β`, `[C]`.
@@ -51,8 +52,19 @@ pub struct BatchGrads {
 pub fn channel_stats(z: &Tensor) -> Result<Stats> {
     let check = Check("norm::channel_stats");
     check.rows("z", z)?;
-    let all = check.float("z", z)?.apply_op1_no_bwd(&ChannelStats)?;
-    Ok(Stats { mean: all.get(0)?, variance: all.get(1)?, min: all.get(2)?, max: all.get(3)? })
+    let _note = profile::note(check.0, 0, 4 * z.elem_count());
+    let z = check.float("z", z)?;
+    let opened = cpu::open(&z);
+    let (z, c) = (opened.floats()?, opened.dims()[opened.dims().len() - 1]);
+    let parts = cpu::parts(z.len() / c, c, |part| {
+        let (mut all, mut block, mut scratch) = (Moments::none(c), Moments::none(c), Scratch::new(c));
+        for z in z[part.start * c..part.end * c].chunks(chunk_len(c)) {
+            block_moments(z, &mut scratch, &mut block);
+            merge(&mut all, &block);
+        }
+        all
+    });
+    Stats::of_blocks(&parts, c)
 }
 
 /// `1 / √(variance + epsilon)`.
@@ -74,12 +86,33 @@ pub fn forward(
     shift: &Tensor,
     act: Activation,
     quant: Option<Quantizer<'_>>,
-) -> Result<Tensor> {
+) -> Result<FeatureMap> {
     let check = Check("norm::forward");
-    let (_, c) = check.rows("z", z)?;
-    check.quantizer(quant)?;
-    let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-    Ok(check.float("z", z)?.apply_op3_no_bwd(&scale, &shift, &Forward { act, quant })?)
+    let (rows, c) = check.rows("z", z)?;
+    let written = if quant.is_some() { 1 } else { 4 };
+    let _note = profile::note(check.0, 0, (4 + written) * rows * c);
+    let normalizer = Normalizer::new(&check, c, scale, shift, act, quant)?;
+    let tensor = check.float("z", z)?;
+    let opened = cpu::open(&tensor);
+    let z = opened.floats()?;
+    let part = |rows: Range<usize>| &z[rows.start * c..rows.end * c];
+    let per_block = chunk_len(c) / c;
+    // SAFETY: the normalizer writes all of `y`, which is as long as its part of `z`.
+    #[allow(unsafe_code)]
+    unsafe {
+        match quant {
+            None => {
+                let fill = |(): &mut (), rows, y: &mut [_]| normalizer.floats(part(rows), y);
+                let (y, _) = cpu::blocks((rows, c), per_block, || (), fill);
+                Ok(FeatureMap::Float(Tensor::from_vec(y, tensor.dims(), &Device::Cpu)?))
+            }
+            Some(quant) => {
+                let fill = |(): &mut (), rows, y: &mut [_]| normalizer.levels(part(rows), y);
+                let (y, _) = cpu::blocks((rows, c), per_block, || (), fill);
+                FeatureMap::of_levels(y, tensor.dims(), quant)
+            }
+        }
+    }
 }
 
 /// The smallest and the largest element of `φ(scale·z + shift)`, `[2]`, without a pass over `z`: exactly
@@ -105,16 +138,28 @@ pub fn backward_batch(
 ) -> Result<BatchGrads> {
     let check = Check("norm::backward_batch");
     let (_, c) = check.rows("z", z)?;
-    check.quantizer(quant)?;
-    let gy = check.dims("gy", gy, z.dims())?;
     let (gamma, beta) = (check.dims("gamma", gamma, &[c])?, check.dims("beta", beta, &[c])?);
     let (mean, inv_std) = (check.dims("mean", mean, &[c])?, check.dims("inv_std", inv_std, &[c])?);
-    let z = check.float("z", z)?;
     let (scale, shift) = affine(&gamma, &beta, &mean, &inv_std)?;
-    let batch = Batch { scale: &scale, shift: &shift, mean: &mean, inv_std: &inv_std, act, quant };
-    let sums = z.apply_op2_no_bwd(&gy, &BatchSums(batch))?;
-    let gz = z.apply_op3_no_bwd(&gy, &sums, &BatchGradZ(batch))?;
-    Ok(BatchGrads { z: gz, gamma: sums.get(1)?, beta: sums.get(0)? })
+    let _note = profile::note("norm::backward: sums", 0, 8 * z.elem_count());
+    let gate = Gate::new(&check, act, quant)?;
+    let mut gz = OutputGradient::new(&check, z, gy, [&scale, &shift], gate)?;
+    gz.mean = tiled(&mean)?;
+    let (sums, products) = gz.sums()?;
+    let inv_std = values(&inv_std)?;
+    let gamma: Vec<f32> = products
+        .iter()
+        .zip(&inv_std)
+        .map(|(product, inv_std)| (product * f64::from(*inv_std)) as f32)
+        .collect();
+    let beta: Vec<f32> = sums.iter().map(|sum| *sum as f32).collect();
+    let rows = (z.elem_count() / c) as f32;
+    for (i, scale) in gz.scale.iter().enumerate() {
+        gz.slope[i] = -scale * inv_std[i % c] * (gamma[i % c] / rows);
+        gz.offset[i] = -scale * (beta[i % c] / rows);
+    }
+    let tensor = |values| Tensor::from_vec(values, c, z.device());
+    Ok(BatchGrads { z: gz, gamma: tensor(gamma)?, beta: tensor(beta)? })
 }
 
 /// The gradients of `Q(φ(scale·z + shift))` with respect to `z` and `shift`.
@@ -125,18 +170,112 @@ pub fn backward_affine(
     shift: &Tensor,
     act: Activation,
     quant: Option<Quantizer<'_>>,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<(OutputGradient, Tensor)> {
     let check = Check("norm::backward_affine");
-    let (rows, c) = check.rows("z", z)?;
-    check.quantizer(quant)?;
-    let gy = check.dims("gy", gy, z.dims())?;
+    let (_, c) = check.rows("z", z)?;
     let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-    let op = BackwardAffine { scale: &scale, shift: &shift, act, quant };
-    // One tensor comes out of an operation: ∂z, then ∂shift. The copy keeps the small gradient, which
-    // lives until the optimizer's step, from holding the memory of the large one.
-    let all = check.float("z", z)?.apply_op2_no_bwd(&gy, &op)?;
-    let gz = all.narrow(0, 0, rows * c)?.reshape(z.shape())?;
-    Ok((gz, all.narrow(0, rows * c, c)?.force_contiguous()?))
+    let _note = profile::note("norm::backward: sums", 0, 8 * z.elem_count());
+    let gate = Gate::new(&check, act, quant)?;
+    let gz = OutputGradient::new(&check, z, gy, [&scale, &shift], gate)?;
+    let (sums, _) = gz.sums()?;
+    let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
+    Ok((gz, Tensor::from_vec(sums, c, z.device())?))
+}
+
+/// The gradient `∂z` of a convolution's output, computed block by block where it is used
+/// ([`crate::pointwise::backward`]), or as a whole: `scale·g + slope·(z − mean) + offset`.
+pub struct OutputGradient {
+    z: Tensor,
+    gy: Tensor,
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    mean: Vec<f32>,
+    slope: Vec<f32>,
+    offset: Vec<f32>,
+    gate: Gate,
+}
+
+impl OutputGradient {
+    /// With a slope and an offset of 0.
+    fn new(check: &Check, z: &Tensor, gy: &Tensor, [scale, shift]: [&Tensor; 2], gate: Gate) -> Result<Self> {
+        let (z, gy) = (check.float("z", z)?, check.dims("gy", gy, z.dims())?);
+        let (scale, shift) = (tiled(scale)?, tiled(shift)?);
+        let zeros = vec![0.0; scale.len()];
+        Ok(Self { z, gy, scale, shift, mean: zeros.clone(), slope: zeros.clone(), offset: zeros, gate })
+    }
+
+    /// The convolution's output, whose gradient this is.
+    pub fn z(&self) -> &Tensor {
+        &self.z
+    }
+
+    /// The whole gradient, of the shape of `z`.
+    pub fn tensor(&self) -> Result<Tensor> {
+        let _note = profile::note("norm::backward: gradient", 0, 12 * self.z.elem_count());
+        let opened = self.open()?;
+        let c = opened.channels;
+        let size = (self.z.elem_count() / c, c);
+        // SAFETY: `rows` writes all of its block.
+        #[allow(unsafe_code)]
+        let (gz, _) =
+            unsafe { cpu::blocks(size, chunk_len(c) / c, || (), |(), rows, gz| opened.rows(rows, gz)) };
+        Ok(Tensor::from_vec(gz, self.z.dims(), &Device::Cpu)?)
+    }
+
+    pub(crate) fn open(&self) -> Result<OpenGradient<'_>> {
+        let channels = self.z.dims()[self.z.dims().len() - 1];
+        Ok(OpenGradient { of: self, z: cpu::open(&self.z), gy: cpu::open(&self.gy), channels }.checked()?)
+    }
+
+    /// `Σg` and `Σg·(z − mean)` of each channel.
+    fn sums(&self) -> Result<(Vec<f64>, Vec<f64>)> {
+        let opened = self.open()?;
+        let (z, gy, c) = (opened.z.floats()?, opened.gy.floats()?, opened.channels);
+        let Self { scale, shift, mean, gate, .. } = self;
+        let parts = cpu::parts(z.len() / c, c, |part| {
+            let part = part.start * c..part.end * c;
+            let (mut sums, mut products) = (vec![0.0; c], vec![0.0; c]);
+            let (mut sum, mut product) = (vec![0.0; scale.len()], vec![0.0; scale.len()]);
+            for (z, gy) in z[part.clone()].chunks(chunk_len(c)).zip(gy[part].chunks(chunk_len(c))) {
+                add_batch_sums(z, gy, scale, shift, mean, *gate, &mut sum, &mut product);
+                fold(&mut sum, &mut sums);
+                fold(&mut product, &mut products);
+            }
+            (sums, products)
+        });
+        let (mut sums, mut products) = (vec![0.0; c], vec![0.0; c]);
+        for (more_sums, more_products) in &parts {
+            for i in 0..c {
+                sums[i] += more_sums[i];
+                products[i] += more_products[i];
+            }
+        }
+        Ok((sums, products))
+    }
+}
+
+/// An [`OutputGradient`] with its tensors open for reading.
+pub(crate) struct OpenGradient<'a> {
+    of: &'a OutputGradient,
+    z: cpu::Opened<'a>,
+    gy: cpu::Opened<'a>,
+    channels: usize,
+}
+
+impl OpenGradient<'_> {
+    fn checked(self) -> candle_core::Result<Self> {
+        self.z.floats()?;
+        self.gy.floats()?;
+        Ok(self)
+    }
+
+    /// Writes the gradient of some rows.
+    pub(crate) fn rows(&self, rows: Range<usize>, gz: &mut [MaybeUninit<f32>]) {
+        let part = rows.start * self.channels..rows.end * self.channels;
+        let [z, gy] = [&self.z, &self.gy].map(|opened| opened.floats().expect("checked when it was opened"));
+        let OutputGradient { scale, shift, mean, slope, offset, gate, .. } = self.of;
+        batch_grad_z(&z[part.clone()], &gy[part], gz, scale, shift, mean, slope, offset, *gate);
+    }
 }
 
 /// Elements of a tile, at least: small numbers of channels are repeated over several rows up to this
@@ -155,7 +294,7 @@ fn chunk_len(c: usize) -> usize {
 }
 
 /// Per-channel values, repeated over the rows of a tile.
-fn tiled(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+pub(crate) fn tiled(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
     let channels = values(tensor)?;
     Ok(channels.repeat(tile_rows(channels.len())))
 }
@@ -171,10 +310,8 @@ fn fold(tile: &mut [f32], channels: &mut [f64]) {
     }
 }
 
-struct ChannelStats;
-
 /// The moments of some of the rows, per channel.
-struct Moments {
+pub(crate) struct Moments {
     rows: f64,
     mean: Vec<f64>,
     /// `Σ(z − mean)²`.
@@ -187,6 +324,29 @@ impl Moments {
     fn none(c: usize) -> Self {
         let (min, max) = (vec![f32::INFINITY; c], vec![f32::NEG_INFINITY; c]);
         Self { rows: 0.0, mean: vec![0.0; c], squares: vec![0.0; c], min, max }
+    }
+
+    /// Of a block that fits in cache.
+    pub(crate) fn of_block(z: &[f32], c: usize, scratch: &mut Scratch) -> Self {
+        let mut moments = Self::none(c);
+        block_moments(z, scratch, &mut moments);
+        moments
+    }
+}
+
+impl Stats {
+    /// Of all blocks together.
+    pub(crate) fn of_blocks(blocks: &[Moments], c: usize) -> Result<Self> {
+        let mut all = Moments::none(c);
+        blocks.iter().for_each(|block| merge(&mut all, block));
+        let tensor = |values| Tensor::from_vec(values, c, &Device::Cpu);
+        let float = |value: &f64| *value as f32;
+        Ok(Self {
+            mean: tensor(all.mean.iter().map(float).collect())?,
+            variance: tensor(all.squares.iter().map(|squares| (squares / all.rows) as f32).collect())?,
+            min: tensor(all.min)?,
+            max: tensor(all.max)?,
+        })
     }
 }
 
@@ -212,7 +372,7 @@ simd! {
 }
 
 /// Scratch of [`block_moments`], one element per position of a tile.
-struct Scratch {
+pub(crate) struct Scratch {
     pivot: Vec<f32>,
     sum: Vec<f32>,
     min: Vec<f32>,
@@ -223,7 +383,7 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(c: usize) -> Self {
+    pub(crate) fn new(c: usize) -> Self {
         let zeros = || vec![0.0; tile_rows(c) * c];
         Self {
             pivot: zeros(),
@@ -357,90 +517,76 @@ simd! {
     }
 }
 
-impl CustomOp1 for ChannelStats {
-    fn name(&self) -> &'static str {
-        "channel-stats"
+/// `Q(φ(scale·z + shift))` of some rows, as floats or as levels.
+pub(crate) struct Normalizer {
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    bounds: (f32, f32),
+    grid: Option<Grid>,
+}
+
+impl Normalizer {
+    pub(crate) fn new(
+        check: &Check,
+        c: usize,
+        scale: &Tensor,
+        shift: &Tensor,
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Result<Self> {
+        check.quantizer(quant)?;
+        let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
+        let grid = quant.map(cpu::grid).transpose()?;
+        Ok(Self { scale: tiled(&scale)?, shift: tiled(&shift)?, bounds: act.bounds(), grid })
     }
 
-    fn cpu_fwd(&self, z: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let z = cpu::slice(z, layout)?;
-        let c = layout.dims()[layout.dims().len() - 1];
-        let rows = z.len() / c;
-        let mut all = Moments::none(c);
-        let parts = cpu::parts(rows, c, |part| {
-            let (mut all, mut block, mut scratch) = (Moments::none(c), Moments::none(c), Scratch::new(c));
-            for z in z[part.start * c..part.end * c].chunks(chunk_len(c)) {
-                block_moments(z, &mut scratch, &mut block);
-                merge(&mut all, &block);
-            }
-            all
-        });
-        parts.iter().for_each(|part| merge(&mut all, part));
-        let mut stats: Vec<f32> = all.mean.iter().map(|mean| *mean as f32).collect();
-        stats.extend(all.squares.iter().map(|squares| (squares / rows as f64) as f32));
-        stats.extend(all.min);
-        stats.extend(all.max);
-        cpu::output(stats, (4, c))
+    /// Writes all of `y`, which must be as long as `z`; without a quantizer.
+    pub(crate) fn floats(&self, z: &[f32], y: &mut [MaybeUninit<f32>]) {
+        debug_assert!(self.grid.is_none(), "quantized feature maps are written as levels");
+        normalize(z, y, &self.scale, &self.shift, self.bounds);
+    }
+
+    /// Writes all of `y`, which must be as long as `z`; with a quantizer.
+    pub(crate) fn levels(&self, z: &[f32], y: &mut [MaybeUninit<u8>]) {
+        let grid = self.grid.as_ref().expect("levels are those of a quantizer");
+        normalize_levels(z, y, &self.scale, &self.shift, self.bounds, grid);
     }
 }
 
-struct Forward<'a> {
-    act: Activation,
-    quant: Option<Quantizer<'a>>,
+/// Writes `f(scale·z + shift)`.
+#[inline(always)]
+fn normalize_tiles<T>(
+    z: &[f32],
+    y: &mut [MaybeUninit<T>],
+    scale: &[f32],
+    shift: &[f32],
+    f: impl Fn(f32) -> T,
+) {
+    assert_eq!(z.len(), y.len());
+    for (z, y) in z.chunks(scale.len()).zip(y.chunks_mut(scale.len())) {
+        for (((y, z), scale), shift) in y.iter_mut().zip(z).zip(scale).zip(shift) {
+            y.write(f(z.mul_add(*scale, *shift)));
+        }
+    }
 }
 
 simd! {
-    fn normalize(
-        z: &[f32],
-        y: &mut [MaybeUninit<f32>],
-        scale: &[f32],
-        shift: &[f32],
-        bounds: (f32, f32),
-        grid: Option<Grid>,
-    ) {
-        #[inline(always)]
-        fn tiles(z: &[f32], y: &mut [MaybeUninit<f32>], scale: &[f32], shift: &[f32], f: impl Fn(f32) -> f32) {
-            for (z, y) in z.chunks(scale.len()).zip(y.chunks_mut(scale.len())) {
-                for (((y, z), scale), shift) in y.iter_mut().zip(z).zip(scale).zip(shift) {
-                    y.write(f(z.mul_add(*scale, *shift)));
-                }
-            }
-        }
-        match grid {
-            None => tiles(z, y, scale, shift, |u| clamp(u, bounds)),
-            Some(grid) => tiles(z, y, scale, shift, |u| grid.fake(clamp(u, bounds))),
-        }
+    fn normalize(z: &[f32], y: &mut [MaybeUninit<f32>], scale: &[f32], shift: &[f32], bounds: (f32, f32)) {
+        normalize_tiles(z, y, scale, shift, |u| clamp(u, bounds));
     }
 }
 
-impl CustomOp3 for Forward<'_> {
-    fn name(&self) -> &'static str {
-        "norm-forward"
-    }
-
-    fn cpu_fwd(
-        &self,
-        z: &CpuStorage,
-        layout: &Layout,
-        scale: &CpuStorage,
-        scale_layout: &Layout,
-        shift: &CpuStorage,
-        shift_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let z = cpu::slice(z, layout)?;
-        let (scale, shift) = (cpu::slice(scale, scale_layout)?, cpu::slice(shift, shift_layout)?);
-        let c = scale.len();
-        let (scale, shift) = (scale.repeat(tile_rows(c)), shift.repeat(tile_rows(c)));
-        let grid = self.quant.map(cpu::grid).transpose()?;
-        let chunk = chunk_len(c);
-        // SAFETY: `normalize` writes all of `y`, which is as long as its part of `z`.
-        #[allow(unsafe_code)]
-        let y = unsafe {
-            cpu::fill_uninit(z.len(), chunk, |i, y| {
-                normalize(&z[i * chunk..][..y.len()], y, &scale, &shift, self.act.bounds(), grid);
-            })
-        };
-        cpu::output(y, layout.shape())
+simd! {
+    fn normalize_levels(
+        z: &[f32],
+        y: &mut [MaybeUninit<u8>],
+        scale: &[f32],
+        shift: &[f32],
+        bounds: (f32, f32),
+        grid: &Grid,
+    ) {
+        let grid = *grid;
+        normalize_tiles(z, y, scale, shift, |u| byte(grid.level(clamp(u, bounds))));
     }
 }
 
@@ -475,17 +621,6 @@ impl CustomOp2 for OutputRange<'_> {
     }
 }
 
-/// Batch normalization, activation and quantizer, as their backward kernels need them.
-#[derive(Clone, Copy)]
-struct Batch<'a> {
-    scale: &'a Tensor,
-    shift: &'a Tensor,
-    mean: &'a Tensor,
-    inv_std: &'a Tensor,
-    act: Activation,
-    quant: Option<Quantizer<'a>>,
-}
-
 /// Where the gradient passes through activation and quantizer. Strictly inside the activation's bounds
 /// `φ(u) = u`.
 #[derive(Clone, Copy)]
@@ -495,7 +630,8 @@ struct Gate {
 }
 
 impl Gate {
-    fn new(act: Activation, quant: Option<Quantizer<'_>>) -> candle_core::Result<Self> {
+    fn new(check: &Check, act: Activation, quant: Option<Quantizer<'_>>) -> Result<Self> {
+        check.quantizer(quant)?;
         Ok(Self { bounds: act.bounds(), grid: quant.map(cpu::grid).transpose()? })
     }
 }
@@ -505,9 +641,6 @@ impl Gate {
 fn gated(u: f32, gy: f32, (lo, hi): (f32, f32), passes: impl Fn(f32) -> bool) -> f32 {
     if (lo < u) & (u < hi) & passes(u) { gy } else { 0.0 }
 }
-
-/// `Σg` and `Σg·x̂`, `[2, C]`: the gradients of `β` and `γ`.
-struct BatchSums<'a>(Batch<'a>);
 
 simd! {
     /// Adds `g` and `g·(z − mean)` of some rows to the sums of a tile.
@@ -548,54 +681,12 @@ simd! {
     }
 }
 
-impl CustomOp2 for BatchSums<'_> {
-    fn name(&self) -> &'static str {
-        "norm-backward-batch-sums"
-    }
-
-    fn cpu_fwd(
-        &self,
-        z: &CpuStorage,
-        layout: &Layout,
-        gy: &CpuStorage,
-        gy_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Batch { scale, shift, mean, inv_std, act, quant } = self.0;
-        let (z, gy) = (cpu::slice(z, layout)?, cpu::slice(gy, gy_layout)?);
-        let inv_std = values(inv_std)?;
-        let c = inv_std.len();
-        let (scale, shift, mean) = (tiled(scale)?, tiled(shift)?, tiled(mean)?);
-        let gate = Gate::new(act, quant)?;
-        let parts = cpu::parts(z.len() / c, c, |part| {
-            let part = part.start * c..part.end * c;
-            let (mut sums, mut products) = (vec![0.0; c], vec![0.0; c]);
-            let (mut sum, mut product) = (vec![0.0; scale.len()], vec![0.0; scale.len()]);
-            for (z, gy) in z[part.clone()].chunks(chunk_len(c)).zip(gy[part].chunks(chunk_len(c))) {
-                add_batch_sums(z, gy, &scale, &shift, &mean, gate, &mut sum, &mut product);
-                fold(&mut sum, &mut sums);
-                fold(&mut product, &mut products);
-            }
-            (sums, products)
-        });
-        let mut all = vec![0.0; 2 * c];
-        for i in 0..c {
-            all[i] = parts.iter().map(|(sums, _)| sums[i]).sum::<f64>() as f32;
-            let products = parts.iter().map(|(_, products)| products[i]).sum::<f64>();
-            all[c + i] = (products * f64::from(inv_std[i])) as f32;
-        }
-        cpu::output(all, (2, c))
-    }
-}
-
-/// `∂z`, from `z`, `∂y` and the sums.
-struct BatchGradZ<'a>(Batch<'a>);
-
 simd! {
     /// `∂z = scale·g + slope·(z − mean) + offset`.
     fn batch_grad_z(
         z: &[f32],
         gy: &[f32],
-        gz: &mut [f32],
+        gz: &mut [MaybeUninit<f32>],
         scale: &[f32],
         shift: &[f32],
         mean: &[f32],
@@ -607,10 +698,11 @@ simd! {
         fn tiles(
             z: &[f32],
             gy: &[f32],
-            gz: &mut [f32],
+            gz: &mut [MaybeUninit<f32>],
             [scale, shift, mean, slope, offset]: [&[f32]; 5],
             g: impl Fn(f32, f32) -> f32,
         ) {
+            assert!(z.len() == gy.len() && z.len() == gz.len());
             let tile = scale.len();
             for ((z, gy), gz) in z.chunks(tile).zip(gy.chunks(tile)).zip(gz.chunks_mut(tile)) {
                 let n = z.len();
@@ -619,7 +711,7 @@ simd! {
                 let (slope, offset) = (&slope[..n], &offset[..n]);
                 for i in 0..n {
                     let g = g(z[i].mul_add(scale[i], shift[i]), gy[i]);
-                    gz[i] = scale[i].mul_add(g, slope[i].mul_add(z[i] - mean[i], offset[i]));
+                    gz[i].write(scale[i].mul_add(g, slope[i].mul_add(z[i] - mean[i], offset[i])));
                 }
             }
         }
@@ -628,119 +720,6 @@ simd! {
             None => tiles(z, gy, gz, channels, |u, gy| gated(u, gy, bounds, |_| true)),
             Some(grid) => tiles(z, gy, gz, channels, |u, gy| gated(u, gy, bounds, |u| grid.passes(u))),
         }
-    }
-}
-
-impl CustomOp3 for BatchGradZ<'_> {
-    fn name(&self) -> &'static str {
-        "norm-backward-batch"
-    }
-
-    fn cpu_fwd(
-        &self,
-        z: &CpuStorage,
-        layout: &Layout,
-        gy: &CpuStorage,
-        gy_layout: &Layout,
-        sums: &CpuStorage,
-        sums_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Batch { scale, shift, mean, inv_std, act, quant } = self.0;
-        let (z, gy) = (cpu::slice(z, layout)?, cpu::slice(gy, gy_layout)?);
-        let (scale, shift, mean, inv_std) = (tiled(scale)?, tiled(shift)?, tiled(mean)?, tiled(inv_std)?);
-        let (sums, products) = cpu::slice(sums, sums_layout)?.split_at(sums_layout.dims()[1]);
-        let c = sums.len();
-        let rows = (z.len() / c) as f32;
-        let slope: Vec<f32> =
-            (0..scale.len()).map(|i| -scale[i] * inv_std[i] * (products[i % c] / rows)).collect();
-        let offset: Vec<f32> = (0..scale.len()).map(|i| -scale[i] * (sums[i % c] / rows)).collect();
-        let gate = Gate::new(act, quant)?;
-        let chunk = chunk_len(c);
-        let gz = cpu::fill(z.len(), chunk, |i, gz| {
-            let (z, gy) = (&z[i * chunk..][..gz.len()], &gy[i * chunk..][..gz.len()]);
-            batch_grad_z(z, gy, gz, &scale, &shift, &mean, &slope, &offset, gate);
-        });
-        cpu::output(gz, layout.shape())
-    }
-}
-
-/// `∂z`, then `∂shift`, in one vector.
-struct BackwardAffine<'a> {
-    scale: &'a Tensor,
-    shift: &'a Tensor,
-    act: Activation,
-    quant: Option<Quantizer<'a>>,
-}
-
-simd! {
-    /// `∂z = scale·g`, and adds `g` to the sums of a tile.
-    fn affine_grads(
-        z: &[f32],
-        gy: &[f32],
-        gz: &mut [f32],
-        scale: &[f32],
-        shift: &[f32],
-        gate: Gate,
-        sum: &mut [f32],
-    ) {
-        #[inline(always)]
-        fn tiles(
-            z: &[f32],
-            gy: &[f32],
-            gz: &mut [f32],
-            [scale, shift]: [&[f32]; 2],
-            sum: &mut [f32],
-            g: impl Fn(f32, f32) -> f32,
-        ) {
-            let tile = scale.len();
-            for ((z, gy), gz) in z.chunks(tile).zip(gy.chunks(tile)).zip(gz.chunks_mut(tile)) {
-                let n = z.len();
-                let (gy, gz, sum) = (&gy[..n], &mut gz[..n], &mut sum[..n]);
-                let (scale, shift) = (&scale[..n], &shift[..n]);
-                for i in 0..n {
-                    let g = g(z[i].mul_add(scale[i], shift[i]), gy[i]);
-                    gz[i] = scale[i] * g;
-                    sum[i] += g;
-                }
-            }
-        }
-        let (channels, bounds) = ([scale, shift], gate.bounds);
-        match gate.grid {
-            None => tiles(z, gy, gz, channels, sum, |u, gy| gated(u, gy, bounds, |_| true)),
-            Some(grid) => tiles(z, gy, gz, channels, sum, |u, gy| gated(u, gy, bounds, |u| grid.passes(u))),
-        }
-    }
-}
-
-impl CustomOp2 for BackwardAffine<'_> {
-    fn name(&self) -> &'static str {
-        "norm-backward-affine"
-    }
-
-    fn cpu_fwd(
-        &self,
-        z: &CpuStorage,
-        layout: &Layout,
-        gy: &CpuStorage,
-        gy_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (z, gy) = (cpu::slice(z, layout)?, cpu::slice(gy, gy_layout)?);
-        let (scale, shift) = (tiled(self.scale)?, tiled(self.shift)?);
-        let gate = Gate::new(self.act, self.quant)?;
-        let c = layout.dims()[layout.dims().len() - 1];
-        // Larger chunks than elsewhere, as each leaves sums to add up.
-        let chunk = 4 * chunk_len(c);
-        let scratch = || vec![0.0; scale.len()];
-        let (mut all, sums) = cpu::generate(z.len(), c, chunk, scratch, |sum, i, gz| {
-            let (z, gy) = (&z[i * chunk..][..gz.len()], &gy[i * chunk..][..gz.len()]);
-            affine_grads(z, gy, gz, &scale, &shift, gate, sum);
-            let mut channels = vec![0.0; c];
-            fold(sum, &mut channels);
-            channels
-        });
-        all.extend((0..c).map(|i| sums.iter().map(|channels| channels[i]).sum::<f64>() as f32));
-        let len = all.len();
-        cpu::output(all, len)
     }
 }
 
@@ -782,6 +761,17 @@ mod tests {
 
     const EPSILON: f64 = 1e-5;
 
+    /// [`forward`], as floats.
+    fn normalized(
+        z: &Tensor,
+        scale: &Tensor,
+        shift: &Tensor,
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Tensor {
+        forward(z, scale, shift, act, quant).unwrap().to_float().unwrap()
+    }
+
     /// Where a quantizer passes the gradient, as a factor. In a reference, `y·mask` has the
     /// straight-through gradient of `Q(y)`.
     fn mask(y: &Tensor, quant: Option<Quantizer<'_>>) -> Tensor {
@@ -815,12 +805,12 @@ mod tests {
     fn forward_and_its_range_match_the_reference() {
         for_all(|dims, act, quant, context| {
             let (z, scale, shift) = (random(1, dims), channels(2, dims[3], 3.0), channels(3, dims[3], 1.0));
-            let y = forward(&z, &scale, &shift, act, None).unwrap();
+            let y = normalized(&z, &scale, &shift, act, None);
             assert_close(&y, &reference(&z, &scale, &shift, act).unwrap(), 1e-6, context);
             let range = output_range(&channel_stats(&z).unwrap(), &scale, &shift, act).unwrap();
             assert_eq!(elements(&range), elements(&quantize::min_max(&y).unwrap()), "{context}");
             if let Some(quant) = quant {
-                let quantized = forward(&z, &scale, &shift, act, Some(quant)).unwrap();
+                let quantized = normalized(&z, &scale, &shift, act, Some(quant));
                 assert_eq!(
                     elements(&quantized),
                     elements(&quantize::forward(&y, quant).unwrap()),
@@ -835,7 +825,7 @@ mod tests {
         let z = random(1, &[50, 4]);
         let (scale, shift) = (tensor(&[-2.0, 0.0, 1e-3, -0.5]), tensor(&[0.1, -0.2, 0.3, -4.0]));
         for act in ACTIVATIONS {
-            let y = forward(&z, &scale, &shift, act, None).unwrap();
+            let y = normalized(&z, &scale, &shift, act, None);
             let range = output_range(&channel_stats(&z).unwrap(), &scale, &shift, act).unwrap();
             assert_eq!(elements(&range), elements(&quantize::min_max(&y).unwrap()));
         }
@@ -846,8 +836,9 @@ mod tests {
         for_all(|dims, act, quant, context| {
             let (z, gy) = (random(1, dims), random(4, dims));
             let (scale, shift) = (channels(2, dims[3], 3.0), channels(3, dims[3], 1.0));
-            let mask = mask(&forward(&z, &scale, &shift, act, None).unwrap(), quant);
+            let mask = mask(&normalized(&z, &scale, &shift, act, None), quant);
             let (gz, gshift) = backward_affine(&z, &gy, &scale, &shift, act, quant).unwrap();
+            let gz = gz.tensor().unwrap();
             let gy = (gy * mask).unwrap();
             let wide = scale.to_dtype(candle_core::DType::F64).unwrap();
             let reference = |inputs: &[Tensor]| reference(&inputs[0], &wide, &inputs[1], act);
@@ -867,12 +858,13 @@ mod tests {
             let stats = channel_stats(&z).unwrap();
             let inv_std = inv_std(&stats.variance, EPSILON).unwrap();
             let (scale, shift) = affine(&gamma, &beta, &stats.mean, &inv_std).unwrap();
-            let y = forward(&z, &scale, &shift, act, None).unwrap();
+            let y = normalized(&z, &scale, &shift, act, None);
             assert_close(&y, &batch_reference(&z, &gamma, &beta, act).unwrap(), 1e-5, context);
             let grads = backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant).unwrap();
             let gy = (gy * mask(&y, quant)).unwrap();
             let reference = |inputs: &[Tensor]| batch_reference(&inputs[0], &inputs[1], &inputs[2], act);
-            let found = [&grads.z, &grads.gamma, &grads.beta];
+            let gz = grads.z.tensor().unwrap();
+            let found = [&gz, &grads.gamma, &grads.beta];
             assert_gradients(&[&z, &gamma, &beta], &gy, reference, &found, context);
         });
     }
@@ -939,7 +931,7 @@ mod tests {
         assert!(elements(&stats.variance)[0].is_nan());
         let one = tensor(&[1.0]);
         for act in ACTIVATIONS {
-            assert!(elements(&forward(&z, &one, &one, act, None).unwrap())[1].is_nan());
+            assert!(elements(&normalized(&z, &one, &one, act, None))[1].is_nan());
         }
     }
 
@@ -956,12 +948,13 @@ mod tests {
                     let inv_std = inv_std(&stats.variance, EPSILON).unwrap();
                     let (scale, shift) = affine(&gamma, &beta, &stats.mean, &inv_std).unwrap();
                     let act = Activation::Relu6;
-                    let y = forward(&z, &scale, &shift, act, quant).unwrap();
+                    let y = normalized(&z, &scale, &shift, act, quant);
                     let batch =
                         backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant).unwrap();
                     let (gz, gshift) = backward_affine(&z, &gy, &scale, &shift, act, quant).unwrap();
                     let Stats { mean, variance, min, max } = stats;
-                    vec![mean, variance, min, max, y, batch.z, batch.gamma, batch.beta, gz, gshift]
+                    let (batch_gz, gz) = (batch.z.tensor().unwrap(), gz.tensor().unwrap());
+                    vec![mean, variance, min, max, y, batch_gz, batch.gamma, batch.beta, gz, gshift]
                 });
             }
         }

@@ -1,121 +1,294 @@
-//! The 1×1 convolution: in NHWC a matrix product, done by the `gemm` crate on the CPU and by cuBLAS on CUDA.
+//! The 1×1 convolution: in NHWC a matrix product.
 //!
-//! With the rows `m` running over all positions of all images, `y[m,o] = Σ_i x[m,i]·w[i,o]`, so
-//! `∂x[m,i] = Σ_o ∂y[m,o]·w[i,o]` and `∂w[i,o] = Σ_m x[m,i]·∂y[m,o]`. Linear layers are the same
+//! With the rows `m` running over all positions of all images, `z[m,o] = Σ_i x[m,i]·w[i,o]`, so
+//! `∂x[m,i] = Σ_o ∂z[m,o]·w[i,o]` and `∂w[i,o] = Σ_m x[m,i]·∂z[m,o]`. Linear layers are the same
 //! operation.
+//!
+//! Where both operands are levels of quantizers, `x = s·(q − z)` and `w = t·v` with whole numbers `q` of one byte
+//! and `v` of a signed one, the forward product is that of the levels, exact, times `s·t`.
+//!
+//! [`backward`] computes a block of `∂z` and uses it for both gradients while it is in cache; `∂z` as a
+//! whole is never in memory.
 
-use crate::Result;
-use crate::cpu::{self, Check};
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
+use crate::convolution::{self, Convolution};
+use crate::cpu::{self, CHUNK, Check, open};
+use crate::feature::{Source, levels};
+use crate::norm::{Normalizer, OutputGradient, Stats};
+use crate::product::{self, IntegerPanels, LANES, Left, Panels, Right};
+use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
+use candle_core::{Device, Tensor};
+use quant_core::Grid;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
-/// `x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
-pub fn forward(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let check = Check("pointwise::forward");
-    let (rows, inputs) = check.rows("x", x)?;
-    let outputs = outputs(&check, w, inputs)?;
-    let y = matmul(&check.float("x", x)?.reshape((rows, inputs))?, &check.float("w", w)?)?;
-    Ok(y.reshape(with_channels(x, outputs))?)
+/// The weights of a product, as floats and, if they are quantized, by what their levels follow from.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight<'a> {
+    /// The weights `[Cin, Cout]` (quantized, if they are).
+    pub value: &'a Tensor,
+    /// The weights before quantization and their quantizer. `value` must be the quantized `original`.
+    pub quantized: Option<(&'a Tensor, Quantizer<'a>)>,
 }
 
-/// The gradient of the input: `∂y[…, Cout] · wᵀ`, of shape `[…, Cin]`.
-pub fn grad_input(gy: &Tensor, w: &Tensor) -> Result<Tensor> {
+impl<'a> From<&'a Tensor> for Weight<'a> {
+    fn from(value: &'a Tensor) -> Self {
+        Self { value, quantized: None }
+    }
+}
+
+/// `z = x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
+pub fn forward<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
+    with_product("pointwise::forward", x.into(), w.into(), |product| convolution::plain(product))
+}
+
+/// [`forward`], with the statistics of `z`.
+pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<(Tensor, Stats)> {
+    with_product("pointwise::forward_stats", x.into(), w.into(), |product| convolution::with_stats(product))
+}
+
+/// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
+pub fn forward_normalized<'a>(
+    x: impl Into<Input<'a>>,
+    w: impl Into<Weight<'a>>,
+    (scale, shift): (&Tensor, &Tensor),
+    act: Activation,
+    quant: Option<Quantizer<'_>>,
+) -> Result<FeatureMap> {
+    with_product("pointwise::forward_normalized", x.into(), w.into(), |product| {
+        let check = Check("pointwise::forward_normalized");
+        let normalizer = Normalizer::new(&check, product.n, scale, shift, act, quant)?;
+        convolution::normalized(product, &normalizer, quant)
+    })
+}
+
+/// The gradient of the input: `∂z[…, Cout] · wᵀ`, of shape `[…, Cin]`.
+pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     let check = Check("pointwise::grad_input");
-    let (rows, outputs) = check.rows("gy", gy)?;
-    let inputs = match w.dims() {
-        &[inputs, found] if found == outputs => inputs,
-        _ => return Err(check.shape("w", w, format!("[input channels, {outputs}]"))),
+    let (_, n) = check.rows("gz", gz)?;
+    let k = match w.dims() {
+        &[k, found] if found == n => k,
+        _ => return Err(check.shape("w", w, format!("[input channels, {n}]"))),
     };
-    let gx = matmul(&check.float("gy", gy)?.reshape((rows, outputs))?, &check.float("w", w)?.t()?)?;
-    Ok(gx.reshape(with_channels(gy, inputs))?)
+    let rows = gz.elem_count() / n;
+    let _note = profile::note(check.0, 2 * rows * k * n, 4 * (rows * (k + n) + k * n));
+    let (gz, w) = (check.float("gz", gz)?, check.float("w", w)?);
+    let panels = Panels::transposed(open(&w).floats()?, n, k);
+    let opened = open(&gz);
+    let x = Source::Float(opened.floats()?);
+    convolution::plain(&Product {
+        x,
+        w: Operand::Float(panels),
+        dims: with_channels(gz.dims(), k),
+        k: n,
+        n: k,
+    })
 }
 
-/// The gradient of the weight: `xᵀ · ∂y`, of shape `[Cin, Cout]`.
-pub fn grad_weight(x: &Tensor, gy: &Tensor) -> Result<Tensor> {
+/// The gradient of the weight: `xᵀ · ∂z`, of shape `[Cin, Cout]`.
+pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
     let check = Check("pointwise::grad_weight");
-    let (rows, inputs) = check.rows("x", x)?;
-    let (found, outputs) = check.rows("gy", gy)?;
-    if found != rows {
-        return Err(check.shape("gy", gy, format!("{rows} rows")));
+    let x = x.into();
+    let k = *x.dims().last().unwrap_or(&0);
+    let (rows, n) = check.rows("gz", gz)?;
+    if k == 0 || x.dims()[..x.dims().len() - 1].iter().product::<usize>() != rows {
+        return Err(check.shape("gz", gz, format!("the rows of {:?}", x.dims())));
     }
-    let x = check.float("x", x)?.reshape((rows, inputs))?;
-    let gy = check.float("gy", gy)?.reshape((rows, outputs))?;
-    matmul(&x.t()?, &gy)
+    let _note = profile::note(check.0, 2 * rows * k * n, x.bytes() + 4 * (rows * n + k * n));
+    let (x, gz) = (x.open(&check, "x")?, check.float("gz", gz)?);
+    let (x, gz) = (x.opened(), open(&gz));
+    let (x, gz) = (Source::new(&x)?, gz.floats()?);
+    let gradient = |rows: Range<usize>, block: &mut [MaybeUninit<f32>]| {
+        block.write_copy_of_slice(&gz[rows.start * n..rows.end * n]);
+    };
+    let (gw, _) = gradients(x, gradient, None, (rows, k, n));
+    Ok(Tensor::from_vec(gw, (k, n), &Device::Cpu)?)
 }
 
-/// `a[m, k] · b[k, n]`; transposed views are read as they are.
-fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    if a.device().is_cpu() { Ok(a.apply_op2_no_bwd(b, &MatMul)?) } else { Ok(a.matmul(b)?) }
+/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([Cin, Cout], […, Cin])`.
+pub fn backward<'a>(x: impl Into<Input<'a>>, w: &Tensor, gz: &OutputGradient) -> Result<(Tensor, Tensor)> {
+    let check = Check("pointwise::backward");
+    let x = x.into();
+    let (rows, n) = check.rows("gz", gz.z())?;
+    let k = *x.dims().last().unwrap_or(&0);
+    if k == 0 || x.dims()[..x.dims().len() - 1].iter().product::<usize>() != rows {
+        return Err(check.shape("gz", gz.z(), format!("the rows of {:?}", x.dims())));
+    }
+    let w = check.dims("w", w, &[k, n])?;
+    let bytes = x.bytes() + 4 * (rows * (k + 2 * n) + 2 * k * n);
+    let _note = profile::note(check.0, 4 * rows * k * n, bytes);
+    let dims = x.dims().to_vec();
+    let x = x.open(&check, "x")?;
+    let x = x.opened();
+    let gz = gz.open()?;
+    let panels = Panels::transposed(open(&w).floats()?, n, k);
+    let (gw, gx) =
+        gradients(Source::new(&x)?, |rows, block| gz.rows(rows, block), Some(&panels), (rows, k, n));
+    Ok((Tensor::from_vec(gw, (k, n), &Device::Cpu)?, Tensor::from_vec(gx, dims, &Device::Cpu)?))
 }
 
-/// What Candle's product does on the CPU, but for the result's memory: Candle zeroes it first, on one
-/// thread, which took a seventh of a training step.
-struct MatMul;
+/// Checks the operands and calls `f` with the product.
+fn with_product<R>(
+    name: &'static str,
+    x: Input<'_>,
+    w: Weight<'_>,
+    f: impl FnOnce(&Product<'_>) -> Result<R>,
+) -> Result<R> {
+    let check = Check(name);
+    let (k, dims) = match x.dims().last() {
+        Some(&k) if !x.dims().contains(&0) => (k, x.dims()),
+        _ => return Err(check.sizes("x", x.dims(), "[…, channels], not empty")),
+    };
+    let n = match w.value.dims() {
+        &[found, n] if found == k => n,
+        _ => return Err(check.shape("w", w.value, format!("[{k}, output channels]"))),
+    };
+    let dims = with_channels(dims, n);
+    let outputs = dims.iter().product::<usize>();
+    let _note = profile::note(name, 2 * outputs * k, x.bytes() + 4 * (k * n + outputs));
+    let x = x.open(&check, "x")?;
+    let x = x.opened();
+    let x = Source::new(&x)?;
+    let value = check.float("w", w.value)?;
+    let levels = match (x, w.quantized) {
+        (Source::Levels(_, grid), Some((original, quant))) => integers(&check, original, quant, grid)?,
+        _ => None,
+    };
+    let w = match levels {
+        Some(operand) => operand,
+        None => Operand::Float(Panels::new(open(&value).floats()?, k, n)),
+    };
+    f(&Product { x, w, dims, k, n })
+}
 
-impl CustomOp2 for MatMul {
-    fn name(&self) -> &'static str {
-        "matmul"
+/// The weights' levels, if each fits a signed byte: so with up to 7 bits.
+fn integers(check: &Check, w: &Tensor, quant: Quantizer<'_>, x: Grid) -> Result<Option<Operand>> {
+    check.quantizer(Some(quant))?;
+    let grid = cpu::grid(quant)?;
+    if grid.max_level() > 127.0 {
+        return Ok(None);
+    }
+    let (k, n) = w.dims2()?;
+    let w = check.float("w", w)?;
+    let w = open(&w);
+    let w = w.floats()?;
+    Ok(Some(Operand::Levels {
+        panels: IntegerPanels::new(&levels(w, &grid), grid.zero_point() as u8, k, n),
+        zero_point: x.zero_point() as i32,
+        scale: x.step() * grid.step(),
+    }))
+}
+
+/// The right operand of a forward product.
+enum Operand {
+    Float(Panels),
+    Levels { panels: IntegerPanels, zero_point: i32, scale: f32 },
+}
+
+/// A forward product of `k` by `n` channels.
+struct Product<'a> {
+    x: Source<'a>,
+    w: Operand,
+    dims: Vec<usize>,
+    k: usize,
+    n: usize,
+}
+
+/// Rows of a block: what they read and write takes about half of a small second-level cache.
+fn rows_per_block(k: usize, n: usize) -> usize {
+    (4 * CHUNK / (k + n)).max(64).next_multiple_of(8)
+}
+
+impl Convolution for Product<'_> {
+    type Scratch = Vec<f32>;
+
+    fn dims(&self) -> &[usize] {
+        &self.dims
     }
 
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        a_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let ((m, k), (inner, n)) = (a_layout.shape().dims2()?, b_layout.shape().dims2()?);
-        if k != inner {
-            candle_core::bail!("matmul: {:?} by {:?}", a_layout.shape(), b_layout.shape());
+    fn rows_per_block(&self) -> usize {
+        rows_per_block(self.k, self.n)
+    }
+
+    fn scratch(&self) -> Vec<f32> {
+        Vec::new()
+    }
+
+    fn compute(&self, scratch: &mut Vec<f32>, rows: Range<usize>, z: &mut [MaybeUninit<f32>]) {
+        let &Self { k, n, .. } = self;
+        let m = rows.len();
+        let x = self.x.part(rows.start * k..rows.end * k);
+        match (&self.w, x) {
+            (Operand::Levels { panels, zero_point, scale }, Source::Levels(x, _)) => {
+                product::set_levels(x, k, *zero_point, panels, *scale, z);
+            }
+            (Operand::Levels { .. }, Source::Float(_)) => unreachable!("only levels meet levels"),
+            (Operand::Float(panels), x) => {
+                let x = Left { elements: x.floats(scratch), row: k, depth: 1 };
+                product::set(x, panels.right(), (m, n, k), z);
+            }
         }
-        let (a, b) = (
-            &a.as_slice::<f32>()?[a_layout.start_offset()..],
-            &b.as_slice::<f32>()?[b_layout.start_offset()..],
-        );
-        let stride = |layout: &Layout, dim: usize| layout.stride()[dim] as isize;
-        let mut y: Vec<f32> = Vec::with_capacity(m * n);
-        // As many as Candle uses.
-        let threads = gemm::Parallelism::Rayon(candle_core::utils::get_num_threads());
-        // SAFETY: the layouts are those of valid tensors over these slices, so every element that the
-        // product reads is in bounds. It writes all m·n elements of `y`, and reads none (`false`).
-        #[allow(unsafe_code)]
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                y.as_mut_ptr(),
-                1,
-                n as isize,
-                false,
-                a.as_ptr(),
-                stride(a_layout, 1),
-                stride(a_layout, 0),
-                b.as_ptr(),
-                stride(b_layout, 1),
-                stride(b_layout, 0),
-                0.0,
-                1.0,
-                false,
-                false,
-                false,
-                threads,
-            );
-            y.set_len(m * n);
-        }
-        cpu::output(y, (m, n))
     }
 }
 
-fn outputs(check: &Check, w: &Tensor, inputs: usize) -> Result<usize> {
-    match w.dims() {
-        &[found, outputs] if found == inputs => Ok(outputs),
-        _ => Err(check.shape("w", w, format!("[{inputs}, output channels]"))),
-    }
+/// The most memory that the parts of a weight's gradient may take, in elements.
+const PARTIAL_SUMS: usize = 1 << 20;
+
+/// The gradients of a product of `rows` by `k` by `n`, where `gz(rows, block)` writes a block of `∂z`: of the
+/// weight, and of the input if `w`, transposed, is given. The weight's is summed up in parts, whose number
+/// depends on the shape alone.
+fn gradients(
+    x: Source<'_>,
+    gz: impl Fn(Range<usize>, &mut [MaybeUninit<f32>]) + Sync + Send,
+    w: Option<&Panels>,
+    (rows, k, n): (usize, usize, usize),
+) -> (Vec<f32>, Vec<f32>) {
+    let per_block = rows_per_block(k, n);
+    let parts = (PARTIAL_SUMS / (k * n)).clamp(4, 16);
+    let per_part = rows.div_ceil(parts).next_multiple_of(per_block);
+    let width = if w.is_some() { k } else { 0 };
+    let init = || (vec![MaybeUninit::uninit(); per_block.min(rows) * n + LANES], Vec::new());
+    type Scratch = (Vec<MaybeUninit<f32>>, Vec<f32>);
+    let part = |(block, floats): &mut Scratch, rows: Range<usize>, gx: &mut [MaybeUninit<f32>]| {
+        let mut gw = vec![0.0; k * n];
+        let mut gx = gx.chunks_mut((per_block * width).max(1));
+        for start in rows.clone().step_by(per_block) {
+            let rows = start..rows.end.min(start + per_block);
+            let m = rows.len();
+            gz(rows.clone(), &mut block[..m * n]);
+            // What is read beyond the last row.
+            block[m * n..m * n + LANES].fill(MaybeUninit::new(0.0));
+            // SAFETY: `gz` writes all of its block.
+            #[allow(unsafe_code)]
+            let block = unsafe { block[..m * n + LANES].assume_init_ref() };
+            if let Some(w) = w {
+                let gz = Left { elements: block, row: n, depth: 1 };
+                product::set(gz, w.right(), (m, k, n), gx.next().expect("as many blocks as of rows"));
+            }
+            let x = x.part(rows.start * k..rows.end * k).floats(floats);
+            product::add(Left { elements: x, row: 1, depth: k }, Right::rows(block, n), (k, n, m), &mut gw);
+        }
+        gw
+    };
+    // SAFETY: `product::set` writes all of each block of the gradient.
+    #[allow(unsafe_code)]
+    let (gx, sums): (Vec<f32>, Vec<Vec<f32>>) = unsafe { cpu::blocks((rows, width), per_part, init, part) };
+    let gw = if sums.len() == 1 {
+        sums.into_iter().next().expect("one")
+    } else {
+        cpu::fill(k * n, CHUNK / 4, |i, gw| {
+            for sum in &sums {
+                for (gw, sum) in gw.iter_mut().zip(&sum[i * (CHUNK / 4)..]) {
+                    *gw += sum;
+                }
+            }
+        })
+    };
+    (gw, gx)
 }
 
 /// The dimensions of a tensor with another number of channels.
-fn with_channels(x: &Tensor, channels: usize) -> Vec<usize> {
-    let mut dims = x.dims().to_vec();
+fn with_channels(dims: &[usize], channels: usize) -> Vec<usize> {
+    let mut dims = dims.to_vec();
     if let Some(last) = dims.last_mut() {
         *last = channels;
     }
@@ -125,12 +298,16 @@ fn with_channels(x: &Tensor, channels: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::norm;
     use crate::testing::*;
+    use quant_core::Bits;
+
+    const SHAPES: [(usize, usize); 6] = [(1, 3), (7, 1), (16, 33), (33, 7), (5, 48), (50, 100)];
 
     #[test]
     fn forward_and_gradients_match_the_reference() {
         for (n, h, w) in MAPS {
-            for (inputs, outputs) in [(1, 3), (7, 1), (16, 33), (33, 7)] {
+            for (inputs, outputs) in SHAPES {
                 let context = format!("{n}×{h}×{w}, {inputs} to {outputs}");
                 let (x, weight) = (random(1, &[n, h, w, inputs]), random(2, &[inputs, outputs]));
                 let reference = |inputs: &[Tensor]| inputs[0].broadcast_matmul(&inputs[1]);
@@ -143,14 +320,101 @@ mod tests {
         }
     }
 
-    /// Candle cuts a product for all of the machine's cores, whatever the pool, so this varies only who
-    /// computes a piece. (gemm never splits the sum over `k`, so the cut does not matter either.)
+    /// Levels of `x[…, inputs]` and of `w[inputs, outputs]`.
+    fn quantized(
+        dims: &[usize],
+        outputs: usize,
+        (x_bits, w_bits): (u32, u32),
+        lo: f32,
+        f: impl FnOnce(&FeatureMap, Weight<'_>, &Tensor),
+    ) {
+        let bits = |bits| Bits::new(bits).unwrap();
+        let (x_range, w_range) = (tensor(&[lo, 0.9]), tensor(&[-0.8, 0.6]));
+        let quant = Quantizer { range: &x_range, bits: bits(x_bits) };
+        let x = FeatureMap::quantize(&random(1, dims), Some(quant)).unwrap();
+        let original = random(2, &[dims[dims.len() - 1], outputs]);
+        let quant = Quantizer { range: &w_range, bits: bits(w_bits) };
+        let value = crate::quantize::forward(&original, quant).unwrap();
+        f(&x, Weight { value: &value, quantized: Some((&original, quant)) }, &value);
+    }
+
+    /// The levels' product is exact, so what is left is the rounding of the reference.
     #[test]
-    fn threads_do_not_change_the_result() {
+    fn products_of_levels_are_those_of_the_floats() {
+        for (n, h, w) in MAPS {
+            for (inputs, outputs) in SHAPES {
+                for (bits, lo) in
+                    [((4, 4), 0.0), ((3, 2), -0.7), ((8, 7), -0.9), ((8, 8), -0.9), ((2, 8), 0.0)]
+                {
+                    quantized(&[n, h, w, inputs], outputs, bits, lo, |x, weight, value| {
+                        let context = format!("{n}×{h}×{w}, {inputs} to {outputs}, {bits:?} bits");
+                        let expected = x.to_float().unwrap().broadcast_matmul(value).unwrap();
+                        assert_close(&forward(x, weight).unwrap(), &expected, 2e-6, &context);
+                        assert_close(&forward(x, value).unwrap(), &expected, 2e-6, &context);
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_levels_have_the_same_bits_everywhere() {
+        for (dims, outputs) in [([700, 24], 33), ([1001, 163], 130)] {
+            quantized(&dims, outputs, (4, 4), -0.3, |x, weight, _| {
+                assert_same_everywhere(|| {
+                    let (z, stats) = forward_stats(x, weight).unwrap();
+                    vec![forward(x, weight).unwrap(), z, stats.mean, stats.variance]
+                });
+            });
+        }
+    }
+
+    /// What is done block by block is what is done in one piece after the other.
+    #[test]
+    fn fused_passes_are_the_single_operations() {
+        let act = Activation::Relu6;
+        for (dims, outputs) in [([2, 5, 7, 19], 33), ([3, 41, 20, 33], 130), ([1, 1, 3, 4], 1)] {
+            quantized(&dims, outputs, (4, 4), -0.3, |x, weight, value| {
+                let context = format!("{dims:?} to {outputs}");
+                let close = |found: &Tensor, expected: &Tensor| assert_close(found, expected, 2e-6, &context);
+                let range = tensor(&[0.0, 2.0]);
+                let quant = Quantizer { range: &range, bits: Bits::new(4).unwrap() };
+                let gamma = (random(3, &[outputs]) + 1.5).unwrap();
+                let beta = random(4, &[outputs]);
+                let z = forward(x, weight).unwrap();
+                let (found, stats) = forward_stats(x, weight).unwrap();
+                assert_eq!(elements(&found), elements(&z), "{context}");
+                let expected = norm::channel_stats(&z).unwrap();
+                close(&stats.mean, &expected.mean);
+                close(&stats.variance, &expected.variance);
+                assert_eq!(elements(&stats.min), elements(&expected.min));
+                assert_eq!(elements(&stats.max), elements(&expected.max));
+                for quant in [None, Some(quant)] {
+                    let found = forward_normalized(x, weight, (&gamma, &beta), act, quant).unwrap();
+                    let expected = norm::forward(&z, &gamma, &beta, act, quant).unwrap();
+                    let [found, expected] = [found, expected].map(|y| elements(&y.to_float().unwrap()));
+                    assert_eq!(found, expected, "{context}");
+                }
+                let inv_std = norm::inv_std(&stats.variance, 1e-5).unwrap();
+                let gy = random(5, z.dims());
+                let quant = Some(quant);
+                let grads = norm::backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant);
+                let gz = grads.unwrap().z;
+                let (gw, gx) = backward(x, value, &gz).unwrap();
+                let gz = gz.tensor().unwrap();
+                close(&gx, &grad_input(&gz, value).unwrap());
+                close(&gw, &grad_weight(x, &gz).unwrap());
+                close(&gw, &grad_weight(&x.to_float().unwrap(), &gz).unwrap());
+            });
+        }
+    }
+
+    #[test]
+    fn same_bits_everywhere() {
         for (rows, inputs, outputs) in [(20_000, 24, 33), (1000, 160, 320)] {
             let (x, w, gy) =
                 (random(1, &[rows, inputs]), random(2, &[inputs, outputs]), random(3, &[rows, outputs]));
-            assert_same_on_threads(|| {
+            assert_same_everywhere(|| {
                 vec![forward(&x, &w).unwrap(), grad_input(&gy, &w).unwrap(), grad_weight(&x, &gy).unwrap()]
             });
         }

@@ -1,14 +1,27 @@
 //! Global average pooling: `y[n,c] = (Σ_{h,w} x[n,h,w,c]) / (H·W)`, so `∂x[n,h,w,c] = ∂y[n,c] / (H·W)`.
 
-use crate::Result;
 use crate::cpu::{self, CHUNK, Check, simd};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use crate::feature::Source;
+use crate::{Input, Result, profile};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 
 /// The mean over the positions of `x[N, H, W, C]`, `[N, C]`.
-pub fn global_average(x: &Tensor) -> Result<Tensor> {
+pub fn global_average<'a>(x: impl Into<Input<'a>>) -> Result<Tensor> {
     let check = Check("pool::global_average");
-    check.map("x", x)?;
-    Ok(check.float("x", x)?.apply_op1_no_bwd(&Forward)?)
+    let x = x.into();
+    let (n, h, w, c) = check.map_sizes("x", x.dims())?;
+    let _note = profile::note(check.0, 0, x.bytes() + 4 * n * c);
+    let x = x.open(&check, "x")?;
+    let x = x.opened();
+    let x = Source::new(&x)?;
+    let image = h * w * c;
+    let images = (CHUNK / image).max(1);
+    let means = cpu::fill(n * c, images * c, |i, y| {
+        for (image_at, y) in (i * images..).zip(y.chunks_exact_mut(c)) {
+            mean_rows(x.part(image_at * image..(image_at + 1) * image), h * w, y);
+        }
+    });
+    Ok(Tensor::from_vec(means, (n, c), &Device::Cpu)?)
 }
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the means, `[N, C]`.
@@ -17,42 +30,33 @@ pub fn backward(gy: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     if gy.rank() != 2 || gy.elem_count() == 0 {
         return Err(check.shape("gy", gy, "[images, channels]"));
     }
+    let _note = profile::note(check.0, 0, 4 * gy.elem_count() * (h * w + 1));
     Ok(check.float("gy", gy)?.apply_op1_no_bwd(&Backward { h, w })?)
 }
 
-struct Forward;
-
 simd! {
-    /// The mean of the rows of `x` into `y`.
-    fn mean_rows(x: &[f32], y: &mut [f32]) {
-        let rows = x.len() / y.len();
-        for x in x.chunks_exact(y.len()) {
-            for (y, x) in y.iter_mut().zip(x) {
-                *y += x;
+    /// The mean of the rows of `x` into `y`, which comes zeroed.
+    fn mean_rows(x: Source<'_>, rows: usize, y: &mut [f32]) {
+        let c = y.len();
+        match x {
+            Source::Float(x) => {
+                for x in x.chunks_exact(c) {
+                    for (y, x) in y.iter_mut().zip(x) {
+                        *y += x;
+                    }
+                }
+            }
+            Source::Levels(x, grid) => {
+                for x in x.chunks_exact(c) {
+                    for (y, x) in y.iter_mut().zip(x) {
+                        *y += grid.value(f32::from(*x));
+                    }
+                }
             }
         }
         for y in y {
             *y /= rows as f32;
         }
-    }
-}
-
-impl CustomOp1 for Forward {
-    fn name(&self) -> &'static str {
-        "global-average-forward"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (n, h, w, c) = layout.shape().dims4()?;
-        let x = cpu::slice(x, layout)?;
-        let image = h * w * c;
-        let images = (CHUNK / image).max(1);
-        let means = |i: usize, y: &mut [f32]| {
-            for (y, x) in y.chunks_exact_mut(c).zip(x[i * images * image..].chunks_exact(image)) {
-                mean_rows(x, y);
-            }
-        };
-        cpu::output(cpu::fill(n * c, images * c, means), (n, c))
     }
 }
 

@@ -5,13 +5,14 @@
 //! clamped, else 0.
 
 use crate::cpu::{self, CHUNK, Check, simd};
-use crate::{Quantizer, Result};
+use crate::{Quantizer, Result, profile};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Shape, Tensor};
 use quant_core::Grid;
 
 /// `Q(x)`, of the shape of `x`.
 pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::forward");
+    let _note = profile::note(check.0, 0, 8 * x.elem_count());
     check.quantizer(Some(quant))?;
     Ok(check.float("x", x)?.apply_op1_no_bwd(&Forward(quant))?)
 }
@@ -20,6 +21,7 @@ pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
 pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::backward");
     check.quantizer(Some(quant))?;
+    let _note = profile::note(check.0, 0, 12 * x.elem_count());
     let gy = check.dims("gy", gy, x.dims())?;
     Ok(check.float("x", x)?.apply_op2_no_bwd(&gy, &Backward(quant))?)
 }
@@ -30,6 +32,7 @@ pub fn min_max(x: &Tensor) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return Err(check.shape("x", x, "at least one element"));
     }
+    let _note = profile::note(check.0, 0, 4 * x.elem_count());
     Ok(check.float("x", x)?.apply_op1_no_bwd(&MinMax)?)
 }
 

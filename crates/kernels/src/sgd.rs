@@ -1,8 +1,8 @@
 //! Stochastic gradient descent with momentum and weight decay, in place, by PyTorch's convention:
 //! `v ← m·v + (g + λ·p)`, then `p ← p − lr·v`.
 
-use crate::Result;
 use crate::cpu::{self, Check};
+use crate::{Result, profile};
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 
 /// One step for one parameter; all three tensors have its shape. Changes `velocity` (which begins as
@@ -23,6 +23,7 @@ pub fn step(
             return Err(check.setting(format!("{argument} is changed in place and must be contiguous")));
         }
     }
+    let _note = profile::note(check.0, 0, 28 * param.elem_count());
     let accumulate = Accumulate { momentum: momentum as f32, weight_decay: weight_decay as f32 };
     velocity.inplace_op3(&grad, param, &accumulate)?;
     Ok(param.inplace_op2(velocity, &Descend { lr: lr as f32 })?)

@@ -12,7 +12,6 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
 use std::path::Path;
 
 /// Metadata key that holds the [`Structure`].
@@ -20,7 +19,7 @@ const STRUCTURE: &str = "network";
 
 /// Everything of a network that is not a tensor.
 #[derive(Serialize, Deserialize)]
-struct Structure {
+pub(crate) struct Structure {
     name: String,
     input: [usize; 3],
     epsilon: f64,
@@ -89,7 +88,7 @@ fn entry(quantizer: &Option<ActivationQuantizer>) -> Option<QuantizerEntry> {
 }
 
 impl Network {
-    fn structure(&self) -> Structure {
+    pub(crate) fn structure(&self) -> Structure {
         let units = self.units.iter().map(|unit| UnitEntry {
             name: unit.name.clone(),
             kernel: unit.kernel,
@@ -110,8 +109,7 @@ impl Network {
         }
     }
 
-    /// Writes the network and `extras` to `path`, whole or not at all: a temporary file beside it
-    /// is written, flushed to the disk and renamed, so that a crash leaves the old file.
+    /// Writes the network and `extras` to `path`, whole or not at all.
     pub fn save(&self, path: &Path, extras: &Extras) -> Result<()> {
         let fail = |problem: String| Error::File { path: path.display().to_string(), problem };
         let mut tensors = Vec::new();
@@ -125,17 +123,7 @@ impl Network {
         let mut metadata: HashMap<String, String> = extras.metadata.clone().into_iter().collect();
         metadata.insert(STRUCTURE.into(), structure);
         let data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(e.to_string()))?;
-        let partial = path.with_extension("partial");
-        let write = || -> std::io::Result<()> {
-            if let Some(folder) = path.parent() {
-                std::fs::create_dir_all(folder)?;
-            }
-            let mut file = std::fs::File::create(&partial)?;
-            file.write_all(&data)?;
-            file.sync_all()?;
-            std::fs::rename(&partial, path)
-        };
-        write().map_err(|e| fail(format!("could not be written: {e}")))
+        whole_file::write(path, data).map_err(|e| fail(format!("could not be written: {e}")))
     }
 
     /// Reads a network that [`Network::save`] wrote.
@@ -167,66 +155,50 @@ impl Network {
             let values: Vec<f32> = chunks.iter().map(|b| f32::from_le_bytes(*b)).collect();
             tensors.insert(name, Tensor::from_vec(values, view.shape(), device)?);
         }
-        let network = structure.build(&mut |name| {
-            tensors
-                .remove(name)
-                .ok_or_else(|| fail(format!("tensor {name} is missing; was the file edited?")))
-        })?;
+        let mut network = structure.skeleton(device)?;
+        for (name, _, tensor) in network.slots_mut() {
+            let missing = || fail(format!("tensor {name} is missing; was the file edited?"));
+            *tensor = tensors.remove(&name).ok_or_else(missing)?;
+        }
         network.validate()?;
         Ok((network, Extras { metadata, tensors }))
     }
 }
 
 impl Structure {
-    fn build(self, take: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<Network> {
-        let quantizer =
-            |place: &str, entry: Option<QuantizerEntry>, take: &mut dyn FnMut(&str) -> Result<Tensor>| {
-                entry
-                    .map(|QuantizerEntry { bits, ready }| {
-                        let range = take(&format!("{place}.range"))?;
-                        Ok::<_, Error>(ActivationQuantizer { bits, range, ready })
-                    })
-                    .transpose()
-            };
-        let input_quantizer = quantizer("input", self.input_quantizer, take)?;
-        let mut units = Vec::with_capacity(self.units.len());
-        for entry in self.units {
-            let mut tensor = |field: &str| take(&format!("{}.{field}", entry.name));
-            let weight = tensor("weight")?;
-            let norm = if entry.normalized {
-                Norm::Batch(BatchNorm {
-                    gamma: tensor("gamma")?,
-                    beta: tensor("beta")?,
-                    mean: tensor("mean")?,
-                    variance: tensor("variance")?,
-                })
-            } else {
-                Norm::Bias(tensor("bias")?)
-            };
-            let output_quantizer = quantizer(&entry.name, entry.output_quantizer, take)?;
-            units.push(Unit {
+    /// The network with an empty tensor in every slot, to be filled through [`Network::slots_mut`].
+    pub(crate) fn skeleton(self, device: &Device) -> Result<Network> {
+        let empty = Tensor::zeros(0, DType::F32, device)?;
+        let quantizer = |entry: Option<QuantizerEntry>| {
+            let range = empty.clone();
+            entry.map(|QuantizerEntry { bits, ready }| ActivationQuantizer { bits, range, ready })
+        };
+        let unit = |entry: UnitEntry| -> Result<Unit> {
+            Ok(Unit {
                 name: entry.name,
                 kernel: entry.kernel,
-                weight,
+                weight: empty.clone(),
                 weight_quantizer: entry.weight_quantizer,
-                norm,
+                norm: match entry.normalized {
+                    true => Norm::Batch(BatchNorm::init(0, device)?),
+                    false => Norm::Bias(empty.clone()),
+                },
                 activation: entry.activation,
-                output_quantizer,
-            });
-        }
-        let head = Head {
-            input_quantizer: quantizer("head", self.head_quantizer, take)?,
-            weight: take("head.weight")?,
-            weight_quantizer: self.head_weight_quantizer,
-            bias: take("head.bias")?,
+                output_quantizer: quantizer(entry.output_quantizer),
+            })
         };
         Ok(Network {
             name: self.name,
             input: self.input,
-            input_quantizer,
-            units,
+            input_quantizer: quantizer(self.input_quantizer),
+            units: self.units.into_iter().map(unit).collect::<Result<_>>()?,
             residuals: self.residuals,
-            head,
+            head: Head {
+                input_quantizer: quantizer(self.head_quantizer),
+                weight: empty.clone(),
+                weight_quantizer: self.head_weight_quantizer,
+                bias: empty.clone(),
+            },
             epsilon: self.epsilon,
         })
     }

@@ -1,5 +1,5 @@
 use crate::{BatchNorm, Head, Kernel, Network, Norm, Residual, Result, Unit};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -67,22 +67,28 @@ impl MobileNet {
     /// convolutions (as torchvision does it, groups not counted), N(0, 0.01²) for the classifier,
     /// γ = 1, everything else 0.
     pub fn init(&self, seed: u64, device: &Device) -> Result<Network> {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        self.build(device, &mut |shape, deviation| normal(&mut random, shape, deviation, device))
+    }
+
+    /// [`Network::macs`] of the network, for which no parameters are drawn.
+    pub fn macs(&self) -> Result<u64> {
+        let zeros = &mut |shape: &[usize], _| Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?);
+        Ok(self.build(&Device::Cpu, zeros)?.macs())
+    }
+
+    /// The network with the weights that `draw` makes from their shape and standard deviation.
+    fn build(&self, device: &Device, draw: &mut Draw) -> Result<Network> {
         let side = match self.input {
             Input::Cifar => 32,
             Input::Imagenet => 224,
         };
-        let mut b = Builder {
-            units: Vec::new(),
-            residuals: Vec::new(),
-            channels: 3,
-            random: Normal(ChaCha8Rng::seed_from_u64(seed)),
-            device: device.clone(),
-        };
+        let mut b = Builder { units: Vec::new(), residuals: Vec::new(), channels: 3, draw, device };
         match self.version {
             Version::V1 => self.build_v1(&mut b)?,
             Version::V2 => self.build_v2(&mut b)?,
         }
-        let weight = b.random.tensor(&[b.channels, self.classes], 0.01, device)?;
+        let weight = (b.draw)(&[b.channels, self.classes], 0.01)?;
         let network = Network {
             name: self.version.name().into(),
             input: [side, side, 3],
@@ -93,7 +99,7 @@ impl MobileNet {
                 input_quantizer: None,
                 weight,
                 weight_quantizer: None,
-                bias: Tensor::zeros(self.classes, candle_core::DType::F32, device)?,
+                bias: Tensor::zeros(self.classes, DType::F32, device)?,
             },
             epsilon: 1e-5,
         };
@@ -154,15 +160,18 @@ impl MobileNet {
     }
 }
 
-struct Builder {
+/// Makes weights from their shape and standard deviation.
+type Draw<'a> = dyn FnMut(&[usize], f64) -> Result<Tensor> + 'a;
+
+struct Builder<'a> {
     units: Vec<Unit>,
     residuals: Vec<Residual>,
     channels: usize,
-    random: Normal,
-    device: Device,
+    draw: &'a mut Draw<'a>,
+    device: &'a Device,
 }
 
-impl Builder {
+impl Builder<'_> {
     fn unit(
         &mut self,
         name: impl Into<String>,
@@ -179,9 +188,9 @@ impl Builder {
         self.units.push(Unit {
             name: name.into(),
             kernel,
-            weight: self.random.tensor(&shape, deviation, &self.device)?,
+            weight: (self.draw)(&shape, deviation)?,
             weight_quantizer: None,
-            norm: Norm::Batch(BatchNorm::init(filters, &self.device)?),
+            norm: Norm::Batch(BatchNorm::init(filters, self.device)?),
             activation,
             output_quantizer: None,
         });
@@ -190,17 +199,13 @@ impl Builder {
     }
 }
 
-/// Normally distributed tensors from a seeded generator (Box–Muller).
-struct Normal(ChaCha8Rng);
-
-impl Normal {
-    fn tensor(&mut self, shape: &[usize], deviation: f64, device: &Device) -> Result<Tensor> {
-        let values: Vec<f32> = (0..shape.iter().product())
-            .map(|_| {
-                let (u, v): (f64, f64) = (1.0 - self.0.random::<f64>(), self.0.random());
-                (deviation * (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
-            })
-            .collect();
-        Ok(Tensor::from_vec(values, shape, device)?)
-    }
+/// A normally distributed tensor (Box–Muller).
+fn normal(random: &mut ChaCha8Rng, shape: &[usize], deviation: f64, device: &Device) -> Result<Tensor> {
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| {
+            let (u, v): (f64, f64) = (1.0 - random.random::<f64>(), random.random());
+            (deviation * (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+        })
+        .collect();
+    Ok(Tensor::from_vec(values, shape, device)?)
 }

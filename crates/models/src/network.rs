@@ -191,6 +191,43 @@ impl BatchNorm {
     }
 }
 
+/// The method that lists every tensor of a network with its name and, if it is learned, its role. Files,
+/// gradients and copies go by this list and its order. A macro, as it is needed for shared and for `mut`
+/// references.
+macro_rules! slots {
+    ($method:ident $(, $mutable:tt)?) => {
+        pub(crate) fn $method(&$($mutable)? self) -> Vec<(String, Option<Role>, &$($mutable)? Tensor)> {
+            let Self { input_quantizer, units, head, .. } = self;
+            let mut all = Vec::new();
+            if let Some(q) = input_quantizer {
+                all.push(("input.range".into(), None, &$($mutable)? q.range));
+            }
+            for Unit { name, weight, norm, output_quantizer, .. } in units {
+                let mut push = |field, role, tensor| all.push((format!("{name}.{field}"), role, tensor));
+                push("weight", Some(Role::Weight), weight);
+                match norm {
+                    Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
+                        push("gamma", Some(Role::NormOrBias), gamma);
+                        push("beta", Some(Role::NormOrBias), beta);
+                        push("mean", None, mean);
+                        push("variance", None, variance);
+                    }
+                    Norm::Bias(bias) => push("bias", Some(Role::NormOrBias), bias),
+                }
+                if let Some(q) = output_quantizer {
+                    push("range", None, &$($mutable)? q.range);
+                }
+            }
+            if let Some(q) = &$($mutable)? head.input_quantizer {
+                all.push(("head.range".into(), None, &$($mutable)? q.range));
+            }
+            all.push(("head.weight".into(), Some(Role::Weight), &$($mutable)? head.weight));
+            all.push(("head.bias".into(), Some(Role::NormOrBias), &$($mutable)? head.bias));
+            all
+        }
+    };
+}
+
 impl Network {
     /// The device that holds the network.
     pub fn device(&self) -> &Device {
@@ -259,118 +296,37 @@ impl Network {
 
     /// Every learned tensor, in a fixed order; gradients come in the same order.
     pub fn parameters(&self) -> Vec<Parameter> {
-        let mut all = Vec::new();
-        let mut push = |name: String, tensor: &Tensor, role| {
-            all.push(Parameter { name, tensor: tensor.clone(), role });
+        let parameter = |(name, role, tensor): (_, Option<Role>, &Tensor)| {
+            role.map(|role| Parameter { name, tensor: tensor.clone(), role })
         };
-        for unit in &self.units {
-            push(format!("{}.weight", unit.name), &unit.weight, Role::Weight);
-            match &unit.norm {
-                Norm::Batch(norm) => {
-                    push(format!("{}.gamma", unit.name), &norm.gamma, Role::NormOrBias);
-                    push(format!("{}.beta", unit.name), &norm.beta, Role::NormOrBias);
-                }
-                Norm::Bias(bias) => push(format!("{}.bias", unit.name), bias, Role::NormOrBias),
-            }
-        }
-        push("head.weight".into(), &self.head.weight, Role::Weight);
-        push("head.bias".into(), &self.head.bias, Role::NormOrBias);
-        all
+        self.slots().into_iter().filter_map(parameter).collect()
     }
 
     /// Every tensor with its name: parameters, running statistics and quantizer ranges.
     pub fn tensors(&self) -> Vec<(String, &Tensor)> {
-        let mut all = Vec::new();
-        if let Some(q) = &self.input_quantizer {
-            all.push(("input.range".to_string(), &q.range));
-        }
-        for unit in &self.units {
-            let name = &unit.name;
-            all.push((format!("{name}.weight"), &unit.weight));
-            match &unit.norm {
-                Norm::Batch(norm) => {
-                    all.push((format!("{name}.gamma"), &norm.gamma));
-                    all.push((format!("{name}.beta"), &norm.beta));
-                    all.push((format!("{name}.mean"), &norm.mean));
-                    all.push((format!("{name}.variance"), &norm.variance));
-                }
-                Norm::Bias(bias) => all.push((format!("{name}.bias"), bias)),
-            }
-            if let Some(q) = &unit.output_quantizer {
-                all.push((format!("{name}.range"), &q.range));
-            }
-        }
-        if let Some(q) = &self.head.input_quantizer {
-            all.push(("head.range".to_string(), &q.range));
-        }
-        all.push(("head.weight".to_string(), &self.head.weight));
-        all.push(("head.bias".to_string(), &self.head.bias));
-        all
+        self.slots().into_iter().map(|(name, _, tensor)| (name, tensor)).collect()
     }
 
+    slots!(slots);
+    slots!(slots_mut, mut);
+
     /// The same network with every tensor replaced by `f` of it.
-    fn map(&self, f: &mut dyn FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
-        let quantizer = |place: &str,
-                         q: &Option<ActivationQuantizer>,
-                         f: &mut dyn FnMut(&str, &Tensor) -> Result<Tensor>| {
-            q.as_ref()
-                .map(|q| {
-                    Ok::<_, Error>(ActivationQuantizer {
-                        range: f(&format!("{place}.range"), &q.range)?,
-                        ..*q
-                    })
-                })
-                .transpose()
-        };
-        let input_quantizer = quantizer("input", &self.input_quantizer, f)?;
-        let mut units = Vec::with_capacity(self.units.len());
-        for unit in &self.units {
-            let name = &unit.name;
-            units.push(Unit {
-                name: name.clone(),
-                kernel: unit.kernel,
-                weight: f(&format!("{name}.weight"), &unit.weight)?,
-                weight_quantizer: unit.weight_quantizer,
-                norm: match &unit.norm {
-                    Norm::Batch(norm) => Norm::Batch(BatchNorm {
-                        gamma: f(&format!("{name}.gamma"), &norm.gamma)?,
-                        beta: f(&format!("{name}.beta"), &norm.beta)?,
-                        mean: f(&format!("{name}.mean"), &norm.mean)?,
-                        variance: f(&format!("{name}.variance"), &norm.variance)?,
-                    }),
-                    Norm::Bias(bias) => Norm::Bias(f(&format!("{name}.bias"), bias)?),
-                },
-                activation: unit.activation,
-                output_quantizer: quantizer(name, &unit.output_quantizer, f)?,
-            });
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let mut copy = self.structure().skeleton(self.device())?;
+        for ((_, _, to), (_, _, from)) in copy.slots_mut().into_iter().zip(self.slots()) {
+            *to = f(from)?;
         }
-        let head = Head {
-            input_quantizer: quantizer("head", &self.head.input_quantizer, f)?,
-            weight: f("head.weight", &self.head.weight)?,
-            weight_quantizer: self.head.weight_quantizer,
-            bias: f("head.bias", &self.head.bias)?,
-        };
-        Ok(Self {
-            name: self.name.clone(),
-            input: self.input,
-            input_quantizer,
-            units,
-            residuals: self.residuals.clone(),
-            head,
-            epsilon: self.epsilon,
-        })
+        Ok(copy)
     }
 
     /// A copy that shares no storage with this one: an optimizer updates parameters in place, so a
     /// shallow copy would be trained along.
     pub fn duplicate(&self) -> Result<Self> {
-        self.map(&mut |_, t| Ok(t.copy()?))
+        self.map(|t| Ok(t.copy()?))
     }
 
     /// A copy on `device`.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        self.map(&mut |_, t| {
-            Ok(if t.device().same_device(device) { t.copy()? } else { t.to_device(device)? })
-        })
+        self.map(|t| Ok(if t.device().same_device(device) { t.copy()? } else { t.to_device(device)? }))
     }
 }

@@ -2,7 +2,8 @@
 
 use crate::{ActivationQuantizer, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
 use candle_core::Tensor;
-use kernels::{Quantizer, depthwise, im2col, norm, pointwise, pool, quantize, residual};
+use kernels::norm::Stats;
+use kernels::{FeatureMap, Quantizer, depthwise, im2col, norm, pointwise, pool, quantize, residual};
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
@@ -20,14 +21,14 @@ pub type Gradients = Vec<Tensor>;
 /// What one unit's backward pass needs.
 struct Record {
     /// The unit's input.
-    input: Tensor,
+    input: FeatureMap,
     /// The convolution's output.
     z: Tensor,
     /// The weights that the convolution used, and how they came about.
     weight: UsedWeight,
     affine: Affine,
-    /// Where a residual ends: the normalized output and the shortcut, before their sum.
-    summands: Option<(Tensor, Tensor)>,
+    /// Where a residual ends: the sum, before its quantizer.
+    sum: Option<Tensor>,
 }
 
 /// The normalization as the forward pass applied it.
@@ -36,11 +37,16 @@ enum Affine {
     Bias,
 }
 
+/// What looks on at a forward pass: `observe(unit, z, y)`.
+type Observer<'a> = dyn FnMut(usize, &Tensor, &Tensor) -> Result<()> + 'a;
+
 /// The weights as the products see them.
 struct UsedWeight {
     value: Tensor,
     /// The tensor that was quantized and its range, if it was.
     quantized: Option<(Tensor, Tensor)>,
+    /// Whether `value` is divided by a folding factor after quantization, so that it is no multiple of one step.
+    divided: bool,
 }
 
 /// What the forward pass leaves for the backward pass.
@@ -57,7 +63,7 @@ impl UsedWeight {
     /// The weights `[…, C]` after their quantizer; `scale` `[C]` is the folding factor.
     fn new(weight: &Tensor, quantizer: Option<WeightQuantizer>, scale: Option<&Tensor>) -> Result<Self> {
         let Some(WeightQuantizer { bits, folded }) = quantizer else {
-            return Ok(Self { value: weight.clone(), quantized: None });
+            return Ok(Self { value: weight.clone(), quantized: None, divided: false });
         };
         let scale = scale.filter(|_| folded);
         let original = match scale {
@@ -71,7 +77,18 @@ impl UsedWeight {
             let divisor = (scale + scale.eq(0.0)?.to_dtype(scale.dtype())?)?;
             value = value.broadcast_div(&divisor)?;
         }
-        Ok(Self { value, quantized: Some((original, range)) })
+        Ok(Self { value, quantized: Some((original, range)), divided: scale.is_some() })
+    }
+
+    /// As the operand of a product.
+    fn operand(&self, quantizer: Option<WeightQuantizer>) -> pointwise::Weight<'_> {
+        let quantized = match (&self.quantized, quantizer) {
+            (Some((original, range)), Some(WeightQuantizer { bits, .. })) if !self.divided => {
+                Some((original, Quantizer { range, bits }))
+            }
+            _ => None,
+        };
+        pointwise::Weight { value: &self.value, quantized }
     }
 
     /// The gradient for the network's own weights: straight through, where not clamped. The folding
@@ -86,15 +103,9 @@ impl UsedWeight {
     }
 }
 
-fn convolve(kernel: Kernel, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    Ok(match kernel {
-        // Rows are gathered anew in the backward pass: keeping them would cost nine inputs.
-        Kernel::Full { size, stride } => {
-            pointwise::forward(&im2col::forward(input, size, stride, (size - 1) / 2)?, weight)?
-        }
-        Kernel::Depthwise { stride } => depthwise::forward(input, weight, stride)?,
-        Kernel::Pointwise => pointwise::forward(input, weight)?,
-    })
+/// The rows that make a full convolution a product.
+fn patches(input: &FeatureMap, size: usize, stride: usize) -> Result<Tensor> {
+    Ok(im2col::forward(&input.to_float()?, size, stride, (size - 1) / 2)?)
 }
 
 impl Unit {
@@ -106,6 +117,58 @@ impl Unit {
             _ => None,
         };
         UsedWeight::new(&self.weight, self.weight_quantizer, scale.as_ref())
+    }
+
+    /// The convolution's output `z`.
+    fn convolve(&self, input: &FeatureMap, weight: &UsedWeight) -> Result<Tensor> {
+        let operand = weight.operand(self.weight_quantizer);
+        Ok(match self.kernel {
+            Kernel::Full { size, stride } => pointwise::forward(&patches(input, size, stride)?, operand)?,
+            Kernel::Depthwise { stride } => depthwise::forward(input, &weight.value, stride)?,
+            Kernel::Pointwise => pointwise::forward(input, operand)?,
+        })
+    }
+
+    /// The convolution's output `z` and its statistics.
+    fn convolve_stats(&self, input: &FeatureMap, weight: &UsedWeight) -> Result<(Tensor, Stats)> {
+        let operand = weight.operand(self.weight_quantizer);
+        Ok(match self.kernel {
+            // Rows are gathered anew in the backward pass: keeping them would cost nine inputs.
+            Kernel::Full { size, stride } => {
+                pointwise::forward_stats(&patches(input, size, stride)?, operand)?
+            }
+            Kernel::Depthwise { stride } => depthwise::forward_stats(input, &weight.value, stride)?,
+            Kernel::Pointwise => pointwise::forward_stats(input, operand)?,
+        })
+    }
+
+    /// `Q(φ(scale·z + shift))` of the convolution's output, which is never in memory as a whole.
+    fn convolve_normalized(
+        &self,
+        input: &FeatureMap,
+        weight: &UsedWeight,
+        affine: (&Tensor, &Tensor),
+        quantizer: Option<Quantizer<'_>>,
+    ) -> Result<FeatureMap> {
+        let (operand, act) = (weight.operand(self.weight_quantizer), self.activation);
+        Ok(match self.kernel {
+            Kernel::Full { size, stride } => {
+                let patches = patches(input, size, stride)?;
+                pointwise::forward_normalized(&patches, operand, affine, act, quantizer)?
+            }
+            Kernel::Depthwise { stride } => {
+                depthwise::forward_normalized(input, &weight.value, stride, affine, act, quantizer)?
+            }
+            Kernel::Pointwise => pointwise::forward_normalized(input, operand, affine, act, quantizer)?,
+        })
+    }
+
+    /// Scale and shift of the running statistics, or of the bias that they were folded into.
+    fn running_affine(&self, epsilon: f64) -> Result<(Tensor, Tensor)> {
+        match &self.norm {
+            Norm::Batch(norm) => norm.affine(epsilon),
+            Norm::Bias(bias) => Ok((bias.ones_like()?, bias.clone())),
+        }
     }
 }
 
@@ -124,38 +187,47 @@ impl Network {
     /// The logits `[N, classes]` of images `[N, H, W, C]`, with the running statistics and the
     /// ranges as they are. Quantizers whose range has never been set pass values through.
     pub fn forward(&self, images: &Tensor) -> Result<Tensor> {
-        self.forward_observed(images, &mut |_, _, _| Ok(()))
+        self.infer(images, None)
     }
 
     /// [`Network::forward`], showing every unit's convolution output `z` and final output `y`
-    /// (after activation, residual and quantizer) to `observe(unit, z, y)`.
+    /// (after activation, residual and quantizer) to `observe(unit, z, y)`. Gives the same bits.
     pub fn forward_observed(
         &self,
         images: &Tensor,
         observe: &mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<()>,
     ) -> Result<Tensor> {
-        let mut x = fake_quantize(images, &self.input_quantizer)?;
+        self.infer(images, Some(observe))
+    }
+
+    fn infer(&self, images: &Tensor, mut observe: Option<&mut Observer<'_>>) -> Result<Tensor> {
+        let mut x = FeatureMap::Float(fake_quantize(images, &self.input_quantizer)?);
         // Only what a residual will still read is kept.
-        let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
+        let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate() {
-            let z = convolve(unit.kernel, &x, &unit.used_weight(self.epsilon)?.value)?;
-            let (scale, shift) = match &unit.norm {
-                Norm::Batch(norm) => norm.affine(self.epsilon)?,
-                Norm::Bias(bias) => (bias.ones_like()?, bias.clone()),
-            };
+            let weight = unit.used_weight(self.epsilon)?;
+            let (scale, shift) = unit.running_affine(self.epsilon)?;
             let quantizer = kernel_of(&unit.output_quantizer);
-            x = match self.residual_into(i) {
-                Some(from) => {
-                    let y = norm::forward(&z, &scale, &shift, unit.activation, None)?;
-                    let shortcut = shortcuts[from].take().expect("kept when it was made");
-                    residual::add_quantize(&y, &shortcut, quantizer)?
-                }
-                None => norm::forward(&z, &scale, &shift, unit.activation, quantizer)?,
+            let shortcut = self.residual_into(i).map(|from| shortcuts[from].take().expect("kept when made"));
+            // Where a residual ends, the sum is quantized.
+            let of_unit = if shortcut.is_some() { None } else { quantizer };
+            let (z, mut y) = if observe.is_some() {
+                let z = unit.convolve(&x, &weight)?;
+                let y = norm::forward(&z, &scale, &shift, unit.activation, of_unit)?;
+                (Some(z), y)
+            } else {
+                (None, unit.convolve_normalized(&x, &weight, (&scale, &shift), of_unit)?)
             };
-            observe(i, &z, &x)?;
-            if self.residuals.iter().any(|r| r.from == i) {
-                shortcuts[i] = Some(x.clone());
+            if let Some(shortcut) = &shortcut {
+                y = residual::add_quantize(&y.to_float()?, shortcut, quantizer)?;
             }
+            if let (Some(observe), Some(z)) = (&mut observe, &z) {
+                observe(i, z, &y.to_float()?)?;
+            }
+            if self.residuals.iter().any(|r| r.from == i) {
+                shortcuts[i] = Some(y.clone());
+            }
+            x = y;
         }
         let features = fake_quantize(&pool::global_average(&x)?, &self.head.input_quantizer)?;
         let weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer, None)?;
@@ -169,17 +241,19 @@ impl Network {
         if let Some(q) = &mut self.input_quantizer {
             q.observe(&quantize::min_max(images)?, step.range_momentum)?;
         }
-        let mut x = fake_quantize(images, &self.input_quantizer)?;
+        let mut x = FeatureMap::Float(fake_quantize(images, &self.input_quantizer)?);
         let residuals = self.residuals.clone();
-        let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
+        let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
         let mut records = Vec::with_capacity(self.units.len());
         for (i, unit) in self.units.iter_mut().enumerate() {
             let weight = unit.used_weight(epsilon)?;
-            let z = convolve(unit.kernel, &x, &weight.value)?;
             // With a bias the statistics serve only the range, so they are not taken in float.
-            let stats = match (&unit.norm, &unit.output_quantizer) {
-                (Norm::Bias(_), None) => None,
-                _ => Some(norm::channel_stats(&z)?),
+            let (z, stats) = match (&unit.norm, &unit.output_quantizer) {
+                (Norm::Bias(_), None) => (unit.convolve(&x, &weight)?, None),
+                _ => {
+                    let (z, stats) = unit.convolve_stats(&x, &weight)?;
+                    (z, Some(stats))
+                }
             };
             let (affine, scale, shift) = match (&mut unit.norm, &stats) {
                 (Norm::Batch(norm), Some(stats)) => {
@@ -195,14 +269,13 @@ impl Network {
                 (Norm::Batch(_), None) => unreachable!("live normalization always takes statistics"),
             };
             let from = residuals.iter().find(|r| r.to == i).map(|r| r.from);
-            let (output, summands) = if let Some(from) = from {
-                let y = norm::forward(&z, &scale, &shift, unit.activation, None)?;
+            let (output, sum) = if let Some(from) = from {
                 let shortcut = shortcuts[from].take().expect("kept when it was made");
-                let sum = residual::add_quantize(&y, &shortcut, None)?;
+                let (sum, extremes) = residual::add_normalized(&z, &scale, &shift, &shortcut)?;
                 if let Some(q) = &mut unit.output_quantizer {
-                    q.observe(&quantize::min_max(&sum)?, step.range_momentum)?;
+                    q.observe(&extremes, step.range_momentum)?;
                 }
-                (fake_quantize(&sum, &unit.output_quantizer)?, Some((y, shortcut)))
+                (FeatureMap::quantize(&sum, kernel_of(&unit.output_quantizer))?, Some(sum))
             } else {
                 if let (Some(q), Some(stats)) = (&mut unit.output_quantizer, &stats) {
                     let extremes = norm::output_range(stats, &scale, &shift, unit.activation)?;
@@ -215,9 +288,9 @@ impl Network {
                 shortcuts[i] = Some(output.clone());
             }
             let input = std::mem::replace(&mut x, output);
-            records.push(Record { input, z, weight, affine, summands });
+            records.push(Record { input, z, weight, affine, sum });
         }
-        let (_, h, w, _) = x.dims4()?;
+        let pooled_from = spatial(&x);
         let pooled = pool::global_average(&x)?;
         if let Some(q) = &mut self.head.input_quantizer {
             q.observe(&quantize::min_max(&pooled)?, step.range_momentum)?;
@@ -225,7 +298,7 @@ impl Network {
         let features = fake_quantize(&pooled, &self.head.input_quantizer)?;
         let head_weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer, None)?;
         let logits = pointwise::forward(&features, &head_weight.value)?.broadcast_add(&self.head.bias)?;
-        Ok((logits, Tape { records, pooled_from: (h, w), features: (pooled, features), head_weight }))
+        Ok((logits, Tape { records, pooled_from, features: (pooled, features), head_weight }))
     }
 
     /// The gradients of every parameter from that of the logits `[N, classes]`.
@@ -244,24 +317,25 @@ impl Network {
 
         let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate().rev() {
-            let Record { input, z, weight, affine, summands } =
-                records.pop().expect("one record for every unit");
+            let Record { input, z, weight, affine, sum } = records.pop().expect("one record for every unit");
             if let Some(shortcut) = shortcuts[i].take() {
-                g = residual::add_quantize(&g, &shortcut, None)?;
+                g = residual::add(&g, &shortcut)?;
             }
             let mut quantizer = kernel_of(&unit.output_quantizer);
-            if let (Some((y, shortcut)), Some(from)) = (summands, self.residual_into(i)) {
-                g = residual::backward(&y, &shortcut, &g, quantizer)?;
+            if let (Some(sum), Some(from)) = (sum, self.residual_into(i)) {
+                if let Some(quantizer) = quantizer.take() {
+                    g = quantize::backward(&sum, &g, quantizer)?;
+                }
                 shortcuts[from] = Some(g.clone());
-                quantizer = None;
             }
             let gz = match (&unit.norm, affine) {
                 (Norm::Batch(norm), Affine::Batch { mean, inv_std }) => {
+                    let (gamma, beta) = (&norm.gamma, &norm.beta);
                     let all = norm::backward_batch(
                         &z,
                         &g,
-                        &norm.gamma,
-                        &norm.beta,
+                        gamma,
+                        beta,
                         &mean,
                         &inv_std,
                         unit.activation,
@@ -281,26 +355,31 @@ impl Network {
             };
             drop(z);
             let weight_gradient = match unit.kernel {
+                // The first unit; nothing trains the image.
                 Kernel::Full { size, stride } => {
-                    pointwise::grad_weight(&im2col::forward(&input, size, stride, (size - 1) / 2)?, &gz)?
+                    pointwise::grad_weight(&patches(&input, size, stride)?, &gz.tensor()?)?
                 }
-                Kernel::Depthwise { stride } => depthwise::grad_weight(&input, &gz, stride)?,
-                Kernel::Pointwise => pointwise::grad_weight(&input, &gz)?,
+                Kernel::Depthwise { stride } => {
+                    let gz = gz.tensor()?;
+                    g = depthwise::grad_input(&gz, &weight.value, stride, spatial(&input))?;
+                    depthwise::grad_weight(&input, &gz, stride)?
+                }
+                Kernel::Pointwise => {
+                    let (weight, input) = pointwise::backward(&input, &weight.value, &gz)?;
+                    g = input;
+                    weight
+                }
             };
             gradients.push(weight.gradient(weight_gradient, unit.weight_quantizer)?);
-            if i > 0 {
-                g = match unit.kernel {
-                    Kernel::Depthwise { stride } => {
-                        let (_, h, w, _) = input.dims4()?;
-                        depthwise::grad_input(&gz, &weight.value, stride, (h, w))?
-                    }
-                    _ => pointwise::grad_input(&gz, &weight.value)?,
-                };
-            }
         }
         gradients.reverse();
         Ok(gradients)
     }
+}
+
+/// Height and width of a feature map `[N, H, W, C]`.
+fn spatial(map: &FeatureMap) -> (usize, usize) {
+    (map.dims()[1], map.dims()[2])
 }
 
 /// `old + momentum·(new − old)`.

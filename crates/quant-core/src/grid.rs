@@ -8,6 +8,9 @@ use crate::{Bits, Error};
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Grid {
     step: f32,
+    /// `1 / step`: a product takes a fraction of a division's time. Where `x` lies within rounding of the border
+    /// between two levels, this decides which it is, as in PyTorch.
+    per_step: f32,
     zero_point: f32,
     max_level: f32,
 }
@@ -36,7 +39,7 @@ impl Grid {
         // Below the smallest normal number the reciprocal of the step would overflow.
         let step = ((hi - lo) / max_level).max(f32::MIN_POSITIVE);
         let zero_point = (-lo / step).round_ties_even().clamp(0.0, max_level);
-        Self { step, zero_point, max_level }
+        Self { step, per_step: 1.0 / step, zero_point, max_level }
     }
 
     /// The distance of two neighbouring values.
@@ -57,13 +60,16 @@ impl Grid {
     /// The level of `x` before clamping: `round(x / step) + z`, ties to even.
     #[inline(always)]
     fn unclamped(&self, x: f32) -> f32 {
-        (x / self.step).round_ties_even() + self.zero_point
+        (x * self.per_step).round_ties_even() + self.zero_point
     }
 
     /// The integer level of `x`, 0 … `max_level`, as a float that holds it exactly.
     #[inline(always)]
     pub fn level(&self, x: f32) -> f32 {
-        self.unclamped(x).max(0.0).min(self.max_level)
+        // Comparisons that are one vector instruction each. A NaN is level 0.
+        let level = self.unclamped(x);
+        let level = if level > 0.0 { level } else { 0.0 };
+        if level < self.max_level { level } else { self.max_level }
     }
 
     /// The value of a level.

@@ -1,6 +1,5 @@
-//! Files appear whole or not at all.
+//! Errors, and files that appear whole or not at all.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -38,22 +37,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Writes `text` to `path`, whole or not at all; makes the folder where it is missing.
 pub fn write_text(text: &str, path: &Path) -> Result<()> {
-    replace(path, |temporary| {
-        fs::write(temporary, text).map_err(|source| Error::Io { path: path.into(), source })
-    })
+    whole_file::write(path, text).map_err(|source| Error::Io { path: path.into(), source })
 }
 
-/// Lets `write` fill a temporary file beside `path` (with the same extension), then renames it to `path`.
+/// [`whole_file::replace`] with this crate's error.
 pub(crate) fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let io = |source| Error::Io { path: path.into(), source };
-    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
-    fs::create_dir_all(folder).map_err(io)?;
-    let suffix = path.extension().map(|extension| format!(".{}", extension.display())).unwrap_or_default();
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".unfinished-").suffix(&suffix);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as usual
-    let temporary = builder.tempfile_in(folder).map_err(io)?.into_temp_path();
-    write(&temporary)?;
-    temporary.persist(path).map_err(|error| io(error.error))
+    whole_file::replace(path, |source| Error::Io { path: path.into(), source }, write)
 }

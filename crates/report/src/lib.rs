@@ -3,7 +3,7 @@
 //! Plain values go in, files and text come out: [`Row`]s to and from CSV, [`Paper`] with the published
 //! figures, [`summarize`] and [`paired`] over seeds, [`markdown`] and [`terminal`] for the report, [`plot`]
 //! for the picture. Nothing here knows one table from another; what they differ in is data: the paper's CSV
-//! files and the table of [`METHODS`].
+//! files and the table of [`METHODS`]. Measurements of speed have a module of their own, [`bench`].
 //!
 //! ```
 //! use report::Paper;
@@ -12,6 +12,8 @@
 //! assert_eq!((theirs.top1_percent, theirs.mac_millions), (72.70, 92.4));
 //! ```
 
+pub mod bench;
+mod canvas;
 mod file;
 mod names;
 mod paper;

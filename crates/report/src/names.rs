@@ -25,12 +25,12 @@ pub const METHODS: [Method; 10] = [
     Method { id: "ours", label: "Ours", colour: BLUE },
 ];
 
-const ORANGE: (u8, u8, u8) = (230, 159, 0);
-const SKY: (u8, u8, u8) = (86, 180, 233);
-const GREEN: (u8, u8, u8) = (0, 158, 115);
-const BLUE: (u8, u8, u8) = (0, 114, 178);
-const PURPLE: (u8, u8, u8) = (204, 121, 167);
-const GREY: (u8, u8, u8) = (128, 128, 128);
+pub(crate) const ORANGE: (u8, u8, u8) = (230, 159, 0);
+pub(crate) const SKY: (u8, u8, u8) = (86, 180, 233);
+pub(crate) const GREEN: (u8, u8, u8) = (0, 158, 115);
+pub(crate) const BLUE: (u8, u8, u8) = (0, 114, 178);
+pub(crate) const PURPLE: (u8, u8, u8) = (204, 121, 167);
+pub(crate) const GREY: (u8, u8, u8) = (128, 128, 128);
 
 /// The method's place in [`METHODS`]; methods that are not the paper's come after all of them.
 pub(crate) fn rank(method: &str) -> usize {

@@ -80,6 +80,11 @@ pub(crate) fn comparable(table: &str, dataset: &str, width: f64) -> bool {
 
 /// Writes the rows as CSV, whole or not at all; makes the folder where it is missing.
 pub fn write_csv(rows: &[Row], path: &Path) -> Result<()> {
+    write_table(rows, path)
+}
+
+/// Writes any rows as CSV.
+pub(crate) fn write_table<T: Serialize>(rows: &[T], path: &Path) -> Result<()> {
     replace(path, |temporary| {
         let csv = |source| Error::Csv { path: path.into(), source };
         let mut writer = csv::Writer::from_path(temporary).map_err(csv)?;

@@ -129,7 +129,7 @@ impl Document {
 }
 
 /// A column's heading, and whether its cells are numbers.
-type Column = (&'static str, bool);
+pub(crate) type Column = (&'static str, bool);
 
 const RESULTS: [Column; 9] = [
     ("model", false),
@@ -306,7 +306,7 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-fn optional<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
+pub(crate) fn optional<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
     value.map_or("–".into(), show)
 }
 
@@ -318,17 +318,18 @@ pub(crate) fn signed(value: f64) -> String {
     }
 }
 
-fn list(lines: &[String]) -> String {
+pub(crate) fn list(lines: &[String]) -> String {
     lines.iter().map(|line| format!("- {line}")).collect::<Vec<_>>().join("\n")
 }
 
-struct Table {
-    head: Vec<Column>,
-    rows: Vec<Vec<String>>,
+/// A table of text.
+pub(crate) struct Table {
+    pub(crate) head: Vec<Column>,
+    pub(crate) rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn markdown(&self) -> String {
+    pub(crate) fn markdown(&self) -> String {
         let line = |cells: Vec<String>| format!("| {} |", cells.join(" | "));
         let head = self.head.iter().map(|(name, _)| name.to_string()).collect();
         let rule =
@@ -338,7 +339,7 @@ impl Table {
     }
 
     /// Columns aligned, two spaces apart, or one where the line would get too long.
-    fn plain(&self) -> String {
+    pub(crate) fn plain(&self) -> String {
         let length = |text: &str| text.chars().count();
         let cells = |column: usize| self.rows.iter().map(move |row| length(&row[column]));
         let widths: Vec<usize> = (0..self.head.len())
@@ -365,7 +366,7 @@ const WIDTH: usize = 100;
 
 /// Breaks `text` between words; `first` begins the first line, as many spaces the others, and `broken` ends a
 /// line that goes on.
-fn wrap(text: &str, first: &str, broken: &str) -> String {
+pub(crate) fn wrap(text: &str, first: &str, broken: &str) -> String {
     let limit = WIDTH - broken.chars().count();
     let mut lines = Vec::new();
     let mut line = first.to_string();

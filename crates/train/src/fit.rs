@@ -1,7 +1,8 @@
 use crate::{Error, Evaluation, Result, Training, evaluate};
 use candle_core::{DType, Tensor};
 use datasets::{Dataset, train_batches};
-use kernels::{loss::softmax_cross_entropy, sgd};
+use kernels::loss::{Loss, softmax_cross_entropy};
+use kernels::sgd;
 use models::{Extras, Network, Role, Step};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -107,6 +108,27 @@ pub fn fit(network: Network, run: &Run, observe: &mut dyn FnMut(Progress)) -> Re
     Ok(Trained { network: state.network, metrics: state.metrics })
 }
 
+/// One step of training on a batch, at the given learning rate: forward pass, loss, backward pass, update.
+/// `velocities` are the momenta of the parameters, in their order; they begin as zeros.
+pub fn step(
+    network: &mut Network,
+    velocities: &[Tensor],
+    images: &Tensor,
+    labels: &Tensor,
+    training: &Training,
+    rate: f64,
+) -> Result<Loss> {
+    let (logits, tape) = network.forward_train(images, Step { range_momentum: training.range_momentum })?;
+    let result = softmax_cross_entropy(&logits, labels, training.label_smoothing)?;
+    let gradients = network.backward(tape, &result.grad)?;
+    for ((parameter, gradient), velocity) in network.parameters().iter().zip(&gradients).zip(velocities) {
+        let decays = parameter.role == Role::Weight || training.decay_norm;
+        let decay = if decays { training.weight_decay } else { 0.0 };
+        sgd::step(&parameter.tensor, gradient, velocity, rate, training.momentum, decay)?;
+    }
+    Ok(result)
+}
+
 /// What is carried from epoch to epoch. The order and the augmentation of images depend on
 /// (seed, epoch) alone, so there is no random state.
 struct State {
@@ -143,18 +165,8 @@ impl State {
             // The rate at the middle of the step.
             rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64);
             let labels = batch.labels.to_device(&device)?;
-            let step_settings = Step { range_momentum: training.range_momentum };
-            let (logits, tape) =
-                self.network.forward_train(&batch.images.to_device(&device)?, step_settings)?;
-            let result = softmax_cross_entropy(&logits, &labels, training.label_smoothing)?;
-            let gradients = self.network.backward(tape, &result.grad)?;
-            for ((parameter, gradient), velocity) in
-                self.network.parameters().iter().zip(&gradients).zip(&self.velocities)
-            {
-                let decays = parameter.role == Role::Weight || training.decay_norm;
-                let decay = if decays { training.weight_decay } else { 0.0 };
-                sgd::step(&parameter.tensor, gradient, velocity, rate, training.momentum, decay)?;
-            }
+            let images = batch.images.to_device(&device)?;
+            let result = self::step(&mut self.network, &self.velocities, &images, &labels, training, rate)?;
             totals.add(&result.loss, &result.correct, labels.elem_count())?;
             if (step + 1) % STEPS_PER_REPORT == 0 || step + 1 == steps {
                 let loss = totals.mean_loss()?;

@@ -8,7 +8,7 @@ mod fit;
 mod settings;
 
 pub use evaluate::{Evaluation, evaluate};
-pub use fit::{EpochMetrics, Progress, Run, Trained, fit};
+pub use fit::{EpochMetrics, Progress, Run, Trained, fit, step};
 pub use settings::Training;
 
 /// What can go wrong while training.

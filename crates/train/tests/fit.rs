@@ -331,7 +331,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
     let printed = kill_in_epoch(2, folder.path());
     assert!(has_said(&printed, "resumed after 1") && !has_said(&printed, "in epoch 1"), "{printed:?}");
     // As if it had been killed while it wrote.
-    std::fs::write(folder.path().join("checkpoint.partial"), "half a file").unwrap();
+    std::fs::write(folder.path().join(".unfinished-a1b2c3.safetensors"), "half a file").unwrap();
     let printed = kill_in_epoch(3, folder.path());
     assert!(has_said(&printed, "resumed after 1") && has_said(&printed, "in epoch 2"), "{printed:?}");
 

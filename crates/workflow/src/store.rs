@@ -263,7 +263,8 @@ impl Store {
         network.save(&network_file(folder), &Extras::default())?;
         // The outcome is written last: it is what says that the stage is done.
         let text = serde_json::to_string_pretty(&outcome).map_err(|e| file_error(folder, e))?;
-        write_whole(&folder.join("outcome.json"), &text)?;
+        let path = folder.join("outcome.json");
+        whole_file::write(&path, text).map_err(|e| file_error(&path, e))?;
         // The final network replaces the checkpoint, which is twice its size.
         match std::fs::remove_file(folder.join("checkpoint.safetensors")) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(file_error(folder, e)),
@@ -294,18 +295,6 @@ fn lock(folder: &Path, waiting: impl FnOnce()) -> Result<File> {
         file.lock().map_err(fail)?;
     }
     Ok(file)
-}
-
-fn write_whole(path: &Path, text: &str) -> Result<()> {
-    use std::io::Write;
-    let partial = path.with_extension("partial");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&partial)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&partial, path)
-    };
-    write().map_err(|e| file_error(path, e))
 }
 
 fn file_error(path: &Path, problem: impl std::fmt::Display) -> Error {

@@ -1,0 +1,107 @@
+//! What a network does with a convolution's output while it is in cache.
+//!
+//! A [`Convolution`] computes its output a block of rows (positions) at a time. In training the statistics of a
+//! block are taken at once ([`with_stats`]); in evaluation it is normalized and quantized at once and
+//! never written to memory ([`normalized`]).
+
+use crate::cpu;
+use crate::norm::{Moments, Normalizer, Scratch, Stats};
+use crate::{FeatureMap, Quantizer, Result};
+use candle_core::{Device, Tensor};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// A convolution with its operands.
+pub(crate) trait Convolution: Sync {
+    /// Scratch memory of a thread.
+    type Scratch;
+
+    /// The output's dimensions, channels last.
+    fn dims(&self) -> &[usize];
+
+    /// Rows in a block, which is to fit in cache with what it is computed from.
+    fn rows_per_block(&self) -> usize;
+
+    fn scratch(&self) -> Self::Scratch;
+
+    /// Computes some rows of the output. Must write all of them; `rows` begins at a multiple of
+    /// [`Convolution::rows_per_block`].
+    fn compute(&self, scratch: &mut Self::Scratch, rows: Range<usize>, z: &mut [MaybeUninit<f32>]);
+}
+
+/// Rows and channels of the output.
+fn size(convolution: &impl Convolution) -> (usize, usize) {
+    let dims = convolution.dims();
+    let channels = dims[dims.len() - 1];
+    (dims.iter().product::<usize>() / channels, channels)
+}
+
+/// The elements of a block that was just computed.
+#[allow(unsafe_code)]
+fn written(block: &mut [MaybeUninit<f32>]) -> &[f32] {
+    // SAFETY: by the trait's contract, `compute` has written all of it.
+    unsafe { block.assume_init_ref() }
+}
+
+/// The output.
+pub(crate) fn plain<C: Convolution>(convolution: &C) -> Result<Tensor> {
+    let (per_block, init) = (convolution.rows_per_block(), || convolution.scratch());
+    // SAFETY: the trait's contract.
+    #[allow(unsafe_code)]
+    let (z, _) = unsafe {
+        cpu::blocks(size(convolution), per_block, init, |scratch, rows, z| {
+            convolution.compute(scratch, rows, z)
+        })
+    };
+    Ok(Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?)
+}
+
+/// The output and its statistics.
+pub(crate) fn with_stats<C: Convolution>(convolution: &C) -> Result<(Tensor, Stats)> {
+    let (rows, c) = size(convolution);
+    let init = || (convolution.scratch(), Scratch::new(c));
+    let compute = |(own, scratch): &mut (C::Scratch, Scratch), rows, z: &mut [MaybeUninit<f32>]| {
+        convolution.compute(own, rows, z);
+        Moments::of_block(written(z), c, scratch)
+    };
+    // SAFETY: the trait's contract.
+    #[allow(unsafe_code)]
+    let (z, moments) = unsafe { cpu::blocks((rows, c), convolution.rows_per_block(), init, compute) };
+    Ok((Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?, Stats::of_blocks(&moments, c)?))
+}
+
+/// The output, normalized, activated and quantized.
+pub(crate) fn normalized<C: Convolution>(
+    convolution: &C,
+    normalizer: &Normalizer,
+    quant: Option<Quantizer<'_>>,
+) -> Result<FeatureMap> {
+    let (size, dims) = (size(convolution), convolution.dims());
+    let per_block = convolution.rows_per_block();
+    let init = || (convolution.scratch(), vec![MaybeUninit::uninit(); per_block.min(size.0) * size.1]);
+    type Own<C> = (<C as Convolution>::Scratch, Vec<MaybeUninit<f32>>);
+    match quant {
+        None => {
+            let compute = |(scratch, z): &mut Own<C>, rows, y: &mut [MaybeUninit<f32>]| {
+                let z = &mut z[..y.len()];
+                convolution.compute(scratch, rows, z);
+                normalizer.floats(written(z), y);
+            };
+            // SAFETY: `floats` writes all of `y`, which is as long as `z`.
+            #[allow(unsafe_code)]
+            let (y, _) = unsafe { cpu::blocks(size, per_block, init, compute) };
+            Ok(FeatureMap::Float(Tensor::from_vec(y, dims, &Device::Cpu)?))
+        }
+        Some(quant) => {
+            let compute = |(scratch, z): &mut Own<C>, rows, y: &mut [MaybeUninit<u8>]| {
+                let z = &mut z[..y.len()];
+                convolution.compute(scratch, rows, z);
+                normalizer.levels(written(z), y);
+            };
+            // SAFETY: `levels` writes all of `y`, which is as long as `z`.
+            #[allow(unsafe_code)]
+            let (y, _) = unsafe { cpu::blocks(size, per_block, init, compute) };
+            FeatureMap::of_levels(y, dims, quant)
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! Where the time of a step goes: each operation's calls, seconds, multiplications and memory traffic.
+//!
+//! Off until [`start`] is called; then every operation of this crate notes how long it took, how many
+//! multiplications and additions it made, and how many bytes it must read and write at least (each operand once,
+//! each result once). Operations are called one after the other, so nothing is counted twice.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// What one operation did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// How often it was called.
+    pub calls: usize,
+    /// Wall time.
+    pub time: Duration,
+    /// Multiplications and additions, of products and convolutions; 0 for what is bound by memory anyway.
+    pub operations: usize,
+    /// Bytes that must be moved.
+    pub bytes: usize,
+}
+
+static ON: AtomicBool = AtomicBool::new(false);
+static COSTS: Mutex<BTreeMap<&'static str, Cost>> = Mutex::new(BTreeMap::new());
+
+/// Begins anew.
+pub fn start() {
+    COSTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+    ON.store(true, Ordering::Relaxed);
+}
+
+/// Ends, and gives what was found, by the operations' names.
+pub fn stop() -> BTreeMap<&'static str, Cost> {
+    ON.store(false, Ordering::Relaxed);
+    std::mem::take(&mut *COSTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+}
+
+/// Notes an operation's cost when it is dropped.
+pub(crate) struct Note(Option<(&'static str, Instant, usize, usize)>);
+
+/// To be held while an operation runs.
+pub(crate) fn note(name: &'static str, operations: usize, bytes: usize) -> Note {
+    Note(ON.load(Ordering::Relaxed).then(|| (name, Instant::now(), operations, bytes)))
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        if let Some((name, started, operations, bytes)) = self.0 {
+            let time = started.elapsed();
+            let mut costs = COSTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let cost = costs.entry(name).or_default();
+            cost.calls += 1;
+            cost.time += time;
+            cost.operations += operations;
+            cost.bytes += bytes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pointwise;
+    use crate::testing::random;
+
+    #[test]
+    fn an_operation_is_counted_while_the_profile_runs() {
+        let (x, w) = (random(1, &[10, 3]), random(2, &[3, 4]));
+        start();
+        pointwise::grad_input(&pointwise::forward(&x, &w).unwrap(), &w).unwrap();
+        let costs = stop();
+        pointwise::forward(&x, &w).unwrap();
+        // Other tests may run meanwhile, so there may be more.
+        let cost = costs["pointwise::grad_input"];
+        assert!(cost.calls >= 1 && cost.operations >= 2 * 10 * 3 * 4, "{cost:?}");
+        assert!(cost.bytes >= 4 * (40 + 30 + 12), "{cost:?}");
+    }
+}

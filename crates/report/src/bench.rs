@@ -1,0 +1,420 @@
+//! Measurements of speed: several implementations of the same work, measured in turns.
+//!
+//! Speeds of a shared machine drift, so a ratio is taken between turns of the same round, and what is
+//! reported is the median over the rounds with the lowest and the highest.
+
+mod chart;
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::file::{Result, write_text};
+use crate::names::{BLUE, GREEN, ORANGE, PURPLE, model_label};
+use crate::row::write_table;
+use crate::text::{Column, Table, list, optional, wrap};
+
+/// One of the compared implementations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Implementation {
+    /// The name in the CSV file.
+    pub id: &'static str,
+    /// The name for people.
+    pub label: &'static str,
+    /// Its colour in plots, of the palette of [`METHODS`](crate::METHODS).
+    pub colour: (u8, u8, u8),
+}
+
+/// The implementations, ours first.
+pub const IMPLEMENTATIONS: [Implementation; 4] = [
+    Implementation { id: OURS, label: "ours", colour: BLUE },
+    Implementation { id: "pytorch_eager", label: "eager", colour: ORANGE },
+    Implementation { id: "pytorch_channels_last", label: "channels_last", colour: GREEN },
+    Implementation { id: "pytorch_compile", label: "compile", colour: PURPLE },
+];
+
+const OURS: &str = "ours";
+
+/// What one implementation did in one case: a row of the CSV file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Speed {
+    /// The network that the case is taken from, as "mobilenet_v2".
+    pub network: String,
+    /// What the network's widths are multiplied by.
+    pub width: f64,
+    /// Images a step.
+    pub batch: usize,
+    /// "train", "eval", or the name of an operation, whose forward and backward pass are one step.
+    pub what: String,
+    /// "float" or "a4w4".
+    pub precision: String,
+    /// One of [`IMPLEMENTATIONS`].
+    pub implementation: String,
+    /// The median over the rounds; empty where the implementation did not run.
+    pub images_per_second: Option<f64>,
+    /// The slowest round.
+    pub images_per_second_min: Option<f64>,
+    /// The fastest round.
+    pub images_per_second_max: Option<f64>,
+    /// Our speed by this implementation's in the same round: the median. Empty for ours.
+    pub ratio_of_ours: Option<f64>,
+    /// The lowest of the ratios.
+    pub ratio_of_ours_min: Option<f64>,
+    /// The highest of the ratios.
+    pub ratio_of_ours_max: Option<f64>,
+    /// The most memory that the process had resident while it was measured, in MiB.
+    pub peak_mib: Option<f64>,
+    /// What it had resident before the case was set up (libraries, mainly), in MiB.
+    pub before_mib: Option<f64>,
+    /// How often each implementation had its turn.
+    pub rounds: usize,
+    /// Threads that it computed with.
+    pub threads: usize,
+    /// Why it did not run.
+    pub problem: Option<String>,
+}
+
+/// Median, lowest and highest of some values.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// The median; of an even number of values the mean of the middle two.
+    pub median: f64,
+    /// The lowest.
+    pub min: f64,
+    /// The highest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of some values; none of none.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut values: Vec<f64> = values.into_iter().collect();
+        values.sort_by(f64::total_cmp);
+        let (middle, (&min, &max)) = (values.len() / 2, values.first().zip(values.last())?);
+        let median =
+            if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
+        Some(Self { median, min, max })
+    }
+}
+
+impl Speed {
+    /// Fills in what follows from the rounds: this implementation's images a second, and ours in the same
+    /// rounds where it is another.
+    pub fn measured(mut self, rounds: &[f64], ours: Option<&[f64]>) -> Self {
+        let speed = Spread::of(rounds.iter().copied());
+        let ratio =
+            ours.and_then(|ours| Spread::of(ours.iter().zip(rounds).map(|(ours, theirs)| ours / theirs)));
+        let parts =
+            |spread: Option<Spread>| (spread.map(|s| s.median), spread.map(|s| s.min), spread.map(|s| s.max));
+        (self.images_per_second, self.images_per_second_min, self.images_per_second_max) = parts(speed);
+        (self.ratio_of_ours, self.ratio_of_ours_min, self.ratio_of_ours_max) = parts(ratio);
+        self.rounds = rounds.len();
+        self
+    }
+
+    /// Whether it is of a whole network.
+    pub fn of_network(&self) -> bool {
+        matches!(self.what.as_str(), "train" | "eval")
+    }
+
+    fn case(&self) -> (&str, u64, usize, &str, &str) {
+        (&self.network, self.width.to_bits(), self.batch, &self.what, &self.precision)
+    }
+}
+
+/// The rows of one case.
+struct Case<'a>(&'a [Speed]);
+
+impl<'a> Case<'a> {
+    fn all(rows: &'a [Speed]) -> impl Iterator<Item = Self> {
+        rows.chunk_by(|a, b| a.case() == b.case()).map(Self)
+    }
+
+    fn row(&self, id: &str) -> Option<&'a Speed> {
+        self.0.iter().find(|row| row.implementation == id)
+    }
+
+    /// The fastest that is not ours.
+    fn best(&self) -> Option<&'a Speed> {
+        let others =
+            self.0.iter().filter(|row| row.implementation != OURS && row.images_per_second.is_some());
+        others
+            .max_by(|a, b| a.images_per_second.unwrap_or(0.0).total_cmp(&b.images_per_second.unwrap_or(0.0)))
+    }
+
+    fn first(&self) -> &'a Speed {
+        &self.0[0]
+    }
+}
+
+/// What a report says besides the rows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Context {
+    /// The command that made the rows.
+    pub command: String,
+    /// What the reader should know.
+    pub notes: Vec<String>,
+    /// The machine and the software, as (name, value).
+    pub machine: Vec<(String, String)>,
+}
+
+/// Writes `pytorch.csv`, `pytorch.md`, `pytorch.svg` and `pytorch.png` to a folder.
+pub fn write(rows: &[Speed], context: &Context, folder: &Path) -> Result<()> {
+    let path = |extension: &str| folder.join(format!("pytorch.{extension}"));
+    write_table(rows, &path("csv"))?;
+    write_text(&markdown(rows, context), &path("md"))?;
+    chart::plot(rows, context, &path("svg"), &path("png"))
+}
+
+/// The report as Markdown.
+pub fn markdown(rows: &[Speed], context: &Context) -> String {
+    let mut blocks = vec![format!("# {TITLE}"), READING.into()];
+    for (heading, table) in tables(rows) {
+        blocks.extend([format!("## {heading}"), table.markdown()]);
+    }
+    blocks.extend(["## Notes".into(), list(&notes(rows, context)), "## How it was made".into()]);
+    blocks.push(format!("```sh\n{}\n```", context.command));
+    blocks.push(list(&machine(context)));
+    blocks.join("\n\n") + "\n"
+}
+
+/// The report as plain text.
+pub fn terminal(rows: &[Speed], context: &Context) -> String {
+    let mut blocks = vec![wrap(READING, "", "")];
+    blocks.extend(tables(rows).into_iter().map(|(heading, table)| format!("{heading}\n\n{}", table.plain())));
+    let lines = notes(rows, context).into_iter().chain(machine(context));
+    blocks.push(lines.map(|line| wrap(&line, "- ", "")).collect::<Vec<_>>().join("\n"));
+    blocks.join("\n\n") + "\n"
+}
+
+const TITLE: &str = "Speed beside PyTorch";
+
+const READING: &str = "×2 means that ours does twice as many images a second. A ratio is the median over rounds \
+                       in which every implementation had its turn, with the lowest and the highest round; \
+                       PyTorch's best is its mode with the highest median.";
+
+fn machine(context: &Context) -> Vec<String> {
+    context.machine.iter().map(|(name, value)| format!("{name}: {value}")).collect()
+}
+
+/// The context's notes, and what did not run.
+fn notes(rows: &[Speed], context: &Context) -> Vec<String> {
+    let mut notes = context.notes.clone();
+    for row in rows {
+        if let Some(problem) = &row.problem {
+            let Speed { network, width, batch, what, precision, implementation, .. } = row;
+            notes.push(format!(
+                "{implementation} did not run in {network} {width:?} {batch} {what} {precision}: {problem}"
+            ));
+        }
+    }
+    notes
+}
+
+/// The tables that have rows, with their headings.
+fn tables(rows: &[Speed]) -> Vec<(String, Table)> {
+    let cases: Vec<Case> = Case::all(rows).collect();
+    let (networks, operations): (Vec<_>, Vec<_>) =
+        cases.iter().partition::<Vec<_>, _>(|case| case.first().of_network());
+    let batch = operations.first().map_or(0, |case| case.first().batch);
+    let table = |head: &[Column], cases: &[&Case], cells: fn(&Case) -> Vec<String>| Table {
+        head: head.to_vec(),
+        rows: cases.iter().map(|case| cells(case)).collect(),
+    };
+    let all = [
+        ("Whole networks, images a second".into(), table(&NETWORKS, &networks, network_cells)),
+        (
+            format!("Single operations, forward and backward, ms for {batch} images"),
+            table(&OPERATIONS, &operations, operation_cells),
+        ),
+        (
+            "Memory, MiB: the peak less what was resident before the case was set up".into(),
+            table(&MEMORY, &networks, memory_cells),
+        ),
+    ];
+    all.into_iter().filter(|(_, table)| !table.rows.is_empty()).collect()
+}
+
+const NETWORKS: [Column; 10] = [
+    ("network", false),
+    ("what", false),
+    ("bits", false),
+    ("batch", true),
+    ("ours", true),
+    ("PyTorch's best", true),
+    ("ratio", true),
+    ("eager", true),
+    ("channels_last", true),
+    ("compile", true),
+];
+
+fn network_cells(case: &Case) -> Vec<String> {
+    let mut cells = case_cells(case);
+    let speed = |row: Option<&Speed>| optional(row.and_then(|row| row.images_per_second), three_figures);
+    cells.extend([speed(case.row(OURS)), best_cell(case, three_figures)]);
+    cells.push(ratio_cell(case.best()));
+    cells.extend(IMPLEMENTATIONS[1..].iter().map(|mode| {
+        optional(case.row(mode.id).and_then(|row| row.ratio_of_ours), |ratio| format!("×{ratio:.2}"))
+    }));
+    cells
+}
+
+const OPERATIONS: [Column; 4] =
+    [("operation", false), ("ours", true), ("PyTorch's best", true), ("ratio", true)];
+
+fn operation_cells(case: &Case) -> Vec<String> {
+    let batch = case.first().batch as f64;
+    let milliseconds = |speed: f64| three_figures(1e3 * batch / speed);
+    let ours = case.row(OURS).and_then(|row| row.images_per_second);
+    vec![
+        case.first().what.clone(),
+        optional(ours, milliseconds),
+        best_cell(case, milliseconds),
+        ratio_cell(case.best()),
+    ]
+}
+
+const MEMORY: [Column; 9] = [
+    ("network", false),
+    ("what", false),
+    ("bits", false),
+    ("batch", true),
+    ("ours", true),
+    ("eager", true),
+    ("channels_last", true),
+    ("compile", true),
+    ("before (ours, PyTorch)", true),
+];
+
+fn memory_cells(case: &Case) -> Vec<String> {
+    let mut cells = case_cells(case);
+    cells.extend(IMPLEMENTATIONS.iter().map(|implementation| {
+        let row = case.row(implementation.id);
+        let own = row.and_then(|row| row.peak_mib.zip(row.before_mib)).map(|(peak, before)| peak - before);
+        optional(own, |mib| format!("{mib:.0}"))
+    }));
+    let before =
+        |row: Option<&Speed>| optional(row.and_then(|row| row.before_mib), |mib| format!("{mib:.0}"));
+    cells.push(format!("{}, {}", before(case.row(OURS)), before(case.best())));
+    cells
+}
+
+/// Network, what, bits and batch.
+fn case_cells(case: &Case) -> Vec<String> {
+    let Speed { network, width, batch, what, precision, .. } = case.first();
+    vec![model_label(network, *width), what.clone(), precision_label(precision), batch.to_string()]
+}
+
+fn best_cell(case: &Case, show: impl Fn(f64) -> String) -> String {
+    let best = case.best().and_then(|row| Some((row, row.images_per_second?)));
+    optional(best, |(row, speed)| format!("{} ({})", show(speed), label(&row.implementation)))
+}
+
+fn ratio_cell(row: Option<&Speed>) -> String {
+    let ratio =
+        row.and_then(|row| Some((row.ratio_of_ours?, row.ratio_of_ours_min?, row.ratio_of_ours_max?)));
+    optional(ratio, |(median, min, max)| format!("×{median:.2} ({min:.2}–{max:.2})"))
+}
+
+fn label(implementation: &str) -> &str {
+    let known = IMPLEMENTATIONS.iter().find(|known| known.id == implementation);
+    known.map_or(implementation, |known| known.label)
+}
+
+fn precision_label(precision: &str) -> String {
+    match precision {
+        "a4w4" => "A4/W4".into(),
+        other => other.into(),
+    }
+}
+
+/// Three significant figures, or all before the point.
+fn three_figures(value: f64) -> String {
+    let decimals = if value >= 100.0 { 0 } else { 2 - (value.max(0.01).log10().floor() as i32).clamp(-2, 2) };
+    format!("{value:.*}", decimals.max(0) as usize)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    #[test]
+    fn spreads() {
+        assert_eq!(Spread::of([3.0, 1.0, 2.0]), Some(Spread { median: 2.0, min: 1.0, max: 3.0 }));
+        assert_eq!(Spread::of([4.0, 1.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0 }));
+        assert_eq!(Spread::of([]), None);
+    }
+
+    #[test]
+    fn three_figures_are_shown() {
+        for (value, text) in
+            [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123")]
+        {
+            assert_eq!(three_figures(value), text);
+        }
+    }
+
+    /// A case in which ours runs at 200 images a second, eager at 100, and so on; compile did not run.
+    pub(crate) fn case(network: &str, width: f64, what: &str, precision: &str) -> Vec<Speed> {
+        let ours = [180.0, 200.0, 240.0];
+        let speeds = IMPLEMENTATIONS.iter().enumerate().map(|(i, implementation)| {
+            let row = Speed {
+                network: network.into(),
+                width,
+                batch: 64,
+                what: what.into(),
+                precision: precision.into(),
+                implementation: implementation.id.into(),
+                images_per_second: None,
+                images_per_second_min: None,
+                images_per_second_max: None,
+                ratio_of_ours: None,
+                ratio_of_ours_min: None,
+                ratio_of_ours_max: None,
+                peak_mib: Some(300.0 + 100.0 * i as f64),
+                before_mib: Some(if i == 0 { 10.0 } else { 200.0 }),
+                rounds: 3,
+                threads: 2,
+                problem: (i == 3).then(|| "no compiler".into()),
+            };
+            let rounds: Vec<f64> = [100.0, 100.0, 80.0].iter().map(|speed| speed * i as f64 * 0.9).collect();
+            match i {
+                0 => row.measured(&ours, None),
+                3 => Speed { peak_mib: None, before_mib: None, ..row },
+                _ => row.measured(&rounds, Some(&ours)),
+            }
+        });
+        speeds.collect()
+    }
+
+    #[test]
+    fn ratios_are_of_the_same_round() {
+        let rows = case("mobilenet_v2", 1.0, "train", "float");
+        let eager = &rows[1];
+        let close = |found: Option<f64>, expected: f64| assert!((found.unwrap() - expected).abs() < 1e-9);
+        close(eager.images_per_second, 90.0);
+        close(eager.ratio_of_ours, 200.0 / 90.0);
+        close(eager.ratio_of_ours_min, 180.0 / 90.0);
+        close(eager.ratio_of_ours_max, 240.0 / 72.0);
+        assert_eq!((rows[0].ratio_of_ours, rows[0].rounds), (None, 3));
+    }
+
+    #[test]
+    fn reports_name_the_best_mode_and_what_did_not_run() {
+        let rows = [
+            case("mobilenet_v2", 0.25, "train", "a4w4"),
+            case("mobilenet_v2", 1.0, "depthwise s1 32@32x32", "float"),
+        ]
+        .concat();
+        let text = markdown(&rows, &Context { command: "a command".into(), ..Context::default() });
+        for part in [
+            "| MobileNetV2 ×0.25 | train | A4/W4 | 64 | 200 | 180 (channels_last) | ×1.11 (1.00–1.67) | ×2.22 | ×1.11 | – |",
+            "| depthwise s1 32@32x32 | 320 | 356 (channels_last) | ×1.11 (1.00–1.67) |",
+            "| MobileNetV2 ×0.25 | train | A4/W4 | 64 | 290 | 200 | 300 | – | 10, 200 |",
+            "pytorch_compile did not run in mobilenet_v2 0.25 64 train a4w4: no compiler",
+            "a command",
+        ] {
+            assert!(text.contains(part), "no {part} in {text}");
+        }
+    }
+}

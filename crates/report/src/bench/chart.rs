@@ -1,0 +1,209 @@
+//! The bar chart of the whole networks: a column for each network, training above evaluation.
+
+use std::path::Path;
+
+use plotters::prelude::DrawingBackend;
+use plotters::style::text_anchor::HPos;
+
+use super::{Case, Context, IMPLEMENTATIONS, OURS, Speed, precision_label};
+use crate::canvas::{
+    Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, WIDTH, rgb,
+};
+use crate::file::Result;
+use crate::names::model_label;
+
+/// Draws the whole networks at the first batch size that the rows have, as SVG and as PNG.
+pub(super) fn plot(rows: &[Speed], context: &Context, svg: &Path, png: &Path) -> Result<()> {
+    let batch = rows.iter().find(|row| row.of_network()).map_or(0, |row| row.batch);
+    let cases = Case::all(rows).filter(|case| case.first().of_network() && case.first().batch == batch);
+    Chart { cases: cases.collect(), batch, context }.write(svg, png)
+}
+
+struct Chart<'a> {
+    cases: Vec<Case<'a>>,
+    batch: usize,
+    context: &'a Context,
+}
+
+/// Where a panel is drawn: the axes' ends.
+struct Frame {
+    left: f64,
+    right: f64,
+    top: f64,
+    bottom: f64,
+}
+
+impl Picture for Chart<'_> {
+    fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
+        canvas.text("Speed beside PyTorch on a CPU", (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
+        canvas.text(&self.subtitle(), (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        self.legend(canvas, 118.0)?;
+        let mut columns: Vec<(&str, f64)> = Vec::new();
+        for case in &self.cases {
+            let Speed { network, width, .. } = case.first();
+            if !columns.contains(&(network, *width)) {
+                columns.push((network, *width));
+            }
+        }
+        let wide = (WIDTH - LEFT - 20.0) / columns.len().max(1) as f64;
+        for (index, &(network, width)) in columns.iter().enumerate() {
+            let x = LEFT + wide * index as f64;
+            canvas.text(&model_label(network, width), (x, 164.0), &INK_BOLD.sized(16.0))?;
+            for (what, title, top) in [("train", "training", 212.0), ("eval", "evaluation", 474.0)] {
+                canvas.text(&format!("{title}, images/s"), (x, top - 22.0), &SOFT_PLAIN.sized(13.0))?;
+                let frame = Frame { left: x + 38.0, right: x + wide - 28.0, top, bottom: top + 170.0 };
+                let panel: Vec<&Case> = self
+                    .cases
+                    .iter()
+                    .filter(|case| {
+                        let row = case.first();
+                        (row.network.as_str(), row.width, row.what.as_str()) == (network, width, what)
+                    })
+                    .collect();
+                self.panel(canvas, &panel, &frame)?;
+            }
+        }
+        let text =
+            "A4/W4: fake quantization, in PyTorch by its own fused modules. Each panel has its own scale.";
+        canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+    }
+}
+
+impl Chart<'_> {
+    fn subtitle(&self) -> String {
+        let threads = self.cases.first().map_or(0, |case| case.first().threads);
+        let threads = format!("{threads} thread{}", if threads == 1 { "" } else { "s" });
+        let fact = |name: &str| {
+            self.context.machine.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+        };
+        let all = [Some(format!("batch {}", self.batch)), Some(threads), fact("processor"), fact("PyTorch")];
+        let pytorch =
+            |(index, text): (usize, String)| if index == 3 { format!("PyTorch {text}") } else { text };
+        let known = all.into_iter().enumerate().filter_map(|(index, text)| Some(pytorch((index, text?))));
+        known.collect::<Vec<_>>().join("  ·  ")
+    }
+
+    fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
+        let style = INK_PLAIN.sized(14.0);
+        let mut x = LEFT;
+        let mut entry = |label: &str, sign: &dyn Fn(f64) -> Drawn| {
+            sign(x)?;
+            canvas.text(label, (x + 22.0, y), &style)?;
+            x += 22.0 + style.width(label) * 1.08 + 26.0; // some room for wider fonts
+            Drawn::Ok(())
+        };
+        for implementation in IMPLEMENTATIONS {
+            let colour = rgb(implementation.colour);
+            let ours = implementation.id == OURS;
+            let label = if ours { "ours".into() } else { format!("PyTorch {}", implementation.label) };
+            entry(&label, &|x| canvas.rectangle((x, y - 12.0), (x + 15.0, y + 2.0), colour))?;
+        }
+        entry("slowest and fastest round", &|x| canvas.whisker(x + 8.0, y - 12.0, y + 2.0))?;
+        entry("ours by PyTorch's best", &|x| canvas.text("×", (x + 3.0, y), &INK_BOLD.sized(15.0)))
+    }
+
+    fn panel<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, cases: &[&Case], frame: &Frame) -> Drawn {
+        let rows = || cases.iter().flat_map(|case| case.0);
+        let highest = rows().filter_map(|row| row.images_per_second_max).fold(1.0, f64::max);
+        // Room for the ratio above the highest bar.
+        let scale = (frame.bottom - frame.top) / (highest * 1.12);
+        let height = |speed: f64| frame.bottom - scale * speed;
+        let step = tick_step(highest);
+        for tick in (0..).map(|index| f64::from(index) * step).take_while(|tick| *tick <= highest * 1.1) {
+            let y = height(tick);
+            canvas.line(&[(frame.left, y), (frame.right, y)], 1.0, if tick == 0.0 { SOFT } else { GRID })?;
+            canvas.text(
+                &tick.to_string(),
+                (frame.left - 6.0, y + 4.0),
+                &SOFT_PLAIN.sized(11.0).held(HPos::Right),
+            )?;
+        }
+        let wide = (frame.right - frame.left) / cases.len().max(1) as f64;
+        for (index, case) in cases.iter().enumerate() {
+            let centre = frame.left + wide * (index as f64 + 0.5);
+            self.group(canvas, case, centre, wide, &height)?;
+            let label = precision_label(&case.first().precision);
+            canvas.text(&label, (centre, frame.bottom + 19.0), &INK_PLAIN.sized(13.0).held(HPos::Center))?;
+        }
+        Ok(())
+    }
+
+    /// One case's bars around `centre`, and the ratio above ours.
+    fn group<DB: DrawingBackend>(
+        &self,
+        canvas: &Canvas<DB>,
+        case: &Case,
+        centre: f64,
+        wide: f64,
+        height: &dyn Fn(f64) -> f64,
+    ) -> Drawn {
+        let places = IMPLEMENTATIONS.len() as f64;
+        let slot = (0.84 * wide / places).min(44.0);
+        let middle = |place: usize| centre + slot * (place as f64 + 0.5 - places / 2.0);
+        let top = |row: &Speed| height(row.images_per_second_max.unwrap_or(0.0));
+        for (place, implementation) in IMPLEMENTATIONS.iter().enumerate() {
+            let (x, half) = (middle(place), 0.44 * slot);
+            let Some(row) = case.row(implementation.id) else { continue };
+            let Some(speed) = row.images_per_second else {
+                canvas.text("n/a", (x, height(0.0) - 4.0), &SOFT_PLAIN.sized(10.0).held(HPos::Center))?;
+                continue;
+            };
+            let colour = rgb(implementation.colour);
+            canvas.rectangle((x - half, height(speed)), (x + half, height(0.0)), colour)?;
+            if let (Some(min), Some(max)) = (row.images_per_second_min, row.images_per_second_max) {
+                canvas.whisker(x, height(max), height(min))?;
+            }
+        }
+        let ratio = case.best().and_then(|row| row.ratio_of_ours);
+        let Some((ratio, ours)) = ratio.zip(case.row(OURS)) else { return Ok(()) };
+        // The text is wider than a bar: it stands above the next one too.
+        let next = case.row(IMPLEMENTATIONS[1].id).map_or(f64::MAX, top);
+        let text = format!("×{ratio:.2}");
+        canvas.label(&text, (middle(0), top(ours).min(next) + 2.0), &INK_BOLD.sized(13.0))
+    }
+}
+
+/// A round distance between ticks, of which there are at most six.
+fn tick_step(highest: f64) -> f64 {
+    let power = 10f64.powf((highest / 5.0).max(1.0).log10().floor());
+    let steps = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power);
+    steps.into_iter().find(|step| highest / step <= 5.0).unwrap_or(10.0 * power)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::case;
+    use super::*;
+
+    #[test]
+    fn charts_show_every_network_and_the_ratio_to_the_best() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut rows = Vec::new();
+        for (network, width) in [("mobilenet_v1", 1.0), ("mobilenet_v2", 0.25)] {
+            for what in ["train", "eval"] {
+                for precision in ["float", "a4w4"] {
+                    rows.extend(case(network, width, what, precision));
+                }
+            }
+        }
+        rows.extend(case("mobilenet_v2", 1.0, "stem 3-32@32x32", "float"));
+        let (svg, png) = (folder.path().join("a.svg"), folder.path().join("a.png"));
+        plot(&rows, &Context::default(), &svg, &png).unwrap();
+        let svg = std::fs::read_to_string(svg).unwrap();
+        for text in ["MobileNetV1", "MobileNetV2 ×0.25", "training", "evaluation", "A4/W4", "×1.11", "n/a"]
+        {
+            assert!(svg.contains(text), "no {text}");
+        }
+        assert!(!svg.contains("stem"));
+        plot(&[], &Context::default(), &folder.path().join("b.svg"), &png).unwrap();
+    }
+
+    #[test]
+    fn ticks_are_round_and_few() {
+        for (highest, step) in
+            [(1.0, 1.0), (9.0, 2.0), (60.0, 20.0), (240.0, 50.0), (1800.0, 500.0), (5100.0, 2000.0)]
+        {
+            assert_eq!(tick_step(highest), step, "{highest}");
+        }
+    }
+}

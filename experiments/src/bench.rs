@@ -1,0 +1,358 @@
+//! The benchmark beside PyTorch: the same networks, operations, shapes and threads, in turns.
+//!
+//! Every implementation is a process of its own (ours is this program with a hidden flag), so that each has
+//! its own memory and allocator, and all are asked through the same lines of JSON. For each case all are set up
+//! and warmed; then, round by round, each in turn runs as many steps as take some time, while the others are
+//! blocked. So a machine that gets slower or faster in between does not favour anyone: ratios are taken within
+//! a round.
+
+mod case;
+pub(crate) mod machine;
+mod ours;
+mod pytorch;
+mod worker;
+
+use crate::process;
+use anyhow::{Context, Result, bail};
+use case::{Case, Filter, Layers};
+use clap::Parser;
+use report::bench::{IMPLEMENTATIONS, Implementation, Speed};
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
+use worker::{Hello, Ran, Ready, Run, Settings, Setup, Worker};
+
+/// Flags of the benchmark beside PyTorch.
+#[derive(Debug, Clone, Parser)]
+#[command(version, about = "Measures training, evaluation and single operations beside PyTorch")]
+struct Flags {
+    /// A Python interpreter that has torch; without it, PyTorch is installed in the target folder
+    #[arg(long, value_name = "FILE")]
+    python: Option<PathBuf>,
+
+    /// Threads that every implementation computes with; all cores if not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// How often every implementation has its turn
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+
+    /// How long a turn takes, at least one step
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.5)]
+    seconds: f64,
+
+    /// Images a step of the networks, e.g. 64,128; torch.compile, and the operations, are measured at the
+    /// first only
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "64",
+          value_parser = clap::value_parser!(u16).range(2..=4096))]
+    batches: Vec<u16>,
+
+    /// Measure these cases only, e.g. mobilenet_v2,1.0,64,train,a4w4 or depthwise: a case is measured if it
+    /// fits a term of every kind given (network, width, batch, bits, what). Nothing is written without --out
+    #[arg(long, value_name = "TERMS", value_delimiter = ',')]
+    only: Vec<String>,
+
+    /// Folder for the results; results/bench if every case is measured
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+
+    /// Do what is asked on stdin
+    #[arg(long, hide = true)]
+    worker: bool,
+}
+
+/// Settings of the training steps.
+const SETTINGS: Settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
+
+/// Between two turns: threads that still spin at the end of one come to rest.
+const REST: Duration = Duration::from_millis(30);
+
+/// What a reader of the results should know.
+const NOTES: [&str; 8] = [
+    "train is forward pass, cross-entropy, backward pass, and SGD with momentum and weight decay; eval is the \
+     forward pass with running statistics. The images are in memory, the same in every step.",
+    "A4/W4 is fake quantization of every weight and activation to 4 bits, 8 in the first and last layer, with \
+     live batch normalization. PyTorch's is its own fused module (FusedMovingAvgObsFakeQuantize) at the same \
+     places; in eval the observers are off. Numbers of quantizers and parameters are checked to be equal.",
+    "eager is PyTorch in NCHW, channels_last the same in NHWC, compile is torch.compile with the default \
+     backend from NCHW, which chooses its own layouts. Operations are measured in the first two modes.",
+    "PyTorch has what helps it: fused SGD, ReLU and residual sums in place, the same allocator settings as ours \
+     (pages are kept; 10 to 20 % faster), and for torch.compile a fake quantizer that does not cut the graph, \
+     which PyTorch's module does.",
+    "torch.compile is measured at the first batch size only, as compiling takes up to minutes for each case.",
+    "Memory is that of the measured steps, not of compiling.",
+    "A turn is at least one step, so it takes longer than --seconds for the large networks.",
+    "Ratios of single operations say less than those of networks: ours runs several of them as one there.",
+];
+
+/// Runs the benchmark's binary.
+pub fn main() -> Result<()> {
+    let flags = Flags::parse();
+    if flags.worker {
+        // It runs as the programs do that train.
+        return process::run(|| ours::serve(std::io::stdin().lock(), std::io::stdout()));
+    }
+    if !(flags.seconds > 0.0 && flags.seconds <= 600.0) {
+        bail!("--seconds {}: expected more than 0, at most 600", flags.seconds);
+    }
+    let batches: Vec<usize> = flags.batches.iter().copied().map(usize::from).collect();
+    let cases = Case::all(&batches)?;
+    let filter = Filter::parse(&flags.only, &cases)?;
+    let cases: Vec<Case> = cases.into_iter().filter(|case| filter.picks(case)).collect();
+    if cases.is_empty() {
+        bail!("--only {} picks no case: no case fits a term of every kind", flags.only.join(","));
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = flags.threads.map_or(cores, usize::from);
+    let mut machine = machine::facts(threads);
+    let bench = Bench {
+        python: flags.python.clone().map_or_else(pytorch::environment, Ok)?,
+        threads,
+        rounds: flags.rounds.into(),
+        seconds: flags.seconds,
+        compiled_batch: batches[0],
+    };
+    machine.push(("PyTorch".into(), bench.pytorch_version()?));
+    let mut rows = Vec::new();
+    for (index, case) in cases.iter().enumerate() {
+        println!("[{}/{}] {}", index + 1, cases.len(), case.name());
+        let measured = bench.measure(case).with_context(|| case.name())?;
+        println!("    {}", summary(&measured));
+        rows.extend(measured);
+    }
+    let context = report::bench::Context {
+        command: command_line(std::env::args().skip(1)),
+        notes: NOTES.map(String::from).into(),
+        machine,
+    };
+    println!("\n{}", report::bench::terminal(&rows, &context));
+    let everything = flags.only.is_empty().then(|| PathBuf::from("results/bench"));
+    if let Some(folder) = flags.out.or(everything) {
+        report::bench::write(&rows, &context, &folder)?;
+        println!("Written to {}.", folder.display());
+    }
+    Ok(())
+}
+
+/// The command as a person would give it elsewhere: without where things lie here.
+fn command_line(mut flags: impl Iterator<Item = String>) -> String {
+    let mut words = vec!["just bench-pytorch".to_string()];
+    while let Some(word) = flags.next() {
+        let place = ["--python", "--out"].into_iter().find(|flag| word.starts_with(flag));
+        if place.is_none() {
+            words.push(word);
+        } else if place == Some(word.as_str()) {
+            flags.next();
+        }
+    }
+    words.join(" ")
+}
+
+/// How to measure.
+struct Bench {
+    python: PathBuf,
+    threads: usize,
+    rounds: usize,
+    seconds: f64,
+    /// The batch size that torch.compile is measured at.
+    compiled_batch: usize,
+}
+
+/// An implementation in a case.
+struct Runner {
+    implementation: Implementation,
+    worker: Worker,
+    ready: Option<Ready>,
+    /// Steps a turn.
+    steps: usize,
+    /// Images a second of each round.
+    speeds: Vec<f64>,
+    peak_mib: Option<f64>,
+}
+
+impl Bench {
+    /// Checks that PyTorch is there.
+    fn pytorch_version(&self) -> Result<String> {
+        let mut worker = self.start(&IMPLEMENTATIONS[1])?;
+        let Hello { version, threads } = worker.answer().with_context(|| {
+            format!("{} can't run PyTorch; install torch there, or leave --python out", self.python.display())
+        })?;
+        if threads != self.threads {
+            bail!("PyTorch computes with {threads} threads, not with {}", self.threads);
+        }
+        Ok(version)
+    }
+
+    fn start(&self, implementation: &Implementation) -> Result<Worker> {
+        let command = match pytorch::flags(implementation.id) {
+            Some(flags) => pytorch::worker(&self.python, flags, self.threads)?,
+            None => {
+                let mut command = Command::new(std::env::current_exe()?);
+                command.arg("--worker").env("RAYON_NUM_THREADS", self.threads.to_string());
+                command
+            }
+        };
+        let logs = pytorch::target()?.join("bench-logs");
+        std::fs::create_dir_all(&logs).with_context(|| format!("{} could not be made", logs.display()))?;
+        Worker::start(command, logs.join(format!("{}.log", implementation.id)))
+    }
+
+    /// Whether the implementation takes part in the case.
+    fn takes_part(&self, implementation: &Implementation, case: &Case) -> bool {
+        implementation.id != "pytorch_compile" || (case.of_network() && case.batch == self.compiled_batch)
+    }
+
+    /// A row for each implementation that takes part, ours first. A mode of PyTorch that fails has a row that
+    /// says why; if ours fails, that is an error.
+    fn measure(&self, case: &Case) -> Result<Vec<Speed>> {
+        let taking_part = IMPLEMENTATIONS.iter().filter(|i| self.takes_part(i, case));
+        // All are started before the first is asked: what takes long, loading PyTorch, is done at once.
+        let mut runners = Vec::new();
+        for &implementation in taking_part {
+            let worker = self.start(&implementation)?;
+            runners.push(Ok(Runner {
+                implementation,
+                worker,
+                ready: None,
+                steps: 1,
+                speeds: Vec::new(),
+                peak_mib: None,
+            }));
+        }
+        let layers = if case.of_network() { Some(Layers::of(&case.build()?)) } else { None };
+        let mut expected = None;
+        each(&mut runners, |runner| {
+            runner.worker.answer::<Hello>()?;
+            let ready = runner.set_up(case, layers.as_ref())?;
+            // Ours are the first.
+            let expected = *expected.get_or_insert((ready.parameters, ready.quantizers));
+            if layers.is_some() && (ready.parameters, ready.quantizers) != expected {
+                bail!(
+                    "its numbers of parameters and quantizers are {:?}, ours {expected:?}",
+                    (ready.parameters, ready.quantizers)
+                );
+            }
+            Ok(())
+        })?;
+        each(&mut runners, |runner| {
+            let Ran { seconds, .. } = runner.worker.ask(&Run { run: 1 })?;
+            runner.steps = ((self.seconds / seconds).round() as usize).max(1);
+            Ok(())
+        })?;
+        for _ in 0..self.rounds {
+            each(&mut runners, |runner| {
+                sleep(REST);
+                runner.turn(case.batch)
+            })?;
+        }
+        Ok(self.rows(case, &runners))
+    }
+
+    fn rows(&self, case: &Case, runners: &[Result<Runner, (Implementation, String)>]) -> Vec<Speed> {
+        let ours: &[f64] = runners.iter().flatten().next().map_or(&[], |runner| &runner.speeds);
+        let row = |implementation: &Implementation| Speed {
+            network: case.network.name().into(),
+            width: case.width,
+            batch: case.batch,
+            what: case.what(),
+            precision: case.precision().into(),
+            implementation: implementation.id.into(),
+            images_per_second: None,
+            images_per_second_min: None,
+            images_per_second_max: None,
+            ratio_of_ours: None,
+            ratio_of_ours_min: None,
+            ratio_of_ours_max: None,
+            peak_mib: None,
+            before_mib: None,
+            rounds: 0,
+            threads: self.threads,
+            problem: None,
+        };
+        let rows = runners.iter().map(|runner| match runner {
+            Ok(runner) => Speed {
+                peak_mib: runner.peak_mib,
+                before_mib: runner.ready.and_then(|ready| ready.before_mib),
+                ..row(&runner.implementation)
+            }
+            .measured(&runner.speeds, (!runner.is_ours()).then_some(ours)),
+            Err((implementation, problem)) => Speed { problem: Some(problem.clone()), ..row(implementation) },
+        });
+        rows.collect()
+    }
+}
+
+impl Runner {
+    fn is_ours(&self) -> bool {
+        pytorch::flags(self.implementation.id).is_none()
+    }
+
+    fn set_up(&mut self, case: &Case, layers: Option<&Layers>) -> Result<Ready> {
+        let ready: Ready = self.worker.ask(&Setup { case, layers, settings: SETTINGS })?;
+        self.ready = Some(ready);
+        Ok(ready)
+    }
+
+    fn turn(&mut self, batch: usize) -> Result<()> {
+        let Ran { seconds, peak_mib } = self.worker.ask(&Run { run: self.steps })?;
+        self.speeds.push((self.steps * batch) as f64 / seconds);
+        self.peak_mib = peak_mib;
+        Ok(())
+    }
+}
+
+/// Lets each that still runs do something. One of PyTorch's that fails is replaced by the reason.
+fn each(
+    runners: &mut [Result<Runner, (Implementation, String)>],
+    mut act: impl FnMut(&mut Runner) -> Result<()>,
+) -> Result<()> {
+    for slot in runners {
+        let Ok(runner) = slot else { continue };
+        if let Err(error) = act(runner) {
+            if runner.is_ours() {
+                return Err(error.context("our own worker failed"));
+            }
+            *slot = Err((runner.implementation, format!("{error:#}")));
+        }
+    }
+    Ok(())
+}
+
+/// A case's speeds in a line.
+fn summary(rows: &[Speed]) -> String {
+    let one = |row: &Speed| {
+        let known = IMPLEMENTATIONS.iter().find(|known| known.id == row.implementation);
+        let label = known.map_or(row.implementation.as_str(), |known| known.label);
+        match row.images_per_second {
+            Some(speed) => {
+                let ratio = row.ratio_of_ours.map(|ratio| format!(" (×{ratio:.2})")).unwrap_or_default();
+                format!("{label} {speed:.0}/s{ratio}")
+            }
+            None => format!("{label} did not run: {}", row.problem.as_deref().unwrap_or("unknown")),
+        }
+    };
+    rows.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_do_not_say_where_things_lie() {
+        let check = |words: &[&str], expected: &str| {
+            assert_eq!(command_line(words.iter().map(|word| word.to_string())), expected);
+        };
+        check(&[], "just bench-pytorch");
+        check(&["--python", "a/b", "--rounds", "3", "--out=c"], "just bench-pytorch --rounds 3");
+        check(&["--python=a/b", "--only", "train"], "just bench-pytorch --only train");
+    }
+
+    #[test]
+    fn flags_are_declared_well() {
+        use clap::CommandFactory;
+        Flags::command().debug_assert();
+    }
+}

@@ -1,0 +1,345 @@
+//! What is measured: the cases, their names, and how they are described to an implementation that does not
+//! know our networks.
+
+use anyhow::{Context, Result, bail};
+use candle_core::Device;
+use kernels::Activation;
+use models::{Fold, Input, Kernel, MobileNet, Network, Quantization, Version};
+use quant_core::{Bits, Precision};
+use serde::{Deserialize, Serialize};
+
+/// Classes of CIFAR-100.
+pub(super) const CLASSES: usize = 100;
+
+/// One thing to measure.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Case {
+    pub(super) network: Version,
+    pub(super) width: f64,
+    pub(super) batch: usize,
+    pub(super) what: What,
+    /// Whether it is with fake quantization, A4/W4.
+    pub(super) quantized: bool,
+}
+
+/// What a step is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum What {
+    /// Forward pass, cross-entropy, backward pass, SGD with momentum and weight decay.
+    Train,
+    /// The forward pass with running statistics.
+    Eval,
+    /// Forward and backward pass of one operation of the network.
+    Operation(Layer),
+}
+
+/// A convolution with what follows it, or a single operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Layer {
+    pub(super) kind: Kind,
+    /// Side of the kernel.
+    pub(super) size: usize,
+    pub(super) stride: usize,
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
+    /// Height and width.
+    pub(super) input_size: [usize; 2],
+    /// Height and width.
+    pub(super) output_size: [usize; 2],
+    pub(super) activation: Activation,
+    pub(super) weight_bits: Option<u32>,
+    pub(super) output_bits: Option<u32>,
+}
+
+/// The kind of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Kind {
+    /// A full convolution of the image, which needs no gradient.
+    Stem,
+    /// A depthwise convolution.
+    Depthwise,
+    /// A 1×1 convolution.
+    Pointwise,
+    /// Batch normalization and activation, with a quantizer if the layer has bits.
+    Norm,
+}
+
+/// A network's structure, and what it quantizes to how many bits.
+#[derive(Debug, Serialize)]
+pub(super) struct Layers {
+    image: [usize; 3],
+    classes: usize,
+    input_bits: Option<u32>,
+    units: Vec<Layer>,
+    /// From which unit's output to which.
+    residuals: Vec<[usize; 2]>,
+    features_bits: Option<u32>,
+    classifier_bits: Option<u32>,
+}
+
+impl Case {
+    /// Every case, networks first, in the order of the report.
+    pub(super) fn all(batches: &[usize]) -> Result<Vec<Self>> {
+        let mut cases = Vec::new();
+        for &batch in batches {
+            for network in [Version::V1, Version::V2] {
+                for width in [1.0, 0.25] {
+                    for what in [What::Train, What::Eval] {
+                        for quantized in [false, true] {
+                            cases.push(Self { network, width, batch, what: what.clone(), quantized });
+                        }
+                    }
+                }
+            }
+        }
+        let batch = batches.first().copied().unwrap_or(64);
+        let of = |what: What, quantized| Self { network: Version::V2, width: 1.0, batch, what, quantized };
+        for layer in operations()? {
+            let quantized = layer.output_bits.is_some();
+            cases.push(of(What::Operation(layer), quantized));
+        }
+        Ok(cases)
+    }
+
+    /// The network, freshly drawn, with its quantizers.
+    pub(super) fn build(&self) -> Result<Network> {
+        let config = MobileNet { width: self.width, ..MobileNet::new(self.network, Input::Cifar, CLASSES) };
+        let mut network = config.init(0, &Device::Cpu)?;
+        if self.quantized {
+            let bits = |bits| Bits::new(bits).map(Precision::Quantized);
+            network.quantize(&Quantization {
+                activations: bits(4)?,
+                weights: bits(4)?,
+                first_layer: bits(8)?,
+                last_layer: bits(8)?,
+                fold: Fold::Unfolded,
+            })?;
+        }
+        Ok(network)
+    }
+
+    /// Whether it is of a whole network.
+    pub(super) fn of_network(&self) -> bool {
+        !matches!(self.what, What::Operation(_))
+    }
+
+    /// "train", "eval" or the operation's name.
+    pub(super) fn what(&self) -> String {
+        match &self.what {
+            What::Train => "train".into(),
+            What::Eval => "eval".into(),
+            What::Operation(layer) => layer.name(),
+        }
+    }
+
+    /// "float" or "a4w4".
+    pub(super) fn precision(&self) -> &'static str {
+        if self.quantized { "a4w4" } else { "float" }
+    }
+
+    /// All that tells it from the others.
+    pub(super) fn name(&self) -> String {
+        let Self { network, width, batch, .. } = self;
+        format!("{} {width:?} {batch} {} {}", network.name(), self.what(), self.precision())
+    }
+}
+
+impl Layer {
+    /// "depthwise s2 96@32x32": the kind, the stride, channels and the input's size.
+    fn name(&self) -> String {
+        let Self { stride, inputs, outputs, input_size: [h, w], .. } = self;
+        let quantizer = if self.output_bits.is_some() { "+quantize" } else { "" };
+        match self.kind {
+            Kind::Stem => format!("stem {inputs}-{outputs}@{h}x{w}"),
+            Kind::Depthwise => format!("depthwise s{stride} {outputs}@{h}x{w}"),
+            Kind::Pointwise => format!("pointwise {inputs}-{outputs}@{h}x{w}"),
+            Kind::Norm => format!("norm+relu6{quantizer} {outputs}@{h}x{w}"),
+        }
+    }
+}
+
+/// The single operations: of those units of MobileNetV2 that have a typical shape.
+fn operations() -> Result<Vec<Layer>> {
+    let network = MobileNet::new(Version::V2, Input::Cifar, CLASSES).init(0, &Device::Cpu)?;
+    let layers = Layers::of(&network);
+    let unit = |name: &str| -> Result<&Layer> {
+        let index = network.units.iter().position(|unit| unit.name == name);
+        index.map(|index| &layers.units[index]).with_context(|| format!("MobileNetV2 has no unit {name}"))
+    };
+    let norm = |layer: &Layer, bits| Layer {
+        kind: Kind::Norm,
+        size: 1,
+        stride: 1,
+        inputs: layer.outputs,
+        input_size: layer.output_size,
+        output_bits: bits,
+        ..layer.clone()
+    };
+    // At most one of each stride on large maps, the other with many channels.
+    let convolutions = [
+        "stem",
+        "blocks.0.depthwise",
+        "blocks.14.depthwise",
+        "blocks.1.depthwise",
+        "blocks.3.depthwise",
+        "blocks.1.expand",
+        "blocks.2.project",
+        "blocks.14.expand",
+    ];
+    let mut all = Vec::new();
+    for name in convolutions {
+        all.push(unit(name)?.clone());
+    }
+    for bits in [None, Some(4)] {
+        for name in ["blocks.1.expand", "blocks.14.expand"] {
+            all.push(norm(unit(name)?, bits));
+        }
+    }
+    Ok(all)
+}
+
+impl Layers {
+    /// Those of a network.
+    pub(super) fn of(network: &Network) -> Self {
+        let [mut h, mut w, channels] = network.input;
+        let bits = |bits: Option<Bits>| bits.map(Bits::get);
+        let activation_bits = |q: &Option<models::ActivationQuantizer>| bits(q.as_ref().map(|q| q.bits));
+        let mut units = Vec::with_capacity(network.units.len());
+        for unit in &network.units {
+            let input_size = [h, w];
+            (h, w) = (unit.kernel.output_size(h), unit.kernel.output_size(w));
+            let (kind, size) = match unit.kernel {
+                Kernel::Full { size, .. } => (Kind::Stem, size),
+                Kernel::Depthwise { .. } => (Kind::Depthwise, 3),
+                Kernel::Pointwise => (Kind::Pointwise, 1),
+            };
+            units.push(Layer {
+                kind,
+                size,
+                stride: unit.kernel.stride(),
+                inputs: unit.input_channels(),
+                outputs: unit.filters(),
+                input_size,
+                output_size: [h, w],
+                activation: unit.activation,
+                weight_bits: bits(unit.weight_quantizer.map(|q| q.bits)),
+                output_bits: activation_bits(&unit.output_quantizer),
+            });
+        }
+        Self {
+            image: [network.input[0], network.input[1], channels],
+            classes: network.classes(),
+            input_bits: activation_bits(&network.input_quantizer),
+            units,
+            residuals: network.residuals.iter().map(|r| [r.from, r.to]).collect(),
+            features_bits: activation_bits(&network.head.input_quantizer),
+            classifier_bits: bits(network.head.weight_quantizer.map(|q| q.bits)),
+        }
+    }
+
+    /// Fake quantizers of activations and weights.
+    pub(super) fn quantizers(&self) -> usize {
+        let of_units = self.units.iter().flat_map(|unit| [unit.weight_bits, unit.output_bits]);
+        of_units.chain([self.input_bits, self.features_bits, self.classifier_bits]).flatten().count()
+    }
+}
+
+/// Which cases `--only` picks. A term is a network, a width, a batch size, a precision, or a part of what is
+/// measured; a case is picked if it fits a term of every kind given.
+#[derive(Debug, Default)]
+pub(super) struct Filter(Vec<(usize, Vec<String>)>);
+
+/// The parts of a case that a term can be about.
+const KINDS: usize = 5;
+
+fn fits(case: &Case, kind: usize, term: &str) -> bool {
+    match kind {
+        0 => case.network.name() == term,
+        1 => format!("{:?}", case.width) == term,
+        2 => case.batch.to_string() == term,
+        3 => case.precision() == term,
+        _ => case.what().contains(term),
+    }
+}
+
+impl Filter {
+    /// Sorts the terms by kind; one that no case fits is an error that names what is allowed.
+    pub(super) fn parse(terms: &[String], cases: &[Case]) -> Result<Self> {
+        let mut filter = Self::default();
+        for term in terms {
+            let Some(kind) = (0..KINDS).find(|&kind| cases.iter().any(|case| fits(case, kind, term))) else {
+                let names: Vec<String> = cases.iter().map(Case::name).collect();
+                bail!(
+                    "--only {term} fits no case; the cases are (network, width, batch, what, bits):\n  {}",
+                    names.join("\n  ")
+                );
+            };
+            match filter.0.iter_mut().find(|(known, _)| *known == kind) {
+                Some((_, terms)) => terms.push(term.clone()),
+                None => filter.0.push((kind, vec![term.clone()])),
+            }
+        }
+        Ok(filter)
+    }
+
+    /// Whether the case is picked.
+    pub(super) fn picks(&self, case: &Case) -> bool {
+        self.0.iter().all(|(kind, terms)| terms.iter().any(|term| fits(case, *kind, term)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_narrow_down() {
+        let cases = Case::all(&[64, 128]).unwrap();
+        let check = |terms: &[&str], expected: &[&str]| {
+            let terms: Vec<String> = terms.iter().map(|term| term.to_string()).collect();
+            let filter = Filter::parse(&terms, &cases).unwrap();
+            let picked: Vec<String> =
+                cases.iter().filter(|case| filter.picks(case)).map(Case::name).collect();
+            assert_eq!(picked, expected, "{terms:?}");
+        };
+        check(&["mobilenet_v2", "1.0", "64", "train", "a4w4"], &["mobilenet_v2 1.0 64 train a4w4"]);
+        check(
+            &["mobilenet_v1", "0.25", "128", "eval", "train", "float"],
+            &["mobilenet_v1 0.25 128 train float", "mobilenet_v1 0.25 128 eval float"],
+        );
+        check(
+            &["depthwise s2"],
+            &[
+                "mobilenet_v2 1.0 64 depthwise s2 96@32x32 float",
+                "mobilenet_v2 1.0 64 depthwise s2 144@16x16 float",
+            ],
+        );
+        let all = Filter::parse(&[], &cases).unwrap();
+        assert!(cases.iter().all(|case| all.picks(case)));
+        let error = Filter::parse(&["resnet".into()], &cases).unwrap_err().to_string();
+        assert!(error.contains("resnet") && error.contains("mobilenet_v2 1.0 64 train a4w4"), "{error}");
+    }
+
+    #[test]
+    fn case_names_are_different() {
+        let cases = Case::all(&[64, 128]).unwrap();
+        let names: std::collections::BTreeSet<String> = cases.iter().map(Case::name).collect();
+        assert_eq!(names.len(), cases.len());
+        assert_eq!(cases.iter().filter(|case| case.of_network()).count(), 32);
+    }
+
+    #[test]
+    fn every_quantizer_is_described() {
+        let check = |network, quantizers| {
+            let case = Case { network, width: 0.25, batch: 1, what: What::Train, quantized: true };
+            assert_eq!(Layers::of(&case.build().unwrap()).quantizers(), quantizers);
+            let float = Case { quantized: false, ..case };
+            assert_eq!(Layers::of(&float.build().unwrap()).quantizers(), 0);
+        };
+        // Image and features; weights and output of each unit; the classifier's weights.
+        check(Version::V1, 2 + 2 * 27 + 1);
+        check(Version::V2, 2 + 2 * 53 + 1);
+    }
+}

@@ -1,0 +1,102 @@
+//! What a figure depends on besides the code: the machine, the time, and the memory of this process.
+
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// A line of this process's memory use, in MiB; `None` where the system does not tell.
+pub(super) fn resident_mib(field: &str) -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    mib(&status, field)
+}
+
+/// Lets the peak begin anew at what is resident now, where the system can.
+pub(super) fn reset_peak() {
+    std::fs::write("/proc/self/clear_refs", "5").ok();
+}
+
+/// `field:  123 kB` in a file of such lines.
+fn mib(text: &str, field: &str) -> Option<f64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(line.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
+}
+
+/// The machine and its state, as (name, value); what is not known is left out.
+pub(crate) fn facts(threads: usize) -> Vec<(String, String)> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let value = |text: Option<String>, name: &str, separator: char| {
+        text?.lines().find_map(|line| {
+            let (key, value) = line.split_once(separator)?;
+            (key.trim() == name).then(|| value.trim().trim_matches('"').to_string())
+        })
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory = read("/proc/meminfo").and_then(|text| mib(&text, "MemTotal"));
+    let system = value(read("/etc/os-release"), "PRETTY_NAME", '=');
+    let kernel = read("/proc/sys/kernel/osrelease").map(|text| text.trim().to_string());
+    let load =
+        read("/proc/loadavg").map(|text| text.split_whitespace().take(3).collect::<Vec<_>>().join(", "));
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let all = [
+        ("processor", value(read("/proc/cpuinfo"), "model name", ':')),
+        ("cores", Some(format!("{threads} used of {cores}"))),
+        ("memory", memory.map(|mib| format!("{:.0} GiB", mib / 1024.0))),
+        (
+            "system",
+            Some(match (system, kernel) {
+                (Some(system), Some(kernel)) => format!("{system}, kernel {kernel}"),
+                _ => std::env::consts::OS.into(),
+            }),
+        ),
+        (
+            "load average at the start",
+            load.map(|load| format!("{load} (1, 5, 15 minutes; building counts in)")),
+        ),
+        ("date", Some(date(seconds))),
+        ("code", Some(env!("PFQ_COMMIT").into())),
+        ("compiler", rustc()),
+    ];
+    all.into_iter().filter_map(|(name, value)| Some((name.into(), value?))).collect()
+}
+
+/// The compiler's version: of the one that is there, as the benchmark is built where it runs.
+fn rustc() -> Option<String> {
+    let output = Command::new("rustc").arg("--version").output().ok()?;
+    String::from_utf8(output.stdout).ok().map(|text| text.trim().to_string())
+}
+
+/// The day, in UTC, of a number of seconds since 1970, by the proleptic Gregorian calendar.
+fn date(seconds: u64) -> String {
+    // Years begin in March here, so that the leap day is the last of one; 719468 days before 1970.
+    let days = seconds / 86_400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = era * 400 + year + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        for (seconds, expected) in [
+            (0, "1970-01-01"),
+            (951_782_400, "2000-02-29"),
+            (951_868_800, "2000-03-01"),
+            (1_767_225_599, "2025-12-31"),
+            (1_767_225_600, "2026-01-01"),
+        ] {
+            assert_eq!(date(seconds), expected);
+        }
+    }
+
+    #[test]
+    fn memory_lines() {
+        let text = "VmPeak:\t  9 kB\nVmHWM:\t    2048 kB\n";
+        assert_eq!((mib(text, "VmHWM"), mib(text, "VmRSS")), (Some(2.0), None));
+    }
+}

@@ -1,0 +1,228 @@
+//! Our side of the benchmark: a worker that runs this workspace's code as the programs run it.
+
+use super::case::{CLASSES, Case, Kind, Layer, Layers, What};
+use super::machine::{reset_peak, resident_mib};
+use super::worker::{Failure, Hello, Ran, Ready, Run, Settings};
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor};
+use datasets::Augmentation;
+use kernels::{Quantizer, depthwise, im2col, norm, pointwise, quantize};
+use models::Step;
+use quant_core::Bits;
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, Write};
+use std::time::Instant;
+use train::Training;
+
+/// Steps before the first that is timed, as many as PyTorch's worker makes.
+const WARM_UP: usize = 3;
+
+/// What can be asked.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Request {
+    Run(Run),
+    Setup { case: Case, settings: Settings },
+}
+
+/// One step of a case; gives a number that is finite if all went well.
+type Work = Box<dyn FnMut() -> Result<Tensor>>;
+
+/// Answers requests until there are no more.
+pub(super) fn serve(requests: impl BufRead, mut answers: impl Write) -> Result<()> {
+    let threads = rayon::current_num_threads();
+    say(&mut answers, &Hello { version: env!("CARGO_PKG_VERSION").into(), threads })?;
+    let mut work: Option<Work> = None;
+    for line in requests.lines() {
+        let answer = match serde_json::from_str(&line?)? {
+            Request::Setup { case, settings } => set_up(&case, settings).map(|(step, ready)| {
+                work = Some(step);
+                serde_json::to_value(ready)
+            }),
+            Request::Run(Run { run: steps }) => {
+                let work = work.as_mut().context("nothing has been set up");
+                work.and_then(|work| run(work, steps)).map(serde_json::to_value)
+            }
+        };
+        match answer {
+            Ok(answer) => say(&mut answers, &answer?)?,
+            Err(error) => say(&mut answers, &Failure { error: format!("{error:#}") })?,
+        }
+    }
+    Ok(())
+}
+
+fn say(answers: &mut impl Write, value: &impl Serialize) -> Result<()> {
+    serde_json::to_writer(&mut *answers, value)?;
+    answers.write_all(b"\n")?;
+    Ok(answers.flush()?)
+}
+
+fn set_up(case: &Case, settings: Settings) -> Result<(Work, Ready)> {
+    let before_mib = resident_mib("VmRSS");
+    let (mut work, parameters, quantizers) = match &case.what {
+        What::Operation(layer) => (operation(layer, case.batch, settings)?, 0, 0),
+        _ => network(case, settings)?,
+    };
+    for _ in 0..WARM_UP {
+        work()?;
+    }
+    reset_peak();
+    Ok((work, Ready { before_mib, parameters, quantizers }))
+}
+
+fn run(work: &mut Work, steps: usize) -> Result<Ran> {
+    let started = Instant::now();
+    let mut last = None;
+    for _ in 0..steps {
+        last = Some(work()?);
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let peak_mib = resident_mib("VmHWM");
+    if let Some(last) = last
+        && !last.sum_all()?.to_scalar::<f32>()?.is_finite()
+    {
+        bail!("the result is not finite");
+    }
+    Ok(Ran { seconds, peak_mib })
+}
+
+fn random(dims: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?)
+}
+
+/// A step of a whole network, its number of parameters and of quantizers.
+fn network(case: &Case, settings: Settings) -> Result<(Work, usize, usize)> {
+    let mut network = case.build()?;
+    let parameters = network.parameters().iter().map(|p| p.tensor.elem_count()).sum();
+    let quantizers = Layers::of(&network).quantizers();
+    let [h, w, channels] = network.input;
+    let images = random(&[case.batch, h, w, channels])?;
+    let labels: Vec<u32> = (0..case.batch).map(|i| (i % CLASSES) as u32).collect();
+    let labels = Tensor::from_vec(labels, case.batch, &Device::Cpu)?;
+    let Settings { rate, momentum, weight_decay, range_momentum } = settings;
+    let work: Work = if case.what == What::Train {
+        let training = Training {
+            warmup_epochs: 0.0,
+            cosine_epochs: 1.0,
+            learning_rate: rate,
+            batch: case.batch,
+            momentum,
+            weight_decay,
+            decay_norm: true,
+            label_smoothing: 0.0,
+            range_momentum,
+            augmentation: Augmentation::none(),
+        };
+        let velocities =
+            network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<Vec<_>, _>>()?;
+        Box::new(move || Ok(train::step(&mut network, &velocities, &images, &labels, &training, rate)?.loss))
+    } else {
+        // Sets the ranges.
+        network.forward_train(&images, Step { range_momentum })?;
+        Box::new(move || Ok(network.forward(&images)?))
+    };
+    Ok((work, parameters, quantizers))
+}
+
+/// Forward and backward pass of one operation.
+fn operation(layer: &Layer, batch: usize, settings: Settings) -> Result<Work> {
+    let &Layer { size, stride, inputs, outputs, input_size: [h, w], output_size: [ho, wo], .. } = layer;
+    let (x, gy) = (random(&[batch, h, w, inputs])?, random(&[batch, ho, wo, outputs])?);
+    Ok(match layer.kind {
+        Kind::Stem => {
+            let weight = random(&[size * size * inputs, outputs])?;
+            // Patches are gathered twice, as the network does it.
+            let patches = move |x: &Tensor| im2col::forward(x, size, stride, (size - 1) / 2);
+            Box::new(move || {
+                std::hint::black_box(pointwise::forward(&patches(&x)?, &weight)?);
+                Ok(pointwise::grad_weight(&patches(&x)?, &gy)?)
+            })
+        }
+        Kind::Depthwise => {
+            let weight = random(&[3, 3, outputs])?;
+            Box::new(move || {
+                std::hint::black_box(depthwise::forward(&x, &weight, stride)?);
+                std::hint::black_box(depthwise::grad_input(&gy, &weight, stride, (h, w))?);
+                Ok(depthwise::grad_weight(&x, &gy, stride)?)
+            })
+        }
+        Kind::Pointwise => {
+            let weight = random(&[inputs, outputs])?;
+            Box::new(move || {
+                std::hint::black_box(pointwise::forward(&x, &weight)?);
+                std::hint::black_box(pointwise::grad_input(&gy, &weight)?);
+                Ok(pointwise::grad_weight(&x, &gy)?)
+            })
+        }
+        Kind::Norm => {
+            let ones = Tensor::ones(outputs, DType::F32, &Device::Cpu)?;
+            let zeros = ones.zeros_like()?;
+            let (mut running_mean, mut running_variance) = (zeros.clone(), ones.clone());
+            let bits = layer.output_bits.map(Bits::new).transpose()?;
+            let range = Tensor::new(&[0f32, 6.0], &Device::Cpu)?;
+            let act = layer.activation;
+            Box::new(move || {
+                let stats = norm::channel_stats(&x)?;
+                let inv_std = norm::inv_std(&stats.variance, 1e-5)?;
+                let (scale, shift) = norm::affine(&ones, &zeros, &stats.mean, &inv_std)?;
+                running_mean = ((&running_mean * 0.9)? + (&stats.mean * 0.1)?)?;
+                running_variance = ((&running_variance * 0.9)? + (&stats.variance * 0.1)?)?;
+                if bits.is_some() {
+                    let extremes = norm::output_range(&stats, &scale, &shift, act)?;
+                    quantize::update_range(&range, &extremes, settings.range_momentum)?;
+                }
+                let quantizer = bits.map(|bits| Quantizer { range: &range, bits });
+                std::hint::black_box(norm::forward(&x, &scale, &shift, act, quantizer)?);
+                let all =
+                    norm::backward_batch(&x, &gy, &ones, &zeros, &stats.mean, &inv_std, act, quantizer)?;
+                Ok(all.z.tensor()?)
+            })
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn answers(requests: &[Value]) -> Vec<Value> {
+        let requests: Vec<String> = requests.iter().map(Value::to_string).collect();
+        let mut answers = Vec::new();
+        serve(requests.join("\n").as_bytes(), &mut answers).unwrap();
+        String::from_utf8(answers).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_worker_answers_every_request() {
+        let settings = json!({"rate": 1e-3, "momentum": 0.9, "weight_decay": 1e-3, "range_momentum": 0.01});
+        let setup = |what: Value| {
+            let case = json!({
+                "network": "mobilenet_v2", "width": 0.25, "batch": 1, "what": what, "quantized": true
+            });
+            json!({"case": case, "layers": null, "settings": settings})
+        };
+        let said = answers(&[
+            json!({"run": 1}),
+            setup(json!("train")),
+            json!({"run": 2}),
+            setup(json!("eval")),
+            json!({"run": 1}),
+        ]);
+        assert_eq!(said.len(), 6);
+        assert!(said[0]["threads"].as_u64() > Some(0));
+        assert!(said[1]["error"].as_str().is_some_and(|error| error.contains("set up")));
+        assert_eq!((&said[2]["parameters"], &said[2]["quantizers"]), (&json!(366_292), &json!(109)));
+        assert!(said[3]["seconds"].as_f64() > Some(0.0) && said[5]["seconds"].as_f64() > Some(0.0));
+    }
+
+    #[test]
+    fn every_operation_runs() {
+        for case in Case::all(&[1]).unwrap().iter().filter(|case| !case.of_network()) {
+            let settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
+            let (mut work, _) = set_up(case, settings).unwrap();
+            assert!(run(&mut work, 1).unwrap().seconds > 0.0, "{}", case.name());
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! The profile of a training step: each operation's share of the time, and how near it comes to what the machine
+//! can do, which is measured in the same run by a large matrix product and a large copy.
+
+use crate::bench::machine;
+use crate::process;
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use clap::Parser;
+use datasets::Augmentation;
+use kernels::profile::{self, Cost};
+use kernels::{norm, pointwise};
+use models::{Fold, Input, Kernel, MobileNet, Network, Quantization, Version};
+use quant_core::{Bits, Precision};
+use rayon::prelude::*;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use train::Training;
+
+/// Flags of the profile.
+#[derive(Debug, Clone, Parser)]
+#[command(version, about = "Profiles training steps: each operation beside the machine's peaks")]
+struct Flags {
+    /// Folder for profile.csv and profile.md
+    #[arg(long, value_name = "DIR", default_value = "results/bench")]
+    out: PathBuf,
+
+    /// Images a step
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(2..=4096))]
+    batch: u16,
+
+    /// Steps that are summed up, after three that are not
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    steps: u16,
+}
+
+/// What the machine can do.
+struct Peaks {
+    flops: f64,
+    bytes: f64,
+}
+
+/// A line of the table.
+#[derive(Serialize)]
+struct Line {
+    network: &'static str,
+    width: f64,
+    batch: usize,
+    precision: &'static str,
+    operation: String,
+    calls_per_step: f64,
+    ms_per_step: f64,
+    share_percent: f64,
+    gflop_per_second: f64,
+    share_of_peak_product_percent: f64,
+    gb_per_second: f64,
+    share_of_peak_copy_percent: f64,
+}
+
+/// Runs the profile's binary.
+pub fn main() -> Result<()> {
+    let flags = Flags::parse();
+    process::run(|| run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
+    let mut text = String::from("# Where a training step's time goes\n\nWritten by `just profile`.\n\n");
+    for (name, value) in machine::facts(rayon::current_num_threads()) {
+        writeln!(text, "- {name}: {value}")?;
+    }
+    let peaks = peaks()?;
+    let (product, copy) = (peaks.flops / 1e9, peaks.bytes / 1e9);
+    writeln!(text, "- peak of a large matrix product (float32, 2048 × 1024 × 1024): {product:.0} GFLOP/s")?;
+    writeln!(text, "- peak of a large copy (256 MiB; bytes read and written): {copy:.1} GB/s")?;
+    text.push_str(
+        "\nGFLOP/s count multiplications and additions, GB/s what an operation must read and write at least: each \
+         operand and each result once. What stays in cache can exceed the copy. *Other* is what the step does \
+         between the operations: small tensors per channel, memory management.\n",
+    );
+    let mut lines = Vec::new();
+    for (version, width) in [(Version::V2, 1.0), (Version::V2, 0.25), (Version::V1, 1.0), (Version::V1, 0.25)]
+    {
+        for quantized in [false, true] {
+            let from = lines.len();
+            step(version, width, quantized, flags, &peaks, &mut lines)?;
+            table(&lines[from..], &mut text)?;
+        }
+    }
+    for width in [1.0, 0.25] {
+        shapes(width, flags.batch.into(), &peaks, &mut text)?;
+    }
+    print!("{text}");
+    let mut csv = csv::Writer::from_writer(Vec::new());
+    for line in &lines {
+        csv.serialize(line)?;
+    }
+    whole_file::write(&flags.out.join("profile.csv"), &csv.into_inner()?)?;
+    whole_file::write(&flags.out.join("profile.md"), text.as_bytes())?;
+    Ok(())
+}
+
+/// The best time of several runs.
+fn best(mut operation: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let mut best = Duration::MAX;
+    for _ in 0..7 {
+        let started = Instant::now();
+        operation()?;
+        best = best.min(started.elapsed());
+    }
+    Ok(best)
+}
+
+fn random(dims: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?)
+}
+
+fn peaks() -> Result<Peaks> {
+    let (a, b) = (random(&[2048, 1024])?, random(&[1024, 1024])?);
+    let product = best(|| {
+        std::hint::black_box(pointwise::forward(&a, &b)?);
+        Ok(())
+    })?;
+    let from = vec![1.0f32; 64 << 20];
+    let mut to = vec![0.0f32; 64 << 20];
+    let copy = best(|| {
+        let part = 1 << 18;
+        to.par_chunks_mut(part).zip(from.par_chunks(part)).for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(())
+    })?;
+    Ok(Peaks {
+        flops: 2.0 * (2048.0 * 1024.0 * 1024.0) / product.as_secs_f64(),
+        bytes: 8.0 * from.len() as f64 / copy.as_secs_f64(),
+    })
+}
+
+fn network(version: Version, width: f64, quantized: bool) -> Result<Network> {
+    let settings = MobileNet { width, ..MobileNet::new(version, Input::Cifar, 100) };
+    let mut network = settings.init(0, &Device::Cpu)?;
+    if quantized {
+        let bits = |bits| Bits::new(bits).map(Precision::Quantized);
+        network.quantize(&Quantization {
+            activations: bits(4)?,
+            weights: bits(4)?,
+            first_layer: bits(8)?,
+            last_layer: bits(8)?,
+            fold: Fold::Unfolded,
+        })?;
+    }
+    Ok(network)
+}
+
+/// Profiles one kind of step.
+fn step(
+    version: Version,
+    width: f64,
+    quantized: bool,
+    flags: &Flags,
+    peaks: &Peaks,
+    lines: &mut Vec<Line>,
+) -> Result<()> {
+    let batch = usize::from(flags.batch);
+    let mut network = network(version, width, quantized)?;
+    let velocities =
+        network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<Vec<_>, _>>()?;
+    let images = random(&[batch, 32, 32, 3])?;
+    let labels: Vec<u32> = (0..flags.batch).map(|i| u32::from(i) % 100).collect();
+    let labels = Tensor::from_vec(labels, batch, &Device::Cpu)?;
+    let training = Training {
+        warmup_epochs: 0.0,
+        cosine_epochs: 1.0,
+        learning_rate: 1e-3,
+        batch,
+        momentum: 0.9,
+        weight_decay: 1e-3,
+        decay_norm: true,
+        label_smoothing: 0.0,
+        range_momentum: 0.01,
+        augmentation: Augmentation::none(),
+    };
+    let mut step = || train::step(&mut network, &velocities, &images, &labels, &training, 1e-3);
+    for _ in 0..3 {
+        step()?;
+    }
+    profile::start();
+    let started = Instant::now();
+    for _ in 0..flags.steps {
+        step()?;
+    }
+    let whole = started.elapsed();
+    let mut costs: BTreeMap<&str, Cost> = profile::stop();
+    let noted: Duration = costs.values().map(|cost| cost.time).sum();
+    costs.insert("other", Cost { time: whole.saturating_sub(noted), ..Cost::default() });
+    let mut costs: Vec<_> = costs.into_iter().collect();
+    costs.sort_by_key(|(_, cost)| std::cmp::Reverse(cost.time));
+    costs.push(("whole step", Cost { time: whole, ..Cost::default() }));
+    for (operation, cost) in costs {
+        let seconds = cost.time.as_secs_f64().max(1e-9);
+        let (flops, bytes) = (cost.operations as f64 / seconds, cost.bytes as f64 / seconds);
+        lines.push(Line {
+            network: version.name(),
+            width,
+            batch,
+            precision: if quantized { "a4w4" } else { "float" },
+            operation: operation.into(),
+            calls_per_step: cost.calls as f64 / f64::from(flags.steps),
+            ms_per_step: 1e3 * seconds / f64::from(flags.steps),
+            share_percent: 100.0 * seconds / whole.as_secs_f64(),
+            gflop_per_second: flops / 1e9,
+            share_of_peak_product_percent: 100.0 * flops / peaks.flops,
+            gb_per_second: bytes / 1e9,
+            share_of_peak_copy_percent: 100.0 * bytes / peaks.bytes,
+        });
+    }
+    Ok(())
+}
+
+fn table(lines: &[Line], text: &mut String) -> Result<()> {
+    let first = &lines[0];
+    let whole = lines.last().expect("the whole step is there").ms_per_step;
+    let rate = first.batch as f64 / whole * 1e3;
+    writeln!(
+        text,
+        "\n## {}, width {}, batch {}, {}: {whole:.1} ms, {rate:.0} images/s\n",
+        first.network, first.width, first.batch, first.precision
+    )?;
+    text.push_str("| operation | calls | ms | share | GFLOP/s | of peak | GB/s | of copy |\n");
+    text.push_str("|---|--:|--:|--:|--:|--:|--:|--:|\n");
+    for line in &lines[..lines.len() - 1] {
+        let or_none = |value: f64, text: String| if value > 0.0 { text } else { String::new() };
+        let (flops, bytes) = (line.gflop_per_second, line.gb_per_second);
+        writeln!(
+            text,
+            "| {} | {} | {:.2} | {:.1} % | {} | {} | {} | {} |",
+            line.operation,
+            or_none(line.calls_per_step, format!("{:.0}", line.calls_per_step)),
+            line.ms_per_step,
+            line.share_percent,
+            or_none(flops, format!("{flops:.0}")),
+            or_none(flops, format!("{:.0} %", line.share_of_peak_product_percent)),
+            or_none(bytes, format!("{bytes:.1}")),
+            or_none(bytes, format!("{:.0} %", line.share_of_peak_copy_percent)),
+        )?;
+    }
+    Ok(())
+}
+
+/// The pointwise products of MobileNetV2, each shape on its own, beside what bounds it.
+fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<()> {
+    writeln!(
+        text,
+        "\n## Pointwise products of mobilenet_v2, width {width}, batch {batch}, float, shape by shape\n\n\
+         *Bound* is the least time that the peaks above allow: the larger of the multiplications at the product's and \
+         the bytes at the copy's. The backward pass computes the gradient of its own output as it goes, from two \
+         tensors of its size, so it moves twice the bytes of a plain product.\n\n\
+         | channels | rows | forward + statistics | of peak | of bound | backward | of peak | of bound |\n\
+         |---|--:|--:|--:|--:|--:|--:|--:|"
+    )?;
+    let network = network(Version::V2, width, false)?;
+    let mut side = network.input[0];
+    let mut seen = Vec::new();
+    for unit in &network.units {
+        side = unit.kernel.output_size(side);
+        let (k, n, rows) = (unit.input_channels(), unit.filters(), batch * side * side);
+        if unit.kernel != Kernel::Pointwise || seen.contains(&(k, n, rows)) {
+            continue;
+        }
+        seen.push((k, n, rows));
+        let (x, gy) = (random(&[rows, k])?, random(&[rows, n])?);
+        let (ones, zeros) = (norm::inv_std(&random(&[n])?.zeros_like()?, 1.0)?, random(&[n])?.zeros_like()?);
+        let (z, stats) = pointwise::forward_stats(&x, &unit.weight)?;
+        let forward = best(|| {
+            std::hint::black_box(pointwise::forward_stats(&x, &unit.weight)?);
+            Ok(())
+        })?;
+        let act = unit.activation;
+        let gz = norm::backward_batch(&z, &gy, &ones, &zeros, &stats.mean, &ones, act, None)?.z;
+        let backward = best(|| {
+            std::hint::black_box(pointwise::backward(&x, &unit.weight, &gz)?);
+            Ok(())
+        })?;
+        let flops = (2 * rows * k * n) as f64;
+        let cell = |time: Duration, flops: f64, floats: usize| {
+            let seconds = time.as_secs_f64();
+            let bound = (flops / peaks.flops).max(4.0 * floats as f64 / peaks.bytes);
+            let share = 100.0 * flops / seconds / peaks.flops;
+            format!("{:.2} ms | {share:.0} % | {:.0} %", 1e3 * seconds, 100.0 * bound / seconds)
+        };
+        writeln!(
+            text,
+            "| {k} → {n} | {rows} | {} | {} |",
+            cell(forward, flops, rows * (k + n) + k * n),
+            cell(backward, 2.0 * flops, rows * (2 * k + 2 * n) + 2 * k * n)
+        )?;
+    }
+    Ok(())
+}
