@@ -872,7 +872,7 @@ mod tests {
     /// Asserts that the statistics are those of a two-pass computation in `f64`.
     #[track_caller]
     fn assert_stats(values: &[f32], c: usize) {
-        let z = Tensor::new(values, &candle_core::Device::Cpu).unwrap().reshape(((), c)).unwrap();
+        let z = Tensor::new(values, &Device::Cpu).unwrap().reshape(((), c)).unwrap();
         let stats = channel_stats(&z).unwrap();
         let rows = (values.len() / c) as f64;
         let [mean, variance, min, max] =
@@ -916,7 +916,7 @@ mod tests {
     fn constant_channels_have_no_variance() {
         for (rows, c) in [(3, 5), (100_003, 3), (700, 1280)] {
             let values: Vec<f32> = (0..rows * c).map(|i| 0.1 + (i % c) as f32 * 1.7e-3).collect();
-            let z = Tensor::from_vec(values, (rows, c), &candle_core::Device::Cpu).unwrap();
+            let z = Tensor::from_vec(values, (rows, c), &Device::Cpu).unwrap();
             let stats = channel_stats(&z).unwrap();
             assert!(elements(&stats.variance).iter().all(|variance| *variance == 0.0));
             assert_eq!(elements(&stats.mean), elements(&z.get(0).unwrap()));

@@ -139,6 +139,42 @@ fn gradients_with_folded_norm() {
 }
 
 /// At 8 bits the network is close to the float one, in training and in evaluation.
+/// Evaluation never has a convolution's output in memory; observed, it has.
+#[test]
+fn an_observed_pass_gives_the_same_bits() {
+    for version in [Version::V1, Version::V2] {
+        let folds = [Fold::Unfolded, Fold::BatchStatistics, Fold::Frozen];
+        let settings = folds.map(|fold| Some(quantization(4, 3, fold)));
+        for settings in settings.into_iter().chain([None, Some(quantization(4, 32, Fold::Unfolded))]) {
+            let mut network = network(version, true);
+            if let Some(settings) = &settings {
+                network.quantize(settings).unwrap();
+            }
+            let images = random(&[2, 12, 12, 3], 5);
+            network.forward_train(&images, STEP).unwrap();
+            let bits = |logits: Tensor| -> Vec<u32> {
+                logits
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1::<f32>()
+                    .unwrap()
+                    .into_iter()
+                    .map(f32::to_bits)
+                    .collect()
+            };
+            let mut units = 0;
+            let mut observe = |i, z: &Tensor, y: &Tensor| {
+                assert!(i == units && z.dims() == y.dims());
+                units += 1;
+                Ok(())
+            };
+            let observed = network.forward_observed(&images, &mut observe).unwrap();
+            assert_eq!(units, network.units.len());
+            assert_eq!(bits(network.forward(&images).unwrap()), bits(observed), "{version:?}, {settings:?}");
+        }
+    }
+}
+
 #[test]
 fn eight_bits_are_close_to_float() {
     for fold in [Fold::Unfolded, Fold::BatchStatistics, Fold::Frozen] {
