@@ -1,6 +1,6 @@
 //! What the table binaries share: flags, profiles, progress, and running a table's stages.
 //!
-//! A table's binary is a [`Table`] and a call of [`main`]; the benchmark beside PyTorch is [`bench`]. Only this
+//! A table's binary is a [`Table`] and a call of [`main`]; the benchmark beside PyTorch is [`mod@bench`]. Only this
 //! crate parses flags and prints.
 
 pub mod bench;
