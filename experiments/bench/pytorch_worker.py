@@ -176,7 +176,7 @@ def network_step(request, mode):
 
     else:
         with torch.no_grad():
-            network(images)  # sets the ranges
+            network(images[:2])  # sets the ranges
         network.eval()
         network.apply(disable_observer)
         forward = torch.compile(network) if mode.compile else network

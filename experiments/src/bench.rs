@@ -16,7 +16,8 @@ use crate::process;
 use anyhow::{Context, Result, bail};
 use case::{Case, Filter, Layers};
 use clap::Parser;
-use report::bench::{IMPLEMENTATIONS, Implementation, Speed};
+use machine::Ticks;
+use report::bench::{IMPLEMENTATIONS, Implementation, Speed, Spread};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::sleep;
@@ -115,12 +116,17 @@ pub fn main() -> Result<()> {
         compiled_batch: batches[0],
     };
     machine.push(("PyTorch".into(), bench.pytorch_version()?));
-    let mut rows = Vec::new();
+    let (mut rows, mut others) = (Vec::new(), Vec::new());
     for (index, case) in cases.iter().enumerate() {
         println!("[{}/{}] {}", index + 1, cases.len(), case.name());
-        let measured = bench.measure(case).with_context(|| case.name())?;
+        let (measured, of_others) = bench.measure(case).with_context(|| case.name())?;
         println!("    {}", summary(&measured));
         rows.extend(measured);
+        others.extend(of_others);
+    }
+    if let Some(Spread { median, max, .. }) = Spread::of(others.into_iter().map(|share| 100.0 * share)) {
+        let text = format!("{median:.0} % of the cores in the median case, {max:.0} % in the worst");
+        machine.push(("other programs during the rounds".into(), text));
     }
     let context = report::bench::Context {
         command: command_line(std::env::args().skip(1)),
@@ -150,6 +156,12 @@ fn command_line(mut flags: impl Iterator<Item = String>) -> String {
     words.join(" ")
 }
 
+/// This program. On Linux by a name that is still that of this build when another has taken its place.
+fn own_program() -> Result<PathBuf> {
+    let running = PathBuf::from("/proc/self/exe");
+    Ok(if running.exists() { running } else { std::env::current_exe()? })
+}
+
 /// How to measure.
 struct Bench {
     python: PathBuf,
@@ -159,6 +171,9 @@ struct Bench {
     /// The batch size that torch.compile is measured at.
     compiled_batch: usize,
 }
+
+/// An implementation in a case, or why it does not run.
+type Slot = Result<Runner, (Implementation, String)>;
 
 /// An implementation in a case.
 struct Runner {
@@ -189,7 +204,7 @@ impl Bench {
         let command = match pytorch::flags(implementation.id) {
             Some(flags) => pytorch::worker(&self.python, flags, self.threads)?,
             None => {
-                let mut command = Command::new(std::env::current_exe()?);
+                let mut command = Command::new(own_program()?);
                 command.arg("--worker").env("RAYON_NUM_THREADS", self.threads.to_string());
                 command
             }
@@ -204,12 +219,12 @@ impl Bench {
         implementation.id != "pytorch_compile" || (case.of_network() && case.batch == self.compiled_batch)
     }
 
-    /// A row for each implementation that takes part, ours first. A mode of PyTorch that fails has a row that
-    /// says why; if ours fails, that is an error.
-    fn measure(&self, case: &Case) -> Result<Vec<Speed>> {
+    /// A row for each implementation that takes part, ours first, and the share of the cores that other
+    /// programs took. A mode of PyTorch that fails has a row that says why; if ours fails, that is an error.
+    fn measure(&self, case: &Case) -> Result<(Vec<Speed>, Option<f64>)> {
         let taking_part = IMPLEMENTATIONS.iter().filter(|i| self.takes_part(i, case));
         // All are started before the first is asked: what takes long, loading PyTorch, is done at once.
-        let mut runners = Vec::new();
+        let mut runners: Vec<Slot> = Vec::new();
         for &implementation in taking_part {
             let worker = self.start(&implementation)?;
             runners.push(Ok(Runner {
@@ -241,16 +256,19 @@ impl Bench {
             runner.steps = ((self.seconds / seconds).round() as usize).max(1);
             Ok(())
         })?;
+        let ticks = |runners: &[Slot]| Ticks::now(runners.iter().flatten().map(|runner| runner.worker.id()));
+        let before = ticks(&runners);
         for _ in 0..self.rounds {
             each(&mut runners, |runner| {
                 sleep(REST);
                 runner.turn(case.batch)
             })?;
         }
-        Ok(self.rows(case, &runners))
+        let others = ticks(&runners).zip(before).map(|(now, before)| now.others_since(before));
+        Ok((self.rows(case, &runners), others))
     }
 
-    fn rows(&self, case: &Case, runners: &[Result<Runner, (Implementation, String)>]) -> Vec<Speed> {
+    fn rows(&self, case: &Case, runners: &[Slot]) -> Vec<Speed> {
         let ours: &[f64] = runners.iter().flatten().next().map_or(&[], |runner| &runner.speeds);
         let row = |implementation: &Implementation| Speed {
             network: case.network.name().into(),
@@ -304,10 +322,7 @@ impl Runner {
 }
 
 /// Lets each that still runs do something. One of PyTorch's that fails is replaced by the reason.
-fn each(
-    runners: &mut [Result<Runner, (Implementation, String)>],
-    mut act: impl FnMut(&mut Runner) -> Result<()>,
-) -> Result<()> {
+fn each(runners: &mut [Slot], mut act: impl FnMut(&mut Runner) -> Result<()>) -> Result<()> {
     for slot in runners {
         let Ok(runner) = slot else { continue };
         if let Err(error) = act(runner) {

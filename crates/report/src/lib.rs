@@ -3,7 +3,7 @@
 //! Plain values go in, files and text come out: [`Row`]s to and from CSV, [`Paper`] with the published
 //! figures, [`summarize`] and [`paired`] over seeds, [`markdown`] and [`terminal`] for the report, [`plot`]
 //! for the picture. Nothing here knows one table from another; what they differ in is data: the paper's CSV
-//! files and the table of [`METHODS`]. Measurements of speed have a module of their own, [`bench`].
+//! files and the table of [`METHODS`]. Measurements of speed have a module of their own, [`mod@bench`].
 //!
 //! ```
 //! use report::Paper;

@@ -20,6 +20,47 @@ fn mib(text: &str, field: &str) -> Option<f64> {
     Some(line.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
 }
 
+/// What the cores did since the machine started, in the system's ticks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Ticks {
+    all: u64,
+    /// Not idle; what a hypervisor took counts as well.
+    busy: u64,
+    /// By some processes.
+    known: u64,
+}
+
+impl Ticks {
+    /// Until now, those of the given processes on their own; `None` where the system does not tell.
+    pub(super) fn now(processes: impl Iterator<Item = u32>) -> Option<Self> {
+        let (all, busy) = ticks_of_cores(&std::fs::read_to_string("/proc/stat").ok()?)?;
+        let of = |id: u32| ticks_of_process(&std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?);
+        // One that has ended in between did nothing since.
+        Some(Self { all, busy, known: processes.filter_map(of).sum() })
+    }
+
+    /// Which share of the cores others than the known processes took, from `earlier` to now.
+    pub(super) fn others_since(self, earlier: Self) -> f64 {
+        let others = (self.busy - earlier.busy).saturating_sub(self.known.saturating_sub(earlier.known));
+        others as f64 / (self.all - earlier.all).max(1) as f64
+    }
+}
+
+/// All ticks, and those that were not idle, of the first line of `/proc/stat`.
+fn ticks_of_cores(text: &str) -> Option<(u64, u64)> {
+    let line = text.lines().next()?.strip_prefix("cpu ")?;
+    // user, nice, system, idle, waiting for a disk, two kinds of interrupts, taken by a hypervisor
+    let ticks: Vec<u64> = line.split_whitespace().take(8).filter_map(|field| field.parse().ok()).collect();
+    let all = ticks.iter().sum();
+    Some((all, all - ticks.get(3)? - ticks.get(4)?))
+}
+
+/// The ticks in user and kernel mode of `/proc/PID/stat`. The second field, the name, may hold anything.
+fn ticks_of_process(text: &str) -> Option<u64> {
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace().skip(11);
+    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+}
+
 /// The machine and its state, as (name, value); what is not known is left out.
 pub(crate) fn facts(threads: usize) -> Vec<(String, String)> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
@@ -92,6 +133,16 @@ mod tests {
         ] {
             assert_eq!(date(seconds), expected);
         }
+    }
+
+    #[test]
+    fn ticks_of_others() {
+        let cores = |busy, idle| ticks_of_cores(&format!("cpu  {busy} 10 5 {idle} 1 0 0 4 0 0\ncpu0 1\n"));
+        assert_eq!(cores(100, 80), Some((200, 119)));
+        assert_eq!(ticks_of_process("7 (a) b) S 1 2 3 4 5 6 7 8 9 10 30 12 13 14"), Some(42));
+        let ticks = |(all, busy), known| Ticks { all, busy, known };
+        let (earlier, later) = (ticks(cores(100, 80).unwrap(), 50), ticks(cores(190, 90).unwrap(), 130));
+        assert_eq!(later.others_since(earlier), 0.1);
     }
 
     #[test]

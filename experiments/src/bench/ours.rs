@@ -118,8 +118,10 @@ fn network(case: &Case, settings: Settings) -> Result<(Work, usize, usize)> {
             network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<Vec<_>, _>>()?;
         Box::new(move || Ok(train::step(&mut network, &velocities, &images, &labels, &training, rate)?.loss))
     } else {
-        // Sets the ranges.
-        network.forward_train(&images, Step { range_momentum })?;
+        if case.quantized {
+            // Sets the ranges; of few images, as the pages that a training pass takes stay resident.
+            network.forward_train(&images.narrow(0, 0, case.batch.min(2))?, Step { range_momentum })?;
+        }
         Box::new(move || Ok(network.forward(&images)?))
     };
     Ok((work, parameters, quantizers))

@@ -96,6 +96,11 @@ impl Worker {
         Ok(Self { child, requests, answers: BufReader::new(answers), log })
     }
 
+    /// The process's number.
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Says something and waits for the answer.
     pub(super) fn ask<T: DeserializeOwned>(&mut self, request: &impl Serialize) -> Result<T> {
         let mut line = serde_json::to_string(request)?;

@@ -99,7 +99,7 @@ impl Chart<'_> {
             entry(&label, &|x| canvas.rectangle((x, y - 12.0), (x + 15.0, y + 2.0), colour))?;
         }
         entry("slowest and fastest round", &|x| canvas.whisker(x + 8.0, y - 12.0, y + 2.0))?;
-        entry("ours by PyTorch's best", &|x| canvas.text("×", (x + 3.0, y), &INK_BOLD.sized(15.0)))
+        entry("ours ÷ PyTorch's best", &|x| canvas.text("×", (x + 3.0, y), &INK_BOLD.sized(15.0)))
     }
 
     fn panel<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, cases: &[&Case], frame: &Frame) -> Drawn {
@@ -156,10 +156,11 @@ impl Chart<'_> {
         }
         let ratio = case.best().and_then(|row| row.ratio_of_ours);
         let Some((ratio, ours)) = ratio.zip(case.row(OURS)) else { return Ok(()) };
-        // The text is wider than a bar: it stands above the next one too.
+        // The text begins with our bar and is wider: it stands above the next one too.
         let next = case.row(IMPLEMENTATIONS[1].id).map_or(f64::MAX, top);
-        let text = format!("×{ratio:.2}");
-        canvas.label(&text, (middle(0), top(ours).min(next) + 2.0), &INK_BOLD.sized(13.0))
+        let (text, style) = (format!("×{ratio:.2}"), INK_BOLD.sized(13.0));
+        let x = middle(0) - 0.44 * slot + style.width(&text) / 2.0;
+        canvas.label(&text, (x, top(ours).min(next) + 2.0), &style)
     }
 }
 
