@@ -7,9 +7,10 @@
 //! a round.
 
 mod case;
-pub(crate) mod machine;
+mod machine;
 mod ours;
 mod pytorch;
+pub mod step_profile;
 mod worker;
 
 use crate::process;
@@ -277,17 +278,8 @@ impl Bench {
             what: case.what(),
             precision: case.precision().into(),
             implementation: implementation.id.into(),
-            images_per_second: None,
-            images_per_second_min: None,
-            images_per_second_max: None,
-            ratio_of_ours: None,
-            ratio_of_ours_min: None,
-            ratio_of_ours_max: None,
-            peak_mib: None,
-            before_mib: None,
-            rounds: 0,
             threads: self.threads,
-            problem: None,
+            ..Speed::default()
         };
         let rows = runners.iter().map(|runner| match runner {
             Ok(runner) => Speed {

@@ -9,7 +9,6 @@ mod flags;
 mod process;
 mod profile;
 mod progress;
-pub mod step_profile;
 mod table;
 
 pub use flags::{Flags, Only};

@@ -76,32 +76,34 @@ pub(crate) fn normalized<C: Convolution>(
     normalizer: &Normalizer,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let (size, dims) = (size(convolution), convolution.dims());
-    let per_block = convolution.rows_per_block();
-    let init = || (convolution.scratch(), vec![MaybeUninit::uninit(); per_block.min(size.0) * size.1]);
-    type Own<C> = (<C as Convolution>::Scratch, Vec<MaybeUninit<f32>>);
+    let dims = convolution.dims();
     match quant {
         None => {
-            let compute = |(scratch, z): &mut Own<C>, rows, y: &mut [MaybeUninit<f32>]| {
-                let z = &mut z[..y.len()];
-                convolution.compute(scratch, rows, z);
-                normalizer.floats(written(z), y);
-            };
-            // SAFETY: `floats` writes all of `y`, which is as long as `z`.
-            #[allow(unsafe_code)]
-            let (y, _) = unsafe { cpu::blocks(size, per_block, init, compute) };
+            let y = each_block(convolution, |z, y| normalizer.floats(z, y));
             Ok(FeatureMap::Float(Tensor::from_vec(y, dims, &Device::Cpu)?))
         }
         Some(quant) => {
-            let compute = |(scratch, z): &mut Own<C>, rows, y: &mut [MaybeUninit<u8>]| {
-                let z = &mut z[..y.len()];
-                convolution.compute(scratch, rows, z);
-                normalizer.levels(written(z), y);
-            };
-            // SAFETY: `levels` writes all of `y`, which is as long as `z`.
-            #[allow(unsafe_code)]
-            let (y, _) = unsafe { cpu::blocks(size, per_block, init, compute) };
+            let y = each_block(convolution, |z, y| normalizer.levels(z, y));
             FeatureMap::of_levels(y, dims, quant)
         }
     }
+}
+
+/// What `write(z, y)` makes of each block of the output; it must write all of `y`, which is as long as `z`.
+fn each_block<C: Convolution, T: Copy + Send>(
+    convolution: &C,
+    write: impl Fn(&[f32], &mut [MaybeUninit<T>]) + Sync + Send,
+) -> Vec<T> {
+    let (rows, c) = size(convolution);
+    let per_block = convolution.rows_per_block();
+    let init = || (convolution.scratch(), vec![MaybeUninit::uninit(); per_block.min(rows) * c]);
+    let compute = |(scratch, z): &mut (C::Scratch, Vec<MaybeUninit<f32>>), rows, y: &mut [_]| {
+        let z = &mut z[..y.len()];
+        convolution.compute(scratch, rows, z);
+        write(written(z), y);
+    };
+    // SAFETY: `write` writes all of its block.
+    #[allow(unsafe_code)]
+    let (y, _) = unsafe { cpu::blocks((rows, c), per_block, init, compute) };
+    y
 }

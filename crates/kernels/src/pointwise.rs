@@ -88,11 +88,7 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
 pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
     let check = Check("pointwise::grad_weight");
     let x = x.into();
-    let k = *x.dims().last().unwrap_or(&0);
-    let (rows, n) = check.rows("gz", gz)?;
-    if k == 0 || x.dims()[..x.dims().len() - 1].iter().product::<usize>() != rows {
-        return Err(check.shape("gz", gz, format!("the rows of {:?}", x.dims())));
-    }
+    let (rows, k, n) = sizes(&check, x, gz)?;
     let _note = profile::note(check.0, 2 * rows * k * n, x.bytes() + 4 * (rows * n + k * n));
     let (x, gz) = (x.open(&check, "x")?, check.float("gz", gz)?);
     let (x, gz) = (x.opened(), open(&gz));
@@ -108,11 +104,7 @@ pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
 pub fn backward<'a>(x: impl Into<Input<'a>>, w: &Tensor, gz: &OutputGradient) -> Result<(Tensor, Tensor)> {
     let check = Check("pointwise::backward");
     let x = x.into();
-    let (rows, n) = check.rows("gz", gz.z())?;
-    let k = *x.dims().last().unwrap_or(&0);
-    if k == 0 || x.dims()[..x.dims().len() - 1].iter().product::<usize>() != rows {
-        return Err(check.shape("gz", gz.z(), format!("the rows of {:?}", x.dims())));
-    }
+    let (rows, k, n) = sizes(&check, x, gz.z())?;
     let w = check.dims("w", w, &[k, n])?;
     let bytes = x.bytes() + 4 * (rows * (k + 2 * n) + 2 * k * n);
     let _note = profile::note(check.0, 4 * rows * k * n, bytes);
@@ -124,6 +116,15 @@ pub fn backward<'a>(x: impl Into<Input<'a>>, w: &Tensor, gz: &OutputGradient) ->
     let (gw, gx) =
         gradients(Source::new(&x)?, |rows, block| gz.rows(rows, block), Some(&panels), (rows, k, n));
     Ok((Tensor::from_vec(gw, (k, n), &Device::Cpu)?, Tensor::from_vec(gx, dims, &Device::Cpu)?))
+}
+
+/// Rows, input and output channels of a backward product of `x[…, k]` and `gz[…, n]`.
+fn sizes(check: &Check, x: Input<'_>, gz: &Tensor) -> Result<(usize, usize, usize)> {
+    let (rows, n) = check.rows("gz", gz)?;
+    match x.dims() {
+        [positions @ .., k] if *k > 0 && positions.iter().product::<usize>() == rows => Ok((rows, *k, n)),
+        dims => Err(check.shape("gz", gz, format!("the rows of {dims:?}"))),
+    }
 }
 
 /// Checks the operands and calls `f` with the product.

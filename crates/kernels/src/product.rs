@@ -109,7 +109,7 @@ simd! {
         // SAFETY: the assertions.
         #[allow(unsafe_code)]
         unsafe {
-            if Level::of_machine() >= Level::WIDE {
+            if Level::current() >= Level::WIDE {
                 tiles::<3>(a, b, m, n, k, c.as_mut_ptr().cast(), add);
             } else {
                 tiles::<1>(a, b, m, n, k, c.as_mut_ptr().cast(), add);

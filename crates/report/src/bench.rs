@@ -36,7 +36,7 @@ pub const IMPLEMENTATIONS: [Implementation; 4] = [
 const OURS: &str = "ours";
 
 /// What one implementation did in one case: a row of the CSV file.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Speed {
     /// The network that the case is taken from, as "mobilenet_v2".
     pub network: String,
@@ -365,17 +365,12 @@ pub(crate) mod tests {
                 what: what.into(),
                 precision: precision.into(),
                 implementation: implementation.id.into(),
-                images_per_second: None,
-                images_per_second_min: None,
-                images_per_second_max: None,
-                ratio_of_ours: None,
-                ratio_of_ours_min: None,
-                ratio_of_ours_max: None,
                 peak_mib: Some(300.0 + 100.0 * i as f64),
                 before_mib: Some(if i == 0 { 10.0 } else { 200.0 }),
                 rounds: 3,
                 threads: 2,
                 problem: (i == 3).then(|| "no compiler".into()),
+                ..Speed::default()
             };
             let rounds: Vec<f64> = [100.0, 100.0, 80.0].iter().map(|speed| speed * i as f64 * 0.9).collect();
             match i {

@@ -62,7 +62,7 @@ fn ticks_of_process(text: &str) -> Option<u64> {
 }
 
 /// The machine and its state, as (name, value); what is not known is left out.
-pub(crate) fn facts(threads: usize) -> Vec<(String, String)> {
+pub(super) fn facts(threads: usize) -> Vec<(String, String)> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let value = |text: Option<String>, name: &str, separator: char| {
         text?.lines().find_map(|line| {

@@ -26,7 +26,7 @@ enum Request {
 }
 
 /// One step of a case; gives a number that is finite if all went well.
-type Work = Box<dyn FnMut() -> Result<Tensor>>;
+pub(super) type Work = Box<dyn FnMut() -> Result<Tensor>>;
 
 /// Answers requests until there are no more.
 pub(super) fn serve(requests: impl BufRead, mut answers: impl Write) -> Result<()> {
@@ -87,12 +87,12 @@ fn run(work: &mut Work, steps: usize) -> Result<Ran> {
     Ok(Ran { seconds, peak_mib })
 }
 
-fn random(dims: &[usize]) -> Result<Tensor> {
+pub(super) fn random(dims: &[usize]) -> Result<Tensor> {
     Ok(Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?)
 }
 
 /// A step of a whole network, its number of parameters and of quantizers.
-fn network(case: &Case, settings: Settings) -> Result<(Work, usize, usize)> {
+pub(super) fn network(case: &Case, settings: Settings) -> Result<(Work, usize, usize)> {
     let mut network = case.build()?;
     let parameters = network.parameters().iter().map(|p| p.tensor.elem_count()).sum();
     let quantizers = Layers::of(&network).quantizers();

@@ -1,23 +1,21 @@
 //! The profile of a training step: each operation's share of the time, and how near it comes to what the machine
 //! can do, which is measured in the same run by a large matrix product and a large copy.
 
-use crate::bench::machine;
+use super::case::{Case, What};
+use super::ours::{self, random};
+use super::{SETTINGS, machine};
 use crate::process;
 use anyhow::Result;
-use candle_core::{Device, Tensor};
 use clap::Parser;
-use datasets::Augmentation;
 use kernels::profile::{self, Cost};
 use kernels::{norm, pointwise};
-use models::{Fold, Input, Kernel, MobileNet, Network, Quantization, Version};
-use quant_core::{Bits, Precision};
+use models::{Kernel, Version};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use train::Training;
 
 /// Flags of the profile.
 #[derive(Debug, Clone, Parser)]
@@ -112,10 +110,6 @@ fn best(mut operation: impl FnMut() -> Result<()>) -> Result<Duration> {
     Ok(best)
 }
 
-fn random(dims: &[usize]) -> Result<Tensor> {
-    Ok(Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?)
-}
-
 fn peaks() -> Result<Peaks> {
     let (a, b) = (random(&[2048, 1024])?, random(&[1024, 1024])?);
     let product = best(|| {
@@ -135,20 +129,8 @@ fn peaks() -> Result<Peaks> {
     })
 }
 
-fn network(version: Version, width: f64, quantized: bool) -> Result<Network> {
-    let settings = MobileNet { width, ..MobileNet::new(version, Input::Cifar, 100) };
-    let mut network = settings.init(0, &Device::Cpu)?;
-    if quantized {
-        let bits = |bits| Bits::new(bits).map(Precision::Quantized);
-        network.quantize(&Quantization {
-            activations: bits(4)?,
-            weights: bits(4)?,
-            first_layer: bits(8)?,
-            last_layer: bits(8)?,
-            fold: Fold::Unfolded,
-        })?;
-    }
-    Ok(network)
+fn case(network: Version, width: f64, quantized: bool, batch: usize) -> Case {
+    Case { network, width, batch, what: What::Train, quantized }
 }
 
 /// Profiles one kind of step.
@@ -161,25 +143,8 @@ fn step(
     lines: &mut Vec<Line>,
 ) -> Result<()> {
     let batch = usize::from(flags.batch);
-    let mut network = network(version, width, quantized)?;
-    let velocities =
-        network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<Vec<_>, _>>()?;
-    let images = random(&[batch, 32, 32, 3])?;
-    let labels: Vec<u32> = (0..flags.batch).map(|i| u32::from(i) % 100).collect();
-    let labels = Tensor::from_vec(labels, batch, &Device::Cpu)?;
-    let training = Training {
-        warmup_epochs: 0.0,
-        cosine_epochs: 1.0,
-        learning_rate: 1e-3,
-        batch,
-        momentum: 0.9,
-        weight_decay: 1e-3,
-        decay_norm: true,
-        label_smoothing: 0.0,
-        range_momentum: 0.01,
-        augmentation: Augmentation::none(),
-    };
-    let mut step = || train::step(&mut network, &velocities, &images, &labels, &training, 1e-3);
+    let case = case(version, width, quantized, batch);
+    let (mut step, ..) = ours::network(&case, SETTINGS)?;
     for _ in 0..3 {
         step()?;
     }
@@ -202,7 +167,7 @@ fn step(
             network: version.name(),
             width,
             batch,
-            precision: if quantized { "a4w4" } else { "float" },
+            precision: case.precision(),
             operation: operation.into(),
             calls_per_step: cost.calls as f64 / f64::from(flags.steps),
             ms_per_step: 1e3 * seconds / f64::from(flags.steps),
@@ -257,7 +222,7 @@ fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<
          | channels | rows | forward + statistics | of peak | of bound | backward | of peak | of bound |\n\
          |---|--:|--:|--:|--:|--:|--:|--:|"
     )?;
-    let network = network(Version::V2, width, false)?;
+    let network = case(Version::V2, width, false, batch).build()?;
     let mut side = network.input[0];
     let mut seen = Vec::new();
     for unit in &network.units {
