@@ -1,6 +1,12 @@
 # Recipes for people; everything here is a plain cargo command.
 
-# Table 3 of the paper (flags: just table3 --help)
+# Tables 1, 2 and 3 of the paper (flags: just table3 --help)
+table1 *flags:
+    cargo run --release --bin table1 -- {{flags}}
+
+table2 *flags:
+    cargo run --release --bin table2 -- {{flags}}
+
 table3 *flags:
     cargo run --release --bin table3 -- {{flags}}
 

@@ -104,7 +104,12 @@ fn recipes_share_what_they_have_in_common() {
     check(2, "seed", &|r| r.seed = 2);
     check(1, "τ", &|r| r.pfq.threshold = Some(1e-4));
     check(1, "bias correction", &|r| r.pfq.bias_correction = false);
-    check_shared(&one, &recipe(4).dfq_with_fine_tune(&root), 1, "DFQ");
+    let other = recipe(4);
+    check_shared(&one, &other.dfq_with_fine_tune(&root), 1, "DFQ");
+    check_shared(&one, &other.fine_tune_once(&root), 2, "fine-tuning once, from PfQ");
+    check_shared(&one, &other.pfq(&root), 3, "PfQ of Table 1, up to the activations");
+    check_shared(&one, &other.pfq_without_bias_correction(&root), 1, "PfQ without bias correction");
+    check_shared(&one, &other.activations_only(&root), 1, "no pruning");
     check_shared(&one, &recipe(4).algorithm1(&pretrain(Version::V1, 1, 1)), 0, "another pre-training");
 }
 

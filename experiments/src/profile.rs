@@ -32,7 +32,7 @@ pub struct Profile {
     pub pfq: Pruning,
     /// The baseline.
     pub dfq: Dfq,
-    /// The four kinds of training.
+    /// The five kinds of training.
     pub training: Trainings,
 }
 
@@ -89,7 +89,7 @@ pub struct Pruning {
     pub threshold: Option<f64>,
 }
 
-/// The four kinds of training.
+/// The five kinds of training.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trainings {
@@ -99,6 +99,8 @@ pub struct Trainings {
     pub activations: Training,
     /// Activations and weights quantized (Algorithm 1, step 5).
     pub weights: Training,
+    /// Activations and weights quantized at once, from the float network (Table 2's "fine-tune once").
+    pub once: Training,
     /// After DFQ.
     pub dfq: Training,
 }
@@ -154,6 +156,7 @@ impl Profile {
             ("pretraining", t.pretraining),
             ("activations", t.activations),
             ("weights", t.weights),
+            ("once", t.once),
             ("dfq", t.dfq),
         ] {
             training.validate().with_context(|| format!("training.{key}"))?;
@@ -179,6 +182,7 @@ impl Profile {
             dfq: self.dfq,
             activation_training: self.training.activations,
             weight_training: self.training.weights,
+            once_training: self.training.once,
             dfq_training: self.training.dfq,
             seed,
         }

@@ -56,6 +56,7 @@ pub fn recipe(bits: u32) -> Recipe {
         dfq: Dfq::default(),
         activation_training: training(2),
         weight_training: training(1),
+        once_training: training(1),
         dfq_training: training(1),
         seed: 1,
     }

@@ -21,6 +21,8 @@ pub struct Recipe {
     pub activation_training: Training,
     /// Training with activations and weights quantized (Algorithm 1, step 5).
     pub weight_training: Training,
+    /// Training with activations and weights quantized at once, from the float network ("fine-tune once").
+    pub once_training: Training,
     /// Training of the network that DFQ prepared.
     pub dfq_training: Training,
     /// Seed of the fine-tuning stages.
@@ -28,16 +30,39 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// "Original" of Table 1: fine-tuning with only the activations quantized, of the network as it is.
+    pub fn activations_only(&self, network: &Arc<Stage>) -> Arc<Stage> {
+        // How batch normalization is folded says nothing while the weights are float, and must not make
+        // another stage.
+        let quantization =
+            Quantization { weights: Precision::Float, fold: Fold::Unfolded, ..self.quantization };
+        network.then(self.fine_tune(quantization, self.activation_training))
+    }
+
+    /// "PfQ" of Table 1, which is Algorithm 1 up to step 3: prune, then fine-tune with only the activations
+    /// quantized.
+    pub fn pfq(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+        self.activations_only(&pretrained.then(Kind::Prune { pfq: self.pfq }))
+    }
+
+    /// "PfQ (w/o bias correction)" of Table 1: the same, but the constants of removed filters are lost.
+    pub fn pfq_without_bias_correction(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+        let pfq = PfQ { bias_correction: false, ..self.pfq };
+        self.activations_only(&pretrained.then(Kind::Prune { pfq }))
+    }
+
+    /// "Fine-tune once (w/ PfQ)" of Table 2: prune, then fine-tune with activations and weights quantized at
+    /// once.
+    pub fn fine_tune_once(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+        pretrained
+            .then(Kind::Prune { pfq: self.pfq })
+            .then(self.fine_tune(self.quantization, self.once_training))
+    }
+
     /// Algorithm 1 of the paper (method section 3) on a pre-trained network: prune, fine-tune with
     /// quantized activations, prune again, fine-tune with quantized activations and weights.
     pub fn algorithm1(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
-        // How batch normalization is folded says nothing while the weights are float, and must not make
-        // another stage.
-        let activations_only =
-            Quantization { weights: Precision::Float, fold: Fold::Unfolded, ..self.quantization };
-        pretrained
-            .then(Kind::Prune { pfq: self.pfq })
-            .then(self.fine_tune(activations_only, self.activation_training))
+        self.pfq(pretrained)
             .then(Kind::Prune { pfq: self.pfq })
             .then(self.fine_tune(self.quantization, self.weight_training))
     }
