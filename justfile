@@ -1,6 +1,6 @@
 # Recipes for people; everything here is a plain cargo command.
 
-# Tables 1, 2 and 3 of the paper (flags: just table3 --help)
+# A table of the paper (flags: just table3 --help)
 table1 *flags:
     cargo run --release --bin table1 -- {{flags}}
 
@@ -9,6 +9,14 @@ table2 *flags:
 
 table3 *flags:
     cargo run --release --bin table3 -- {{flags}}
+
+# Every table of the paper, from one set of stages
+all *flags:
+    cargo run --release --bin all -- {{flags}}
+
+# What the paper leaves open, measured: each setting beside its alternatives
+ablation *flags:
+    cargo run --release --bin ablation -- {{flags}}
 
 # Every test
 test:

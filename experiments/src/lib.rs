@@ -1,6 +1,6 @@
 //! What the table binaries share: flags, profiles, progress, and running a table's stages.
 //!
-//! A table's binary is a [`Table`] and a call of [`main`]; the benchmark beside PyTorch is [`mod@bench`]. Only this
+//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; the benchmark beside PyTorch is [`mod@bench`]. Only this
 //! crate parses flags and prints.
 
 pub mod bench;
@@ -10,6 +10,7 @@ mod process;
 mod profile;
 mod progress;
 mod table;
+pub mod tables;
 
 pub use flags::{Flags, Only};
 pub use profile::{Data, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};

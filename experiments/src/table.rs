@@ -14,10 +14,11 @@ use std::path::Path;
 use std::sync::Arc;
 use workflow::{Context, Kind, Outcome, Planned, Provenance, Recipe, Stage, Store};
 
-/// A table of the paper: which workflows stand in its columns, for which models and bits.
+/// A table of the paper, or one of our own like it: which workflows stand in its columns, for which models
+/// and bits.
 pub struct Table {
-    /// Its number in the paper; names the results' folder.
-    pub number: usize,
+    /// Its name, e.g. `table3`; names the results' folder and files.
+    pub name: &'static str,
     /// Heading of the written table.
     pub title: &'static str,
     /// Models, in the paper's order.
@@ -26,6 +27,9 @@ pub struct Table {
     pub bits: &'static [(u32, u32)],
     /// The compared methods, the paper's own last.
     pub methods: &'static [Method],
+    /// Whether settings are chosen by it: then it is made on training images held out for that, and the test
+    /// set is not touched.
+    pub chooses: bool,
 }
 
 /// A column of a table.
@@ -54,28 +58,37 @@ pub struct Cell {
 /// of the forward pass a second; measured on two cores of a 2.6 GHz server processor.
 const ASSUMED_MACS_PER_SECOND: f64 = 1e10;
 
-/// Runs a table's binary: parses the flags, runs what is missing, writes the results.
-pub fn main(table: &Table) -> Result<()> {
+/// Runs the binary of one or more tables: parses the flags, runs what is missing, writes the results.
+pub fn main(tables: &[&Table]) -> Result<()> {
     let flags = Flags::parse();
-    process::run(|| run(table, &flags))
+    process::run(|| run(tables, &flags))
 }
 
-fn run(table: &Table, flags: &Flags) -> Result<()> {
-    let profile = match &flags.config {
+fn run(tables: &[&Table], flags: &Flags) -> Result<()> {
+    let mut profile = match &flags.config {
         Some(path) => Profile::read(path)?,
         None => Profile::named(&flags.profile)?,
     };
     let (device, device_name) = device::open(&flags.device)?;
     let mut display = Display::new();
+    if tables.iter().any(|table| table.chooses) {
+        profile.data.hold_out.get_or_insert(HOLD_OUT);
+    }
     let data = load(&flags.data, &profile, &mut display)?;
-    let models: Vec<&str> = table.models.iter().map(|m| m.version().name()).collect();
-    let methods: Vec<&str> = table.methods.iter().map(|m| m.name).collect();
-    let only = Only::parse(&flags.only, &models, &methods)?;
-    let cells = table.cells(&profile, flags.seeds.as_deref().unwrap_or(&profile.seeds), data.classes)?;
+    let only = Only::parse(&flags.only, &names(tables, Table::models), &names(tables, Table::methods))?;
+    let seeds = flags.seeds.as_deref().unwrap_or(&profile.seeds);
+    let cells = tables
+        .iter()
+        .map(|table| table.cells(&profile, seeds, data.classes))
+        .collect::<Result<Vec<Vec<Cell>>>>()?;
     let picked: Vec<&Cell> =
-        cells.iter().filter(|c| only.picks(c.model.version().name(), c.bits, c.method)).collect();
+        cells.iter().flatten().filter(|c| only.picks(c.model.version().name(), c.bits, c.method)).collect();
     if picked.is_empty() {
-        bail!("--only {} picks no row of table {}", flags.only.join(","), table.number);
+        bail!(
+            "--only {} picks no row of {}",
+            flags.only.join(","),
+            names(tables, |t| vec![t.name]).join(", ")
+        );
     }
     let store = Store::new(&flags.store);
     let ends: Vec<Arc<Stage>> = picked.iter().map(|c| c.stage.clone()).collect();
@@ -88,11 +101,27 @@ fn run(table: &Table, flags: &Flags) -> Result<()> {
     for cell in &picked {
         store.run(&cell.stage, &context, &mut |event| display.stage(event))?;
     }
-    let folder = flags.out.join(format!("table{}", table.number)).join(&profile.name);
-    let text = table.write(&profile, &cells, &store, &data, &provenance, &folder)?;
-    println!("{text}");
-    println!("Written to {}.", folder.display());
+    for (table, cells) in tables.iter().zip(&cells) {
+        let folder = flags.out.join(table.name).join(&profile.name);
+        let text = table.write(&profile, cells, &store, &data, &provenance, &folder)?;
+        println!("{text}");
+        println!("Written to {}.", folder.display());
+    }
     Ok(())
+}
+
+/// Training images that stand in for the test set where a table chooses settings.
+const HOLD_OUT: usize = 5000;
+
+/// What tables name, each once.
+fn names(tables: &[&Table], f: impl Fn(&Table) -> Vec<&'static str>) -> Vec<&'static str> {
+    let mut names: Vec<&str> = Vec::new();
+    for name in tables.iter().flat_map(|table| f(table)) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
 }
 
 /// Loads the data and takes the part that the profile asks for.
@@ -131,6 +160,14 @@ fn command_line() -> String {
 }
 
 impl Table {
+    fn models(&self) -> Vec<&'static str> {
+        self.models.iter().map(|model| model.version().name()).collect()
+    }
+
+    fn methods(&self) -> Vec<&'static str> {
+        self.methods.iter().map(|method| method.name).collect()
+    }
+
     /// Every cell of the table, in the paper's order, for every seed.
     pub fn cells(&self, profile: &Profile, seeds: &[u64], classes: usize) -> Result<Vec<Cell>> {
         let mut cells = Vec::new();
@@ -199,8 +236,7 @@ impl Table {
                 ("Settings".into(), "`profile.toml`, every stage with its metrics in `stages.json`".into()),
             ],
         };
-        let name = format!("table{}", self.number);
-        let path = |extension: &str| folder.join(format!("{name}.{extension}"));
+        let path = |extension: &str| folder.join(format!("{}.{extension}", self.name));
         report::write_csv(&rows, &path("csv"))?;
         report::write_text(&report::markdown(&rows, &context), &path("md"))?;
         report::plot(&rows, &context, &path("svg"), &path("png"))?;
@@ -215,7 +251,7 @@ impl Table {
             bail!("a workflow without stages: {}", cell.method);
         };
         Ok(Row {
-            table: format!("table{}", self.number),
+            table: self.name.into(),
             profile: profile.name.clone(),
             dataset: data.name.clone(),
             model: cell.model.version().name().into(),

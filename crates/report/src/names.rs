@@ -60,6 +60,7 @@ pub(crate) fn dataset_label(dataset: &str) -> &str {
         "cifar10" => "CIFAR-10",
         "cifar100" => "CIFAR-100",
         "imagenet1000" => "ImageNet-1000",
+        "cifar100_holdout" => "CIFAR-100, training images held out",
         other if is_synthetic(other) => "synthetic data",
         other => other,
     }
