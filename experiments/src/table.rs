@@ -1,6 +1,6 @@
 //! Running a table: profile and flags → stages → rows → files.
 
-use crate::flags::{Flags, Only};
+use crate::flags::{Flags, Only, TIME_LIMIT};
 use crate::profile::{ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, process};
@@ -12,6 +12,7 @@ use report::{Paper, Row};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use train::TimeLimit;
 use workflow::{Context, Kind, Outcome, Planned, Provenance, Recipe, Stage, Store};
 
 /// A table of the paper: which workflows stand in its columns, for which models and bits.
@@ -57,15 +58,25 @@ const ASSUMED_MACS_PER_SECOND: f64 = 1e10;
 /// Runs a table's binary: parses the flags, runs what is missing, writes the results.
 pub fn main(table: &Table) -> Result<()> {
     let flags = Flags::parse();
-    process::run(|| run(table, &flags))
+    let mut done = true;
+    process::run(|| {
+        done = run(table, &flags)?;
+        Ok(())
+    })?;
+    if !done {
+        std::process::exit(TIME_LIMIT);
+    }
+    Ok(())
 }
 
-fn run(table: &Table, flags: &Flags) -> Result<()> {
+/// Whether all is done: not if the time limit ended it.
+fn run(table: &Table, flags: &Flags) -> Result<bool> {
+    let limit = flags.time_limit.map(TimeLimit::after);
+    let (device, device_name) = device::open(&flags.device)?;
     let profile = match &flags.config {
         Some(path) => Profile::read(path)?,
-        None => Profile::named(&flags.profile)?,
+        None => Profile::named(flags.profile(&device))?,
     };
-    let (device, device_name) = device::open(&flags.device)?;
     let mut display = Display::new();
     let data = load(&flags.data, &profile, &mut display)?;
     let models: Vec<&str> = table.models.iter().map(|m| m.version().name()).collect();
@@ -78,21 +89,38 @@ fn run(table: &Table, flags: &Flags) -> Result<()> {
         bail!("--only {} picks no row of table {}", flags.only.join(","), table.number);
     }
     let store = Store::new(&flags.store);
+    let store = match limit {
+        Some(limit) => store.within(limit),
+        None => store,
+    };
     let ends: Vec<Arc<Stage>> = picked.iter().map(|c| c.stage.clone()).collect();
     if flags.plan {
-        return show_plan(&store.plan(&ends, &data.fingerprint)?, &data);
+        show_plan(&store.plan(&ends, &data.fingerprint)?, &data)?;
+        return Ok(true);
     }
     let provenance =
         Provenance { command: command_line(), git_commit: env!("PFQ_COMMIT").into(), device: device_name };
     let context = Context { data: &data, device: &device, provenance: &provenance };
+    let mut done = true;
     for cell in &picked {
-        store.run(&cell.stage, &context, &mut |event| display.stage(event))?;
+        match store.run(&cell.stage, &context, &mut |event| display.stage(event)) {
+            Err(error) if error.is_time_limit() => {
+                display.clear();
+                display.line(&format!("{:#}", anyhow::Error::from(error)));
+                done = false;
+                break;
+            }
+            result => result?,
+        };
     }
     let folder = flags.out.join(format!("table{}", table.number)).join(&profile.name);
     let text = table.write(&profile, &cells, &store, &data, &provenance, &folder)?;
     println!("{text}");
     println!("Written to {}.", folder.display());
-    Ok(())
+    if !done {
+        println!("The time limit is over and stages are left: run the same command again to go on (--plan shows them).");
+    }
+    Ok(done)
 }
 
 /// Loads the data and takes the part that the profile asks for.
