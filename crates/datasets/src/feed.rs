@@ -44,7 +44,8 @@ impl Feed {
             return Ok(train_batches(&self.data, batch, augmentation, seed, epoch));
         }
         let resident = stay(&mut self.train, &self.data, &self.data.train, &self.device)?;
-        resident.epoch(&order(self.data.train.len(), seed, epoch), batch, |i| augmentation.view(seed, epoch, i))
+        let order = order(self.data.train.len(), seed, epoch);
+        resident.epoch(&order, batch, augmentation.pad, |i| augmentation.view(seed, epoch, i))
     }
 
     /// The test images in order, those of [`test_batches`].
@@ -56,7 +57,7 @@ impl Feed {
             return Ok(test_batches(&self.data, batch));
         }
         let resident = stay(&mut self.test, &self.data, &self.data.test, &self.device)?;
-        resident.epoch(&Vec::from_iter(0..self.data.test.len()), batch, |_| View::default())
+        resident.epoch(&Vec::from_iter(0..self.data.test.len()), batch, 0, |_| View::default())
     }
 }
 
@@ -76,10 +77,85 @@ fn stay<'a>(
 /// The images of a split in a device's memory.
 #[derive(Clone)]
 struct Resident {
-    /// u8 `[n · height · width + 1, channels]`: the pixels of all images, and a black one.
-    pixels: Tensor,
+    /// u8 `[n, height, width, channels]`.
+    images: Tensor,
     /// u32 `[n]`.
     labels: Tensor,
+    views: Views,
+}
+
+/// What an epoch shows, image by image in its order, on the device.
+struct Choices {
+    /// u32 `[n]`: the image.
+    index: Tensor,
+    /// u32 `[n, 2]`: the row and the column of the padded image where the window begins, 0 to twice the padding.
+    corners: Tensor,
+    /// u8 `[n]`: 1 where the window is mirrored, else 0.
+    flip: Tensor,
+    /// Pixels of the padding.
+    pad: usize,
+}
+
+impl Resident {
+    fn new(images: &Images, table: &Normalization, device: &Device) -> Result<Resident> {
+        let (n, height, width) = (images.len(), images.height, images.width);
+        let pixels = n * height * width;
+        if u32::try_from(pixels).is_err() || images.pixels.len() != pixels * CHANNELS {
+            return Err(Error::Invalid(format!(
+                "{} bytes of {n} images of {height}x{width} pixels: expected {CHANNELS} a pixel, and at most {} pixels",
+                images.pixels.len(),
+                u32::MAX
+            )));
+        }
+        let labels: Vec<u32> = images.labels.iter().copied().map(u32::from).collect();
+        Ok(Resident {
+            images: Tensor::from_slice(&images.pixels, (n, height, width, CHANNELS), device)?,
+            labels: Tensor::new(labels, device)?,
+            views: Views::new(table, (height, width), device)?,
+        })
+    }
+
+    /// The images in the given order, each as `view` says by its index; no view reaches further out than `pad`.
+    fn epoch(&self, order: &[usize], batch: usize, pad: usize, view: impl Fn(usize) -> View) -> Result<Batches> {
+        let device = self.images.device();
+        let views: Vec<View> = order.iter().map(|&i| view(i)).collect();
+        let corner = |offset: isize| (offset + pad as isize) as u32;
+        let corners: Vec<u32> = views.iter().flat_map(|view| [corner(view.top), corner(view.left)]).collect();
+        let choices = Choices {
+            index: Tensor::from_iter(order.iter().map(|&i| i as u32), device)?,
+            corners: Tensor::from_vec(corners, (order.len(), 2), device)?,
+            flip: Tensor::from_iter(views.iter().map(|view| u8::from(view.flip)), device)?,
+            pad,
+        };
+        let resident = self.clone();
+        Ok(Batches::on_demand(order.len(), batch, move |range| resident.batch(&choices.part(range)?)))
+    }
+
+    fn batch(&self, choices: &Choices) -> Result<Batch> {
+        Ok(Batch {
+            images: self.views.of(&self.images, choices)?,
+            labels: self.labels.index_select(&choices.index, 0)?,
+        })
+    }
+}
+
+impl Choices {
+    /// Those of the given positions.
+    fn part(&self, range: Range<usize>) -> Result<Choices> {
+        let part = |values: &Tensor| values.narrow(0, range.start, range.len());
+        Ok(Choices {
+            index: part(&self.index)?,
+            corners: part(&self.corners)?,
+            flip: part(&self.flip)?,
+            pad: self.pad,
+        })
+    }
+}
+
+/// Cuts and normalizes views of images, by operations that every device has. What they need is kept as tensors:
+/// constants would be copied to the device in every step.
+#[derive(Clone)]
+struct Views {
     /// f32 `[channels · 256]`: the normalized value of every byte, channel by channel.
     table: Tensor,
     /// u32 `[channels]`: where each channel begins in the table.
@@ -88,13 +164,13 @@ struct Resident {
     columns: Axis,
 }
 
-/// The places along an axis of an image, as tensors: constants would be copied to the device in every step.
+/// The places along an axis of an image.
 #[derive(Clone)]
 struct Axis {
     len: usize,
     /// i64 `[len]`: 0, 1, …
     places: Tensor,
-    /// i64 `[len]`: what a place is further from the axis' other end.
+    /// i64 `[len]`: what is added to a place to mirror it.
     mirror: Tensor,
     /// i64 `[1]`: 0.
     zero: Tensor,
@@ -102,36 +178,9 @@ struct Axis {
     end: Tensor,
 }
 
-/// What an epoch shows, image by image in its order, on the device.
-struct Choices {
-    /// u32 `[n]`: the image.
-    index: Tensor,
-    /// i64 `[n]`: the row of the image that is the first of the output; the rows outside are black.
-    top: Tensor,
-    /// i64 `[n]`: the column likewise, before the output is mirrored.
-    left: Tensor,
-    /// i64 `[n]`: 1 where the output is mirrored, else 0.
-    flip: Tensor,
-}
-
-impl Resident {
-    fn new(images: &Images, table: &Normalization, device: &Device) -> Result<Resident> {
-        let (height, width) = (images.height, images.width);
-        let count = images.len() * height * width;
-        if u32::try_from(count).is_err() || images.pixels.len() != count * CHANNELS {
-            return Err(Error::Invalid(format!(
-                "{} bytes of {} images of {height}x{width} pixels: expected {CHANNELS} a pixel, and at most {} pixels",
-                images.pixels.len(),
-                images.len(),
-                u32::MAX
-            )));
-        }
-        let mut pixels = images.pixels.clone();
-        pixels.extend([0; CHANNELS]);
-        let labels: Vec<u32> = images.labels.iter().copied().map(u32::from).collect();
-        Ok(Resident {
-            pixels: Tensor::from_vec(pixels, (count + 1, CHANNELS), device)?,
-            labels: Tensor::new(labels, device)?,
+impl Views {
+    fn new(table: &Normalization, (height, width): (usize, usize), device: &Device) -> Result<Views> {
+        Ok(Views {
             table: Tensor::new(table.0.as_flattened(), device)?,
             channels: Tensor::from_iter((0..CHANNELS as u32).map(|c| 256 * c), device)?,
             rows: Axis::new(height, device)?,
@@ -139,45 +188,24 @@ impl Resident {
         })
     }
 
-    /// The images in the given order, each as `view` says by its index.
-    fn epoch(&self, order: &[usize], batch: usize, view: impl Fn(usize) -> View) -> Result<Batches> {
-        let device = self.pixels.device();
-        let views: Vec<View> = order.iter().map(|&i| view(i)).collect();
-        let numbers = |f: fn(&View) -> i64| Tensor::from_iter(views.iter().map(f), device);
-        let choices = Choices {
-            index: Tensor::from_iter(order.iter().map(|&i| i as u32), device)?,
-            top: numbers(|view| view.top as i64)?,
-            left: numbers(|view| view.left as i64)?,
-            flip: numbers(|view| view.flip.into())?,
-        };
-        let images = self.clone();
-        Ok(Batches::on_demand(order.len(), batch, move |range| images.batch(&choices.part(range)?)))
-    }
-
-    fn batch(&self, choices: &Choices) -> Result<Batch> {
-        Ok(Batch {
-            images: self.augment(choices)?,
-            labels: self.labels.index_select(&choices.index, 0)?,
-        })
-    }
-
-    /// The chosen views, normalized: f32 `[n, height, width, channels]`.
-    fn augment(&self, choices: &Choices) -> Result<Tensor> {
-        let Resident { pixels, table, channels, rows, columns, .. } = self;
+    /// The chosen views of `images[count, height, width, channels]`, normalized: f32 `[n, height, width, channels]`.
+    fn of(&self, images: &Tensor, choices: &Choices) -> Result<Tensor> {
+        let Views { table, channels, rows, columns } = self;
         let n = choices.index.elem_count();
-        let column = |values: &Tensor| values.reshape((n, 1));
+        let whole = |values: &Tensor| values.to_dtype(DType::I64);
+        let corners = (whole(&choices.corners)? - choices.pad as f64)?;
         // Which row and column of its image each row and column of the output shows.
-        let y = rows.places.broadcast_add(&column(&choices.top)?)?;
-        let x = columns.mirror.broadcast_mul(&column(&choices.flip)?)?;
-        let x = x.broadcast_add(&columns.places)?.broadcast_add(&column(&choices.left)?)?;
+        let y = rows.places.broadcast_add(&corners.narrow(1, 0, 1)?)?;
+        let x = columns.mirror.broadcast_mul(&whole(&choices.flip)?.reshape((n, 1))?)?;
+        let x = x.broadcast_add(&columns.places)?.broadcast_add(&corners.narrow(1, 1, 1)?)?;
         let inside = rows.holds(&y)?.unsqueeze(2)?.broadcast_mul(&columns.holds(&x)?.unsqueeze(1)?)?;
-        // The number of the pixel among all, or of the black one, which is the last.
-        let first = (choices.index.to_dtype(DType::I64)? * (rows.len * columns.len) as f64)?;
-        let line = (y * columns.len as f64)?.broadcast_add(&column(&first)?)?;
+        // The number of the pixel among all; outside any, as it is made black after that.
+        let first = (whole(&choices.index)?.reshape((n, 1))? * (rows.len * columns.len) as f64)?;
+        let line = (y * columns.len as f64)?.broadcast_add(&first)?;
         let pixel = line.unsqueeze(2)?.broadcast_add(&x.unsqueeze(1)?)?;
-        let black = (pixels.dims()[0] - 1) as f64;
-        let pixel = (((pixel - black)? * inside)? + black)?;
-        let bytes = pixels.index_select(&pixel.flatten_all()?.to_dtype(DType::U32)?, 0)?;
+        let pixel = (pixel * whole(&inside)?)?.flatten_all()?.to_dtype(DType::U32)?;
+        let bytes = images.reshape(((), CHANNELS))?.index_select(&pixel, 0)?;
+        let bytes = bytes.broadcast_mul(&inside.reshape(((), 1))?)?;
         let entries = bytes.to_dtype(DType::U32)?.broadcast_add(channels)?.flatten_all()?;
         Ok(table.index_select(&entries, 0)?.reshape((n, rows.len, columns.len, CHANNELS))?)
     }
@@ -195,23 +223,9 @@ impl Axis {
         })
     }
 
-    /// i64: 1 for a place on the axis, else 0.
+    /// u8: 1 for a place on the axis, else 0.
     fn holds(&self, place: &Tensor) -> Result<Tensor> {
-        let holds = (place.broadcast_ge(&self.zero)? * place.broadcast_lt(&self.end)?)?;
-        Ok(holds.to_dtype(DType::I64)?)
-    }
-}
-
-impl Choices {
-    /// Those of the given positions.
-    fn part(&self, range: Range<usize>) -> Result<Choices> {
-        let part = |values: &Tensor| values.narrow(0, range.start, range.len());
-        Ok(Choices {
-            index: part(&self.index)?,
-            top: part(&self.top)?,
-            left: part(&self.left)?,
-            flip: part(&self.flip)?,
-        })
+        Ok((place.broadcast_ge(&self.zero)? * place.broadcast_lt(&self.end)?)?)
     }
 }
 
@@ -245,14 +259,14 @@ mod tests {
         ] {
             for (batch, seed, epoch) in [(64, 1, 0), (7, 1, 3), (500, 2, 0)] {
                 let order = order(data.train.len(), seed, epoch);
-                let found = train.epoch(&order, batch, |i| augmentation.view(seed, epoch, i)).unwrap();
+                let found = train.epoch(&order, batch, augmentation.pad, |i| augmentation.view(seed, epoch, i)).unwrap();
                 assert_eq!(found.len(), 230usize.div_ceil(batch));
                 let expected = train_batches(&data, batch, augmentation, seed, epoch);
                 assert!(collect(found) == collect(expected), "{augmentation:?}, {batch} images a batch");
             }
         }
         let test = Resident::new(&data.test, &table, &Device::Cpu).unwrap();
-        let found = test.epoch(&Vec::from_iter(0..70), 50, |_| View::default()).unwrap();
+        let found = test.epoch(&Vec::from_iter(0..70), 50, 0, |_| View::default()).unwrap();
         assert!(collect(found) == collect(test_batches(&data, 50)));
     }
 
@@ -273,7 +287,7 @@ mod tests {
     fn unusable_arguments_are_errors() {
         let data = Arc::new(crate::synthetic(30, 20, 1).unwrap());
         let train = Resident::new(&data.train, &Normalization::new(&data), &Device::Cpu).unwrap();
-        let items = Vec::from_iter(train.epoch(&[0, 1], 0, |_| View::default()).unwrap());
+        let items = Vec::from_iter(train.epoch(&[0, 1], 0, 0, |_| View::default()).unwrap());
         assert!(matches!(items.as_slice(), [Err(Error::Invalid(_))]));
         let mut broken = Dataset::clone(&data);
         broken.train.pixels.truncate(5 * 3072);
