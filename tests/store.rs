@@ -4,8 +4,8 @@
 
 mod common;
 
-use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
 use candle_core::Device;
+use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
 use models::{Fold, Network, Version};
 use pfq::PfQ;
 use quant_core::Precision;
@@ -282,7 +282,8 @@ fn a_workflow_in_pieces_gives_the_bits_of_one() {
         ]
     );
     assert_eq!((outcome.evaluation, outcome.metrics.len()), (expected.evaluation, 2));
-    let folder_of = |root: &Path| Store::new(root).folder(&end, &data.fingerprint).join("network.safetensors");
+    let folder_of =
+        |root: &Path| Store::new(root).folder(&end, &data.fingerprint).join("network.safetensors");
     let network = |root: &Path| Network::load(&folder_of(root), &Device::Cpu).unwrap().0;
     assert!(bits(&network(folder.path())) == bits(&network(whole_folder.path())));
     // What is done needs no time.
@@ -378,9 +379,7 @@ fn a_killed_workflow_goes_on_where_it_was() {
     assert_eq!(outcome.metrics.len(), 2);
     assert_eq!(outcome.evaluation, expected.evaluation);
     for stage in [first, second, third] {
-        let network = |store: &Store| {
-            bits(&store.network(stage, &data.fingerprint, &candle_core::Device::Cpu).unwrap())
-        };
+        let network = |store: &Store| bits(&store.network(stage, &data.fingerprint, &Device::Cpu).unwrap());
         assert!(network(&store) == network(&whole), "{} has other bits after a kill", stage.label());
     }
 }

@@ -118,7 +118,9 @@ fn run(table: &Table, flags: &Flags) -> Result<bool> {
     println!("{text}");
     println!("Written to {}.", folder.display());
     if !done {
-        println!("The time limit is over and stages are left: run the same command again to go on (--plan shows them).");
+        println!(
+            "The time limit is over and stages are left: run the same command again to go on (--plan shows them)."
+        );
     }
     Ok(done)
 }

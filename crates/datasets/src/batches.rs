@@ -195,7 +195,8 @@ impl Batches {
 
     /// Ends the thread and returns the message of its panic, if it had one.
     fn stop(&mut self) -> Option<String> {
-        let Maker::Thread { receiver, worker } = std::mem::replace(&mut self.maker, Maker::Stopped(None)) else {
+        let Maker::Thread { receiver, worker } = std::mem::replace(&mut self.maker, Maker::Stopped(None))
+        else {
             return None;
         };
         // Before the wait: it is what tells the thread to end.

@@ -116,7 +116,13 @@ impl Resident {
     }
 
     /// The images in the given order, each as `view` says by its index; no view reaches further out than `pad`.
-    fn epoch(&self, order: &[usize], batch: usize, pad: usize, view: impl Fn(usize) -> View) -> Result<Batches> {
+    fn epoch(
+        &self,
+        order: &[usize],
+        batch: usize,
+        pad: usize,
+        view: impl Fn(usize) -> View,
+    ) -> Result<Batches> {
         let device = self.images.device();
         let views: Vec<View> = order.iter().map(|&i| view(i)).collect();
         let corner = |offset: isize| (offset + pad as isize) as u32;
@@ -259,7 +265,9 @@ mod tests {
         ] {
             for (batch, seed, epoch) in [(64, 1, 0), (7, 1, 3), (500, 2, 0)] {
                 let order = order(data.train.len(), seed, epoch);
-                let found = train.epoch(&order, batch, augmentation.pad, |i| augmentation.view(seed, epoch, i)).unwrap();
+                let found = train
+                    .epoch(&order, batch, augmentation.pad, |i| augmentation.view(seed, epoch, i))
+                    .unwrap();
                 assert_eq!(found.len(), 230usize.div_ceil(batch));
                 let expected = train_batches(&data, batch, augmentation, seed, epoch);
                 assert!(collect(found) == collect(expected), "{augmentation:?}, {batch} images a batch");

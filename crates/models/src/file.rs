@@ -158,7 +158,8 @@ fn read_part(path: &Path, part: &Part) -> Result<(PathBuf, Vec<u8>)> {
         "it is a part of {}: copy the files of a set together, or delete them and run the stage again",
         path.display()
     );
-    let data = std::fs::read(&place).map_err(|e| fail(&place, format!("could not be read ({e}); {advice}")))?;
+    let data =
+        std::fs::read(&place).map_err(|e| fail(&place, format!("could not be read ({e}); {advice}")))?;
     let found = sha256(&data);
     if found != part.sha256 {
         return Err(fail(&place, format!("has SHA-256 {found}, expected {}; {advice}", part.sha256)));
@@ -299,7 +300,10 @@ impl Network {
         let mut metadata: BTreeMap<String, String> =
             header.metadata().clone().unwrap_or_default().into_iter().collect();
         let structure = metadata.remove(STRUCTURE).ok_or_else(|| {
-            fail(path, format!("has no `{STRUCTURE}` in its metadata: expected a file that this project wrote"))
+            fail(
+                path,
+                format!("has no `{STRUCTURE}` in its metadata: expected a file that this project wrote"),
+            )
         })?;
         let structure: Structure = serde_json::from_str(&structure)
             .map_err(|e| fail(path, format!("its `{STRUCTURE}` metadata can't be understood: {e}")))?;

@@ -369,10 +369,17 @@ fn run_in_pieces(network: impl Fn() -> Network, folder: &Path, limit: Duration) 
     let mut pieces = Vec::new();
     loop {
         let limit = TimeLimit::after(limit);
-        let run =
-            Run { data: &data, training: &training, seed: 3, folder, identity: "the-run", limit: Some(&limit) };
+        let run = Run {
+            data: &data,
+            training: &training,
+            seed: 3,
+            folder,
+            identity: "the-run",
+            limit: Some(&limit),
+        };
         let mut epochs = 0;
-        let result = fit(network(), &run, &mut |p| epochs += usize::from(matches!(p, Progress::Epoch { .. })));
+        let result =
+            fit(network(), &run, &mut |p| epochs += usize::from(matches!(p, Progress::Epoch { .. })));
         pieces.push(epochs);
         match result {
             Ok(trained) => return (trained, pieces),
@@ -451,8 +458,14 @@ fn a_checkpoint_of_another_run_is_refused() {
     let (data, training) = (data(40, 20), Training { cosine_epochs: 1.0, ..training() });
     let folder = tempfile::tempdir().unwrap();
     run(network(), &data, &training, 3, folder.path(), &mut |_| ()).unwrap();
-    let other =
-        Run { data: &data, training: &training, seed: 3, folder: folder.path(), identity: "another-run", limit: None };
+    let other = Run {
+        data: &data,
+        training: &training,
+        seed: 3,
+        folder: folder.path(),
+        identity: "another-run",
+        limit: None,
+    };
     let message = fit(network(), &other, &mut |_| ()).unwrap_err().to_string();
     for part in ["the-run", "another-run", "checkpoint.safetensors"] {
         assert!(message.contains(part), "{message:?} does not name {part}");
