@@ -34,6 +34,22 @@ bench-pytorch *flags:
 profile *flags:
     cargo run --release --bin profile_step -- {{flags}}
 
+# The programs with CUDA, for the GPU there or for CUDA_COMPUTE_CAP; fetches NVIDIA's compiler if need be
+cuda-build *flags:
+    scripts/cuda-toolchain run cargo build --release -p experiments --bins --features cuda {{flags}}
+
+# The CUDA programs as an archive, for a machine that has only the driver and CUDA's libraries
+dist-cuda *capability:
+    scripts/dist-cuda {{capability}}
+
+# Every operation on the GPU beside its CPU twin, and training there; skips where no GPU answers
+test-cuda *flags:
+    scripts/cuda-toolchain run cargo test -p kernels -p train -p experiments -p integration-tests --features cuda {{flags}}
+
+# Training, evaluation and operations beside PyTorch on a GPU (flags: just bench-cuda --help)
+bench-cuda *flags:
+    scripts/cuda-toolchain run cargo run --release -p experiments --features cuda --bin bench_pytorch -- --device cuda {{flags}}
+
 # What must pass before a change is taken
 ci:
     bash .ci/run

@@ -6,6 +6,10 @@ fn main() {
     for path in ["../.git/logs/HEAD", "../Cargo.lock", "../crates", "../experiments"] {
         println!("cargo::rerun-if-changed={path}");
     }
+    // For the message where a GPU can't run the kernels.
+    println!("cargo::rerun-if-env-changed=CUDA_COMPUTE_CAP");
+    let capability = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "of the GPU there".into());
+    println!("cargo::rustc-env=PFQ_COMPUTE_CAP={capability}");
     let commit = Command::new("git")
         .args(["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
         .output()

@@ -162,8 +162,14 @@ fn every_real_image_stays_on_the_grid() {
     let mut network = mobilenet(Version::V1).init(0, &Device::Cpu).unwrap();
     network.quantize(&quantization(4)).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let run =
-        Run { data: &data, training: &training(1), seed: 0, folder: folder.path(), identity: "real images" };
+    let run = Run {
+        data: &data,
+        training: &training(1),
+        seed: 0,
+        folder: folder.path(),
+        identity: "real images",
+        limit: None,
+    };
     let network = fit(network, &run, &mut |_| ()).unwrap().network;
     let mut seen = 0;
     for batch in datasets::test_batches(&data, 500) {

@@ -4,8 +4,9 @@
 
 mod common;
 
+use candle_core::Device;
 use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
-use models::{Fold, Version};
+use models::{Fold, Network, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeSet;
@@ -14,7 +15,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc;
-use train::Training;
+use std::time::Duration;
+use train::{TimeLimit, Training};
 use workflow::{Error, Event, Kind, Recipe, Stage, Store};
 
 /// Names the store to another process.
@@ -246,6 +248,54 @@ fn a_plan_names_each_stage_once() {
     assert_eq!(plan[0].epochs_done, 1);
 }
 
+/// With no time at all, each call does the one epoch that it may always begin, and the last one ends the work.
+#[test]
+fn a_workflow_in_pieces_gives_the_bits_of_one() {
+    let (data, end) = (small(), short_workflow());
+    let whole_folder = tempfile::tempdir().unwrap();
+    let (expected, _) = run_well(&Store::new(whole_folder.path()), &end, &data);
+
+    let folder = tempfile::tempdir().unwrap();
+    let in_time = || Store::new(folder.path()).within(TimeLimit::after(Duration::ZERO));
+    let [first, second, third] = &end.lineage()[..] else { panic!("three stages") };
+    let mut all = Vec::new();
+    let outcome = loop {
+        let (result, told) = run(&in_time(), &end, &data, &mut |_, _| ());
+        all.push(told);
+        match result {
+            Ok(outcome) => break outcome,
+            Err(error) => assert!(error.is_time_limit() && all.len() < 4, "{}", story(&error)),
+        }
+    };
+    let [first, second, third] = [first, second, third].map(|stage| stage.label());
+    assert_eq!(
+        all,
+        [
+            vec![format!("started {first}"), format!("finished {first}")],
+            vec![
+                format!("found {first}"),
+                format!("started {second}"),
+                format!("finished {second}"),
+                format!("started {third}")
+            ],
+            vec![
+                format!("found {second}"),
+                format!("started {third}"),
+                "resumed 1".into(),
+                format!("finished {third}")
+            ],
+        ]
+    );
+    assert_eq!((outcome.evaluation, outcome.metrics.len()), (expected.evaluation, 2));
+    let folder_of =
+        |root: &Path| Store::new(root).folder(&end, &data.fingerprint).join("network.safetensors");
+    let network = |root: &Path| Network::load(&folder_of(root), &Device::Cpu).unwrap().0;
+    assert!(bits(&network(folder.path())) == bits(&network(whole_folder.path())));
+    // What is done needs no time.
+    let (again, told) = run(&in_time(), &end, &data, &mut |_, _| ());
+    assert_eq!((again.unwrap().key, told), (outcome.key, vec![format!("found {third}")]));
+}
+
 /// Not a test: what other processes run.
 #[test]
 fn child() {
@@ -334,9 +384,7 @@ fn a_killed_workflow_goes_on_where_it_was() {
     assert_eq!(outcome.metrics.len(), 2);
     assert_eq!(outcome.evaluation, expected.evaluation);
     for stage in [first, second, third] {
-        let network = |store: &Store| {
-            bits(&store.network(stage, &data.fingerprint, &candle_core::Device::Cpu).unwrap())
-        };
+        let network = |store: &Store| bits(&store.network(stage, &data.fingerprint, &Device::Cpu).unwrap());
         assert!(network(&store) == network(&whole), "{} has other bits after a kill", stage.label());
     }
 }

@@ -39,8 +39,9 @@ class FakeQuantizer(FusedMovingAvgObsFakeQuantize):
 
     def forward(self, x):
         observer = self.activation_post_process
+        # It takes float32 only; under autocast there may be bfloat16.
         return torch.fused_moving_avg_obs_fake_quant(
-            x,
+            x.float(),
             self.observer_enabled,
             self.fake_quant_enabled,
             observer.min_val,
@@ -53,7 +54,7 @@ class FakeQuantizer(FusedMovingAvgObsFakeQuantize):
             self.ch_axis,
             self.is_per_channel,
             self.is_symmetric_quant,
-        )
+        ).to(x.dtype)
 
 
 def quantizer(bits, momentum):
@@ -149,9 +150,10 @@ def network_step(request, mode):
     case, settings = request["case"], request["settings"]
     format = torch.channels_last if mode.channels_last else torch.contiguous_format
     height, width, channels = request["layers"]["image"]
-    network = Network(request["layers"], settings["range_momentum"]).to(memory_format=format)
-    images = torch.randn(case["batch"], channels, height, width).contiguous(memory_format=format)
-    labels = torch.randint(request["layers"]["classes"], (case["batch"],))
+    network = Network(request["layers"], settings["range_momentum"]).to(mode.device, memory_format=format)
+    images = torch.randn(case["batch"], channels, height, width, device=mode.device)
+    images = images.contiguous(memory_format=format)
+    labels = torch.randint(request["layers"]["classes"], (case["batch"],), device=mode.device)
     if case["what"] == "train":
         optimizer = torch.optim.SGD(
             network.parameters(),
@@ -162,10 +164,10 @@ def network_step(request, mode):
         )
 
         def loss_of(images, labels):
-            return F.cross_entropy(network(images), labels)
+            with mode.precision():
+                return F.cross_entropy(network(images), labels)
 
-        if mode.compile:
-            loss_of = torch.compile(loss_of)
+        loss_of = mode.compiled(loss_of)
 
         def step():
             optimizer.zero_grad(set_to_none=True)
@@ -175,14 +177,14 @@ def network_step(request, mode):
             return loss
 
     else:
-        with torch.no_grad():
+        with torch.no_grad(), mode.precision():
             network(images[:2])  # sets the ranges
         network.eval()
         network.apply(disable_observer)
-        forward = torch.compile(network) if mode.compile else network
+        forward = mode.compiled(network)
 
         def step():
-            with torch.inference_mode():
+            with torch.inference_mode(), mode.precision():
                 return forward(images)
 
     return step, network
@@ -195,7 +197,7 @@ def operation_step(request, mode):
     format = torch.channels_last if mode.channels_last else torch.contiguous_format
 
     def tensor(channels, height, width):
-        x = torch.randn(case["batch"], channels, height, width)
+        x = torch.randn(case["batch"], channels, height, width, device=mode.device)
         return x.contiguous(memory_format=format)
 
     if layer["kind"] == "norm":
@@ -206,18 +208,19 @@ def operation_step(request, mode):
         )
     else:
         module = convolution(layer)
-    module = module.to(memory_format=format)
+    module = module.to(mode.device, memory_format=format)
     x = tensor(layer["inputs"], *layer["input_size"])
     gradient = tensor(layer["outputs"], *layer["output_size"])
     # The stem reads the image, which needs no gradient.
     wanted = list(module.parameters())
     if layer["kind"] != "stem":
         wanted.append(x.requires_grad_())
-    if mode.compile:
-        module = torch.compile(module)
+    module = mode.compiled(module)
 
     def step():
-        return torch.autograd.grad(module(x), wanted, gradient)[-1]
+        with mode.precision():
+            y = module(x)
+        return torch.autograd.grad(y, wanted, gradient.to(y.dtype))[-1]
 
     return step, module
 
@@ -242,8 +245,39 @@ def reset_peak():
         pass
 
 
+class Mode:
+    """How PyTorch runs, from the flags."""
+
+    def __init__(self, flags):
+        self.device = torch.device(flags.device)
+        self.on_gpu = self.device.type == "cuda"
+        self.channels_last, self.compile, self.autocast = flags.channels_last, flags.compile, flags.autocast
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
+
+    def precision(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+    def compiled(self, function):
+        if not self.compile:
+            return function
+        # On a GPU with CUDA graphs, where it can: small kernels are bound by their launches.
+        return torch.compile(function, mode="reduce-overhead") if self.on_gpu else torch.compile(function)
+
+    def wait(self):
+        """Until all that was begun is done."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def resident(self, field):
+        """Of the process; on a GPU that says nothing."""
+        return None if self.on_gpu else resident(field)
+
+
 def set_up(request, mode):
-    before = resident("VmRSS")
+    before = mode.resident("VmRSS")
     torch.manual_seed(0)
     make = network_step if isinstance(request["case"]["what"], str) else operation_step
     step, module = make(request, mode)
@@ -255,23 +289,28 @@ def set_up(request, mode):
     return step, {"before_mib": before, "parameters": parameters, "quantizers": len(quantizers)}
 
 
-def run(step, count):
+def run(step, count, mode):
+    mode.wait()
     started = time.perf_counter()
     for _ in range(count):
         result = step()
+    mode.wait()
     seconds = time.perf_counter() - started
     if not math.isfinite(float(result.detach().double().sum())):
         raise ArithmeticError("the result is not finite")
-    return {"seconds": seconds, "peak_mib": resident("VmHWM")}
+    return {"seconds": seconds, "peak_mib": mode.resident("VmHWM")}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--autocast", action="store_true", help="to bfloat16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, required=True)
-    mode = parser.parse_args()
-    torch.set_num_threads(mode.threads)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    mode = Mode(flags)
 
     def answer(value):
         print(json.dumps(value), file=answers)
@@ -285,7 +324,7 @@ def main():
                 step, facts = set_up(request, mode)
                 answer(facts)
             else:
-                answer(run(step, request["run"]))
+                answer(run(step, request["run"], mode))
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             answer({"error": reason[:300]})

@@ -5,6 +5,8 @@
 //! and warmed; then, round by round, each in turn runs as many steps as take some time, while the others are
 //! blocked. So a machine that gets slower or faster in between does not favour anyone: ratios are taken within
 //! a round.
+//!
+//! The same on a GPU, which all use in turns: see [`NOTES_GPU`] for what is different there.
 
 mod case;
 mod machine;
@@ -13,22 +15,26 @@ mod pytorch;
 pub mod step_profile;
 mod worker;
 
-use crate::process;
+use crate::{device, process};
 use anyhow::{Context, Result, bail};
 use case::{Case, Filter, Layers};
 use clap::Parser;
 use machine::Ticks;
-use report::bench::{IMPLEMENTATIONS, Implementation, Speed, Spread};
+use report::bench::{IMPLEMENTATIONS, Implementation, Place, Speed, Spread};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
-use worker::{Hello, Ran, Ready, Run, Settings, Setup, Worker};
+use worker::{Hello, Ran, Ready, Run, Settings, Setup, Traffic, Worker};
 
 /// Flags of the benchmark beside PyTorch.
 #[derive(Debug, Clone, Parser)]
 #[command(version, about = "Measures training, evaluation and single operations beside PyTorch")]
 struct Flags {
+    /// Where it is measured: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
+
     /// A Python interpreter that has torch; without it, PyTorch is installed in the target folder
     #[arg(long, value_name = "FILE")]
     python: Option<PathBuf>,
@@ -45,9 +51,9 @@ struct Flags {
     #[arg(long, value_name = "SECONDS", default_value_t = 0.5)]
     seconds: f64,
 
-    /// Images a step of the networks, e.g. 64,128; torch.compile, and the operations, are measured at the
-    /// first only
-    #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "64",
+    /// Images a step of the networks, e.g. 64,128; torch.compile, and the operations, are measured at the first
+    /// only. 64 if not given, 128 on a GPU
+    #[arg(long, value_name = "SIZES", value_delimiter = ',',
           value_parser = clap::value_parser!(u16).range(2..=4096))]
     batches: Vec<u16>,
 
@@ -89,17 +95,44 @@ const NOTES: [&str; 8] = [
     "Ratios of single operations say less than those of networks: ours runs several of them as one there.",
 ];
 
+/// What is different on a GPU.
+const NOTES_GPU: [&str; 5] = [
+    "train is forward pass, cross-entropy, backward pass, and SGD with momentum and weight decay; eval is the \
+     forward pass with running statistics. The images are on the GPU, the same in every step. A turn is measured \
+     from an idle GPU to an idle GPU.",
+    "eager is PyTorch in NCHW and float32 with TF32 products, channels_last the same in NHWC under autocast to \
+     bfloat16, compile is torch.compile of the latter in its mode reduce-overhead, which uses CUDA graphs where it \
+     can. Ours is what the programs run: see the documents for its precision.",
+    "PyTorch has what helps it: fused SGD, cudnn.benchmark, ReLU and residual sums in place, and for torch.compile a \
+     fake quantizer that does not cut the graph. Its fused fake quantizer takes float32 only, so under autocast it \
+     runs in float32.",
+    "A4/W4 is fake quantization of every weight and activation to 4 bits, 8 in the first and last layer, with \
+     live batch normalization. Numbers of quantizers and parameters are checked to be equal.",
+    "MiB a step counts each operand and each result of each of our operations once, in the type that it is stored \
+     in. The copy is one of 1 GiB within the GPU's memory, bytes read and written, in the same process.",
+];
+
 /// Runs the benchmark's binary.
 pub fn main() -> Result<()> {
     let flags = Flags::parse();
     if flags.worker {
         // It runs as the programs do that train.
-        return process::run(|| ours::serve(std::io::stdin().lock(), std::io::stdout()));
+        return process::run(|| {
+            let (device, _) = device::open(&flags.device)?;
+            ours::serve(std::io::stdin().lock(), std::io::stdout(), &device)
+        });
     }
     if !(flags.seconds > 0.0 && flags.seconds <= 600.0) {
         bail!("--seconds {}: expected more than 0, at most 600", flags.seconds);
     }
-    let batches: Vec<usize> = flags.batches.iter().copied().map(usize::from).collect();
+    // Before anything else, as without it there is nothing to measure.
+    let (device, device_name) = device::open(&flags.device)?;
+    let place = if device.is_cpu() { Place::Cpu } else { Place::Gpu };
+    drop(device);
+    let mut batches: Vec<usize> = flags.batches.iter().copied().map(usize::from).collect();
+    if batches.is_empty() {
+        batches.push(if place == Place::Cpu { 64 } else { 128 });
+    }
     let cases = Case::all(&batches)?;
     let filter = Filter::parse(&flags.only, &cases)?;
     let cases: Vec<Case> = cases.into_iter().filter(|case| filter.picks(case)).collect();
@@ -109,8 +142,13 @@ pub fn main() -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = flags.threads.map_or(cores, usize::from);
     let mut machine = machine::facts(threads);
+    if place == Place::Gpu {
+        machine.insert(0, ("GPU".into(), device_name));
+    }
     let bench = Bench {
-        python: flags.python.clone().map_or_else(pytorch::environment, Ok)?,
+        python: flags.python.clone().map_or_else(|| pytorch::environment(place), Ok)?,
+        device: flags.device.clone(),
+        place,
         threads,
         rounds: flags.rounds.into(),
         seconds: flags.seconds,
@@ -131,8 +169,12 @@ pub fn main() -> Result<()> {
     }
     let context = report::bench::Context {
         command: command_line(std::env::args().skip(1)),
-        notes: NOTES.map(String::from).into(),
+        notes: match place {
+            Place::Cpu => NOTES.map(String::from).into(),
+            Place::Gpu => NOTES_GPU.map(String::from).into(),
+        },
         machine,
+        place,
     };
     println!("\n{}", report::bench::terminal(&rows, &context));
     let everything = flags.only.is_empty().then(|| PathBuf::from("results/bench"));
@@ -166,6 +208,9 @@ fn own_program() -> Result<PathBuf> {
 /// How to measure.
 struct Bench {
     python: PathBuf,
+    /// As given.
+    device: String,
+    place: Place,
     threads: usize,
     rounds: usize,
     seconds: f64,
@@ -202,16 +247,17 @@ impl Bench {
     }
 
     fn start(&self, implementation: &Implementation) -> Result<Worker> {
-        let command = match pytorch::flags(implementation.id) {
-            Some(flags) => pytorch::worker(&self.python, flags, self.threads)?,
+        let logs = pytorch::target()?.join("bench-logs");
+        std::fs::create_dir_all(&logs).with_context(|| format!("{} could not be made", logs.display()))?;
+        let command = match pytorch::flags(implementation.id, self.place) {
+            Some(flags) => pytorch::worker(&self.python, &logs, flags, &self.device, self.threads)?,
             None => {
                 let mut command = Command::new(own_program()?);
-                command.arg("--worker").env("RAYON_NUM_THREADS", self.threads.to_string());
+                command.args(["--worker", "--device", &self.device]);
+                command.env("RAYON_NUM_THREADS", self.threads.to_string());
                 command
             }
         };
-        let logs = pytorch::target()?.join("bench-logs");
-        std::fs::create_dir_all(&logs).with_context(|| format!("{} could not be made", logs.display()))?;
         Worker::start(command, logs.join(format!("{}.log", implementation.id)))
     }
 
@@ -282,12 +328,15 @@ impl Bench {
             ..Speed::default()
         };
         let rows = runners.iter().map(|runner| match runner {
-            Ok(runner) => Speed {
-                peak_mib: runner.peak_mib,
-                before_mib: runner.ready.and_then(|ready| ready.before_mib),
-                ..row(&runner.implementation)
+            Ok(runner) => {
+                let speed = Speed {
+                    peak_mib: runner.peak_mib,
+                    before_mib: runner.ready.and_then(|ready| ready.before_mib),
+                    ..row(&runner.implementation)
+                };
+                let speed = speed.measured(&runner.speeds, (!runner.is_ours()).then_some(ours));
+                with_traffic(speed, runner.ready.and_then(|ready| ready.traffic))
             }
-            .measured(&runner.speeds, (!runner.is_ours()).then_some(ours)),
             Err((implementation, problem)) => Speed { problem: Some(problem.clone()), ..row(implementation) },
         });
         rows.collect()
@@ -296,7 +345,7 @@ impl Bench {
 
 impl Runner {
     fn is_ours(&self) -> bool {
-        pytorch::flags(self.implementation.id).is_none()
+        pytorch::flags(self.implementation.id, Place::Cpu).is_none()
     }
 
     fn set_up(&mut self, case: &Case, layers: Option<&Layers>) -> Result<Ready> {
@@ -310,6 +359,17 @@ impl Runner {
         self.speeds.push((self.steps * batch) as f64 / seconds);
         self.peak_mib = peak_mib;
         Ok(())
+    }
+}
+
+/// The speed, with how near it comes to that of the memory.
+fn with_traffic(speed: Speed, traffic: Option<Traffic>) -> Speed {
+    let Some((traffic, images_per_second)) = traffic.zip(speed.images_per_second) else { return speed };
+    let bytes_per_second = traffic.step_bytes * images_per_second / speed.batch as f64;
+    Speed {
+        step_mib: Some(traffic.step_bytes / f64::from(1 << 20)),
+        share_of_copy_percent: Some(100.0 * bytes_per_second / traffic.copy_bytes_per_second),
+        ..speed
     }
 }
 
@@ -355,6 +415,19 @@ mod tests {
         check(&[], "just bench-pytorch");
         check(&["--python", "a/b", "--rounds", "3", "--out=c"], "just bench-pytorch --rounds 3");
         check(&["--python=a/b", "--only", "train"], "just bench-pytorch --only train");
+        check(&["--device", "cuda", "--out", "c"], "just bench-pytorch --device cuda");
+    }
+
+    #[test]
+    fn shares_are_of_the_copy() {
+        // 64 images take 32 ms, in which 1 GiB is moved, where a copy moves 64 GiB a second.
+        let gib = f64::from(1 << 30);
+        let speed = Speed { batch: 64, ..Speed::default() }.measured(&[2000.0], None);
+        let traffic = Traffic { step_bytes: gib, copy_bytes_per_second: 64.0 * gib };
+        let speed = with_traffic(speed, Some(traffic));
+        assert_eq!(speed.step_mib, Some(1024.0));
+        assert!((speed.share_of_copy_percent.unwrap() - 48.828125).abs() < 1e-9, "{speed:?}");
+        assert_eq!(with_traffic(Speed::default(), None), Speed::default());
     }
 
     #[test]

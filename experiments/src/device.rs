@@ -1,17 +1,51 @@
 //! Where a run takes place.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use candle_core::Device;
 
 /// The device that `--device` asks for, and its name for the records.
+///
+/// `auto` is the first GPU if one answers, and the CPU otherwise; where this program could use a GPU and none
+/// answers, that is said on stderr. Whether one answers is found out by computing something on it: how the program was
+/// compiled says nothing about it.
+///
+/// # Errors
+/// A GPU that is asked for and does not answer, or an unknown name.
 pub fn open(wanted: &str) -> Result<(Device, String)> {
-    match wanted {
-        "auto" | "cpu" => Ok((Device::Cpu, processor())),
-        cuda if cuda == "cuda" || cuda.starts_with("cuda:") => {
-            bail!("--device {cuda}: this version trains on the CPU only; use --device cpu")
-        }
-        other => bail!("--device {other} is unknown: expected auto, cpu, cuda or cuda:N"),
+    match Wanted::parse(wanted)? {
+        Wanted::Cpu => Ok(cpu()),
+        Wanted::Auto if cfg!(feature = "cuda") => gpu(0).or_else(|problem| {
+            eprintln!("device: the CPU, as no GPU answers ({problem:#})");
+            Ok(cpu())
+        }),
+        Wanted::Auto => Ok(cpu()),
+        Wanted::Gpu(number) => gpu(number).with_context(|| format!("--device {wanted}")),
     }
+}
+
+/// What `--device` can say.
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted {
+    Auto,
+    Cpu,
+    Gpu(usize),
+}
+
+impl Wanted {
+    fn parse(text: &str) -> Result<Self> {
+        let number = |text: &str| text.parse().ok().filter(|number| *number < 1024);
+        Ok(match (text, text.strip_prefix("cuda:").and_then(number)) {
+            ("auto", _) => Self::Auto,
+            ("cpu", _) => Self::Cpu,
+            ("cuda", _) => Self::Gpu(0),
+            (_, Some(number)) => Self::Gpu(number),
+            _ => bail!("--device {text} is unknown: expected auto, cpu, cuda or cuda:N, N from 0"),
+        })
+    }
+}
+
+fn cpu() -> (Device, String) {
+    (Device::Cpu, processor())
 }
 
 /// The processor's name and the number of threads, as far as the system tells.
@@ -21,4 +55,109 @@ fn processor() -> String {
     let name = name.map_or(std::env::consts::ARCH, |(_, name)| name.trim());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     format!("cpu ({name}, {threads} threads)")
+}
+
+/// The GPU of that number.
+#[cfg(not(feature = "cuda"))]
+fn gpu(_number: usize) -> Result<(Device, String)> {
+    bail!(
+        "this program was built for the CPU alone; build it with `just cuda-build` (docs/cuda.md), or use --device cpu"
+    )
+}
+
+/// The GPU of that number, once it has computed something.
+#[cfg(feature = "cuda")]
+fn gpu(number: usize) -> Result<(Device, String)> {
+    use candle_core::cuda::cudarc::driver::CudaContext;
+    let found = match CudaContext::device_count() {
+        Ok(count) if number < count as usize => CudaContext::new(number),
+        Ok(0) => bail!("the driver answers and has no GPU; see `nvidia-smi`, or use --device cpu"),
+        Ok(count) => bail!("there is no GPU {number}: there are {count}, numbered from 0"),
+        Err(problem) => Err(problem),
+    };
+    let context = found.map_err(|problem| {
+        anyhow::anyhow!("{problem}").context(
+            "no GPU answers: expected an NVIDIA driver of the 580 branch or later; see `nvidia-smi`, or use \
+             --device cpu",
+        )
+    })?;
+    let (major, minor) = context.compute_capability()?;
+    let name = format!("cuda:{number} ({}, compute capability {major}.{minor})", context.name()?);
+    keep_memory(&context);
+    let device = works(number).with_context(|| {
+        format!(
+            "{name} can't run this program's kernels, which were built for compute capability {}; build it for this \
+             GPU with `CUDA_COMPUTE_CAP={major}{minor} just cuda-build`, or use --device cpu",
+            env!("PFQ_COMPUTE_CAP")
+        )
+    })?;
+    Ok((device, name))
+}
+
+/// The device, after a sum that shows that it runs what was compiled.
+#[cfg(feature = "cuda")]
+fn works(number: usize) -> Result<Device> {
+    let device = Device::new_cuda(number)?;
+    let ones = candle_core::Tensor::ones(1000, candle_core::DType::F32, &device)?;
+    let sum = (ones.affine(2.0, 1.0)?.sum_all()?).to_scalar::<f32>()?;
+    if sum != 3000.0 {
+        bail!("a sum of 3000 came out as {sum}");
+    }
+    Ok(device)
+}
+
+/// Lets the driver keep the memory that a step gives back, as the next step needs the same: by default it goes back to
+/// the system whenever the host waits for the device. If that can't be set, all is as it was.
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+fn keep_memory(context: &candle_core::cuda::cudarc::driver::CudaContext) {
+    use candle_core::cuda::cudarc::driver::{result, sys};
+    let mut threshold = u64::MAX;
+    // SAFETY: the device is one that the context was made for, its default pool lives as long as the process, and the
+    // attribute is a u64, which is read before the call returns.
+    unsafe {
+        if let Ok(pool) = result::device::get_default_mem_pool(context.cu_device()) {
+            let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_devices() {
+        let check = |text: &str, expected: Wanted| assert_eq!(Wanted::parse(text).unwrap(), expected);
+        check("auto", Wanted::Auto);
+        check("cpu", Wanted::Cpu);
+        check("cuda", Wanted::Gpu(0));
+        check("cuda:3", Wanted::Gpu(3));
+        for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda3", "cpu:0", "cuda:99999999999999999999"] {
+            let error = Wanted::parse(text).unwrap_err().to_string();
+            assert!(error.contains("auto, cpu, cuda or cuda:N"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_cpu_is_always_there() {
+        let (device, name) = open("cpu").unwrap();
+        assert!(device.is_cpu() && name.starts_with("cpu ("), "{name}");
+        // With or without a GPU.
+        open("auto").unwrap();
+    }
+
+    /// Where a GPU can't be had, the message says what to do about it.
+    #[test]
+    fn a_gpu_that_does_not_answer_is_a_clear_error() {
+        match open("cuda:1000") {
+            Ok((_, name)) => panic!("there is no such GPU: {name}"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                assert!(error.starts_with("--device cuda:1000: "), "{error}");
+                assert!(error.contains("--device cpu") || error.contains("numbered from 0"), "{error}");
+            }
+        }
+    }
 }

@@ -1,7 +1,12 @@
 use anyhow::{Result, bail};
+use candle_core::Device;
 use clap::Parser;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
+
+/// The exit code where the time limit ended the work: EX_TEMPFAIL, "try again", of sysexits.h.
+pub const TIME_LIMIT: i32 = 75;
 
 /// Flags of every table's binary.
 #[derive(Debug, Clone, Parser)]
@@ -11,9 +16,9 @@ use std::str::FromStr;
 )]
 pub struct Flags {
     /// Settings to use: quick (about ten minutes on 2 cores), reduced (the real CIFAR-100 with narrow
-    /// networks, hours) or paper (the full networks)
-    #[arg(long, value_name = "NAME", default_value = "quick", conflicts_with = "config")]
-    pub profile: String,
+    /// networks, hours) or paper (the full networks); paper on a GPU and quick on a CPU if not given
+    #[arg(long, value_name = "NAME", conflicts_with = "config")]
+    pub profile: Option<String>,
 
     /// A settings file instead of a profile: copy one from experiments/profiles/ and edit it
     #[arg(long, value_name = "FILE")]
@@ -24,9 +29,14 @@ pub struct Flags {
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub data: String,
 
-    /// auto, cpu, cuda or cuda:N
+    /// auto (a GPU if this program can use one and it answers, else the CPU), cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
+
+    /// Stop after about that many minutes: after the last epoch that ends in time, at least one. The same command then
+    /// goes on from there, on any device. The exit code is 75 where something is left to do
+    #[arg(long, value_name = "MINUTES", value_parser = minutes)]
+    pub time_limit: Option<Duration>,
 
     /// Seeds of the fine-tuning, e.g. 0,1,2; the profile's if not given
     #[arg(long, value_name = "SEEDS", value_delimiter = ',')]
@@ -48,6 +58,21 @@ pub struct Flags {
     /// Folder that keeps finished stages and checkpoints
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub store: PathBuf,
+}
+
+/// A number of minutes.
+fn minutes(text: &str) -> Result<Duration, String> {
+    let minutes = text.parse::<f64>().ok().filter(|minutes| *minutes > 0.0 && *minutes <= 1e6);
+    let minutes = minutes.ok_or("expected a number of minutes above 0, e.g. 8 or 0.5")?;
+    Ok(Duration::from_secs_f64(60.0 * minutes))
+}
+
+impl Flags {
+    /// The profile's name, where no settings file is given.
+    pub fn profile(&self, device: &Device) -> &str {
+        // The full networks would take weeks on a CPU.
+        self.profile.as_deref().unwrap_or(if device.is_cpu() { "quick" } else { "paper" })
+    }
 }
 
 /// Which rows `--only` picks: one list of allowed values for every kind, empty meaning all.
@@ -109,6 +134,27 @@ mod tests {
         for row in left {
             assert!(!only.picks(row.0, row.1, row.2), "{terms:?} should leave {row:?}");
         }
+    }
+
+    #[test]
+    fn time_limits_are_minutes() {
+        let parse = |words: &[&str]| Flags::try_parse_from([&["table"], words].concat());
+        let limit = |text: &str| parse(&["--time-limit", text]).map(|flags| flags.time_limit);
+        assert_eq!(limit("8").unwrap(), Some(Duration::from_secs(480)));
+        assert_eq!(limit("0.5").unwrap(), Some(Duration::from_secs(30)));
+        assert_eq!(parse(&[]).unwrap().time_limit, None);
+        for text in ["0", "-1", "NaN", "inf", "soon"] {
+            let error = limit(text).unwrap_err().to_string();
+            assert!(error.contains("minutes") || error.contains("unexpected argument"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_default_profile_is_that_of_the_device() {
+        let flags = Flags::try_parse_from(["table"]).unwrap();
+        assert_eq!(flags.profile(&Device::Cpu), "quick");
+        let flags = Flags::try_parse_from(["table", "--profile", "reduced"]).unwrap();
+        assert_eq!(flags.profile(&Device::Cpu), "reduced");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Running a table: profile and flags → stages → rows → files.
 
-use crate::flags::{Flags, Only};
+use crate::flags::{Flags, Only, TIME_LIMIT};
 use crate::profile::{ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, process};
@@ -12,6 +12,7 @@ use report::{Paper, Row};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use train::TimeLimit;
 use workflow::{Context, Kind, Outcome, Planned, Provenance, Recipe, Stage, Store};
 
 /// A table of the paper, or one of our own like it: which workflows stand in its columns, for which models
@@ -61,15 +62,25 @@ const ASSUMED_MACS_PER_SECOND: f64 = 1e10;
 /// Runs the binary of one or more tables: parses the flags, runs what is missing, writes the results.
 pub fn main(tables: &[&Table]) -> Result<()> {
     let flags = Flags::parse();
-    process::run(|| run(tables, &flags))
+    let mut done = true;
+    process::run(|| {
+        done = run(tables, &flags)?;
+        Ok(())
+    })?;
+    if !done {
+        std::process::exit(TIME_LIMIT);
+    }
+    Ok(())
 }
 
-fn run(tables: &[&Table], flags: &Flags) -> Result<()> {
+/// Whether all is done: not if the time limit ended it.
+fn run(tables: &[&Table], flags: &Flags) -> Result<bool> {
+    let limit = flags.time_limit.map(TimeLimit::after);
+    let (device, device_name) = device::open(&flags.device)?;
     let mut profile = match &flags.config {
         Some(path) => Profile::read(path)?,
-        None => Profile::named(&flags.profile)?,
+        None => Profile::named(flags.profile(&device))?,
     };
-    let (device, device_name) = device::open(&flags.device)?;
     let mut display = Display::new();
     if tables.iter().any(|table| table.chooses) {
         profile.data.hold_out.get_or_insert(HOLD_OUT);
@@ -91,23 +102,43 @@ fn run(tables: &[&Table], flags: &Flags) -> Result<()> {
         );
     }
     let store = Store::new(&flags.store);
+    let store = match limit {
+        Some(limit) => store.within(limit),
+        None => store,
+    };
     let ends: Vec<Arc<Stage>> = picked.iter().map(|c| c.stage.clone()).collect();
     if flags.plan {
-        return show_plan(&store.plan(&ends, &data.fingerprint)?, &data);
+        show_plan(&store.plan(&ends, &data.fingerprint)?, &data)?;
+        return Ok(true);
     }
     let provenance =
         Provenance { command: command_line(), git_commit: env!("PFQ_COMMIT").into(), device: device_name };
     let context = Context { data: &data, device: &device, provenance: &provenance };
+    let mut done = true;
     for cell in &picked {
-        store.run(&cell.stage, &context, &mut |event| display.stage(event))?;
+        match store.run(&cell.stage, &context, &mut |event| display.stage(event)) {
+            Err(error) if error.is_time_limit() => {
+                display.clear();
+                display.line(&format!("{:#}", anyhow::Error::from(error)));
+                done = false;
+                break;
+            }
+            result => result?,
+        };
     }
     for (table, cells) in tables.iter().zip(&cells) {
         let folder = flags.out.join(table.name).join(&profile.name);
-        let text = table.write(&profile, cells, &store, &data, &provenance, &folder)?;
-        println!("{text}");
-        println!("Written to {}.", folder.display());
+        if let Some(text) = table.write(&profile, cells, &store, &data, &provenance, &folder)? {
+            println!("{text}");
+            println!("Written to {}.", folder.display());
+        }
     }
-    Ok(())
+    if !done {
+        println!(
+            "The time limit is over and stages are left: run the same command again to go on (--plan shows them)."
+        );
+    }
+    Ok(done)
 }
 
 /// Training images that stand in for the test set where a table chooses settings.
@@ -192,7 +223,7 @@ impl Table {
     }
 
     /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from those
-    /// cells that have been run; gives the table as text.
+    /// cells that have been run; gives the table as text. `None`, and nothing written, where none has.
     fn write(
         &self,
         profile: &Profile,
@@ -201,7 +232,7 @@ impl Table {
         data: &Dataset,
         provenance: &Provenance,
         folder: &Path,
-    ) -> Result<String> {
+    ) -> Result<Option<String>> {
         let ends: Vec<Arc<Stage>> = cells.iter().map(|cell| cell.stage.clone()).collect();
         let plan = store.plan(&ends, &data.fingerprint)?;
         let done: BTreeMap<&str, &Outcome> =
@@ -216,6 +247,9 @@ impl Table {
                 rows.push(self.row(profile, cell, &lineage, data)?.compare(Paper::published()));
                 outcomes.extend(lineage.into_iter().map(|outcome| (outcome.key.as_str(), outcome)));
             }
+        }
+        if rows.is_empty() {
+            return Ok(None);
         }
         let context = report::Context {
             title: self.title.into(),
@@ -243,7 +277,7 @@ impl Table {
         report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
         let stages: Vec<&Outcome> = outcomes.into_values().collect();
         report::write_text(&serde_json::to_string_pretty(&stages)?, &folder.join("stages.json"))?;
-        Ok(report::terminal(&rows, &context))
+        Ok(Some(report::terminal(&rows, &context)))
     }
 
     fn row(&self, profile: &Profile, cell: &Cell, lineage: &[&Outcome], data: &Dataset) -> Result<Row> {

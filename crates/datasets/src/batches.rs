@@ -40,7 +40,7 @@ impl Augmentation {
 
     /// The view of training image `index` in `epoch`: a function of the arguments only, so that neither the
     /// order of the images nor the batch size matters to it.
-    fn view(self, seed: u64, epoch: usize, index: usize) -> View {
+    pub(crate) fn view(self, seed: u64, epoch: usize, index: usize) -> View {
         if self == Augmentation::none() {
             return View::default();
         }
@@ -57,13 +57,13 @@ impl Augmentation {
 /// Images ready for a model.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// f32 `[n, height, width, channels]` on the CPU: (x / 255 - mean) / std with the data set's statistics.
+    /// f32 `[n, height, width, channels]`: (x / 255 - mean) / std with the data set's statistics.
     pub images: Tensor,
-    /// u32 `[n]` on the CPU: the classes.
+    /// u32 `[n]`: the classes.
     pub labels: Tensor,
 }
 
-/// The training batches of one epoch.
+/// The training batches of one epoch, on the CPU; [`Feed`](crate::Feed) makes the same ones on any device.
 ///
 /// The order is a permutation drawn from `(seed, epoch)`, and each image is varied by `(seed, epoch, its
 /// index)` only, so an epoch is the same however often and however fast it is consumed. Every image appears
@@ -78,8 +78,7 @@ pub fn train_batches(
     seed: u64,
     epoch: usize,
 ) -> Batches {
-    let mut order: Vec<usize> = (0..data.train.len()).collect();
-    order.shuffle(&mut rng(seed, epoch, Purpose::Shuffle));
+    let order = order(data.train.len(), seed, epoch);
     let data = Arc::clone(data);
     let table = Normalization::new(&data);
     Batches::start(order.len(), batch, move |range| {
@@ -88,7 +87,14 @@ pub fn train_batches(
     })
 }
 
-/// The test images in order and as they are, including the last, possibly short, batch.
+/// The order of an epoch's training images.
+pub(crate) fn order(images: usize, seed: u64, epoch: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..images).collect();
+    order.shuffle(&mut rng(seed, epoch, Purpose::Shuffle));
+    order
+}
+
+/// The test images on the CPU, in order and as they are, including the last, possibly short, batch.
 ///
 /// An unusable `batch` (0) is reported by the first item.
 pub fn test_batches(data: &Arc<Dataset>, batch: usize) -> Batches {
@@ -99,34 +105,41 @@ pub fn test_batches(data: &Arc<Dataset>, batch: usize) -> Batches {
     })
 }
 
-/// Batches in the making: a background thread prepares up to three of them ahead. Dropping this stops the
-/// thread.
+/// Batches in the making. On the CPU a background thread prepares up to three of them ahead, and dropping this
+/// stops the thread. On an accelerator a batch is begun when it is asked for, as the device works in the background
+/// itself.
 ///
 /// If the thread fails, the failure is the next item and the last one; an epoch never just ends early.
-#[derive(Debug)]
 pub struct Batches {
-    /// `None` once the thread was told to stop.
-    receiver: Option<Receiver<Result<Batch>>>,
-    worker: Option<JoinHandle<()>>,
-    failure: Option<Error>,
+    maker: Maker,
     remaining: usize,
     last_is_short: bool,
 }
 
+/// Who makes the batches.
+enum Maker {
+    /// A thread.
+    Thread { receiver: Receiver<Result<Batch>>, worker: JoinHandle<()> },
+    /// Whoever asks for them.
+    Caller(Box<dyn FnMut() -> Result<Batch> + Send>),
+    /// Nobody any more; with what went wrong, if that is yet to be told.
+    Stopped(Option<Error>),
+}
+
 impl Batches {
-    /// `images` images in batches of `batch`, each made by `make` from the positions that it covers.
+    /// `images` images in batches of `batch`, each made ahead by `make` from the positions that it covers.
     fn start(
         images: usize,
         batch: usize,
         mut make: impl FnMut(Range<usize>) -> Result<Batch> + Send + 'static,
     ) -> Batches {
         if batch == 0 {
-            return Batches::failed(Error::Invalid("a batch must hold at least one image".into()));
+            return Batches::failed(no_images());
         }
         let (sender, receiver) = sync_channel(AHEAD);
         let worker = std::thread::Builder::new().name("batches".into()).spawn(move || {
-            for start in (0..images).step_by(batch) {
-                let made = make(start..images.min(start + batch));
+            for range in ranges(images, batch) {
+                let made = make(range);
                 let failed = made.is_err();
                 // A failing send means that nobody wants more.
                 if sender.send(made).is_err() || failed {
@@ -136,19 +149,32 @@ impl Batches {
         });
         match worker {
             Err(error) => Batches::failed(Error::Loader(format!("no thread: {error}"))),
-            Ok(worker) => Batches {
-                receiver: Some(receiver),
-                worker: Some(worker),
-                failure: None,
-                remaining: images.div_ceil(batch),
-                last_is_short: !images.is_multiple_of(batch),
-            },
+            Ok(worker) => Batches::of(images, batch, Maker::Thread { receiver, worker }),
         }
+    }
+
+    /// The same, but each is made by whoever asks for it.
+    pub(crate) fn on_demand(
+        images: usize,
+        batch: usize,
+        mut make: impl FnMut(Range<usize>) -> Result<Batch> + Send + 'static,
+    ) -> Batches {
+        if batch == 0 {
+            return Batches::failed(no_images());
+        }
+        let mut ranges = ranges(images, batch);
+        let next = move || make(ranges.next().ok_or_else(|| Error::Loader("no more images".into()))?);
+        Batches::of(images, batch, Maker::Caller(Box::new(next)))
+    }
+
+    fn of(images: usize, batch: usize, maker: Maker) -> Batches {
+        let (remaining, last_is_short) = (images.div_ceil(batch), !images.is_multiple_of(batch));
+        Batches { maker, remaining, last_is_short }
     }
 
     /// Nothing but one error.
     fn failed(error: Error) -> Batches {
-        Batches { receiver: None, worker: None, failure: Some(error), remaining: 1, last_is_short: false }
+        Batches { maker: Maker::Stopped(Some(error)), remaining: 1, last_is_short: false }
     }
 
     /// Leaves out the last batch if it is short. To be called before the first item is taken.
@@ -169,8 +195,13 @@ impl Batches {
 
     /// Ends the thread and returns the message of its panic, if it had one.
     fn stop(&mut self) -> Option<String> {
-        self.receiver = None;
-        self.worker.take()?.join().err().map(|payload| panic_message(&*payload))
+        let Maker::Thread { receiver, worker } = std::mem::replace(&mut self.maker, Maker::Stopped(None))
+        else {
+            return None;
+        };
+        // Before the wait: it is what tells the thread to end.
+        drop(receiver);
+        worker.join().err().map(|payload| panic_message(&*payload))
     }
 
     /// Ends the iteration with `error`.
@@ -187,16 +218,18 @@ impl Iterator for Batches {
         if self.remaining == 0 {
             return None;
         }
-        if let Some(error) = self.failure.take() {
-            return self.fail(error);
-        }
-        match self.receiver.as_ref().map(Receiver::recv) {
-            Some(Ok(Ok(batch))) => {
+        let made = match &mut self.maker {
+            Maker::Thread { receiver, .. } => receiver.recv().ok(),
+            Maker::Caller(make) => Some(make()),
+            Maker::Stopped(failure) => failure.take().map(Err),
+        };
+        match made {
+            Some(Ok(batch)) => {
                 self.remaining -= 1;
                 Some(Ok(batch))
             }
-            Some(Ok(Err(error))) => self.fail(error),
-            Some(Err(_)) | None => {
+            Some(Err(error)) => self.fail(error),
+            None => {
                 let why = self.stop().unwrap_or_else(|| "its thread ended early".into());
                 self.fail(Error::Loader(why))
             }
@@ -213,6 +246,15 @@ impl Drop for Batches {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// The positions that each batch covers.
+fn ranges(images: usize, batch: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..images).step_by(batch).map(move |start| start..images.min(start + batch))
+}
+
+fn no_images() -> Error {
+    Error::Invalid("a batch must hold at least one image".into())
 }
 
 /// What random numbers are for; each purpose has a sequence of its own.
@@ -234,18 +276,18 @@ fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
 /// Where an output image lies in its source: output pixel (y, x) is source pixel (y + top, x + left), after
 /// which the output is mirrored if `flip`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct View {
-    top: isize,
-    left: isize,
-    flip: bool,
+pub(crate) struct View {
+    pub(crate) top: isize,
+    pub(crate) left: isize,
+    pub(crate) flip: bool,
 }
 
 /// The normalized value of every byte, per channel: one look-up instead of a conversion, a subtraction and a
 /// division.
-struct Normalization([[f32; 256]; CHANNELS]);
+pub(crate) struct Normalization(pub(crate) [[f32; 256]; CHANNELS]);
 
 impl Normalization {
-    fn new(data: &Dataset) -> Normalization {
+    pub(crate) fn new(data: &Dataset) -> Normalization {
         Normalization(std::array::from_fn(|c| {
             std::array::from_fn(|value| (value as f32 / 255.0 - data.mean[c]) / data.std[c])
         }))

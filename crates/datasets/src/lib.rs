@@ -2,7 +2,8 @@
 //!
 //! [`load`] takes a data set from a folder, from the Hugging Face hub, or draws a synthetic one, and verifies
 //! all of it before any of it is used. [`train_batches`] and [`test_batches`] turn it into normalized
-//! tensors, prepared ahead in a background thread and yet a function of their arguments alone.
+//! tensors, prepared ahead in a background thread and yet a function of their arguments alone; a [`Feed`] makes the
+//! same ones where the network is, on an accelerator from a copy of the images in its memory.
 //!
 //! ```
 //! # fn main() -> datasets::Result<()> {
@@ -22,6 +23,7 @@ mod batches;
 mod cifar;
 mod dataset;
 mod error;
+mod feed;
 mod folder;
 mod hub;
 mod pickle;
@@ -34,6 +36,7 @@ mod testing;
 pub use batches::{Augmentation, Batch, Batches, test_batches, train_batches};
 pub use dataset::{Dataset, Images};
 pub use error::{Error, Result};
+pub use feed::Feed;
 pub use hub::{Hub, load as load_hub};
 pub use source::{Event, Source, load};
 pub use synthetic::synthetic;

@@ -1,5 +1,10 @@
 //! Networks as safetensors files: the tensors by name, the structure as JSON in the metadata, so
 //! that a pruned or quantized network is read back from its file alone.
+//!
+//! What would be larger than [`MAX_FILE_BYTES`] is a set of files: the tensors go to parts beside the file, and the file
+//! itself holds the structure and the names and hashes of its parts. A part is named by its hash and written before
+//! the file, so the file never names a part that is missing or another, whenever the writer is killed; parts that it
+//! no longer names are removed after it is written.
 
 use crate::{
     ActivationQuantizer, BatchNorm, Error, Head, Kernel, Network, Norm, Residual, Result, Unit,
@@ -10,12 +15,29 @@ use kernels::Activation;
 use quant_core::Bits;
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Metadata key that holds the [`Structure`].
 const STRUCTURE: &str = "network";
+
+/// Metadata key that holds the [`Part`]s, where there are any.
+const PARTS: &str = "parts";
+
+/// The most bytes that a file holds, so that checkpoints can be carried by what takes small files only. A single
+/// tensor that is larger has a part of its own.
+pub const MAX_FILE_BYTES: usize = 16 << 20;
+
+/// A file that holds some of the tensors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Part {
+    /// Its name; it lies beside the file that names it.
+    file: String,
+    /// Of its bytes, in lower-case hex.
+    sha256: String,
+}
 
 /// Everything of a network that is not a tensor.
 #[derive(Serialize, Deserialize)]
@@ -83,6 +105,109 @@ fn bytes(tensor: &Tensor) -> Result<Bytes> {
     Ok(Bytes { shape: tensor.dims().to_vec(), data })
 }
 
+fn fail(path: &Path, problem: impl std::fmt::Display) -> Error {
+    Error::File { path: path.display().to_string(), problem: problem.to_string() }
+}
+
+fn damaged(path: &Path, problem: impl std::fmt::Display) -> Error {
+    fail(path, format!("is not a whole safetensors file ({problem}); delete it and run the stage again"))
+}
+
+/// At least what a tensor takes in a file: its bytes, and its line of the header.
+fn entry_bytes((name, tensor): &(String, Bytes)) -> usize {
+    // The line has the name, the shape and two offsets, none of them longer than 20 digits.
+    tensor.data.len() + 2 * name.len() + 20 * (tensor.shape.len() + 2) + 80
+}
+
+/// The tensors in their order, in groups that fit a file of `most` bytes.
+fn groups(tensors: Vec<(String, Bytes)>, most: usize) -> Vec<Vec<(String, Bytes)>> {
+    let mut groups: Vec<Vec<(String, Bytes)>> = Vec::new();
+    let mut size = usize::MAX;
+    for tensor in tensors {
+        let entry = entry_bytes(&tensor);
+        if size.saturating_add(entry) > most {
+            groups.push(Vec::new());
+            size = 0;
+        }
+        size += entry;
+        groups.last_mut().expect("just pushed").push(tensor);
+    }
+    groups
+}
+
+/// What the names of a file's parts begin with: `checkpoint.part-` for `checkpoint.safetensors`.
+fn part_prefix(path: &Path) -> String {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    format!("{stem}.part-")
+}
+
+/// Writes some tensors to a part of `path`.
+fn write_part(path: &Path, tensors: Vec<(String, Bytes)>) -> Result<Part> {
+    let data = safetensors::serialize(tensors, None).map_err(|e| fail(path, e))?;
+    let sha256 = sha256(&data);
+    let file = format!("{}{}.safetensors", part_prefix(path), &sha256[..16]);
+    let place = path.with_file_name(&file);
+    whole_file::write(&place, data).map_err(|e| fail(&place, format!("could not be written: {e}")))?;
+    Ok(Part { file, sha256 })
+}
+
+/// The path of a part of `path`, and its bytes, checked.
+fn read_part(path: &Path, part: &Part) -> Result<(PathBuf, Vec<u8>)> {
+    let place = path.with_file_name(&part.file);
+    let advice = format!(
+        "it is a part of {}: copy the files of a set together, or delete them and run the stage again",
+        path.display()
+    );
+    let data =
+        std::fs::read(&place).map_err(|e| fail(&place, format!("could not be read ({e}); {advice}")))?;
+    let found = sha256(&data);
+    if found != part.sha256 {
+        return Err(fail(&place, format!("has SHA-256 {found}, expected {}; {advice}", part.sha256)));
+    }
+    Ok((place, data))
+}
+
+/// Every part of `path` that lies beside it, whether it names it or not.
+fn parts_beside(path: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+    let prefix = part_prefix(path);
+    let is_part = |name: &str| {
+        let hash = name.strip_prefix(&prefix).and_then(|rest| rest.strip_suffix(".safetensors"));
+        hash.is_some_and(|hash| hash.len() == 16 && hash.bytes().all(|c| c.is_ascii_hexdigit()))
+    };
+    let mut parts = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if is_part(&entry.file_name().to_string_lossy()) {
+            parts.push(entry.path());
+        }
+    }
+    Ok(parts)
+}
+
+fn sha256(data: &[u8]) -> String {
+    Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Adds the tensors of a file's bytes to `tensors`.
+fn read_tensors(
+    path: &Path,
+    data: &[u8],
+    device: &Device,
+    tensors: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let file = SafeTensors::deserialize(data).map_err(|e| damaged(path, e))?;
+    for (name, view) in file.tensors() {
+        if view.dtype() != Dtype::F32 {
+            return Err(fail(path, format!("tensor {name} is {:?}, expected F32", view.dtype())));
+        }
+        let (chunks, _) = view.data().as_chunks::<4>();
+        let values: Vec<f32> = chunks.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        tensors.insert(name, Tensor::from_vec(values, view.shape(), device)?);
+    }
+    Ok(())
+}
+
 fn entry(quantizer: &Option<ActivationQuantizer>) -> Option<QuantizerEntry> {
     quantizer.as_ref().map(|q| QuantizerEntry { bits: q.bits, ready: q.ready })
 }
@@ -109,9 +234,14 @@ impl Network {
         }
     }
 
-    /// Writes the network and `extras` to `path`, whole or not at all.
+    /// Writes the network and `extras` to `path`, whole or not at all; to parts beside it if that would be more than
+    /// [`MAX_FILE_BYTES`].
     pub fn save(&self, path: &Path, extras: &Extras) -> Result<()> {
-        let fail = |problem: String| Error::File { path: path.display().to_string(), problem };
+        self.save_in_parts(path, extras, MAX_FILE_BYTES)
+    }
+
+    /// Writes files of at most `most` bytes each.
+    fn save_in_parts(&self, path: &Path, extras: &Extras, most: usize) -> Result<()> {
         let mut tensors = Vec::new();
         for (name, tensor) in self.tensors() {
             tensors.push((name, bytes(tensor)?));
@@ -119,45 +249,78 @@ impl Network {
         for (name, tensor) in &extras.tensors {
             tensors.push((name.clone(), bytes(tensor)?));
         }
-        let structure = serde_json::to_string(&self.structure()).map_err(|e| fail(e.to_string()))?;
+        let structure = serde_json::to_string(&self.structure()).map_err(|e| fail(path, e))?;
         let mut metadata: HashMap<String, String> = extras.metadata.clone().into_iter().collect();
         metadata.insert(STRUCTURE.into(), structure);
-        let data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(e.to_string()))?;
-        whole_file::write(path, data).map_err(|e| fail(format!("could not be written: {e}")))
+        let heading: usize = metadata.iter().map(|(key, value)| key.len() + 2 * value.len()).sum();
+        let mut parts = Vec::new();
+        if heading + tensors.iter().map(entry_bytes).sum::<usize>() > most {
+            for group in groups(std::mem::take(&mut tensors), most) {
+                parts.push(write_part(path, group)?);
+            }
+            metadata.insert(PARTS.into(), serde_json::to_string(&parts).map_err(|e| fail(path, e))?);
+        }
+        let data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(path, e))?;
+        whole_file::write(path, data).map_err(|e| fail(path, format!("could not be written: {e}")))?;
+        // Nothing reads what is left of an earlier set; it may as well stay where it can't be removed.
+        for part in parts_beside(path).unwrap_or_default() {
+            if !parts.iter().any(|kept| part.ends_with(&kept.file)) {
+                std::fs::remove_file(part).ok();
+            }
+        }
+        Ok(())
     }
 
-    /// Reads a network that [`Network::save`] wrote.
+    /// Removes what [`Network::save`] wrote to `path`, its parts included; nothing if there is nothing.
     ///
     /// # Errors
-    /// When the file is missing, cut short, not a network file, or lacks a tensor.
-    pub fn load(path: &Path, device: &Device) -> Result<(Self, Extras)> {
-        let fail = |problem: String| Error::File { path: path.display().to_string(), problem };
-        let data = std::fs::read(path).map_err(|e| fail(format!("could not be read: {e}")))?;
-        let damaged = |e: &dyn std::fmt::Display| {
-            fail(format!("is not a whole safetensors file ({e}); delete it and run the stage again"))
+    /// When a file can't be removed.
+    pub fn remove(path: &Path) -> Result<()> {
+        let missing_is_well = |removed: std::io::Result<()>| match removed {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(fail(path, format!("could not be removed: {e}")))
+            }
+            _ => Ok(()),
         };
-        let (_, header) = SafeTensors::read_metadata(&data).map_err(|e| damaged(&e))?;
-        let file = SafeTensors::deserialize(&data).map_err(|e| damaged(&e))?;
+        // First the file, as it is what says that there are parts.
+        missing_is_well(std::fs::remove_file(path))?;
+        for part in parts_beside(path).unwrap_or_default() {
+            missing_is_well(std::fs::remove_file(part))?;
+        }
+        Ok(())
+    }
+
+    /// Reads a network that [`Network::save`] wrote, to any device, whatever it was written from.
+    ///
+    /// # Errors
+    /// When the file or one of its parts is missing, cut short, not a network file, or lacks a tensor.
+    pub fn load(path: &Path, device: &Device) -> Result<(Self, Extras)> {
+        let data = std::fs::read(path).map_err(|e| fail(path, format!("could not be read: {e}")))?;
+        let (_, header) = SafeTensors::read_metadata(&data).map_err(|e| damaged(path, e))?;
         let mut metadata: BTreeMap<String, String> =
             header.metadata().clone().unwrap_or_default().into_iter().collect();
         let structure = metadata.remove(STRUCTURE).ok_or_else(|| {
-            fail(format!("has no `{STRUCTURE}` in its metadata: expected a file that this project wrote"))
+            fail(
+                path,
+                format!("has no `{STRUCTURE}` in its metadata: expected a file that this project wrote"),
+            )
         })?;
         let structure: Structure = serde_json::from_str(&structure)
-            .map_err(|e| fail(format!("its `{STRUCTURE}` metadata can't be understood: {e}")))?;
+            .map_err(|e| fail(path, format!("its `{STRUCTURE}` metadata can't be understood: {e}")))?;
 
         let mut tensors = BTreeMap::new();
-        for (name, view) in file.tensors() {
-            if view.dtype() != Dtype::F32 {
-                return Err(fail(format!("tensor {name} is {:?}, expected F32", view.dtype())));
+        read_tensors(path, &data, device, &mut tensors)?;
+        if let Some(parts) = metadata.remove(PARTS) {
+            let parts: Vec<Part> = serde_json::from_str(&parts)
+                .map_err(|e| fail(path, format!("its `{PARTS}` metadata can't be understood: {e}")))?;
+            for part in &parts {
+                let (path, data) = read_part(path, part)?;
+                read_tensors(&path, &data, device, &mut tensors)?;
             }
-            let (chunks, _) = view.data().as_chunks::<4>();
-            let values: Vec<f32> = chunks.iter().map(|b| f32::from_le_bytes(*b)).collect();
-            tensors.insert(name, Tensor::from_vec(values, view.shape(), device)?);
         }
         let mut network = structure.skeleton(device)?;
         for (name, _, tensor) in network.slots_mut() {
-            let missing = || fail(format!("tensor {name} is missing; was the file edited?"));
+            let missing = || fail(path, format!("tensor {name} is missing; was the file edited?"));
             *tensor = tensors.remove(&name).ok_or_else(missing)?;
         }
         network.validate()?;
@@ -201,5 +364,139 @@ impl Structure {
             },
             epsilon: self.epsilon,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Input, MobileNet, Version};
+
+    fn network(seed: u64) -> Network {
+        let config = MobileNet { width: 0.01, ..MobileNet::new(Version::V2, Input::Cifar, 100) };
+        config.init(seed, &Device::Cpu).unwrap()
+    }
+
+    /// A tensor beside the network's, and a line of text.
+    fn extras() -> Extras {
+        let tensor = Tensor::arange(0f32, 5000.0, &Device::Cpu).unwrap();
+        Extras {
+            metadata: BTreeMap::from([("text".into(), "a \"word\"".into())]),
+            tensors: BTreeMap::from([("velocity".into(), tensor)]),
+        }
+    }
+
+    fn bits(network: &Network) -> Vec<(String, Vec<u32>)> {
+        let of = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let bits = |tensor: &Tensor| of(tensor).into_iter().map(f32::to_bits).collect();
+        network.tensors().into_iter().map(|(name, tensor)| (name, bits(tensor))).collect()
+    }
+
+    /// Names and sizes of a folder's files.
+    fn files(folder: &Path) -> BTreeMap<String, u64> {
+        let of = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry.unwrap();
+            (entry.file_name().to_string_lossy().into_owned(), entry.metadata().unwrap().len())
+        };
+        std::fs::read_dir(folder).unwrap().map(of).collect()
+    }
+
+    #[track_caller]
+    fn check_read(path: &Path, expected: &Network) {
+        let (network, mut found) = Network::load(path, &Device::Cpu).unwrap();
+        assert!(bits(&network) == bits(expected), "other tensors were read than written");
+        let expected = extras();
+        let velocity = found.tensors.remove("velocity").unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(velocity, expected.tensors["velocity"].to_vec1::<f32>().unwrap());
+        assert!(found.tensors.is_empty());
+        assert_eq!(found.metadata, expected.metadata);
+    }
+
+    #[test]
+    fn parts_are_small_and_read_as_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("checkpoint.safetensors");
+        let (first, second) = (network(1), network(2));
+        first.save(&path, &extras()).unwrap();
+        assert_eq!(files(folder.path()).len(), 1, "what fits is one file");
+        check_read(&path, &first);
+
+        let most = 40_000;
+        first.save_in_parts(&path, &extras(), most).unwrap();
+        let of_first = files(folder.path());
+        assert!(of_first.len() > 3, "{of_first:?}");
+        assert!(of_first.values().all(|&bytes| bytes <= most as u64), "{of_first:?}");
+        check_read(&path, &first);
+
+        // The same tensors give the same parts.
+        let again = tempfile::tempdir().unwrap();
+        first.save_in_parts(&again.path().join("checkpoint.safetensors"), &extras(), most).unwrap();
+        assert!(files(again.path()).keys().eq(of_first.keys()));
+
+        // Another network takes their place; what is not theirs stays.
+        let other = folder.path().join("checkpoint.part-notes.safetensors");
+        std::fs::write(&other, "notes").unwrap();
+        second.save_in_parts(&path, &extras(), most).unwrap();
+        check_read(&path, &second);
+        assert_eq!(files(folder.path()).len(), of_first.len() + 1, "parts of the first network were left");
+        second.save(&path, &extras()).unwrap();
+        assert_eq!(files(folder.path()).len(), 2);
+        check_read(&path, &second);
+
+        second.save_in_parts(&path, &extras(), most).unwrap();
+        Network::remove(&path).unwrap();
+        Network::remove(&path).unwrap();
+        assert!(files(folder.path()).keys().eq(["checkpoint.part-notes.safetensors"]));
+    }
+
+    /// A tensor that fits no part has one of its own.
+    #[test]
+    fn a_large_tensor_is_a_part() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("checkpoint.safetensors");
+        network(1).save_in_parts(&path, &extras(), 10_000).unwrap();
+        let large = files(folder.path()).values().filter(|&&bytes| bytes > 10_000).count();
+        assert_eq!(large, 1, "{:?}", files(folder.path()));
+        check_read(&path, &network(1));
+    }
+
+    /// A writer that is killed leaves the old set, or the new one.
+    #[test]
+    fn a_set_is_replaced_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("checkpoint.safetensors");
+        let (first, second) = (network(1), network(2));
+        first.save_in_parts(&path, &extras(), 40_000).unwrap();
+        let old = std::fs::read(&path).unwrap();
+        // As it is when the parts are written and the file is not: the old parts must still be there.
+        let aside = tempfile::tempdir().unwrap();
+        second.save_in_parts(&aside.path().join("checkpoint.safetensors"), &extras(), 40_000).unwrap();
+        for name in files(aside.path()).keys().filter(|name| *name != "checkpoint.safetensors") {
+            std::fs::copy(aside.path().join(name), folder.path().join(name)).unwrap();
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), old);
+        check_read(&path, &first);
+    }
+
+    #[test]
+    fn missing_and_damaged_parts_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("checkpoint.safetensors");
+        network(1).save_in_parts(&path, &extras(), 40_000).unwrap();
+        let name = files(folder.path()).into_keys().find(|name| name.contains(".part-")).unwrap();
+        let part = folder.path().join(&name);
+        let whole = std::fs::read(&part).unwrap();
+        let mut flipped = whole.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        for damaged in [None, Some(&flipped[..]), Some(&whole[..100]), Some(&[])] {
+            match damaged {
+                Some(bytes) => std::fs::write(&part, bytes).unwrap(),
+                None => std::fs::remove_file(&part).unwrap(),
+            }
+            let message = Network::load(&path, &Device::Cpu).unwrap_err().to_string();
+            assert!(message.contains(&name) && message.contains("a part of"), "{message}");
+        }
+        std::fs::write(&part, whole).unwrap();
+        check_read(&path, &network(1));
     }
 }

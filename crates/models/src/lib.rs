@@ -15,7 +15,7 @@ mod pass;
 mod quantization;
 
 pub use count::Layer;
-pub use file::Extras;
+pub use file::{Extras, MAX_FILE_BYTES};
 pub use mobilenet::{Input, MobileNet, Version};
 pub use network::{BatchNorm, Head, Kernel, Network, Norm, Parameter, Residual, Role, Unit};
 pub use pass::{Gradients, Step, Tape};

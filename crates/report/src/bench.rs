@@ -70,6 +70,13 @@ pub struct Speed {
     pub rounds: usize,
     /// Threads that it computed with.
     pub threads: usize,
+    /// Bytes that a step moves at least, each operand and each result of each operation once, in MiB; counted for ours
+    /// on a GPU.
+    #[serde(default)]
+    pub step_mib: Option<f64>,
+    /// These bytes by the step's time (the median round), as a share of what a large copy moves; on a GPU.
+    #[serde(default)]
+    pub share_of_copy_percent: Option<f64>,
     /// Why it did not run.
     pub problem: Option<String>,
 }
@@ -147,6 +154,33 @@ impl<'a> Case<'a> {
     }
 }
 
+/// Where the implementations ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Place {
+    /// On the CPU.
+    #[default]
+    Cpu,
+    /// On the same GPU, in turns.
+    Gpu,
+}
+
+impl Place {
+    /// What the files are named by.
+    fn stem(self) -> &'static str {
+        match self {
+            Self::Cpu => "pytorch",
+            Self::Gpu => "cuda",
+        }
+    }
+
+    fn title(self) -> &'static str {
+        match self {
+            Self::Cpu => "Speed beside PyTorch on a CPU",
+            Self::Gpu => "Speed beside PyTorch on a GPU",
+        }
+    }
+}
+
 /// What a report says besides the rows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Context {
@@ -156,11 +190,13 @@ pub struct Context {
     pub notes: Vec<String>,
     /// The machine and the software, as (name, value).
     pub machine: Vec<(String, String)>,
+    /// Where it was measured.
+    pub place: Place,
 }
 
-/// Writes `pytorch.csv`, `pytorch.md`, `pytorch.svg` and `pytorch.png` to a folder.
+/// Writes `pytorch.csv`, `.md`, `.svg` and `.png` to a folder; `cuda.…` of what was measured on a GPU.
 pub fn write(rows: &[Speed], context: &Context, folder: &Path) -> Result<()> {
-    let path = |extension: &str| folder.join(format!("pytorch.{extension}"));
+    let path = |extension: &str| folder.join(format!("{}.{extension}", context.place.stem()));
     write_table(rows, &path("csv"))?;
     write_text(&markdown(rows, context), &path("md"))?;
     chart::plot(rows, context, &path("svg"), &path("png"))
@@ -168,7 +204,7 @@ pub fn write(rows: &[Speed], context: &Context, folder: &Path) -> Result<()> {
 
 /// The report as Markdown.
 pub fn markdown(rows: &[Speed], context: &Context) -> String {
-    let mut blocks = vec![format!("# {TITLE}"), READING.into()];
+    let mut blocks = vec![format!("# {}", context.place.title()), READING.into()];
     for (heading, table) in tables(rows) {
         blocks.extend([format!("## {heading}"), table.markdown()]);
     }
@@ -186,8 +222,6 @@ pub fn terminal(rows: &[Speed], context: &Context) -> String {
     blocks.push(lines.map(|line| wrap(&line, "- ", "")).collect::<Vec<_>>().join("\n"));
     blocks.join("\n\n") + "\n"
 }
-
-const TITLE: &str = "Speed beside PyTorch";
 
 const READING: &str = "×2 means that ours does twice as many images a second. A ratio is the median over rounds \
                        in which every implementation had its turn, with the lowest and the highest round; \
@@ -217,6 +251,11 @@ fn tables(rows: &[Speed]) -> Vec<(String, Table)> {
     let (networks, operations): (Vec<_>, Vec<_>) =
         cases.iter().partition::<Vec<_>, _>(|case| case.first().of_network());
     let batch = operations.first().map_or(0, |case| case.first().batch);
+    // A process's memory says nothing about a GPU's, and how near to a copy's speed only about that.
+    let with_memory: Vec<_> =
+        networks.iter().copied().filter(|case| case.first().peak_mib.is_some()).collect();
+    let with_share: Vec<_> =
+        networks.iter().copied().filter(|case| case.first().share_of_copy_percent.is_some()).collect();
     let table = |head: &[Column], cases: &[&Case], cells: fn(&Case) -> Vec<String>| Table {
         head: head.to_vec(),
         rows: cases.iter().map(|case| cells(case)).collect(),
@@ -229,7 +268,13 @@ fn tables(rows: &[Speed]) -> Vec<(String, Table)> {
         ),
         (
             "Memory, MiB: the peak less what was resident before the case was set up".into(),
-            table(&MEMORY, &networks, memory_cells),
+            table(&MEMORY, &with_memory, memory_cells),
+        ),
+        (
+            "Ours beside the memory's speed: what a step moves at least, and its share of what a large copy moves in \
+             the same time"
+                .into(),
+            table(&SHARE, &with_share, share_cells),
         ),
     ];
     all.into_iter().filter(|(_, table)| !table.rows.is_empty()).collect()
@@ -296,6 +341,25 @@ fn memory_cells(case: &Case) -> Vec<String> {
     let before =
         |row: Option<&Speed>| optional(row.and_then(|row| row.before_mib), |mib| format!("{mib:.0}"));
     cells.push(format!("{}, {}", before(case.row(OURS)), before(case.best())));
+    cells
+}
+
+const SHARE: [Column; 7] = [
+    ("network", false),
+    ("what", false),
+    ("bits", false),
+    ("batch", true),
+    ("images/s", true),
+    ("MiB a step", true),
+    ("of the copy", true),
+];
+
+fn share_cells(case: &Case) -> Vec<String> {
+    let ours = case.first();
+    let mut cells = case_cells(case);
+    cells.push(optional(ours.images_per_second, three_figures));
+    cells.push(optional(ours.step_mib, three_figures));
+    cells.push(optional(ours.share_of_copy_percent, |share| format!("{share:.0} %")));
     cells
 }
 
@@ -392,6 +456,25 @@ pub(crate) mod tests {
         close(eager.ratio_of_ours_min, 180.0 / 90.0);
         close(eager.ratio_of_ours_max, 240.0 / 72.0);
         assert_eq!((rows[0].ratio_of_ours, rows[0].rounds), (None, 3));
+    }
+
+    #[test]
+    fn on_a_gpu_the_share_of_the_memorys_speed_is_shown() {
+        let mut rows = case("mobilenet_v2", 1.0, "train", "a4w4");
+        for row in &mut rows {
+            (row.peak_mib, row.before_mib) = (None, None);
+        }
+        (rows[0].step_mib, rows[0].share_of_copy_percent) = (Some(812.4), Some(43.6));
+        let context = Context { place: Place::Gpu, ..Context::default() };
+        let text = markdown(&rows, &context);
+        assert!(text.contains("# Speed beside PyTorch on a GPU"), "{text}");
+        assert!(text.contains("| MobileNetV2 | train | A4/W4 | 64 | 200 | 812 | 44 % |"), "{text}");
+        assert!(!text.contains("Memory, MiB"), "{text}");
+        let folder = tempfile::tempdir().unwrap();
+        write(&rows, &context, folder.path()).unwrap();
+        for extension in ["csv", "md", "svg", "png"] {
+            assert!(folder.path().join(format!("cuda.{extension}")).exists(), "{extension}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 use crate::Result;
-use datasets::{Dataset, test_batches};
+use crate::totals::{Means, Totals};
+use datasets::{Dataset, Feed};
 use models::Network;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -16,18 +17,20 @@ pub struct Evaluation {
 /// Images a step of evaluation; no effect on the result, as running statistics are used.
 const BATCH: usize = 250;
 
-/// Evaluates `network` on the test images of `data`.
+/// Evaluates `network`, on its device, on the test images of `data`.
 pub fn evaluate(network: &Network, data: &Arc<Dataset>) -> Result<Evaluation> {
-    let device = network.device();
-    let (mut loss, mut correct, mut images) = (0.0, 0.0, 0);
-    for batch in test_batches(data, BATCH) {
+    evaluate_on(network, &mut Feed::new(data, network.device()))
+}
+
+/// Evaluates `network` on the test images of `feed`, which is on the network's device.
+pub(crate) fn evaluate_on(network: &Network, feed: &mut Feed) -> Result<Evaluation> {
+    let mut totals = Totals::default();
+    for batch in feed.test(BATCH)? {
         let batch = batch?;
-        let count = batch.labels.elem_count();
-        let logits = network.forward(&batch.images.to_device(device)?)?;
-        let result = kernels::loss::softmax_cross_entropy(&logits, &batch.labels.to_device(device)?, 0.0)?;
-        loss += count as f64 * f64::from(result.loss.to_scalar::<f32>()?);
-        correct += f64::from(result.correct.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?);
-        images += count;
+        let logits = network.forward(&batch.images)?;
+        let step = kernels::loss::softmax_cross_entropy(&logits, &batch.labels, 0.0)?;
+        totals.add(&step, batch.labels.elem_count())?;
     }
-    Ok(Evaluation { loss: loss / images as f64, top1_percent: 100.0 * correct / images as f64 })
+    let Means { loss, top1_percent } = totals.read()?;
+    Ok(Evaluation { loss, top1_percent })
 }

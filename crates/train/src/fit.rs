@@ -1,6 +1,8 @@
-use crate::{Error, Evaluation, Result, Training, evaluate};
-use candle_core::{DType, Tensor};
-use datasets::{Dataset, train_batches};
+use crate::evaluate::evaluate_on;
+use crate::totals::Totals;
+use crate::{Error, Evaluation, Result, TimeLimit, Training};
+use candle_core::Tensor;
+use datasets::{Dataset, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
 use kernels::sgd;
 use models::{Extras, Network, Role, Step};
@@ -17,10 +19,12 @@ pub struct Run<'a> {
     pub training: &'a Training,
     /// Seed of the order and the augmentation of the training images.
     pub seed: u64,
-    /// Folder of the run's `checkpoint.safetensors` and `metrics.csv`.
+    /// Folder of the run's `checkpoint.safetensors` (with its parts, where it has any) and `metrics.csv`.
     pub folder: &'a Path,
     /// Names the run; a checkpoint of another run is an error, not a start.
     pub identity: &'a str,
+    /// When to stop, if the run is to go on another time.
+    pub limit: Option<&'a TimeLimit>,
 }
 
 /// What one epoch gave: a line of `metrics.csv`.
@@ -83,12 +87,18 @@ pub struct Trained {
     pub metrics: Vec<EpochMetrics>,
 }
 
-/// Steps between two readings of the loss; on an accelerator each reading waits for the device.
+/// Steps between two readings of the loss; on an accelerator each reading waits for the device, which does not wait for
+/// the host otherwise.
 const STEPS_PER_REPORT: usize = 20;
 
 /// Trains `network` (its parameters are updated in place), writing a checkpoint after every epoch.
 /// If the folder has a checkpoint of the same run, goes on from there; the result has the same bits
-/// as that of a run that was not interrupted.
+/// as that of a run that was not interrupted, if all of it runs on the same device. The checkpoint may be from any
+/// device.
+///
+/// # Errors
+/// Beside what can go wrong, [`Error::TimeLimit`] where the run's limit does not allow for another epoch: the
+/// checkpoint is on the disk, and the same call goes on from it.
 pub fn fit(network: Network, run: &Run, observe: &mut dyn FnMut(Progress)) -> Result<Trained> {
     run.training.validate()?;
     let mut state = match State::load(&network, run)? {
@@ -98,12 +108,20 @@ pub fn fit(network: Network, run: &Run, observe: &mut dyn FnMut(Progress)) -> Re
         }
         None => State::new(network)?,
     };
-    for epoch in state.metrics.len()..run.training.epochs() {
-        let metrics = state.epoch(epoch, run, observe)?;
+    let mut feed = Feed::new(run.data, state.network.device());
+    let epochs = run.training.epochs();
+    for epoch in state.metrics.len()..epochs {
+        if run.limit.is_some_and(|limit| !limit.allows_an_epoch()) {
+            return Err(Error::TimeLimit { epoch, epochs });
+        }
+        let started = Instant::now();
+        let metrics = state.epoch(epoch, run, &mut feed, observe)?;
         state.metrics.push(metrics);
         state.save(run)?;
         write_metrics(&state.metrics, &run.folder.join("metrics.csv"))?;
-        observe(Progress::Epoch { epochs: run.training.epochs(), metrics });
+        // With its checkpoint, which is to be written in time too.
+        run.limit.inspect(|limit| limit.note(started.elapsed()));
+        observe(Progress::Epoch { epochs, metrics });
     }
     Ok(Trained { network: state.network, metrics: state.metrics })
 }
@@ -145,11 +163,16 @@ impl State {
         Ok(Self { network, velocities, metrics: Vec::new() })
     }
 
-    fn epoch(&mut self, epoch: usize, run: &Run, observe: &mut dyn FnMut(Progress)) -> Result<EpochMetrics> {
-        let Run { data, training, seed, .. } = *run;
-        let device = self.network.device().clone();
+    fn epoch(
+        &mut self,
+        epoch: usize,
+        run: &Run,
+        feed: &mut Feed,
+        observe: &mut dyn FnMut(Progress),
+    ) -> Result<EpochMetrics> {
+        let Run { training, seed, .. } = *run;
         let started = Instant::now();
-        let batches = train_batches(data, training.batch, training.augmentation, seed, epoch);
+        let batches = feed.train(training.batch, training.augmentation, seed, epoch)?;
         let steps = batches.len();
         if steps == 0 {
             return Err(Error::Setting {
@@ -160,33 +183,34 @@ impl State {
         }
         let mut totals = Totals::default();
         let mut rate = 0.0;
+        let mut means = totals.read()?;
         for (step, batch) in batches.enumerate() {
             let batch = batch?;
             // The rate at the middle of the step.
             rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64);
-            let labels = batch.labels.to_device(&device)?;
-            let images = batch.images.to_device(&device)?;
-            let result = self::step(&mut self.network, &self.velocities, &images, &labels, training, rate)?;
-            totals.add(&result.loss, &result.correct, labels.elem_count())?;
+            let (images, labels) = (&batch.images, &batch.labels);
+            let result = self::step(&mut self.network, &self.velocities, images, labels, training, rate)?;
+            totals.add(&result, labels.elem_count())?;
             if (step + 1) % STEPS_PER_REPORT == 0 || step + 1 == steps {
-                let loss = totals.mean_loss()?;
+                means = totals.read()?;
+                let loss = means.loss;
                 if !loss.is_finite() {
                     return Err(Error::Diverged { loss: loss as f32, epoch: epoch + 1, step, rate });
                 }
-                let images_per_second = totals.images as f64 / started.elapsed().as_secs_f64();
+                let images_per_second = totals.images() as f64 / started.elapsed().as_secs_f64();
                 let (epoch, epochs) = (epoch + 1, training.epochs());
                 observe(Progress::Steps { epoch, epochs, step: step + 1, steps, loss, images_per_second });
             }
         }
-        let Evaluation { loss, top1_percent } = evaluate(&self.network, data)?;
+        let Evaluation { loss, top1_percent } = evaluate_on(&self.network, feed)?;
         if !loss.is_finite() {
             return Err(Error::Diverged { loss: loss as f32, epoch: epoch + 1, step: steps, rate });
         }
         Ok(EpochMetrics {
             epoch: epoch + 1,
             rate,
-            train_loss: totals.mean_loss()?,
-            train_top1_percent: totals.top1_percent()?,
+            train_loss: means.loss,
+            train_top1_percent: means.top1_percent,
             test_loss: loss,
             test_top1_percent: top1_percent,
             seconds: started.elapsed().as_secs_f64(),
@@ -239,41 +263,6 @@ impl State {
 
 fn velocity_name(parameter: &str) -> String {
     format!("velocity.{parameter}")
-}
-
-/// Sums over an epoch, kept on the device until they are read.
-#[derive(Default)]
-struct Totals {
-    loss: Option<Tensor>,
-    correct: Option<Tensor>,
-    images: usize,
-}
-
-impl Totals {
-    /// Adds a step's mean loss and number of hits over `images` images.
-    fn add(&mut self, loss: &Tensor, correct: &Tensor, images: usize) -> Result<()> {
-        // In float64, so that the sums of an epoch are exact enough for any number of steps.
-        let loss = (loss.to_dtype(DType::F64)? * images as f64)?;
-        let correct = correct.to_dtype(DType::F64)?;
-        let add = |total: Option<Tensor>, x: Tensor| total.map_or(Ok(x.clone()), |total| total + x);
-        self.loss = Some(add(self.loss.take(), loss)?);
-        self.correct = Some(add(self.correct.take(), correct)?);
-        self.images += images;
-        Ok(())
-    }
-
-    fn mean(&self, total: &Option<Tensor>) -> Result<f64> {
-        let total = total.as_ref().map_or(Ok(0.0), Tensor::to_scalar::<f64>)?;
-        Ok(total / self.images.max(1) as f64)
-    }
-
-    fn mean_loss(&self) -> Result<f64> {
-        self.mean(&self.loss)
-    }
-
-    fn top1_percent(&self) -> Result<f64> {
-        Ok(100.0 * self.mean(&self.correct)?)
-    }
 }
 
 fn write_metrics(metrics: &[EpochMetrics], path: &Path) -> Result<()> {

@@ -5,10 +5,13 @@
 
 mod evaluate;
 mod fit;
+mod limit;
 mod settings;
+mod totals;
 
 pub use evaluate::{Evaluation, evaluate};
 pub use fit::{EpochMetrics, Progress, Run, Trained, fit, step};
+pub use limit::TimeLimit;
 pub use settings::Training;
 
 /// What can go wrong while training.
@@ -50,6 +53,17 @@ pub enum Error {
         step: usize,
         /// Learning rate of the step.
         rate: f64,
+    },
+    /// Not a failure: the time is up. A checkpoint is on the disk from which the same call goes on.
+    #[error(
+        "stopped after epoch {epoch} of {epochs}, as the next one would end after the time limit; the same command \
+         goes on from the checkpoint"
+    )]
+    TimeLimit {
+        /// Epochs done.
+        epoch: usize,
+        /// Epochs in all.
+        epochs: usize,
     },
     /// A checkpoint or metrics file could not be used.
     #[error("{path}: {problem}")]

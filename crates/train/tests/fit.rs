@@ -12,7 +12,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use train::{EpochMetrics, Error, Progress, Run, Trained, Training, evaluate, fit};
+use std::time::Duration;
+use train::{EpochMetrics, Error, Progress, Run, TimeLimit, Trained, Training, evaluate, fit};
 
 /// Classes of [`data`]: five textures, in warm or in cold colours.
 const CLASSES: usize = 10;
@@ -48,6 +49,11 @@ fn noise(shape: &[usize], seed: u64, scale: f64) -> Tensor {
 
 /// A MobileNet in small: stem, separable blocks of stride 2, an inverted residual.
 fn network() -> Network {
+    wide_network(32)
+}
+
+/// With `last` filters in the last layer.
+fn wide_network(last: usize) -> Network {
     let units = [
         ("stem", Kernel::Full { size: 3, stride: 2 }, 3, 8, Activation::Relu6),
         ("a.depthwise", Kernel::Depthwise { stride: 2 }, 8, 8, Activation::Relu6),
@@ -55,7 +61,7 @@ fn network() -> Network {
         ("b.expand", Kernel::Pointwise, 16, 24, Activation::Relu6),
         ("b.depthwise", Kernel::Depthwise { stride: 1 }, 24, 24, Activation::Relu6),
         ("b.project", Kernel::Pointwise, 24, 16, Activation::Identity),
-        ("last", Kernel::Pointwise, 16, 32, Activation::Relu6),
+        ("last", Kernel::Pointwise, 16, last, Activation::Relu6),
     ];
     let unit = |(i, (name, kernel, input, filters, activation)): (
         usize,
@@ -91,7 +97,7 @@ fn network() -> Network {
         residuals: vec![Residual { from: 2, to: 5 }],
         head: Head {
             input_quantizer: None,
-            weight: noise(&[32, CLASSES], 99, 0.05),
+            weight: noise(&[last, CLASSES], 99, 0.05),
             weight_quantizer: None,
             bias: noise(&[CLASSES], 98, 0.01),
         },
@@ -135,7 +141,7 @@ fn run(
     folder: &Path,
     observe: &mut dyn FnMut(Progress),
 ) -> train::Result<Trained> {
-    fit(network, &Run { data, training, seed, folder, identity: "the-run" }, observe)
+    fit(network, &Run { data, training, seed, folder, identity: "the-run", limit: None }, observe)
 }
 
 /// A run in a folder of its own that nothing interrupts.
@@ -357,13 +363,109 @@ fn a_killed_run_goes_on_bit_for_bit() {
     check_same(&bits(&finished.network), &bits(&whole.network), "read again");
 }
 
+/// A run that is called again whenever its time is up; the epochs that each call trained.
+fn run_in_pieces(network: impl Fn() -> Network, folder: &Path, limit: Duration) -> (Trained, Vec<usize>) {
+    let (data, training) = (data(TRAIN, 50), training());
+    let mut pieces = Vec::new();
+    loop {
+        let limit = TimeLimit::after(limit);
+        let run = Run {
+            data: &data,
+            training: &training,
+            seed: 3,
+            folder,
+            identity: "the-run",
+            limit: Some(&limit),
+        };
+        let mut epochs = 0;
+        let result =
+            fit(network(), &run, &mut |p| epochs += usize::from(matches!(p, Progress::Epoch { .. })));
+        pieces.push(epochs);
+        match result {
+            Ok(trained) => return (trained, pieces),
+            Err(ref error @ Error::TimeLimit { epoch, epochs }) => {
+                assert_eq!((epoch, epochs), (pieces.iter().sum(), EPOCHS));
+                assert!(error.to_string().contains("the same command goes on"), "{error}");
+                assert!(pieces.len() <= EPOCHS, "no progress: {pieces:?}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_run_in_pieces_gives_the_bits_of_one() {
+    let whole = run_through(quantized(), &training(), 3);
+    // No time at all: each call trains the one epoch that it may always begin.
+    let folder = tempfile::tempdir().unwrap();
+    let (pieced, pieces) = run_in_pieces(quantized, folder.path(), Duration::ZERO);
+    assert_eq!(pieces, [1, 1, 1]);
+    check_same(&bits(&pieced.network), &bits(&whole.network), "in pieces");
+    check_metrics(&pieced.metrics, &whole.metrics);
+
+    // Enough for all of it.
+    let folder = tempfile::tempdir().unwrap();
+    let (_, pieces) = run_in_pieces(quantized, folder.path(), Duration::from_secs(3600));
+    assert_eq!(pieces, [3]);
+}
+
+/// Its checkpoint, with the momenta, is more than one file holds.
+fn large() -> Network {
+    wide_network(90_000)
+}
+
+#[test]
+fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
+    let (data, training) = (data(16, 8), Training { cosine_epochs: 1.0, ..training() });
+    let fit_in = |folder: &Path, limit| {
+        let run = Run { data: &data, training: &training, seed: 3, folder, identity: "the-run", limit };
+        fit(large(), &run, &mut |_| ())
+    };
+    let whole_folder = tempfile::tempdir().unwrap();
+    let whole = fit_in(whole_folder.path(), None).unwrap();
+
+    let folder = tempfile::tempdir().unwrap();
+    let limit = TimeLimit::after(Duration::ZERO);
+    let stopped = fit_in(folder.path(), Some(&limit)).unwrap_err();
+    assert!(matches!(stopped, Error::TimeLimit { epoch: 1, epochs: 2 }), "{stopped}");
+    let files = || std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+    assert!(files().all(|file| file.metadata().unwrap().len() <= models::MAX_FILE_BYTES as u64));
+    let parts: Vec<_> = files().filter(|file| file.display().to_string().contains(".part-")).collect();
+    assert!(parts.len() > 1, "{parts:?}");
+
+    // Without one of its parts it is no checkpoint, and says which is missing.
+    let aside = tempfile::tempdir().unwrap();
+    let (part, kept) = (&parts[0], aside.path().join("part"));
+    std::fs::copy(part, &kept).unwrap();
+    std::fs::remove_file(part).unwrap();
+    let message = fit_in(folder.path(), None).unwrap_err().to_string();
+    assert!(message.contains(&part.display().to_string()), "{message}");
+
+    // Put back (moved from another machine, say), it goes on.
+    std::fs::copy(&kept, part).unwrap();
+    let resumed = fit_in(folder.path(), None).unwrap();
+    check_same(&bits(&resumed.network), &bits(&whole.network), "resumed from parts");
+    check_same(&velocities(folder.path()), &velocities(whole_folder.path()), "resumed velocities");
+    assert_eq!(
+        files().filter(|file| file.display().to_string().contains(".part-")).count(),
+        parts.len(),
+        "parts of the first epoch are left"
+    );
+}
+
 #[test]
 fn a_checkpoint_of_another_run_is_refused() {
     let (data, training) = (data(40, 20), Training { cosine_epochs: 1.0, ..training() });
     let folder = tempfile::tempdir().unwrap();
     run(network(), &data, &training, 3, folder.path(), &mut |_| ()).unwrap();
-    let other =
-        Run { data: &data, training: &training, seed: 3, folder: folder.path(), identity: "another-run" };
+    let other = Run {
+        data: &data,
+        training: &training,
+        seed: 3,
+        folder: folder.path(),
+        identity: "another-run",
+        limit: None,
+    };
     let message = fit(network(), &other, &mut |_| ()).unwrap_err().to_string();
     for part in ["the-run", "another-run", "checkpoint.safetensors"] {
         assert!(message.contains(part), "{message:?} does not name {part}");
@@ -419,6 +521,20 @@ fn it_learns() {
     let rows: Vec<EpochMetrics> = reader.deserialize().collect::<Result<_, _>>().unwrap();
     assert_eq!(rows, trained.metrics, "metrics.csv");
     assert_eq!(text.lines().count(), 1 + 6, "a heading and a line for every epoch");
+}
+
+/// Reading a loss waits for an accelerator, so that losses are read every 20 steps and at the end of an epoch only.
+#[test]
+fn losses_are_read_rarely() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut read = Vec::new();
+    run(network(), &data(TRAIN, 50), &training(), 1, folder.path(), &mut |progress| {
+        if let Progress::Steps { epoch, step, .. } = progress {
+            read.push((epoch, step));
+        }
+    })
+    .unwrap();
+    assert_eq!(read, [(1, 20), (1, 25), (2, 20), (2, 25), (3, 20), (3, 25)]);
 }
 
 #[test]

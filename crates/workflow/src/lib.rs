@@ -38,6 +38,9 @@ pub enum Error {
         /// What was found and what to do.
         problem: String,
     },
+    /// Not a failure: the time is up before the stage was begun.
+    #[error("not begun, as it would end after the time limit; the same command goes on from here")]
+    TimeLimit,
     /// A stage failed; names it.
     #[error("stage {label} ({folder})")]
     Stage {
@@ -49,6 +52,17 @@ pub enum Error {
         #[source]
         source: Box<Error>,
     },
+}
+
+impl Error {
+    /// Whether nothing failed, but the time limit of [`Store::within`] ended the work.
+    pub fn is_time_limit(&self) -> bool {
+        match self {
+            Self::Stage { source, .. } => source.is_time_limit(),
+            Self::TimeLimit | Self::Train(train::Error::TimeLimit { .. }) => true,
+            _ => false,
+        }
+    }
 }
 
 /// Result with this crate's [`Error`].

@@ -7,12 +7,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use train::{EpochMetrics, Evaluation, Progress, Run, evaluate, fit};
+use train::{EpochMetrics, Evaluation, Progress, Run, TimeLimit, evaluate, fit};
 
 /// A folder of finished and unfinished stages, one folder each.
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
+    limit: Option<Arc<TimeLimit>>,
 }
 
 /// What a stage runs on.
@@ -107,7 +108,13 @@ pub struct Planned {
 impl Store {
     /// The store in folder `root`, which is made when the first stage runs.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), limit: None }
+    }
+
+    /// The same store, in which nothing is begun that would end after the limit: [`Store::run`] is then an error for
+    /// which [`Error::is_time_limit`] holds, and goes on another time.
+    pub fn within(self, limit: TimeLimit) -> Self {
+        Self { limit: Some(Arc::new(limit)), ..self }
     }
 
     /// The folder of a stage.
@@ -185,6 +192,9 @@ impl Store {
                 outcome
             }
             None => {
+                if self.limit.as_ref().is_some_and(|limit| !limit.allows_an_epoch()) {
+                    return Err(named(Error::TimeLimit));
+                }
                 observe(Event::Started(stage));
                 let outcome = self.execute(stage, &folder, context, observe).map_err(named)?;
                 observe(Event::Finished(&outcome));
@@ -212,7 +222,8 @@ impl Store {
             self.network(parent, &data.fingerprint, device)
         };
         let mut train = |network, training: &train::Training, seed| {
-            let run = Run { data, training, seed, folder, identity: &key };
+            let limit = self.limit.as_deref();
+            let run = Run { data, training, seed, folder, identity: &key, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {
@@ -266,10 +277,8 @@ impl Store {
         let path = folder.join("outcome.json");
         whole_file::write(&path, text).map_err(|e| file_error(&path, e))?;
         // The final network replaces the checkpoint, which is twice its size.
-        match std::fs::remove_file(folder.join("checkpoint.safetensors")) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(file_error(folder, e)),
-            _ => Ok(outcome),
-        }
+        Network::remove(&folder.join("checkpoint.safetensors"))?;
+        Ok(outcome)
     }
 }
 

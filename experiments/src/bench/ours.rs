@@ -2,11 +2,11 @@
 
 use super::case::{CLASSES, Case, Kind, Layer, Layers, What};
 use super::machine::{reset_peak, resident_mib};
-use super::worker::{Failure, Hello, Ran, Ready, Run, Settings};
+use super::worker::{Failure, Hello, Ran, Ready, Run, Settings, Traffic};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use datasets::Augmentation;
-use kernels::{Quantizer, depthwise, im2col, norm, pointwise, quantize};
+use kernels::{Quantizer, depthwise, im2col, norm, pointwise, profile, quantize};
 use models::Step;
 use quant_core::Bits;
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,9 @@ use train::Training;
 
 /// Steps before the first that is timed, as many as PyTorch's worker makes.
 const WARM_UP: usize = 3;
+
+/// Bytes of the copy that shows how fast a GPU's memory is: far more than its caches hold.
+const COPIED: usize = 1 << 30;
 
 /// What can be asked.
 #[derive(Deserialize)]
@@ -28,20 +31,20 @@ enum Request {
 /// One step of a case; gives a number that is finite if all went well.
 pub(super) type Work = Box<dyn FnMut() -> Result<Tensor>>;
 
-/// Answers requests until there are no more.
-pub(super) fn serve(requests: impl BufRead, mut answers: impl Write) -> Result<()> {
+/// Answers requests until there are no more; computes on `device`.
+pub(super) fn serve(requests: impl BufRead, mut answers: impl Write, device: &Device) -> Result<()> {
     let threads = rayon::current_num_threads();
     say(&mut answers, &Hello { version: env!("CARGO_PKG_VERSION").into(), threads })?;
     let mut work: Option<Work> = None;
     for line in requests.lines() {
         let answer = match serde_json::from_str(&line?)? {
-            Request::Setup { case, settings } => set_up(&case, settings).map(|(step, ready)| {
+            Request::Setup { case, settings } => set_up(&case, settings, device).map(|(step, ready)| {
                 work = Some(step);
                 serde_json::to_value(ready)
             }),
             Request::Run(Run { run: steps }) => {
                 let work = work.as_mut().context("nothing has been set up");
-                work.and_then(|work| run(work, steps)).map(serde_json::to_value)
+                work.and_then(|work| run(work, steps, device)).map(serde_json::to_value)
             }
         };
         match answer {
@@ -58,27 +61,51 @@ fn say(answers: &mut impl Write, value: &impl Serialize) -> Result<()> {
     Ok(answers.flush()?)
 }
 
-fn set_up(case: &Case, settings: Settings) -> Result<(Work, Ready)> {
+fn set_up(case: &Case, settings: Settings, device: &Device) -> Result<(Work, Ready)> {
     let before_mib = resident_mib("VmRSS");
     let (mut work, parameters, quantizers) = match &case.what {
-        What::Operation(layer) => (operation(layer, case.batch, settings)?, 0, 0),
-        _ => network(case, settings)?,
+        What::Operation(layer) => (operation(layer, case.batch, settings, device)?, 0, 0),
+        _ => network(case, settings, device)?,
     };
     for _ in 0..WARM_UP {
         work()?;
     }
+    let traffic = if device.is_cpu() { None } else { Some(traffic(&mut work, device)?) };
+    // On a GPU, this process's memory says nothing.
+    let before_mib = before_mib.filter(|_| device.is_cpu());
     reset_peak();
-    Ok((work, Ready { before_mib, parameters, quantizers }))
+    Ok((work, Ready { before_mib, parameters, quantizers, traffic }))
 }
 
-fn run(work: &mut Work, steps: usize) -> Result<Ran> {
+/// What a step moves at least, as its operations count it, and how fast a large copy is.
+fn traffic(work: &mut Work, device: &Device) -> Result<Traffic> {
+    profile::start();
+    work()?;
+    let step_bytes = profile::stop().values().map(|cost| cost.bytes as f64).sum();
+    let from = Tensor::zeros(COPIED / 4, DType::F32, device)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        device.synchronize()?;
+        let started = Instant::now();
+        let to = from.copy()?;
+        device.synchronize()?;
+        best = best.min(started.elapsed().as_secs_f64());
+        drop(to);
+    }
+    Ok(Traffic { step_bytes, copy_bytes_per_second: 2.0 * COPIED as f64 / best })
+}
+
+fn run(work: &mut Work, steps: usize, device: &Device) -> Result<Ran> {
+    // What was begun before is not a part of it, and what it begins is; the CPU never has anything begun.
+    device.synchronize()?;
     let started = Instant::now();
     let mut last = None;
     for _ in 0..steps {
         last = Some(work()?);
     }
+    device.synchronize()?;
     let seconds = started.elapsed().as_secs_f64();
-    let peak_mib = resident_mib("VmHWM");
+    let peak_mib = resident_mib("VmHWM").filter(|_| device.is_cpu());
     if let Some(last) = last
         && !last.sum_all()?.to_scalar::<f32>()?.is_finite()
     {
@@ -87,19 +114,19 @@ fn run(work: &mut Work, steps: usize) -> Result<Ran> {
     Ok(Ran { seconds, peak_mib })
 }
 
-pub(super) fn random(dims: &[usize]) -> Result<Tensor> {
-    Ok(Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?)
+pub(super) fn random(dims: &[usize], device: &Device) -> Result<Tensor> {
+    Ok(Tensor::randn(0f32, 1.0, dims, device)?)
 }
 
 /// A step of a whole network, its number of parameters and of quantizers.
-pub(super) fn network(case: &Case, settings: Settings) -> Result<(Work, usize, usize)> {
-    let mut network = case.build()?;
+pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Result<(Work, usize, usize)> {
+    let mut network = case.build()?.to_device(device)?;
     let parameters = network.parameters().iter().map(|p| p.tensor.elem_count()).sum();
     let quantizers = Layers::of(&network).quantizers();
     let [h, w, channels] = network.input;
-    let images = random(&[case.batch, h, w, channels])?;
+    let images = random(&[case.batch, h, w, channels], device)?;
     let labels: Vec<u32> = (0..case.batch).map(|i| (i % CLASSES) as u32).collect();
-    let labels = Tensor::from_vec(labels, case.batch, &Device::Cpu)?;
+    let labels = Tensor::from_vec(labels, case.batch, device)?;
     let Settings { rate, momentum, weight_decay, range_momentum } = settings;
     let work: Work = if case.what == What::Train {
         let training = Training {
@@ -128,7 +155,8 @@ pub(super) fn network(case: &Case, settings: Settings) -> Result<(Work, usize, u
 }
 
 /// Forward and backward pass of one operation.
-fn operation(layer: &Layer, batch: usize, settings: Settings) -> Result<Work> {
+fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device) -> Result<Work> {
+    let random = |dims: &[usize]| random(dims, device);
     let &Layer { size, stride, inputs, outputs, input_size: [h, w], output_size: [ho, wo], .. } = layer;
     let (x, gy) = (random(&[batch, h, w, inputs])?, random(&[batch, ho, wo, outputs])?);
     Ok(match layer.kind {
@@ -158,11 +186,11 @@ fn operation(layer: &Layer, batch: usize, settings: Settings) -> Result<Work> {
             })
         }
         Kind::Norm => {
-            let ones = Tensor::ones(outputs, DType::F32, &Device::Cpu)?;
+            let ones = Tensor::ones(outputs, DType::F32, device)?;
             let zeros = ones.zeros_like()?;
             let (mut running_mean, mut running_variance) = (zeros.clone(), ones.clone());
             let bits = layer.output_bits.map(Bits::new).transpose()?;
-            let range = Tensor::new(&[0f32, 6.0], &Device::Cpu)?;
+            let range = Tensor::new(&[0f32, 6.0], device)?;
             let act = layer.activation;
             Box::new(move || {
                 let stats = norm::channel_stats(&x)?;
@@ -192,7 +220,7 @@ mod tests {
     fn answers(requests: &[Value]) -> Vec<Value> {
         let requests: Vec<String> = requests.iter().map(Value::to_string).collect();
         let mut answers = Vec::new();
-        serve(requests.join("\n").as_bytes(), &mut answers).unwrap();
+        serve(requests.join("\n").as_bytes(), &mut answers, &Device::Cpu).unwrap();
         String::from_utf8(answers).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
@@ -223,8 +251,8 @@ mod tests {
     fn every_operation_runs() {
         for case in Case::all(&[1]).unwrap().iter().filter(|case| !case.of_network()) {
             let settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
-            let (mut work, _) = set_up(case, settings).unwrap();
-            assert!(run(&mut work, 1).unwrap().seconds > 0.0, "{}", case.name());
+            let (mut work, _) = set_up(case, settings, &Device::Cpu).unwrap();
+            assert!(run(&mut work, 1, &Device::Cpu).unwrap().seconds > 0.0, "{}", case.name());
         }
     }
 }

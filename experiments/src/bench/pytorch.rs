@@ -1,28 +1,41 @@
 //! PyTorch's side of the benchmark: its modes, and a Python that has it.
 
 use anyhow::{Context, Result, bail};
+use report::bench::Place;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The worker's program, and what it needs.
-const WORKER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/pytorch_worker.py");
-const REQUIREMENTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/requirements.txt");
+/// The worker's program, and what it needs: in the binary, as that may run where the sources are not.
+const WORKER: &str = include_str!("../../bench/pytorch_worker.py");
+const REQUIREMENTS: &str = include_str!("../../bench/requirements.txt");
+const REQUIREMENTS_GPU: &str = include_str!("../../bench/requirements-cuda.txt");
 
 /// The worker's flags for one of [`report::bench::IMPLEMENTATIONS`]; `None` if it is not PyTorch.
-pub(super) fn flags(implementation: &str) -> Option<&'static [&'static str]> {
-    match implementation {
-        "pytorch_eager" => Some(&[]),
-        "pytorch_channels_last" => Some(&["--channels-last"]),
+pub(super) fn flags(implementation: &str, place: Place) -> Option<&'static [&'static str]> {
+    Some(match (implementation, place) {
+        ("pytorch_eager", _) => &[],
+        ("pytorch_channels_last", Place::Cpu) => &["--channels-last"],
+        ("pytorch_channels_last", Place::Gpu) => &["--channels-last", "--autocast"],
         // In NCHW: inductor chooses the layouts within the graph, and was not faster from channels_last.
-        "pytorch_compile" => Some(&["--compile"]),
-        _ => None,
-    }
+        ("pytorch_compile", Place::Cpu) => &["--compile"],
+        ("pytorch_compile", Place::Gpu) => &["--compile", "--channels-last", "--autocast"],
+        _ => return None,
+    })
 }
 
-/// The command that starts a worker in a mode.
-pub(super) fn worker(python: &Path, flags: &[&str], threads: usize) -> Result<Command> {
+/// The command that starts a worker in a mode; its program is written to the folder `place`.
+pub(super) fn worker(
+    python: &Path,
+    place: &Path,
+    flags: &[&str],
+    device: &str,
+    threads: usize,
+) -> Result<Command> {
+    let program = place.join("pytorch_worker.py");
+    whole_file::write(&program, WORKER)
+        .with_context(|| format!("{} could not be written", program.display()))?;
     let mut command = Command::new(python);
-    command.arg(WORKER).args(flags).args(["--threads", &threads.to_string()]);
+    command.arg(program).args(flags).args(["--device", device, "--threads", &threads.to_string()]);
     command.env("OMP_NUM_THREADS", threads.to_string());
     // What is compiled is kept for the next run.
     command.env("TORCHINDUCTOR_CACHE_DIR", target()?.join("bench-inductor"));
@@ -34,11 +47,13 @@ pub(super) fn worker(python: &Path, flags: &[&str], threads: usize) -> Result<Co
 }
 
 /// A Python with PyTorch: of the environment that this makes in the target folder, if it is not there yet.
-pub(super) fn environment() -> Result<PathBuf> {
-    let folder = target()?.join("bench-venv");
+pub(super) fn environment(place: Place) -> Result<PathBuf> {
+    let (name, wanted) = match place {
+        Place::Cpu => ("bench-venv", REQUIREMENTS),
+        Place::Gpu => ("bench-venv-cuda", REQUIREMENTS_GPU),
+    };
+    let folder = target()?.join(name);
     let (python, marker) = (folder.join("bin/python"), folder.join("requirements.txt"));
-    let wanted = std::fs::read_to_string(REQUIREMENTS)
-        .with_context(|| format!("{REQUIREMENTS} could not be read; run it where it was built"))?;
     if std::fs::read_to_string(&marker).is_ok_and(|found| found == wanted) {
         return Ok(python);
     }
@@ -47,12 +62,14 @@ pub(super) fn environment() -> Result<PathBuf> {
         Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder),
         "Python 3.10 or later with venv is needed (Debian: apt install python3-venv python3-dev)",
     )?;
+    let asked = folder.join("asked.txt");
+    std::fs::write(&asked, wanted)?;
     run(
-        Command::new(&python).args(["-m", "pip", "install", "--retries", "2", "-r", REQUIREMENTS]),
+        Command::new(&python).args(["-m", "pip", "install", "--retries", "2", "-r"]).arg(&asked),
         "PyTorch could not be installed; it needs a connection to PyPI, better also to the index of PyTorch",
     )?;
-    // Written last: an environment without it is made anew.
-    std::fs::write(&marker, wanted)?;
+    // Renamed last: an environment without it is made anew.
+    std::fs::rename(&asked, &marker)?;
     Ok(python)
 }
 

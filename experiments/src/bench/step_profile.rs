@@ -2,10 +2,11 @@
 //! can do, which is measured in the same run by a large matrix product and a large copy.
 
 use super::case::{Case, What};
-use super::ours::{self, random};
+use super::ours;
 use super::{SETTINGS, machine};
 use crate::process;
 use anyhow::Result;
+use candle_core::{Device, Tensor};
 use clap::Parser;
 use kernels::profile::{self, Cost};
 use kernels::{norm, pointwise};
@@ -99,6 +100,10 @@ fn run(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
+fn random(dims: &[usize]) -> Result<Tensor> {
+    ours::random(dims, &Device::Cpu)
+}
+
 /// The best time of several runs.
 fn best(mut operation: impl FnMut() -> Result<()>) -> Result<Duration> {
     let mut best = Duration::MAX;
@@ -144,7 +149,7 @@ fn step(
 ) -> Result<()> {
     let batch = usize::from(flags.batch);
     let case = case(version, width, quantized, batch);
-    let (mut step, ..) = ours::network(&case, SETTINGS)?;
+    let (mut step, ..) = ours::network(&case, SETTINGS, &Device::Cpu)?;
     for _ in 0..3 {
         step()?;
     }

@@ -49,6 +49,18 @@ pub(super) struct Ready {
     pub(super) parameters: usize,
     /// Fake quantizers.
     pub(super) quantizers: usize,
+    /// Of ours on a GPU.
+    #[serde(default)]
+    pub(super) traffic: Option<Traffic>,
+}
+
+/// What a step moves, and how fast the memory is.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Traffic {
+    /// Bytes of a step, at least.
+    pub(super) step_bytes: f64,
+    /// Bytes a second, read and written, of a large copy.
+    pub(super) copy_bytes_per_second: f64,
 }
 
 /// Asks for steps.

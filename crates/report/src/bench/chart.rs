@@ -35,7 +35,7 @@ struct Frame {
 
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
-        canvas.text("Speed beside PyTorch on a CPU", (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
+        canvas.text(self.context.place.title(), (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
         canvas.text(&self.subtitle(), (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
         self.legend(canvas, 118.0)?;
         let mut columns: Vec<(&str, f64)> = Vec::new();
@@ -76,11 +76,14 @@ impl Chart<'_> {
         let fact = |name: &str| {
             self.context.machine.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
         };
-        let all = [Some(format!("batch {}", self.batch)), Some(threads), fact("processor"), fact("PyTorch")];
-        let pytorch =
-            |(index, text): (usize, String)| if index == 3 { format!("PyTorch {text}") } else { text };
-        let known = all.into_iter().enumerate().filter_map(|(index, text)| Some(pytorch((index, text?))));
-        known.collect::<Vec<_>>().join("  ·  ")
+        // On a GPU, threads and processor matter little.
+        let (threads, processor) = match fact("GPU") {
+            Some(gpu) => (None, Some(gpu)),
+            None => (Some(threads), fact("processor")),
+        };
+        let pytorch = fact("PyTorch").map(|version| format!("PyTorch {version}"));
+        let all = [Some(format!("batch {}", self.batch)), threads, processor, pytorch];
+        all.into_iter().flatten().collect::<Vec<_>>().join("  ·  ")
     }
 
     fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
