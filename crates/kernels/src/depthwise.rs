@@ -629,7 +629,7 @@ mod tests {
             assert_eq!(elements(&forward(&levels, &w, stride).unwrap()), elements(&z));
             let (found, stats) = forward_stats(&levels, &w, stride).unwrap();
             assert_eq!(elements(&found), elements(&z));
-            let expected = crate::norm::channel_stats(&z).unwrap();
+            let expected = norm::channel_stats(&z).unwrap();
             assert_close(&stats.mean, &expected.mean, 1e-6, "mean");
             assert_close(&stats.variance, &expected.variance, 1e-6, "variance");
             let gw = grad_weight(&levels, &gz, stride).unwrap();
@@ -637,7 +637,7 @@ mod tests {
             for quant in [None, Some(out)] {
                 let affine = (&scale, &shift);
                 let y = forward_normalized(&levels, &w, stride, affine, Activation::Relu6, quant).unwrap();
-                let expected = crate::norm::forward(&z, &scale, &shift, Activation::Relu6, quant).unwrap();
+                let expected = norm::forward(&z, &scale, &shift, Activation::Relu6, quant).unwrap();
                 assert_eq!(elements(&y.to_float().unwrap()), elements(&expected.to_float().unwrap()));
             }
         }

@@ -5,7 +5,9 @@
 
 use super::empty;
 use crate::Result;
-use candle_core::{DType, Device, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+use candle_core::{DType, Tensor};
 
 /// Whether products of `f32` may round their operands to TF32 (10 bits of precision) on GPUs that have it, for the
 /// whole program. Off at first. Without effect on the CPU.
