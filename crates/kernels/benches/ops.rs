@@ -83,21 +83,21 @@ fn main() {
         let (z, gy) = (random(&[BATCH, size, size, c]), random(&[BATCH, size, size, c]));
         let (gamma, beta) = (random(&[c]), random(&[c]));
         let stats = norm::channel_stats(&z).expect("statistics");
-        let inv_std = norm::inv_std(&stats.variance, 1e-5).expect("deviations");
-        let (scale, shift) = norm::affine(&gamma, &beta, &stats.mean, &inv_std).expect("an affine map");
+        let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).expect("a normalization");
+        let (scale, shift) = (&of_batch.scale, &of_batch.shift);
         let (n, act) = (z.elem_count(), Activation::Relu6);
         let at = format!("{c}@{size}×{size}");
         measure(&format!("norm::channel_stats {at}"), filter, Work::Floats(n), || norm::channel_stats(&z));
         for quant in [None, Some(quant)] {
             let at = format!("{at}{}", quant.map_or("", |_| " quantized"));
             measure(&format!("norm::forward {at}"), filter, Work::Floats(2 * n), || {
-                norm::forward(&z, &scale, &shift, act, quant)
+                norm::forward(&z, scale, shift, act, quant)
             });
             measure(&format!("norm::backward_batch {at}"), filter, Work::Floats(5 * n), || {
-                norm::backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant)?.z.tensor()
+                norm::backward_batch(&z, &gy, &of_batch, act, quant)?.z.tensor()
             });
             measure(&format!("norm::backward_affine {at}"), filter, Work::Floats(3 * n), || {
-                norm::backward_affine(&z, &gy, &scale, &shift, act, quant)?.0.tensor()
+                norm::backward_affine(&z, &gy, scale, shift, act, quant)?.0.tensor()
             });
         }
     }

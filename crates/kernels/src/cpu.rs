@@ -112,6 +112,20 @@ impl Check {
         Ok(tensor.contiguous()?)
     }
 
+    /// A feature map of floats, contiguous: `f32`, on a GPU `bf16` too.
+    pub(crate) fn map_float(&self, argument: &'static str, tensor: &Tensor) -> Result<Tensor> {
+        let narrow = tensor.dtype() == DType::BF16 && crate::gpu::runs(tensor.device());
+        self.dtype(argument, tensor, if narrow { DType::BF16 } else { DType::F32 })
+    }
+
+    /// One of the shape and the dtype of another.
+    pub(crate) fn map_of(&self, argument: &'static str, tensor: &Tensor, other: &Tensor) -> Result<Tensor> {
+        if tensor.dims() != other.dims() {
+            return Err(self.shape(argument, tensor, format!("{:?}", other.dims())));
+        }
+        self.dtype(argument, tensor, other.dtype())
+    }
+
     /// The error of a wrong shape.
     pub(crate) fn shape(&self, argument: &'static str, tensor: &Tensor, expected: impl ToString) -> Error {
         let expected = expected.to_string();

@@ -10,11 +10,15 @@
 //! sums stay in registers. Which taps reach a position is a product of rows and columns, found once per
 //! call: so the borders of a map, the stride and the direction are all one to the inner loops. The
 //! weight's gradient, which has nine sums for each channel, takes 16 channels of some rows at a time.
+//!
+//! On a GPU a thread goes down some columns of a map with the rows of its window in registers (depthwise.cu).
+
+mod gpu;
 
 use crate::convolution::{self, Convolution};
 use crate::cpu::{self, CHUNK, Check, open, simd};
 use crate::feature::Source;
-use crate::norm::{Normalizer, Stats};
+use crate::norm::{self, Normalizer, Stats};
 use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
 use candle_core::{Device, Tensor};
 use std::mem::MaybeUninit;
@@ -22,12 +26,21 @@ use std::ops::Range;
 
 /// `z[N, Ho, Wo, C]` of `x[N, H, W, C]` and `w[3, 3, C]`.
 pub fn forward<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> Result<Tensor> {
-    with_gather("depthwise::forward", x.into(), w, stride, |gather| convolution::plain(gather))
+    let x = x.into();
+    if crate::gpu::runs(w.device()) {
+        return Ok(gpu::forward(&Check("depthwise::forward"), x, w, stride, false)?.0);
+    }
+    with_gather("depthwise::forward", x, w, stride, |gather| convolution::plain(gather))
 }
 
 /// [`forward`], with the statistics of `z`.
 pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
-    with_gather("depthwise::forward_stats", x.into(), w, stride, |gather| convolution::with_stats(gather))
+    let x = x.into();
+    if crate::gpu::runs(w.device()) {
+        let (z, partials) = gpu::forward(&Check("depthwise::forward_stats"), x, w, stride, true)?;
+        return Ok((z, partials.expect("asked for").merged()?));
+    }
+    with_gather("depthwise::forward_stats", x, w, stride, |gather| convolution::with_stats(gather))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
@@ -39,7 +52,12 @@ pub fn forward_normalized<'a>(
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    with_gather("depthwise::forward_normalized", x.into(), w, stride, |gather| {
+    let x = x.into();
+    if crate::gpu::runs(w.device()) {
+        let (z, _) = gpu::forward(&Check("depthwise::forward_normalized"), x, w, stride, false)?;
+        return norm::forward(&z, scale, shift, act, quant);
+    }
+    with_gather("depthwise::forward_normalized", x, w, stride, |gather| {
         let check = Check("depthwise::forward_normalized");
         let normalizer = Normalizer::new(&check, gather.to.2, scale, shift, act, quant)?;
         convolution::normalized(gather, &normalizer, quant)
@@ -53,7 +71,13 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
     let (n, _, _, c) = check.map("gz", gz)?;
     let w = check.dims("w", w, &[3, 3, c])?;
     let Geometry { h, w: width, ho, wo, .. } = Geometry::new(&check, size.0, size.1, c, stride)?;
-    let gz = check.dims("gz", gz, &[n, ho, wo, c])?;
+    if gz.dims() != [n, ho, wo, c] {
+        return Err(check.shape("gz", gz, format!("{:?}", [n, ho, wo, c])));
+    }
+    let gz = check.map_float("gz", gz)?;
+    if crate::gpu::runs(gz.device()) {
+        return gpu::grad_input(&gz, &w, stride, size);
+    }
     let (gz, w) = (open(&gz), open(&w));
     let x = Source::Float(gz.floats()?);
     let _note = profile::note(check.0, 18 * n * ho * wo * c, 4 * n * c * (ho * wo + h * width));
@@ -67,7 +91,15 @@ pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor, stride: usize) -> R
     let (n, height, width, c) = check.map_sizes("x", x.dims())?;
     let geometry = Geometry::new(&check, height, width, c, stride)?;
     let _note = profile::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
-    let (x, gz) = (x.open(&check, "x")?, check.dims("gz", gz, &[n, geometry.ho, geometry.wo, c])?);
+    let gz_dims = [n, geometry.ho, geometry.wo, c];
+    if gz.dims() != gz_dims {
+        return Err(check.shape("gz", gz, format!("{gz_dims:?}")));
+    }
+    let gz = check.map_float("gz", gz)?;
+    if crate::gpu::runs(gz.device()) {
+        return gpu::grad_weight(&check, x, &gz, stride);
+    }
+    let x = x.open(&check, "x")?;
     let (x, gz) = (x.opened(), open(&gz));
     let gw = weight_gradient(Source::new(&x)?, gz.floats()?, n, &geometry);
     Ok(Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?)
@@ -597,7 +629,7 @@ mod tests {
             assert_eq!(elements(&forward(&levels, &w, stride).unwrap()), elements(&z));
             let (found, stats) = forward_stats(&levels, &w, stride).unwrap();
             assert_eq!(elements(&found), elements(&z));
-            let expected = crate::norm::channel_stats(&z).unwrap();
+            let expected = norm::channel_stats(&z).unwrap();
             assert_close(&stats.mean, &expected.mean, 1e-6, "mean");
             assert_close(&stats.variance, &expected.variance, 1e-6, "variance");
             let gw = grad_weight(&levels, &gz, stride).unwrap();
@@ -605,7 +637,7 @@ mod tests {
             for quant in [None, Some(out)] {
                 let affine = (&scale, &shift);
                 let y = forward_normalized(&levels, &w, stride, affine, Activation::Relu6, quant).unwrap();
-                let expected = crate::norm::forward(&z, &scale, &shift, Activation::Relu6, quant).unwrap();
+                let expected = norm::forward(&z, &scale, &shift, Activation::Relu6, quant).unwrap();
                 assert_eq!(elements(&y.to_float().unwrap()), elements(&expected.to_float().unwrap()));
             }
         }

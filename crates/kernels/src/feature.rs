@@ -1,8 +1,10 @@
 //! Feature maps in float, or by the levels of their quantizer.
 
+pub(crate) mod gpu;
+
 use crate::cpu::{self, CHUNK, Check, simd};
 use crate::{Quantizer, Result, profile};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use quant_core::{Bits, Grid};
 use std::mem::MaybeUninit;
 
@@ -17,6 +19,8 @@ pub struct Levels {
     pub range: Tensor,
     /// The quantizer's bit width.
     pub bits: Bits,
+    /// The dtype of the floats that they stand for: `F32`, on a GPU also `BF16`. Operations give their output in it.
+    pub dtype: DType,
 }
 
 /// What one unit of a network hands to the next.
@@ -59,7 +63,10 @@ impl FeatureMap {
         let Some(quant) = quant else { return Ok(Self::Float(x.clone())) };
         let _note = profile::note(check.0, 0, 5 * x.elem_count());
         check.quantizer(Some(quant))?;
-        let x = check.float("x", x)?;
+        let x = check.map_float("x", x)?;
+        if crate::gpu::runs(x.device()) {
+            return gpu::quantize(&x, quant);
+        }
         let grid = cpu::grid(quant)?;
         let opened = cpu::open(&x);
         let x = opened.floats()?;
@@ -71,13 +78,27 @@ impl FeatureMap {
     }
 
     pub(crate) fn of_levels(levels: Vec<u8>, dims: &[usize], quant: Quantizer<'_>) -> Result<Self> {
-        let levels = Tensor::from_vec(levels, dims, quant.range.device())?;
-        Ok(Self::Levels(Levels { levels, range: quant.range.clone(), bits: quant.bits }))
+        Self::of(Tensor::from_vec(levels, dims, quant.range.device())?, DType::F32, Some(quant))
+    }
+
+    /// `map` as the levels of floats of `dtype`, or without a quantizer as floats.
+    pub(crate) fn of(map: Tensor, dtype: DType, quant: Option<Quantizer<'_>>) -> Result<Self> {
+        Ok(match quant {
+            None => Self::Float(map),
+            Some(quant) => {
+                Self::Levels(Levels { levels: map, range: quant.range.clone(), bits: quant.bits, dtype })
+            }
+        })
     }
 
     /// The dimensions.
     pub fn dims(&self) -> &[usize] {
         Input::from(self).dims()
+    }
+
+    /// The dtype of the floats, or of those that the levels stand for.
+    pub fn dtype(&self) -> DType {
+        Input::from(self).dtype()
     }
 
     /// The floats that the levels stand for.
@@ -97,6 +118,19 @@ impl<'a> Input<'a> {
         self.tensor().elem_count() * self.tensor().dtype().size_in_bytes()
     }
 
+    /// The device.
+    pub(crate) fn device(self) -> &'a Device {
+        self.tensor().device()
+    }
+
+    /// The dtype of the floats.
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::Float(tensor) => tensor.dtype(),
+            Self::Levels(levels) => levels.dtype,
+        }
+    }
+
     fn tensor(self) -> &'a Tensor {
         match self {
             Self::Float(tensor) => tensor,
@@ -109,6 +143,9 @@ impl<'a> Input<'a> {
         match self {
             Self::Float(tensor) => Ok(tensor.clone()),
             Self::Levels(levels) => {
+                if crate::gpu::runs(levels.levels.device()) {
+                    return gpu::to_float(levels);
+                }
                 let grid = levels.grid()?;
                 let opened = cpu::open(&levels.levels);
                 let q = opened.bytes()?;
@@ -122,7 +159,7 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// The feature map, contiguous, as a kernel reads it; `dims` if they must be these.
+    /// The feature map, contiguous, as a kernel reads it.
     pub(crate) fn open(self, check: &Check, argument: &'static str) -> Result<OpenInput> {
         Ok(match self {
             Self::Float(tensor) => OpenInput { tensor: check.float(argument, tensor)?, grid: None },
@@ -135,8 +172,12 @@ impl<'a> Input<'a> {
 }
 
 impl Levels {
+    pub(crate) fn quantizer(&self) -> Quantizer<'_> {
+        Quantizer { range: &self.range, bits: self.bits }
+    }
+
     pub(crate) fn grid(&self) -> Result<Grid> {
-        Ok(cpu::grid(Quantizer { range: &self.range, bits: self.bits })?)
+        Ok(cpu::grid(self.quantizer())?)
     }
 }
 

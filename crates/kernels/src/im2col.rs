@@ -5,6 +5,8 @@
 //! weight is a matrix `[k·k·C, Cout]` in that order. There is no input gradient: the input is the
 //! image, and nothing trains it. The weight's is `pointwise::grad_weight` of the patches.
 
+mod gpu;
+
 use crate::cpu::{self, CHUNK, Check};
 use crate::{Result, profile};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
@@ -20,7 +22,11 @@ pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Resu
         )));
     }
     let _note = profile::note(check.0, 0, 4 * (1 + kernel * kernel / (stride * stride)) * x.elem_count());
-    Ok(check.float("x", x)?.apply_op1_no_bwd(&Forward { kernel, stride, padding })?)
+    let x = check.map_float("x", x)?;
+    if crate::gpu::runs(x.device()) {
+        return gpu::forward(&x, kernel, stride, padding);
+    }
+    Ok(x.apply_op1_no_bwd(&Forward { kernel, stride, padding })?)
 }
 
 struct Forward {

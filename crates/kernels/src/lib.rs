@@ -1,7 +1,7 @@
 //! The numerical operations of a quantized network over Candle tensors, each in one file with its
 //! definition, its derivative, its kernels and its tests against a plain-Candle reference.
 //!
-//! Feature maps are NHWC (`[images, height, width, channels]`), everything is contiguous `f32`, and
+//! Feature maps are NHWC (`[images, height, width, channels]`), floats are contiguous `f32`, and
 //! nothing uses Candle's autograd: a network owns its forward and backward passes and calls the
 //! functions here for both. Three promises hold for all of them:
 //!
@@ -12,11 +12,16 @@
 //! * **Clear errors.** A wrong shape or dtype names the operation and the argument.
 //!
 //! What the forward pass hands on is a [`FeatureMap`]: floats, or the levels of their quantizer, one byte each.
+//!
+//! An operation runs where its tensors are. On a GPU (feature `cuda`) feature maps may be `bf16`; everything else is
+//! `f32` there too ([`gpu`] says how the kernels are launched and tested).
 
+pub mod augment;
 mod convolution;
 mod cpu;
 pub mod depthwise;
 mod feature;
+pub mod gpu;
 pub mod im2col;
 pub mod loss;
 pub mod norm;

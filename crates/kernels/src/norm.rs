@@ -12,13 +12,16 @@
 //! * batch statistics ([`backward_batch`]), which depend on `z` themselves: with
 //!   `x̂ = (z − μ)/√(V + ε)`, `∂β = Σg`, `∂γ = Σg·x̂`, `∂z = γ/√(V + ε) · (g − ∂β/M − x̂·∂γ/M)`.
 //!
-//! Sums are `f32` inside a block that fits in cache and `f64` across blocks.
+//! Sums are `f32` inside a block that fits in cache and `f64` across blocks. On a GPU they are `f32` over the few
+//! rows that a thread has in registers, and `f64` across these.
+
+pub(crate) mod gpu;
 
 use crate::cpu::{self, CHUNK, Check, simd, values};
 use crate::feature::byte;
 use crate::{Activation, FeatureMap, Quantizer, Result, clamp, profile};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Tensor};
-use quant_core::Grid;
+use quant_core::{Bits, Grid};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -33,6 +36,28 @@ pub struct Stats {
     pub min: Tensor,
     /// The largest element.
     pub max: Tensor,
+}
+
+/// A batch normalization as the forward pass applies it with the statistics of a batch; each `[C]`.
+#[derive(Clone, Debug)]
+pub struct Normalization {
+    /// The mean `μ`.
+    pub mean: Tensor,
+    /// `1/√(V + ε)`.
+    pub inv_std: Tensor,
+    /// `γ/√(V + ε)`.
+    pub scale: Tensor,
+    /// `β − μ·scale`.
+    pub shift: Tensor,
+}
+
+/// Running statistics, each `[C]`: moving averages of the batches' means and unbiased variances.
+#[derive(Clone, Debug)]
+pub struct Running {
+    /// Of the means.
+    pub mean: Tensor,
+    /// Of the variances, over `M − 1`.
+    pub variance: Tensor,
 }
 
 /// The gradients of a normalization with batch statistics.
@@ -53,7 +78,10 @@ pub fn channel_stats(z: &Tensor) -> Result<Stats> {
     let check = Check("norm::channel_stats");
     check.rows("z", z)?;
     let _note = profile::note(check.0, 0, 4 * z.elem_count());
-    let z = check.float("z", z)?;
+    let z = check.map_float("z", z)?;
+    if crate::gpu::runs(z.device()) {
+        return gpu::channel_stats(&z);
+    }
     let opened = cpu::open(&z);
     let (z, c) = (opened.floats()?, opened.dims()[opened.dims().len() - 1]);
     let parts = cpu::parts(z.len() / c, c, |part| {
@@ -79,6 +107,48 @@ pub fn affine(gamma: &Tensor, beta: &Tensor, mean: &Tensor, inv_std: &Tensor) ->
     Ok((scale, shift))
 }
 
+impl Normalization {
+    /// With the statistics of a batch.
+    pub fn new(stats: &Stats, gamma: &Tensor, beta: &Tensor, epsilon: f64) -> Result<Self> {
+        let inv_std = inv_std(&stats.variance, epsilon)?;
+        let (scale, shift) = affine(gamma, beta, &stats.mean, &inv_std)?;
+        Ok(Self { mean: stats.mean.clone(), inv_std, scale, shift })
+    }
+
+    fn checked(&self, check: &Check, c: usize) -> Result<Self> {
+        Ok(Self {
+            mean: check.dims("mean", &self.mean, &[c])?,
+            inv_std: check.dims("inv_std", &self.inv_std, &[c])?,
+            scale: check.dims("scale", &self.scale, &[c])?,
+            shift: check.dims("shift", &self.shift, &[c])?,
+        })
+    }
+}
+
+/// What a training step needs of a batch normalization: [`Normalization::new`], and the running statistics after
+/// this batch of `rows` rows, moved towards it by `momentum`.
+pub fn prepare(
+    stats: &Stats,
+    gamma: &Tensor,
+    beta: &Tensor,
+    epsilon: f64,
+    running: &Running,
+    momentum: f64,
+    rows: usize,
+) -> Result<(Normalization, Running)> {
+    // From the biased variance to the unbiased one.
+    let unbias = rows as f64 / (rows.max(2) - 1) as f64;
+    if crate::gpu::runs(stats.mean.device()) {
+        return gpu::prepare(stats, gamma, beta, epsilon, running, momentum, unbias);
+    }
+    let moved = |old: &Tensor, new: &Tensor| old + ((new - old)? * momentum)?;
+    let running = Running {
+        mean: moved(&running.mean, &stats.mean)?,
+        variance: moved(&running.variance, &(&stats.variance * unbias)?)?,
+    };
+    Ok((Normalization::new(stats, gamma, beta, epsilon)?, running))
+}
+
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
 pub fn forward(
     z: &Tensor,
@@ -91,8 +161,11 @@ pub fn forward(
     let (rows, c) = check.rows("z", z)?;
     let written = if quant.is_some() { 1 } else { 4 };
     let _note = profile::note(check.0, 0, (4 + written) * rows * c);
+    let tensor = check.map_float("z", z)?;
+    if crate::gpu::runs(z.device()) {
+        return gpu::forward(&check, &tensor, scale, shift, act, quant);
+    }
     let normalizer = Normalizer::new(&check, c, scale, shift, act, quant)?;
-    let tensor = check.float("z", z)?;
     let opened = cpu::open(&tensor);
     let z = opened.floats()?;
     let part = |rows: Range<usize>| &z[rows.start * c..rows.end * c];
@@ -122,44 +195,43 @@ pub fn output_range(stats: &Stats, scale: &Tensor, shift: &Tensor, act: Activati
     let (_, c) = check.rows("stats.min", &stats.min)?;
     let (min, max) = (check.dims("stats.min", &stats.min, &[c])?, check.dims("stats.max", &stats.max, &[c])?);
     let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
+    if crate::gpu::runs(min.device()) {
+        return gpu::output_range(&min, &max, &scale, &shift, act);
+    }
     Ok(min.apply_op2_no_bwd(&max, &OutputRange { scale: &scale, shift: &shift, act })?)
 }
 
-/// The gradients of `Q(φ(γ·x̂ + β))` where `mean` and `inv_std` are those of this batch `z`.
+/// The gradients of `Q(φ(γ·x̂ + β))` where `norm` has the statistics of this batch `z`.
 pub fn backward_batch(
     z: &Tensor,
     gy: &Tensor,
-    gamma: &Tensor,
-    beta: &Tensor,
-    mean: &Tensor,
-    inv_std: &Tensor,
+    norm: &Normalization,
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<BatchGrads> {
     let check = Check("norm::backward_batch");
-    let (_, c) = check.rows("z", z)?;
-    let (gamma, beta) = (check.dims("gamma", gamma, &[c])?, check.dims("beta", beta, &[c])?);
-    let (mean, inv_std) = (check.dims("mean", mean, &[c])?, check.dims("inv_std", inv_std, &[c])?);
-    let (scale, shift) = affine(&gamma, &beta, &mean, &inv_std)?;
+    let (rows, c) = check.rows("z", z)?;
+    let Normalization { mean, inv_std, scale, shift } = norm.checked(&check, c)?;
+    let of = Gated::new(&check, z, gy, [scale, shift], Some(mean), act, quant)?;
     let _note = profile::note("norm::backward: sums", 0, 8 * z.elem_count());
-    let gate = Gate::new(&check, act, quant)?;
-    let mut gz = OutputGradient::new(&check, z, gy, [&scale, &shift], gate)?;
-    gz.mean = tiled(&mean)?;
-    let (sums, products) = gz.sums()?;
-    let inv_std = values(&inv_std)?;
+    if crate::gpu::runs(z.device()) {
+        let [gamma, beta, slope, offset] = gpu::coefficients(&of, Some(&inv_std))?;
+        return Ok(BatchGrads { z: OutputGradient { of, slope, offset }, gamma, beta });
+    }
+    let (sums, products) = of.open()?.sums()?;
+    let (inv_std, scale) = (values(&inv_std)?, values(&of.scale)?);
     let gamma: Vec<f32> = products
         .iter()
         .zip(&inv_std)
         .map(|(product, inv_std)| (product * f64::from(*inv_std)) as f32)
         .collect();
     let beta: Vec<f32> = sums.iter().map(|sum| *sum as f32).collect();
-    let rows = (z.elem_count() / c) as f32;
-    for (i, scale) in gz.scale.iter().enumerate() {
-        gz.slope[i] = -scale * inv_std[i % c] * (gamma[i % c] / rows);
-        gz.offset[i] = -scale * (beta[i % c] / rows);
-    }
-    let tensor = |values| Tensor::from_vec(values, c, z.device());
-    Ok(BatchGrads { z: gz, gamma: tensor(gamma)?, beta: tensor(beta)? })
+    let rows = rows as f32;
+    let slope = (0..c).map(|i| -scale[i] * inv_std[i] * (gamma[i] / rows)).collect();
+    let offset = (0..c).map(|i| -scale[i] * (beta[i] / rows)).collect();
+    let tensor = |values: Vec<f32>| Tensor::from_vec(values, c, z.device());
+    let z = OutputGradient { of, slope: tensor(slope)?, offset: tensor(offset)? };
+    Ok(BatchGrads { z, gamma: tensor(gamma)?, beta: tensor(beta)? })
 }
 
 /// The gradients of `Q(φ(scale·z + shift))` with respect to `z` and `shift`.
@@ -174,63 +246,86 @@ pub fn backward_affine(
     let check = Check("norm::backward_affine");
     let (_, c) = check.rows("z", z)?;
     let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
+    let of = Gated::new(&check, z, gy, [scale, shift], None, act, quant)?;
     let _note = profile::note("norm::backward: sums", 0, 8 * z.elem_count());
-    let gate = Gate::new(&check, act, quant)?;
-    let gz = OutputGradient::new(&check, z, gy, [&scale, &shift], gate)?;
-    let (sums, _) = gz.sums()?;
+    if crate::gpu::runs(z.device()) {
+        let [_, gshift, slope, offset] = gpu::coefficients(&of, None)?;
+        return Ok((OutputGradient { of, slope, offset }, gshift));
+    }
+    let (sums, _) = of.open()?.sums()?;
     let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
+    let zeros = of.scale.zeros_like()?;
+    let gz = OutputGradient { of, slope: zeros.clone(), offset: zeros };
     Ok((gz, Tensor::from_vec(sums, c, z.device())?))
 }
 
-/// The gradient `∂z` of a convolution's output, computed block by block where it is used
-/// ([`crate::pointwise::backward`]), or as a whole: `scale·g + slope·(z − mean) + offset`.
-pub struct OutputGradient {
-    z: Tensor,
-    gy: Tensor,
+/// What the gradient `g` of `u = scale·z + shift` follows from.
+pub(crate) struct Gated {
+    pub(crate) z: Tensor,
+    pub(crate) gy: Tensor,
+    pub(crate) scale: Tensor,
+    pub(crate) shift: Tensor,
+    /// Of `z`, `[C]`; none stands for 0.
+    pub(crate) mean: Option<Tensor>,
+    pub(crate) act: Activation,
+    /// The quantizer's range and bits.
+    pub(crate) quant: Option<(Tensor, Bits)>,
+}
+
+impl Gated {
+    fn new(
+        check: &Check,
+        z: &Tensor,
+        gy: &Tensor,
+        [scale, shift]: [Tensor; 2],
+        mean: Option<Tensor>,
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Result<Self> {
+        check.quantizer(quant)?;
+        let (z, gy) = (check.map_float("z", z)?, check.map_of("gy", gy, z)?);
+        let quant = quant.map(|quant| (quant.range.clone(), quant.bits));
+        Ok(Self { z, gy, scale, shift, mean, act, quant })
+    }
+
+    pub(crate) fn quantizer(&self) -> Option<Quantizer<'_>> {
+        self.quant.as_ref().map(|(range, bits)| Quantizer { range, bits: *bits })
+    }
+
+    fn open(&self) -> Result<OpenGated<'_>> {
+        let channels = self.z.dims()[self.z.dims().len() - 1];
+        let (z, gy) = (cpu::open(&self.z), cpu::open(&self.gy));
+        z.floats()?;
+        gy.floats()?;
+        let (scale, shift) = (tiled(&self.scale)?, tiled(&self.shift)?);
+        let mean = match &self.mean {
+            Some(mean) => tiled(mean)?,
+            None => vec![0.0; scale.len()],
+        };
+        let gate = Gate { bounds: self.act.bounds(), grid: self.quantizer().map(cpu::grid).transpose()? };
+        Ok(OpenGated { z, gy, channels, scale, shift, mean, gate })
+    }
+}
+
+/// A [`Gated`] with its tensors open for reading, and the values of channels repeated over the rows of a tile.
+struct OpenGated<'a> {
+    z: cpu::Opened<'a>,
+    gy: cpu::Opened<'a>,
+    channels: usize,
     scale: Vec<f32>,
     shift: Vec<f32>,
     mean: Vec<f32>,
-    slope: Vec<f32>,
-    offset: Vec<f32>,
     gate: Gate,
 }
 
-impl OutputGradient {
-    /// With a slope and an offset of 0.
-    fn new(check: &Check, z: &Tensor, gy: &Tensor, [scale, shift]: [&Tensor; 2], gate: Gate) -> Result<Self> {
-        let (z, gy) = (check.float("z", z)?, check.dims("gy", gy, z.dims())?);
-        let (scale, shift) = (tiled(scale)?, tiled(shift)?);
-        let zeros = vec![0.0; scale.len()];
-        Ok(Self { z, gy, scale, shift, mean: zeros.clone(), slope: zeros.clone(), offset: zeros, gate })
-    }
-
-    /// The convolution's output, whose gradient this is.
-    pub fn z(&self) -> &Tensor {
-        &self.z
-    }
-
-    /// The whole gradient, of the shape of `z`.
-    pub fn tensor(&self) -> Result<Tensor> {
-        let _note = profile::note("norm::backward: gradient", 0, 12 * self.z.elem_count());
-        let opened = self.open()?;
-        let c = opened.channels;
-        let size = (self.z.elem_count() / c, c);
-        // SAFETY: `rows` writes all of its block.
-        #[allow(unsafe_code)]
-        let (gz, _) =
-            unsafe { cpu::blocks(size, chunk_len(c) / c, || (), |(), rows, gz| opened.rows(rows, gz)) };
-        Ok(Tensor::from_vec(gz, self.z.dims(), &Device::Cpu)?)
-    }
-
-    pub(crate) fn open(&self) -> Result<OpenGradient<'_>> {
-        let channels = self.z.dims()[self.z.dims().len() - 1];
-        Ok(OpenGradient { of: self, z: cpu::open(&self.z), gy: cpu::open(&self.gy), channels }.checked()?)
+impl OpenGated<'_> {
+    fn floats(&self) -> [&[f32]; 2] {
+        [&self.z, &self.gy].map(|opened| opened.floats().expect("checked when it was opened"))
     }
 
     /// `Σg` and `Σg·(z − mean)` of each channel.
     fn sums(&self) -> Result<(Vec<f64>, Vec<f64>)> {
-        let opened = self.open()?;
-        let (z, gy, c) = (opened.z.floats()?, opened.gy.floats()?, opened.channels);
+        let ([z, gy], c) = (self.floats(), self.channels);
         let Self { scale, shift, mean, gate, .. } = self;
         let parts = cpu::parts(z.len() / c, c, |part| {
             let part = part.start * c..part.end * c;
@@ -254,27 +349,56 @@ impl OutputGradient {
     }
 }
 
+/// The gradient `∂z` of a convolution's output, computed block by block where it is used
+/// ([`crate::pointwise::backward`]), or as a whole: `scale·g + slope·(z − mean) + offset`.
+pub struct OutputGradient {
+    of: Gated,
+    slope: Tensor,
+    offset: Tensor,
+}
+
+impl OutputGradient {
+    /// The convolution's output, whose gradient this is.
+    pub fn z(&self) -> &Tensor {
+        &self.of.z
+    }
+
+    /// The whole gradient, of the shape of `z`.
+    pub fn tensor(&self) -> Result<Tensor> {
+        let z = &self.of.z;
+        let _note = profile::note("norm::backward: gradient", 0, 12 * z.elem_count());
+        if crate::gpu::runs(z.device()) {
+            return gpu::gradient(&self.of, &self.slope, &self.offset);
+        }
+        let opened = self.open()?;
+        let c = opened.of.channels;
+        let size = (z.elem_count() / c, c);
+        // SAFETY: `rows` writes all of its block.
+        #[allow(unsafe_code)]
+        let (gz, _) =
+            unsafe { cpu::blocks(size, chunk_len(c) / c, || (), |(), rows, gz| opened.rows(rows, gz)) };
+        Ok(Tensor::from_vec(gz, z.dims(), &Device::Cpu)?)
+    }
+
+    pub(crate) fn open(&self) -> Result<OpenGradient<'_>> {
+        Ok(OpenGradient { of: self.of.open()?, slope: tiled(&self.slope)?, offset: tiled(&self.offset)? })
+    }
+}
+
 /// An [`OutputGradient`] with its tensors open for reading.
 pub(crate) struct OpenGradient<'a> {
-    of: &'a OutputGradient,
-    z: cpu::Opened<'a>,
-    gy: cpu::Opened<'a>,
-    channels: usize,
+    of: OpenGated<'a>,
+    slope: Vec<f32>,
+    offset: Vec<f32>,
 }
 
 impl OpenGradient<'_> {
-    fn checked(self) -> candle_core::Result<Self> {
-        self.z.floats()?;
-        self.gy.floats()?;
-        Ok(self)
-    }
-
     /// Writes the gradient of some rows.
     pub(crate) fn rows(&self, rows: Range<usize>, gz: &mut [MaybeUninit<f32>]) {
-        let part = rows.start * self.channels..rows.end * self.channels;
-        let [z, gy] = [&self.z, &self.gy].map(|opened| opened.floats().expect("checked when it was opened"));
-        let OutputGradient { scale, shift, mean, slope, offset, gate, .. } = self.of;
-        batch_grad_z(&z[part.clone()], &gy[part], gz, scale, shift, mean, slope, offset, *gate);
+        let part = rows.start * self.of.channels..rows.end * self.of.channels;
+        let [z, gy] = self.of.floats();
+        let OpenGated { scale, shift, mean, gate, .. } = &self.of;
+        batch_grad_z(&z[part.clone()], &gy[part], gz, scale, shift, mean, &self.slope, &self.offset, *gate);
     }
 }
 
@@ -629,13 +753,6 @@ struct Gate {
     grid: Option<Grid>,
 }
 
-impl Gate {
-    fn new(check: &Check, act: Activation, quant: Option<Quantizer<'_>>) -> Result<Self> {
-        check.quantizer(quant)?;
-        Ok(Self { bounds: act.bounds(), grid: quant.map(cpu::grid).transpose()? })
-    }
-}
-
 /// The gradient at `u` of the gated function.
 #[inline(always)]
 fn gated(u: f32, gy: f32, (lo, hi): (f32, f32), passes: impl Fn(f32) -> bool) -> f32 {
@@ -856,11 +973,10 @@ mod tests {
             let (z, gy) = (random(1, dims), random(4, dims));
             let (gamma, beta) = (channels(2, dims[3], 2.0), channels(3, dims[3], 1.0));
             let stats = channel_stats(&z).unwrap();
-            let inv_std = inv_std(&stats.variance, EPSILON).unwrap();
-            let (scale, shift) = affine(&gamma, &beta, &stats.mean, &inv_std).unwrap();
-            let y = normalized(&z, &scale, &shift, act, None);
+            let norm = Normalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
+            let y = normalized(&z, &norm.scale, &norm.shift, act, None);
             assert_close(&y, &batch_reference(&z, &gamma, &beta, act).unwrap(), 1e-5, context);
-            let grads = backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant).unwrap();
+            let grads = backward_batch(&z, &gy, &norm, act, quant).unwrap();
             let gy = (gy * mask(&y, quant)).unwrap();
             let reference = |inputs: &[Tensor]| batch_reference(&inputs[0], &inputs[1], &inputs[2], act);
             let gz = grads.z.tensor().unwrap();
@@ -945,13 +1061,12 @@ mod tests {
             for quant in [None, Some(quant)] {
                 assert_same_everywhere(|| {
                     let stats = channel_stats(&z).unwrap();
-                    let inv_std = inv_std(&stats.variance, EPSILON).unwrap();
-                    let (scale, shift) = affine(&gamma, &beta, &stats.mean, &inv_std).unwrap();
+                    let norm = Normalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
                     let act = Activation::Relu6;
-                    let y = normalized(&z, &scale, &shift, act, quant);
-                    let batch =
-                        backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant).unwrap();
-                    let (gz, gshift) = backward_affine(&z, &gy, &scale, &shift, act, quant).unwrap();
+                    let y = normalized(&z, &norm.scale, &norm.shift, act, quant);
+                    let batch = backward_batch(&z, &gy, &norm, act, quant).unwrap();
+                    let (gz, gshift) =
+                        backward_affine(&z, &gy, &norm.scale, &norm.shift, act, quant).unwrap();
                     let Stats { mean, variance, min, max } = stats;
                     let (batch_gz, gz) = (batch.z.tensor().unwrap(), gz.tensor().unwrap());
                     vec![mean, variance, min, max, y, batch_gz, batch.gamma, batch.beta, gz, gshift]

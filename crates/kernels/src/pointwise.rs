@@ -8,12 +8,15 @@
 //! and `v` of a signed one, the forward product is that of the levels, exact, times `s·t`.
 //!
 //! [`backward`] computes a block of `∂z` and uses it for both gradients while it is in cache; `∂z` as a
-//! whole is never in memory.
+//! whole is never in memory. On a GPU the products are cuBLAS's, so there `∂z` is written once, and statistics are
+//! taken of what was written.
+
+mod gpu;
 
 use crate::convolution::{self, Convolution};
 use crate::cpu::{self, CHUNK, Check, open};
 use crate::feature::{Source, levels};
-use crate::norm::{Normalizer, OutputGradient, Stats};
+use crate::norm::{self, Normalizer, OutputGradient, Stats};
 use crate::product::{self, IntegerPanels, LANES, Left, Panels, Right};
 use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
 use candle_core::{Device, Tensor};
@@ -38,12 +41,22 @@ impl<'a> From<&'a Tensor> for Weight<'a> {
 
 /// `z = x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
 pub fn forward<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
-    with_product("pointwise::forward", x.into(), w.into(), |product| convolution::plain(product))
+    let (x, w) = (x.into(), w.into());
+    if crate::gpu::runs(w.value.device()) {
+        return gpu::forward(&Check("pointwise::forward"), x, w);
+    }
+    with_product("pointwise::forward", x, w, |product| convolution::plain(product))
 }
 
 /// [`forward`], with the statistics of `z`.
 pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<(Tensor, Stats)> {
-    with_product("pointwise::forward_stats", x.into(), w.into(), |product| convolution::with_stats(product))
+    let (x, w) = (x.into(), w.into());
+    if crate::gpu::runs(w.value.device()) {
+        let z = gpu::forward(&Check("pointwise::forward_stats"), x, w)?;
+        let stats = norm::channel_stats(&z)?;
+        return Ok((z, stats));
+    }
+    with_product("pointwise::forward_stats", x, w, |product| convolution::with_stats(product))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
@@ -54,7 +67,12 @@ pub fn forward_normalized<'a>(
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    with_product("pointwise::forward_normalized", x.into(), w.into(), |product| {
+    let (x, w) = (x.into(), w.into());
+    if crate::gpu::runs(w.value.device()) {
+        let z = gpu::forward(&Check("pointwise::forward_normalized"), x, w)?;
+        return norm::forward(&z, scale, shift, act, quant);
+    }
+    with_product("pointwise::forward_normalized", x, w, |product| {
         let check = Check("pointwise::forward_normalized");
         let normalizer = Normalizer::new(&check, product.n, scale, shift, act, quant)?;
         convolution::normalized(product, &normalizer, quant)
@@ -71,7 +89,10 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     };
     let rows = gz.elem_count() / n;
     let _note = profile::note(check.0, 2 * rows * k * n, 4 * (rows * (k + n) + k * n));
-    let (gz, w) = (check.float("gz", gz)?, check.float("w", w)?);
+    let (gz, w) = (check.map_float("gz", gz)?, check.float("w", w)?);
+    if crate::gpu::runs(gz.device()) {
+        return gpu::grad_input(&gz, &w);
+    }
     let panels = Panels::transposed(open(&w).floats()?, n, k);
     let opened = open(&gz);
     let x = Source::Float(opened.floats()?);
@@ -90,6 +111,9 @@ pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
     let x = x.into();
     let (rows, k, n) = sizes(&check, x, gz)?;
     let _note = profile::note(check.0, 2 * rows * k * n, x.bytes() + 4 * (rows * n + k * n));
+    if crate::gpu::runs(gz.device()) {
+        return gpu::grad_weight(&check, x, gz);
+    }
     let (x, gz) = (x.open(&check, "x")?, check.float("gz", gz)?);
     let (x, gz) = (x.opened(), open(&gz));
     let (x, gz) = (Source::new(&x)?, gz.floats()?);
@@ -109,6 +133,10 @@ pub fn backward<'a>(x: impl Into<Input<'a>>, w: &Tensor, gz: &OutputGradient) ->
     let bytes = x.bytes() + 4 * (rows * (k + 2 * n) + 2 * k * n);
     let _note = profile::note(check.0, 4 * rows * k * n, bytes);
     let dims = x.dims().to_vec();
+    if crate::gpu::runs(w.device()) {
+        let gz = gz.tensor()?;
+        return Ok((gpu::grad_weight(&check, x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?));
+    }
     let x = x.open(&check, "x")?;
     let x = x.opened();
     let gz = gz.open()?;
@@ -127,6 +155,18 @@ fn sizes(check: &Check, x: Input<'_>, gz: &Tensor) -> Result<(usize, usize, usiz
     }
 }
 
+/// Input and output channels of a forward product.
+fn operands(check: &Check, x: Input<'_>, w: Weight<'_>) -> Result<(usize, usize)> {
+    let k = match x.dims().last() {
+        Some(&k) if !x.dims().contains(&0) => k,
+        _ => return Err(check.sizes("x", x.dims(), "[…, channels], not empty")),
+    };
+    match w.value.dims() {
+        &[found, n] if found == k => Ok((k, n)),
+        _ => Err(check.shape("w", w.value, format!("[{k}, output channels]"))),
+    }
+}
+
 /// Checks the operands and calls `f` with the product.
 fn with_product<R>(
     name: &'static str,
@@ -135,15 +175,8 @@ fn with_product<R>(
     f: impl FnOnce(&Product<'_>) -> Result<R>,
 ) -> Result<R> {
     let check = Check(name);
-    let (k, dims) = match x.dims().last() {
-        Some(&k) if !x.dims().contains(&0) => (k, x.dims()),
-        _ => return Err(check.sizes("x", x.dims(), "[…, channels], not empty")),
-    };
-    let n = match w.value.dims() {
-        &[found, n] if found == k => n,
-        _ => return Err(check.shape("w", w.value, format!("[{k}, output channels]"))),
-    };
-    let dims = with_channels(dims, n);
+    let (k, n) = operands(&check, x, w)?;
+    let dims = with_channels(x.dims(), n);
     let outputs = dims.iter().product::<usize>();
     let _note = profile::note(name, 2 * outputs * k, x.bytes() + 4 * (k * n + outputs));
     let x = x.open(&check, "x")?;
@@ -299,7 +332,6 @@ fn with_channels(dims: &[usize], channels: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::norm;
     use crate::testing::*;
     use quant_core::Bits;
 
@@ -396,10 +428,9 @@ mod tests {
                     let [found, expected] = [found, expected].map(|y| elements(&y.to_float().unwrap()));
                     assert_eq!(found, expected, "{context}");
                 }
-                let inv_std = norm::inv_std(&stats.variance, 1e-5).unwrap();
+                let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
                 let gy = random(5, z.dims());
-                let quant = Some(quant);
-                let grads = norm::backward_batch(&z, &gy, &gamma, &beta, &stats.mean, &inv_std, act, quant);
+                let grads = norm::backward_batch(&z, &gy, &of_batch, act, Some(quant));
                 let gz = grads.unwrap().z;
                 let (gw, gx) = backward(x, value, &gz).unwrap();
                 let gz = gz.tensor().unwrap();

@@ -1,16 +1,21 @@
 //! Global average pooling: `y[n,c] = (Σ_{h,w} x[n,h,w,c]) / (H·W)`, so `∂x[n,h,w,c] = ∂y[n,c] / (H·W)`.
 
+mod gpu;
+
 use crate::cpu::{self, CHUNK, Check, simd};
 use crate::feature::Source;
 use crate::{Input, Result, profile};
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 
-/// The mean over the positions of `x[N, H, W, C]`, `[N, C]`.
+/// The mean over the positions of `x[N, H, W, C]`, `[N, C]`, in `f32`.
 pub fn global_average<'a>(x: impl Into<Input<'a>>) -> Result<Tensor> {
     let check = Check("pool::global_average");
     let x = x.into();
     let (n, h, w, c) = check.map_sizes("x", x.dims())?;
     let _note = profile::note(check.0, 0, x.bytes() + 4 * n * c);
+    if crate::gpu::runs(x.device()) {
+        return gpu::global_average(&check, x);
+    }
     let x = x.open(&check, "x")?;
     let x = x.opened();
     let x = Source::new(&x)?;
@@ -26,12 +31,24 @@ pub fn global_average<'a>(x: impl Into<Input<'a>>) -> Result<Tensor> {
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the means, `[N, C]`.
 pub fn backward(gy: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+    backward_as(gy, h, w, DType::F32)
+}
+
+/// [`backward`] in a given dtype: `F32`, on a GPU also `BF16`.
+pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tensor> {
     let check = Check("pool::backward");
     if gy.rank() != 2 || gy.elem_count() == 0 {
         return Err(check.shape("gy", gy, "[images, channels]"));
     }
     let _note = profile::note(check.0, 0, 4 * gy.elem_count() * (h * w + 1));
-    Ok(check.float("gy", gy)?.apply_op1_no_bwd(&Backward { h, w })?)
+    let gy = check.float("gy", gy)?;
+    if crate::gpu::runs(gy.device()) {
+        return gpu::backward(&gy, h, w, dtype);
+    }
+    if dtype != DType::F32 {
+        return Err(check.setting(format!("a gradient in {dtype:?} on the CPU, which has F32")));
+    }
+    Ok(gy.apply_op1_no_bwd(&Backward { h, w })?)
 }
 
 simd! {

@@ -4,6 +4,8 @@
 //! to `x`; the straight-through gradient `∂x = ∂y` where `x` rounds to one of the levels without being
 //! clamped, else 0.
 
+pub(crate) mod gpu;
+
 use crate::cpu::{self, CHUNK, Check, simd};
 use crate::{Quantizer, Result, profile};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Shape, Tensor};
@@ -14,7 +16,11 @@ pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::forward");
     let _note = profile::note(check.0, 0, 8 * x.elem_count());
     check.quantizer(Some(quant))?;
-    Ok(check.float("x", x)?.apply_op1_no_bwd(&Forward(quant))?)
+    let x = check.map_float("x", x)?;
+    if crate::gpu::runs(x.device()) {
+        return gpu::forward(&x, quant);
+    }
+    Ok(x.apply_op1_no_bwd(&Forward(quant))?)
 }
 
 /// The straight-through gradient: `gy` where the quantizer does not clamp `x`, else 0.
@@ -22,8 +28,11 @@ pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor>
     let check = Check("quantize::backward");
     check.quantizer(Some(quant))?;
     let _note = profile::note(check.0, 0, 12 * x.elem_count());
-    let gy = check.dims("gy", gy, x.dims())?;
-    Ok(check.float("x", x)?.apply_op2_no_bwd(&gy, &Backward(quant))?)
+    let (x, gy) = (check.map_float("x", x)?, check.map_of("gy", gy, x)?);
+    if crate::gpu::runs(x.device()) {
+        return gpu::backward(&x, &gy, quant);
+    }
+    Ok(x.apply_op2_no_bwd(&gy, &Backward(quant))?)
 }
 
 /// The smallest and the largest element, `[2]`.
@@ -33,7 +42,11 @@ pub fn min_max(x: &Tensor) -> Result<Tensor> {
         return Err(check.shape("x", x, "at least one element"));
     }
     let _note = profile::note(check.0, 0, 4 * x.elem_count());
-    Ok(check.float("x", x)?.apply_op1_no_bwd(&MinMax)?)
+    let x = check.map_float("x", x)?;
+    if crate::gpu::runs(x.device()) {
+        return gpu::min_max(&x);
+    }
+    Ok(x.apply_op1_no_bwd(&MinMax)?)
 }
 
 /// Moves a range towards that of a batch, in place: `range += momentum · (batch − range)`. A momentum
@@ -42,6 +55,9 @@ pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()>
     let check = Check("quantize::update_range");
     check.dims("range", range, &[2])?;
     let batch = check.dims("batch", batch, &[2])?;
+    if crate::gpu::runs(range.device()) {
+        return gpu::update_range(range, &batch, momentum as f32);
+    }
     Ok(range.inplace_op2(&batch, &UpdateRange(momentum as f32))?)
 }
 

@@ -3,6 +3,8 @@
 //! `y = Q(a + b)`. The gradient of the sum is that of either input; it follows from `y`'s by
 //! [`crate::quantize::backward`].
 
+mod gpu;
+
 use crate::cpu::{self, CHUNK, Check, open, simd};
 use crate::feature::{OpenInput, Source, byte};
 use crate::norm::tiled;
@@ -31,6 +33,9 @@ pub fn add_quantize<'a>(
     let b = b.into();
     let written = if quant.is_some() { 1 } else { 4 };
     let _note = profile::note(check.0, 0, b.bytes() + (4 + written) * a.elem_count());
+    if crate::gpu::runs(a.device()) {
+        return gpu::add_quantize(&check, a, b, quant);
+    }
     let (a, b) = operands(&check, a, b)?;
     let dims = a.dims();
     let (a, b) = (open(&a), b.opened());
@@ -69,9 +74,12 @@ pub fn add_normalized<'a>(
     let check = Check("residual::add_normalized");
     let (rows, c) = check.rows("z", z)?;
     let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-    let (scale, shift) = (tiled(&scale)?, tiled(&shift)?);
     let b = b.into();
     let _note = profile::note(check.0, 0, b.bytes() + 8 * z.elem_count());
+    if crate::gpu::runs(z.device()) {
+        return gpu::add_normalized(&check, z, &scale, &shift, b);
+    }
+    let (scale, shift) = (tiled(&scale)?, tiled(&shift)?);
     let (z, b) = operands(&check, z, b)?;
     let dims = z.dims();
     let (z, b) = (open(&z), b.opened());
@@ -88,10 +96,15 @@ pub fn add_normalized<'a>(
     Ok((Tensor::from_vec(sum, dims, &Device::Cpu)?, Tensor::new(&[range.0, range.1], &Device::Cpu)?))
 }
 
-fn operands(check: &Check, a: &Tensor, b: Input<'_>) -> Result<(Tensor, OpenInput)> {
+fn same_dims(check: &Check, a: &Tensor, b: Input<'_>) -> Result<()> {
     if a.dims() != b.dims() {
         return Err(check.sizes("b", b.dims(), format!("{:?}", a.dims())));
     }
+    Ok(())
+}
+
+fn operands(check: &Check, a: &Tensor, b: Input<'_>) -> Result<(Tensor, OpenInput)> {
+    same_dims(check, a, b)?;
     Ok((check.float("a", a)?, b.open(check, "b")?))
 }
 

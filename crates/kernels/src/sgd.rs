@@ -1,9 +1,33 @@
 //! Stochastic gradient descent with momentum and weight decay, in place, by PyTorch's convention:
 //! `v ← m·v + (g + λ·p)`, then `p ← p − lr·v`.
 
+mod gpu;
+
 use crate::cpu::{self, Check};
 use crate::{Result, profile};
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
+
+/// What a step does to every parameter.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// Learning rate.
+    pub lr: f64,
+    /// Momentum `m`, 0 … 1.
+    pub momentum: f64,
+}
+
+/// A parameter with its gradient, all three of one shape.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// Changed in place.
+    pub param: &'a Tensor,
+    /// Of the loss.
+    pub grad: &'a Tensor,
+    /// Changed in place; begins as zeros.
+    pub velocity: &'a Tensor,
+    /// Weight decay `λ`.
+    pub weight_decay: f64,
+}
 
 /// One step for one parameter; all three tensors have its shape. Changes `velocity` (which begins as
 /// zeros) and `param` in place.
@@ -15,18 +39,34 @@ pub fn step(
     momentum: f64,
     weight_decay: f64,
 ) -> Result<()> {
+    step_all(&[Update { param, grad, velocity, weight_decay }], Rule { lr, momentum })
+}
+
+/// One step for many parameters: on a GPU in a few launches.
+pub fn step_all(updates: &[Update<'_>], rule: Rule) -> Result<()> {
     let check = Check("sgd::step");
-    let grad = check.dims("grad", grad, param.dims())?;
-    for (argument, tensor) in [("param", param), ("velocity", velocity)] {
-        check.dims(argument, tensor, param.dims())?;
-        if !tensor.is_contiguous() {
-            return Err(check.setting(format!("{argument} is changed in place and must be contiguous")));
+    let _note = profile::note(check.0, 0, 28 * updates.iter().map(|u| u.param.elem_count()).sum::<usize>());
+    let mut grads = Vec::with_capacity(updates.len());
+    for Update { param, grad, velocity, .. } in updates {
+        grads.push(check.dims("grad", grad, param.dims())?);
+        for (argument, tensor) in [("param", param), ("velocity", velocity)] {
+            check.dims(argument, tensor, param.dims())?;
+            if !tensor.is_contiguous() {
+                return Err(check.setting(format!("{argument} is changed in place and must be contiguous")));
+            }
         }
     }
-    let _note = profile::note(check.0, 0, 28 * param.elem_count());
-    let accumulate = Accumulate { momentum: momentum as f32, weight_decay: weight_decay as f32 };
-    velocity.inplace_op3(&grad, param, &accumulate)?;
-    Ok(param.inplace_op2(velocity, &Descend { lr: lr as f32 })?)
+    let updates: Vec<Update<'_>> =
+        updates.iter().zip(&grads).map(|(update, grad)| Update { grad, ..*update }).collect();
+    if updates.first().is_some_and(|update| crate::gpu::runs(update.param.device())) {
+        return gpu::step(&updates, rule);
+    }
+    for Update { param, grad, velocity, weight_decay } in updates {
+        let accumulate = Accumulate { momentum: rule.momentum as f32, weight_decay: weight_decay as f32 };
+        velocity.inplace_op3(grad, param, &accumulate)?;
+        param.inplace_op2(velocity, &Descend { lr: rule.lr as f32 })?;
+    }
+    Ok(())
 }
 
 /// `v ← m·v + (g + λ·p)`.

@@ -82,11 +82,10 @@ fn batch_normalization() {
     let [gamma, beta] = ["norm.gamma", "norm.beta"].map(|name| golden.get(name));
     let act = Activation::Relu6;
     let stats = norm::channel_stats(z).unwrap();
-    let inv_std = norm::inv_std(&stats.variance, 1e-5).unwrap();
-    let (scale, shift) = norm::affine(gamma, beta, &stats.mean, &inv_std).unwrap();
-    let y = norm::forward(z, &scale, &shift, act, None).unwrap();
+    let of_batch = norm::Normalization::new(&stats, gamma, beta, 1e-5).unwrap();
+    let y = norm::forward(z, &of_batch.scale, &of_batch.shift, act, None).unwrap();
     golden.check("norm.y", &y.to_float().unwrap(), 1e-4);
-    let grads = norm::backward_batch(z, gy, gamma, beta, &stats.mean, &inv_std, act, None).unwrap();
+    let grads = norm::backward_batch(z, gy, &of_batch, act, None).unwrap();
     golden.check("norm.gz", &grads.z.tensor().unwrap(), 1e-4);
     golden.check("norm.ggamma", &grads.gamma, SUMS);
     golden.check("norm.gbeta", &grads.beta, SUMS);

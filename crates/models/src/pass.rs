@@ -1,8 +1,13 @@
 //! The forward and backward passes: a tape of what each unit's gradient needs, walked back once.
+//!
+//! A pass runs where the network is ([`Network::to_device`]), which must be where its images are. On a GPU the images'
+//! dtype is that in which feature maps and their gradients are stored: `F32`, or `BF16`, which takes half of the
+//! memory traffic. Parameters, their gradients, statistics and everything from the pooled features on are `F32`
+//! always. Nothing in a pass waits for the GPU.
 
-use crate::{ActivationQuantizer, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
-use candle_core::Tensor;
-use kernels::norm::Stats;
+use crate::{ActivationQuantizer, BatchNorm, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
+use candle_core::{DType, Tensor};
+use kernels::norm::{Normalization, Running, Stats};
 use kernels::{FeatureMap, Quantizer, depthwise, im2col, norm, pointwise, pool, quantize, residual};
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
@@ -31,10 +36,22 @@ struct Record {
     sum: Option<Tensor>,
 }
 
-/// The normalization as the forward pass applied it.
+/// What followed the convolution, as the forward pass applied it.
 enum Affine {
-    Batch { mean: Tensor, inv_std: Tensor },
-    Bias,
+    Batch(Normalization),
+    /// A scale of 1, and the bias.
+    Bias { ones: Tensor },
+}
+
+impl Affine {
+    /// Scale and shift.
+    fn map<'a>(&'a self, norm: &'a Norm) -> (&'a Tensor, &'a Tensor) {
+        match (self, norm) {
+            (Self::Batch(batch), _) => (&batch.scale, &batch.shift),
+            (Self::Bias { ones }, Norm::Bias(bias)) => (ones, bias),
+            (Self::Bias { .. }, Norm::Batch(_)) => unreachable!("recorded by this network"),
+        }
+    }
 }
 
 /// What looks on at a forward pass: `observe(unit, z, y)`.
@@ -52,8 +69,8 @@ struct UsedWeight {
 /// What the forward pass leaves for the backward pass.
 pub struct Tape {
     records: Vec<Record>,
-    /// Height and width before pooling.
-    pooled_from: (usize, usize),
+    /// Height, width and dtype before pooling.
+    pooled_from: (usize, usize, DType),
     /// The pooled features before and after their quantizer.
     features: (Tensor, Tensor),
     head_weight: UsedWeight,
@@ -255,34 +272,35 @@ impl Network {
                     (z, Some(stats))
                 }
             };
-            let (affine, scale, shift) = match (&mut unit.norm, &stats) {
+            let affine = match (&mut unit.norm, &stats) {
                 (Norm::Batch(norm), Some(stats)) => {
-                    let inv_std = norm::inv_std(&stats.variance, epsilon)?;
-                    let (scale, shift) = norm::affine(&norm.gamma, &norm.beta, &stats.mean, &inv_std)?;
-                    let count = z.elem_count() / z.dim(candle_core::D::Minus1)?;
-                    let unbiased = (&stats.variance * (count as f64 / (count.max(2) - 1) as f64))?;
-                    norm.mean = moving_average(&norm.mean, &stats.mean, NORM_MOMENTUM)?;
-                    norm.variance = moving_average(&norm.variance, &unbiased, NORM_MOMENTUM)?;
-                    (Affine::Batch { mean: stats.mean.clone(), inv_std }, scale, shift)
+                    let BatchNorm { gamma, beta, mean, variance } = norm;
+                    let running = Running { mean: mean.clone(), variance: variance.clone() };
+                    let rows = z.elem_count() / z.dim(candle_core::D::Minus1)?;
+                    let (batch, running) =
+                        norm::prepare(stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
+                    (norm.mean, norm.variance) = (running.mean, running.variance);
+                    Affine::Batch(batch)
                 }
-                (Norm::Bias(bias), _) => (Affine::Bias, bias.ones_like()?, bias.clone()),
+                (Norm::Bias(bias), _) => Affine::Bias { ones: bias.ones_like()? },
                 (Norm::Batch(_), None) => unreachable!("live normalization always takes statistics"),
             };
+            let (scale, shift) = affine.map(&unit.norm);
             let from = residuals.iter().find(|r| r.to == i).map(|r| r.from);
             let (output, sum) = if let Some(from) = from {
                 let shortcut = shortcuts[from].take().expect("kept when it was made");
-                let (sum, extremes) = residual::add_normalized(&z, &scale, &shift, &shortcut)?;
+                let (sum, extremes) = residual::add_normalized(&z, scale, shift, &shortcut)?;
                 if let Some(q) = &mut unit.output_quantizer {
                     q.observe(&extremes, step.range_momentum)?;
                 }
                 (FeatureMap::quantize(&sum, kernel_of(&unit.output_quantizer))?, Some(sum))
             } else {
                 if let (Some(q), Some(stats)) = (&mut unit.output_quantizer, &stats) {
-                    let extremes = norm::output_range(stats, &scale, &shift, unit.activation)?;
+                    let extremes = norm::output_range(stats, scale, shift, unit.activation)?;
                     q.observe(&extremes, step.range_momentum)?;
                 }
                 let quantizer = kernel_of(&unit.output_quantizer);
-                (norm::forward(&z, &scale, &shift, unit.activation, quantizer)?, None)
+                (norm::forward(&z, scale, shift, unit.activation, quantizer)?, None)
             };
             if residuals.iter().any(|r| r.from == i) {
                 shortcuts[i] = Some(output.clone());
@@ -290,7 +308,8 @@ impl Network {
             let input = std::mem::replace(&mut x, output);
             records.push(Record { input, z, weight, affine, sum });
         }
-        let pooled_from = spatial(&x);
+        let (h, w) = spatial(&x);
+        let pooled_from = (h, w, x.dtype());
         let pooled = pool::global_average(&x)?;
         if let Some(q) = &mut self.head.input_quantizer {
             q.observe(&quantize::min_max(&pooled)?, step.range_momentum)?;
@@ -303,7 +322,7 @@ impl Network {
 
     /// The gradients of every parameter from that of the logits `[N, classes]`.
     pub fn backward(&self, tape: Tape, logits: &Tensor) -> Result<Gradients> {
-        let Tape { mut records, pooled_from: (h, w), features: (pooled, features), head_weight } = tape;
+        let Tape { mut records, pooled_from: (h, w, dtype), features: (pooled, features), head_weight } = tape;
         // Collected from the last parameter to the first.
         let mut gradients = Vec::new();
         gradients.push(logits.sum(0)?);
@@ -313,7 +332,7 @@ impl Network {
         if let Some(q) = kernel_of(&self.head.input_quantizer) {
             g = quantize::backward(&pooled, &g, q)?;
         }
-        g = pool::backward(&g, h, w)?;
+        g = pool::backward_as(&g, h, w, dtype)?;
 
         let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate().rev() {
@@ -328,30 +347,20 @@ impl Network {
                 }
                 shortcuts[from] = Some(g.clone());
             }
-            let gz = match (&unit.norm, affine) {
-                (Norm::Batch(norm), Affine::Batch { mean, inv_std }) => {
-                    let (gamma, beta) = (&norm.gamma, &norm.beta);
-                    let all = norm::backward_batch(
-                        &z,
-                        &g,
-                        gamma,
-                        beta,
-                        &mean,
-                        &inv_std,
-                        unit.activation,
-                        quantizer,
-                    )?;
+            let gz = match &affine {
+                Affine::Batch(batch) => {
+                    let all = norm::backward_batch(&z, &g, batch, unit.activation, quantizer)?;
                     gradients.push(all.beta);
                     gradients.push(all.gamma);
                     all.z
                 }
-                (Norm::Bias(bias), _) => {
+                Affine::Bias { .. } => {
+                    let (scale, shift) = affine.map(&unit.norm);
                     let (gz, shift) =
-                        norm::backward_affine(&z, &g, &bias.ones_like()?, bias, unit.activation, quantizer)?;
+                        norm::backward_affine(&z, &g, scale, shift, unit.activation, quantizer)?;
                     gradients.push(shift);
                     gz
                 }
-                (Norm::Batch(_), Affine::Bias) => unreachable!("recorded by this network"),
             };
             drop(z);
             let weight_gradient = match unit.kernel {
@@ -380,9 +389,4 @@ impl Network {
 /// Height and width of a feature map `[N, H, W, C]`.
 fn spatial(map: &FeatureMap) -> (usize, usize) {
     (map.dims()[1], map.dims()[2])
-}
-
-/// `old + momentum·(new − old)`.
-fn moving_average(old: &Tensor, new: &Tensor, momentum: f64) -> Result<Tensor> {
-    Ok((old + ((new - old)? * momentum)?)?)
 }

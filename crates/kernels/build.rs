@@ -1,0 +1,83 @@
+//! Compiles the CUDA kernels to PTX, with the feature `cuda`; without it there is nothing to do.
+//!
+//! nvcc is that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`. The PTX is for the compute capability in
+//! `CUDA_COMPUTE_CAP` (75 for 7.5, the default): a GPU of that or any later one runs it, compiled by its driver.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Folders and names of the `.cu` files.
+const MODULES: [&str; 10] =
+    ["augment", "depthwise", "feature", "im2col", "loss", "norm", "pool", "quantize", "residual", "sgd"];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    for variable in ["CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP", "PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    if let Err(problem) = compile() {
+        // One message, rather than a panic with a trace.
+        for line in problem.lines() {
+            println!("cargo::error={line}");
+        }
+    }
+}
+
+/// Compiles every module, or says what is missing.
+fn compile() -> Result<(), String> {
+    let nvcc = nvcc()?;
+    let capability = capability()?;
+    let source = Path::new("src");
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; run cargo")?);
+    for header in ["gpu/common.cuh", "gpu/moments.cuh"] {
+        println!("cargo::rerun-if-changed={}", source.join(header).display());
+    }
+    for module in MODULES {
+        let file = source.join(module).join(format!("{module}.cu"));
+        println!("cargo::rerun-if-changed={}", file.display());
+        let output = Command::new(&nvcc)
+            // Operations are rounded one by one, as on the CPU (common.cuh).
+            .args(["--ptx", "--std=c++17", "-O3", "--fmad=false"])
+            .arg(format!("--gpu-architecture=compute_{capability}"))
+            .arg("--include-path")
+            .arg(source.join("gpu"))
+            .arg("--output-file")
+            .arg(out.join(format!("{module}.ptx")))
+            .arg(&file)
+            .output()
+            .map_err(|e| format!("{}: {e}", nvcc.display()))?;
+        if !output.status.success() {
+            let found = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("{} does not compile for compute capability {capability}:\n{found}", file.display()));
+        }
+    }
+    Ok(())
+}
+
+fn nvcc() -> Result<PathBuf, String> {
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| PathBuf::from(home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    homes
+        .chain(env::split_paths(&path))
+        .map(|folder| folder.join("nvcc"))
+        .find(|nvcc| nvcc.is_file())
+        .ok_or_else(|| {
+            "the feature cuda needs nvcc, which is neither in CUDA_HOME nor in CUDA_PATH nor in PATH.\n\
+             scripts/cuda-toolchain fetches NVIDIA's compiler and libraries and says what to set."
+                .into()
+        })
+}
+
+/// `CUDA_COMPUTE_CAP` without its dot.
+fn capability() -> Result<String, String> {
+    let found = env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "75".into());
+    let digits: String = found.chars().filter(|c| *c != '.').collect();
+    match digits.parse::<u32>() {
+        Ok(75..) => Ok(digits),
+        _ => Err(format!("CUDA_COMPUTE_CAP is {found:?}, expected 75 (compute capability 7.5) or more, e.g. 90")),
+    }
+}

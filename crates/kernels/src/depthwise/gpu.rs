@@ -1,0 +1,156 @@
+//! Launches of depthwise.cu.
+
+use super::Geometry;
+use crate::cpu::Check;
+use crate::gpu::{Launch, Map, Module, OVER_PARTS, block_of, empty, name, width};
+use crate::norm::gpu::Partials;
+use crate::{Input, Result};
+use candle_core::{DType, Tensor};
+
+/// Rows of a strip, at most: few enough for the statistics' sums, and for enough threads on small batches.
+const BAND: usize = 16;
+
+/// How maps are cut (`Strips` in depthwise.cu).
+struct Strips {
+    images: usize,
+    from: (usize, usize),
+    to: (usize, usize),
+    channels: usize,
+    band: usize,
+    across: usize,
+    down: usize,
+}
+
+impl Strips {
+    /// Strips of `columns` columns over `cells` rows and columns of the map that is cut.
+    fn new(
+        images: usize,
+        from: (usize, usize),
+        to: (usize, usize),
+        channels: usize,
+        cells: (usize, usize),
+        columns: usize,
+    ) -> Self {
+        // Bands of equal height.
+        let band = cells.0.div_ceil(cells.0.div_ceil(BAND));
+        let (across, down) = (cells.1.div_ceil(columns), cells.0.div_ceil(band));
+        Self { images, from, to, channels, band, across, down }
+    }
+
+    fn count(&self) -> usize {
+        self.images * self.across * self.down
+    }
+
+    fn fields(&self) -> [usize; 9] {
+        let &Self { images, from, to, channels, band, across, down } = self;
+        [images, from.0, from.1, to.0, to.1, channels, band, across, down]
+    }
+}
+
+/// Columns of a strip of the convolution, as its kernels are compiled.
+fn columns(stride: usize) -> usize {
+    if stride == 1 { 2 } else { 1 }
+}
+
+/// The convolution of a contiguous map, in `dtype`, and what its parts leave of the statistics, if asked for.
+fn convolve(
+    x: &Map,
+    w: &Tensor,
+    (stride, reversed): (usize, bool),
+    strips: &Strips,
+    dtype: DType,
+    stats: bool,
+) -> Result<(Tensor, Option<Partials>)> {
+    let (device, c) = (x.tensor.device(), strips.channels);
+    let z = empty((strips.images, strips.to.0, strips.to.1, c), dtype, device)?;
+    let width = width(c, [&x.tensor, w, &z])?;
+    let (block, slices) = block_of(c, width);
+    let parts = strips.count().div_ceil(block[1]);
+    let partials = stats.then(|| Partials::new(parts, c, device)).transpose()?;
+    let kernel = format!("convolve_{}_{}_{stride}_{width}", x.name(), name(dtype));
+    let launch = Launch::new(Module::Depthwise, kernel, [slices, parts], block)
+        .read(&x.tensor)?
+        .read(w)?
+        .write(&z)?
+        .read_if(x.range.as_ref())?;
+    Partials::fields(partials.as_ref(), launch)?
+        .sizes(strips.fields())?
+        .floats([x.max_level])
+        .sizes([usize::from(reversed)])?
+        .run()?;
+    Ok((z, partials))
+}
+
+/// The convolution, and if `stats` what [`Partials::merged`] makes the statistics of.
+pub(super) fn forward(
+    check: &Check,
+    x: Input<'_>,
+    w: &Tensor,
+    stride: usize,
+    stats: bool,
+) -> Result<(Tensor, Option<Partials>)> {
+    let (n, h, width, c) = check.map_sizes("x", x.dims())?;
+    let w = check.dims("w", w, &[3, 3, c])?;
+    let Geometry { ho, wo, .. } = Geometry::new(check, h, width, c, stride)?;
+    let outputs = n * ho * wo * c;
+    let _note = crate::profile::note(check.0, 18 * outputs, x.bytes() + 4 * outputs);
+    let strips = Strips::new(n, (h, width), (ho, wo), c, (ho, wo), columns(stride));
+    convolve(&Map::new(check, "x", x)?, &w, (stride, false), &strips, x.dtype(), stats)
+}
+
+/// The gradient of the input: for stride 1 the convolution with the weight turned by half a turn.
+pub(super) fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) -> Result<Tensor> {
+    let (n, ho, wo, c) = gz.dims4()?;
+    if stride == 1 {
+        let map = Map { tensor: gz.clone(), range: None, max_level: 0.0 };
+        let strips = Strips::new(n, (ho, wo), size, c, size, columns(1));
+        return Ok(convolve(&map, w, (1, true), &strips, gz.dtype(), false)?.0);
+    }
+    let gx = empty((n, size.0, size.1, c), gz.dtype(), gz.device())?;
+    let width = width(c, [gz, w, &gx])?;
+    let cells = (size.0.div_ceil(2), size.1.div_ceil(2));
+    let strips = Strips::new(n, (ho, wo), size, c, cells, 1);
+    let (block, slices) = block_of(c, width);
+    let grid = [slices, strips.count().div_ceil(block[1])];
+    Launch::new(Module::Depthwise, format!("spread_{}_{width}", name(gz.dtype())), grid, block)
+        .read(gz)?
+        .read(w)?
+        .write(&gx)?
+        .sizes(strips.fields())?
+        .run()?;
+    Ok(gx)
+}
+
+/// Parts of the weight's gradient, about.
+const PARTS: usize = 1024;
+
+/// The gradient of the weight, `[3, 3, C]` in `f32`.
+pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor, stride: usize) -> Result<Tensor> {
+    let (n, h, w, c) = check.map_sizes("x", x.dims())?;
+    let (_, ho, wo, _) = gz.dims4()?;
+    let x = Map::new(check, "x", x)?;
+    let width = width(c, [&x.tensor, gz])?;
+    let strips = Strips::new(n, (h, w), (ho, wo), c, (ho, wo), 1);
+    let (block, slices) = block_of(c, width);
+    // Whole blocks of strips, two at least, as each part leaves sums.
+    let per_part = strips.count().div_ceil((PARTS / slices).max(1)).max(2 * block[1]).next_multiple_of(block[1]);
+    let parts = strips.count().div_ceil(per_part);
+    let sums = empty((parts, 9 * c), DType::F32, gz.device())?;
+    let kernel = format!("correlate_{}_{}_{stride}_{width}", x.name(), name(gz.dtype()));
+    Launch::new(Module::Depthwise, kernel, [slices, parts], block)
+        .read(&x.tensor)?
+        .read(gz)?
+        .read_if(x.range.as_ref())?
+        .write(&sums)?
+        .sizes(strips.fields())?
+        .sizes([per_part])?
+        .floats([x.max_level])
+        .run()?;
+    let gw = empty((3, 3, c), DType::F32, gz.device())?;
+    Launch::new(Module::Depthwise, "total", [(9 * c).div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
+        .read(&sums)?
+        .write(&gw)?
+        .sizes([parts, 9 * c])?
+        .run()?;
+    Ok(gw)
+}

@@ -1,0 +1,49 @@
+//! Launches of feature.cu.
+
+use super::{FeatureMap, Levels};
+use crate::gpu::{Launch, Module, empty, name, width};
+use crate::{Quantizer, Result};
+use candle_core::{DType, Tensor};
+
+/// `y`, of the shape of `x`, from a kernel that takes the elements one by one.
+fn convert(kernel: &str, x: &Tensor, quant: Quantizer<'_>, of: DType, to: DType) -> Result<Tensor> {
+    let y = empty(x.dims(), to, x.device())?;
+    let width = width(x.elem_count(), [x, &y])?;
+    let count = x.elem_count() / width;
+    Launch::shared(Module::Feature, format!("{kernel}_{}_{width}", name(of)), count)
+        .read(x)?
+        .read(quant.range)?
+        .write(&y)?
+        .sizes([count])?
+        .floats([quant.bits.max_level() as f32])
+        .run()?;
+    Ok(y)
+}
+
+pub(super) fn quantize(x: &Tensor, quant: Quantizer<'_>) -> Result<FeatureMap> {
+    FeatureMap::of(convert("levels", x, quant, x.dtype(), DType::U8)?, x.dtype(), Some(quant))
+}
+
+pub(super) fn to_float(levels: &Levels) -> Result<Tensor> {
+    let contiguous = levels.levels.contiguous()?;
+    convert("values", &contiguous, levels.quantizer(), levels.dtype, levels.dtype)
+}
+
+/// The levels of `x` (levels already, or the floats before quantization) less their zero point, in `bf16`, which holds
+/// these whole numbers of at most 8 bits exactly.
+pub(crate) fn integers(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
+    convert("integers", x, quant, x.dtype(), DType::BF16)
+}
+
+/// The product of the quantizers' steps, and 0: what [`crate::gpu::product`] multiplies a product of integers by.
+pub(crate) fn steps(a: Quantizer<'_>, b: Option<Quantizer<'_>>) -> Result<Tensor> {
+    let factors = empty(2, DType::F32, a.range.device())?;
+    let max_level = |quant: Quantizer<'_>| quant.bits.max_level() as f32;
+    Launch::new(Module::Feature, "steps", [1, 1], [1, 1])
+        .read(a.range)?
+        .read_if(b.map(|b| b.range))?
+        .write(&factors)?
+        .floats([max_level(a), b.map_or(0.0, max_level)])
+        .run()?;
+    Ok(factors)
+}

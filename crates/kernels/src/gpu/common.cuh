@@ -1,0 +1,212 @@
+// What the kernels share. They are compiled by nvcc for GPUs and, in tests, by a C++ compiler for the CPU (host.h).
+//
+// Arithmetic is what the CPU's kernels do, operation by operation: contraction is off in both compilations
+// (nvcc --fmad=false, c++ -ffp-contract=off), so that a product and a sum are one rounding only where `fmaf` says so;
+// divisions and square roots are rounded correctly, subnormal numbers are kept (nvcc's defaults).
+//
+// A kernel takes one struct of arguments, whose fields the Rust side lists in the same order (`Launch` in gpu.rs).
+// Pointers may be null where a comment says so. Blocks have at most THREADS threads.
+#pragma once
+
+#ifndef __CUDACC__
+#include "host.h"
+#endif
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+
+#define THREADS 256
+
+#ifdef __CUDACC__
+#define KERNEL(name, Arguments, ...) \
+    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Arguments a) { __VA_ARGS__(a); }
+#else
+#define KERNEL(name, Arguments, ...)                                                                     \
+    extern "C" int name(const void *a, size_t size, const u32 *launch, int reverse) {                    \
+        return emulation::run(*(const Arguments *)a, size, __VA_ARGS__, launch, reverse);                \
+    }
+#endif
+
+// A float of 16 bits, as tensors store it: the upper half of a float32.
+struct bf16 {
+    unsigned short bits;
+};
+
+// Elements as floats.
+__device__ inline float value(float x) { return x; }
+__device__ inline float value(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ inline float value(u8 x) { return (float)x; }
+
+// A float as an element. bf16: the nearest, ties to even; NaN stays NaN.
+template <typename T> __device__ T element(float x);
+template <> __device__ inline float element<float>(float x) { return x; }
+template <> __device__ inline bf16 element<bf16>(float x) {
+    u32 bits = __float_as_uint(x);
+    bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    bf16 y = {(unsigned short)(nan ? ((bits >> 16) | 0x40u) : rounded)};
+    return y;
+}
+// A whole number from 0 to 255.
+template <> __device__ inline u8 element<u8>(float x) { return (u8)(u32)x; }
+
+// V neighbouring elements in memory, read and written at once, and V floats in registers.
+template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
+    T at[V];
+};
+template <int V> struct Vec {
+    float at[V];
+};
+
+template <int V> __device__ inline Vec<V> splat(float x) {
+    Vec<V> y;
+#pragma unroll
+    for (int i = 0; i < V; i++) y.at[i] = x;
+    return y;
+}
+
+template <int V, typename T> __device__ inline Vec<V> load(const T *from, size_t at) {
+    Pack<T, V> pack = *(const Pack<T, V> *)(from + at);
+    Vec<V> y;
+#pragma unroll
+    for (int i = 0; i < V; i++) y.at[i] = value(pack.at[i]);
+    return y;
+}
+
+template <int V, typename T> __device__ inline void store(T *to, size_t at, const Vec<V> &x) {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int i = 0; i < V; i++) pack.at[i] = element<T>(x.at[i]);
+    *(Pack<T, V> *)(to + at) = pack;
+}
+
+// A quantization grid: quant_core::Grid, the same operations in the same order.
+struct Grid {
+    float step, per_step, zero_point, max_level;
+
+    // Before clamping.
+    __device__ float unclamped(float x) const { return rintf(x * per_step) + zero_point; }
+
+    // 0 … max_level. A NaN is level 0.
+    __device__ float level(float x) const {
+        float level = unclamped(x);
+        level = level > 0.0f ? level : 0.0f;
+        return level < max_level ? level : max_level;
+    }
+
+    __device__ float value(float level) const { return (level - zero_point) * step; }
+
+    // Whether x rounds to a level without being clamped.
+    __device__ bool passes(float x) const {
+        float level = unclamped(x);
+        return level >= 0.0f && level <= max_level;
+    }
+};
+
+// The grid over a range (lo, hi), widened to hold zero.
+__device__ inline Grid grid_of(const float *range, float max_level) {
+    Grid grid;
+    float lo = fminf(range[0], 0.0f), hi = fmaxf(range[1], 0.0f);
+    grid.step = fmaxf((hi - lo) / max_level, 1.17549435e-38f);
+    float zero_point = rintf(-lo / grid.step);
+    zero_point = zero_point < 0.0f ? 0.0f : zero_point;
+    grid.zero_point = zero_point > max_level ? max_level : zero_point;
+    grid.per_step = 1.0f / grid.step;
+    grid.max_level = max_level;
+    return grid;
+}
+
+// How elements of a feature map are read: floats, or levels of a grid.
+template <typename X> struct Reader {
+    __device__ Reader(const float *, float) {}
+    template <int V> __device__ Vec<V> read(const X *x, size_t at) const { return load<V>(x, at); }
+};
+template <> struct Reader<u8> {
+    Grid grid;
+    __device__ Reader(const float *range, float max_level) : grid(grid_of(range, max_level)) {}
+    template <int V> __device__ Vec<V> read(const u8 *x, size_t at) const {
+        Vec<V> y = load<V>(x, at);
+#pragma unroll
+        for (int i = 0; i < V; i++) y.at[i] = grid.value(y.at[i]);
+        return y;
+    }
+};
+
+// How the rows and channels of a map [rows, channels] are cut: block x takes blockDim.x groups of V channels, block y
+// the rows of a part, of which the threads take every blockDim.y-th.
+struct Columns {
+    u32 rows, channels, rows_per_part;
+
+    template <int V> __device__ u32 channel() const { return (blockIdx.x * blockDim.x + threadIdx.x) * V; }
+    __device__ u32 first() const { return blockIdx.y * rows_per_part + threadIdx.y; }
+    __device__ u32 end() const {
+        u32 end = (blockIdx.y + 1) * rows_per_part;
+        return end < rows ? end : rows;
+    }
+};
+
+// The thread's place in its block.
+__device__ inline u32 thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
+
+// Where a gradient passes through an activation, a clamp to (lo, hi), and through a quantizer if there is a range.
+struct Gate {
+    float lo, hi;
+    bool quantized;
+    Grid grid;
+
+    __device__ Gate(float lo, float hi, const float *range, float max_level) : lo(lo), hi(hi), quantized(range) {
+        if (quantized) grid = grid_of(range, max_level);
+    }
+
+    __device__ float gated(float u, float gy) const {
+        bool passes = lo < u && u < hi && (!quantized || grid.passes(u));
+        return passes ? gy : 0.0f;
+    }
+};
+
+// x clamped to (lo, hi), NaN staying NaN.
+__device__ inline float clamped(float x, float lo, float hi) {
+    x = x < lo ? lo : x;
+    return x > hi ? hi : x;
+}
+
+// The smallest power of two that is at least n, halved: where a tree of sums over n begins.
+__device__ inline u32 half_of(u32 n) {
+    u32 half = 1;
+    while (2 * half < n) half *= 2;
+    return n > 1 ? half : 0;
+}
+
+// The extremes of all threads of the block, in thread 0.
+__device__ inline void block_extremes(float &lo, float &hi) {
+    __shared__ float los[THREADS], his[THREADS];
+    u32 t = thread(), count = blockDim.x * blockDim.y;
+    los[t] = lo;
+    his[t] = hi;
+    __syncthreads();
+    for (u32 half = half_of(count); half > 0; half /= 2) {
+        if (t < half && t + half < count) {
+            los[t] = fminf(los[t], los[t + half]);
+            his[t] = fmaxf(his[t], his[t + half]);
+        }
+        __syncthreads();
+    }
+    lo = los[0];
+    hi = his[0];
+    __syncthreads();
+}
+
+// The sum over the threads of a block that differ in threadIdx.y, in those where it is 0.
+__device__ inline double column_sum(double x) {
+    __shared__ double sums[THREADS];
+    u32 t = thread();
+    sums[t] = x;
+    __syncthreads();
+    for (u32 half = half_of(blockDim.y); half > 0; half /= 2) {
+        if (threadIdx.y < half && threadIdx.y + half < blockDim.y) sums[t] += sums[t + half * blockDim.x];
+        __syncthreads();
+    }
+    x = sums[threadIdx.x];
+    __syncthreads();
+    return x;
+}

@@ -1,0 +1,150 @@
+//! Launches on CUDA devices, through Candle's backend.
+
+use super::product::Factor;
+use super::{Launch, Module, start};
+use candle_core::cuda_backend::cudarc::cublas::{result, sys};
+use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
+use candle_core::{DType, Layout, Result, Tensor};
+use std::ffi::c_void;
+
+/// The PTX of a module, which the driver compiles for its GPU when the module is first used.
+fn ptx(module: Module) -> &'static str {
+    macro_rules! built {
+        ($name:literal) => {
+            include_str!(concat!(env!("OUT_DIR"), "/", $name, ".ptx"))
+        };
+    }
+    match module {
+        Module::Augment => built!("augment"),
+        Module::Depthwise => built!("depthwise"),
+        Module::Feature => built!("feature"),
+        Module::Im2col => built!("im2col"),
+        Module::Loss => built!("loss"),
+        Module::Norm => built!("norm"),
+        Module::Pool => built!("pool"),
+        Module::Quantize => built!("quantize"),
+        Module::Residual => built!("residual"),
+        Module::Sgd => built!("sgd"),
+    }
+}
+
+/// Puts a kernel at the end of the device's stream.
+pub(super) fn launch(launch: &Launch, device: &CudaDevice) -> Result<()> {
+    // With a name of its own, as Candle has modules too.
+    let module = format!("pfq-{}", launch.module.name());
+    let function = device.get_or_load_custom_func(&launch.kernel, &module, ptx(launch.module))?;
+    let config = LaunchConfig {
+        grid_dim: (launch.grid[0], launch.grid[1], 1),
+        block_dim: (launch.block[0], launch.block[1], 1),
+        shared_mem_bytes: 0,
+    };
+    let mut builder = function.builder();
+    // The driver copies as many bytes from there as the kernel's struct has.
+    builder.arg(&launch.arguments.words[0]);
+    // SAFETY: the launch lists the fields of the kernel's struct, and cuts the work for tensors of these sizes; the
+    // emulation checks both in tests.
+    #[allow(unsafe_code)]
+    unsafe {
+        builder.launch(config)
+    }
+    .w()?;
+    Ok(())
+}
+
+/// Where a contiguous tensor's elements lie on the device. All work on it is in one stream, so nothing needs to be
+/// recorded for others.
+pub(super) fn address(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
+    let (start, stream) = (start(layout)?, storage.device.cuda_stream());
+    macro_rules! address {
+        ($slice:expr, $size:expr) => {
+            $slice.device_ptr(&stream).0 + (start * $size) as u64
+        };
+    }
+    Ok(match &storage.slice {
+        CudaStorageSlice::U8(slice) => address!(slice, 1),
+        CudaStorageSlice::U32(slice) => address!(slice, 4),
+        CudaStorageSlice::BF16(slice) => address!(slice, 2),
+        CudaStorageSlice::F32(slice) => address!(slice, 4),
+        CudaStorageSlice::F64(slice) => address!(slice, 8),
+        _ => candle_core::bail!("a GPU kernel cannot read this dtype"),
+    })
+}
+
+/// `c = alpha·a·b` by cuBLAS; `c[m, n]`, with `k` terms a sum. See [`super::product::product`].
+pub(super) fn product(
+    device: &CudaDevice,
+    a: Factor<'_>,
+    b: Factor<'_>,
+    alpha: Option<&Tensor>,
+    c: &Tensor,
+    (m, n, k): (usize, usize, usize),
+) -> crate::Result<()> {
+    let operation = |factor: &Factor<'_>| match factor {
+        Factor::Plain(_) => sys::cublasOperation_t::CUBLAS_OP_N,
+        Factor::Transposed(_) => sys::cublasOperation_t::CUBLAS_OP_T,
+    };
+    let stored = |factor: &Factor<'_>| match *factor {
+        Factor::Plain(tensor) | Factor::Transposed(tensor) => tensor.clone(),
+    };
+    let kind = |tensor: &Tensor| match tensor.dtype() {
+        DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        _ => sys::cudaDataType_t::CUDA_R_32F,
+    };
+    let (a_stored, b_stored) = (stored(&a), stored(&b));
+    let tf32 = a_stored.dtype() == DType::F32 && candle_core::cuda::gemm_reduced_precision_f32();
+    let compute = if tf32 {
+        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+    } else {
+        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+    };
+    let (one, zero) = (1f32, 0f32);
+    let (alpha, beta, mode) = match alpha {
+        Some(factors) => {
+            let address = super::address(factors)?;
+            let device = sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE;
+            (address as *const c_void, (address + 4) as *const c_void, device)
+        }
+        None => {
+            let host = sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST;
+            ((&raw const one).cast(), (&raw const zero).cast(), host)
+        }
+    };
+    let [m, n, k] = [m, n, k].map(|size| size as i32);
+    let [a_row, b_row] = [&a_stored, &b_stored].map(|tensor| tensor.dims()[1] as i32);
+    let (a_at, b_at, c_at) = (super::address(&a_stored)?, super::address(&b_stored)?, super::address_mut(c)?);
+    let blas = device.cublas_handle();
+    let handle = *blas.handle();
+    // SAFETY: cuBLAS stores columns, so that our matrices are the transposed ones to it, and cᵀ = bᵀ·aᵀ. The tensors
+    // live on this device, have these sizes, and outlive the call in the order of the stream.
+    #[allow(unsafe_code)]
+    unsafe {
+        let host = sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST;
+        sys::cublasSetPointerMode_v2(handle, mode).result().w()?;
+        let done = result::gemm_ex(
+            handle,
+            operation(&b),
+            operation(&a),
+            n,
+            m,
+            k,
+            alpha,
+            b_at as *const c_void,
+            kind(&b_stored),
+            b_row,
+            a_at as *const c_void,
+            kind(&a_stored),
+            a_row,
+            beta,
+            c_at as *mut c_void,
+            kind(c),
+            n,
+            compute,
+            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+        );
+        // As Candle's own products expect it.
+        sys::cublasSetPointerMode_v2(handle, host).result().w()?;
+        done.w()?;
+    }
+    Ok(())
+}

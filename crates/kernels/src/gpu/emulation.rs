@@ -1,0 +1,180 @@
+//! The CUDA kernels on the CPU, for tests.
+//!
+//! The very sources that nvcc compiles are compiled by the system's C++ compiler, with a header (`host.h`) that stands
+//! in for CUDA's execution model, to shared libraries beside the test's own program. Inside of [`run`] the operations
+//! of this crate take tensors on the CPU through the launches that a GPU would get.
+//!
+//! What it shows: the kernels' arithmetic, indices, barriers and arguments, and the launch configurations. What it
+//! cannot show: the speed, how nvcc and a GPU treat the same sources, cuBLAS.
+//!
+//! With `KERNELS_SANITIZE=1` the kernels are compiled with AddressSanitizer, which must then be loaded first:
+//! `LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 KERNELS_SANITIZE=1 cargo test -p kernels`.
+
+use super::{Launch, Module};
+use crate::Error;
+use candle_core::Tensor;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, OnceLock};
+
+/// The order in which a block's threads run as far as the next barrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// From the first thread to the last.
+    Forward,
+    /// From the last to the first: a kernel that lacks a barrier then gives other results.
+    Reverse,
+}
+
+thread_local! {
+    static ORDER: Cell<Option<Order>> = const { Cell::new(None) };
+}
+
+/// The order of the emulation that this thread runs, if any.
+pub(super) fn order() -> Option<Order> {
+    ORDER.get()
+}
+
+/// Runs `f` with every operation on CPU tensors, on this thread, going through the emulated kernels.
+pub fn run<R>(order: Order, f: impl FnOnce() -> R) -> R {
+    struct Restore(Option<Order>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            ORDER.set(self.0);
+        }
+    }
+    let _restore = Restore(ORDER.replace(Some(order)));
+    f()
+}
+
+/// Whether there is a C++ compiler to emulate with; else a message for people that says so.
+pub fn available() -> Result<(), String> {
+    compiler().as_ref().map(drop).map_err(Clone::clone)
+}
+
+/// Fills memory with what is no number, so that tests see what a kernel does not write.
+#[allow(unsafe_code)]
+pub(super) fn spoil(tensor: &Tensor, address: u64) {
+    let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+    // SAFETY: the address is that of the tensor's elements, of which any bytes are fine.
+    unsafe { (address as *mut u8).write_bytes(0xff, bytes) };
+}
+
+fn compiler() -> &'static Result<PathBuf, String> {
+    static COMPILER: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    COMPILER.get_or_init(|| {
+        let named = std::env::var_os("CXX").map(PathBuf::from);
+        let usual = ["c++", "g++", "clang++"].map(PathBuf::from);
+        let works = |compiler: &PathBuf| {
+            Command::new(compiler).arg("--version").output().is_ok_and(|output| output.status.success())
+        };
+        named.into_iter().chain(usual).find(works).ok_or_else(|| {
+            "no C++ compiler (CXX, c++, g++, clang++) was found, so the CUDA kernels are not emulated".into()
+        })
+    })
+}
+
+/// What all modules include.
+const HEADERS: [(&str, &str); 3] = [
+    ("host.h", include_str!("host.h")),
+    ("common.cuh", include_str!("common.cuh")),
+    ("moments.cuh", include_str!("moments.cuh")),
+];
+
+fn source(module: Module) -> &'static str {
+    match module {
+        Module::Augment => include_str!("../augment/augment.cu"),
+        Module::Depthwise => include_str!("../depthwise/depthwise.cu"),
+        Module::Feature => include_str!("../feature/feature.cu"),
+        Module::Im2col => include_str!("../im2col/im2col.cu"),
+        Module::Loss => include_str!("../loss/loss.cu"),
+        Module::Norm => include_str!("../norm/norm.cu"),
+        Module::Pool => include_str!("../pool/pool.cu"),
+        Module::Quantize => include_str!("../quantize/quantize.cu"),
+        Module::Residual => include_str!("../residual/residual.cu"),
+        Module::Sgd => include_str!("../sgd/sgd.cu"),
+    }
+}
+
+/// The library of a module, compiled unless an earlier test did.
+fn build(module: Module) -> Result<PathBuf, String> {
+    let compiler = compiler().as_ref()?;
+    let sanitize = std::env::var_os("KERNELS_SANITIZE").is_some();
+    let mut flags = vec!["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-w"];
+    if sanitize {
+        flags.extend(["-fsanitize=address", "-g"]);
+    }
+    // The library's name says what it was made from.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let texts = HEADERS.map(|(_, text)| text).into_iter().chain([source(module)]).chain(flags.iter().copied());
+    for byte in texts.flat_map(str::bytes).chain(compiler.to_string_lossy().bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let program = std::env::current_exe().map_err(|e| format!("the program's own path: {e}"))?;
+    let folder = program.parent().unwrap_or(Path::new(".")).join("emulation");
+    let library = folder.join(format!("{}-{hash:016x}.so", module.name()));
+    if library.exists() {
+        return Ok(library);
+    }
+    // Other tests may build the same: each in a folder of its own, the finished library moved to its place.
+    let own = folder.join(format!("{}-{}", std::process::id(), module.name()));
+    let fail = |e: std::io::Error| format!("{}: {e}", own.display());
+    std::fs::create_dir_all(&own).map_err(fail)?;
+    let main = own.join(format!("{}.cu", module.name()));
+    for (name, text) in HEADERS {
+        std::fs::write(own.join(name), text).map_err(fail)?;
+    }
+    std::fs::write(&main, source(module)).map_err(fail)?;
+    let made = own.join("made.so");
+    let output = Command::new(compiler).args(flags).args(["-x", "c++"]).arg(&main).arg("-o").arg(&made).output();
+    let output = output.map_err(fail)?;
+    if !output.status.success() {
+        return Err(format!("{} does not compile:\n{}", main.display(), String::from_utf8_lossy(&output.stderr)));
+    }
+    std::fs::rename(&made, &library).map_err(fail)?;
+    std::fs::remove_dir_all(&own).map_err(fail)?;
+    Ok(library)
+}
+
+/// `extern "C" int kernel(arguments, their size, [grid x, grid y, block x, block y], reverse)`.
+type Kernel = unsafe extern "C" fn(*const u64, usize, *const u32, i32) -> i32;
+
+/// The library of a module, loaded for as long as the program runs.
+#[allow(unsafe_code)]
+fn library(module: Module) -> Result<&'static libloading::Library, String> {
+    static LIBRARIES: Mutex<Option<HashMap<Module, &'static libloading::Library>>> = Mutex::new(None);
+    let mut libraries = LIBRARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let libraries = libraries.get_or_insert_with(HashMap::new);
+    if let Some(library) = libraries.get(&module) {
+        return Ok(library);
+    }
+    let path = build(module)?;
+    // SAFETY: a library of ours, whose initialization does nothing but set up thread-local variables.
+    let library = unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
+    let library = Box::leak(Box::new(library));
+    libraries.insert(module, library);
+    Ok(library)
+}
+
+/// Runs a kernel over its grid.
+#[allow(unsafe_code)]
+pub(super) fn launch(launch: &Launch) -> crate::Result<()> {
+    let fail = |message: String| Error::Setting { op: launch.module.name(), message };
+    let library = library(launch.module).map_err(fail)?;
+    // SAFETY: the macro `KERNEL` makes functions of this type.
+    let kernel = unsafe { library.get::<Kernel>(launch.kernel.as_bytes()) };
+    let kernel = kernel.map_err(|e| fail(format!("no kernel {}: {e}", launch.kernel)))?;
+    let [[x, y], [bx, by]] = [launch.grid, launch.block];
+    let reverse = i32::from(order() == Some(Order::Reverse));
+    let (arguments, shape) = (&launch.arguments, [x, y, bx, by]);
+    // SAFETY: the arguments' size is checked there; that the kernel stays within its tensors is what tests are for.
+    let status = unsafe { kernel(arguments.words.as_ptr(), arguments.len, shape.as_ptr(), reverse) };
+    match status {
+        0 => Ok(()),
+        1 => Err(fail(format!("{}: its struct does not have {} bytes", launch.kernel, arguments.len))),
+        2 => Err(fail(format!("{}: not all threads of a block reach the same barrier", launch.kernel))),
+        _ => Err(fail(format!("{}: a block of {bx}×{by} threads", launch.kernel))),
+    }
+}

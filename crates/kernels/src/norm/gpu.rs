@@ -1,0 +1,198 @@
+//! Launches of norm.cu.
+
+use super::{Gated, Normalization, Running, Stats};
+use crate::cpu::Check;
+use crate::gpu::{Columns, Launch, Module, OVER_PARTS, empty, name, planes, quantizer, width};
+use crate::{Activation, FeatureMap, Quantizer, Result};
+use candle_core::{DType, Device, Tensor};
+
+/// Where the blocks of a kernel leave the moments of its parts (`Partials` in moments.cuh).
+pub(crate) struct Partials {
+    sums: Tensor,
+    extremes: Tensor,
+    parts: usize,
+    channels: usize,
+}
+
+impl Partials {
+    pub(crate) fn new(parts: usize, channels: usize, device: &Device) -> Result<Self> {
+        let sums = empty(2 * parts * channels, DType::F64, device)?;
+        let extremes = empty(2 * parts * channels + parts, DType::F32, device)?;
+        Ok(Self { sums, extremes, parts, channels })
+    }
+
+    /// The fields of the struct; null pointers without it.
+    pub(crate) fn fields(partials: Option<&Self>, launch: Launch) -> Result<Launch> {
+        launch.write_if(partials.map(|p| &p.sums))?.write_if(partials.map(|p| &p.extremes))
+    }
+
+    /// The statistics of all parts.
+    pub(crate) fn merged(&self) -> Result<Stats> {
+        let &Self { parts, channels, .. } = self;
+        let stats = empty((4, channels), DType::F32, self.sums.device())?;
+        Launch::new(Module::Norm, "merge", [channels.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
+            .read(&self.sums)?
+            .read(&self.extremes)?
+            .write(&stats)?
+            .sizes([parts, channels])?
+            .run()?;
+        let [mean, variance, min, max] = planes(&stats)?;
+        Ok(Stats { mean, variance, min, max })
+    }
+}
+
+/// Rows and channels of a contiguous map.
+fn size(z: &Tensor) -> (usize, usize) {
+    let c = z.dims()[z.dims().len() - 1];
+    (z.elem_count() / c, c)
+}
+
+pub(super) fn channel_stats(z: &Tensor) -> Result<Stats> {
+    let (rows, c) = size(z);
+    let width = width(c, [z])?;
+    let columns = Columns::long(rows, c, width);
+    let partials = Partials::new(columns.parts(), c, z.device())?;
+    let launch = columns.launch(Module::Norm, format!("moments_{}_{width}", name(z.dtype()))).read(z)?;
+    Partials::fields(Some(&partials), launch)?.sizes(columns.fields())?.run()?;
+    partials.merged()
+}
+
+pub(super) fn prepare(
+    stats: &Stats,
+    gamma: &Tensor,
+    beta: &Tensor,
+    epsilon: f64,
+    running: &Running,
+    momentum: f64,
+    unbias: f64,
+) -> Result<(Normalization, Running)> {
+    let check = Check("norm::prepare");
+    let (_, c) = check.rows("stats.mean", &stats.mean)?;
+    let out = empty((5, c), DType::F32, stats.mean.device())?;
+    let mut launch = Launch::each(Module::Norm, "prepare", c);
+    for (argument, tensor) in [
+        ("stats.mean", &stats.mean),
+        ("stats.variance", &stats.variance),
+        ("gamma", gamma),
+        ("beta", beta),
+        ("running.mean", &running.mean),
+        ("running.variance", &running.variance),
+    ] {
+        launch = launch.read(&check.dims(argument, tensor, &[c])?)?;
+    }
+    let launch = launch.write(&out)?.sizes([c])?;
+    launch.floats([epsilon as f32, unbias as f32, momentum as f32]).run()?;
+    let [inv_std, scale, shift, mean, variance] = planes(&out)?;
+    Ok((Normalization { mean: stats.mean.clone(), inv_std, scale, shift }, Running { mean, variance }))
+}
+
+pub(super) fn output_range(
+    min: &Tensor,
+    max: &Tensor,
+    scale: &Tensor,
+    shift: &Tensor,
+    act: Activation,
+) -> Result<Tensor> {
+    let extremes = empty(2, DType::F32, min.device())?;
+    let (lo, hi) = act.bounds();
+    Launch::each(Module::Norm, "output_range", 1)
+        .read(min)?
+        .read(max)?
+        .read(scale)?
+        .read(shift)?
+        .write(&extremes)?
+        .sizes([min.elem_count()])?
+        .floats([lo, hi])
+        .run()?;
+    Ok(extremes)
+}
+
+pub(super) fn forward(
+    check: &Check,
+    z: &Tensor,
+    scale: &Tensor,
+    shift: &Tensor,
+    act: Activation,
+    quant: Option<Quantizer<'_>>,
+) -> Result<FeatureMap> {
+    let (rows, c) = size(z);
+    check.quantizer(quant)?;
+    let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
+    let out = if quant.is_some() { DType::U8 } else { z.dtype() };
+    let y = empty(z.dims(), out, z.device())?;
+    let width = width(c, [z, &scale, &shift, &y])?;
+    let columns = Columns::short(rows, c, width);
+    let ((range, max_level), (lo, hi)) = (quantizer(quant), act.bounds());
+    columns
+        .launch(Module::Norm, format!("forward_{}_{}_{width}", name(z.dtype()), name(out)))
+        .read(z)?
+        .read(&scale)?
+        .read(&shift)?
+        .write(&y)?
+        .read_if(range)?
+        .sizes(columns.fields())?
+        .floats([lo, hi, max_level])
+        .run()?;
+    FeatureMap::of(y, z.dtype(), quant)
+}
+
+/// The gradients of `γ` and `β` (or of the shift), the slope and the offset of the gradient of `z`, each `[C]`; without
+/// `inv_std`, for frozen statistics, only the second is not 0.
+pub(super) fn coefficients(of: &Gated, inv_std: Option<&Tensor>) -> Result<[Tensor; 4]> {
+    let (rows, c) = size(&of.z);
+    let width = width_of(of)?;
+    let columns = Columns::long(rows, c, width);
+    let (parts, device) = (columns.parts(), of.z.device());
+    let sums = empty(2 * parts * c, DType::F64, device)?;
+    let ((range, max_level), (lo, hi)) = (quantizer(of.quantizer()), of.act.bounds());
+    columns
+        .launch(Module::Norm, format!("sums_{}_{width}", name(of.z.dtype())))
+        .read(&of.z)?
+        .read(&of.gy)?
+        .read(&of.scale)?
+        .read(&of.shift)?
+        .read_if(of.mean.as_ref())?
+        .read_if(range)?
+        .write(&sums)?
+        .sizes(columns.fields())?
+        .floats([lo, hi, max_level])
+        .run()?;
+    let out = empty((4, c), DType::F32, device)?;
+    Launch::new(Module::Norm, "coefficients", [c.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
+        .read(&sums)?
+        .read(&of.scale)?
+        .read_if(inv_std)?
+        .write(&out)?
+        .sizes([parts, c])?
+        .floats([rows as f32])
+        .run()?;
+    planes(&out)
+}
+
+fn width_of(of: &Gated) -> Result<usize> {
+    let (_, c) = size(&of.z);
+    width(c, [&of.z, &of.gy, &of.scale, &of.shift].into_iter().chain(&of.mean))
+}
+
+pub(super) fn gradient(of: &Gated, slope: &Tensor, offset: &Tensor) -> Result<Tensor> {
+    let (rows, c) = size(&of.z);
+    let gz = empty(of.z.dims(), of.z.dtype(), of.z.device())?;
+    let width = width_of(of)?.min(width(c, [slope, offset, &gz])?);
+    let columns = Columns::short(rows, c, width);
+    let ((range, max_level), (lo, hi)) = (quantizer(of.quantizer()), of.act.bounds());
+    columns
+        .launch(Module::Norm, format!("gradient_{}_{width}", name(of.z.dtype())))
+        .read(&of.z)?
+        .read(&of.gy)?
+        .read(&of.scale)?
+        .read(&of.shift)?
+        .read_if(of.mean.as_ref())?
+        .read(slope)?
+        .read(offset)?
+        .read_if(range)?
+        .write(&gz)?
+        .sizes(columns.fields())?
+        .floats([lo, hi, max_level])
+        .run()?;
+    Ok(gz)
+}

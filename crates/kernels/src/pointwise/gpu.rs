@@ -1,0 +1,116 @@
+//! The products on a GPU.
+//!
+//! With `f32` maps, floats are multiplied as floats. Levels by quantized weights are multiplied as whole numbers that
+//! `bf16` holds, which is exact where [`exact`] says so, and levels by anything else as the floats that they stand
+//! for. With `bf16` maps, levels are whole numbers in `bf16` in every product, which is then multiplied by their step;
+//! floats and weights are rounded to `bf16`. Sums are `f32` always.
+
+use super::{Weight, operands, sizes, with_channels};
+use crate::cpu::Check;
+use crate::feature::gpu::{integers, steps};
+use crate::gpu::product::Factor::{Plain, Transposed};
+use crate::gpu::product::product;
+use crate::{Input, Result};
+use candle_core::{DType, Tensor};
+use quant_core::Bits;
+
+/// Whether a product over `k` channels of levels of `x` bits by levels of `w` bits is exact in `f32` sums.
+///
+/// A level less its zero point is a whole number of size at most `2^b − 1`, which `bf16`, with 8 bits of precision,
+/// holds exactly for `b ≤ 8`. A product of two is a whole number of size at most `(2^x − 1)(2^w − 1)`, and any partial
+/// sum, in whatever order, one of at most `k` times that. `f32` holds all whole numbers up to 2²⁴, so if that is not
+/// exceeded no addition rounds. At 4 bits each, `225·k ≤ 2²⁴` for up to 74,565 channels; at 8 and 7 bits for 518.
+pub(super) fn exact(k: usize, x: Bits, w: Bits) -> bool {
+    let largest = u64::from(x.max_level()) * u64::from(w.max_level());
+    // Signed bytes, as on the CPU, so that both devices take the same path.
+    w.max_level() <= 127 && (k as u64).saturating_mul(largest) <= 1 << 24
+}
+
+/// A matrix `[rows, channels]` of a contiguous map.
+fn matrix(map: &Tensor) -> Result<Tensor> {
+    let c = map.dims()[map.dims().len() - 1];
+    Ok(map.reshape((map.elem_count() / c, c))?)
+}
+
+/// The factors of a product that stands for a feature map: its matrix, and what the product is to be multiplied by.
+fn factor(check: &Check, x: Input<'_>) -> Result<(Tensor, Option<Tensor>)> {
+    Ok(match x {
+        Input::Float(tensor) => (matrix(&check.map_float("x", tensor)?)?, None),
+        Input::Levels(levels) if levels.dtype == DType::BF16 => {
+            let whole = check.dtype("x", &levels.levels, DType::U8)?;
+            let quant = levels.quantizer();
+            (matrix(&integers(&whole, quant)?)?, Some(steps(quant, None)?))
+        }
+        Input::Levels(_) => (matrix(&x.to_float()?)?, None),
+    })
+}
+
+/// The product `[…, Cout]`, in the dtype of the feature map.
+pub(super) fn forward(check: &Check, x: Input<'_>, w: Weight<'_>) -> Result<Tensor> {
+    let (k, n) = operands(check, x, w)?;
+    let dims = with_channels(x.dims(), n);
+    let rows = dims.iter().product::<usize>() / n;
+    let _note = crate::profile::note(check.0, 2 * rows * k * n, x.bytes() + 4 * (k * n + rows * n));
+    let value = check.float("w", w.value)?;
+    let z = match (x, w.quantized) {
+        (Input::Levels(levels), Some((original, quant))) if exact(k, levels.bits, quant.bits) => {
+            check.quantizer(Some(quant))?;
+            let x = integers(&check.dtype("x", &levels.levels, DType::U8)?, levels.quantizer())?;
+            let w = integers(&check.float("w", original)?, quant)?;
+            let alpha = steps(levels.quantizer(), Some(quant))?;
+            product(Plain(&matrix(&x)?), Plain(&w), Some(&alpha), levels.dtype)?
+        }
+        _ => {
+            let (x_matrix, alpha) = factor(check, x)?;
+            let w = value.to_dtype(x_matrix.dtype())?;
+            product(Plain(&x_matrix), Plain(&w), alpha.as_ref(), x.dtype())?
+        }
+    };
+    Ok(z.reshape(dims)?)
+}
+
+/// `∂z · wᵀ`, `[…, Cin]`.
+pub(super) fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let gx = product(Plain(&matrix(gz)?), Transposed(&w.to_dtype(gz.dtype())?), None, gz.dtype())?;
+    Ok(gx.reshape(with_channels(gz.dims(), w.dims()[0]))?)
+}
+
+/// `xᵀ · ∂z`, `[Cin, Cout]` in `f32`.
+pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor) -> Result<Tensor> {
+    sizes(check, x, gz)?;
+    let gz = check.map_float("gz", gz)?;
+    let (x, alpha) = factor(check, x)?;
+    if x.dtype() != gz.dtype() {
+        return Err(crate::Error::DType { op: check.0, argument: "gz", found: gz.dtype(), expected: x.dtype() });
+    }
+    product(Transposed(&x), Plain(&matrix(&gz)?), alpha.as_ref(), DType::F32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bound_of_exact_products() {
+        let bits = |bits| Bits::new(bits).unwrap();
+        assert!(exact(74_565, bits(4), bits(4)) && !exact(74_566, bits(4), bits(4)));
+        assert!(exact(518, bits(8), bits(7)) && !exact(519, bits(8), bits(7)));
+        assert!(!exact(1, bits(4), bits(8)));
+    }
+
+    /// At the bound, sums of the largest products are the whole numbers that they should be, in f32; beyond it they
+    /// are not.
+    #[test]
+    fn sums_at_the_bound_are_exact() {
+        let sum = |k: usize, product: f32| (0..k).fold(0f32, |sum, _| sum + product);
+        assert_eq!(f64::from(sum(74_565, 225.0)), 74_565.0 * 225.0);
+        assert_eq!(f64::from(sum(518, 255.0 * 127.0)), 518.0 * 255.0 * 127.0);
+        assert_ne!(f64::from(sum(100_000, 225.0)), 100_000.0 * 225.0);
+        // What bf16 holds.
+        for level in -255i16..=255 {
+            let tensor = Tensor::new(&[f32::from(level)], &candle_core::Device::Cpu).unwrap();
+            let back = tensor.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+            assert_eq!(back.to_vec1::<f32>().unwrap(), [f32::from(level)]);
+        }
+    }
+}

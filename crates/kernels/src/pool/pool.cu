@@ -1,0 +1,60 @@
+// Global average pooling; the definitions stand in pool.rs.
+#include "common.cuh"
+
+struct Average {
+    const void *x;
+    // The range of x, if that is levels.
+    const float *range;
+    // [images, channels]
+    float *y;
+    u32 images, positions, channels;
+    float max_level;
+};
+
+// A thread takes V channels of an image.
+template <typename X, int V> __device__ void average(const Average &a) {
+    u32 groups = a.channels / V, i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= a.images * groups) return;
+    Reader<X> reader(a.range, a.max_level);
+    size_t at = (size_t)(i / groups) * a.positions * a.channels + i % groups * V;
+    Vec<V> sum = splat<V>(0.0f);
+    for (u32 position = 0; position < a.positions; position++) {
+        Vec<V> x = reader.template read<V>((const X *)a.x, at + (size_t)position * a.channels);
+#pragma unroll
+        for (int k = 0; k < V; k++) sum.at[k] += x.at[k];
+    }
+#pragma unroll
+    for (int k = 0; k < V; k++) sum.at[k] /= (float)a.positions;
+    store<V>(a.y, (size_t)i * V, sum);
+}
+
+KERNEL(pool_average_f32_1, Average, average<float, 1>)
+KERNEL(pool_average_f32_4, Average, average<float, 4>)
+KERNEL(pool_average_bf16_1, Average, average<bf16, 1>)
+KERNEL(pool_average_bf16_4, Average, average<bf16, 4>)
+KERNEL(pool_average_u8_1, Average, average<u8, 1>)
+KERNEL(pool_average_u8_4, Average, average<u8, 4>)
+
+struct Backward {
+    // [images, channels]
+    const float *gy;
+    void *gx;
+    u32 images, positions, channels;
+    float share;
+};
+
+template <typename T, int V> __device__ void backward(const Backward &a) {
+    u32 groups = a.channels / V, count = a.images * a.positions * groups;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
+        u32 image = i / groups / a.positions;
+        Vec<V> gy = load<V>(a.gy, (size_t)image * a.channels + i % groups * V);
+#pragma unroll
+        for (int k = 0; k < V; k++) gy.at[k] *= a.share;
+        store<V>((T *)a.gx, (size_t)i * V, gy);
+    }
+}
+
+KERNEL(pool_backward_f32_1, Backward, backward<float, 1>)
+KERNEL(pool_backward_f32_4, Backward, backward<float, 4>)
+KERNEL(pool_backward_bf16_1, Backward, backward<bf16, 1>)
+KERNEL(pool_backward_bf16_4, Backward, backward<bf16, 4>)

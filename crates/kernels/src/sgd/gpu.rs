@@ -1,0 +1,34 @@
+//! The launch of sgd.cu.
+
+use super::{Rule, Update};
+use crate::Result;
+use crate::gpu::{Launch, Module};
+
+/// Parameters of a launch, and elements of a block, as the kernel is compiled: its arguments are at most 4 KiB.
+const PARAMETERS: usize = 64;
+const PER_BLOCK: usize = 4096;
+
+/// All of `updates`, whose gradients are contiguous, in as few launches as hold them.
+pub(super) fn step(updates: &[Update<'_>], rule: Rule) -> Result<()> {
+    for updates in updates.chunks(PARAMETERS) {
+        let blocks = |update: &Update<'_>| update.param.elem_count().div_ceil(PER_BLOCK);
+        let all = updates.iter().map(blocks).sum();
+        let mut launch = Launch::new(Module::Sgd, "step", [all, 1], [256, 1]);
+        let mut first = 0;
+        for update in updates {
+            launch = launch
+                .write(update.param)?
+                .read(update.grad)?
+                .write(update.velocity)?
+                .sizes([update.param.elem_count(), first])?
+                .floats([update.weight_decay as f32])
+                .sizes([0])?;
+            first += blocks(update);
+        }
+        for _ in updates.len()..PARAMETERS {
+            launch = launch.read_if(None)?.read_if(None)?.read_if(None)?.sizes([0, 0, 0, 0])?;
+        }
+        launch.sizes([updates.len()])?.floats([rule.lr as f32, rule.momentum as f32]).run()?;
+    }
+    Ok(())
+}
