@@ -4,6 +4,10 @@
 table3 *flags:
     cargo run --release --bin table3 -- {{flags}}
 
+# One page of all results, results/index.html, with a verdict on every claim of the paper
+report *flags:
+    cargo run --release --bin report -- {{flags}}
+
 # Every test
 test:
     cargo test --workspace
