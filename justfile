@@ -18,6 +18,10 @@ all *flags:
 ablation *flags:
     cargo run --release --bin ablation -- {{flags}}
 
+# One page of all results, results/index.html, with a verdict on every claim of the paper
+report *flags:
+    cargo run --release --bin report -- {{flags}}
+
 # Every test
 test:
     cargo test --workspace

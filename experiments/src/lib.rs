@@ -1,7 +1,7 @@
 //! What the table binaries share: flags, profiles, progress, and running a table's stages.
 //!
-//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; the benchmark beside PyTorch is [`mod@bench`]. Only this
-//! crate parses flags and prints.
+//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; the benchmark beside PyTorch is
+//! [`mod@bench`], the page of all results [`report_page`]. Only this crate parses flags and prints.
 
 pub mod bench;
 mod device;
@@ -9,6 +9,7 @@ mod flags;
 mod process;
 mod profile;
 mod progress;
+pub mod report_page;
 mod table;
 pub mod tables;
 

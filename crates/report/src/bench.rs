@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::file::{Result, write_text};
 use crate::names::{BLUE, GREEN, ORANGE, PURPLE, model_label};
-use crate::row::write_table;
-use crate::text::{Column, Table, list, optional, wrap};
+use crate::row::{read_table, write_table};
+use crate::text::{Cell, Column, Table, list, optional, wrap};
 
 /// One of the compared implementations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,6 +202,11 @@ pub fn write(rows: &[Speed], context: &Context, folder: &Path) -> Result<()> {
     chart::plot(rows, context, &path("svg"), &path("png"))
 }
 
+/// Reads the rows of a `pytorch.csv`.
+pub fn read_csv(path: &Path) -> Result<Vec<Speed>> {
+    read_table(path)
+}
+
 /// The report as Markdown.
 pub fn markdown(rows: &[Speed], context: &Context) -> String {
     let mut blocks = vec![format!("# {}", context.place.title()), READING.into()];
@@ -223,7 +228,7 @@ pub fn terminal(rows: &[Speed], context: &Context) -> String {
     blocks.join("\n\n") + "\n"
 }
 
-const READING: &str = "×2 means that ours does twice as many images a second. A ratio is the median over rounds \
+pub(crate) const READING: &str = "×2 means that ours does twice as many images a second. A ratio is the median over rounds \
                        in which every implementation had its turn, with the lowest and the highest round; \
                        PyTorch's best is its mode with the highest median.";
 
@@ -246,7 +251,7 @@ fn notes(rows: &[Speed], context: &Context) -> Vec<String> {
 }
 
 /// The tables that have rows, with their headings.
-fn tables(rows: &[Speed]) -> Vec<(String, Table)> {
+pub(crate) fn tables(rows: &[Speed]) -> Vec<(String, Table<'static>)> {
     let cases: Vec<Case> = Case::all(rows).collect();
     let (networks, operations): (Vec<_>, Vec<_>) =
         cases.iter().partition::<Vec<_>, _>(|case| case.first().of_network());
@@ -256,9 +261,9 @@ fn tables(rows: &[Speed]) -> Vec<(String, Table)> {
         networks.iter().copied().filter(|case| case.first().peak_mib.is_some()).collect();
     let with_share: Vec<_> =
         networks.iter().copied().filter(|case| case.first().share_of_copy_percent.is_some()).collect();
-    let table = |head: &[Column], cases: &[&Case], cells: fn(&Case) -> Vec<String>| Table {
+    let table = |head: &[Column<'static>], cases: &[&Case], cells: fn(&Case) -> Vec<String>| Table {
         head: head.to_vec(),
-        rows: cases.iter().map(|case| cells(case)).collect(),
+        rows: cases.iter().map(|case| cells(case).into_iter().map(Cell::from).collect()).collect(),
     };
     let all = [
         ("Whole networks, images a second".into(), table(&NETWORKS, &networks, network_cells)),

@@ -10,6 +10,8 @@ use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::file::{Error, Result, replace, write_text};
+use crate::names::METHODS;
+use crate::scale::ticks;
 
 /// The picture's size in its own units.
 pub(crate) const WIDTH: f64 = 1200.0;
@@ -183,10 +185,105 @@ impl<DB: DrawingBackend> Canvas<DB> {
         self.area.draw(&circle(2.75, WHITE)).map_err(text_of)
     }
 
+    /// A row of entries with its baseline at `y`: a sign and what it means.
+    pub(crate) fn legend(&self, y: f64, entries: &[(&str, Sign)]) -> Drawn {
+        let style = INK_PLAIN.sized(14.0);
+        let mut x = LEFT;
+        for (label, sign) in entries {
+            let (corner, opposite) = ((x, y - 12.0), (x + 15.0, y + 2.0));
+            match *sign {
+                Sign::Filled(colour) => self.rectangle(corner, opposite, rgb(colour))?,
+                Sign::Hollow => self.outline(corner, opposite, SOFT)?,
+                Sign::Dot => self.dot((x + 8.0, y - 5.0))?,
+                Sign::Whisker => self.whisker(x + 8.0, y - 12.0, y + 2.0)?,
+                Sign::Text(text) => self.text(text, (x + 3.0, y), &INK_BOLD.sized(15.0))?,
+            }
+            self.text(label, (x + 22.0, y), &style)?;
+            x += 22.0 + style.width(label) * 1.08 + 26.0; // some room for wider fonts
+        }
+        Ok(())
+    }
+
+    /// Lines at round numbers up to `last`, and the numbers left of them.
+    pub(crate) fn axis(&self, frame: &Frame, last: f64, size: f64) -> Drawn {
+        for (tick, text) in ticks(last, 6.0) {
+            let y = frame.height(tick);
+            self.line(&[(frame.left, y), (frame.right, y)], 1.0, if tick == 0.0 { SOFT } else { GRID })?;
+            let style = SOFT_PLAIN.sized(size).held(HPos::Right);
+            self.text(&text, (frame.left - 0.7 * size, y + 0.35 * size), &style)?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn whisker(&self, x: f64, top: f64, bottom: f64) -> Drawn {
         self.line(&[(x, top), (x, bottom)], 1.5, INK)?;
         [top, bottom].into_iter().try_for_each(|y| self.line(&[(x - 5.0, y), (x + 5.0, y)], 1.5, INK))
     }
+}
+
+/// What a legend explains.
+#[derive(Clone, Copy)]
+pub(crate) enum Sign {
+    /// A filled bar of that colour.
+    Filled((u8, u8, u8)),
+    /// A hollow bar.
+    Hollow,
+    /// A dot.
+    Dot,
+    /// A vertical line with ends.
+    Whisker,
+    /// A text.
+    Text(&'static str),
+}
+
+/// Where bars stand: the edges, and the value at the upper one; the lower one is zero.
+pub(crate) struct Frame {
+    pub(crate) left: f64,
+    pub(crate) right: f64,
+    pub(crate) top: f64,
+    pub(crate) bottom: f64,
+    pub(crate) highest: f64,
+}
+
+impl Frame {
+    /// The vertical place of a value.
+    pub(crate) fn height(&self, value: f64) -> f64 {
+        self.bottom - (self.bottom - self.top) * value / self.highest
+    }
+}
+
+/// A picture of ours as SVG with the page's colours in place of those that must differ on a dark page: `--card`,
+/// `--ink`, `--soft`, `--line` and `--alarm`. None where a text has a colour that is not of this module.
+pub(crate) fn themed(svg: &str) -> Option<String> {
+    let hex = |RGBColor(red, green, blue)| format!("#{red:02X}{green:02X}{blue:02X}");
+    let (white, alarm) = (hex(WHITE), hex(ALARM));
+    let texts = [hex(INK), hex(SOFT), white.clone(), alarm.clone()];
+    let fill = |element: &str| Some(element.split_once("fill=\"")?.1.split_once('"')?.0.to_uppercase());
+    let element = |part: &str| -> Option<String> {
+        let (inside, rest) = part.split_once('>').unwrap_or((part, ""));
+        let text = inside.starts_with("text");
+        if text && !texts.contains(&fill(inside)?) {
+            return None;
+        }
+        let mut inside = inside.to_string();
+        let mut paint = |from: &str, name: &str| {
+            for place in ["fill", "stroke"] {
+                let to = format!("style=\"{place}:var(--{name})\"");
+                inside = inside.replace(&format!("{place}=\"{from}\""), &to);
+            }
+        };
+        paint(&hex(INK), "ink");
+        paint(&hex(SOFT), "soft");
+        paint(&hex(GRID), "line");
+        // White text stands on a band of alarm, which stays.
+        paint(if text { &alarm } else { &white }, if text { "alarm" } else { "card" });
+        let bars = METHODS.iter().map(|method| rgb(method.colour));
+        bars.chain([SOFT]).for_each(|colour| paint(&hex(faint(colour)), "card"));
+        Some(format!("{inside}>{rest}"))
+    };
+    let mut parts = svg.split('<');
+    let before = parts.next()?.to_string();
+    parts.try_fold(before, |whole, part| Some(whole + "<" + &element(part)?))
 }
 
 /// A point in the coordinates of the backends.
@@ -206,4 +303,33 @@ fn faint(RGBColor(red, green, blue): RGBColor) -> RGBColor {
 
 fn text_of(error: impl std::fmt::Display) -> String {
     error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::themed;
+
+    #[test]
+    fn pictures_take_the_colours_of_the_page() {
+        fn check(input: &str, expect: Option<&str>) {
+            assert_eq!(themed(input).as_deref(), expect);
+        }
+        check(
+            "<svg>\n<rect fill=\"#FFFFFF\" stroke=\"none\"/><text fill=\"#222222\">\na > b\n</text></svg>",
+            Some(
+                "<svg>\n<rect style=\"fill:var(--card)\" stroke=\"none\"/>\
+                 <text style=\"fill:var(--ink)\">\na > b\n</text></svg>",
+            ),
+        );
+        check(
+            "<line stroke=\"#E4E4E4\"/><rect fill=\"#C44000\"/><text fill=\"#FFFFFF\">a</text>",
+            Some(
+                "<line style=\"stroke:var(--line)\"/><rect fill=\"#C44000\"/><text fill=\"#FFFFFF\">a</text>",
+            ),
+        );
+        // The faint inside of the hollow bar of our method.
+        check("<rect fill=\"#E6F1F8\"/>", Some("<rect style=\"fill:var(--card)\"/>"));
+        check("<text fill=\"#000000\">a</text>", None);
+        check("<text>a</text>", None);
+    }
 }

@@ -22,6 +22,24 @@ pub enum Error {
         /// The reason, with the line.
         source: csv::Error,
     },
+    /// The file is not a JSON file of stages.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The reason, with the line.
+        source: serde_json::Error,
+    },
+    /// An entry of a list of claims or deviations is wrong.
+    #[error("{file}: {entry}: {problem}")]
+    Entry {
+        /// The file.
+        file: String,
+        /// The entry, by its place and its id.
+        entry: String,
+        /// What was found and what is expected.
+        problem: String,
+    },
     /// The plot cannot be drawn.
     #[error("{}: cannot draw: {reason}", path.display())]
     Draw {

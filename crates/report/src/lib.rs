@@ -1,9 +1,10 @@
-//! Result rows, comparison with the paper, plots and Markdown.
+//! Result rows, comparison with the paper, its claims, plots, Markdown, and one HTML page of everything.
 //!
 //! Plain values go in, files and text come out: [`Row`]s to and from CSV, [`Paper`] with the published
-//! figures, [`summarize`] and [`paired`] over seeds, [`markdown`] and [`terminal`] for the report, [`plot`]
-//! for the picture. Nothing here knows one table from another; what they differ in is data: the paper's CSV
-//! files and the table of [`METHODS`]. Measurements of speed have a module of their own, [`mod@bench`].
+//! figures, [`summarize`] and [`paired`] over seeds, [`Claim`]s with a [`Verdict`] each, [`markdown`] and
+//! [`terminal`] for the report of a table, [`plot`] for its picture, [`Page`] for all of them. Nothing here knows
+//! one table from another; what they differ in is data: the paper's CSV files and the table of [`METHODS`].
+//! Measurements of speed have a module of their own, [`mod@bench`].
 //!
 //! ```
 //! use report::Paper;
@@ -14,18 +15,30 @@
 
 pub mod bench;
 mod canvas;
+mod claims;
+mod deviations;
+mod entries;
 mod file;
 mod names;
+mod page;
 mod paper;
 mod plot;
 mod row;
+mod scale;
+mod stage;
 mod stats;
 mod text;
 
+pub use claims::{Claim, Comparison, Expect, PaperSays, PruningQuantity};
+pub use deviations::Deviation;
 pub use file::{Error, Result, write_text};
 pub use names::{METHODS, Method};
+pub use page::{Exhibit, Page, Run};
 pub use paper::{Paper, PaperPruned, PaperRow};
 pub use plot::plot;
 pub use row::{Row, read_csv, write_csv};
-pub use stats::{Paired, Summary, paired, summarize};
+pub use stage::{
+    Data, Epoch, Evaluation, LayerRecord, Provenance, PruningRecord, StageRecord, Traced, read_stages, trace,
+};
+pub use stats::{Estimate, Quantity, Range, Summary, Verdict, by_seed, differences, paired, summarize};
 pub use text::{Context, markdown, terminal};

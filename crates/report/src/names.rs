@@ -85,3 +85,15 @@ pub(crate) fn table_label(table: &str) -> String {
         None => table.into(),
     }
 }
+
+/// What a table of the paper compares.
+pub(crate) fn table_subject(table: &str) -> &'static str {
+    match table {
+        "table1" => "quantized activations, without pruning, without bias correction, and with PfQ",
+        "table2" => "fine-tuning once after PfQ, and Algorithm 1",
+        "table3" => "DFQ with fine-tuning, and ours",
+        "table4" => "DFQ with fine-tuning, PACT, DSQ, and ours",
+        "table5" => "DFQ and ours, “using accuracy drop”",
+        _ => "",
+    }
+}

@@ -7,8 +7,7 @@ use plotters::style::WHITE;
 use plotters::style::text_anchor::HPos;
 
 use crate::canvas::{
-    ALARM, Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Style, WIDTH,
-    rgb,
+    ALARM, Canvas, Drawn, Frame, HEIGHT, INK_BOLD, LEFT, Picture, SOFT_PLAIN, Sign, Style, WIDTH, rgb,
 };
 use crate::file::Result;
 use crate::names::{self, FLOAT, bits_label, colour, dataset_label, method_label, model_label, table_label};
@@ -80,14 +79,6 @@ impl Chart<'_> {
     }
 
     fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
-        let style = INK_PLAIN.sized(14.0);
-        let mut x = LEFT;
-        let mut entry = |label: &str, sign: &dyn Fn(f64) -> Drawn| {
-            sign(x)?;
-            canvas.text(label, (x + 22.0, y), &style)?;
-            x += 22.0 + style.width(label) * 1.08 + 26.0; // some room for wider fonts
-            Drawn::Ok(())
-        };
         let mut methods: Vec<&str> = Vec::new();
         for summary in &self.summaries {
             if !methods.contains(&summary.method.as_str()) {
@@ -95,48 +86,33 @@ impl Chart<'_> {
             }
         }
         methods.sort_by_key(|method| names::rank(method));
-        for method in methods {
-            let colour = rgb(colour(method));
-            entry(method_label(method), &|x| canvas.rectangle((x, y - 12.0), (x + 15.0, y + 2.0), colour))?;
-        }
+        let mut entries: Vec<(&str, Sign)> =
+            methods.iter().map(|method| (method_label(method), Sign::Filled(colour(method)))).collect();
         if self.summaries.iter().any(|summary| summary.paper_top1_percent.is_some()) {
-            entry("the paper's figure", &|x| canvas.outline((x, y - 12.0), (x + 15.0, y + 2.0), SOFT))?;
+            entries.push(("the paper's figure", Sign::Hollow));
         }
         if self.summaries.iter().any(|summary| summary.seeds > 1) {
-            entry("one seed", &|x| canvas.dot((x + 8.0, y - 5.0)))?;
-            entry("mean ± standard deviation", &|x| canvas.whisker(x + 8.0, y - 12.0, y + 2.0))?;
+            entries.extend([("one seed", Sign::Dot), ("mean ± standard deviation", Sign::Whisker)]);
         }
-        Ok(())
+        canvas.legend(y, &entries)
     }
 
     fn bars<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, top: f64, bottom: f64) -> Drawn {
-        let (left, right) = (LEFT + 56.0, WIDTH - 40.0);
         let highest = self.summaries.iter().map(reach).fold(1.0, f64::max) * 1.06;
-        let height = |value: f64| bottom - (bottom - top) * value / highest;
-
+        let frame = Frame { left: LEFT + 56.0, right: WIDTH - 40.0, top, bottom, highest };
         canvas.text("Top-1 accuracy, %", (LEFT, top - 18.0), &SOFT_PLAIN.sized(13.0))?;
-        let step = [1.0, 2.0, 5.0, 10.0, 20.0].into_iter().find(|step| highest / step <= 6.0).unwrap_or(25.0);
-        for tick in (0..).map(|index| f64::from(index) * step).take_while(|tick| *tick <= highest.min(100.0))
-        {
-            let y = height(tick);
-            canvas.line(&[(left, y), (right, y)], 1.0, if tick == 0.0 { SOFT } else { GRID })?;
-            canvas.text(
-                &tick.to_string(),
-                (left - 10.0, y + 4.5),
-                &SOFT_PLAIN.sized(13.0).held(HPos::Right),
-            )?;
-        }
+        canvas.axis(&frame, highest.min(100.0), 13.0)?;
         canvas.text("MACs, M", (LEFT, bottom + 20.0), &SOFT_PLAIN.sized(12.0))?;
 
         let groups: Vec<_> = self.summaries.chunk_by(|a, b| a.group() == b.group()).collect();
-        let wide = (right - left) / groups.len().max(1) as f64;
+        let wide = (frame.right - frame.left) / groups.len().max(1) as f64;
         let most = groups.iter().map(|group| group.len()).max().unwrap_or(1) as f64;
         let slot = (0.88 * wide / most).min(150.0);
         for (index, group) in groups.iter().enumerate() {
-            let centre = left + wide * (index as f64 + 0.5);
+            let centre = frame.left + wide * (index as f64 + 0.5);
             for (place, summary) in group.iter().enumerate() {
                 let x = centre + slot * (place as f64 - group.len() as f64 / 2.0);
-                self.bar(canvas, summary, x, slot, bottom, &height)?;
+                self.bar(canvas, summary, x, slot, &frame)?;
             }
             let name = model_label(&group[0].model, group[0].width);
             canvas.text(&name, (centre, bottom + 52.0), &INK_BOLD.sized(16.0).held(HPos::Center))?;
@@ -153,9 +129,9 @@ impl Chart<'_> {
         summary: &Summary,
         x: f64,
         slot: f64,
-        bottom: f64,
-        height: &dyn Fn(f64) -> f64,
+        frame: &Frame,
     ) -> Drawn {
+        let (bottom, height) = (frame.bottom, |value: f64| frame.height(value));
         let colour = rgb(colour(&summary.method));
         let size = (slot * 0.15).min(14.0);
         let macs = SOFT_PLAIN.sized(size.min(12.0)).held(HPos::Center);

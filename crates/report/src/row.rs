@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::file::{Error, Result, replace};
@@ -95,6 +96,11 @@ pub(crate) fn write_table<T: Serialize>(rows: &[T], path: &Path) -> Result<()> {
 
 /// Reads rows that [`write_csv`] wrote.
 pub fn read_csv(path: &Path) -> Result<Vec<Row>> {
+    read_table(path)
+}
+
+/// Reads any rows from CSV.
+pub(crate) fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let rows = csv::Reader::from_path(path).and_then(|reader| reader.into_deserialize().collect());
     rows.map_err(|source| Error::Csv { path: path.into(), source })
 }

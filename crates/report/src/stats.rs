@@ -3,6 +3,8 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
+use serde::Deserialize;
+
 use crate::names;
 use crate::row::{Row, comparable};
 
@@ -98,26 +100,153 @@ fn summary(rows: &[&Row]) -> Summary {
     }
 }
 
-/// The accuracy of one method less that of another, over the seeds that both have.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Paired {
-    /// How many seeds both have.
-    pub pairs: usize,
-    /// The mean difference in points.
-    pub mean: f64,
-    /// The 95 % confidence interval of the mean difference by Student's t; none for one pair.
-    pub interval: Option<(f64, f64)>,
+/// What of a row is compared.
+#[derive(Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantity {
+    /// Top-1 accuracy in percent; differences are points.
+    Top1,
+    /// Millions of multiply-accumulates of one image.
+    Macs,
+    /// Percent of the weights that pruning removed; differences are points.
+    WeightsPruned,
 }
 
-impl Paired {
-    /// Whether the interval leaves out zero, so that the sign is certain at 95 %.
-    pub fn certain(&self) -> bool {
-        self.interval.is_some_and(|(low, high)| low > 0.0 || high < 0.0)
+impl Quantity {
+    /// Its value in a row.
+    pub fn of(self, row: &Row) -> f64 {
+        match self {
+            Self::Top1 => row.top1_percent,
+            Self::Macs => row.macs as f64 / 1e6,
+            Self::WeightsPruned => row.weights_pruned_percent,
+        }
     }
 }
 
-/// `method_a` less `method_b` over the seeds that both have in `rows`, which should be of one table, width
-/// and data; none where they share no seed. Of several rows with the same seed the last one counts.
+/// A quantity of one method at one network and bits, by seed; `rows` should be of one table, width and data. Of
+/// several rows with the same seed the last one counts.
+pub fn by_seed(
+    rows: &[Row],
+    model: &str,
+    activation_bits: u32,
+    weight_bits: u32,
+    method: &str,
+    quantity: Quantity,
+) -> BTreeMap<u64, f64> {
+    let wanted = (model, activation_bits, weight_bits, method);
+    let key = |row: &&Row| wanted == (&row.model, row.activation_bits, row.weight_bits, &row.method);
+    rows.iter().filter(key).map(|row| (row.seed, quantity.of(row))).collect()
+}
+
+/// `a` less `b` at the seeds that both have, by ascending seed.
+pub fn differences(a: &BTreeMap<u64, f64>, b: &BTreeMap<u64, f64>) -> BTreeMap<u64, f64> {
+    a.iter().filter_map(|(seed, a)| Some((*seed, a - b.get(seed)?))).collect()
+}
+
+/// The mean of some values, one a seed, and how well they settle it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Estimate {
+    /// How many values.
+    pub count: usize,
+    /// Their mean.
+    pub mean: f64,
+    /// The 95 % confidence interval of the mean by Student's t; none for one value.
+    pub interval: Option<(f64, f64)>,
+}
+
+impl Estimate {
+    /// Of some values; none of none.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let values: Vec<f64> = values.into_iter().collect();
+        if values.is_empty() {
+            return None;
+        }
+        let (count, mean) = (values.len(), average(&values));
+        let interval = deviation(&values).map(|deviation| {
+            let half = student_t(count - 1) * deviation / (count as f64).sqrt();
+            (mean - half, mean + half)
+        });
+        Some(Self { count, mean, interval })
+    }
+}
+
+/// Where a statement says that a mean lies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Range {
+    /// The lowest value.
+    pub from: f64,
+    /// The highest value.
+    pub to: f64,
+    /// Whether `from` itself is outside.
+    pub above: bool,
+}
+
+impl Range {
+    /// More than zero.
+    pub const POSITIVE: Self = Self { from: 0.0, to: f64::INFINITY, above: true };
+    /// Zero or more.
+    pub const NOT_NEGATIVE: Self = Self { above: false, ..Self::POSITIVE };
+
+    /// From one value to another, both of them inside.
+    pub fn between(from: f64, to: f64) -> Self {
+        Self { from, to, above: false }
+    }
+
+    fn below(&self, value: f64) -> bool {
+        value < self.from || (self.above && value == self.from)
+    }
+
+    /// Whether a value lies in it.
+    pub fn contains(&self, value: f64) -> bool {
+        !self.below(value) && value <= self.to
+    }
+}
+
+/// What the seeds that were run say about a statement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// All of the 95 % interval is where the statement says.
+    Holds,
+    /// None of it is.
+    Fails,
+    /// Some of it is, or there is one seed only, which has no interval.
+    NotDecided,
+    /// Nothing, or not all that it needs, has been run.
+    NotRun,
+}
+
+impl Verdict {
+    /// On the statement that the estimated mean lies in the range.
+    pub fn of(estimate: Option<Estimate>, range: Range) -> Self {
+        let Some(estimate) = estimate else { return Self::NotRun };
+        match estimate.interval {
+            Some((low, high)) if range.contains(low) && range.contains(high) => Self::Holds,
+            Some((low, high)) if range.below(high) || low > range.to => Self::Fails,
+            _ => Self::NotDecided,
+        }
+    }
+
+    /// On a statement about several comparisons, all of which must hold: one that fails decides it; else it is
+    /// not run where one of them is missing.
+    pub fn all(verdicts: &[Verdict]) -> Self {
+        let by_weight = [Self::Fails, Self::NotRun, Self::NotDecided];
+        let found = by_weight.into_iter().find(|verdict| verdicts.contains(verdict));
+        found.unwrap_or(if verdicts.is_empty() { Self::NotRun } else { Self::Holds })
+    }
+
+    /// In words.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Holds => "holds",
+            Self::Fails => "fails",
+            Self::NotDecided => "not decided",
+            Self::NotRun => "not run",
+        }
+    }
+}
+
+/// The accuracy of `method_a` less that of `method_b` over the seeds that both have in `rows`, which should be of
+/// one table, width and data; none where they share no seed.
 pub fn paired(
     rows: &[Row],
     model: &str,
@@ -125,23 +254,9 @@ pub fn paired(
     weight_bits: u32,
     method_a: &str,
     method_b: &str,
-) -> Option<Paired> {
-    let of = |method: &str| {
-        let wanted = (model, activation_bits, weight_bits, method);
-        let key = |row: &&Row| wanted == (&row.model, row.activation_bits, row.weight_bits, &row.method);
-        rows.iter().filter(key).map(|row| (row.seed, row.top1_percent)).collect::<BTreeMap<_, _>>()
-    };
-    let (a, b) = (of(method_a), of(method_b));
-    let differences: Vec<f64> = a.iter().filter_map(|(seed, a)| b.get(seed).map(|b| a - b)).collect();
-    if differences.is_empty() {
-        return None;
-    }
-    let (pairs, mean) = (differences.len(), average(&differences));
-    let interval = deviation(&differences).map(|deviation| {
-        let half = student_t(pairs - 1) * deviation / (pairs as f64).sqrt();
-        (mean - half, mean + half)
-    });
-    Some(Paired { pairs, mean, interval })
+) -> Option<Estimate> {
+    let of = |method| by_seed(rows, model, activation_bits, weight_bits, method, Quantity::Top1);
+    Estimate::of(differences(&of(method_a), &of(method_b)).into_values())
 }
 
 fn average(values: &[f64]) -> f64 {
@@ -169,7 +284,48 @@ pub(crate) fn student_t(freedom: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::student_t;
+    use super::{Estimate, Range, Verdict, student_t};
+
+    #[test]
+    fn verdicts_follow_from_the_interval() {
+        fn check(values: &[f64], range: Range, expect: Verdict) {
+            assert_eq!(
+                Verdict::of(Estimate::of(values.iter().copied()), range),
+                expect,
+                "{values:?} {range:?}"
+            );
+        }
+        // Mean 2, deviation 1: 2 ± 4.303 / √3 = −0.48 … 4.48.
+        check(&[1.0, 2.0, 3.0], Range::POSITIVE, Verdict::NotDecided);
+        check(&[1.0, 2.0, 3.0], Range::between(-0.5, 4.5), Verdict::Holds);
+        check(&[1.0, 2.0, 3.0], Range::between(-0.4, 4.5), Verdict::NotDecided);
+        check(&[1.0, 2.0, 3.0], Range::between(-9.0, 4.4), Verdict::NotDecided);
+        check(&[1.0, 2.0, 3.0], Range::between(4.5, 9.0), Verdict::Fails);
+        check(&[1.0, 2.0, 3.0], Range::between(-9.0, -0.5), Verdict::Fails);
+        // Mean 2, deviation 0.1: 2 ± 0.25.
+        check(&[1.9, 2.0, 2.1], Range::POSITIVE, Verdict::Holds);
+        check(&[-1.9, -2.0, -2.1], Range::POSITIVE, Verdict::Fails);
+        // Nothing between them: more than zero fails, zero or more holds.
+        check(&[0.0, 0.0], Range::POSITIVE, Verdict::Fails);
+        check(&[0.0, 0.0], Range::NOT_NEGATIVE, Verdict::Holds);
+        // One seed decides nothing, however large the difference.
+        check(&[50.0], Range::POSITIVE, Verdict::NotDecided);
+        check(&[f64::NAN, 1.0], Range::POSITIVE, Verdict::NotDecided);
+        check(&[], Range::POSITIVE, Verdict::NotRun);
+    }
+
+    #[test]
+    fn every_comparison_of_a_statement_must_hold() {
+        use Verdict::{Fails, Holds, NotDecided, NotRun};
+        fn check(of: &[Verdict], expect: Verdict) {
+            assert_eq!(Verdict::all(of), expect, "{of:?}");
+        }
+        check(&[Holds, Holds], Holds);
+        check(&[Holds, NotDecided], NotDecided);
+        check(&[Holds, NotRun, NotDecided], NotRun);
+        check(&[Holds, NotRun, NotDecided, Fails], Fails);
+        check(&[], NotRun);
+    }
 
     #[test]
     fn student_t_is_that_of_the_tables() {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::names::{FLOAT, bits_label, dataset_label, is_synthetic, method_label, model_label, table_label};
 use crate::paper::Paper;
 use crate::row::Row;
-use crate::stats::{Paired, Summary, paired, summarize};
+use crate::stats::{Estimate, Range, Summary, Verdict, paired, summarize};
 
 /// What a report says about its rows besides the rows.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -26,7 +26,7 @@ pub struct Context {
 
 /// The report as Markdown: the results in the paper's layout, the paper's orderings, and how it was made.
 pub fn markdown(rows: &[Row], context: &Context) -> String {
-    let document = Document::new(rows, context, |text, best| if best { format!("**{text}**") } else { text });
+    let document = Document::new(rows, context);
     let mut blocks = vec![format!("# {}", document.title)];
     blocks.extend(document.caveats.iter().map(|line| format!("> **{line}**")));
     blocks.push(document.results.markdown());
@@ -48,11 +48,7 @@ pub fn markdown(rows: &[Row], context: &Context) -> String {
 
 /// The report as aligned plain text, at most 100 columns wide.
 pub fn terminal(rows: &[Row], context: &Context) -> String {
-    let document = Document::new(
-        rows,
-        context,
-        |text, best| if best { format!("{text} *") } else { format!("{text}  ") },
-    );
+    let document = Document::new(rows, context);
     let mut blocks = vec![wrap(&document.title, "", "")];
     blocks.extend(document.caveats.iter().map(|line| wrap(line, "! ", "")));
     blocks.push(format!("{}\n* the best of its group", document.results.plain()));
@@ -85,21 +81,21 @@ pub(crate) fn caveats(rows: &[Row]) -> Vec<String> {
     reasons.into_iter().collect()
 }
 
-struct Document {
+/// What a report consists of, however it is written.
+pub(crate) struct Document {
     title: String,
-    caveats: Vec<String>,
-    results: Table,
-    remarks: Vec<String>,
-    orderings: Table,
+    pub(crate) caveats: Vec<String>,
+    pub(crate) results: Table<'static>,
+    pub(crate) remarks: Vec<String>,
+    orderings: Table<'static>,
     verdict: String,
     notes: Vec<String>,
     command: String,
-    made: Vec<String>,
+    pub(crate) made: Vec<String>,
 }
 
 impl Document {
-    /// `emphasize` is given a cell's text and whether it is the best of its group.
-    fn new(rows: &[Row], context: &Context, emphasize: fn(String, bool) -> String) -> Self {
+    pub(crate) fn new(rows: &[Row], context: &Context) -> Self {
         let summaries = summarize(rows);
         let groups: Vec<_> = summaries.chunk_by(|a, b| a.group() == b.group()).collect();
         let orderings: Vec<_> = groups.iter().flat_map(|group| orderings(rows, group)).collect();
@@ -113,7 +109,7 @@ impl Document {
             caveats: (!reasons.is_empty()).then_some(caveat).into_iter().collect(),
             results: Table {
                 head: RESULTS.to_vec(),
-                rows: groups.iter().flat_map(|group| results(group, emphasize)).collect(),
+                rows: groups.iter().flat_map(|group| results(group)).collect(),
             },
             remarks: remarks(&summaries),
             verdict: verdict(&orderings),
@@ -129,7 +125,10 @@ impl Document {
 }
 
 /// A column's heading, and whether its cells are numbers.
-pub(crate) type Column = (&'static str, bool);
+pub(crate) type Column<'a> = (&'a str, bool);
+
+/// The column of our accuracy.
+const TOP1: usize = 3;
 
 const RESULTS: [Column; 9] = [
     ("model", false),
@@ -143,31 +142,38 @@ const RESULTS: [Column; 9] = [
     ("pruned %", true),
 ];
 
-fn results(group: &[Summary], emphasize: fn(String, bool) -> String) -> Vec<Vec<String>> {
+fn results(group: &[Summary]) -> Vec<Vec<Cell>> {
     let best = group.iter().map(|summary| summary.mean).fold(f64::MIN, f64::max);
     let row = |summary: &Summary| {
         let spread = summary.std.map(|std| format!(" ± {std:.2}")).unwrap_or_default();
         let mark = if summary.comparable() { "" } else { " †" };
-        vec![
+        let top1 = format!("{:.2}{spread}", summary.mean);
+        [
             model_label(&summary.model, summary.width),
             bits_label(summary.activation_bits, summary.weight_bits),
             method_label(&summary.method).to_string(),
-            emphasize(format!("{:.2}{spread}", summary.mean), group.len() > 1 && summary.mean == best),
+            top1,
             optional(summary.paper_top1_percent, |value| format!("{value:.2}")),
             optional(summary.top1_minus_paper, |value| signed(value) + mark),
             format!("{:.1}", summary.macs / 1e6),
             optional(summary.paper_mac_millions, |value| value.to_string()),
             format!("{:.1}", summary.weights_pruned_percent),
         ]
+        .map(Cell::from)
+        .into()
     };
-    group.iter().map(row).collect()
+    let mut rows: Vec<Vec<Cell>> = group.iter().map(row).collect();
+    for (row, summary) in rows.iter_mut().zip(group) {
+        row[TOP1].strong = group.len() > 1 && summary.mean == best;
+    }
+    rows
 }
 
 /// The proposed method against another of its group.
 struct Ordering<'a> {
     ours: &'a Summary,
     other: &'a Summary,
-    paired: Paired,
+    difference: Estimate,
     paper: Option<f64>,
 }
 
@@ -179,7 +185,7 @@ const ORDERINGS: [Column; 8] = [
     ("95 % interval", true),
     ("pairs", true),
     ("paper", true),
-    ("as paper", false),
+    ("verdict", false),
 ];
 
 fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
@@ -189,44 +195,54 @@ fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
     let rows: Vec<Row> = rows.iter().filter(alike).cloned().collect();
     let ordering = |other: &'a Summary| {
         let (abits, wbits) = (ours.activation_bits, ours.weight_bits);
-        let paired = paired(&rows, &ours.model, abits, wbits, &ours.method, &other.method)?;
+        let difference = paired(&rows, &ours.model, abits, wbits, &ours.method, &other.method)?;
         let paper = ours.paper_top1_percent.zip(other.paper_top1_percent).map(|(ours, other)| ours - other);
-        Some(Ordering { ours, other, paired, paper })
+        Some(Ordering { ours, other, difference, paper })
     };
     others.iter().filter_map(ordering).collect()
 }
 
 impl Ordering<'_> {
-    fn same(&self) -> Option<bool> {
-        self.paper.map(|paper| (paper > 0.0) == (self.paired.mean > 0.0))
+    /// Whether the paper's order holds; none where the paper has none.
+    fn verdict(&self) -> Option<Verdict> {
+        let range = match self.paper? {
+            paper if paper > 0.0 => Range::POSITIVE,
+            _ => Range { from: f64::NEG_INFINITY, to: 0.0, above: false },
+        };
+        Some(Verdict::of(Some(self.difference), range))
     }
 
-    fn cells(&self) -> Vec<String> {
-        let doubt = if self.paired.certain() { "" } else { "?" };
-        vec![
+    fn cells(&self) -> Vec<Cell> {
+        [
             model_label(&self.ours.model, self.ours.width),
             bits_label(self.ours.activation_bits, self.ours.weight_bits),
             format!("{} − {}", method_label(&self.ours.method), method_label(&self.other.method)),
-            signed(self.paired.mean),
-            optional(self.paired.interval, |(low, high)| format!("{} … {}", signed(low), signed(high))),
-            self.paired.pairs.to_string(),
+            signed(self.difference.mean),
+            optional(self.difference.interval, interval),
+            self.difference.count.to_string(),
             optional(self.paper, signed),
-            optional(self.same(), |same| format!("{}{doubt}", if same { "yes" } else { "no" })),
+            optional(self.verdict(), |verdict| verdict.label().into()),
         ]
+        .map(Cell::from)
+        .into()
     }
 }
 
+/// How many orders hold, and what that means.
 fn verdict(orderings: &[Ordering]) -> String {
-    let count = |same: bool| {
-        let of: Vec<_> = orderings.iter().filter(|ordering| ordering.same() == Some(same)).collect();
-        let certain = of.iter().filter(|ordering| ordering.paired.certain()).count();
-        format!("{} ({certain} certain)", of.len())
+    let count = |verdict| orderings.iter().filter(|ordering| ordering.verdict() == Some(verdict)).count();
+    let same = |ordering: &&Ordering| {
+        let paper = ordering.paper.filter(|_| ordering.verdict() == Some(Verdict::NotDecided));
+        paper.is_some_and(|paper| (paper > 0.0) == (ordering.difference.mean > 0.0))
     };
     format!(
-        "Comparisons in the paper's order: {}; in the opposite order: {}. Certain (no question mark) means at \
-         95 %, by Student's t over pairs of the same seed.",
-        count(true),
-        count(false)
+        "The paper's order of the methods: {} hold, {} fail, {} not decided (of which {} are as in the paper by their \
+         mean). Decided is what the 95 % interval of Student's t, over pairs of the same seed, has on one side of zero; \
+         one seed decides nothing.",
+        count(Verdict::Holds),
+        count(Verdict::Fails),
+        count(Verdict::NotDecided),
+        orderings.iter().filter(same).count(),
     )
 }
 
@@ -297,7 +313,7 @@ fn citation(rows: &[Row]) -> String {
     if tables.is_empty() { tables } else { format!("{tables} of Nishikawa and Ikegaya, arXiv:2011.06751") }
 }
 
-fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match (whole / 3600, whole / 60 % 60, whole % 60) {
         (0, 0, _) => format!("{seconds:.1} s"),
@@ -308,6 +324,11 @@ fn duration(seconds: f64) -> String {
 
 pub(crate) fn optional<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
     value.map_or("–".into(), show)
+}
+
+/// The ends of an interval.
+pub(crate) fn interval((low, high): (f64, f64)) -> String {
+    format!("{} … {}", signed(low), signed(high))
 }
 
 /// Two decimals and always a sign, a true minus; what rounds to zero has none.
@@ -322,26 +343,53 @@ pub(crate) fn list(lines: &[String]) -> String {
     lines.iter().map(|line| format!("- {line}")).collect::<Vec<_>>().join("\n")
 }
 
-/// A table of text.
-pub(crate) struct Table {
-    pub(crate) head: Vec<Column>,
-    pub(crate) rows: Vec<Vec<String>>,
+/// A cell of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cell {
+    pub(crate) text: String,
+    /// Whether it stands out.
+    pub(crate) strong: bool,
 }
 
-impl Table {
+impl From<String> for Cell {
+    fn from(text: String) -> Self {
+        Self { text, strong: false }
+    }
+}
+
+/// A table of text.
+pub(crate) struct Table<'a> {
+    pub(crate) head: Vec<Column<'a>>,
+    pub(crate) rows: Vec<Vec<Cell>>,
+}
+
+impl Table<'_> {
     pub(crate) fn markdown(&self) -> String {
         let line = |cells: Vec<String>| format!("| {} |", cells.join(" | "));
         let head = self.head.iter().map(|(name, _)| name.to_string()).collect();
         let rule =
             self.head.iter().map(|(_, number)| if *number { "---:" } else { "---" }.to_string()).collect();
-        let body = self.rows.iter().map(|row| row.iter().map(|cell| cell.replace('|', "\\|")).collect());
+        let cell = |cell: &Cell| {
+            let text = cell.text.replace('|', "\\|");
+            if cell.strong { format!("**{text}**") } else { text }
+        };
+        let body = self.rows.iter().map(|row| row.iter().map(cell).collect());
         [head, rule].into_iter().chain(body).map(line).collect::<Vec<_>>().join("\n")
     }
 
-    /// Columns aligned, two spaces apart, or one where the line would get too long.
+    /// Columns aligned, two spaces apart, or one where the line would get too long; a star behind what stands out.
     pub(crate) fn plain(&self) -> String {
         let length = |text: &str| text.chars().count();
-        let cells = |column: usize| self.rows.iter().map(move |row| length(&row[column]));
+        let starred: Vec<bool> =
+            (0..self.head.len()).map(|column| self.rows.iter().any(|row| row[column].strong)).collect();
+        let cell = |(cell, starred): (&Cell, &bool)| match (cell.strong, starred) {
+            (true, _) => format!("{} *", cell.text),
+            (false, true) => format!("{}  ", cell.text),
+            (false, false) => cell.text.clone(),
+        };
+        let rows: Vec<Vec<String>> =
+            self.rows.iter().map(|row| row.iter().zip(&starred).map(cell).collect()).collect();
+        let cells = |column: usize| rows.iter().map(move |row| length(&row[column]));
         let widths: Vec<usize> = (0..self.head.len())
             .map(|column| cells(column).chain([length(self.head[column].0)]).max().unwrap_or(0))
             .collect();
@@ -356,7 +404,7 @@ impl Table {
         let head = line(&mut self.head.iter().map(|(name, _)| *name));
         let rule =
             line(&mut widths.iter().map(|width| "─".repeat(*width)).collect::<Vec<_>>().iter().map(|s| &**s));
-        let body = self.rows.iter().map(|row| line(&mut row.iter().map(|cell| &**cell)));
+        let body = rows.iter().map(|row| line(&mut row.iter().map(|cell| &**cell)));
         [head, rule].into_iter().chain(body).collect::<Vec<_>>().join("\n")
     }
 }

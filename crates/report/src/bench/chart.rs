@@ -7,7 +7,7 @@ use plotters::style::text_anchor::HPos;
 
 use super::{Case, Context, IMPLEMENTATIONS, OURS, Speed, precision_label};
 use crate::canvas::{
-    Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, WIDTH, rgb,
+    Canvas, Drawn, Frame, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT_PLAIN, Sign, WIDTH, rgb,
 };
 use crate::file::Result;
 use crate::names::model_label;
@@ -23,14 +23,6 @@ struct Chart<'a> {
     cases: Vec<Case<'a>>,
     batch: usize,
     context: &'a Context,
-}
-
-/// Where a panel is drawn: the axes' ends.
-struct Frame {
-    left: f64,
-    right: f64,
-    top: f64,
-    bottom: f64,
 }
 
 impl Picture for Chart<'_> {
@@ -51,7 +43,6 @@ impl Picture for Chart<'_> {
             canvas.text(&model_label(network, width), (x, 164.0), &INK_BOLD.sized(16.0))?;
             for (what, title, top) in [("train", "training", 212.0), ("eval", "evaluation", 474.0)] {
                 canvas.text(&format!("{title}, images/s"), (x, top - 22.0), &SOFT_PLAIN.sized(13.0))?;
-                let frame = Frame { left: x + 38.0, right: x + wide - 28.0, top, bottom: top + 170.0 };
                 let panel: Vec<&Case> = self
                     .cases
                     .iter()
@@ -60,6 +51,11 @@ impl Picture for Chart<'_> {
                         (row.network.as_str(), row.width, row.what.as_str()) == (network, width, what)
                     })
                     .collect();
+                let speeds = panel.iter().flat_map(|case| case.0).filter_map(|row| row.images_per_second_max);
+                // Room for the ratio above the highest bar.
+                let highest = 1.12 * speeds.fold(1.0, f64::max);
+                let (left, right) = (x + 38.0, x + wide - 28.0);
+                let frame = Frame { left, right, top, bottom: top + 170.0, highest };
                 self.panel(canvas, &panel, &frame)?;
             }
         }
@@ -87,44 +83,22 @@ impl Chart<'_> {
     }
 
     fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
-        let style = INK_PLAIN.sized(14.0);
-        let mut x = LEFT;
-        let mut entry = |label: &str, sign: &dyn Fn(f64) -> Drawn| {
-            sign(x)?;
-            canvas.text(label, (x + 22.0, y), &style)?;
-            x += 22.0 + style.width(label) * 1.08 + 26.0; // some room for wider fonts
-            Drawn::Ok(())
-        };
-        for implementation in IMPLEMENTATIONS {
-            let colour = rgb(implementation.colour);
-            let ours = implementation.id == OURS;
-            let label = if ours { "ours".into() } else { format!("PyTorch {}", implementation.label) };
-            entry(&label, &|x| canvas.rectangle((x, y - 12.0), (x + 15.0, y + 2.0), colour))?;
-        }
-        entry("slowest and fastest round", &|x| canvas.whisker(x + 8.0, y - 12.0, y + 2.0))?;
-        entry("ours ÷ PyTorch's best", &|x| canvas.text("×", (x + 3.0, y), &INK_BOLD.sized(15.0)))
+        let labels = IMPLEMENTATIONS.map(|of| match of.id {
+            OURS => "ours".into(),
+            _ => format!("PyTorch {}", of.label),
+        });
+        let bars = labels.iter().zip(IMPLEMENTATIONS).map(|(label, of)| (&**label, Sign::Filled(of.colour)));
+        let others =
+            [("slowest and fastest round", Sign::Whisker), ("ours ÷ PyTorch's best", Sign::Text("×"))];
+        canvas.legend(y, &bars.chain(others).collect::<Vec<_>>())
     }
 
     fn panel<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, cases: &[&Case], frame: &Frame) -> Drawn {
-        let rows = || cases.iter().flat_map(|case| case.0);
-        let highest = rows().filter_map(|row| row.images_per_second_max).fold(1.0, f64::max);
-        // Room for the ratio above the highest bar.
-        let scale = (frame.bottom - frame.top) / (highest * 1.12);
-        let height = |speed: f64| frame.bottom - scale * speed;
-        let step = tick_step(highest);
-        for tick in (0..).map(|index| f64::from(index) * step).take_while(|tick| *tick <= highest * 1.1) {
-            let y = height(tick);
-            canvas.line(&[(frame.left, y), (frame.right, y)], 1.0, if tick == 0.0 { SOFT } else { GRID })?;
-            canvas.text(
-                &tick.to_string(),
-                (frame.left - 6.0, y + 4.0),
-                &SOFT_PLAIN.sized(11.0).held(HPos::Right),
-            )?;
-        }
+        canvas.axis(frame, frame.highest, 11.0)?;
         let wide = (frame.right - frame.left) / cases.len().max(1) as f64;
         for (index, case) in cases.iter().enumerate() {
             let centre = frame.left + wide * (index as f64 + 0.5);
-            self.group(canvas, case, centre, wide, &height)?;
+            self.group(canvas, case, centre, wide, frame)?;
             let label = precision_label(&case.first().precision);
             canvas.text(&label, (centre, frame.bottom + 19.0), &INK_PLAIN.sized(13.0).held(HPos::Center))?;
         }
@@ -138,8 +112,9 @@ impl Chart<'_> {
         case: &Case,
         centre: f64,
         wide: f64,
-        height: &dyn Fn(f64) -> f64,
+        frame: &Frame,
     ) -> Drawn {
+        let height = |speed: f64| frame.height(speed);
         let places = IMPLEMENTATIONS.len() as f64;
         let slot = (0.84 * wide / places).min(44.0);
         let middle = |place: usize| centre + slot * (place as f64 + 0.5 - places / 2.0);
@@ -165,13 +140,6 @@ impl Chart<'_> {
         let x = middle(0) - 0.44 * slot + style.width(&text) / 2.0;
         canvas.label(&text, (x, top(ours).min(next) + 2.0), &style)
     }
-}
-
-/// A round distance between ticks, of which there are at most six.
-fn tick_step(highest: f64) -> f64 {
-    let power = 10f64.powf((highest / 5.0).max(1.0).log10().floor());
-    let steps = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power);
-    steps.into_iter().find(|step| highest / step <= 5.0).unwrap_or(10.0 * power)
 }
 
 #[cfg(test)]
@@ -200,14 +168,5 @@ mod tests {
         }
         assert!(!svg.contains("stem"));
         plot(&[], &Context::default(), &folder.path().join("b.svg"), &png).unwrap();
-    }
-
-    #[test]
-    fn ticks_are_round_and_few() {
-        for (highest, step) in
-            [(1.0, 1.0), (9.0, 2.0), (60.0, 20.0), (240.0, 50.0), (1800.0, 500.0), (5100.0, 2000.0)]
-        {
-            assert_eq!(tick_step(highest), step, "{highest}");
-        }
     }
 }

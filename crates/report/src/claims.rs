@@ -1,0 +1,486 @@
+//! The paper's statements that can fail, and what our runs say about them.
+//!
+//! A [`Claim`] is data: a sentence, the table that it is about, and what must be so in which cells. Its arithmetic
+//! is written once ([`Claim::samples`]) and done on our rows and on the paper's, so that a statement which the
+//! paper's own figures contradict is found.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::entries::{self, Entry};
+use crate::file::Result;
+use crate::names::{bits_label, method_label, model_label};
+use crate::paper::{Paper, PaperRow};
+use crate::row::Row;
+use crate::stage::{StageRecord, Traced, trace};
+use crate::stats::{Estimate, Quantity, Range, Verdict, by_seed, differences};
+
+/// A statement that can fail.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Claim {
+    /// Its name: lower-case letters, digits and hyphens.
+    pub id: String,
+    /// The statement, in our words.
+    pub says: String,
+    /// The paper's table that it is about, as "table3"; none where it is about the first pruning, which all tables
+    /// share.
+    pub table: Option<String>,
+    /// The networks that it is about; all of the table where empty.
+    #[serde(default)]
+    pub models: Vec<String>,
+    /// The bits that it is about, as "a4w4"; all of the table where empty.
+    #[serde(default)]
+    pub bits: Vec<String>,
+    /// What must be so.
+    pub expect: Expect,
+    /// What the paper's own figures say about it. An error where they say something else.
+    #[serde(default)]
+    pub paper: PaperSays,
+    /// What a reader should know besides.
+    pub note: Option<String>,
+}
+
+/// What must be so for a claim to hold; each comparison in each cell (a network at some bits) by itself.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Expect {
+    /// The quantity rises from each method to the next.
+    Rising {
+        /// What is compared.
+        of: Quantity,
+        /// Two methods or more, by their names in the CSV files.
+        methods: Vec<String>,
+        /// Whether it may stay the same.
+        #[serde(default)]
+        or_equal: bool,
+    },
+    /// What one method is above another, in accuracy, is more at some bits than at others.
+    LargerGain {
+        /// The method that gains.
+        method: String,
+        /// The method that it is compared with.
+        over: String,
+        /// The bits where the gain is larger, as "a3w3".
+        at: String,
+        /// The bits where it is smaller.
+        than: String,
+    },
+    /// The quantity lies between two values.
+    Between {
+        /// Which quantity.
+        of: Quantity,
+        /// Of which method.
+        method: String,
+        /// The lowest value.
+        from: f64,
+        /// The highest value.
+        to: f64,
+    },
+    /// The quantity is the published one but for so much; only runs of the paper's networks on its data count.
+    Published {
+        /// Which quantity.
+        of: Quantity,
+        /// Of which method.
+        method: String,
+        /// The largest difference.
+        within: f64,
+    },
+    /// Something about the pruning that comes right after pre-training (PfQ with bias correction), for each network
+    /// and each pre-trained network of it, lies between two values.
+    FirstPruning {
+        /// What of it.
+        of: PruningQuantity,
+        /// The lowest value.
+        from: f64,
+        /// The highest value.
+        to: f64,
+    },
+}
+
+/// What of a pruning is looked at.
+#[derive(Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum PruningQuantity {
+    /// Of the filters below the threshold, the percentage in depthwise layers.
+    LowInDepthwise,
+    /// Accuracy after pruning less that before, in points, without any training between.
+    Top1Change,
+}
+
+/// What the paper's own figures say about a claim.
+#[derive(Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum PaperSays {
+    /// They agree with it in every comparison.
+    #[default]
+    Agrees,
+    /// They do not, in at least one.
+    Contradicts,
+    /// It publishes no figures for it.
+    Silent,
+}
+
+/// One comparison of a claim, judged by itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Comparison {
+    /// The network and its bits, as "MobileNetV2 A4/W4".
+    pub cell: String,
+    /// What is compared, as "Ours − DFQ + fine-tune".
+    pub what: String,
+    /// The mean over our seeds; none where nothing has been run.
+    pub estimate: Option<Estimate>,
+    /// Where the claim says that it lies.
+    pub range: Range,
+    /// The same from the paper's figures.
+    pub paper: Option<f64>,
+    /// What follows from our seeds.
+    pub verdict: Verdict,
+}
+
+/// Values by seed of one comparison.
+struct Sample {
+    cell: String,
+    what: String,
+    values: BTreeMap<u64, f64>,
+}
+
+/// A network at some bits.
+#[derive(Clone, Copy, PartialEq)]
+struct Cell<'a> {
+    model: &'a str,
+    activation_bits: u32,
+    weight_bits: u32,
+}
+
+impl Cell<'_> {
+    /// "a4w4".
+    fn bits(&self) -> String {
+        format!("a{}w{}", self.activation_bits, self.weight_bits)
+    }
+
+    fn label(&self) -> String {
+        format!("{} {}", model_label(self.model, 1.0), bits_label(self.activation_bits, self.weight_bits))
+    }
+}
+
+impl<'a> From<&'a PaperRow> for Cell<'a> {
+    fn from(row: &'a PaperRow) -> Self {
+        Self { model: &row.model, activation_bits: row.activation_bits, weight_bits: row.weight_bits }
+    }
+}
+
+/// Where the arithmetic of a claim takes its values from.
+trait Values {
+    /// A quantity of a method in a cell, by seed; only of the paper's networks and data if `absolute`.
+    fn get(&self, cell: Cell, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64>;
+
+    /// Something about the first pruning of a network, by seed of its pre-training.
+    fn first_pruning(&self, model: &str, of: PruningQuantity) -> BTreeMap<u64, f64>;
+}
+
+/// Our results.
+struct Ours<'a> {
+    rows: Vec<Row>,
+    stages: &'a [StageRecord],
+}
+
+impl Values for Ours<'_> {
+    fn get(&self, cell: Cell, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64> {
+        let rows = if absolute {
+            self.rows.iter().filter(|row| row.comparable()).cloned().collect()
+        } else {
+            self.rows.clone()
+        };
+        by_seed(&rows, cell.model, cell.activation_bits, cell.weight_bits, method, of)
+    }
+
+    fn first_pruning(&self, model: &str, of: PruningQuantity) -> BTreeMap<u64, f64> {
+        let first = |traced: &Traced| {
+            let Traced { stage, origin, .. } = traced;
+            (origin.model() == Some(model)
+                && stage.prunes_with_correction()
+                && stage.parent.as_ref() == Some(&origin.key))
+            .then_some(())?;
+            let value = match of {
+                PruningQuantity::Top1Change => stage.evaluation.top1_percent - origin.evaluation.top1_percent,
+                PruningQuantity::LowInDepthwise => {
+                    let layers = stage.pruning()?.layers;
+                    let low = |depthwise: bool| -> usize {
+                        let of =
+                            layers.iter().filter(|layer| layer.name.ends_with("depthwise") || !depthwise);
+                        of.map(|layer| layer.low).sum()
+                    };
+                    // Where no filter is low there is no share.
+                    (low(false) > 0).then(|| 100.0 * low(true) as f64 / low(false) as f64)?
+                }
+            };
+            Some((origin.seed()?, value))
+        };
+        trace(self.stages).iter().filter_map(first).collect()
+    }
+}
+
+/// The paper's figures of one table, as of one seed.
+struct Published<'a>(&'a str);
+
+impl Values for Published<'_> {
+    fn get(&self, cell: Cell, method: &str, of: Quantity, _: bool) -> BTreeMap<u64, f64> {
+        let paper = Paper::published();
+        let row = paper.lookup(self.0, cell.model, cell.activation_bits, cell.weight_bits, method);
+        let value = row.and_then(|row| match of {
+            Quantity::Top1 => Some(row.top1_percent),
+            Quantity::Macs => Some(row.mac_millions),
+            Quantity::WeightsPruned => {
+                let same =
+                    |of: &&crate::paper::PaperPruned| of.model == row.model && of.dataset == row.dataset;
+                paper.pruned_weights().iter().find(same).map(|of| of.weights_pruned_percent)
+            }
+        });
+        value.into_iter().map(|value| (0, value)).collect()
+    }
+
+    fn first_pruning(&self, _: &str, _: PruningQuantity) -> BTreeMap<u64, f64> {
+        BTreeMap::new()
+    }
+}
+
+impl Claim {
+    /// Reads the claims of a TOML file (`[[claim]]`), whose name only serves the errors; each of these names the
+    /// entry. Besides unknown keys and names it is an error where the paper's figures do not say what an entry
+    /// says that they do.
+    pub fn parse(text: &str, file: &str) -> Result<Vec<Claim>> {
+        entries::parse(text, file, "claim")
+    }
+
+    /// Judges it by our rows of one profile, of which it picks those of its table, and by the stages behind them.
+    pub fn judge(&self, rows: &[Row], stages: &[StageRecord]) -> Vec<Comparison> {
+        let table = self.table.as_deref().unwrap_or_default();
+        let ours = Ours { rows: rows.iter().filter(|row| row.table == table).cloned().collect(), stages };
+        let paper = self.samples(&Published(table));
+        let compare = |(ours, paper): (Sample, Sample)| {
+            let estimate = Estimate::of(ours.values.into_values());
+            let range = self.range();
+            Comparison {
+                cell: ours.cell,
+                what: ours.what,
+                estimate,
+                range,
+                paper: paper.values.into_values().next(),
+                verdict: Verdict::of(estimate, range),
+            }
+        };
+        self.samples(&ours).into_iter().zip(paper).map(compare).collect()
+    }
+
+    /// What the paper's own figures say about it.
+    fn paper_says(&self) -> PaperSays {
+        let published: Vec<f64> = self.judge(&[], &[]).iter().filter_map(|of| of.paper).collect();
+        match published.iter().all(|value| self.range().contains(*value)) {
+            _ if published.is_empty() => PaperSays::Silent,
+            true => PaperSays::Agrees,
+            false => PaperSays::Contradicts,
+        }
+    }
+
+    /// Where it says that the value of every comparison lies.
+    fn range(&self) -> Range {
+        match &self.expect {
+            Expect::Rising { or_equal: true, .. } => Range::NOT_NEGATIVE,
+            Expect::Rising { .. } | Expect::LargerGain { .. } => Range::POSITIVE,
+            Expect::Between { from, to, .. } | Expect::FirstPruning { from, to, .. } => {
+                Range::between(*from, *to)
+            }
+            Expect::Published { within, .. } => Range::between(-within, *within),
+        }
+    }
+
+    /// What its figures are, as "points"; empty for none.
+    pub fn unit(&self) -> &'static str {
+        match &self.expect {
+            Expect::Rising { of: Quantity::Macs, .. }
+            | Expect::Between { of: Quantity::Macs, .. }
+            | Expect::Published { of: Quantity::Macs, .. } => "M multiply–accumulates",
+            Expect::Between { .. } | Expect::FirstPruning { of: PruningQuantity::LowInDepthwise, .. } => "%",
+            _ => "points",
+        }
+    }
+
+    /// Whether its figures are differences, which are shown with a sign.
+    pub fn signed(&self) -> bool {
+        let value = PruningQuantity::LowInDepthwise;
+        !matches!(&self.expect, Expect::Between { .. })
+            && !matches!(&self.expect, Expect::FirstPruning { of, .. } if *of == value)
+    }
+
+    /// The values of every comparison, the same ones in the same order for all sources.
+    fn samples(&self, values: &dyn Values) -> Vec<Sample> {
+        let difference = |cell: Cell, a: &str, b: &str, of: Quantity| {
+            differences(&values.get(cell, a, of, false), &values.get(cell, b, of, false))
+        };
+        let minus = |a: &str, b: &str| format!("{} − {}", method_label(a), method_label(b));
+        let cells = self.cells();
+        match &self.expect {
+            Expect::Rising { of, methods, .. } => {
+                let pair = |cell: Cell, pair: &[String]| Sample {
+                    cell: cell.label(),
+                    what: minus(&pair[1], &pair[0]),
+                    values: difference(cell, &pair[1], &pair[0], *of),
+                };
+                cells.iter().flat_map(|cell| methods.windows(2).map(|of| pair(*cell, of))).collect()
+            }
+            Expect::LargerGain { method, over, at, than } => {
+                let find = |model: &str, bits: &str| {
+                    cells.iter().copied().find(|cell| cell.model == model && cell.bits() == bits)
+                };
+                let gain = |cell: Cell| difference(cell, method, over, Quantity::Top1);
+                let sample = |cell: &Cell| {
+                    let (at, than) = find(cell.model, at).zip(find(cell.model, than))?;
+                    let bits = |of: Cell| bits_label(of.activation_bits, of.weight_bits);
+                    (*cell == at).then(|| Sample {
+                        cell: model_label(cell.model, 1.0),
+                        what: format!("({}) at {} − at {}", minus(method, over), bits(at), bits(than)),
+                        values: differences(&gain(at), &gain(than)),
+                    })
+                };
+                cells.iter().filter_map(sample).collect()
+            }
+            Expect::Between { of, method, .. } => {
+                let sample = |cell: &Cell| Sample {
+                    cell: cell.label(),
+                    what: method_label(method).into(),
+                    values: values.get(*cell, method, *of, false),
+                };
+                cells.iter().map(sample).collect()
+            }
+            Expect::Published { of, method, .. } => {
+                let published = Published(self.table.as_deref().unwrap_or_default());
+                let sample = |cell: &Cell| {
+                    let theirs =
+                        published.get(*cell, method, *of, true).into_values().next().unwrap_or(f64::NAN);
+                    let ours = values.get(*cell, method, *of, true);
+                    Sample {
+                        cell: cell.label(),
+                        what: format!("{}: ours − the paper's {theirs}", method_label(method)),
+                        values: ours.into_iter().map(|(seed, ours)| (seed, ours - theirs)).collect(),
+                    }
+                };
+                cells.iter().map(sample).collect()
+            }
+            Expect::FirstPruning { of, .. } => {
+                let what = match of {
+                    PruningQuantity::LowInDepthwise => "depthwise of all low filters",
+                    PruningQuantity::Top1Change => "after pruning − before",
+                };
+                let sample = |model: &&str| Sample {
+                    cell: model_label(model, 1.0),
+                    what: what.into(),
+                    values: values.first_pruning(model, *of),
+                };
+                MODELS.iter().filter(|model| self.about(model)).map(sample).collect()
+            }
+        }
+    }
+
+    fn about(&self, model: &str) -> bool {
+        self.models.is_empty() || self.models.iter().any(|of| of == model)
+    }
+
+    /// The cells of the paper's table that it is about, in the paper's order.
+    fn cells(&self) -> Vec<Cell<'_>> {
+        let mut cells: Vec<Cell> = Vec::new();
+        for row in Paper::published().table_named(self.table.as_deref().unwrap_or_default()) {
+            let cell = Cell::from(row);
+            let bits = self.bits.is_empty() || self.bits.contains(&cell.bits());
+            if bits && self.about(cell.model) && !cells.contains(&cell) {
+                cells.push(cell);
+            }
+        }
+        cells
+    }
+}
+
+/// The paper's networks.
+const MODELS: [&str; 2] = ["mobilenet_v1", "mobilenet_v2"];
+
+impl Entry for Claim {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        let rows = Paper::published().table_named(self.table.as_deref().unwrap_or_default());
+        match (&self.expect, &self.table) {
+            (Expect::FirstPruning { .. }, Some(table)) => {
+                return Err(format!(
+                    "table = {table:?}: the first pruning is none of a table's; leave it out"
+                ));
+            }
+            (Expect::FirstPruning { .. }, None) if !self.bits.is_empty() => {
+                return Err(
+                    "bits are given: the first pruning is that of a float network; leave them out".into()
+                );
+            }
+            (Expect::FirstPruning { .. }, None) => {}
+            (_, table) if rows.is_empty() => {
+                return Err(format!("table = {table:?}: expected one of the paper's, table1 to table5"));
+            }
+            _ => {}
+        }
+        let known =
+            |key: &str, found: &[String], all: Vec<String>| match found.iter().find(|of| !all.contains(of)) {
+                Some(unknown) => Err(format!("{key} has {unknown:?}: expected some of {}", all.join(", "))),
+                None => Ok(()),
+            };
+        let distinct = |value: fn(&PaperRow) -> String| {
+            let mut all: Vec<String> = Vec::new();
+            for row in rows {
+                if !all.contains(&value(row)) {
+                    all.push(value(row));
+                }
+            }
+            all
+        };
+        let models = if rows.is_empty() {
+            MODELS.map(String::from).to_vec()
+        } else {
+            distinct(|row| row.model.clone())
+        };
+        known("models", &self.models, models)?;
+        known("bits", &self.bits, distinct(|row| Cell::from(row).bits()))?;
+        let methods = |found: &[String]| known("expect", found, distinct(|row| row.method.clone()));
+        let ordered = |from: f64, to: f64| match from <= to {
+            true => Ok(()),
+            false => Err(format!("expect: from = {from}, to = {to}: expected from ≤ to")),
+        };
+        match &self.expect {
+            Expect::Rising { methods: found, .. } if found.len() < 2 => {
+                return Err(format!("expect: methods = {found:?}: expected two or more"));
+            }
+            Expect::Rising { methods: found, .. } => methods(found)?,
+            Expect::LargerGain { method, over, at, than } => {
+                methods(&[method.clone(), over.clone()])?;
+                let bits: Vec<String> = self.cells().iter().map(Cell::bits).collect();
+                known("expect", &[at.clone(), than.clone()], bits)?;
+            }
+            Expect::Between { method, from, to, .. } => {
+                methods(std::slice::from_ref(method))?;
+                ordered(*from, *to)?;
+            }
+            Expect::Published { method, within, .. } => {
+                methods(std::slice::from_ref(method))?;
+                ordered(0.0, *within)?;
+            }
+            Expect::FirstPruning { from, to, .. } => ordered(*from, *to)?,
+        }
+        let found = self.paper_says();
+        if found != self.paper {
+            return Err(format!(
+                "paper = {:?}, but its figures say {found:?}: correct the claim, or set paper to what they say",
+                self.paper
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,471 @@
+//! One HTML page of everything that was run: no script, nothing fetched, the same bytes for the same inputs.
+
+mod curves;
+mod exhibit;
+mod judged;
+mod style;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use crate::bench::{self, Speed};
+use crate::claims::Claim;
+use crate::deviations::Deviation;
+use crate::names::{FLOAT, bits_label, dataset_label, method_label, model_label, table_label, table_subject};
+use crate::paper::Paper;
+use crate::row::Row;
+use crate::stage::{StageRecord, trace};
+use crate::stats::summarize;
+use crate::text::{Cell, Column, Context, Document, Table, duration};
+
+pub use exhibit::Exhibit;
+use judged::Judged;
+
+/// One table's results in one profile: what a folder `tableN/<profile>/` holds.
+#[derive(Clone, Debug, Default)]
+pub struct Run {
+    /// The paper's table, as "table3".
+    pub table: String,
+    /// The profile of settings.
+    pub profile: String,
+    /// The rows.
+    pub rows: Vec<Row>,
+    /// The stages behind them.
+    pub stages: Vec<StageRecord>,
+    /// The folder's picture, files and further sheets.
+    pub exhibit: Exhibit,
+}
+
+/// What the page is made of.
+#[derive(Clone, Debug, Default)]
+pub struct Page {
+    /// The tables that were run.
+    pub runs: Vec<Run>,
+    /// The paper's figures, ablations and whatever else was run, a folder each.
+    pub exhibits: Vec<Exhibit>,
+    /// Speeds beside PyTorch.
+    pub speeds: Vec<Speed>,
+    /// The rest of the folder of benchmarks.
+    pub bench: Exhibit,
+    /// The paper's statements.
+    pub claims: Vec<Claim>,
+    /// Where we differ from it.
+    pub deviations: Vec<Deviation>,
+}
+
+const TITLE: &str = "PfQ reproduced: every result beside the paper's";
+
+/// Nothing may be fetched or run, whatever stands in the inputs.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:";
+
+impl Page {
+    /// The page.
+    pub fn html(&self) -> String {
+        let judged = self.judged();
+        let sections = [
+            ("claims", "Claims", judged::summary(&judged, &self.profiles())),
+            ("tables", "Tables", self.tables(&judged)),
+            ("evidence", "Evidence for each claim", judged::evidence(&judged)),
+            ("figures", "Figures and further measurements", self.figures()),
+            ("curves", "Training curves", self.curves()),
+            ("speed", "Speed", self.speed()),
+            ("provenance", "What was run, where and how", self.provenance()),
+            ("deviations", "Deviations from the paper", self.deviations()),
+            ("reading", "How to read this page", reading()),
+        ];
+        let page = html! {
+            (DOCTYPE)
+            html lang="en" {
+                head {
+                    meta charset="utf-8";
+                    meta name="viewport" content="width=device-width, initial-scale=1";
+                    meta http-equiv="Content-Security-Policy" content=(POLICY);
+                    meta name="color-scheme" content="light dark";
+                    meta name="description" content="Results of an independent reproduction of arXiv:2011.06751";
+                    link rel="icon" href="data:,";
+                    title { (TITLE) }
+                    style { (PreEscaped(style::CSS)) }
+                }
+                body {
+                    a.skip href="#main" { "Skip to the results" }
+                    header {
+                        h1 { (TITLE) }
+                        p.lede {
+                            "An independent implementation, in Rust, of “Filter Pre-Pruning for Improved Fine-tuning "
+                            "of Quantized Deep Neural Networks” (Nishikawa and Ikegaya, 2020, "
+                            a href="https://arxiv.org/abs/2011.06751" { "arXiv:2011.06751" }
+                            "). Every figure on this page is read from the files beside it, which the runs wrote."
+                        }
+                        nav aria-label="Sections" {
+                            ul { @for (id, heading, _) in &sections { li { a href={ "#" (id) } { (heading) } } } }
+                        }
+                    }
+                    main #main {
+                        @for (id, heading, body) in &sections {
+                            section #(id) aria-labelledby={ (id) "-heading" } {
+                                h2 #{ (id) "-heading" } { (heading) }
+                                (body)
+                            }
+                        }
+                    }
+                    footer { p { "Made by " code { "just report" } "." } }
+                }
+            }
+        };
+        page.into_string() + "\n"
+    }
+
+    /// Every claim, judged by each profile that was run.
+    fn judged(&self) -> Vec<Judged<'_>> {
+        let judge = |claim| {
+            let by_profile = self.profiles().into_iter().map(|profile| {
+                let (rows, stages) = (self.rows(profile), self.stages(profile));
+                (profile, Claim::judge(claim, &rows, &stages))
+            });
+            Judged { claim, by_profile: by_profile.collect() }
+        };
+        self.claims.iter().map(judge).collect()
+    }
+
+    /// The verdicts as text: a line for each claim, with a verdict for each profile.
+    pub fn verdicts(&self) -> String {
+        let line = |judged: &Judged| {
+            let verdicts = judged
+                .by_profile
+                .iter()
+                .map(|(profile, comparisons)| format!("{profile}: {}", judged::verdict(comparisons).label()));
+            format!("{:<36} {}", judged.claim.id, verdicts.collect::<Vec<_>>().join(", "))
+        };
+        self.judged().iter().map(|of| line(of).trim_end().to_string()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// The profiles that were run, the paper's own first.
+    fn profiles(&self) -> Vec<&str> {
+        const KNOWN: [&str; 3] = ["paper", "reduced", "quick"];
+        let found: BTreeSet<&str> = self.runs.iter().map(|run| run.profile.as_str()).collect();
+        let mut found: Vec<&str> = found.into_iter().collect();
+        found.sort_by_key(|profile| KNOWN.iter().position(|known| known == profile).unwrap_or(KNOWN.len()));
+        found
+    }
+
+    fn rows(&self, profile: &str) -> Vec<Row> {
+        let runs = self.runs.iter().filter(|run| run.profile == profile);
+        runs.flat_map(|run| run.rows.iter().cloned()).collect()
+    }
+
+    /// The stages behind all tables of a profile, each once: tables share them.
+    fn stages(&self, profile: &str) -> Vec<StageRecord> {
+        let runs = self.runs.iter().filter(|run| run.profile == profile);
+        let all: BTreeMap<&str, &StageRecord> =
+            runs.flat_map(|run| &run.stages).map(|stage| (stage.key.as_str(), stage)).collect();
+        all.into_values().cloned().collect()
+    }
+
+    fn tables(&self, judged: &[Judged]) -> Markup {
+        let profiles = self.profiles();
+        let of = |table: &str| {
+            let mut runs: Vec<&Run> = self.runs.iter().filter(|run| run.table == table).collect();
+            runs.sort_by_key(|run| profiles.iter().position(|profile| *profile == run.profile));
+            runs
+        };
+        html! {
+            @for number in 1..=5 {
+                @let table = format!("table{number}");
+                article #(table) {
+                    h3 { (table_label(&table)) ": " (table_subject(&table)) }
+                    @for run in of(&table) { (run.results()) }
+                    @if of(&table).is_empty() { (not_run(&table)) }
+                    (judged::links(judged, &table))
+                }
+            }
+        }
+    }
+
+    fn figures(&self) -> Markup {
+        html! {
+            @if self.exhibits.is_empty() { p { "None has been made yet." } }
+            @for exhibit in &self.exhibits {
+                article {
+                    h3 { (exhibit.title) }
+                    (exhibit.pictures(None))
+                    (exhibit.sheets())
+                    (exhibit.links())
+                }
+            }
+        }
+    }
+
+    fn curves(&self) -> Markup {
+        html! {
+            (curves::legend())
+            @for profile in self.profiles() {
+                h3 { "Profile " (profile) }
+                (curves::of(&self.stages(profile)))
+            }
+            @if self.runs.is_empty() { p { "Nothing has been run yet." } }
+        }
+    }
+
+    fn speed(&self) -> Markup {
+        let tables = bench::tables(&self.speeds);
+        html! {
+            @if tables.is_empty() && self.bench.is_empty() { p { "Nothing has been measured yet." } }
+            @if !tables.is_empty() {
+                h3 { "Beside PyTorch" }
+                p { (bench::READING) }
+                @for (heading, table) in &tables { (table_html(heading, table)) }
+            }
+            (self.bench.pictures(Some("Images a second in training and evaluation, ours and PyTorch's modes: the \
+                                       figures are those of the tables above.")))
+            (self.bench.sheets())
+            (self.bench.links())
+        }
+    }
+
+    fn provenance(&self) -> Markup {
+        let total = |stages: &[StageRecord]| stages.iter().map(|stage| stage.seconds).sum::<f64>();
+        html! {
+            @if self.runs.is_empty() { p { "Nothing has been run yet." } }
+            @for profile in self.profiles() {
+                @let stages = self.stages(profile);
+                h3 { "Profile " (profile) }
+                p {
+                    (stages.len()) " stages, each counted once though tables share them: "
+                    (duration(total(&stages))) " of wall time."
+                }
+                @for run in self.runs.iter().filter(|run| run.profile == profile) { (run.made()) }
+                details {
+                    summary { "Every stage of profile " (profile) }
+                    (stage_table(profile, &stages))
+                }
+            }
+        }
+    }
+
+    fn deviations(&self) -> Markup {
+        let head =
+            [("point", false), ("the paper", false), ("here", false), ("why", false), ("effect", false)];
+        let row = |of: &Deviation| {
+            let effect = of.effect.clone().unwrap_or_else(|| "not measured".into());
+            [of.point.clone(), of.paper.clone(), of.ours.clone(), of.why.clone(), effect]
+                .map(Cell::from)
+                .into()
+        };
+        let table = Table { head: head.into(), rows: self.deviations.iter().map(row).collect() };
+        html! {
+            p { "What the paper leaves open, and where we knowingly do something else." }
+            div.prose { (table_html("Deviations and choices", &table)) }
+        }
+    }
+}
+
+impl Run {
+    fn document(&self) -> Document {
+        let dataset = self.rows.first().map(|row| row.dataset.clone()).unwrap_or_default();
+        Document::new(&self.rows, &Context { profile: self.profile.clone(), dataset, ..Context::default() })
+    }
+
+    /// The table beside the paper's, and its picture.
+    fn results(&self) -> Markup {
+        const HEAD: [&str; 9] = [
+            "network",
+            "bits",
+            "method",
+            "top-1, %",
+            "paper’s top-1, %",
+            "difference, points",
+            "MACs, M",
+            "paper’s MACs, M",
+            "weights pruned, %",
+        ];
+        let document = self.document();
+        let numbers = document.results.head.iter().map(|(_, number)| *number);
+        let table = Table { head: HEAD.into_iter().zip(numbers).collect(), rows: document.results.rows };
+        let label = table_label(&self.table);
+        let dataset = self.rows.first().map_or("", |row| dataset_label(&row.dataset));
+        let caption = format!("{label}, profile {}, {dataset}: {}", self.profile, self.spread());
+        html! {
+            h4 { "Profile " (self.profile) }
+            @for caveat in &document.caveats { p.caveat { (caveat) } }
+            (table_html(&caption, &table))
+            (self.exhibit.pictures(Some("Our mean top-1 accuracy beside the paper's for each method: the figures are those \
+                                         of the table above.")))
+            @for remark in &document.remarks { p { (remark) } }
+            (self.exhibit.sheets())
+            (self.exhibit.links())
+        }
+    }
+
+    /// What a figure stands for.
+    fn spread(&self) -> String {
+        let counts: BTreeSet<usize> = summarize(&self.rows).iter().map(|of| of.seeds).collect();
+        match (counts.first(), counts.last()) {
+            (Some(1), Some(1)) => "one seed".into(),
+            (Some(least), Some(most)) if least == most => {
+                format!("mean ± standard deviation over {most} seeds")
+            }
+            (Some(least), Some(most)) => format!("mean ± standard deviation over {least} to {most} seeds"),
+            _ => "no rows".into(),
+        }
+    }
+
+    /// How it was made.
+    fn made(&self) -> Markup {
+        let commands: BTreeSet<&str> = self.stages.iter().map(|of| of.provenance.command.as_str()).collect();
+        let data: BTreeSet<String> = self
+            .stages
+            .iter()
+            .map(|of| format!("{} from {}", dataset_label(&of.data.name), of.data.source))
+            .collect();
+        html! {
+            h4 { (table_label(&self.table)) }
+            @if !commands.is_empty() {
+                pre tabindex="0" role="region" aria-label={ "Commands of " (table_label(&self.table)) ", profile " (self.profile) } {
+                    code { @for command in commands { (command) "\n" } }
+                }
+            }
+            ul {
+                @for line in self.document().made { li { (line) } }
+                @for line in data { li { "Data: " (line) } }
+            }
+        }
+    }
+}
+
+/// The paper's figures of a table that has not been run.
+fn not_run(table: &str) -> Markup {
+    let head: Vec<Column> = vec![
+        ("network", false),
+        ("bits", false),
+        ("method", false),
+        ("paper’s top-1, %", true),
+        ("paper’s MACs, M", true),
+    ];
+    let rows = Paper::published().table_named(table);
+    let cells = |row: &crate::paper::PaperRow| {
+        [
+            model_label(&row.model, 1.0),
+            bits_label(row.activation_bits, row.weight_bits),
+            method_label(&row.method).into(),
+            format!("{:.2}", row.top1_percent),
+            row.mac_millions.to_string(),
+        ]
+        .map(Cell::from)
+        .into()
+    };
+    let table_of = Table { head, rows: rows.iter().map(cells).collect() };
+    let dataset = rows.first().map_or("", |row| dataset_label(&row.dataset));
+    html! {
+        p { "Not run yet." }
+        (table_html(&format!("{} of the paper, {dataset}", table_label(table)), &table_of))
+        @if rows.iter().any(|row| row.weight_bits == 32) { p { (FLOAT) } }
+    }
+}
+
+fn stage_table(profile: &str, stages: &[StageRecord]) -> Markup {
+    let head: Vec<Column> = vec![
+        ("network", false),
+        ("steps", false),
+        ("seed", true),
+        ("epochs", true),
+        ("top-1, %", true),
+        ("loss", true),
+        ("MACs, M", true),
+        ("time", true),
+        ("code", false),
+        ("device", false),
+    ];
+    let mut traced = trace(stages);
+    traced.sort_by(|a, b| {
+        let key =
+            |of: &crate::stage::Traced| (of.origin.label.clone(), of.steps.join(" → "), of.stage.key.clone());
+        key(a).cmp(&key(b))
+    });
+    let cells = |of: &crate::stage::Traced| {
+        let stage = of.stage;
+        [
+            model_label(of.origin.model().unwrap_or_default(), of.origin.width().unwrap_or(1.0)),
+            of.steps.join(" → "),
+            stage.seed().map_or("–".into(), |seed| seed.to_string()),
+            stage.metrics.len().to_string(),
+            format!("{:.2}", stage.evaluation.top1_percent),
+            format!("{:.3}", stage.evaluation.loss),
+            format!("{:.1}", stage.macs as f64 / 1e6),
+            duration(stage.seconds),
+            stage.provenance.git_commit.clone(),
+            stage.provenance.device.clone(),
+        ]
+        .map(Cell::from)
+        .into()
+    };
+    let table = Table { head, rows: traced.iter().map(cells).collect() };
+    table_html(
+        &format!("Stages of profile {profile}; the accuracy is that on the test set after the stage"),
+        &table,
+    )
+}
+
+/// A table in a box of its own that scrolls where it is too wide. A rule divides rows whose first cells differ.
+fn table_html(caption: &str, table: &Table) -> Markup {
+    let first = |index: usize| table.rows[index].iter().take(2).map(|cell| &cell.text).collect::<Vec<_>>();
+    let begins = |index: usize| index > 0 && first(index) != first(index - 1);
+    html! {
+        div.scroll tabindex="0" role="region" aria-label=(caption) {
+            table {
+                caption { (caption) }
+                thead {
+                    tr { @for (name, number) in &table.head { th scope="col" class=[number.then_some("number")] { (name) } } }
+                }
+                tbody {
+                    @for (index, row) in table.rows.iter().enumerate() {
+                        tr class=[begins(index).then_some("begins")] {
+                            @for (place, (cell, (_, number))) in row.iter().zip(&table.head).enumerate() {
+                                @if place == 0 { th scope="row" { (cell.text) } }
+                                @else {
+                                    td class=[number.then_some("number")] {
+                                        @if cell.strong { strong { (cell.text) } } @else { (cell.text) }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn reading() -> Markup {
+    html! {
+        p {
+            "Accuracies are those of the last epoch on the test set, never the best epoch’s. MACs are the "
+            "multiply–accumulates of one image. A difference is ours less the paper’s; where † stands, the network, its "
+            "width or the data are not the paper’s, and only the order of the methods can be compared."
+        }
+        p {
+            "A claim is a statement of the paper that can fail. It is about one or more comparisons, each of a network at "
+            "some bits. Methods are compared in pairs of the same seed, which share their pre-trained network. The mean "
+            "of the differences has a 95 % confidence interval by Student’s t. A comparison"
+        }
+        dl {
+            dt { (judged::badge(crate::stats::Verdict::Holds)) }
+            dd { "where the whole interval is where the claim says," }
+            dt { (judged::badge(crate::stats::Verdict::Fails)) }
+            dd { "where none of it is," }
+            dt { (judged::badge(crate::stats::Verdict::NotDecided)) }
+            dd { "where it is partly there, or where there is one seed only, which has no interval," }
+            dt { (judged::badge(crate::stats::Verdict::NotRun)) }
+            dd { "where nothing, or not all that it needs, has been run." }
+        }
+        p {
+            "A claim holds if all of its comparisons hold, and fails if one fails. Each comparison is judged by itself: of "
+            "forty comparisons of methods that are equally good, one is expected to hold, and one to fail, by chance."
+        }
+        p {
+            "Where seeds share one pre-trained network (see each profile’s settings), the spread over seeds is that of "
+            "fine-tuning alone; what follows from the pre-trained network, such as the filters that the first pruning "
+            "removes, is then the same at every seed, and claims about it are judged over pre-trained networks."
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! What `stages.json` says: every stage of a run with its metrics, pruning report and provenance.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Deserializer};
+
+use crate::file::{Error, Result};
+
+/// What a stage of a workflow gave.
+///
+/// Of a stage's settings only what a report needs is read, so that results of other versions of the code, with
+/// more or other settings, are read too.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+pub struct StageRecord {
+    /// The stage's key.
+    pub key: String,
+    /// What it is, as "mobilenet_v2 fine-tune A4/W4 seed 0".
+    pub label: String,
+    /// The key of the stage whose network it began from; none for pre-training.
+    pub parent: Option<String>,
+    /// Kind and settings.
+    pub stage: BTreeMap<String, serde_json::Value>,
+    /// The data.
+    pub data: Data,
+    /// The resulting network on the test set.
+    pub evaluation: Evaluation,
+    /// Multiply-accumulates of the resulting network for one image.
+    pub macs: u64,
+    /// Its weights.
+    pub weights: u64,
+    /// Wall time of this stage alone.
+    pub seconds: f64,
+    /// Of every epoch, for stages that train.
+    pub metrics: Vec<Epoch>,
+    /// What a stage without training reports about its work.
+    pub report: Option<serde_json::Value>,
+    /// Who made it.
+    pub provenance: Provenance,
+}
+
+/// Which data a stage has seen.
+#[derive(Deserialize, Clone, Debug, PartialEq, Eq)]
+pub struct Data {
+    /// The name, as "cifar100".
+    pub name: String,
+    /// Where it came from.
+    pub source: String,
+}
+
+/// A network on the test set. What is not a number is read as NaN.
+#[derive(Deserialize, Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Mean cross-entropy.
+    #[serde(deserialize_with = "number")]
+    pub loss: f64,
+    /// Top-1 accuracy in percent.
+    #[serde(deserialize_with = "number")]
+    pub top1_percent: f64,
+}
+
+/// One epoch of training. What is not a number is read as NaN.
+#[derive(Deserialize, Clone, Copy, Debug, PartialEq)]
+pub struct Epoch {
+    /// Its number, from 1.
+    pub epoch: usize,
+    /// Mean cross-entropy in training.
+    #[serde(deserialize_with = "number")]
+    pub train_loss: f64,
+    /// Top-1 accuracy in training, in percent.
+    #[serde(deserialize_with = "number")]
+    pub train_top1_percent: f64,
+    /// Mean cross-entropy on the test set.
+    #[serde(deserialize_with = "number")]
+    pub test_loss: f64,
+    /// Top-1 accuracy on the test set, in percent.
+    #[serde(deserialize_with = "number")]
+    pub test_top1_percent: f64,
+}
+
+/// Who made a result.
+#[derive(Deserialize, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Provenance {
+    /// The command.
+    pub command: String,
+    /// The commit of the code.
+    pub git_commit: String,
+    /// The device.
+    pub device: String,
+}
+
+/// What a pruning stage did.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+pub struct PruningRecord {
+    /// Filters with a running variance below this were candidates.
+    pub threshold: f64,
+    /// Every layer.
+    pub layers: Vec<LayerRecord>,
+}
+
+/// A layer before pruning.
+#[derive(Deserialize, Clone, Debug, PartialEq, Eq)]
+pub struct LayerRecord {
+    /// Its name, as "blocks.3.depthwise".
+    pub name: String,
+    /// How many filters it had.
+    pub filters: usize,
+    /// How many of them had a running variance below the threshold.
+    pub low: usize,
+    /// How many of them were removed.
+    pub removed: usize,
+}
+
+/// JSON has no NaN: what trains to it is written as null.
+fn number<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+/// Reads a `stages.json`.
+pub fn read_stages(path: &Path) -> Result<Vec<StageRecord>> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    serde_json::from_str(&text).map_err(|source| Error::Json { path: path.into(), source })
+}
+
+impl StageRecord {
+    /// What it does: "pretrain", "prune", "fine_tune" or another kind of stage.
+    pub fn kind(&self) -> &str {
+        self.stage.keys().next().map_or("", String::as_str)
+    }
+
+    fn setting(&self, name: &str) -> Option<&serde_json::Value> {
+        self.stage.values().next()?.get(name)
+    }
+
+    /// Its seed, for stages that have one.
+    pub fn seed(&self) -> Option<u64> {
+        self.setting("seed")?.as_u64()
+    }
+
+    /// The network's name, for pre-training.
+    pub fn model(&self) -> Option<&str> {
+        self.setting("network")?.get("version")?.as_str()
+    }
+
+    /// What the network's widths are multiplied by, for pre-training.
+    pub fn width(&self) -> Option<f64> {
+        self.setting("network")?.get("width")?.as_f64()
+    }
+
+    /// Whether it prunes and corrects what reads the removed filters.
+    pub fn prunes_with_correction(&self) -> bool {
+        let correction = self.setting("pfq").and_then(|pfq| pfq.get("bias_correction"));
+        self.kind() == "prune" && correction.and_then(serde_json::Value::as_bool) == Some(true)
+    }
+
+    /// What pruning did, for stages that prune.
+    pub fn pruning(&self) -> Option<PruningRecord> {
+        serde_json::from_value(self.report.clone()?).ok()
+    }
+
+    /// What it does without network and seed, as "fine-tune A4/W4".
+    fn step(&self, model: &str) -> &str {
+        let step = self.label.strip_prefix(model).unwrap_or(&self.label).trim_start();
+        step.rsplit_once(" seed ").map_or(step, |(step, _)| step)
+    }
+}
+
+/// A stage, with the pre-training that its workflow began with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Traced<'a> {
+    /// The stage.
+    pub stage: &'a StageRecord,
+    /// The pre-training, which may be the stage itself.
+    pub origin: &'a StageRecord,
+    /// The steps from the pre-training to this one, the pre-training itself only where it is this one.
+    pub steps: Vec<&'a str>,
+}
+
+/// Every stage whose workflow is there from its pre-training on, in the order given.
+pub fn trace(stages: &[StageRecord]) -> Vec<Traced<'_>> {
+    let by_key: BTreeMap<&str, &StageRecord> = stages.iter().map(|of| (of.key.as_str(), of)).collect();
+    let traced = |stage| {
+        let mut line: Vec<&StageRecord> = vec![stage];
+        while let Some(parent) = line.last().and_then(|last| last.parent.as_deref()) {
+            // A file that goes round in circles is not one of ours.
+            line.push(by_key.get(parent).copied().filter(|_| line.len() <= stages.len())?);
+        }
+        let origin = line.pop()?;
+        let model = origin.model()?;
+        let steps = if line.is_empty() { vec![origin] } else { line.into_iter().rev().collect() };
+        Some(Traced { stage, origin, steps: steps.into_iter().map(|of| of.step(model)).collect() })
+    };
+    stages.iter().filter_map(traced).collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A workflow of MobileNetV2: pre-training, and pruning of 1 filter below τ in each of the layers named.
+    pub(crate) fn pruned(seed: u64, top1: (f64, f64), low: &[&str]) -> Vec<StageRecord> {
+        let layers: Vec<_> =
+            low.iter().map(|name| json!({"name": name, "filters": 8, "low": 1, "removed": 1})).collect();
+        let common = |key: String, label: String, top1: f64| {
+            json!({
+                "key": key, "label": label, "macs": 10, "weights": 100, "seconds": 60.0,
+                "data": {"name": "cifar100", "source": "data", "fingerprint": "f"},
+                "evaluation": {"loss": 1.0, "top1_percent": top1},
+                "provenance": {"command": "cargo run", "git_commit": "c0de", "device": "cpu"},
+            })
+        };
+        let join = |mut common: serde_json::Value, own: serde_json::Value| {
+            let own = own.as_object().unwrap().clone();
+            common.as_object_mut().unwrap().extend(own);
+            serde_json::from_value::<StageRecord>(common).unwrap()
+        };
+        let epoch = |epoch: usize, loss: f64| {
+            json!({"epoch": epoch, "rate": 0.1, "train_loss": loss, "train_top1_percent": 10.0 * epoch as f64,
+                   "test_loss": null, "test_top1_percent": 12.0 * epoch as f64, "seconds": 3.0})
+        };
+        let pretrain = join(
+            common(format!("a{seed}"), format!("mobilenet_v2 pre-train seed {seed}"), top1.0),
+            json!({
+                "stage": {"pretrain": {"network": {"version": "mobilenet_v2", "width": 0.25}, "seed": seed}},
+                "parent": null, "report": null, "metrics": [epoch(1, 3.0), epoch(2, 2.0)],
+            }),
+        );
+        let prune = join(
+            common(format!("b{seed}"), "mobilenet_v2 PfQ".into(), top1.1),
+            json!({
+                "stage": {"prune": {"pfq": {"threshold": null, "bias_correction": true}}},
+                "parent": format!("a{seed}"), "metrics": [],
+                "report": {"threshold": 1e-5, "layers": layers, "new": 1},
+            }),
+        );
+        vec![pretrain, prune]
+    }
+
+    #[test]
+    fn stages_are_read_with_their_line() {
+        let stages = pruned(3, (50.0, 49.9), &["stem", "blocks.0.depthwise"]);
+        let traced = trace(&stages);
+        assert_eq!(traced[0].steps, ["pre-train"]);
+        assert_eq!(traced[1].steps, ["PfQ"]);
+        assert_eq!((traced[1].origin.seed(), traced[1].origin.model()), (Some(3), Some("mobilenet_v2")));
+        assert!(traced[1].stage.prunes_with_correction() && !traced[0].stage.prunes_with_correction());
+        assert_eq!(traced[1].stage.pruning().unwrap().layers.len(), 2);
+        assert!(traced[0].stage.metrics[0].test_loss.is_nan());
+        // Without its pre-training a stage is left out.
+        assert!(trace(&stages[1..]).is_empty());
+        let circle = StageRecord { parent: Some("b3".into()), ..stages[1].clone() };
+        assert!(trace(&[circle]).is_empty());
+    }
+}

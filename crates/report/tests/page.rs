@@ -1,0 +1,185 @@
+//! The page as text: what is on it, and that what comes in cannot change what it is.
+
+use std::collections::BTreeSet;
+
+use report::{Claim, Deviation, Exhibit, Page, Paper, Row, Run};
+
+const CLAIMS: &str = "
+[[claim]]
+id = \"ours-better\"
+says = \"Ours is better.\"
+table = \"table3\"
+expect = { kind = \"rising\", of = \"top1\", methods = [\"dfq_with_fine_tune\", \"ours\"] }
+
+[[claim]]
+id = \"more-at-fewer-bits\"
+says = \"PfQ gains more at fewer bits.\"
+table = \"table1\"
+paper = \"contradicts\"
+expect = { kind = \"larger_gain\", method = \"pfq\", over = \"original\", at = \"a3w32\", than = \"a4w32\" }
+";
+
+/// A run of every row of a table of the paper, with its accuracy, for each seed.
+fn run(number: usize, seeds: u64) -> Run {
+    let table = format!("table{number}");
+    let row = |of: &report::PaperRow, seed: u64| {
+        Row {
+            table: table.clone(),
+            profile: "reduced".into(),
+            dataset: of.dataset.clone(),
+            model: of.model.clone(),
+            width: 0.25,
+            activation_bits: of.activation_bits,
+            weight_bits: of.weight_bits,
+            method: of.method.clone(),
+            seed,
+            top1_percent: of.top1_percent + 0.01 * seed as f64,
+            macs: (of.mac_millions * 1e6) as u64,
+            weights_pruned_percent: 0.0,
+            float_top1_percent: 75.5,
+            paper_top1_percent: None,
+            paper_mac_millions: None,
+            top1_minus_paper: None,
+            settings_hash: "5e77".into(),
+            git_commit: "c0de".into(),
+            device: "cpu".into(),
+            wall_seconds: 83.0,
+        }
+        .compare(Paper::published())
+    };
+    let rows =
+        Paper::published().table(number).iter().flat_map(|of| (0..seeds).map(move |seed| row(of, seed)));
+    Run { rows: rows.collect(), table, profile: "reduced".into(), ..Run::default() }
+}
+
+fn page(runs: Vec<Run>) -> Page {
+    Page { runs, claims: Claim::parse(CLAIMS, "claims.toml").unwrap(), ..Page::default() }
+}
+
+/// Every value of an attribute.
+fn values<'a>(html: &'a str, attribute: &str) -> Vec<&'a str> {
+    let start = format!(" {attribute}=\"");
+    html.split(&start).skip(1).map(|rest| rest.split_once('"').unwrap().0).collect()
+}
+
+/// What must be so on every page.
+fn check_form(html: &str) {
+    assert!(html.starts_with("<!DOCTYPE html><html lang=\"en\">") && html.ends_with("</html>\n"));
+    for forbidden in ["<script", "<img", "<iframe", "<object", "@import", "url("] {
+        assert!(!html.contains(forbidden), "{forbidden}");
+    }
+    assert!(values(html, "src").is_empty());
+    let ids = values(html, "id");
+    assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), ids.len(), "an id twice");
+    for link in values(html, "href") {
+        match link.strip_prefix('#') {
+            Some(id) => assert!(ids.contains(&id), "no {link}"),
+            None => assert!(!link.starts_with("http") || link.starts_with("https://arxiv.org/"), "{link}"),
+        }
+    }
+    for id in values(html, "aria-labelledby") {
+        assert!(ids.contains(&id), "no {id}");
+    }
+    let count = |part: &str| html.matches(part).count();
+    assert_eq!(count("<h1"), 1);
+    assert_eq!(count("<table"), count("<caption>"));
+    assert_eq!(count("<th "), count("scope=\"col\"") + count("scope=\"row\""));
+    assert_eq!(
+        count("<svg"),
+        count("role=\"img\"") + count("aria-hidden=\"true\"") - count("<span aria-hidden")
+    );
+    let levels = html.split("<h").skip(1).filter_map(|rest| rest.chars().next()?.to_digit(10));
+    levels.fold(0, |before, level| {
+        assert!(level <= before + 1, "a heading of level {level} after one of {before}");
+        level
+    });
+}
+
+#[test]
+fn every_table_is_there_whatever_has_been_run() {
+    fn check(runs: Vec<Run>, expect: &[&str], missing: &[&str]) {
+        let page = page(runs);
+        let html = page.html();
+        check_form(&html);
+        for number in 1..=5 {
+            let part = html.split_once(&format!("id=\"table{number}\"")).unwrap().1;
+            let part = part.split_once("</article>").unwrap().0;
+            let rows = Paper::published().table(number).len();
+            assert!(part.matches("<tr").count() > rows && part.contains("<table"), "table {number}");
+            for row in Paper::published().table(number) {
+                assert!(part.contains(&format!("{:.2}", row.top1_percent)), "table {number}");
+            }
+        }
+        for text in expect {
+            assert!(html.contains(text), "no {text}");
+        }
+        for text in missing {
+            assert!(!html.contains(text), "{text}");
+        }
+        assert_eq!(html, page.html(), "not the same bytes again");
+    }
+    check(
+        vec![],
+        &["Not run yet.", "</span>not run</span>", "The paper’s own figures contradict it."],
+        &["Profile "],
+    );
+    check(
+        vec![run(3, 1)],
+        &["Profile reduced", "one seed", "</span>not decided</span>", "network width ×0.25", "71.57"],
+        &["over 3 seeds"],
+    );
+    check(
+        (1..=5).map(|number| run(number, 3)).collect(),
+        &[
+            "mean ± standard deviation over 3 seeds",
+            "</span>holds</span>",
+            "</span>fails</span>",
+            "75.32 ± 0.01",
+        ],
+        &["Not run yet."],
+    );
+}
+
+#[test]
+fn what_comes_in_is_text() {
+    const BAD: &str = "<script>alert('x')</script> \"&amp;\" <b>";
+    let escaped = "&lt;script&gt;alert('x')&lt;/script&gt; &quot;&amp;amp;&quot; &lt;b&gt;";
+    let mut bad = run(3, 1);
+    for row in &mut bad.rows {
+        (row.device, row.method, row.dataset) = (BAD.into(), BAD.into(), BAD.into());
+    }
+    bad.profile = BAD.into();
+    bad.exhibit.files = vec![format!("table3/{BAD}.csv")];
+    let exhibit = Exhibit {
+        title: BAD.into(),
+        files: vec![],
+        drawings: vec![(BAD.into(), format!("<svg><text fill=\"#222222\">{escaped}</text></svg>"))],
+        tables: vec![(BAD.into(), vec![vec![BAD.into()], vec![BAD.into()]])],
+    };
+    let deviation = Deviation {
+        id: "bad".into(),
+        point: BAD.into(),
+        paper: BAD.into(),
+        ours: BAD.into(),
+        why: BAD.into(),
+        effect: Some(BAD.into()),
+    };
+    let mut page = Page { exhibits: vec![exhibit], deviations: vec![deviation], ..page(vec![bad]) };
+    page.claims[0].says = BAD.into();
+    page.claims[0].note = Some(BAD.into());
+    let html = page.html();
+    check_form(&html);
+    assert!(html.matches(escaped).count() > 15);
+    // A picture that could run something is linked to, not shown.
+    page.exhibits[0].drawings[0].1 = "<svg><script>alert(1)</script></svg>".into();
+    check_form(&page.html());
+}
+
+#[test]
+fn verdicts_are_told_as_text_too() {
+    let page = page(vec![run(3, 3)]);
+    let lines: Vec<String> = page.verdicts().lines().map(String::from).collect();
+    assert_eq!(lines.len(), 2);
+    assert!(lines[0].starts_with("ours-better ") && lines[0].ends_with("reduced: holds"), "{lines:?}");
+    assert!(lines[1].ends_with("reduced: not run"), "{lines:?}");
+}

@@ -1,0 +1,165 @@
+//! The page of all results: finds what lies under `results/` and writes `results/index.html`.
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use report::{Claim, Deviation, Exhibit, Page, Run};
+use std::path::{Path, PathBuf};
+
+const CLAIMS: &str = include_str!("../claims.toml");
+const DEVIATIONS: &str = include_str!("../deviations.toml");
+
+/// Flags of the binary `report`.
+#[derive(Debug, Clone, Parser)]
+#[command(version, about = "Makes one HTML page of all results, with a verdict on every claim of the paper")]
+struct Flags {
+    /// Folder with the results
+    #[arg(long, value_name = "DIR", default_value = "results")]
+    results: PathBuf,
+
+    /// The page; index.html in that folder if not given. Its links to files only work there
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+/// Runs the binary: reads the results, writes the page, prints the verdicts.
+pub fn main() -> Result<()> {
+    let flags = Flags::parse();
+    let page = read(&flags.results)?;
+    let out = flags.out.unwrap_or_else(|| flags.results.join("index.html"));
+    let html = page.html();
+    report::write_text(&html, &out)?;
+    println!("{}", page.verdicts());
+    println!("Written to {} ({} KiB).", out.display(), html.len().div_ceil(1024));
+    Ok(())
+}
+
+/// The paper's statements that can fail, from `experiments/claims.toml`.
+pub fn claims() -> report::Result<Vec<Claim>> {
+    Claim::parse(CLAIMS, "experiments/claims.toml")
+}
+
+/// What is done otherwise than in the paper, from `experiments/deviations.toml`.
+pub fn deviations() -> report::Result<Vec<Deviation>> {
+    Deviation::parse(DEVIATIONS, "experiments/deviations.toml")
+}
+
+/// Everything that a folder of results holds: `tableN/<profile>/` are tables, `bench/` is speed, and whatever else
+/// has pictures or CSV files (`figure3/<profile>/`, ablations) is shown as it is.
+pub fn read(results: &Path) -> Result<Page> {
+    let mut page = Page { claims: claims()?, deviations: deviations()?, ..Page::default() };
+    if !results.is_dir() {
+        bail!("{} is not a folder: run a table first, or name the folder with --results", results.display());
+    }
+    for name in entries(results, Path::is_dir)? {
+        let folder = results.join(&name);
+        if name == "bench" {
+            page.bench = exhibit(results, &[&name], "Benchmarks", &["pytorch.csv"])?;
+            let speeds = folder.join("pytorch.csv");
+            if speeds.is_file() {
+                page.speeds = report::bench::read_csv(&speeds)?;
+            }
+            continue;
+        }
+        let table = is_table(&name);
+        for profile in entries(&folder, Path::is_dir)? {
+            let title = format!("{}, profile {profile}", title(&name));
+            let rows = folder.join(&profile).join(format!("{name}.csv"));
+            if table && rows.is_file() {
+                let exhibit = exhibit(results, &[&name, &profile], &title, &[&format!("{name}.csv")])?;
+                let stages = folder.join(&profile).join("stages.json");
+                page.runs.push(Run {
+                    table: name.clone(),
+                    profile,
+                    rows: report::read_csv(&rows)?,
+                    stages: if stages.is_file() { report::read_stages(&stages)? } else { Vec::new() },
+                    exhibit,
+                });
+            } else {
+                page.exhibits.push(exhibit(results, &[&name, &profile], &title, &[])?);
+            }
+        }
+        if !table {
+            let own = exhibit(results, &[&name], &title(&name), &[])?;
+            page.exhibits.extend((!own.is_empty()).then_some(own));
+        }
+    }
+    page.exhibits.retain(|exhibit| !exhibit.is_empty());
+    Ok(page)
+}
+
+fn is_table(name: &str) -> bool {
+    name.strip_prefix("table")
+        .is_some_and(|number| number.parse::<usize>().is_ok_and(|number| (1..=5).contains(&number)))
+}
+
+/// "figure3" is "Figure 3", "ablation" is "Ablation".
+fn title(name: &str) -> String {
+    let words = name.replace(['_', '-'], " ");
+    let split = words.find(|c: char| c.is_ascii_digit()).unwrap_or(words.len());
+    let (word, number) = words.split_at(split);
+    let mut letters = word.trim_end().chars();
+    let first: String = letters.next().into_iter().flat_map(char::to_uppercase).collect();
+    format!("{first}{} {number}", letters.as_str()).trim_end().into()
+}
+
+/// The files of one folder under `results`; those in `read` are shown row by row elsewhere, and only linked to here.
+fn exhibit(results: &Path, parts: &[&str], title: &str, read: &[&str]) -> Result<Exhibit> {
+    let folder = parts.iter().fold(results.to_path_buf(), |path, part| path.join(part));
+    let mut exhibit = Exhibit { title: title.into(), ..Exhibit::default() };
+    for name in entries(&folder, Path::is_file)? {
+        let (path, link) = (folder.join(&name), format!("{}/{name}", parts.join("/")));
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("svg") => {
+                let text = std::fs::read_to_string(&path)
+                    .with_context(|| format!("{} could not be read", path.display()))?;
+                exhibit.drawings.push((link.clone(), text));
+            }
+            Some("csv") if !read.contains(&name.as_str()) => {
+                exhibit.tables.push((link.clone(), lines(&path)?))
+            }
+            _ => {}
+        }
+        exhibit.files.push(link);
+    }
+    Ok(exhibit)
+}
+
+/// The lines of a CSV file, the head first.
+fn lines(path: &Path) -> Result<Vec<Vec<String>>> {
+    let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_path(path)?;
+    let lines = reader.records().map(|record| Ok(record?.iter().map(String::from).collect()));
+    lines.collect::<Result<_, csv::Error>>().with_context(|| format!("{} is not a CSV file", path.display()))
+}
+
+/// The names in a folder that are of a kind, sorted, without hidden ones.
+fn entries(folder: &Path, kind: fn(&Path) -> bool) -> Result<Vec<String>> {
+    let list = || -> std::io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if kind(&entry.path()) && !name.starts_with('.') {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    };
+    list().with_context(|| format!("folder {} could not be read", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_have_titles() {
+        for (name, expect) in
+            [("figure3", "Figure 3"), ("ablation", "Ablation"), ("open_points", "Open points"), ("", "")]
+        {
+            assert_eq!(title(name), expect);
+        }
+        assert!(is_table("table1") && is_table("table5"));
+        assert!(!is_table("table6") && !is_table("tables") && !is_table("figure3"));
+    }
+}

@@ -1,0 +1,186 @@
+//! The page of all results in a real browser: headless Chromium, where there is one.
+
+use report::{Paper, Row};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The folder of the results that are kept with the code.
+fn results() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../results")
+}
+
+fn browser() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let names = ["chromium", "chromium-browser", "google-chrome"];
+    std::env::split_paths(&path)
+        .flat_map(|folder| names.map(|name| folder.join(name)))
+        .find(|file| file.is_file())
+}
+
+/// What a browser makes of a page in a window of some width.
+#[derive(Debug)]
+struct Seen {
+    /// The window's width, and what the page needs, in CSS pixels.
+    inner: u64,
+    scroll: u64,
+    tables: usize,
+    /// Which of the five tables have no table of figures.
+    missing: Vec<String>,
+    /// Headings that have no height: nothing was laid out.
+    flat: usize,
+    console: Vec<String>,
+}
+
+/// Shows the page in a frame of that width, as windows cannot be arbitrarily narrow, and measures it.
+fn look(browser: &Path, html: &str, width: u32) -> Seen {
+    let folder = tempfile::tempdir().unwrap();
+    let inner = html.replace('&', "&amp;").replace('"', "&quot;");
+    let frame = format!(
+        "<!DOCTYPE html><meta charset=utf-8><link rel=icon href='data:,'><body>\
+         <iframe width={width} height=800 style='border:0' srcdoc=\"{inner}\"></iframe><pre id=seen></pre><script>\
+         window.onload = () => {{\
+           const frame = document.querySelector('iframe'), inside = frame.contentDocument;\
+           const missing = [1, 2, 3, 4, 5].map(n => 'table' + n)\
+             .filter(id => !inside.querySelector('#' + id + ' table tbody tr'));\
+           document.getElementById('seen').textContent = JSON.stringify({{\
+             inner: frame.contentWindow.innerWidth, scroll: inside.documentElement.scrollWidth,\
+             tables: inside.querySelectorAll('table').length, missing,\
+             flat: [...inside.querySelectorAll('h1, h2, h3')].filter(h => h.offsetHeight == 0).length}});\
+         }}</script>"
+    );
+    let file = folder.path().join("frame.html");
+    std::fs::write(&file, frame).unwrap();
+    let output = Command::new(browser)
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
+        .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        .args(["--enable-logging=stderr", "--window-size=1400,900", "--dump-dom"])
+        .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
+        .arg(format!("file://{}", file.display()))
+        .output()
+        .unwrap();
+    let (dom, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let seen = dom.split_once("<pre id=\"seen\">").and_then(|(_, rest)| rest.split_once("</pre>"));
+    let (seen, _) = seen.unwrap_or_else(|| panic!("the browser gave no page ({}): {log}", output.status));
+    let seen: Value = serde_json::from_str(seen).unwrap_or_else(|error| panic!("{error}: {seen}: {log}"));
+    Seen {
+        inner: seen["inner"].as_u64().unwrap(),
+        scroll: seen["scroll"].as_u64().unwrap(),
+        tables: seen["tables"].as_u64().unwrap() as usize,
+        missing: serde_json::from_value(seen["missing"].clone()).unwrap(),
+        flat: seen["flat"].as_u64().unwrap() as usize,
+        console: log.lines().filter(|line| line.contains("CONSOLE")).map(String::from).collect(),
+    }
+}
+
+/// Results of every table with three seeds, long names included, written as the tables' binaries do.
+fn all_tables(folder: &Path) {
+    for number in 1..=5 {
+        let table = format!("table{number}");
+        let row = |of: &report::PaperRow, seed: u64| {
+            Row {
+                table: table.clone(),
+                profile: "reduced".into(),
+                dataset: "cifar100".into(),
+                model: of.model.clone(),
+                width: 0.25,
+                activation_bits: of.activation_bits,
+                weight_bits: of.weight_bits,
+                method: of.method.clone(),
+                seed,
+                top1_percent: 0.5 * of.top1_percent + (seed as f64 * 1.7 + of.top1_percent * 7.3) % 1.0,
+                macs: (of.mac_millions * 1e6) as u64,
+                weights_pruned_percent: if of.method == "original" { 0.0 } else { 33.3 },
+                float_top1_percent: 75.5,
+                paper_top1_percent: None,
+                paper_mac_millions: None,
+                top1_minus_paper: None,
+                settings_hash: "0123456789abcdef".repeat(8),
+                git_commit: "0123456789ab".into(),
+                device: "a_processor_with_a_name_that_has_no_place_to_break_".repeat(3),
+                wall_seconds: 83.0,
+            }
+            .compare(Paper::published())
+        };
+        let rows: Vec<Row> = Paper::published()
+            .table(number)
+            .iter()
+            .flat_map(|of| (0..3).map(move |seed| row(of, seed)))
+            .collect();
+        let folder = folder.join(&table).join("reduced");
+        let context = report::Context { title: format!("Table {number}"), ..report::Context::default() };
+        report::write_csv(&rows, &folder.join(format!("{table}.csv"))).unwrap();
+        report::plot(&rows, &context, &folder.join("a.svg"), &folder.join("a.png")).unwrap();
+    }
+    report::write_text(
+        "layer,variance\nblocks.0.depthwise,1.23456789e-7\n",
+        &folder.join("figure3/reduced/variances.csv"),
+    )
+    .unwrap();
+}
+
+#[test]
+fn the_page_fits_phones_and_desktops_without_an_error() {
+    let Some(browser) = browser() else {
+        println!("skipped: no chromium in PATH");
+        return;
+    };
+    // What is looked for is found where it is.
+    let bad =
+        "<!DOCTYPE html><body><h1>a</h1><div style='width:2000px'>wide</div><script>nothing.of.it()</script>";
+    let seen = look(&browser, bad, 360);
+    assert!(seen.inner == 360 && seen.scroll >= 2000, "{seen:?}");
+    assert!(seen.missing.len() == 5 && seen.console.len() == 1, "{seen:?}");
+
+    let folder = tempfile::tempdir().unwrap();
+    all_tables(folder.path());
+    let empty = tempfile::tempdir().unwrap();
+    for (results, least) in [(results(), 20), (folder.path().into(), 30), (empty.path().into(), 20)] {
+        let html = experiments::report_page::read(&results).unwrap().html();
+        for width in [360, 1280] {
+            let seen = look(&browser, &html, width);
+            assert_eq!(seen.inner, u64::from(width), "{seen:?}");
+            assert!(seen.scroll <= seen.inner, "{}: {seen:?}", results.display());
+            assert!(seen.missing.is_empty() && seen.tables >= least && seen.flat == 0, "{seen:?}");
+            assert!(seen.console.is_empty(), "{seen:?}");
+        }
+    }
+}
+
+#[test]
+fn the_results_kept_with_the_code_make_a_page() {
+    let page = experiments::report_page::read(&results()).unwrap();
+    let html = page.html();
+    assert!(!page.runs.is_empty() && !page.speeds.is_empty());
+    for run in &page.runs {
+        assert!(!run.rows.is_empty() && !run.stages.is_empty(), "{} {}", run.table, run.profile);
+        assert!(run.exhibit.drawings.iter().all(|(path, _)| html.contains(path)));
+    }
+    assert!(html.len() < 1 << 20, "{} bytes", html.len());
+    // Every file that the page links to is there.
+    let links = html.split(" href=\"").skip(1).map(|rest| rest.split_once('"').unwrap().0);
+    let links: Vec<&str> = links.filter(|link| !link.contains(':') && !link.starts_with('#')).collect();
+    assert!(links.len() > 5);
+    for link in links {
+        assert!(results().join(link).is_file(), "no {link}");
+    }
+}
+
+#[test]
+fn the_claims_that_the_paper_contradicts_are_flagged() {
+    let claims = experiments::report_page::claims().unwrap();
+    let flagged = claims.iter().filter(|claim| claim.paper == report::PaperSays::Contradicts);
+    let flagged: Vec<&str> = flagged.map(|claim| claim.id.as_str()).collect();
+    assert_eq!(flagged, ["pfq-gains-more-at-fewer-bits", "algorithm1-beats-once"]);
+    for number in 1..=5 {
+        let table = format!("table{number}");
+        assert!(claims.iter().any(|claim| claim.table.as_deref() == Some(&table)), "{table}");
+    }
+    assert!(!experiments::report_page::deviations().unwrap().is_empty());
+}
+
+#[test]
+fn a_missing_folder_is_explained() {
+    let error = experiments::report_page::read(Path::new("no/such/folder")).unwrap_err().to_string();
+    assert!(error.contains("no/such/folder") && error.contains("--results"), "{error}");
+}
