@@ -16,10 +16,14 @@
 mod convolution;
 mod cpu;
 pub mod depthwise;
+pub mod dorefa;
+pub mod dsq;
 mod feature;
 pub mod im2col;
+mod learned;
 pub mod loss;
 pub mod norm;
+pub mod pact;
 pub mod pointwise;
 pub mod pool;
 mod product;
@@ -27,6 +31,7 @@ pub mod profile;
 pub mod quantize;
 pub mod residual;
 pub mod sgd;
+mod tanh;
 #[cfg(test)]
 mod testing;
 
