@@ -30,7 +30,7 @@ fn check_activations(network: &Network, images: &Tensor) -> usize {
     network
         .forward_observed(images, &mut |i, _, y| {
             let Unit { name, output_quantizer, .. } = &network.units[i];
-            let Some(ActivationQuantizer { bits, range, ready: true }) = output_quantizer else {
+            let Some(ActivationQuantizer { bits, range, ready: true, .. }) = output_quantizer else {
                 panic!("{name} has no quantizer with a range")
             };
             let (grid, y) = (grid(range, *bits), values(y));

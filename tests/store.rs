@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::Device;
 use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
-use models::{Fold, Network, Version};
+use models::{Fold, Method, Network, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeSet;
@@ -112,6 +112,9 @@ fn recipes_share_what_they_have_in_common() {
     check_shared(&one, &other.pfq(&root), 3, "PfQ of Table 1, up to the activations");
     check_shared(&one, &other.pfq_without_bias_correction(&root), 1, "PfQ without bias correction");
     check_shared(&one, &other.activations_only(&root), 1, "no pruning");
+    check_shared(&one, &other.pact(&root), 1, "PACT");
+    check_shared(&one, &other.dsq(&root), 1, "DSQ");
+    check_shared(&other.pact(&root), &other.dsq(&root), 1, "PACT and DSQ");
     check_shared(&one, &recipe(4).algorithm1(&pretrain(Version::V1, 1, 1)), 0, "another pre-training");
 }
 
@@ -154,13 +157,15 @@ fn any_change_gives_another_key() {
     kinds.push(Kind::FineTune { quantization, training, seed: 0 });
     kinds.push(Kind::FineTune { quantization, training, seed: 1 });
     let three = Precision::try_from(3).unwrap();
-    let mut quantizations = vec![quantization; 6];
+    let mut quantizations = vec![quantization; 8];
     quantizations[0].activations = three;
     quantizations[1].weights = three;
     quantizations[2].first_layer = three;
     quantizations[3].last_layer = three;
     quantizations[4].fold = Fold::Frozen;
     quantizations[5].fold = Fold::Unfolded;
+    quantizations[6].method = Method::Pact;
+    quantizations[7].method = Method::Dsq;
     kinds.extend(quantizations.into_iter().map(|quantization| Kind::FineTune {
         quantization,
         training,

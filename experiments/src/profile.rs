@@ -1,7 +1,7 @@
 use anyhow::{Context, Result, bail};
 use baselines::Dfq;
 use kernels::Activation;
-use models::{Fold, Input, MobileNet, Quantization, Version};
+use models::{Fold, Input, Method, MobileNet, Quantization, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use serde::{Deserialize, Serialize};
@@ -32,7 +32,7 @@ pub struct Profile {
     pub pfq: Pruning,
     /// The baseline.
     pub dfq: Dfq,
-    /// The five kinds of training.
+    /// The kinds of training.
     pub training: Trainings,
 }
 
@@ -89,7 +89,7 @@ pub struct Pruning {
     pub threshold: Option<f64>,
 }
 
-/// The five kinds of training.
+/// The kinds of training.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trainings {
@@ -103,6 +103,10 @@ pub struct Trainings {
     pub once: Training,
     /// After DFQ.
     pub dfq: Training,
+    /// With PACT, from the float network.
+    pub pact: Training,
+    /// With DSQ, from the float network.
+    pub dsq: Training,
 }
 
 const QUICK: &str = include_str!("../profiles/quick.toml");
@@ -158,6 +162,8 @@ impl Profile {
             ("weights", t.weights),
             ("once", t.once),
             ("dfq", t.dfq),
+            ("pact", t.pact),
+            ("dsq", t.dsq),
         ] {
             training.validate().with_context(|| format!("training.{key}"))?;
         }
@@ -176,14 +182,18 @@ impl Profile {
     /// The settings of one table cell's workflows.
     pub fn recipe(&self, activations: Precision, weights: Precision, seed: u64) -> Recipe {
         let QuantizationSettings { first_layer, last_layer, fold } = self.quantization;
+        // Recipes that need another one say so.
+        let method = Method::Uniform;
         Recipe {
-            quantization: Quantization { activations, weights, first_layer, last_layer, fold },
+            quantization: Quantization { activations, weights, first_layer, last_layer, fold, method },
             pfq: PfQ { threshold: self.pfq.threshold, bias_correction: true },
             dfq: self.dfq,
             activation_training: self.training.activations,
             weight_training: self.training.weights,
             once_training: self.training.once,
             dfq_training: self.training.dfq,
+            pact_training: self.training.pact,
+            dsq_training: self.training.dsq,
             seed,
         }
     }

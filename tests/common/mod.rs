@@ -5,7 +5,7 @@
 use baselines::Dfq;
 use candle_core::{Device, Tensor};
 use datasets::{Augmentation, Dataset};
-use models::{Fold, Input, MobileNet, Network, Quantization, Version};
+use models::{Fold, Input, Method, MobileNet, Network, Quantization, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeMap;
@@ -46,6 +46,7 @@ pub fn quantization(bits: u32) -> Quantization {
         first_layer: precision(8),
         last_layer: precision(8),
         fold: Fold::BatchStatistics,
+        method: Method::Uniform,
     }
 }
 
@@ -58,6 +59,8 @@ pub fn recipe(bits: u32) -> Recipe {
         weight_training: training(1),
         once_training: training(1),
         dfq_training: training(1),
+        pact_training: training(1),
+        dsq_training: training(1),
         seed: 1,
     }
 }

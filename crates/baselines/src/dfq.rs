@@ -14,7 +14,7 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use folded::Folded;
 use kernels::quantize;
-use models::{Fold, Network, Quantization};
+use models::{Fold, Method, Network, Quantization};
 use quant_core::Precision;
 use serde::{Deserialize, Serialize};
 
@@ -104,8 +104,8 @@ impl Dfq {
     /// set; that alone changes the outputs wherever a value exceeds 6.
     ///
     /// # Errors
-    /// When weights stay float, batch normalization is not to be frozen or has been folded before, or a
-    /// range is not finite.
+    /// When weights stay float, quantizers are not uniform, batch normalization is not to be frozen or has been folded
+    /// before, or a range is not finite.
     pub fn apply(
         &self,
         network: &Network,
@@ -117,6 +117,9 @@ impl Dfq {
         }
         if quantization.weights == Precision::Float {
             return Err(Error::FloatWeights);
+        }
+        if quantization.method != Method::Uniform {
+            return Err(Error::Method(quantization.method));
         }
         let mut folded = Folded::new(network)?;
         let before = weight_ranges(&folded.network)?;
@@ -191,6 +194,7 @@ mod tests {
         refused(&network, &Quantization { fold: Fold::Unfolded, ..good }, "Unfolded");
         refused(&network, &Quantization { fold: Fold::BatchStatistics, ..good }, "BatchStatistics");
         refused(&network, &Quantization { weights: Precision::Float, ..good }, "`weights` is 32");
+        refused(&network, &Quantization { method: Method::Dsq, ..good }, "Dsq");
         assert!(Dfq::default().apply(&network, &good, (1.0, -1.0)).is_err());
         network.fold().unwrap();
         refused(&network, &good, "unit stem has no batch normalization");

@@ -8,7 +8,7 @@ mod dfq;
 
 pub use dfq::{Dfq, DfqReport, LayerReport};
 
-use models::Fold;
+use models::{Fold, Method};
 
 /// What can be wrong with the preparation of a network.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +16,9 @@ pub enum Error {
     /// DFQ works on folded filters, and they stay folded.
     #[error("DFQ folds batch normalization for good: set `fold` to \"frozen\", found {0:?}")]
     Fold(Fold),
+    /// DFQ sets the ranges of uniform quantizers.
+    #[error("DFQ prepares uniform quantizers: set `method` to \"uniform\", found {0:?}")]
+    Method(Method),
     /// There is nothing for DFQ to prepare.
     #[error(
         "DFQ prepares weights for their quantization, but `weights` is 32 (float): set it to 2 to 8 bits"

@@ -20,11 +20,15 @@ pub mod augment;
 mod convolution;
 mod cpu;
 pub mod depthwise;
+pub mod dorefa;
+pub mod dsq;
 mod feature;
 pub mod gpu;
 pub mod im2col;
+mod learned;
 pub mod loss;
 pub mod norm;
+pub mod pact;
 pub mod pointwise;
 pub mod pool;
 mod product;
@@ -32,6 +36,7 @@ pub mod profile;
 pub mod quantize;
 pub mod residual;
 pub mod sgd;
+mod tanh;
 #[cfg(test)]
 mod testing;
 

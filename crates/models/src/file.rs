@@ -7,8 +7,8 @@
 //! no longer names are removed after it is written.
 
 use crate::{
-    ActivationQuantizer, BatchNorm, Error, Head, Kernel, Network, Norm, Residual, Result, Unit,
-    WeightQuantizer,
+    ActivationKind, ActivationQuantizer, BatchNorm, Error, Head, Kernel, Network, Norm, Residual, Result,
+    Unit, WeightKind, WeightQuantizer,
 };
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
@@ -49,7 +49,7 @@ pub(crate) struct Structure {
     units: Vec<UnitEntry>,
     residuals: Vec<Residual>,
     head_quantizer: Option<QuantizerEntry>,
-    head_weight_quantizer: Option<WeightQuantizer>,
+    head_weight_quantizer: Option<WeightEntry>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,7 +59,7 @@ struct UnitEntry {
     activation: Activation,
     /// Whether batch normalization is live; a bias otherwise.
     normalized: bool,
-    weight_quantizer: Option<WeightQuantizer>,
+    weight_quantizer: Option<WeightEntry>,
     output_quantizer: Option<QuantizerEntry>,
 }
 
@@ -67,6 +67,42 @@ struct UnitEntry {
 struct QuantizerEntry {
     bits: Bits,
     ready: bool,
+    /// Not written where it is uniform, as in the files from before there was anything else.
+    #[serde(default, skip_serializing_if = "is_default")]
+    kind: ActivationEntry,
+}
+
+#[derive(Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ActivationEntry {
+    #[default]
+    Uniform,
+    Pact {
+        signed: bool,
+    },
+    Dsq,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WeightEntry {
+    bits: Bits,
+    folded: bool,
+    /// As in [`QuantizerEntry`].
+    #[serde(default, skip_serializing_if = "is_default")]
+    kind: WeightKindEntry,
+}
+
+#[derive(Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum WeightKindEntry {
+    #[default]
+    Uniform,
+    Dorefa,
+    Dsq,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// What a file holds beside the network.
@@ -209,7 +245,23 @@ fn read_tensors(
 }
 
 fn entry(quantizer: &Option<ActivationQuantizer>) -> Option<QuantizerEntry> {
-    quantizer.as_ref().map(|q| QuantizerEntry { bits: q.bits, ready: q.ready })
+    let ActivationQuantizer { bits, ready, kind, .. } = quantizer.as_ref()?;
+    let kind = match kind {
+        ActivationKind::Uniform => ActivationEntry::Uniform,
+        ActivationKind::Pact { signed } => ActivationEntry::Pact { signed: *signed },
+        ActivationKind::Dsq { .. } => ActivationEntry::Dsq,
+    };
+    Some(QuantizerEntry { bits: *bits, ready: *ready, kind })
+}
+
+fn weight_entry(quantizer: &Option<WeightQuantizer>) -> Option<WeightEntry> {
+    let WeightQuantizer { bits, folded, kind } = quantizer.as_ref()?;
+    let kind = match kind {
+        WeightKind::Uniform => WeightKindEntry::Uniform,
+        WeightKind::Dorefa => WeightKindEntry::Dorefa,
+        WeightKind::Dsq { .. } => WeightKindEntry::Dsq,
+    };
+    Some(WeightEntry { bits: *bits, folded: *folded, kind })
 }
 
 impl Network {
@@ -219,7 +271,7 @@ impl Network {
             kernel: unit.kernel,
             activation: unit.activation,
             normalized: unit.batch_norm().is_some(),
-            weight_quantizer: unit.weight_quantizer,
+            weight_quantizer: weight_entry(&unit.weight_quantizer),
             output_quantizer: entry(&unit.output_quantizer),
         });
         Structure {
@@ -230,7 +282,7 @@ impl Network {
             units: units.collect(),
             residuals: self.residuals.clone(),
             head_quantizer: entry(&self.head.input_quantizer),
-            head_weight_quantizer: self.head.weight_quantizer,
+            head_weight_quantizer: weight_entry(&self.head.weight_quantizer),
         }
     }
 
@@ -333,15 +385,33 @@ impl Structure {
     pub(crate) fn skeleton(self, device: &Device) -> Result<Network> {
         let empty = Tensor::zeros(0, DType::F32, device)?;
         let quantizer = |entry: Option<QuantizerEntry>| {
-            let range = empty.clone();
-            entry.map(|QuantizerEntry { bits, ready }| ActivationQuantizer { bits, range, ready })
+            entry.map(|QuantizerEntry { bits, ready, kind }| {
+                let kind = match kind {
+                    ActivationEntry::Uniform => ActivationKind::Uniform,
+                    ActivationEntry::Pact { signed } => ActivationKind::Pact { signed },
+                    ActivationEntry::Dsq => ActivationKind::Dsq { softness: empty.clone() },
+                };
+                ActivationQuantizer { bits, range: empty.clone(), ready, kind }
+            })
+        };
+        let weight_quantizer = |entry: Option<WeightEntry>| {
+            entry.map(|WeightEntry { bits, folded, kind }| {
+                let kind = match kind {
+                    WeightKindEntry::Uniform => WeightKind::Uniform,
+                    WeightKindEntry::Dorefa => WeightKind::Dorefa,
+                    WeightKindEntry::Dsq => {
+                        WeightKind::Dsq { bounds: empty.clone(), softness: empty.clone() }
+                    }
+                };
+                WeightQuantizer { bits, folded, kind }
+            })
         };
         let unit = |entry: UnitEntry| -> Result<Unit> {
             Ok(Unit {
                 name: entry.name,
                 kernel: entry.kernel,
                 weight: empty.clone(),
-                weight_quantizer: entry.weight_quantizer,
+                weight_quantizer: weight_quantizer(entry.weight_quantizer),
                 norm: match entry.normalized {
                     true => Norm::Batch(BatchNorm::init(0, device)?),
                     false => Norm::Bias(empty.clone()),
@@ -359,7 +429,7 @@ impl Structure {
             head: Head {
                 input_quantizer: quantizer(self.head_quantizer),
                 weight: empty.clone(),
-                weight_quantizer: self.head_weight_quantizer,
+                weight_quantizer: weight_quantizer(self.head_weight_quantizer),
                 bias: empty.clone(),
             },
             epsilon: self.epsilon,

@@ -9,6 +9,7 @@
 
 mod count;
 mod file;
+mod learned;
 mod mobilenet;
 mod network;
 mod pass;
@@ -19,7 +20,9 @@ pub use file::{Extras, MAX_FILE_BYTES};
 pub use mobilenet::{Input, MobileNet, Version};
 pub use network::{BatchNorm, Head, Kernel, Network, Norm, Parameter, Residual, Role, Unit};
 pub use pass::{Gradients, Step, Tape};
-pub use quantization::{ActivationQuantizer, Fold, Quantization, WeightQuantizer};
+pub use quantization::{
+    ActivationKind, ActivationQuantizer, Fold, Method, Quantization, WeightKind, WeightQuantizer,
+};
 
 /// What can go wrong with a network.
 #[derive(Debug, thiserror::Error)]

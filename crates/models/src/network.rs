@@ -1,4 +1,4 @@
-use crate::{ActivationQuantizer, Error, Result, WeightQuantizer};
+use crate::{ActivationKind, ActivationQuantizer, Error, Result, WeightKind, WeightQuantizer};
 use candle_core::{Device, Tensor};
 use kernels::{Activation, norm};
 use serde::{Deserialize, Serialize};
@@ -127,13 +127,28 @@ pub struct Head {
     pub bias: Tensor,
 }
 
-/// What a parameter is, for the weight-decay setting.
+/// What a parameter is, which decides on its weight decay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Convolution or classifier weights.
     Weight,
-    /// γ, β or a bias.
+    /// γ, β or a bias: decays if the settings say so.
     NormOrBias,
+    /// The bound α of PACT: decays as weights do, which is a part of the method.
+    Clip,
+    /// A bound or the softness of DSQ: never decays.
+    Interval,
+}
+
+impl Role {
+    /// Whether the weight decay acts on the parameter; `decay_norm` is the setting for γ, β and biases.
+    pub fn decays(self, decay_norm: bool) -> bool {
+        match self {
+            Self::Weight | Self::Clip => true,
+            Self::NormOrBias => decay_norm,
+            Self::Interval => false,
+        }
+    }
 }
 
 /// One learned tensor. It shares its storage with the network's own, so that an optimizer can
@@ -202,9 +217,13 @@ macro_rules! slots {
             if let Some(q) = input_quantizer {
                 all.push(("input.range".into(), None, &$($mutable)? q.range));
             }
-            for Unit { name, weight, norm, output_quantizer, .. } in units {
+            for Unit { name, weight, weight_quantizer, norm, output_quantizer, .. } in units {
                 let mut push = |field, role, tensor| all.push((format!("{name}.{field}"), role, tensor));
                 push("weight", Some(Role::Weight), weight);
+                if let Some(WeightQuantizer { kind: WeightKind::Dsq { bounds, softness }, .. }) = weight_quantizer {
+                    push("weight_bounds", Some(Role::Interval), bounds);
+                    push("weight_softness", Some(Role::Interval), softness);
+                }
                 match norm {
                     Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
                         push("gamma", Some(Role::NormOrBias), gamma);
@@ -214,8 +233,15 @@ macro_rules! slots {
                     }
                     Norm::Bias(bias) => push("bias", Some(Role::NormOrBias), bias),
                 }
-                if let Some(q) = output_quantizer {
-                    push("range", None, &$($mutable)? q.range);
+                if let Some(ActivationQuantizer { range, kind, .. }) = output_quantizer {
+                    match kind {
+                        ActivationKind::Uniform => push("range", None, range),
+                        ActivationKind::Pact { .. } => push("alpha", Some(Role::Clip), range),
+                        ActivationKind::Dsq { softness } => {
+                            push("bounds", Some(Role::Interval), range);
+                            push("softness", Some(Role::Interval), softness);
+                        }
+                    }
                 }
             }
             if let Some(q) = &$($mutable)? head.input_quantizer {
@@ -250,7 +276,7 @@ impl Network {
     }
 
     /// Checks what the passes rely on: channels that match, residuals over equal shapes and
-    /// identities, a full convolution only in front.
+    /// identities, a full convolution only in front, uniform quantizers of the image and the classifier.
     pub fn validate(&self) -> Result<()> {
         let mut channels = self.input[2];
         for (i, unit) in self.units.iter().enumerate() {
@@ -283,6 +309,18 @@ impl Network {
                 return Err(
                     self.structure_error(format!("{r:?}"), "begins or ends where another residual does")
                 );
+            }
+        }
+        let learned =
+            |q: &Option<ActivationQuantizer>| q.as_ref().is_some_and(ActivationQuantizer::is_learned);
+        let uniform = |q: &WeightQuantizer| matches!(q.kind, WeightKind::Uniform);
+        let head = &self.head;
+        for (place, uniform) in [
+            ("input quantizer", !learned(&self.input_quantizer)),
+            ("head", !learned(&head.input_quantizer) && head.weight_quantizer.as_ref().is_none_or(uniform)),
+        ] {
+            if !uniform {
+                return Err(self.structure_error(place, "is learned, but only uniform quantizers work here"));
             }
         }
         if self.head.weight.dims()[0] != channels {

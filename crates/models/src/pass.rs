@@ -5,6 +5,7 @@
 //! memory traffic. Parameters, their gradients, statistics and everything from the pooled features on are `F32`
 //! always. Nothing in a pass waits for the GPU.
 
+use crate::learned::LearnedGradients;
 use crate::{ActivationQuantizer, BatchNorm, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
 use candle_core::{DType, Tensor};
 use kernels::norm::{Normalization, Running, Stats};
@@ -34,6 +35,8 @@ struct Record {
     affine: Affine,
     /// Where a residual ends: the sum, before its quantizer.
     sum: Option<Tensor>,
+    /// What a learned quantizer of the output read.
+    learned: Option<Tensor>,
 }
 
 /// What followed the convolution, as the forward pass applied it.
@@ -78,11 +81,14 @@ pub struct Tape {
 
 impl UsedWeight {
     /// The weights `[…, C]` after their quantizer; `scale` `[C]` is the folding factor.
-    fn new(weight: &Tensor, quantizer: Option<WeightQuantizer>, scale: Option<&Tensor>) -> Result<Self> {
-        let Some(WeightQuantizer { bits, folded }) = quantizer else {
-            return Ok(Self { value: weight.clone(), quantized: None, divided: false });
-        };
-        let scale = scale.filter(|_| folded);
+    fn new(weight: &Tensor, quantizer: &Option<WeightQuantizer>, scale: Option<&Tensor>) -> Result<Self> {
+        let as_is = |value| Self { value, quantized: None, divided: false };
+        let Some(quantizer) = quantizer else { return Ok(as_is(weight.clone())) };
+        if let Some(value) = quantizer.apply(weight)? {
+            return Ok(as_is(value));
+        }
+        let bits = quantizer.bits;
+        let scale = scale.filter(|_| quantizer.folded);
         let original = match scale {
             Some(scale) => weight.broadcast_mul(scale)?,
             None => weight.clone(),
@@ -98,25 +104,36 @@ impl UsedWeight {
     }
 
     /// As the operand of a product.
-    fn operand(&self, quantizer: Option<WeightQuantizer>) -> pointwise::Weight<'_> {
+    fn operand(&self, quantizer: &Option<WeightQuantizer>) -> pointwise::Weight<'_> {
         let quantized = match (&self.quantized, quantizer) {
             (Some((original, range)), Some(WeightQuantizer { bits, .. })) if !self.divided => {
-                Some((original, Quantizer { range, bits }))
+                Some((original, Quantizer { range, bits: *bits }))
             }
             _ => None,
         };
         pointwise::Weight { value: &self.value, quantized }
     }
 
-    /// The gradient for the network's own weights: straight through, where not clamped. The folding
-    /// factor is held constant, so it cancels.
-    fn gradient(&self, gradient: Tensor, quantizer: Option<WeightQuantizer>) -> Result<Tensor> {
-        match (&self.quantized, quantizer) {
-            (Some((original, range)), Some(WeightQuantizer { bits, .. })) => {
-                Ok(quantize::backward(original, &gradient, Quantizer { range, bits })?)
-            }
-            _ => Ok(gradient),
+    /// The gradient for the network's own `weight`, and those of what its quantizer learns. Uniform: straight
+    /// through, where not clamped; the folding factor is held constant, so it cancels.
+    fn gradients(
+        &self,
+        weight: &Tensor,
+        gradient: Tensor,
+        quantizer: &Option<WeightQuantizer>,
+    ) -> Result<LearnedGradients> {
+        if let Some(gradients) =
+            quantizer.as_ref().map(|q| q.gradients(weight, &gradient)).transpose()?.flatten()
+        {
+            return Ok(gradients);
         }
+        let input = match (&self.quantized, quantizer) {
+            (Some((original, range)), Some(WeightQuantizer { bits, .. })) => {
+                quantize::backward(original, &gradient, Quantizer { range, bits: *bits })?
+            }
+            _ => gradient,
+        };
+        Ok(LearnedGradients { input, parameters: Vec::new() })
     }
 }
 
@@ -129,16 +146,16 @@ impl Unit {
     /// The weights as the products see them, quantized if the unit says so; batch normalization's
     /// running statistics give the folding factor.
     fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
-        let scale = match (self.weight_quantizer, &self.norm) {
+        let scale = match (&self.weight_quantizer, &self.norm) {
             (Some(WeightQuantizer { folded: true, .. }), Norm::Batch(norm)) => Some(norm.scale(epsilon)?),
             _ => None,
         };
-        UsedWeight::new(&self.weight, self.weight_quantizer, scale.as_ref())
+        UsedWeight::new(&self.weight, &self.weight_quantizer, scale.as_ref())
     }
 
     /// The convolution's output `z`.
     fn convolve(&self, input: &FeatureMap, weight: &UsedWeight) -> Result<Tensor> {
-        let operand = weight.operand(self.weight_quantizer);
+        let operand = weight.operand(&self.weight_quantizer);
         Ok(match self.kernel {
             Kernel::Full { size, stride } => pointwise::forward(&patches(input, size, stride)?, operand)?,
             Kernel::Depthwise { stride } => depthwise::forward(input, &weight.value, stride)?,
@@ -148,7 +165,7 @@ impl Unit {
 
     /// The convolution's output `z` and its statistics.
     fn convolve_stats(&self, input: &FeatureMap, weight: &UsedWeight) -> Result<(Tensor, Stats)> {
-        let operand = weight.operand(self.weight_quantizer);
+        let operand = weight.operand(&self.weight_quantizer);
         Ok(match self.kernel {
             // Rows are gathered anew in the backward pass: keeping them would cost nine inputs.
             Kernel::Full { size, stride } => {
@@ -167,7 +184,7 @@ impl Unit {
         affine: (&Tensor, &Tensor),
         quantizer: Option<Quantizer<'_>>,
     ) -> Result<FeatureMap> {
-        let (operand, act) = (weight.operand(self.weight_quantizer), self.activation);
+        let (operand, act) = (weight.operand(&self.weight_quantizer), self.activation);
         Ok(match self.kernel {
             Kernel::Full { size, stride } => {
                 let patches = patches(input, size, stride)?;
@@ -189,8 +206,14 @@ impl Unit {
     }
 }
 
+/// The uniform quantizer, as the fused kernels take it.
 fn kernel_of(quantizer: &Option<ActivationQuantizer>) -> Option<Quantizer<'_>> {
-    quantizer.as_ref().filter(|q| q.ready).map(ActivationQuantizer::kernel)
+    quantizer.as_ref().filter(|q| q.ready && !q.is_learned()).map(ActivationQuantizer::kernel)
+}
+
+/// The learned quantizer, which acts on floats by itself.
+fn learned_of(quantizer: &Option<ActivationQuantizer>) -> Option<&ActivationQuantizer> {
+    quantizer.as_ref().filter(|q| q.ready && q.is_learned())
 }
 
 fn fake_quantize(x: &Tensor, quantizer: &Option<ActivationQuantizer>) -> Result<Tensor> {
@@ -238,6 +261,9 @@ impl Network {
             if let Some(shortcut) = &shortcut {
                 y = residual::add_quantize(&y.to_float()?, shortcut, quantizer)?;
             }
+            if let Some(learned) = learned_of(&unit.output_quantizer) {
+                y = FeatureMap::Float(learned.apply(&y.to_float()?)?);
+            }
             if let (Some(observe), Some(z)) = (&mut observe, &z) {
                 observe(i, z, &y.to_float()?)?;
             }
@@ -247,7 +273,7 @@ impl Network {
             x = y;
         }
         let features = fake_quantize(&pool::global_average(&x)?, &self.head.input_quantizer)?;
-        let weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer, None)?;
+        let weight = UsedWeight::new(&self.head.weight, &self.head.weight_quantizer, None)?;
         Ok(pointwise::forward(&features, &weight.value)?.broadcast_add(&self.head.bias)?)
     }
 
@@ -263,6 +289,9 @@ impl Network {
         let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
         let mut records = Vec::with_capacity(self.units.len());
         for (i, unit) in self.units.iter_mut().enumerate() {
+            if let Some(q) = &unit.weight_quantizer {
+                q.project()?;
+            }
             let weight = unit.used_weight(epsilon)?;
             // With a bias the statistics serve only the range, so they are not taken in float.
             let (z, stats) = match (&unit.norm, &unit.output_quantizer) {
@@ -287,7 +316,7 @@ impl Network {
             };
             let (scale, shift) = affine.map(&unit.norm);
             let from = residuals.iter().find(|r| r.to == i).map(|r| r.from);
-            let (output, sum) = if let Some(from) = from {
+            let (mut output, sum) = if let Some(from) = from {
                 let shortcut = shortcuts[from].take().expect("kept when it was made");
                 let (sum, extremes) = residual::add_normalized(&z, scale, shift, &shortcut)?;
                 if let Some(q) = &mut unit.output_quantizer {
@@ -302,11 +331,17 @@ impl Network {
                 let quantizer = kernel_of(&unit.output_quantizer);
                 (norm::forward(&z, scale, shift, unit.activation, quantizer)?, None)
             };
+            let mut learned = None;
+            if let Some(quantizer) = learned_of(&unit.output_quantizer) {
+                let read = output.to_float()?;
+                output = FeatureMap::Float(quantizer.apply(&read)?);
+                learned = Some(read);
+            }
             if residuals.iter().any(|r| r.from == i) {
                 shortcuts[i] = Some(output.clone());
             }
             let input = std::mem::replace(&mut x, output);
-            records.push(Record { input, z, weight, affine, sum });
+            records.push(Record { input, z, weight, affine, sum, learned });
         }
         let (h, w) = spatial(&x);
         let pooled_from = (h, w, x.dtype());
@@ -315,7 +350,7 @@ impl Network {
             q.observe(&quantize::min_max(&pooled)?, step.range_momentum)?;
         }
         let features = fake_quantize(&pooled, &self.head.input_quantizer)?;
-        let head_weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer, None)?;
+        let head_weight = UsedWeight::new(&self.head.weight, &self.head.weight_quantizer, None)?;
         let logits = pointwise::forward(&features, &head_weight.value)?.broadcast_add(&self.head.bias)?;
         Ok((logits, Tape { records, pooled_from, features: (pooled, features), head_weight }))
     }
@@ -327,7 +362,8 @@ impl Network {
         let mut gradients = Vec::new();
         gradients.push(logits.sum(0)?);
         let weight = pointwise::grad_weight(&features, logits)?;
-        gradients.push(head_weight.gradient(weight, self.head.weight_quantizer)?);
+        let head = &self.head;
+        push_gradients(&mut gradients, head_weight.gradients(&head.weight, weight, &head.weight_quantizer)?);
         let mut g = pointwise::grad_input(logits, &head_weight.value)?;
         if let Some(q) = kernel_of(&self.head.input_quantizer) {
             g = quantize::backward(&pooled, &g, q)?;
@@ -336,9 +372,15 @@ impl Network {
 
         let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate().rev() {
-            let Record { input, z, weight, affine, sum } = records.pop().expect("one record for every unit");
+            let Record { input, z, weight, affine, sum, learned } =
+                records.pop().expect("one record for every unit");
             if let Some(shortcut) = shortcuts[i].take() {
                 g = residual::add(&g, &shortcut)?;
+            }
+            if let (Some(quantizer), Some(read)) = (&unit.output_quantizer, learned) {
+                let LearnedGradients { input, parameters } = quantizer.gradients(&read, &g)?;
+                gradients.extend(parameters.into_iter().rev());
+                g = input;
             }
             let mut quantizer = kernel_of(&unit.output_quantizer);
             if let (Some(sum), Some(from)) = (sum, self.residual_into(i)) {
@@ -379,11 +421,18 @@ impl Network {
                     weight
                 }
             };
-            gradients.push(weight.gradient(weight_gradient, unit.weight_quantizer)?);
+            let weight = weight.gradients(&unit.weight, weight_gradient, &unit.weight_quantizer)?;
+            push_gradients(&mut gradients, weight);
         }
         gradients.reverse();
         Ok(gradients)
     }
+}
+
+/// Adds the gradients of a tensor and of what its quantizer learns, the last parameter first.
+fn push_gradients(gradients: &mut Gradients, more: LearnedGradients) {
+    gradients.extend(more.parameters.into_iter().rev());
+    gradients.push(more.input);
 }
 
 /// Height and width of a feature map `[N, H, W, C]`.

@@ -7,7 +7,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
-use models::{BatchNorm, Fold, Head, Kernel, Network, Norm, Quantization, Residual, Role, Step, Unit};
+use models::{BatchNorm, Fold, Head, Kernel, Method, Network, Norm, Quantization, Residual, Step, Unit};
 use quant_core::Precision;
 use std::collections::{HashMap, HashSet};
 
@@ -126,10 +126,14 @@ impl Golden {
 
 /// Runs a case: `[activations, weights, first layer, last layer]` in bits, 32 for float.
 fn check(case: &'static str, bits: [u32; 4], fold: Fold, decay_norm: bool) {
+    check_method(case, bits, fold, decay_norm, Method::Uniform);
+}
+
+fn check_method(case: &'static str, bits: [u32; 4], fold: Fold, decay_norm: bool, method: Method) {
     let golden = Golden::load(case);
     let [activations, weights, first_layer, last_layer] = bits.map(|bits| Precision::try_from(bits).unwrap());
     let mut network = golden.network();
-    network.quantize(&Quantization { activations, weights, first_layer, last_layer, fold }).unwrap();
+    network.quantize(&Quantization { activations, weights, first_layer, last_layer, fold, method }).unwrap();
 
     let parameters = network.parameters();
     let names: HashSet<_> = parameters.iter().map(|p| p.name.clone()).collect();
@@ -147,7 +151,7 @@ fn check(case: &'static str, bits: [u32; 4], fold: Fold, decay_norm: bool) {
             if step == 0 {
                 golden.check(&format!("gradient.{}", parameter.name), gradient);
             }
-            let decay = if decay_norm || parameter.role == Role::Weight { DECAY } else { 0.0 };
+            let decay = if parameter.role.decays(decay_norm) { DECAY } else { 0.0 };
             sgd::step(&parameter.tensor, gradient, velocity, RATE, MOMENTUM, decay).unwrap();
         }
     }
@@ -187,6 +191,18 @@ fn quantized_weights_with_normalization_folded() {
     check("frozen", [4, 4, 5, 6], Fold::Frozen, false);
 }
 
+/// α decays with the weights, although γ, β and biases do not here.
+#[test]
+fn pact() {
+    check_method("pact", [4, 4, 5, 6], Fold::Unfolded, false, Method::Pact);
+}
+
+/// Neither bounds nor softness decay, although γ, β and biases do here.
+#[test]
+fn dsq() {
+    check_method("dsq", [4, 4, 5, 6], Fold::Unfolded, true, Method::Dsq);
+}
+
 /// The cases differ where they should: if quantizers did nothing, all of the above would compare the same.
 #[test]
 fn cases_are_told_apart() {
@@ -200,6 +216,7 @@ fn cases_are_told_apart() {
             first_layer: precision(5),
             last_layer: precision(6),
             fold: Fold::Unfolded,
+            method: Method::Uniform,
         })
         .unwrap();
     let (logits, _) =

@@ -1,7 +1,8 @@
 //! Which channels are constant, and what they are.
 
 use crate::Result;
-use models::{ActivationQuantizer, BatchNorm, Kernel, Network};
+use candle_core::Tensor;
+use models::{ActivationKind, ActivationQuantizer, BatchNorm, Kernel, Network};
 use quant_core::{Grid, fold_scale, fold_shift};
 
 /// The running variances of one layer.
@@ -85,11 +86,18 @@ impl Constants {
 
 /// Maps constants to the grid of the quantizer that they pass.
 pub(crate) fn quantize(values: &mut [Option<f32>], quantizer: &Option<ActivationQuantizer>) -> Result<()> {
-    if let Some(q) = quantizer.as_ref().filter(|q| q.ready) {
+    let Some(q) = quantizer.as_ref().filter(|q| q.ready) else { return Ok(()) };
+    if let ActivationKind::Uniform = q.kind {
         let range: Vec<f32> = q.range.to_vec1()?;
         let grid = Grid::new(range[0], range[1], q.bits)?;
         for value in values.iter_mut().flatten() {
             *value = grid.fake(*value);
+        }
+    } else {
+        let constants: Vec<f32> = values.iter().flatten().copied().collect();
+        let quantized = q.apply(&Tensor::new(constants, q.range.device())?)?.to_vec1::<f32>()?;
+        for (value, quantized) in values.iter_mut().flatten().zip(quantized) {
+            *value = quantized;
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Pruning planted filters leaves the outputs as they were.
 
 use candle_core::{Device, IndexOp, Tensor};
-use models::{Input, MobileNet, Network, Norm, Quantization, Step, Version};
+use models::{Fold, Input, Method, MobileNet, Network, Norm, Quantization, Step, Version};
 use pfq::{PfQ, Report};
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
@@ -175,7 +175,9 @@ fn constants_through_depthwise_layers_are_exact_inside_the_border() {
 /// The constants pass the activation quantizers, as they do in Algorithm 1's second pruning.
 #[test]
 fn constants_are_those_of_the_quantized_network() {
-    for bits in [3u32, 4, 8] {
+    let folded = [3u32, 4, 8].map(|bits| (bits, Fold::BatchStatistics, Method::Uniform));
+    let learned = [Method::Pact, Method::Dsq].map(|method| (4, Fold::Unfolded, method));
+    for (bits, fold, method) in folded.into_iter().chain(learned) {
         let mut network = network(Version::V2);
         let precision = |bits| Precision::try_from(bits).unwrap();
         let settings = Quantization {
@@ -183,7 +185,8 @@ fn constants_are_those_of_the_quantized_network() {
             weights: Precision::Float,
             first_layer: precision(8),
             last_layer: precision(8),
-            fold: models::Fold::BatchStatistics,
+            fold,
+            method,
         };
         network.quantize(&settings).unwrap();
         network.forward_train(&images(), Step { range_momentum: 0.1 }).unwrap();
@@ -194,7 +197,7 @@ fn constants_are_those_of_the_quantized_network() {
         let (pruned, _) = PfQ::default().apply(&network).unwrap();
         // A value that rounding puts on the other side of a level's edge would show as a whole step.
         let error = distance(&before, &pruned.forward(&images()).unwrap());
-        assert!(error < 1e-4, "{bits} bits: {error}");
+        assert!(error < 1e-4, "{method:?}, {bits} bits: {error}");
     }
 }
 

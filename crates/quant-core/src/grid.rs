@@ -42,6 +42,15 @@ impl Grid {
         Self { step, per_step: 1.0 / step, zero_point, max_level }
     }
 
+    /// The grid of the `2^b − 1` values from `−bound` to `bound` of which zero is the middle one. A bound of 0 or
+    /// less gives a grid that maps everything to zero; one that is not finite shows as NaN in the result.
+    pub fn symmetric(bound: f32, bits: Bits) -> Self {
+        let half = (bits.max_level() / 2) as f32;
+        // As in `spanning`.
+        let step = if bound < half * f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { bound / half };
+        Self { step, per_step: 1.0 / step, zero_point: half, max_level: 2.0 * half }
+    }
+
     /// The distance of two neighbouring values.
     pub fn step(&self) -> f32 {
         self.step
@@ -148,6 +157,16 @@ mod tests {
         assert_eq!(got, [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 3.0, 3.0]);
         let passes: Vec<bool> = [-0.6, -0.4, 0.0, 3.4, 3.6].map(|x| g.passes(x)).to_vec();
         assert_eq!(passes, [false, true, true, true, false]);
+    }
+
+    #[test]
+    fn hand_worked_symmetric() {
+        // Three bits: −3 … 3, step 2.
+        let g = Grid::symmetric(6.0, Bits::new(3).unwrap());
+        let got: Vec<f32> = [-9.0, -5.1, -2.9, -0.9, 0.0, 1.1, 4.9, 9.0].map(|x| g.fake(x)).to_vec();
+        assert_eq!(got, [-6.0, -6.0, -2.0, 0.0, 0.0, 2.0, 4.0, 6.0]);
+        let zero = Grid::symmetric(0.0, Bits::new(3).unwrap());
+        assert!([-1.0, 0.0, 1.0].map(|x| zero.fake(x)).iter().all(|y| y.abs() < 1e-37));
     }
 
     #[test]

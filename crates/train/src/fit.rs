@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use datasets::{Dataset, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
 use kernels::sgd;
-use models::{Extras, Network, Role, Step};
+use models::{Extras, Network, Step};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -140,7 +140,7 @@ pub fn step(
     let result = softmax_cross_entropy(&logits, labels, training.label_smoothing)?;
     let gradients = network.backward(tape, &result.grad)?;
     for ((parameter, gradient), velocity) in network.parameters().iter().zip(&gradients).zip(velocities) {
-        let decays = parameter.role == Role::Weight || training.decay_norm;
+        let decays = parameter.role.decays(training.decay_norm);
         let decay = if decays { training.weight_decay } else { 0.0 };
         sgd::step(&parameter.tensor, gradient, velocity, rate, training.momentum, decay)?;
     }

@@ -6,7 +6,7 @@
 use candle_core::{Device, Tensor};
 use datasets::{Augmentation, Dataset, Images, train_batches};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
-use models::{BatchNorm, Extras, Head, Kernel, Network, Norm, Residual, Role, Step, Unit};
+use models::{BatchNorm, Extras, Head, Kernel, Network, Norm, Residual, Step, Unit};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -236,7 +236,7 @@ fn an_epoch_is_what_it_says() {
             let result = softmax_cross_entropy(&logits, &batch.labels, 0.1).unwrap();
             let gradients = network.backward(tape, &result.grad).unwrap();
             for ((p, g), v) in parameters.iter().zip(&gradients).zip(&velocity) {
-                let decay = if decay_norm || p.role == Role::Weight { 0.01 } else { 0.0 };
+                let decay = if p.role.decays(decay_norm) { 0.01 } else { 0.0 };
                 sgd::step(&p.tensor, g, v, rate, 0.9, decay).unwrap();
             }
             let images = batch.labels.elem_count() as f64;

@@ -2,7 +2,7 @@
 
 use crate::{Kind, Stage};
 use baselines::Dfq;
-use models::{Fold, Quantization};
+use models::{Fold, Method, Quantization};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::sync::Arc;
@@ -25,6 +25,10 @@ pub struct Recipe {
     pub once_training: Training,
     /// Training of the network that DFQ prepared.
     pub dfq_training: Training,
+    /// Training with PACT, from the float network.
+    pub pact_training: Training,
+    /// Training with DSQ, from the float network.
+    pub dsq_training: Training,
     /// Seed of the fine-tuning stages.
     pub seed: u64,
 }
@@ -74,6 +78,22 @@ impl Recipe {
         pretrained
             .then(Kind::Equalize { dfq: self.dfq, quantization })
             .then(self.fine_tune(quantization, self.dfq_training))
+    }
+
+    /// "PACT" of Table 4: fine-tuning once with activations and weights quantized by PACT and DoReFa; nothing is pruned.
+    pub fn pact(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+        self.learned(pretrained, Method::Pact, self.pact_training)
+    }
+
+    /// "DSQ" of Table 4: the same with differentiable soft quantization.
+    pub fn dsq(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+        self.learned(pretrained, Method::Dsq, self.dsq_training)
+    }
+
+    fn learned(&self, pretrained: &Arc<Stage>, method: Method, training: Training) -> Arc<Stage> {
+        // Both methods leave batch normalization as it is; PACT's weights even need it, as they are rescaled.
+        let quantization = Quantization { method, fold: Fold::Unfolded, ..self.quantization };
+        pretrained.then(self.fine_tune(quantization, training))
     }
 
     fn fine_tune(&self, quantization: Quantization, training: Training) -> Kind {

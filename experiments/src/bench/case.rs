@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use kernels::Activation;
-use models::{Fold, Input, Kernel, MobileNet, Network, Quantization, Version};
+use models::{Fold, Input, Kernel, Method, MobileNet, Network, Quantization, Version};
 use quant_core::{Bits, Precision};
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +115,7 @@ impl Case {
                 first_layer: bits(8)?,
                 last_layer: bits(8)?,
                 fold: Fold::Unfolded,
+                method: Method::Uniform,
             })?;
         }
         Ok(network)
@@ -224,7 +225,7 @@ impl Layers {
                 input_size,
                 output_size: [h, w],
                 activation: unit.activation,
-                weight_bits: bits(unit.weight_quantizer.map(|q| q.bits)),
+                weight_bits: bits(unit.weight_quantizer.as_ref().map(|q| q.bits)),
                 output_bits: activation_bits(&unit.output_quantizer),
             });
         }
@@ -235,7 +236,7 @@ impl Layers {
             units,
             residuals: network.residuals.iter().map(|r| [r.from, r.to]).collect(),
             features_bits: activation_bits(&network.head.input_quantizer),
-            classifier_bits: bits(network.head.weight_quantizer.map(|q| q.bits)),
+            classifier_bits: bits(network.head.weight_quantizer.as_ref().map(|q| q.bits)),
         }
     }
 

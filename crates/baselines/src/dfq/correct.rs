@@ -22,7 +22,7 @@ impl Folded {
                 None => vec![0.0; unit.input_channels()],
             };
             let input = Tensor::new(input, &device)?;
-            let change = correction(unit.kernel, &unit.weight, unit.weight_quantizer, &input)?;
+            let change = correction(unit.kernel, &unit.weight, &unit.weight_quantizer, &input)?;
             self.add_to_bias(i, &change)?;
             changes.push(mean_abs(&change)?);
         }
@@ -30,7 +30,7 @@ impl Folded {
         let features: Vec<f32> = outputs.last().into_iter().flatten().map(|x| x.mean as f32).collect();
         let head = &mut self.network.head;
         let features = Tensor::new(features, &device)?;
-        let change = correction(Kernel::Pointwise, &head.weight, head.weight_quantizer, &features)?;
+        let change = correction(Kernel::Pointwise, &head.weight, &head.weight_quantizer, &features)?;
         head.bias = (&head.bias + &change)?;
         changes.push(mean_abs(&change)?);
         Ok(changes)
@@ -41,13 +41,13 @@ impl Folded {
 fn correction(
     kernel: Kernel,
     weight: &Tensor,
-    quantizer: Option<WeightQuantizer>,
+    quantizer: &Option<WeightQuantizer>,
     input: &Tensor,
 ) -> Result<Tensor> {
     let quantized = match quantizer {
         Some(WeightQuantizer { bits, .. }) => {
             let range = quantize::min_max(weight)?;
-            quantize::forward(weight, Quantizer { range: &range, bits })?
+            quantize::forward(weight, Quantizer { range: &range, bits: *bits })?
         }
         None => weight.clone(),
     };

@@ -48,12 +48,14 @@ UNITS = [
 # activations, weights, first layer, last layer: bits, or None for float
 FLOAT = (None, None, None, None)
 CASES = {
-    # bits, normalization under quantized weights, whether the weight decay acts on γ, β and biases too
-    "float": (FLOAT, "unfolded", True),
-    "activations": ((4, None, 5, 6), "unfolded", True),
-    "unfolded": ((4, 4, 5, 6), "unfolded", False),
-    "folded": ((4, 4, 5, 6), "batch_statistics", False),
-    "frozen": ((4, 4, 5, 6), "frozen", False),
+    # bits, normalization under quantized weights, whether the weight decay acts on γ, β and biases too, method
+    "float": (FLOAT, "unfolded", True, "uniform"),
+    "activations": ((4, None, 5, 6), "unfolded", True, "uniform"),
+    "unfolded": ((4, 4, 5, 6), "unfolded", False, "uniform"),
+    "folded": ((4, 4, 5, 6), "batch_statistics", False, "uniform"),
+    "frozen": ((4, 4, 5, 6), "frozen", False, "uniform"),
+    "pact": ((4, 4, 5, 6), "unfolded", False, "pact"),
+    "dsq": ((4, 4, 5, 6), "unfolded", True, "dsq"),
 }
 
 
@@ -103,6 +105,101 @@ class Activations(torch.nn.Module):
         return fake_quantize(x, *self.range, self.bits)
 
 
+def check_apart(x, bound):
+    """That no value but the bound itself, from which it may have been taken, is close to a bound."""
+    distance = (x - bound).detach().abs()
+    check_margin(distance[distance > 0], KINK)
+
+
+def check_levels(position):
+    position = position.detach()
+    check_margin((position - position.floor() - 0.5).abs(), BORDER)
+
+
+def through(hard, soft):
+    """The value of one, the gradient of the other."""
+    return soft + (hard - soft).detach()
+
+
+class Pact(torch.nn.Module):
+    """PACT's clip and levels; the first batch gives α."""
+
+    def __init__(self, bits, signed):
+        super().__init__()
+        self.bits, self.signed, self.ready = bits, signed, False
+        self.alpha = torch.nn.Parameter(torch.zeros(1))
+        self.range = None
+
+    def learned(self):
+        return [("alpha", self.alpha, "weight")]
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.alpha.copy_(self.alpha.clamp(min=0) if self.ready else x.abs().max())
+            self.ready = True
+        alpha = self.alpha
+        check_apart(x, alpha)
+        if self.signed:
+            check_apart(x, -alpha)
+            clipped = torch.where(x >= alpha, alpha, torch.where(x <= -alpha, -alpha, x))
+            steps = 2 ** (self.bits - 1) - 1
+        else:
+            clipped = torch.where(x >= alpha, alpha, F.relu(x))
+            steps = 2**self.bits - 1
+        check_levels(clipped / alpha * steps)
+        return through(torch.round(clipped / alpha * steps) * alpha / steps, clipped)
+
+
+class Dsq(torch.nn.Module):
+    """DSQ's hard value with the gradient of its soft one; the first tensor gives the bounds."""
+
+    def __init__(self, bits, prefix=""):
+        super().__init__()
+        self.bits, self.prefix, self.ready = bits, prefix, False
+        self.bounds = torch.nn.Parameter(torch.zeros(2))
+        self.softness = torch.nn.Parameter(torch.tensor([0.2]))
+        self.range = None
+
+    def learned(self):
+        return [
+            (f"{self.prefix}bounds", self.bounds, "never"),
+            (f"{self.prefix}softness", self.softness, "never"),
+        ]
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                if not self.ready:
+                    self.bounds.copy_(torch.stack([x.min(), x.max()]))
+                self.softness.clamp_(1e-4, 0.5)
+            self.ready = True
+        low, high = self.bounds
+        alpha = self.softness.clamp(1e-4, 0.5)
+        assert low < high
+        steps = 2**self.bits - 1
+        delta = (high - low) / steps
+        check_apart(x, low)
+        check_apart(x, high)
+        check_levels((x - low) / delta)
+        scale, k = 1 / (1 - alpha), torch.log(2 / alpha - 1) / delta
+        i = ((x - low) / delta).floor().clamp(0, steps - 1).detach()
+        phi = scale * torch.tanh(k * (x - low - (i + 0.5) * delta))
+
+        def level(phi):
+            return torch.where(x < low, low, torch.where(x > high, high, low + delta * (i + (phi + 1) / 2)))
+
+        return through(level(torch.where(phi < 0, -1.0, 1.0)), level(phi))
+
+
+def dorefa(weight, bits):
+    """DoReFa's weights; the maximum is a constant."""
+    t, steps = weight.tanh(), 2**bits - 1
+    t = t / (2 * t.detach().abs().max()) + 0.5
+    check_levels(t * steps)
+    return 2 * through(torch.round(t * steps) / steps, t) - 1
+
+
 class Unit(torch.nn.Module):
     def __init__(self, channels_in, kind, stride, channels, activation):
         super().__init__()
@@ -112,7 +209,7 @@ class Unit(torch.nn.Module):
             channels_in, channels, size, stride, padding=size // 2, groups=groups, bias=False
         )
         self.norm = torch.nn.BatchNorm2d(channels, eps=EPSILON, momentum=0.1)
-        self.bits, self.folded_grid = None, False
+        self.bits, self.folded_grid, self.method, self.soft = None, False, "uniform", None
         # Beside the usual, one filter is turned over and one is off.
         with torch.no_grad():
             self.norm.weight.uniform_(0.5, 1.5)
@@ -137,6 +234,10 @@ class Unit(torch.nn.Module):
         weight = self.conv.weight
         if self.bits is None:
             return weight
+        if self.method == "pact":
+            return dorefa(weight, self.bits)
+        if self.method == "dsq":
+            return self.soft(weight)
         scale = torch.ones(len(weight))
         if self.folded_grid and self.norm is not None:
             scale = self.scale()
@@ -160,9 +261,9 @@ class Network(torch.nn.Module):
             channels = width
         self.head = torch.nn.Linear(channels, CLASSES)
         self.head_bits = None
-        self.quantize(FLOAT, "unfolded")
+        self.quantize(FLOAT, "unfolded", "uniform")
 
-    def quantize(self, bits, fold):
+    def quantize(self, bits, fold, method):
         activations, weights, first, last = bits
         if fold == "frozen":
             for unit in self.units:
@@ -170,9 +271,17 @@ class Network(torch.nn.Module):
         for i, unit in enumerate(self.units):
             unit.bits = weights and (first if i == 0 else weights)
             unit.folded_grid = fold == "batch_statistics"
+            if i > 0:
+                unit.method = method
+                unit.soft = Dsq(weights, "weight_") if method == "dsq" else None
         self.head_bits = weights and last
         self.image_quantizer = Activations(activations and first)
-        self.quantizers = torch.nn.ModuleList([Activations(activations) for _ in UNITS])
+        kinds = {
+            "uniform": lambda activation: Activations(activations),
+            "pact": lambda activation: Pact(activations, activation == "identity"),
+            "dsq": lambda activation: Dsq(activations),
+        }
+        self.quantizers = torch.nn.ModuleList([kinds[method](activation) for *_, activation, _ in UNITS])
         self.head_quantizer = Activations(activations and last)
 
     def forward(self, images):
@@ -190,16 +299,19 @@ class Network(torch.nn.Module):
         return F.linear(features, weight, self.head.bias)
 
     def learned(self):
-        """Name, tensor and whether it is a weight, for every parameter."""
-        for (name, *_), unit in zip(UNITS, self.units):
-            yield f"{name}.weight", unit.conv.weight, True
+        """Name, tensor and the kind of weight decay, for every parameter."""
+        for (name, *_), unit, quantizer in zip(UNITS, self.units, self.quantizers):
+            yield f"{name}.weight", unit.conv.weight, "weight"
             if unit.norm is None:
-                yield f"{name}.bias", unit.bias, False
+                yield f"{name}.bias", unit.bias, "norm"
             else:
-                yield f"{name}.gamma", unit.norm.weight, False
-                yield f"{name}.beta", unit.norm.bias, False
-        yield "head.weight", self.head.weight, True
-        yield "head.bias", self.head.bias, False
+                yield f"{name}.gamma", unit.norm.weight, "norm"
+                yield f"{name}.beta", unit.norm.bias, "norm"
+            for module in (unit.soft, quantizer):
+                if hasattr(module, "learned"):
+                    yield from ((f"{name}.{field}", tensor, decay) for field, tensor, decay in module.learned())
+        yield "head.weight", self.head.weight, "weight"
+        yield "head.bias", self.head.bias, "norm"
 
     def state(self):
         """Name and tensor of everything that training changes."""
@@ -218,7 +330,7 @@ def layout(name, tensor):
     if name == "head.weight":
         return tensor.t()
     if not name.endswith(".weight"):
-        return tensor
+        return tensor  # "weight_bounds" too
     kind = next(kind for unit, kind, *_ in UNITS if name == f"{unit}.weight")
     if kind == "depthwise":
         return tensor[:, 0].permute(1, 2, 0)
@@ -228,7 +340,7 @@ def layout(name, tensor):
 
 
 def run(case, seed):
-    bits, fold, decay_norm = CASES[case]
+    bits, fold, decay_norm, method = CASES[case]
     torch.manual_seed(seed)
     out = {}
 
@@ -245,13 +357,12 @@ def run(case, seed):
             tensor.copy_(tensor.float())
     for name, tensor in network.state():
         put(f"start.{name}", layout(name, tensor))
-    network.quantize(bits, fold)
+    network.quantize(bits, fold, method)
+    decays = {"weight": DECAY, "norm": DECAY if decay_norm else 0.0, "never": 0.0}
     groups = [
-        {"params": [t for _, t, is_weight in network.learned() if is_weight], "weight_decay": DECAY},
-        {
-            "params": [t for _, t, is_weight in network.learned() if not is_weight],
-            "weight_decay": DECAY if decay_norm else 0.0,
-        },
+        {"params": params, "weight_decay": decay}
+        for kind, decay in decays.items()
+        if (params := [tensor for _, tensor, of in network.learned() if of == kind])
     ]
     optimizer = torch.optim.SGD(groups, lr=RATE, momentum=MOMENTUM)
     for step in range(STEPS):

@@ -1,0 +1,439 @@
+//! Differentiable soft quantization (DSQ, Gong et al. 2019, arXiv:1908.05033).
+//!
+//! Between the bounds `l` and `u` lie `N = 2^b − 1` intervals of width `Δ = (u − l)/N`; the middle of interval `i` is
+//! `m_i = l + (i + ½)Δ`. In each, a piece of a hyperbolic tangent stands for the step:
+//!
+//! * `φ(x) = s·tanh(k(x − m_i))`, with `s = 1/tanh(kΔ/2)`, so that the pieces join;
+//! * the soft value is `Q(x) = l + Δ·(i + (φ(x) + 1)/2)` from `l` to `u`, `l` below, `u` above;
+//! * the hard value has the sign of `φ` in its place: the nearest of the `2^b` levels `l + Δq`.
+//!
+//! The softness `α = 1 − tanh(kΔ/2)` gives `s = 1/(1 − α)` and `k = ln(2/α − 1)/Δ`: at 0 the soft value is the hard one.
+//! `l`, `u` and `α` are learned.
+//!
+//! [`forward`] gives the hard value, [`backward`] the derivatives of the soft one, all of them, through `Δ`, `k`, `s` and
+//! `m_i`, as the paper takes them. With `t = (x − l)/Δ`, `f = t − i − ½`, `κ = kΔ`, `T = tanh(κf)`, `q = i + (sT + 1)/2`
+//! and the slope `D = ½sκ(1 − T²)`, from `l` to `u`:
+//!
+//! * `∂Q/∂x = D`, `∂Q/∂u = (q − D·t)/N`, `∂Q/∂l = 1 − D − ∂Q/∂u`;
+//! * `∂Q/∂α = ½Δ·(s²T − s(1 − T²)·f·2/(α(2 − α)))`.
+//!
+//! Below, only `∂Q/∂l = 1`; above, only `∂Q/∂u = 1`.
+
+use crate::cpu::{self, CHUNK, Check, simd};
+use crate::learned::{LANES, Lanes, map_and_sum, on_cpu};
+use crate::tanh::tanh;
+use crate::{Result, clamp, profile};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
+use quant_core::Bits;
+
+/// The range of `α`. The paper's ends at ½; from 0 it keeps such a distance that all is finite (`κ` is 9.9 there).
+pub const SOFTNESS: (f32, f32) = (1e-4, 0.5);
+
+/// The gradients of the soft function.
+pub struct Grads {
+    /// Of the input, of its shape.
+    pub x: Tensor,
+    /// Of `(l, u)`, `[2]`.
+    pub bounds: Tensor,
+    /// Of `α`, `[1]`.
+    pub softness: Tensor,
+}
+
+/// The nearest level of each element: the hard value; `bounds` is `[2] = (l, u)`.
+pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
+    let check = Check("dsq::forward");
+    let _note = profile::note(check.0, 0, 8 * x.elem_count());
+    let (x, intervals) = arguments(&check, x, bounds, bits)?;
+    let opened = cpu::open(&x);
+    let elements = opened.floats()?;
+    let y = cpu::fill(elements.len(), CHUNK, |i, y| hard(&elements[i * CHUNK..][..y.len()], y, &intervals));
+    Ok(Tensor::from_vec(y, opened.dims(), &Device::Cpu)?)
+}
+
+/// The gradients of the soft value; `softness` is `[1] = α`, and counts as the nearest of the values in [`SOFTNESS`].
+pub fn backward(x: &Tensor, gy: &Tensor, bounds: &Tensor, softness: &Tensor, bits: Bits) -> Result<Grads> {
+    let check = Check("dsq::backward");
+    let _note = profile::note(check.0, 0, 12 * x.elem_count());
+    let (x, intervals) = arguments(&check, x, bounds, bits)?;
+    on_cpu(&check, softness)?;
+    let softness = cpu::values(&check.dims("softness", softness, &[1])?)?[0];
+    let gy = check.dims("gy", gy, x.dims())?;
+    let (x, gy) = (cpu::open(&x), cpu::open(&gy));
+    let (elements, gy) = (x.floats()?, gy.floats()?);
+    let soft = Soft::new(intervals, softness);
+    let (gx, sums) =
+        map_and_sum(elements.len(), |part, gx| slopes(&elements[part.clone()], &gy[part], gx, &soft));
+    let [low, high, softness] = sums.map(|sum| sum as f32);
+    Ok(Grads {
+        x: Tensor::from_vec(gx, x.dims(), &Device::Cpu)?,
+        bounds: Tensor::new(&[low, high], &Device::Cpu)?,
+        softness: Tensor::new(&[softness], &Device::Cpu)?,
+    })
+}
+
+/// Brings `α` back into [`SOFTNESS`] and the bounds back in order, both in place, after a step of the optimizer:
+/// bounds that have passed each other meet in their middle.
+pub fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {
+    let check = Check("dsq::project");
+    check.dims("bounds", bounds, &[2])?;
+    check.dims("softness", softness, &[1])?;
+    on_cpu(&check, bounds)?;
+    on_cpu(&check, softness)?;
+    bounds.inplace_op1(&InOrder)?;
+    Ok(softness.inplace_op1(&InRange)?)
+}
+
+fn arguments(check: &Check, x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<(Tensor, Intervals)> {
+    on_cpu(check, x)?;
+    on_cpu(check, bounds)?;
+    let bounds = cpu::values(&check.dims("bounds", bounds, &[2])?)?;
+    Ok((check.float("x", x)?, Intervals::new(bounds[0], bounds[1], bits)))
+}
+
+struct InOrder;
+
+impl InplaceOp1 for InOrder {
+    fn name(&self) -> &'static str {
+        "dsq-in-order"
+    }
+
+    fn cpu_fwd(&self, bounds: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        if let [low, high] = cpu::slice_mut(bounds, layout)? {
+            if *low > *high {
+                let middle = 0.5 * (*low + *high);
+                (*low, *high) = (middle, middle);
+            }
+        }
+        Ok(())
+    }
+}
+
+struct InRange;
+
+impl InplaceOp1 for InRange {
+    fn name(&self) -> &'static str {
+        "dsq-in-range"
+    }
+
+    fn cpu_fwd(&self, softness: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        for softness in cpu::slice_mut(softness, layout)? {
+            *softness = clamp(*softness, SOFTNESS);
+        }
+        Ok(())
+    }
+}
+
+/// The intervals between the bounds.
+#[derive(Clone, Copy)]
+struct Intervals {
+    low: f32,
+    high: f32,
+    /// `N`, as a float.
+    count: f32,
+    /// `Δ`.
+    width: f32,
+    /// `1/Δ`.
+    per_width: f32,
+}
+
+impl Intervals {
+    fn new(low: f32, high: f32, bits: Bits) -> Self {
+        let count = bits.max_level() as f32;
+        // Below the smallest normal number the reciprocal would overflow; so would it where the bounds meet.
+        let width = (high - low) / count;
+        let width = if width < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { width };
+        Self { low, high, count, width, per_width: 1.0 / width }
+    }
+}
+
+simd! {
+    fn hard(x: &[f32], y: &mut [f32], intervals: &Intervals) {
+        let Intervals { low, count, width, per_width, .. } = *intervals;
+        for (y, x) in y.iter_mut().zip(x) {
+            // In the middle of an interval φ is 0, and counts as positive.
+            let level = ((x - low) * per_width + 0.5).floor();
+            let level = if level > 0.0 { level } else { 0.0 };
+            let level = if level < count { level } else { count };
+            *y = level.mul_add(width, low);
+        }
+    }
+}
+
+/// What the soft function needs beside its intervals.
+#[derive(Clone, Copy)]
+struct Soft {
+    intervals: Intervals,
+    /// `1/N`.
+    per_count: f32,
+    /// `s`.
+    scale: f32,
+    /// `κ = kΔ`.
+    steepness: f32,
+    /// `½sκ`, the slope in the middle of an interval.
+    slope: f32,
+    /// `½Δs²` and `½Δs·2/(α(2 − α))`, the factors in `∂Q/∂α`.
+    by_softness: [f32; 2],
+}
+
+impl Soft {
+    fn new(intervals: Intervals, softness: f32) -> Self {
+        // In double precision, as 2/α − 1 and its logarithm are needed once only.
+        let alpha = f64::from(clamp(softness, SOFTNESS));
+        let (scale, steepness) = (1.0 / (1.0 - alpha), (2.0 / alpha - 1.0).ln());
+        let half = 0.5 * f64::from(intervals.width);
+        Self {
+            intervals,
+            per_count: 1.0 / intervals.count,
+            scale: scale as f32,
+            steepness: steepness as f32,
+            slope: (0.5 * scale * steepness) as f32,
+            by_softness: [
+                (half * scale * scale) as f32,
+                (half * scale * 2.0 / (alpha * (2.0 - alpha))) as f32,
+            ],
+        }
+    }
+
+    /// `∂Q/∂x`, `∂Q/∂l`, `∂Q/∂u`, `∂Q/∂α`.
+    #[inline(always)]
+    fn slopes(&self, x: f32) -> [f32; 4] {
+        let Intervals { low, high, count, per_width, .. } = self.intervals;
+        let at = (x - low) * per_width;
+        let interval = clamp(at.floor(), (0.0, count - 1.0));
+        let from_middle = at - interval - 0.5;
+        let t = tanh(self.steepness * from_middle);
+        let rest = 1.0 - t * t;
+        let slope = self.slope * rest;
+        let level = interval + 0.5 * self.scale.mul_add(t, 1.0);
+        let by_high = (level - slope * at) * self.per_count;
+        let by_softness = self.by_softness[0] * t - self.by_softness[1] * (rest * from_middle);
+        // Selections, which cost less than branches and vectorize.
+        let (below, above) = (x < low, x > high);
+        let inside = |slope: f32| if below || above { 0.0 } else { slope };
+        [
+            inside(slope),
+            if below { 1.0 } else { inside(1.0 - slope - by_high) },
+            if above { 1.0 } else { inside(by_high) },
+            inside(by_softness),
+        ]
+    }
+}
+
+simd! {
+    /// The gradient of `x`; returns those of `l`, `u` and `α`.
+    fn slopes(x: &[f32], gy: &[f32], gx: &mut [f32], soft: &Soft) -> [f64; 3] {
+        let soft = *soft;
+        let mut sums: [Lanes; 3] = [[0.0; LANES]; 3];
+        for ((x, gy), gx) in x.chunks(LANES).zip(gy.chunks(LANES)).zip(gx.chunks_mut(LANES)) {
+            // Chunks but the last have all lanes: an array, so that the loops have no end to look for.
+            let (mut all_x, mut all_gy, mut shares) = ([0.0; LANES], [0.0; LANES], [[0.0; LANES]; 4]);
+            all_x[..x.len()].copy_from_slice(x);
+            all_gy[..x.len()].copy_from_slice(gy);
+            for lane in 0..LANES {
+                let slopes = soft.slopes(all_x[lane]);
+                for (shares, slope) in shares.iter_mut().zip(slopes) {
+                    shares[lane] = all_gy[lane] * slope;
+                }
+            }
+            gx.copy_from_slice(&shares[0][..gx.len()]);
+            for (sums, shares) in sums.iter_mut().zip(&shares[1..]) {
+                for (sum, share) in sums.iter_mut().zip(shares) {
+                    *sum += f64::from(*share);
+                }
+            }
+        }
+        sums.map(|lanes| lanes.iter().sum())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use candle_core::DType;
+    use std::collections::BTreeSet;
+
+    fn bits(bits: u32) -> Bits {
+        Bits::new(bits).unwrap()
+    }
+
+    /// The soft function, as the module's head has it, by plain Candle; `inputs` are `x`, `(l, u)` and `α`.
+    fn soft(inputs: &[Tensor], bits: Bits) -> candle_core::Result<Tensor> {
+        let [x, bounds, alpha] = inputs else { panic!("x, bounds and softness") };
+        let wide = |t: Tensor| t.broadcast_as(x.shape());
+        let (low, high) = (wide(bounds.narrow(0, 0, 1)?)?, wide(bounds.narrow(0, 1, 1)?)?);
+        let alpha = wide(alpha.clone())?;
+        let count = f64::from(bits.max_level());
+        let width = ((&high - &low)? / count)?;
+        let scale = (alpha.affine(-1.0, 1.0))?.recip()?;
+        let k = ((alpha.recip()? * 2.0)? - 1.0)?.log()?.div(&width)?;
+        // The numbers of the intervals are constants.
+        let interval = ((x - &low)? / &width)?.floor()?.clamp(0.0, count - 1.0)?.detach();
+        let middle = (&low + ((&interval + 0.5)? * &width)?)?;
+        let phi = (scale * (k * (x - middle)?)?.tanh()?)?;
+        let inside = (&low + (width * (interval + ((phi + 1.0)? * 0.5)?)?)?)?;
+        x.lt(&low)?.where_cond(&low, &x.gt(&high)?.where_cond(&high, &inside)?)
+    }
+
+    #[track_caller]
+    fn check_close(found: &Tensor, expected: &[f64], what: &str) {
+        let expected: Vec<f32> = expected.iter().map(|x| *x as f32).collect();
+        assert_close(found, &tensor(&expected), 1e-6, what);
+    }
+
+    /// Two bits from 1 to 7: Δ = 2, middles 2, 4, 6, levels 1, 3, 5, 7.
+    #[test]
+    fn hand_worked_levels() {
+        let x = tensor(&[-9.0, 1.0, 1.9, 2.0, 3.0, 3.9, 4.1, 5.9, 6.1, 7.0, 8.0]);
+        let y = forward(&x, &tensor(&[1.0, 7.0]), bits(2)).unwrap();
+        assert_eq!(elements(&y), [1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 5.0, 5.0, 7.0, 7.0, 7.0]);
+    }
+
+    /// The same intervals at α = 0.2: s = 5/4, κ = ln 9 = 2 ln 3. In the middle of an interval T = 0; at a quarter of
+    /// it, f = −¼ and T = −tanh(½ ln 3) = −½.
+    #[test]
+    fn hand_worked_slopes() {
+        let kappa = 9f64.ln();
+        let middle = 0.5 * 1.25 * kappa;
+        let quarter = middle * 0.75;
+        // x, then D, q, t and ∂Q/∂α.
+        // α(2 − α)/2 is 0.18; ½Δs² T − ½Δs(1 − T²)f/0.18.
+        let at_quarter = 1.5625 * -0.5 + 1.25 * 0.75 * 0.25 / 0.18;
+        for (x, slope, level, at, by_softness) in [
+            (4.0, middle, 1.5, 1.5, 0.0),
+            (1.5, quarter, 0.5 * (1.0 - 1.25 * 0.5), 0.25, at_quarter),
+            (5.5, quarter, 2.0 + 0.5 * (1.0 - 1.25 * 0.5), 2.25, at_quarter),
+            (6.5, quarter, 2.0 + 0.5 * (1.0 + 1.25 * 0.5), 2.75, -at_quarter),
+        ] {
+            let (x, gy) = (tensor(&[x]), tensor(&[3.0]));
+            let grads = backward(&x, &gy, &tensor(&[1.0, 7.0]), &tensor(&[0.2]), bits(2)).unwrap();
+            let by_high = (level - slope * at) / 3.0;
+            check_close(&grads.x, &[3.0 * slope], "∂x");
+            check_close(&grads.bounds, &[3.0 * (1.0 - slope - by_high), 3.0 * by_high], "∂l, ∂u");
+            check_close(&grads.softness, &[3.0 * by_softness], "∂α");
+        }
+        // Outside, the bounds alone.
+        let grads = backward(
+            &tensor(&[0.0, 8.0, 0.5]),
+            &tensor(&[1.0, 2.0, 4.0]),
+            &tensor(&[1.0, 7.0]),
+            &tensor(&[0.2]),
+            bits(2),
+        )
+        .unwrap();
+        assert_eq!(elements(&grads.x), [0.0; 3]);
+        assert_eq!(elements(&grads.bounds), [5.0, 2.0]);
+        assert_eq!(elements(&grads.softness), [0.0]);
+    }
+
+    /// All gradients against plain Candle's autograd of the soft function, and against its differences.
+    #[test]
+    fn gradients_are_those_of_the_soft_function() {
+        for b in [2, 4] {
+            for softness in [0.01, 0.2, 0.45] {
+                let (x, gy) = (random(1, &[3, 7, 5]), random(2, &[3, 7, 5]));
+                let (bounds, alpha) = (tensor(&[-0.63, 0.71]), tensor(&[softness]));
+                let grads = backward(&x, &gy, &bounds, &alpha, bits(b)).unwrap();
+                let found = [&grads.x, &grads.bounds, &grads.softness];
+                let reference = |inputs: &[Tensor]| soft(inputs, bits(b));
+                assert_gradients(
+                    &[&x, &bounds, &alpha],
+                    &gy,
+                    reference,
+                    &found,
+                    &format!("{b} bits, softness {softness}"),
+                );
+            }
+        }
+    }
+
+    /// The soft value and the hard one share the side of every middle, and agree as the softness goes to 0.
+    #[test]
+    fn soft_values_become_hard_ones() {
+        let (x, bounds) = (random(1, &[2000]), tensor(&[-0.8, 0.6]));
+        let hard = elements(&forward(&x, &bounds, bits(3)).unwrap());
+        let half = 0.5 * 1.4 / 7.0;
+        let double = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let mut before = f64::INFINITY;
+        for softness in [0.5, 0.2, 0.01, 1e-4] {
+            let inputs = [double(&x), double(&bounds), double(&tensor(&[softness]))];
+            let soft = elements(&soft(&inputs, bits(3)).unwrap());
+            let errors = || hard.iter().zip(&soft).map(|(hard, soft)| (hard - soft).abs());
+            assert!(errors().all(|error| error <= half + 1e-6), "softness {softness}");
+            let mean = errors().sum::<f64>() / hard.len() as f64;
+            assert!(mean < 0.9 * before, "softness {softness}: {mean} after {before}");
+            before = mean;
+        }
+        assert!(before < 0.1 * half, "{before}");
+    }
+
+    #[test]
+    fn levels_and_idempotence() {
+        // So many that no level of 256 is left out.
+        let x = random(1, &[50_000]);
+        for (low, high) in [(-0.3, 0.8), (0.11, 0.73), (-0.9, -0.2)] {
+            let bounds = tensor(&[low, high]);
+            for b in 2..=8 {
+                let y = forward(&x, &bounds, bits(b)).unwrap();
+                let levels: BTreeSet<u64> = elements(&y).iter().map(|y| y.to_bits()).collect();
+                assert_eq!(levels.len(), 1 << b, "[{low}, {high}] at {b} bits");
+                assert_eq!(elements(&forward(&y, &bounds, bits(b)).unwrap()), elements(&y));
+            }
+        }
+    }
+
+    /// A shift of everything shifts the value along: ∂x + ∂l + ∂u = ∂y.
+    #[test]
+    fn gradients_of_a_shift_add_up() {
+        let (x, gy) = (random(1, &[40_000]), random(2, &[40_000]));
+        let grads = backward(&x, &gy, &tensor(&[-0.5, 0.7]), &tensor(&[0.3]), bits(4)).unwrap();
+        let sum = |t: &Tensor| elements(t).iter().sum::<f64>();
+        let (found, expected) = (sum(&grads.x) + sum(&grads.bounds), sum(&gy));
+        assert!((found - expected).abs() < 1e-2, "{found} and not {expected}");
+    }
+
+    #[test]
+    fn parameters_are_brought_back_in_place() {
+        for (bounds, softness, expected) in [
+            ([-1.0, 2.0], 0.3, ([-1.0, 2.0], 0.3)),
+            ([2.0, 1.0], 0.7, ([1.5, 1.5], 0.5)),
+            ([0.0, 0.0], -0.1, ([0.0, 0.0], 1e-4)),
+        ] {
+            let (bounds, softness) = (tensor(&bounds), tensor(&[softness]));
+            project(&bounds, &softness).unwrap();
+            assert_eq!(bounds.to_vec1::<f32>().unwrap(), expected.0);
+            assert_eq!(softness.to_vec1::<f32>().unwrap(), [expected.1]);
+        }
+    }
+
+    /// Bounds that have met give one value, finite gradients, and one that parts them.
+    #[test]
+    fn bounds_that_have_met_can_part_again() {
+        let (x, gy) = (tensor(&[-1.0, 0.5, 2.0]), tensor(&[1.0, 2.0, 4.0]));
+        let bounds = tensor(&[0.5, 0.5]);
+        assert_eq!(elements(&forward(&x, &bounds, bits(4)).unwrap()), [0.5; 3]);
+        let grads = backward(&x, &gy, &bounds, &tensor(&[0.2]), bits(4)).unwrap();
+        let found = elements(&grads.bounds);
+        assert!(found.iter().chain(&elements(&grads.softness)).all(|g| g.is_finite()), "{found:?}");
+        assert!(found[1] >= 4.0, "{found:?}");
+    }
+
+    #[test]
+    fn wrong_arguments_are_errors() {
+        let (x, bounds, softness) = (random(1, &[4]), tensor(&[0.0, 1.0]), tensor(&[0.2]));
+        let message = forward(&x, &softness, bits(4)).unwrap_err().to_string();
+        assert!(message.contains("dsq::forward") && message.contains("bounds"), "{message}");
+        let message = backward(&x, &x, &bounds, &bounds, bits(4)).err().unwrap().to_string();
+        assert!(message.contains("dsq::backward") && message.contains("softness"), "{message}");
+    }
+
+    #[test]
+    fn same_bits_everywhere() {
+        let (x, gy) = (random(1, &[300_001]), random(2, &[300_001]));
+        let (bounds, softness) = (tensor(&[-0.4, 0.7]), tensor(&[0.2]));
+        assert_same_everywhere(|| {
+            let grads = backward(&x, &gy, &bounds, &softness, bits(4)).unwrap();
+            vec![forward(&x, &bounds, bits(4)).unwrap(), grads.x, grads.bounds, grads.softness]
+        });
+    }
+}

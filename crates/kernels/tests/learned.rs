@@ -1,0 +1,92 @@
+//! The operations of learned quantizers against values of PyTorch, written by `golden/make_learned.py` in float64.
+//!
+//! Single values agree to some roundings of float32 ([`VALUES`]), the gradients of the learned numbers, sums of a
+//! thousand terms of both signs, to [`SUMS`] of what their terms amount to.
+
+use candle_core::{DType, Device, Tensor};
+use kernels::{dorefa, dsq, pact};
+use quant_core::Bits;
+use std::collections::HashMap;
+
+const VALUES: f64 = 2e-6;
+const SUMS: f64 = 2e-6;
+
+struct Golden(HashMap<String, Tensor>);
+
+fn elements(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+impl Golden {
+    fn load() -> Self {
+        let bytes = include_bytes!("golden/learned.safetensors");
+        Self(candle_core::safetensors::load_buffer(bytes, &Device::Cpu).unwrap())
+    }
+
+    fn get<const N: usize>(&self, case: &str, names: [&str; N]) -> [&Tensor; N] {
+        names.map(|name| &self.0[&format!("{case}.{name}")])
+    }
+
+    /// Asserts that `found` is the golden value within `tolerance`, absolute.
+    #[track_caller]
+    fn check(&self, case: &str, name: &str, found: &Tensor, tolerance: f64) {
+        let [expected] = self.get(case, [name]);
+        assert_eq!(found.dims(), expected.dims(), "{case}.{name}");
+        for (i, (found, expected)) in elements(found).iter().zip(elements(expected)).enumerate() {
+            let difference = (found - expected).abs();
+            assert!(difference <= tolerance, "{case}.{name}: {found} and not {expected} at {i}");
+        }
+    }
+
+    /// The largest element, 1 at least.
+    fn largest(&self, case: &str, name: &str) -> f64 {
+        elements(self.get(case, [name])[0]).iter().fold(1.0, |a, b| a.max(b.abs()))
+    }
+
+    /// What the terms of a sum over the incoming gradient amount to.
+    fn total(&self, case: &str) -> f64 {
+        elements(self.get(case, ["gy"])[0]).iter().map(|g| g.abs()).sum()
+    }
+}
+
+fn bits(bits: u32) -> Bits {
+    Bits::new(bits).unwrap()
+}
+
+#[test]
+fn pact() {
+    let golden = Golden::load();
+    for (case, b, signed) in [("pact", 4, false), ("pact3", 3, false), ("signed", 4, true)] {
+        let [x, gy, alpha] = golden.get(case, ["x", "gy", "alpha"]);
+        golden.check(case, "y", &pact::forward(x, alpha, bits(b), signed).unwrap(), VALUES);
+        let grads = pact::backward(x, gy, alpha, signed).unwrap();
+        // What passes is not changed.
+        golden.check(case, "gx", &grads.x, 0.0);
+        golden.check(case, "galpha", &grads.alpha, SUMS * golden.total(case));
+    }
+}
+
+#[test]
+fn dorefa() {
+    let golden = Golden::load();
+    for (case, b) in [("dorefa", 4), ("dorefa2", 2)] {
+        let [w, gy] = golden.get(case, ["w", "gy"]);
+        golden.check(case, "y", &dorefa::forward(w, bits(b)).unwrap(), VALUES);
+        let largest = golden.largest(case, "gw");
+        golden.check(case, "gw", &dorefa::backward(w, gy).unwrap(), VALUES * largest);
+    }
+}
+
+/// The slope in the middle of an interval, up to `½sκ = 2.2` here, multiplies the rounding of positions of up to 15.
+#[test]
+fn dsq() {
+    let golden = Golden::load();
+    for (case, b) in [("dsq", 4), ("dsq3", 3), ("dsq2", 2)] {
+        let [x, gy, bounds, softness] = golden.get(case, ["x", "gy", "bounds", "softness"]);
+        golden.check(case, "y", &dsq::forward(x, bounds, bits(b)).unwrap(), VALUES);
+        let grads = dsq::backward(x, gy, bounds, softness, bits(b)).unwrap();
+        golden.check(case, "gx", &grads.x, 5.0 * VALUES * golden.largest(case, "gx"));
+        golden.check(case, "gbounds", &grads.bounds, SUMS * golden.total(case));
+        golden.check(case, "gsoftness", &grads.softness, SUMS * golden.total(case));
+    }
+}
