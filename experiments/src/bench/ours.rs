@@ -6,6 +6,7 @@ use super::worker::{Failure, Hello, Ran, Ready, Run, Settings, Traffic};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use datasets::Augmentation;
+use kernels::norm::Running;
 use kernels::{Quantizer, depthwise, im2col, norm, pointwise, profile, quantize};
 use models::Step;
 use quant_core::Bits;
@@ -188,25 +189,23 @@ fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device) -
         Kind::Norm => {
             let ones = Tensor::ones(outputs, DType::F32, device)?;
             let zeros = ones.zeros_like()?;
-            let (mut running_mean, mut running_variance) = (zeros.clone(), ones.clone());
+            let mut running = Running { mean: zeros.clone(), variance: ones.clone() };
+            let rows = x.elem_count() / ones.elem_count();
             let bits = layer.output_bits.map(Bits::new).transpose()?;
             let range = Tensor::new(&[0f32, 6.0], device)?;
             let act = layer.activation;
             Box::new(move || {
                 let stats = norm::channel_stats(&x)?;
-                let inv_std = norm::inv_std(&stats.variance, 1e-5)?;
-                let (scale, shift) = norm::affine(&ones, &zeros, &stats.mean, &inv_std)?;
-                running_mean = ((&running_mean * 0.9)? + (&stats.mean * 0.1)?)?;
-                running_variance = ((&running_variance * 0.9)? + (&stats.variance * 0.1)?)?;
+                let (batch, moved) = norm::prepare(&stats, &ones, &zeros, 1e-5, &running, 0.1, rows)?;
+                running = moved;
+                let (scale, shift) = (&batch.scale, &batch.shift);
                 if bits.is_some() {
-                    let extremes = norm::output_range(&stats, &scale, &shift, act)?;
+                    let extremes = norm::output_range(&stats, scale, shift, act)?;
                     quantize::update_range(&range, &extremes, settings.range_momentum)?;
                 }
                 let quantizer = bits.map(|bits| Quantizer { range: &range, bits });
-                std::hint::black_box(norm::forward(&x, &scale, &shift, act, quantizer)?);
-                let all =
-                    norm::backward_batch(&x, &gy, &ones, &zeros, &stats.mean, &inv_std, act, quantizer)?;
-                Ok(all.z.tensor()?)
+                std::hint::black_box(norm::forward(&x, scale, shift, act, quantizer)?);
+                Ok(norm::backward_batch(&x, &gy, &batch, act, quantizer)?.z.tensor()?)
             })
         }
     })

@@ -9,6 +9,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use clap::Parser;
 use kernels::profile::{self, Cost};
+use kernels::norm::Normalization;
 use kernels::{norm, pointwise};
 use models::{Kernel, Version};
 use rayon::prelude::*;
@@ -238,14 +239,16 @@ fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<
         }
         seen.push((k, n, rows));
         let (x, gy) = (random(&[rows, k])?, random(&[rows, n])?);
-        let (ones, zeros) = (norm::inv_std(&random(&[n])?.zeros_like()?, 1.0)?, random(&[n])?.zeros_like()?);
+        let zeros = random(&[n])?.zeros_like()?;
+        let ones = zeros.ones_like()?;
         let (z, stats) = pointwise::forward_stats(&x, &unit.weight)?;
         let forward = best(|| {
             std::hint::black_box(pointwise::forward_stats(&x, &unit.weight)?);
             Ok(())
         })?;
         let act = unit.activation;
-        let gz = norm::backward_batch(&z, &gy, &ones, &zeros, &stats.mean, &ones, act, None)?.z;
+        let batch = Normalization::new(&stats, &ones, &zeros, 1e-5)?;
+        let gz = norm::backward_batch(&z, &gy, &batch, act, None)?.z;
         let backward = best(|| {
             std::hint::black_box(pointwise::backward(&x, &unit.weight, &gz)?);
             Ok(())
