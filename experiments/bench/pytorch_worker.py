@@ -253,6 +253,7 @@ class Mode:
         self.on_gpu = self.device.type == "cuda"
         self.channels_last, self.compile, self.autocast = flags.channels_last, flags.compile, flags.autocast
         if self.on_gpu:
+            self.device = torch.device("cuda", self.device.index or 0)
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
