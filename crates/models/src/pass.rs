@@ -1,8 +1,8 @@
 //! The forward and backward passes: a tape of what each unit's gradient needs, walked back once.
 //!
 //! A pass runs where the network is ([`Network::to_device`]), which must be where its images are. On a GPU the images'
-//! dtype is that in which feature maps and their gradients are stored: `F32`, or `BF16`, which takes half of the
-//! memory traffic. Parameters, their gradients, statistics and everything from the pooled features on are `F32`
+//! dtype is that in which feature maps and their gradients are stored: `F32`, or, from compute capability 8.0 on,
+//! `BF16`, which takes half of the memory traffic. Parameters, their gradients, statistics and everything from the pooled features on are `F32`
 //! always. Nothing in a pass waits for the GPU.
 
 use crate::learned::LearnedGradients;

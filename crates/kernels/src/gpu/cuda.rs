@@ -71,6 +71,12 @@ pub(super) fn address(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
     })
 }
 
+/// Whether cuBLAS has products of `bf16` on this GPU.
+pub(super) fn multiplies_bf16(device: &CudaDevice) -> Result<bool> {
+    let (major, _) = device.cuda_stream().context().compute_capability().w()?;
+    Ok(major >= 8)
+}
+
 /// `c = alpha·a·b` by cuBLAS; `c[m, n]`, with `k` terms a sum. See [`super::product::product`].
 pub(super) fn product(
     device: &CudaDevice,
@@ -99,16 +105,13 @@ pub(super) fn product(
         sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
     };
     let (one, zero) = (1f32, 0f32);
-    let (alpha, beta, mode) = match alpha {
+    let on_device = alpha.is_some();
+    let (alpha, beta): (*const c_void, *const c_void) = match alpha {
         Some(factors) => {
             let address = super::address(factors)?;
-            let device = sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE;
-            (address as *const c_void, (address + 4) as *const c_void, device)
+            (address as *const c_void, (address + 4) as *const c_void)
         }
-        None => {
-            let host = sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST;
-            ((&raw const one).cast(), (&raw const zero).cast(), host)
-        }
+        None => ((&raw const one).cast(), (&raw const zero).cast()),
     };
     let [m, n, k] = [m, n, k].map(|size| size as i32);
     let [a_row, b_row] = [&a_stored, &b_stored].map(|tensor| tensor.dims()[1] as i32);
@@ -119,8 +122,9 @@ pub(super) fn product(
     // live on this device, have these sizes, and outlive the call in the order of the stream.
     #[allow(unsafe_code)]
     unsafe {
-        let host = sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST;
-        sys::cublasSetPointerMode_v2(handle, mode).result().w()?;
+        if on_device {
+            sys::cublasSetPointerMode_v2(handle, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE).result().w()?;
+        }
         let done = result::gemm_ex(
             handle,
             operation(&b),
@@ -142,8 +146,10 @@ pub(super) fn product(
             compute,
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
         );
-        // As Candle's own products expect it.
-        sys::cublasSetPointerMode_v2(handle, host).result().w()?;
+        if on_device {
+            // As Candle's own products expect it.
+            sys::cublasSetPointerMode_v2(handle, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST).result().w()?;
+        }
         done.w()?;
     }
     Ok(())

@@ -5,14 +5,21 @@
 
 use super::empty;
 use crate::Result;
-#[cfg(feature = "cuda")]
-use candle_core::Device;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// Whether products of `f32` may round their operands to TF32 (10 bits of precision) on GPUs that have it, for the
 /// whole program. Off at first. Without effect on the CPU.
 pub fn set_tf32(on: bool) {
     candle_core::cuda::set_gemm_reduced_precision_f32(on);
+}
+
+/// Whether a device has products of `bf16`: GPUs of compute capability 8.0 and later do.
+pub(crate) fn multiplies_bf16(device: &Device) -> Result<bool> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Ok(super::cuda::multiplies_bf16(device)?),
+        _ => Ok(true),
+    }
 }
 
 /// A factor of a product: a matrix, or one that is stored transposed.

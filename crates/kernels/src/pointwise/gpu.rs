@@ -1,15 +1,15 @@
 //! The products on a GPU.
 //!
 //! With `f32` maps, floats are multiplied as floats. Levels by quantized weights are multiplied as whole numbers that
-//! `bf16` holds, which is exact where [`exact`] says so, and levels by anything else as the floats that they stand
-//! for. With `bf16` maps, levels are whole numbers in `bf16` in every product, which is then multiplied by their step;
+//! `bf16` holds, which is exact where [`exact`] says so, and levels by anything else (and by anything on a GPU without
+//! products of `bf16`, before compute capability 8.0) as the floats that they stand for. With `bf16` maps, levels are whole numbers in `bf16` in every product, which is then multiplied by their step;
 //! floats and weights are rounded to `bf16`. Sums are `f32` always.
 
 use super::{Weight, operands, sizes, with_channels};
 use crate::cpu::Check;
 use crate::feature::gpu::{integers, steps};
 use crate::gpu::product::Factor::{Plain, Transposed};
-use crate::gpu::product::product;
+use crate::gpu::product::{multiplies_bf16, product};
 use crate::{Input, Result};
 use candle_core::{DType, Tensor};
 use quant_core::Bits;
@@ -53,7 +53,9 @@ pub(super) fn forward(check: &Check, x: Input<'_>, w: Weight<'_>) -> Result<Tens
     let _note = crate::profile::note(check.0, 2 * rows * k * n, x.bytes() + 4 * (k * n + rows * n));
     let value = check.float("w", w.value)?;
     let z = match (x, w.quantized) {
-        (Input::Levels(levels), Some((original, quant))) if exact(k, levels.bits, quant.bits) => {
+        (Input::Levels(levels), Some((original, quant)))
+            if exact(k, levels.bits, quant.bits) && multiplies_bf16(value.device())? =>
+        {
             check.quantizer(Some(quant))?;
             let x = integers(&check.dtype("x", &levels.levels, DType::U8)?, levels.quantizer())?;
             let w = integers(&check.float("w", original)?, quant)?;

@@ -466,7 +466,8 @@ pub fn augmentation(other: &dyn Other) {
         let index = Tensor::new(index, &Device::Cpu).unwrap();
         let corners = Tensor::from_vec(corners, (b, 2), &Device::Cpu).unwrap();
         let flip = Tensor::new(flip, &Device::Cpu).unwrap();
-        let (mean, std) = ((random(2, &[c]) + 0.5).unwrap(), (random(3, &[c]) * 0.1 + 0.3).unwrap());
+        let mean = (random(2, &[c]) + 0.5).unwrap();
+        let std = ((random(3, &[c]) * 0.1).unwrap() + 0.3).unwrap();
         let others = [&images, &index, &corners, &flip, &mean, &std];
         let context = format!("augment {count}×{h}×{w}×{c}, {pad}");
         check_as(other, DType::F32, &context, &[], &others, &[SAME], |_, others| {

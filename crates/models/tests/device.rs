@@ -1,0 +1,183 @@
+//! Whole training steps and evaluation with the kernels for GPUs beside those for the CPU: emulated, and where one
+//! answers on a GPU.
+
+use candle_core::{DType, Device, Tensor};
+use kernels::gpu::emulation::{self, Order};
+use kernels::loss::softmax_cross_entropy;
+use kernels::sgd::{Rule, Update, step_all};
+use models::{Fold, Input, MobileNet, Network, Quantization, Step, Version};
+use quant_core::Precision;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn random(shape: &[usize], seed: u64) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn quantization(activations: u32, weights: u32, fold: Fold) -> Quantization {
+    let precision = |bits| Precision::try_from(bits).unwrap();
+    let (first_layer, last_layer) = (precision(8), precision(8));
+    Quantization { activations: precision(activations), weights: precision(weights), first_layer, last_layer, fold }
+}
+
+/// What some training steps gave, on the CPU.
+struct Outcome {
+    /// Of every step.
+    losses: Vec<f64>,
+    /// Of the first step, all parameters one after the other, by name.
+    gradients: Vec<(String, Vec<f64>)>,
+    /// Every tensor of the network at the end.
+    tensors: Vec<(String, Vec<f64>)>,
+    /// Of the network at the end, by its running statistics.
+    logits: Vec<f64>,
+}
+
+fn elements(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Trains a network for some steps where its tensors are, with feature maps in `dtype`.
+fn train(network: &Network, device: &Device, dtype: DType, steps: usize) -> Outcome {
+    let mut network = network.to_device(device).unwrap();
+    // Odd maps from the second stride on.
+    let images = random(&[4, 14, 14, 3], 7).to_device(device).unwrap().to_dtype(dtype).unwrap();
+    let labels = Tensor::new(&[3u32, 1, 4, 1], device).unwrap();
+    let velocities: Vec<Tensor> =
+        network.parameters().iter().map(|parameter| parameter.tensor.zeros_like().unwrap()).collect();
+    let (mut losses, mut first) = (Vec::new(), Vec::new());
+    for _ in 0..steps {
+        let (logits, tape) = network.forward_train(&images, Step { range_momentum: 0.1 }).unwrap();
+        let result = softmax_cross_entropy(&logits, &labels, 0.1).unwrap();
+        let gradients = network.backward(tape, &result.grad).unwrap();
+        let parameters = network.parameters();
+        if first.is_empty() {
+            first =
+                parameters.iter().zip(&gradients).map(|(p, g)| (p.name.clone(), elements(g))).collect::<Vec<_>>();
+        }
+        let updates: Vec<Update<'_>> = parameters
+            .iter()
+            .zip(&gradients)
+            .zip(&velocities)
+            .map(|((p, grad), velocity)| Update { param: &p.tensor, grad, velocity, weight_decay: 1e-4 })
+            .collect();
+        step_all(&updates, Rule { lr: 0.02, momentum: 0.9 }).unwrap();
+        losses.push(elements(&result.loss)[0]);
+    }
+    let logits = elements(&network.forward(&images).unwrap());
+    let tensors = network.tensors().into_iter().map(|(name, tensor)| (name, elements(tensor))).collect();
+    Outcome { losses, gradients: first, tensors, logits }
+}
+
+/// How far apart two vectors are, relative to the second's length.
+fn apart(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let length = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = length(&mut a.iter().zip(b).map(|(a, b)| a - b));
+    assert!(difference.is_finite(), "not a number");
+    difference / length(&mut b.iter().copied()).max(1e-6)
+}
+
+fn all(named: &[(String, Vec<f64>)]) -> Vec<f64> {
+    named.iter().flat_map(|(_, values)| values.iter().copied()).collect()
+}
+
+/// What is allowed between the twins, relative: gradients of the first step, of each parameter and all together, and
+/// the tensors after the last one.
+struct Tolerance {
+    loss: f64,
+    parameter: f64,
+    gradients: f64,
+    tensors: f64,
+}
+
+/// Sums in another order, amplified by some 50 layers and by channels of little variance.
+const FLOAT: Tolerance = Tolerance { loss: 1e-4, parameter: 1e-2, gradients: 1e-3, tensors: 1e-3 };
+
+/// A value on the border between two levels may fall to either side, and later values follow it.
+const LEVELS: Tolerance = Tolerance { loss: 2e-2, parameter: 0.6, gradients: 0.15, tensors: 2e-2 };
+
+/// Feature maps with 8 bits of precision.
+const HALF: Tolerance = Tolerance { loss: 5e-2, parameter: 1.0, gradients: 0.25, tensors: 5e-2 };
+
+fn check(name: &str, prepare: impl Fn(&mut Network), dtype: DType, steps: usize, tolerance: &Tolerance) {
+    let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
+    let mut network = config.init(1, &Device::Cpu).unwrap();
+    prepare(&mut network);
+    let expected = train(&network, &Device::Cpu, DType::F32, steps);
+    let compare = |place: &str, found: Outcome| {
+        let context = format!("{name}, {dtype:?}, {place}");
+        let loss = found.losses.iter().zip(&expected.losses).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        let gradients = apart(&all(&found.gradients), &all(&expected.gradients));
+        let tensors = apart(&all(&found.tensors), &all(&expected.tensors));
+        let logits = apart(&found.logits, &expected.logits);
+        eprintln!("{context}: loss {loss:.1e}, gradients {gradients:.1e}, tensors {tensors:.1e}, logits {logits:.1e}");
+        // Those in front of a normalization that undoes a shift have gradients of nothing but rounding.
+        let size = all(&expected.gradients).iter().map(|x| x * x).sum::<f64>().sqrt();
+        for ((name, found), (_, expected)) in found.gradients.iter().zip(&expected.gradients) {
+            let own = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
+            if own > 1e-3 * size {
+                let off = apart(found, expected);
+                assert!(off <= tolerance.parameter, "{context}: the gradient of {name} is off by {off:.2e}");
+            }
+        }
+        assert!(loss <= tolerance.loss, "{context}: losses are off by {loss:.2e}");
+        assert!(gradients <= tolerance.gradients, "{context}: gradients are off by {gradients:.2e}");
+        assert!(tensors <= tolerance.tensors, "{context}: the trained network is off by {tensors:.2e}");
+    };
+    match emulation::available() {
+        Ok(()) => {
+            let found = emulation::run(Order::Forward, || train(&network, &Device::Cpu, dtype, steps));
+            compare("emulated", found);
+        }
+        Err(message) => eprintln!("skipped: {message}"),
+    }
+    #[cfg(feature = "cuda")]
+    match Device::new_cuda(0) {
+        Ok(device) => compare("on the GPU", train(&network, &device, dtype, steps)),
+        Err(error) => eprintln!("skipped: no GPU answers: {error}"),
+    }
+}
+
+#[test]
+fn float_steps() {
+    check("float", |_| (), DType::F32, 2, &FLOAT);
+}
+
+#[test]
+fn quantized_steps() {
+    let settings = quantization(4, 4, Fold::Unfolded);
+    check("A4/W4", |network| network.quantize(&settings).unwrap(), DType::F32, 2, &LEVELS);
+}
+
+#[test]
+fn quantized_steps_of_activations_alone() {
+    let settings = quantization(4, 32, Fold::Unfolded);
+    check("A4", |network| network.quantize(&settings).unwrap(), DType::F32, 1, &LEVELS);
+}
+
+#[test]
+fn quantized_steps_with_folded_weights() {
+    let settings = quantization(8, 8, Fold::BatchStatistics);
+    check("A8/W8, batch statistics", |network| network.quantize(&settings).unwrap(), DType::F32, 1, &LEVELS);
+}
+
+#[test]
+fn steps_with_a_bias() {
+    let fold = |network: &mut Network| {
+        // Statistics of images, so that activations stay in range.
+        for seed in 0..30 {
+            network.forward_train(&random(&[4, 14, 14, 3], seed), Step { range_momentum: 0.1 }).unwrap();
+        }
+        network.fold().unwrap();
+    };
+    check("bias", fold, DType::F32, 1, &FLOAT);
+}
+
+#[test]
+fn half_precision_maps() {
+    check("float", |_| (), DType::BF16, 2, &HALF);
+    let settings = quantization(4, 4, Fold::Unfolded);
+    check("A4/W4", |network| network.quantize(&settings).unwrap(), DType::BF16, 1, &HALF);
+}
