@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// Metadata key that holds the [`Structure`].
-const STRUCTURE: &str = "network";
+pub(crate) const STRUCTURE: &str = "network";
 
 /// Everything of a network that is not a tensor.
 #[derive(Serialize, Deserialize)]

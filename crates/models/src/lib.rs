@@ -9,6 +9,7 @@
 
 mod count;
 mod file;
+mod import;
 mod mobilenet;
 mod network;
 mod pass;
@@ -16,6 +17,7 @@ mod quantization;
 
 pub use count::Layer;
 pub use file::Extras;
+pub use import::{Import, Naming, Origin};
 pub use mobilenet::{Input, MobileNet, Version};
 pub use network::{BatchNorm, Head, Kernel, Network, Norm, Parameter, Residual, Role, Unit};
 pub use pass::{Gradients, Step, Tape};
