@@ -66,8 +66,7 @@ fn timm_v1_in_a_training_checkpoint() {
 
 /// The tensors of timm's V2, changed by `change` and written to a file of their own.
 fn changed(change: impl Fn(&mut HashMap<String, Tensor>)) -> (tempfile::TempDir, PathBuf) {
-    let mut tensors =
-        candle_core::safetensors::load(file("timm_v2.safetensors"), &Device::Cpu).unwrap();
+    let mut tensors = candle_core::safetensors::load(file("timm_v2.safetensors"), &Device::Cpu).unwrap();
     change(&mut tensors);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("changed.safetensors");
@@ -108,11 +107,23 @@ fn errors_name_the_tensors() {
         ],
     );
     let all = |t: &mut HashMap<String, Tensor>| t.retain(|name, _| name.starts_with("blocks.0"));
-    check_error(all, default, &["features.0.0.weight", "conv_stem.weight", "but blocks.0.0.bn1.bias", "more"]);
+    check_error(
+        all,
+        default,
+        &["features.0.0.weight", "conv_stem.weight", "but blocks.0.0.bn1.bias", "more"],
+    );
     check_error(|t| drop(t.remove("classifier.weight")), default, &["classifier.weight", "classes"]);
     // What is given is taken, and does not fit.
-    check_error(|_| (), Import { width: Some(1.0), ..default }, &["of width 1 ", "[8, 3, 3, 3] instead of [32"]);
-    check_error(|_| (), Import { classes: Some(7), ..default }, &["7 classes", "classifier.bias ([10] instead"]);
+    check_error(
+        |_| (),
+        Import { width: Some(1.0), ..default },
+        &["of width 1 ", "[8, 3, 3, 3] instead of [32"],
+    );
+    check_error(
+        |_| (),
+        Import { classes: Some(7), ..default },
+        &["7 classes", "classifier.bias ([10] instead"],
+    );
     check_error(|_| (), Import { version: Some(Version::V1), ..default }, &["mobilenet_v2", "mobilenet_v1"]);
 }
 

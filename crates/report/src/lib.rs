@@ -15,6 +15,7 @@
 pub mod bench;
 mod canvas;
 mod file;
+pub mod histogram;
 mod names;
 mod paper;
 mod plot;
