@@ -25,6 +25,14 @@ ablation *flags:
 report *flags:
     cargo run --release --bin report -- {{flags}}
 
+# Figure 3 of the paper (flags: just figure3 --help)
+figure3 *flags:
+    cargo run --release --bin figure3 -- {{flags}}
+
+# The tool for networks in files (just pfq help)
+pfq *arguments:
+    cargo run --release --bin pfq -- {{arguments}}
+
 # Every test
 test:
     cargo test --workspace

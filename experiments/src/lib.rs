@@ -1,10 +1,12 @@
 //! What the table binaries share: flags, profiles, progress, and running a table's stages.
 //!
-//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; the benchmark beside PyTorch is
-//! [`mod@bench`], the page of all results [`report_page`]. Only this crate parses flags and prints.
+//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; Figure 3 is [`mod@figure3`], the tool for
+//! networks in files [`mod@tool`], the benchmark beside PyTorch [`mod@bench`], the page of all results
+//! [`report_page`]. Only this crate parses flags and prints.
 
 pub mod bench;
 mod device;
+pub mod figure3;
 mod flags;
 mod process;
 mod profile;
@@ -12,6 +14,7 @@ mod progress;
 pub mod report_page;
 mod table;
 pub mod tables;
+pub mod tool;
 
 pub use flags::{Flags, Only};
 pub use profile::{Data, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};

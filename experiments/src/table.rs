@@ -156,7 +156,7 @@ fn names(tables: &[&Table], f: impl Fn(&Table) -> Vec<&'static str>) -> Vec<&'st
 }
 
 /// Loads the data and takes the part that the profile asks for.
-fn load(wanted: &str, profile: &Profile, display: &mut Display) -> Result<Arc<Dataset>> {
+pub(crate) fn load(wanted: &str, profile: &Profile, display: &mut Display) -> Result<Arc<Dataset>> {
     let source: Source = wanted.parse().unwrap_or_else(|never| match never {});
     let mut data = datasets::load(&source, &mut |event| display.data(&event))?;
     display.clear();
@@ -182,7 +182,7 @@ fn load(wanted: &str, profile: &Profile, display: &mut Display) -> Result<Arc<Da
 }
 
 /// The command that runs this program as it was called.
-fn command_line() -> String {
+pub(crate) fn command_line() -> String {
     let mut words: Vec<String> = std::env::args().collect();
     let program = words.first().map(Path::new).and_then(Path::file_name).map(|name| name.to_string_lossy());
     let program = program.unwrap_or_default().into_owned();
@@ -343,7 +343,7 @@ fn notes<'a>(rows: &[Row], outcomes: impl Iterator<Item = &'a Outcome>) -> Vec<S
 }
 
 /// Prints a plan: what is done, what is to do, and an estimate of how long that takes.
-fn show_plan(plan: &[Planned], data: &Dataset) -> Result<()> {
+pub(crate) fn show_plan(plan: &[Planned], data: &Dataset) -> Result<()> {
     // Multiply–accumulates of the forward passes that an epoch needs, evaluation counted in.
     let epoch_work = |macs: u64| macs as f64 * (data.train.len() as f64 + data.test.len() as f64 / 3.0);
     let (mut work, mut seconds) = (0.0, 0.0);

@@ -21,7 +21,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// Metadata key that holds the [`Structure`].
-const STRUCTURE: &str = "network";
+pub(crate) const STRUCTURE: &str = "network";
 
 /// Metadata key that holds the [`Part`]s, where there are any.
 const PARTS: &str = "parts";

@@ -9,6 +9,7 @@
 
 mod count;
 mod file;
+mod import;
 mod learned;
 mod mobilenet;
 mod network;
@@ -17,6 +18,7 @@ mod quantization;
 
 pub use count::Layer;
 pub use file::{Extras, MAX_FILE_BYTES};
+pub use import::{Import, Naming, Origin};
 pub use mobilenet::{Input, MobileNet, Version};
 pub use network::{BatchNorm, Head, Kernel, Network, Norm, Parameter, Residual, Role, Unit};
 pub use pass::{Gradients, Step, Tape};

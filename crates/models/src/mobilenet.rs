@@ -73,8 +73,13 @@ impl MobileNet {
 
     /// [`Network::macs`] of the network, for which no parameters are drawn.
     pub fn macs(&self) -> Result<u64> {
-        let zeros = &mut |shape: &[usize], _| Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?);
-        Ok(self.build(&Device::Cpu, zeros)?.macs())
+        Ok(self.outline()?.macs())
+    }
+
+    /// The network with weights that have their shapes, but take no memory.
+    pub(crate) fn outline(&self) -> Result<Network> {
+        let zero = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        self.build(&Device::Cpu, &mut |shape, _| Ok(zero.broadcast_as(shape)?))
     }
 
     /// The network with the weights that `draw` makes from their shape and standard deviation.

@@ -19,6 +19,7 @@ mod claims;
 mod deviations;
 mod entries;
 mod file;
+pub mod histogram;
 mod names;
 mod page;
 mod paper;

@@ -1,0 +1,440 @@
+//! Public weights: MobileNets as torchvision and timm name and lay out their tensors.
+//!
+//! What a file holds is found out from the names and shapes of its tensors, so that a downloaded file needs no
+//! description. Strides are not in any tensor; they are those for ImageNet unless something else is said.
+
+use crate::file::STRUCTURE;
+use crate::{Error, Input, Kernel, MobileNet, Network, Norm, Result, Version};
+use candle_core::pickle::PthTensors;
+use candle_core::{DType, Device, Tensor};
+use kernels::Activation;
+use safetensors::tensor::SafeTensors;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What is known beforehand about a file of public weights. The default is that of published ones, with
+/// everything found out that can be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Import {
+    /// V1 or V2; from the tensors' names if not given.
+    pub version: Option<Version>,
+    /// Width multiplier; from the numbers of filters if not given.
+    pub width: Option<f64>,
+    /// Number of classes; from the classifier if not given.
+    pub classes: Option<usize>,
+    /// CIFAR or ImageNet strides, which no tensor tells.
+    pub input: Input,
+    /// φ after every convolution but V2's projections, which no tensor tells.
+    pub activation: Activation,
+    /// ε of batch normalization, which no tensor tells.
+    pub epsilon: f64,
+}
+
+impl Default for Import {
+    fn default() -> Self {
+        Self {
+            version: None,
+            width: None,
+            classes: None,
+            input: Input::Imagenet,
+            activation: Activation::Relu6,
+            epsilon: 1e-5,
+        }
+    }
+}
+
+/// How a file of public weights names its tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// `features.0.0.weight`, `features.1.conv.0.0.weight`, … (MobileNetV2 alone).
+    Torchvision,
+    /// `conv_stem.weight`, `blocks.0.0.conv_dw.weight`, …
+    Timm,
+}
+
+impl Naming {
+    /// The library's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Torchvision => "torchvision",
+            Self::Timm => "timm",
+        }
+    }
+}
+
+/// Where a network was read from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Origin {
+    /// A file that [`Network::save`] wrote: the structure is in it.
+    Own,
+    /// Public weights.
+    Public {
+        /// How the tensors are named.
+        naming: Naming,
+        /// What the network was found to be.
+        config: MobileNet,
+    },
+}
+
+impl Network {
+    /// Reads a network from a file of any known kind: one that [`Network::save`] wrote, or public weights of
+    /// MobileNetV1 or V2 in the naming of torchvision or timm, as .safetensors or as PyTorch's .pth. `import` is
+    /// about public weights only.
+    ///
+    /// # Errors
+    /// When the file can't be read, or its tensors are not those of such a network; the message names what is
+    /// missing, left over, or of another shape.
+    pub fn open(path: &Path, import: &Import, device: &Device) -> Result<(Self, Origin)> {
+        let fail = |problem| Error::File { path: path.display().to_string(), problem };
+        let tensors = match Format::of(path)? {
+            Format::Own => return Ok((Self::load(path, device)?.0, Origin::Own)),
+            Format::Safetensors => candle_core::safetensors::load(path, device)
+                .map_err(|e| fail(format!("is not a whole safetensors file ({e})")))?
+                .into_iter()
+                .collect(),
+            Format::Pickle => unpickle(path).map_err(fail)?,
+        };
+        let (network, naming, config) = import.network(tensors, device, &fail)?;
+        Ok((network, Origin::Public { naming, config }))
+    }
+}
+
+/// The kinds of files that networks come in.
+enum Format {
+    Own,
+    Safetensors,
+    Pickle,
+}
+
+impl Format {
+    fn of(path: &Path) -> Result<Self> {
+        let fail = |problem| Error::File { path: path.display().to_string(), problem };
+        let data = std::fs::read(path).map_err(|e| fail(format!("could not be read: {e}")))?;
+        if data.starts_with(b"PK") {
+            return Ok(Self::Pickle);
+        }
+        if data.starts_with(&[0x80, 2]) {
+            return Err(fail(
+                "was saved in the format that PyTorch had before 1.6; convert it in Python: \
+                 torch.save(torch.load(FILE), NEW)"
+                    .into(),
+            ));
+        }
+        match SafeTensors::read_metadata(&data) {
+            Ok((_, header)) => {
+                let own = header.metadata().as_ref().is_some_and(|all| all.contains_key(STRUCTURE));
+                Ok(if own { Self::Own } else { Self::Safetensors })
+            }
+            Err(e) => Err(fail(format!(
+                "is neither a whole safetensors file ({e}) nor a zip archive as torch.save writes it (.pth, .pt)"
+            ))),
+        }
+    }
+}
+
+/// Keys under which training scripts keep the state dict in their checkpoints.
+const STATE_KEYS: [&str; 4] = ["state_dict", "model_state_dict", "model", "state_dict_ema"];
+
+/// The tensors of a state dict that `torch.save` wrote, alone or in a checkpoint.
+fn unpickle(path: &Path) -> std::result::Result<BTreeMap<String, Tensor>, String> {
+    let fail = |e: candle_core::Error| {
+        format!(
+            "can't be read as a state dict ({e}); save it alone in Python: torch.save(model.state_dict(), FILE)"
+        )
+    };
+    let mut file = PthTensors::new(path, None).map_err(fail)?;
+    for key in STATE_KEYS {
+        if file.tensor_infos().is_empty() {
+            // Without this key the next one may be there.
+            file = PthTensors::new(path, Some(key)).unwrap_or(file);
+        }
+    }
+    if file.tensor_infos().is_empty() {
+        return Err(format!(
+            "holds no state dict, neither alone nor under {}; save it in Python: \
+             torch.save(model.state_dict(), FILE)",
+            STATE_KEYS.join(", ")
+        ));
+    }
+    let mut tensors = BTreeMap::new();
+    for name in file.tensor_infos().keys() {
+        if let Some(tensor) = file.get(name).map_err(fail)? {
+            tensors.insert(name.clone(), tensor);
+        }
+    }
+    Ok(tensors)
+}
+
+impl Import {
+    /// The network that the tensors are; `fail` makes the error from what is wrong with them.
+    fn network(
+        &self,
+        tensors: BTreeMap<String, Tensor>,
+        device: &Device,
+        fail: &dyn Fn(String) -> Error,
+    ) -> Result<(Network, Naming, MobileNet)> {
+        let tensors = unwrap_names(tensors);
+        let naming = naming_of(&tensors).map_err(fail)?;
+        let version = self.version_of(naming, &tensors).map_err(fail)?;
+        let classifier = format!("{}.weight", naming.classifier());
+        let found = tensors.get(&classifier).and_then(|t| t.dims().first().copied());
+        let Some(classes) = self.classes.or(found) else {
+            return Err(fail(format!("has no {classifier} to tell the number of classes")));
+        };
+        let config = MobileNet {
+            version,
+            input: self.input,
+            classes,
+            width: self.width.unwrap_or(1.0),
+            first_expansion: tensors.contains_key(naming.first_expansion()),
+            activation: self.activation,
+        };
+        let config = match self.width {
+            Some(_) => config,
+            None => MobileNet { width: width_of(&config, naming, &tensors)?, ..config },
+        };
+
+        let mut network = config.outline()?;
+        network.epsilon = self.epsilon;
+        let mut source = Source { tensors, missing: Vec::new(), misfits: Vec::new() };
+        for (unit, (convolution, norm)) in network.units.iter_mut().zip(naming.layers(&config)) {
+            let (filters, inputs) = (unit.filters(), unit.input_channels());
+            let shape = match unit.kernel {
+                Kernel::Full { size, .. } => [filters, inputs, size, size],
+                Kernel::Depthwise { .. } => [filters, 1, 3, 3],
+                Kernel::Pointwise => [filters, inputs, 1, 1],
+            };
+            // Ours have the output channels last.
+            if let Some(weight) = source.take(format!("{convolution}.weight"), &shape, device)? {
+                let turned = weight.permute((2, 3, 1, 0))?;
+                unit.weight = match unit.kernel {
+                    Kernel::Full { size, .. } => turned.reshape((size * size * inputs, filters))?,
+                    Kernel::Depthwise { .. } => turned.reshape((3, 3, filters))?,
+                    Kernel::Pointwise => turned.reshape((inputs, filters))?,
+                };
+            }
+            let Norm::Batch(to) = &mut unit.norm else { unreachable!("a new network is normalized") };
+            for (field, to) in [
+                ("weight", &mut to.gamma),
+                ("bias", &mut to.beta),
+                ("running_mean", &mut to.mean),
+                ("running_var", &mut to.variance),
+            ] {
+                if let Some(tensor) = source.take(format!("{norm}.{field}"), &[filters], device)? {
+                    *to = tensor;
+                }
+            }
+        }
+        let inputs = network.head.weight.dims()[0];
+        if let Some(weight) = source.take(classifier, &[classes, inputs], device)? {
+            network.head.weight = weight.t()?.contiguous()?;
+        }
+        if let Some(bias) = source.take(format!("{}.bias", naming.classifier()), &[classes], device)? {
+            network.head.bias = bias;
+        }
+        source.finish(&config, naming).map_err(fail)?;
+        network.validate()?;
+        Ok((network, naming, config))
+    }
+
+    fn version_of(
+        &self,
+        naming: Naming,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> std::result::Result<Version, String> {
+        let found = match naming {
+            Naming::Torchvision => Version::V2,
+            // V2 has a projection behind each depthwise layer, and a last pointwise layer.
+            Naming::Timm if tensors.contains_key("blocks.1.0.conv_pwl.weight") => Version::V2,
+            Naming::Timm => Version::V1,
+        };
+        match self.version {
+            Some(wanted) if wanted != found => Err(format!(
+                "is named as a {} of {} is, not as a {}",
+                found.name(),
+                naming.name(),
+                wanted.name()
+            )),
+            _ => Ok(found),
+        }
+    }
+}
+
+/// What wrappers (parallel training, compilation, a module around the network) put before every name.
+const WRAPPERS: [&str; 3] = ["module.", "_orig_mod.", "model."];
+
+/// The tensors under the names that they have in the network alone.
+fn unwrap_names(mut tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    while let Some(wrapper) =
+        WRAPPERS.iter().find(|w| !tensors.is_empty() && tensors.keys().all(|name| name.starts_with(**w)))
+    {
+        tensors = tensors.into_iter().map(|(name, t)| (name[wrapper.len()..].to_string(), t)).collect();
+    }
+    tensors
+}
+
+fn naming_of(tensors: &BTreeMap<String, Tensor>) -> std::result::Result<Naming, String> {
+    if tensors.contains_key("features.0.0.weight") {
+        Ok(Naming::Torchvision)
+    } else if tensors.contains_key("conv_stem.weight") {
+        Ok(Naming::Timm)
+    } else {
+        Err(format!(
+            "has neither features.0.0.weight (as torchvision names a MobileNetV2) nor conv_stem.weight (as timm \
+             names MobileNetV1 and V2), but {}",
+            listed(tensors.keys().cloned())
+        ))
+    }
+}
+
+impl Naming {
+    fn classifier(self) -> &'static str {
+        match self {
+            Self::Torchvision => "classifier.1",
+            Self::Timm => "classifier",
+        }
+    }
+
+    /// A tensor that is there only if V2's first block has an expansion.
+    fn first_expansion(self) -> &'static str {
+        match self {
+            Self::Torchvision => "features.1.conv.3.weight",
+            Self::Timm => "blocks.0.0.conv_pwl.weight",
+        }
+    }
+
+    /// The names of every unit's convolution and normalization, in the order of the units.
+    fn layers(self, config: &MobileNet) -> Vec<(String, String)> {
+        let stages: &[usize] = match config.version {
+            Version::V1 => &[1, 2, 2, 6, 2],
+            Version::V2 => &[1, 2, 3, 4, 3, 3, 1],
+        };
+        let pair = |convolution: &str, norm: &str| (convolution.to_string(), norm.to_string());
+        let mut layers = vec![match self {
+            Self::Torchvision => pair("features.0.0", "features.0.1"),
+            Self::Timm => pair("conv_stem", "bn1"),
+        }];
+        let mut block = 0;
+        for (stage, &repeats) in stages.iter().enumerate() {
+            for repeat in 0..repeats {
+                let expanded = config.version == Version::V2 && (block > 0 || config.first_expansion);
+                block += 1;
+                let (prefix, parts): (String, &[(&str, &str)]) = match (self, expanded) {
+                    (Self::Torchvision, true) => {
+                        (format!("features.{block}.conv"), &[("0.0", "0.1"), ("1.0", "1.1"), ("2", "3")])
+                    }
+                    (Self::Torchvision, false) => {
+                        (format!("features.{block}.conv"), &[("0.0", "0.1"), ("1", "2")])
+                    }
+                    (Self::Timm, true) => (
+                        format!("blocks.{stage}.{repeat}"),
+                        &[("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")],
+                    ),
+                    (Self::Timm, false) => {
+                        (format!("blocks.{stage}.{repeat}"), &[("conv_dw", "bn1"), ("conv_pw", "bn2")])
+                    }
+                };
+                layers.extend(parts.iter().map(|(c, n)| (format!("{prefix}.{c}"), format!("{prefix}.{n}"))));
+            }
+        }
+        if config.version == Version::V2 {
+            layers.push(match self {
+                Self::Torchvision => pair("features.18.0", "features.18.1"),
+                Self::Timm => pair("conv_head", "bn2"),
+            });
+        }
+        layers
+    }
+}
+
+/// The width multiplier that gives the tensors' numbers of filters, or as many of them as any does.
+fn width_of(config: &MobileNet, naming: Naming, tensors: &BTreeMap<String, Tensor>) -> Result<f64> {
+    let filters: Vec<Option<usize>> = naming
+        .layers(config)
+        .iter()
+        .map(|(name, _)| tensors.get(&format!("{name}.weight")).and_then(|t| t.dims().first().copied()))
+        .collect();
+    let there = filters.iter().flatten().count();
+    // Channels are rounded, so several widths may fit: those that are published come first.
+    let usual = [1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.25];
+    let widths = usual.into_iter().chain((1..=80).map(|n| f64::from(n) / 20.0));
+    let mut best = (0, 1.0);
+    for width in widths.chain((1..=400).map(|n| f64::from(n) / 100.0)) {
+        let network = MobileNet { width, ..*config }.outline()?;
+        let fitting = network.units.iter().zip(&filters).filter(|(u, f)| **f == Some(u.filters())).count();
+        if fitting > best.0 {
+            best = (fitting, width);
+        }
+        if fitting == there {
+            break;
+        }
+    }
+    Ok(best.1)
+}
+
+/// Tensors to be taken by name, and what went wrong with that.
+struct Source {
+    tensors: BTreeMap<String, Tensor>,
+    missing: Vec<String>,
+    misfits: Vec<String>,
+}
+
+impl Source {
+    fn take(
+        &mut self,
+        name: String,
+        shape: &[usize],
+        device: &Device,
+    ) -> candle_core::Result<Option<Tensor>> {
+        match self.tensors.remove(&name) {
+            Some(tensor) if tensor.dims() == shape => {
+                Ok(Some(tensor.to_device(device)?.to_dtype(DType::F32)?.contiguous()?))
+            }
+            Some(tensor) => {
+                self.misfits.push(format!("{name} ({:?} instead of {shape:?})", tensor.dims()));
+                Ok(None)
+            }
+            None => {
+                self.missing.push(name);
+                Ok(None)
+            }
+        }
+    }
+
+    /// An error unless every tensor was there, and nothing else but counts of batches.
+    fn finish(self, config: &MobileNet, naming: Naming) -> std::result::Result<(), String> {
+        let left: Vec<String> =
+            self.tensors.into_keys().filter(|name| !name.ends_with("num_batches_tracked")).collect();
+        let mut problems = Vec::new();
+        for (names, what) in
+            [(self.missing, "missing"), (left, "left over"), (self.misfits, "of another shape")]
+        {
+            if !names.is_empty() {
+                problems.push(format!("{what}: {}", listed(names.into_iter())));
+            }
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(format!(
+            "is no {} of width {} with {} classes in {}'s naming; {}",
+            config.version.name(),
+            config.width,
+            config.classes,
+            naming.name(),
+            problems.join("; ")
+        ))
+    }
+}
+
+/// The first of the names, and how many more there are.
+fn listed(names: impl ExactSizeIterator<Item = String>) -> String {
+    const SHOWN: usize = 4;
+    let all = names.len();
+    let shown: Vec<String> = names.take(SHOWN).collect();
+    match all {
+        0 => "nothing".into(),
+        n if n > SHOWN => format!("{} and {} more", shown.join(", "), n - SHOWN),
+        _ => shown.join(", "),
+    }
+}

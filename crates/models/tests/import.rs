@@ -1,0 +1,191 @@
+//! Public weights against the networks of torchvision and timm themselves.
+//!
+//! `import/make_import.py` writes the checkpoints and the logits, which it computes in float64.
+
+use candle_core::{DType, Device, Tensor};
+use kernels::Activation;
+use models::{Extras, Import, Input, MobileNet, Naming, Network, Norm, Origin, Version};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// What is allowed between logits of order 1. Here everything is float32: 53 layers, each with sums of up to a
+/// thousand products that are rounded by 6e-8 of their size. Found were 2e-6; a layer in a wrong place or in a
+/// wrong layout shows at 1e-1.
+const TOLERANCE: f32 = 1e-4;
+
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/import").join(name)
+}
+
+fn expected(name: &str) -> Tensor {
+    let all = candle_core::safetensors::load(file("expected.safetensors"), &Device::Cpu).unwrap();
+    all[name].clone()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.dims(), b.dims());
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+fn check(name: &str, extension: &str, naming: Naming, version: Version) {
+    let path = file(&format!("{name}.{extension}"));
+    let (network, origin) = Network::open(&path, &Import::default(), &Device::Cpu).unwrap();
+    let Origin::Public { naming: found, config } = origin else { panic!("{name} is not our own file") };
+    assert_eq!(found, naming);
+    let MobileNet { version: v, input, classes, width, first_expansion, activation } = config;
+    assert_eq!((v, input, classes, width), (version, Input::Imagenet, 10, 0.1));
+    assert!(!first_expansion);
+    assert_eq!(activation, Activation::Relu6);
+    let logits = network.forward(&expected("images")).unwrap();
+    let error = distance(&logits, &expected(name));
+    assert!(error < TOLERANCE, "{name}: logits differ by {error}");
+
+    // Saved as our own, it is the same network.
+    let folder = tempfile::tempdir().unwrap();
+    let own = folder.path().join("own.safetensors");
+    network.save(&own, &Extras::default()).unwrap();
+    let (again, origin) = Network::open(&own, &Import::default(), &Device::Cpu).unwrap();
+    assert_eq!(origin, Origin::Own);
+    assert_eq!(distance(&again.forward(&expected("images")).unwrap(), &logits), 0.0);
+}
+
+#[test]
+fn torchvision_v2_as_state_dict() {
+    check("torchvision_v2", "pth", Naming::Torchvision, Version::V2);
+}
+
+#[test]
+fn timm_v2_in_half_precision() {
+    check("timm_v2", "safetensors", Naming::Timm, Version::V2);
+}
+
+#[test]
+fn timm_v1_in_a_training_checkpoint() {
+    check("timm_v1", "pth.tar", Naming::Timm, Version::V1);
+}
+
+/// The tensors of timm's V2, changed by `change` and written to a file of their own.
+fn changed(change: impl Fn(&mut HashMap<String, Tensor>)) -> (tempfile::TempDir, PathBuf) {
+    let mut tensors = candle_core::safetensors::load(file("timm_v2.safetensors"), &Device::Cpu).unwrap();
+    change(&mut tensors);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("changed.safetensors");
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    (folder, path)
+}
+
+fn error_of(path: &Path, import: Import) -> String {
+    Network::open(path, &import, &Device::Cpu).unwrap_err().to_string()
+}
+
+/// A changed file must give a message with all of `parts`.
+fn check_error(change: impl Fn(&mut HashMap<String, Tensor>), import: Import, parts: &[&str]) {
+    let (_folder, path) = changed(change);
+    let error = error_of(&path, import);
+    for part in parts {
+        assert!(error.contains(part), "{error:?} lacks {part:?}");
+    }
+}
+
+#[test]
+fn errors_name_the_tensors() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let default = Import::default();
+    check_error(
+        |t| {
+            t.remove("blocks.2.1.bn2.running_var");
+            t.insert("blocks.2.1.se.weight".into(), zeros(&[1]));
+            t.insert("conv_head.weight".into(), zeros(&[1280, 32, 3, 3]));
+        },
+        default,
+        &[
+            "changed.safetensors",
+            "mobilenet_v2 of width 0.1 with 10 classes in timm's naming",
+            "missing: blocks.2.1.bn2.running_var",
+            "left over: blocks.2.1.se.weight",
+            "of another shape: conv_head.weight ([1280, 32, 3, 3] instead of [1280, 32, 1, 1])",
+        ],
+    );
+    let all = |t: &mut HashMap<String, Tensor>| t.retain(|name, _| name.starts_with("blocks.0"));
+    check_error(
+        all,
+        default,
+        &["features.0.0.weight", "conv_stem.weight", "but blocks.0.0.bn1.bias", "more"],
+    );
+    check_error(|t| drop(t.remove("classifier.weight")), default, &["classifier.weight", "classes"]);
+    // What is given is taken, and does not fit.
+    check_error(
+        |_| (),
+        Import { width: Some(1.0), ..default },
+        &["of width 1 ", "[8, 3, 3, 3] instead of [32"],
+    );
+    check_error(
+        |_| (),
+        Import { classes: Some(7), ..default },
+        &["7 classes", "classifier.bias ([10] instead"],
+    );
+    check_error(|_| (), Import { version: Some(Version::V1), ..default }, &["mobilenet_v2", "mobilenet_v1"]);
+}
+
+#[test]
+fn names_may_be_wrapped_and_the_first_expansion_there() {
+    // timm's names for a V2 with its first expansion, in a module of parallel training.
+    let config = MobileNet { width: 0.35, ..MobileNet::new(Version::V2, Input::Cifar, 7) };
+    let network = config.init(3, &Device::Cpu).unwrap();
+    let mut tensors = HashMap::new();
+    let stages = [1, 2, 3, 4, 3, 3, 1];
+    let blocks = stages.iter().enumerate().flat_map(|(s, &n)| (0..n).map(move |b| format!("blocks.{s}.{b}")));
+    let mut names = vec![("conv_stem".to_string(), "bn1".to_string())];
+    for block in blocks {
+        for (conv, norm) in [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")] {
+            names.push((format!("{block}.{conv}"), format!("{block}.{norm}")));
+        }
+    }
+    names.push(("conv_head".into(), "bn2".into()));
+    assert_eq!(names.len(), network.units.len());
+    for (unit, (conv, norm)) in network.units.iter().zip(names) {
+        let (f, c) = (unit.filters(), unit.input_channels());
+        let weight = match unit.kernel {
+            models::Kernel::Full { .. } => unit.weight.reshape((3, 3, c, f)).unwrap(),
+            models::Kernel::Depthwise { .. } => unit.weight.unsqueeze(2).unwrap(),
+            models::Kernel::Pointwise => unit.weight.reshape((1, 1, c, f)).unwrap(),
+        };
+        let weight = weight.permute((3, 2, 0, 1)).unwrap().contiguous().unwrap();
+        tensors.insert(format!("module.{conv}.weight"), weight);
+        let Norm::Batch(n) = &unit.norm else { panic!("a new network is normalized") };
+        for (field, t) in
+            [("weight", &n.gamma), ("bias", &n.beta), ("running_mean", &n.mean), ("running_var", &n.variance)]
+        {
+            tensors.insert(format!("module.{norm}.{field}"), t.clone());
+        }
+    }
+    tensors.insert("module.classifier.weight".into(), network.head.weight.t().unwrap().contiguous().unwrap());
+    tensors.insert("module.classifier.bias".into(), network.head.bias.clone());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("wrapped.safetensors");
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+
+    let import = Import { input: Input::Cifar, ..Import::default() };
+    let (read, origin) = Network::open(&path, &import, &Device::Cpu).unwrap();
+    assert_eq!(origin, Origin::Public { naming: Naming::Timm, config });
+    let images = expected("images");
+    assert_eq!(distance(&read.forward(&images).unwrap(), &network.forward(&images).unwrap()), 0.0);
+}
+
+#[test]
+fn files_of_other_kinds_are_errors_that_say_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, data: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, data).unwrap();
+        error_of(&path, Import::default())
+    };
+    let whole = std::fs::read(file("timm_v2.safetensors")).unwrap();
+    assert!(write("cut.safetensors", &whole[..whole.len() / 2]).contains("whole safetensors"));
+    assert!(write("text.pth", b"not weights at all").contains("neither"));
+    assert!(write("old.pth", &[0x80, 2, 0x8a, 10]).contains("torch.save(torch.load(FILE), NEW)"));
+    let pth = std::fs::read(file("torchvision_v2.pth")).unwrap();
+    assert!(write("cut.pth", &pth[..pth.len() / 2]).contains("state dict"));
+    let absent = error_of(&folder.path().join("absent.pth"), Import::default());
+    assert!(absent.contains("absent.pth") && absent.contains("could not be read"), "{absent}");
+}

@@ -1,0 +1,308 @@
+//! Histograms: of what single filters give (the paper's Figure 3), and of the running variances of every layer.
+
+mod outputs;
+mod variances;
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::file::Result;
+use crate::names::{dataset_label, model_label};
+use crate::row::write_table;
+
+/// How often values fall into bins of equal width.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Histogram {
+    /// The lower end of the first bin.
+    pub low: f64,
+    /// The upper end of the last bin.
+    pub high: f64,
+    /// The number of values in each bin, ascending.
+    pub counts: Vec<u64>,
+    /// The mean of all values.
+    pub mean: f64,
+    /// Their standard deviation (division by their number).
+    pub deviation: f64,
+}
+
+impl Histogram {
+    /// The histogram of `values` over `bins` bins from `low` to `high`; a value outside counts in the outermost
+    /// bin of its side.
+    ///
+    /// # Panics
+    ///
+    /// If there is no bin, or `low < high` does not hold.
+    pub fn of(values: &[f32], (low, high): (f64, f64), bins: usize) -> Histogram {
+        assert!(bins > 0 && low < high, "{bins} bins from {low} to {high}");
+        let mut counts = vec![0; bins];
+        for &value in values {
+            let place = (f64::from(value) - low) / (high - low) * bins as f64;
+            counts[(place.max(0.0) as usize).min(bins - 1)] += 1;
+        }
+        let count = values.len().max(1) as f64;
+        let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / count;
+        let squares = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>();
+        Histogram { low, high, counts, mean, deviation: (squares / count).sqrt() }
+    }
+
+    /// The ends of bin `i`.
+    pub fn bin(&self, i: usize) -> (f64, f64) {
+        let wide = (self.high - self.low) / self.counts.len() as f64;
+        (self.low + wide * i as f64, self.low + wide * (i + 1) as f64)
+    }
+
+    /// The share of the values in each bin, in percent.
+    pub fn shares(&self) -> Vec<f64> {
+        let all = self.counts.iter().sum::<u64>().max(1) as f64;
+        self.counts.iter().map(|&n| 100.0 * n as f64 / all).collect()
+    }
+}
+
+/// What one filter gives over a batch of images.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FilterOutputs {
+    /// The layer's name.
+    pub layer: String,
+    /// The filter's index in it, from 0.
+    pub filter: usize,
+    /// By which rule it was chosen, e.g. "lowest running variance".
+    pub rule: String,
+    /// Its running variance V.
+    pub variance: f64,
+    /// The output of the convolution.
+    pub convolution: Histogram,
+    /// The output after normalization and activation.
+    pub activation: Histogram,
+}
+
+/// The running variances of one layer's filters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Variances {
+    /// The layer's name; what follows its last dot is its kind, what stands before it its block.
+    pub layer: String,
+    /// Of each filter.
+    pub values: Vec<f32>,
+}
+
+impl Variances {
+    /// How many filters are below `threshold`.
+    pub fn low(&self, threshold: f64) -> usize {
+        self.values.iter().filter(|&&v| f64::from(v) < threshold).count()
+    }
+}
+
+/// What a picture of histograms says beside them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Caption {
+    /// The heading.
+    pub title: String,
+    /// What it was made from.
+    pub subtitle: String,
+    /// τ.
+    pub threshold: f64,
+}
+
+impl Caption {
+    /// The caption of a picture about a network: `what` it shows, the network's name and width, the data's name,
+    /// and whatever else is to be said.
+    pub fn of_network(
+        what: &str,
+        (model, width): (&str, f64),
+        dataset: &str,
+        more: &[&str],
+        threshold: f64,
+    ) -> Caption {
+        let facts: Vec<&str> = std::iter::once(dataset_label(dataset)).chain(more.iter().copied()).collect();
+        Caption {
+            title: format!("{}: {what}", model_label(model, width)),
+            subtitle: facts.join("  ·  "),
+            threshold,
+        }
+    }
+}
+
+/// Draws what filters give, a column for each: above the output of the convolution, below that after normalization
+/// and activation; as SVG and as PNG (2400×1440). Neighbouring columns of one layer have the same horizontal scale
+/// if their histograms have.
+pub fn plot_outputs(filters: &[FilterOutputs], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
+    outputs::plot(filters, caption, svg, png)
+}
+
+/// Draws the running variances of every layer as histograms on a logarithmic scale with τ marked, as SVG and as PNG
+/// (2400×1440).
+pub fn plot_variances(layers: &[Variances], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
+    variances::plot(layers, caption, svg, png)
+}
+
+/// A bin of what a filter gives: one line of `outputs.csv`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OutputRow {
+    /// The network.
+    pub model: String,
+    /// The layer.
+    pub layer: String,
+    /// The filter's index.
+    pub filter: usize,
+    /// By which rule it was chosen.
+    pub rule: String,
+    /// Its running variance.
+    pub running_variance: f64,
+    /// Whether that is below τ.
+    pub below_threshold: bool,
+    /// `convolution`, or `activation` for the output after normalization and activation.
+    pub output: String,
+    /// Mean of the output.
+    pub mean: f64,
+    /// Standard deviation of the output.
+    pub deviation: f64,
+    /// Lower end of the bin.
+    pub bin_from: f64,
+    /// Upper end of the bin.
+    pub bin_to: f64,
+    /// Values in the bin.
+    pub count: u64,
+    /// Share of all values, in percent.
+    pub share_percent: f64,
+}
+
+impl OutputRow {
+    /// The rows of a network's filters.
+    pub fn all(model: &str, filters: &[FilterOutputs], threshold: f64) -> Vec<OutputRow> {
+        let mut rows = Vec::new();
+        for filter in filters {
+            for (output, histogram) in
+                [("convolution", &filter.convolution), ("activation", &filter.activation)]
+            {
+                for (i, share_percent) in histogram.shares().into_iter().enumerate() {
+                    let (bin_from, bin_to) = histogram.bin(i);
+                    rows.push(OutputRow {
+                        model: model.into(),
+                        layer: filter.layer.clone(),
+                        filter: filter.filter,
+                        rule: filter.rule.clone(),
+                        running_variance: filter.variance,
+                        below_threshold: filter.variance < threshold,
+                        output: output.into(),
+                        mean: histogram.mean,
+                        deviation: histogram.deviation,
+                        bin_from,
+                        bin_to,
+                        count: histogram.counts[i],
+                        share_percent,
+                    });
+                }
+            }
+        }
+        rows
+    }
+}
+
+/// A bin of a layer's running variances: one line of `variances.csv`. Bins without filters are left out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VarianceRow {
+    /// The network.
+    pub model: String,
+    /// The layer.
+    pub layer: String,
+    /// Lower end of the bin; 0 for the one that takes up everything lower.
+    pub bin_from: f64,
+    /// Upper end of the bin.
+    pub bin_to: f64,
+    /// Whether the bin is below τ, which is the border between two bins.
+    pub below_threshold: bool,
+    /// Filters in the bin.
+    pub filters: usize,
+}
+
+impl VarianceRow {
+    /// The rows of a network's layers.
+    pub fn all(model: &str, layers: &[Variances], threshold: f64) -> Vec<VarianceRow> {
+        let mut rows = Vec::new();
+        for layer in layers {
+            for (bin, filters) in variances::bins(&layer.values, threshold) {
+                let edge = |bin: i32| variances::edge(bin, threshold);
+                rows.push(VarianceRow {
+                    model: model.into(),
+                    layer: layer.layer.clone(),
+                    bin_from: if bin == variances::LOWEST { 0.0 } else { edge(bin) },
+                    bin_to: edge(bin + 1),
+                    below_threshold: bin < 0,
+                    filters,
+                });
+            }
+        }
+        rows
+    }
+}
+
+/// Writes rows of [`OutputRow`] or [`VarianceRow`] as CSV, whole or not at all.
+pub fn write_rows<T: Serialize>(rows: &[T], path: &Path) -> Result<()> {
+    write_table(rows, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_fall_into_their_bins() {
+        let h = Histogram::of(&[-1.0, 0.0, 0.49, 0.5, 1.0, 9.0], (0.0, 1.0), 2);
+        assert_eq!(h.counts, [3, 3]);
+        assert_eq!(h.bin(1), (0.5, 1.0));
+        assert_eq!(h.shares(), [50.0, 50.0]);
+        let h = Histogram::of(&[1.0, 3.0], (0.0, 4.0), 4);
+        assert_eq!((h.mean, h.deviation), (2.0, 1.0));
+        assert_eq!(Histogram::of(&[], (0.0, 1.0), 2).shares(), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn variances_are_split_at_the_threshold() {
+        let layer = Variances { layer: "a.b".into(), values: vec![0.0, 9.99e-6, 1e-5, 1.01e-5, 3.0] };
+        // 1e-5 as f32 is just below the threshold as f64, and counts so in both places.
+        assert_eq!(layer.low(1e-5), 3);
+        let rows = VarianceRow::all("m", &[layer], 1e-5);
+        assert_eq!(rows.iter().filter(|r| r.below_threshold).map(|r| r.filters).sum::<usize>(), 3);
+        assert_eq!(rows.iter().map(|r| r.filters).sum::<usize>(), 5);
+        assert_eq!(rows[0].bin_from, 0.0);
+        for row in &rows {
+            assert!(row.bin_from < row.bin_to && (row.bin_to <= 1e-5 * (1.0 + 1e-12)) == row.below_threshold);
+        }
+    }
+
+    /// Pictures of made-up filters are written, and say what they should.
+    #[test]
+    fn pictures_say_what_they_show() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let caption = Caption { title: "A title".into(), subtitle: "made-up".into(), threshold: 1e-5 };
+        let values: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin()).collect();
+        let filter = |variance: f64, values: &[f32]| FilterOutputs {
+            layer: "blocks.3.depthwise".into(),
+            filter: 17,
+            rule: "lowest running variance".into(),
+            variance,
+            convolution: Histogram::of(values, (-1.0, 1.0), 40),
+            activation: Histogram::of(values, (0.0, 1.0), 40),
+        };
+        let filters = [filter(1e-9, &[0.25; 7]), filter(0.3, &values)];
+        plot_outputs(&filters, &caption, &path("o.svg"), &path("o.png")).unwrap();
+        let layers = ["stem", "blocks.0.depthwise", "blocks.0.project", "last"].map(|name| Variances {
+            layer: name.into(),
+            values: (0..60).map(|i| 10f32.powf(-7.0 + 0.1 * i as f32)).collect(),
+        });
+        plot_variances(&layers, &caption, &path("v.svg"), &path("v.png")).unwrap();
+        for (name, parts) in [
+            ("o.svg", &["A title", "blocks.3.depthwise", "filter 17", "lowest running variance"][..]),
+            ("v.svg", &["A title", "stem", "depthwise", "τ"][..]),
+        ] {
+            let text = std::fs::read_to_string(path(name)).unwrap();
+            for part in parts {
+                assert!(text.contains(part), "{name} lacks {part:?}");
+            }
+        }
+        for name in ["o.png", "v.png"] {
+            assert!(std::fs::read(path(name)).unwrap().starts_with(b"\x89PNG"), "{name}");
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! What single filters give: a column for each, the convolution's output above, the activation's below.
+
+use std::path::Path;
+
+use plotters::prelude::DrawingBackend;
+use plotters::style::RGBColor;
+use plotters::style::text_anchor::HPos;
+
+use super::{Caption, FilterOutputs, Histogram};
+use crate::canvas::{
+    ALARM, Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Style, WIDTH,
+    rgb,
+};
+use crate::file::Result;
+use crate::names::BLUE;
+
+pub(super) fn plot(filters: &[FilterOutputs], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
+    Chart { filters, caption }.write(svg, png)
+}
+
+struct Chart<'a> {
+    filters: &'a [FilterOutputs],
+    caption: &'a Caption,
+}
+
+/// Where a panel is drawn: the axes' ends.
+struct Panel {
+    left: f64,
+    right: f64,
+    top: f64,
+    bottom: f64,
+}
+
+impl Picture for Chart<'_> {
+    fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
+        let (title, subtitle) = (&self.caption.title, &self.caption.subtitle);
+        canvas.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
+        canvas.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+
+        let columns = self.filters.len().max(1) as f64;
+        let wide = (WIDTH - LEFT - 24.0) / columns;
+        let mut x = LEFT;
+        for layer in self.filters.chunk_by(|a, b| a.layer == b.layer) {
+            canvas.text(&layer[0].layer, (x, 122.0), &INK_BOLD.sized(16.0))?;
+            for filter in layer {
+                self.column(canvas, filter, x, wide)?;
+                x += wide;
+            }
+        }
+        let text = format!(
+            "Share of all values in each of {} bins. The filters of a layer have the same horizontal scale; each \
+             panel has its own vertical one. V: running variance. τ = {:.0e}.",
+            self.filters.first().map_or(0, |filter| filter.convolution.counts.len()),
+            self.caption.threshold
+        );
+        canvas.text(&text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+    }
+}
+
+impl Chart<'_> {
+    fn column<DB: DrawingBackend>(
+        &self,
+        canvas: &Canvas<DB>,
+        filter: &FilterOutputs,
+        x: f64,
+        wide: f64,
+    ) -> Drawn {
+        let low = filter.variance < self.caption.threshold;
+        let (colour, ink) = if low { (ALARM, ALARM) } else { (rgb(BLUE), INK_BOLD.colour) };
+        canvas.text(&filter.rule, (x, 148.0), &Style { colour: ink, ..INK_BOLD.sized(14.0) })?;
+        let sign = if low { "< τ" } else { "≥ τ" };
+        let text = format!("filter {}, V = {} {sign}", filter.filter, number(filter.variance));
+        canvas.text(&text, (x, 167.0), &INK_PLAIN.sized(13.0))?;
+        for (what, histogram, top) in [
+            ("output of the convolution, %", &filter.convolution, 228.0),
+            ("after normalization and activation, %", &filter.activation, 472.0),
+        ] {
+            canvas.text(what, (x, top - 28.0), &SOFT_PLAIN.sized(13.0))?;
+            let panel = Panel { left: x + 30.0, right: x + wide - 22.0, top, bottom: top + 164.0 };
+            draw_histogram(canvas, histogram, colour, &panel)?;
+        }
+        Ok(())
+    }
+}
+
+fn draw_histogram<DB: DrawingBackend>(
+    canvas: &Canvas<DB>,
+    histogram: &Histogram,
+    colour: RGBColor,
+    panel: &Panel,
+) -> Drawn {
+    let shares = histogram.shares();
+    let highest = shares.iter().copied().fold(0.1, f64::max) * 1.06;
+    let height = |share: f64| panel.bottom - (panel.bottom - panel.top) * share / highest;
+    let place = |value: f64| {
+        panel.left + (panel.right - panel.left) * (value - histogram.low) / (histogram.high - histogram.low)
+    };
+    for tick in ticks(0.0, highest.min(100.0), 4.0) {
+        let y = height(tick);
+        canvas.line(&[(panel.left, y), (panel.right, y)], 1.0, if tick == 0.0 { SOFT } else { GRID })?;
+        let style = SOFT_PLAIN.sized(11.0).held(HPos::Right);
+        canvas.text(&number(tick), (panel.left - 5.0, y + 4.0), &style)?;
+    }
+    for (i, &share) in shares.iter().enumerate().filter(|(_, share)| **share > 0.0) {
+        let (from, to) = histogram.bin(i);
+        // What is there is to be seen, if only as a hair.
+        let top = height(share).min(panel.bottom - 1.0);
+        canvas.rectangle((place(from), top), (place(to), panel.bottom), colour)?;
+    }
+    for tick in ticks(histogram.low, histogram.high, 5.0) {
+        let x = place(tick);
+        canvas.line(&[(x, panel.bottom), (x, panel.bottom + 4.0)], 1.0, SOFT)?;
+        let style = SOFT_PLAIN.sized(11.0).held(HPos::Center);
+        canvas.text(&number(tick), (x, panel.bottom + 17.0), &style)?;
+    }
+    let text = format!("mean {}, standard deviation {}", number(histogram.mean), number(histogram.deviation));
+    canvas.text(&text, (panel.left, panel.bottom + 36.0), &INK_PLAIN.sized(12.0))
+}
+
+/// Round numbers from `low` to `high`, about `most` of them.
+fn ticks(low: f64, high: f64, most: f64) -> Vec<f64> {
+    let rough = (high - low) / most;
+    let power = 10f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|&s| s >= rough).unwrap_or(rough);
+    // In whole steps, so that zero is zero.
+    let (first, last) = ((low / step - 1e-9).ceil() as i64, (high / step + 1e-9).floor() as i64);
+    (first..=last).map(|n| n as f64 * step).collect()
+}
+
+/// A number with three digits, in powers of ten where it is very small or large.
+fn number(value: f64) -> String {
+    let size = value.abs();
+    if size == 0.0 {
+        "0".into()
+    } else if !(1e-3..1e4).contains(&size) {
+        format!("{value:.1e}")
+    } else {
+        let digits = (2 - size.log10().floor() as i32).max(0) as usize;
+        let text = format!("{value:.digits$}");
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round_and_numbers_short() {
+        let check = |(low, high): (f64, f64), expect: &[&str]| {
+            let found: Vec<String> = ticks(low, high, 5.0).into_iter().map(number).collect();
+            assert_eq!(found, expect);
+        };
+        check((0.0, 1.0), &["0", "0.2", "0.4", "0.6", "0.8", "1"]);
+        check((-0.13, 0.31), &["-0.1", "0", "0.1", "0.2", "0.3"]);
+        check((-2e-7, 3e-7), &["-2.0e-7", "-1.0e-7", "0", "1.0e-7", "2.0e-7", "3.0e-7"]);
+        check((0.0, 6.0), &["0", "2", "4", "6"]);
+        assert_eq!([0.012345, 123.4, 5.0, -1e-12].map(number), ["0.0123", "123", "5", "-1.0e-12"]);
+    }
+}

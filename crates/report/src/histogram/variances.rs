@@ -1,0 +1,178 @@
+//! The running variances of every layer: a column for each layer, with bars to the right, on a logarithmic scale.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use plotters::prelude::DrawingBackend;
+use plotters::style::RGBColor;
+use plotters::style::text_anchor::HPos;
+
+use super::{Caption, Variances};
+use crate::canvas::{
+    ALARM, Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Style, WIDTH,
+    rgb,
+};
+use crate::file::Result;
+use crate::names::{BLUE, GREEN, GREY, ORANGE, SKY};
+
+/// Bins in a factor of ten.
+const PER_DECADE: f64 = 4.0;
+/// The lowest bin, seven factors of ten below τ, takes all that is lower still: trained networks have variances of
+/// 1e-40.
+pub(super) const LOWEST: i32 = -28;
+
+/// The bin of a variance: bin 0 begins at τ.
+fn bin(variance: f32, threshold: f64) -> i32 {
+    let bin = (PER_DECADE * (f64::from(variance) / threshold).log10()).floor().max(f64::from(LOWEST)) as i32;
+    // The border is that of the comparison with τ, whatever the logarithm rounds to.
+    if f64::from(variance) < threshold { bin.min(-1) } else { bin.max(0) }
+}
+
+/// The lower end of a bin.
+pub(super) fn edge(bin: i32, threshold: f64) -> f64 {
+    threshold * 10f64.powf(f64::from(bin) / PER_DECADE)
+}
+
+/// The number of variances in every bin that has some, ascending.
+pub(super) fn bins(values: &[f32], threshold: f64) -> BTreeMap<i32, usize> {
+    let mut bins = BTreeMap::new();
+    for &value in values {
+        *bins.entry(bin(value, threshold)).or_default() += 1;
+    }
+    bins
+}
+
+pub(super) fn plot(layers: &[Variances], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
+    Chart { layers, caption }.write(svg, png)
+}
+
+struct Chart<'a> {
+    layers: &'a [Variances],
+    caption: &'a Caption,
+}
+
+impl Picture for Chart<'_> {
+    fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
+        let tau = self.caption.threshold;
+        let (title, subtitle) = (&self.caption.title, &self.caption.subtitle);
+        canvas.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
+        canvas.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        self.legend(canvas, 118.0)?;
+
+        let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 172.0, 596.0);
+        canvas.text("running variance V", (LEFT, top - 18.0), &SOFT_PLAIN.sized(13.0))?;
+        let all = self.layers.iter().map(|layer| bins(&layer.values, tau)).collect::<Vec<_>>();
+        let used = || all.iter().flat_map(|bins| bins.keys().copied());
+        let (first, last) = (used().min().unwrap_or(0).min(-4), used().max().unwrap_or(0).max(0) + 1);
+        let height = |bin: f64| bottom - (bottom - top) * (bin - f64::from(first)) / f64::from(last - first);
+
+        // Lines at powers of ten, which need not be edges of bins.
+        let exponent = |bin: i32| edge(bin, tau).log10();
+        let (from, to) = (exponent(first).ceil() as i32, exponent(last).floor() as i32);
+        let step = 1 + (to - from) / 12;
+        for power in (from..=to).filter(|power| power % step == 0) {
+            let y = height(PER_DECADE * (f64::from(power) - tau.log10()));
+            canvas.line(&[(left, y), (right, y)], 1.0, GRID)?;
+            let style = SOFT_PLAIN.sized(12.0).held(HPos::Right);
+            canvas.text(&format!("1e{power}"), (left - 8.0, y + 4.0), &style)?;
+        }
+        if first == LOWEST {
+            canvas.text("and less", (LEFT, bottom + 2.0), &SOFT_PLAIN.sized(10.0))?;
+        }
+
+        let wide = (right - left) / self.layers.len().max(1) as f64;
+        for (i, (layer, bins)) in self.layers.iter().zip(&all).enumerate() {
+            let x = left + wide * i as f64;
+            let most = bins.values().copied().max().unwrap_or(1) as f64;
+            for (&bin, &count) in bins {
+                // A single filter is to be seen beside hundreds.
+                let long = (0.9 * wide * count as f64 / most).max(2.5);
+                let colour = if bin < 0 { ALARM } else { colour(kind(&layer.layer)) };
+                let (upper, lower) = (height(f64::from(bin + 1)), height(f64::from(bin)));
+                canvas.rectangle((x, upper + 0.5), (x + long, lower), colour)?;
+            }
+            let low = layer.low(tau);
+            if low > 0 {
+                let style = Style { colour: ALARM, ..INK_BOLD.sized(10.0).held(HPos::Center) };
+                canvas.text(&low.to_string(), (x + wide / 2.0, bottom + 15.0), &style)?;
+            }
+        }
+        canvas.text("below τ", (LEFT, bottom + 15.0), &Style { colour: ALARM, ..INK_PLAIN.sized(10.0) })?;
+        self.blocks(canvas, left, wide, (top, bottom))?;
+
+        canvas.line(&[(left, height(0.0)), (right, height(0.0))], 1.5, ALARM)?;
+        let style = Style { colour: ALARM, ..INK_BOLD.sized(12.0).held(HPos::Right) };
+        canvas.text("τ", (right + 14.0, height(0.0) + 4.0), &style)?;
+        let text = "Bars: filters of the layer, each layer to its own scale; one filter is a hair wide at least. \
+                    V as kept by batch normalization (momentum 0.1, unbiased).";
+        canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+    }
+}
+
+impl Chart<'_> {
+    fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
+        let style = INK_PLAIN.sized(14.0);
+        let mut x = LEFT;
+        let mut entry = |label: &str, colour: RGBColor| {
+            canvas.rectangle((x, y - 12.0), (x + 15.0, y + 2.0), colour)?;
+            canvas.text(label, (x + 22.0, y), &style)?;
+            x += 22.0 + style.width(label) * 1.08 + 26.0; // some room for wider fonts
+            Drawn::Ok(())
+        };
+        let mut kinds: Vec<&str> = Vec::new();
+        for layer in self.layers {
+            if !kinds.contains(&kind(&layer.layer)) {
+                kinds.push(kind(&layer.layer));
+            }
+        }
+        for kind in kinds {
+            entry(kind, colour(kind))?;
+        }
+        let low: usize = self.layers.iter().map(|layer| layer.low(self.caption.threshold)).sum();
+        let filters: usize = self.layers.iter().map(|layer| layer.values.len()).sum();
+        entry(&format!("below τ = {:.0e}: {low} of {filters} filters", self.caption.threshold), ALARM)
+    }
+
+    /// A mark at every change of the block, and its number below.
+    fn blocks<DB: DrawingBackend>(
+        &self,
+        canvas: &Canvas<DB>,
+        left: f64,
+        wide: f64,
+        (top, bottom): (f64, f64),
+    ) -> Drawn {
+        let mut x = left;
+        for block in self.layers.chunk_by(|a, b| block(&a.layer) == block(&b.layer)) {
+            let end = x + wide * block.len() as f64;
+            canvas.line(&[(x, top), (x, bottom)], 0.5, SOFT)?;
+            let name = self::block(&block[0].layer);
+            let number = name.rsplit('.').next().unwrap_or(name);
+            let style = SOFT_PLAIN.sized(11.0).held(HPos::Center);
+            canvas.text(number, ((x + end) / 2.0, bottom + 34.0), &style)?;
+            x = end;
+        }
+        canvas.line(&[(x, top), (x, bottom)], 0.5, SOFT)?;
+        let middle = SOFT_PLAIN.sized(13.0).held(HPos::Center);
+        canvas.text("block", ((left + x) / 2.0, bottom + 58.0), &middle)
+    }
+}
+
+/// The part of a layer's name that says what it is.
+fn kind(layer: &str) -> &str {
+    layer.rsplit('.').next().unwrap_or(layer)
+}
+
+/// The part of a layer's name that its block shares.
+fn block(layer: &str) -> &str {
+    layer.rsplit_once('.').map_or(layer, |(block, _)| block)
+}
+
+fn colour(kind: &str) -> RGBColor {
+    rgb(match kind {
+        "stem" => GREY,
+        "expand" => SKY,
+        "depthwise" => BLUE,
+        "last" => ORANGE,
+        _ => GREEN,
+    })
+}

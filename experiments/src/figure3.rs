@@ -1,0 +1,359 @@
+//! Figure 3 of the paper: what filters of low and of ordinary running variance give, and the running variances of
+//! every layer.
+//!
+//! The networks are the pre-trained ones that the tables begin with, so they come from the same store.
+
+use crate::flags::{Flags, Only};
+use crate::profile::{ModelName, Profile};
+use crate::progress::Display;
+use crate::table::{command_line, load, show_plan};
+use crate::{device, process};
+use anyhow::{Context as _, Result, bail};
+use candle_core::Tensor;
+use clap::{CommandFactory, FromArgMatches};
+use datasets::{Dataset, test_batches};
+use models::{Kernel, MobileNet, Network};
+use report::histogram::{self, Caption, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
+use std::path::Path;
+use std::sync::Arc;
+use workflow::{Context, Kind, Outcome, Provenance, Stage, Store};
+
+/// Test images that the filters are shown: the first ones.
+const IMAGES: usize = 250;
+/// Bins of a histogram of outputs.
+const BINS: usize = 40;
+const MODELS: [ModelName; 2] = [ModelName::MobilenetV1, ModelName::MobilenetV2];
+
+/// Runs the figure's binary: parses the flags, pre-trains what is missing, writes the pictures.
+pub fn main() -> Result<()> {
+    let about = "Draws Figure 3 of the PfQ paper from the pre-trained networks, which are trained if they are not in \
+                 the store: what filters of low and of ordinary running variance give, and the running variances of \
+                 every layer";
+    let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
+    process::run(|| run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
+    let profile = match &flags.config {
+        Some(path) => Profile::read(path)?,
+        None => Profile::named(&flags.profile)?,
+    };
+    let (device, device_name) = device::open(&flags.device)?;
+    let mut display = Display::new();
+    let data = load(&flags.data, &profile, &mut display)?;
+    let names = MODELS.map(|model| model.version().name());
+    let only = Only::parse(&flags.only, &names, &[])?;
+    let seed = *flags.seeds.as_ref().unwrap_or(&profile.seeds).first().context("--seeds is empty")?;
+    let mut subjects = Vec::new();
+    for model in MODELS {
+        // Before quantization everything is float.
+        if only.picks(model.version().name(), (32, 32), "") {
+            let network = profile.network(model, data.classes)?;
+            // The stage that every table begins with.
+            let stage = Stage::root(Kind::Pretrain {
+                network,
+                training: profile.training.pretraining,
+                seed: profile.pretraining_seed.unwrap_or(seed),
+            });
+            subjects.push((network, stage));
+        }
+    }
+    if subjects.is_empty() {
+        bail!("--only {} picks no network; expected {}", flags.only.join(","), names.join(" or "));
+    }
+    let store = Store::new(&flags.store);
+    if flags.plan {
+        let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
+        return show_plan(&store.plan(&ends, &data.fingerprint)?, &data);
+    }
+    let provenance =
+        Provenance { command: command_line(), git_commit: env!("PFQ_COMMIT").into(), device: device_name };
+    let context = Context { data: &data, device: &device, provenance: &provenance };
+    let mut figures = Vec::new();
+    for (config, stage) in &subjects {
+        let outcome = store.run(stage, &context, &mut |event| display.stage(event))?;
+        let network = store.network(stage, &data.fingerprint, &device)?;
+        figures.push(Figure::of(*config, &network, outcome, &profile, &data)?);
+    }
+    let folder = flags.out.join("figure3").join(&profile.name);
+    let text = write(&figures, &profile, &data, &provenance, &folder)?;
+    println!("{text}");
+    println!("Written to {}.", folder.display());
+    Ok(())
+}
+
+/// What the figure shows of one network.
+struct Figure {
+    config: MobileNet,
+    outcome: Outcome,
+    threshold: f64,
+    filters: Vec<FilterOutputs>,
+    layers: Vec<Variances>,
+}
+
+impl Figure {
+    fn of(
+        config: MobileNet,
+        network: &Network,
+        outcome: Outcome,
+        profile: &Profile,
+        data: &Arc<Dataset>,
+    ) -> Result<Self> {
+        let batch = test_batches(data, IMAGES).next().context("there are no test images")??;
+        let layers = pfq::variances(network)?
+            .into_iter()
+            .map(|layer| Variances { layer: layer.layer, values: layer.variance })
+            .collect();
+        let filters = observe(network, &choose(network)?, &batch.images)?;
+        Ok(Self {
+            config,
+            outcome,
+            threshold: profile.pfq.threshold.unwrap_or(network.epsilon),
+            filters,
+            layers,
+        })
+    }
+}
+
+/// A filter to be shown, and why.
+struct Chosen {
+    unit: usize,
+    filter: usize,
+    variance: f64,
+    rule: String,
+}
+
+/// The filters to be shown, by rule: among the depthwise layers, and among all others, the filter with the lowest
+/// running variance, and beside it the filter with the median running variance of the same layer.
+fn choose(network: &Network) -> Result<Vec<Chosen>> {
+    let mut chosen = Vec::new();
+    for (depthwise, which) in [(true, "depthwise layers"), (false, "other layers")] {
+        let mut lowest: Option<(usize, Vec<(f32, usize)>)> = None;
+        for (i, unit) in network.units.iter().enumerate() {
+            let Some(norm) = unit.batch_norm() else { continue };
+            if matches!(unit.kernel, Kernel::Depthwise { .. }) != depthwise {
+                continue;
+            }
+            let values = norm.variance.to_vec1::<f32>()?;
+            let mut sorted: Vec<(f32, usize)> = values.into_iter().zip(0..).collect();
+            sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
+            if lowest.as_ref().is_none_or(|(_, best)| sorted[0].0 < best[0].0) {
+                lowest = Some((i, sorted));
+            }
+        }
+        let Some((unit, sorted)) = lowest else {
+            bail!("the network has no {which} with batch normalization")
+        };
+        for (place, rule) in
+            [(0, format!("lowest V of all {which}")), (sorted.len() / 2, "median V of the same layer".into())]
+        {
+            let (variance, filter) = sorted[place];
+            chosen.push(Chosen { unit, filter, variance: variance.into(), rule });
+        }
+    }
+    Ok(chosen)
+}
+
+/// What the chosen filters give on `images` `[N, H, W, C]`: the output of the convolution, and what normalization
+/// with the running statistics and the activation make of it.
+fn observe(network: &Network, chosen: &[Chosen], images: &Tensor) -> Result<Vec<FilterOutputs>> {
+    let mut outputs: Vec<Vec<f32>> = vec![Vec::new(); chosen.len()];
+    network.forward_observed(images, &mut |unit, z, _| {
+        for (chosen, output) in chosen.iter().zip(&mut outputs).filter(|(chosen, _)| chosen.unit == unit) {
+            let last = z.rank() - 1;
+            *output = z.narrow(last, chosen.filter, 1)?.flatten_all()?.to_vec1()?;
+        }
+        Ok(())
+    })?;
+    let mut activations = Vec::new();
+    for (chosen, output) in chosen.iter().zip(&outputs) {
+        let unit = &network.units[chosen.unit];
+        let norm = unit.batch_norm().context("a filter without batch normalization was chosen")?;
+        let (scale, shift) = norm.affine(network.epsilon)?;
+        let at = |t: Tensor| -> Result<f32> { Ok(t.get(chosen.filter)?.to_scalar()?) };
+        let (scale, shift) = (at(scale)?, at(shift)?);
+        let activation = |&z: &f32| unit.activation.apply(scale * z + shift);
+        activations.push(output.iter().map(activation).collect::<Vec<f32>>());
+    }
+    // The filters of a layer on one scale, or a constant would look like anything else.
+    let together = |values: &[Vec<f32>], unit: usize| {
+        let of_layer = chosen.iter().zip(values).filter(|(chosen, _)| chosen.unit == unit);
+        span(of_layer.flat_map(|(_, values)| values.iter().copied()))
+    };
+    Ok(chosen
+        .iter()
+        .enumerate()
+        .map(|(i, c)| FilterOutputs {
+            layer: network.units[c.unit].name.clone(),
+            filter: c.filter,
+            rule: c.rule.clone(),
+            variance: c.variance,
+            convolution: Histogram::of(&outputs[i], together(&outputs, c.unit), BINS),
+            activation: Histogram::of(&activations[i], together(&activations, c.unit), BINS),
+        })
+        .collect())
+}
+
+/// The lowest and the highest value; a little apart if they are the same.
+fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
+    let (low, high) =
+        values.fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
+    let (low, high) = (f64::from(low), f64::from(high));
+    if low < high { (low, high) } else { (low - 0.5, low + 0.5) }
+}
+
+/// Writes pictures, CSV, the settings, the stages and a description to `folder`; gives the description.
+fn write(
+    figures: &[Figure],
+    profile: &Profile,
+    data: &Dataset,
+    provenance: &Provenance,
+    folder: &Path,
+) -> Result<String> {
+    let (mut outputs, mut variances) = (Vec::new(), Vec::new());
+    let mut text = String::from("# Figure 3: filters of low and of ordinary running variance\n\n");
+    let images = data.test.len().min(IMAGES);
+    text += &format!(
+        "The pre-trained networks of profile `{}` see the first {images} test images. Shown are, among the depthwise \
+         layers and among all others, the filter with the lowest running variance V, and the filter with the median V \
+         of the same layer. Normalization uses the running statistics, as in evaluation.\n\n",
+        profile.name
+    );
+    text += "| network | layer | filter | V | chosen as | convolution: mean, std | after activation: mean, std |\n";
+    text += "|---|---|--:|--:|---|---|---|\n";
+    for figure in figures {
+        let model = figure.config.version.name();
+        let caption = |what: &str, shown: &str| {
+            let profile = format!("profile {}", profile.name);
+            let network = format!("pre-trained, top-1 {:.2} %", figure.outcome.evaluation.top1_percent);
+            let more = [profile.as_str(), &network, shown];
+            let width = figure.config.width;
+            Caption::of_network(what, (model, width), &data.name, &more, figure.threshold)
+        };
+        let path = |what: &str, extension: &str| folder.join(format!("{what}_{model}.{extension}"));
+        let shown = format!("first {images} test images");
+        histogram::plot_outputs(
+            &figure.filters,
+            &caption("what filters of low and of ordinary variance give", &shown),
+            &path("outputs", "svg"),
+            &path("outputs", "png"),
+        )?;
+        histogram::plot_variances(
+            &figure.layers,
+            &caption("running variances of every layer", "after the last epoch"),
+            &path("variances", "svg"),
+            &path("variances", "png"),
+        )?;
+        outputs.extend(OutputRow::all(model, &figure.filters, figure.threshold));
+        variances.extend(VarianceRow::all(model, &figure.layers, figure.threshold));
+        for f in &figure.filters {
+            let both = |h: &Histogram| format!("{:.3e}, {:.1e}", h.mean, h.deviation);
+            text += &format!(
+                "| {model} | {} | {} | {:.1e} | {} | {} | {} |\n",
+                f.layer,
+                f.filter,
+                f.variance,
+                f.rule,
+                both(&f.convolution),
+                both(&f.activation)
+            );
+        }
+    }
+    text.push('\n');
+    for figure in figures {
+        let low: usize = figure.layers.iter().map(|layer| layer.low(figure.threshold)).sum();
+        let filters: usize = figure.layers.iter().map(|layer| layer.values.len()).sum();
+        text += &format!(
+            "- {} ×{} (stage {}): {low} of {filters} filters have V < τ = {:.0e}.\n",
+            figure.config.version.name(),
+            figure.config.width,
+            figure.outcome.key,
+            figure.threshold
+        );
+    }
+    text += &format!(
+        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {} ({} training, {} test images)\n- Data behind the \
+         pictures: `outputs.csv`, `variances.csv`; settings: `profile.toml`; training of the networks: `stages.json`\n",
+        provenance.command,
+        provenance.git_commit,
+        provenance.device,
+        data.name,
+        data.source,
+        data.train.len(),
+        data.test.len()
+    );
+    histogram::write_rows(&outputs, &folder.join("outputs.csv"))?;
+    histogram::write_rows(&variances, &folder.join("variances.csv"))?;
+    report::write_text(&text, &folder.join("figure3.md"))?;
+    report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
+    let stages: Vec<&Outcome> = figures.iter().map(|figure| &figure.outcome).collect();
+    report::write_text(&serde_json::to_string_pretty(&stages)?, &folder.join("stages.json"))?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use models::{Input, Norm, Version};
+
+    /// Steps of training, all on the same images and without a change of the weights.
+    const STEPS: i32 = 10;
+
+    /// A network whose running variances have moved towards those of its outputs on `images`, with one dead
+    /// depthwise filter.
+    fn network(images: &Tensor) -> Network {
+        let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
+        let mut network = config.init(1, &Device::Cpu).unwrap();
+        let dead = network.units.iter_mut().find(|u| u.name == "blocks.3.depthwise").unwrap();
+        let keep: Vec<f32> = (0..dead.filters()).map(|j| if j == 5 { 0.0 } else { 1.0 }).collect();
+        dead.weight = dead.weight.broadcast_mul(&Tensor::new(keep, &Device::Cpu).unwrap()).unwrap();
+        for _ in 0..STEPS {
+            network.forward_train(images, models::Step { range_momentum: 0.1 }).unwrap();
+        }
+        network
+    }
+
+    #[test]
+    fn the_dead_filter_is_chosen_and_constant_and_the_other_is_as_normalized() {
+        let data = Arc::new(datasets::synthetic(40, 40, 3).unwrap());
+        let images = test_batches(&data, 20).next().unwrap().unwrap().images;
+        let network = network(&images);
+        let chosen = choose(&network).unwrap();
+        let names: Vec<(&str, &str)> =
+            chosen.iter().map(|c| (network.units[c.unit].name.as_str(), c.rule.as_str())).collect();
+        assert_eq!(names[0], ("blocks.3.depthwise", "lowest V of all depthwise layers"));
+        assert_eq!(names[1], ("blocks.3.depthwise", "median V of the same layer"));
+        assert!(!names[2].0.ends_with("depthwise") && names[2].0 == names[3].0, "{names:?}");
+        assert_eq!(chosen[0].filter, 5);
+        let Norm::Batch(norm) = &network.units[chosen[1].unit].norm else {
+            panic!("a new network is normalized")
+        };
+        let variances = norm.variance.to_vec1::<f32>().unwrap();
+        let below = variances.iter().filter(|v| f64::from(**v) < chosen[1].variance).count();
+        assert_eq!(below, variances.len() / 2);
+
+        let shown = observe(&network, &chosen, &images).unwrap();
+        let [dead, ordinary] = [&shown[0], &shown[1]];
+        assert_eq!(
+            (dead.convolution.mean, dead.convolution.deviation, dead.activation.deviation),
+            (0.0, 0.0, 0.0)
+        );
+        assert_eq!(dead.convolution.counts.iter().filter(|n| **n > 0).count(), 1);
+        assert_eq!(
+            (dead.convolution.low, dead.convolution.high),
+            (ordinary.convolution.low, ordinary.convolution.high)
+        );
+        // The running variance began with 1, of which a tenth went in every step, and is unbiased.
+        let began = 0.9f64.powi(STEPS);
+        let count = |h: &Histogram| h.counts.iter().sum::<u64>();
+        let n = count(&ordinary.convolution) as f64;
+        let biased = (ordinary.variance - began) / (1.0 - began) * (n - 1.0) / n;
+        let ratio = ordinary.convolution.deviation.powi(2) / biased;
+        assert!((ratio - 1.0).abs() < 1e-3, "variance of the outputs is {ratio} of that in training");
+        let (low, high) = (ordinary.activation.low, ordinary.activation.high);
+        assert!(low == 0.0 && high > 0.5 && high <= 6.0, "ReLU6 gave {low} to {high}");
+        // 20 images; the map's size cancels out.
+        assert!(count(&dead.activation) == count(&ordinary.convolution) && count(&dead.activation) % 20 == 0);
+    }
+}

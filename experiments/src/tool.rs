@@ -1,0 +1,61 @@
+//! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation.
+
+mod data;
+mod eval;
+mod macs;
+mod network;
+mod prune;
+mod text;
+mod variance;
+
+use crate::process;
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Command line of the tool.
+#[derive(Debug, Parser)]
+#[command(
+    name = "pfq",
+    version,
+    about = "Filter pre-pruning for quantization (PfQ) of a network in a file",
+    after_help = "FILE is a network that this project wrote (.safetensors, the structure is in it), or public weights \
+                  of MobileNetV1 or V2 named as torchvision or timm name them (.safetensors, or .pth and .pt as \
+                  torch.save writes them).\n\n\
+                  Example: pfq prune mobilenet_v2.pth pruned.safetensors"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Variance(variance::Variance),
+    Prune(prune::Prune),
+    Macs(macs::Macs),
+    Eval(eval::Eval),
+}
+
+impl Cli {
+    /// Does what was asked for; gives what is to be printed.
+    ///
+    /// # Errors
+    /// When a file can't be read as a network or written, or an argument does not fit it.
+    pub fn run(&self) -> Result<String> {
+        match &self.command {
+            Command::Variance(command) => command.run(),
+            Command::Prune(command) => command.run(),
+            Command::Macs(command) => command.run(),
+            Command::Eval(command) => command.run(),
+        }
+    }
+}
+
+/// Runs the tool's binary.
+pub fn main() -> Result<()> {
+    let cli = Cli::parse();
+    process::run(|| {
+        print!("{}", cli.run()?);
+        Ok(())
+    })
+}

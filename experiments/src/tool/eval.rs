@@ -1,0 +1,44 @@
+use super::data;
+use super::network::NetworkFile;
+use crate::progress::duration;
+use anyhow::Result;
+use clap::Args;
+use std::time::Instant;
+
+/// Measures the top-1 accuracy and the loss on test images
+#[derive(Debug, Args)]
+#[command(after_help = "Example: pfq eval pruned.safetensors --data data/cifar-100-binary\n\n\
+                  The images are normalized with the mean and standard deviation of the training images, as in the \
+                  project's own training.")]
+pub(super) struct Eval {
+    #[command(flatten)]
+    network: NetworkFile,
+
+    /// CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a folder with
+    /// the official files
+    #[arg(long, value_name = "WHERE", default_value = "auto")]
+    data: String,
+
+    /// Take only so many test images, spread over the classes
+    #[arg(long, value_name = "IMAGES")]
+    limit: Option<usize>,
+}
+
+impl Eval {
+    pub fn run(&self) -> Result<String> {
+        let (network, mut text) = self.network.open()?;
+        let data = data::load(&self.data, self.limit, &network)?;
+        let started = Instant::now();
+        let evaluation = train::evaluate(&network, &data)?;
+        text += &format!(
+            "{} from {}: {} test images in {}\ntop-1 {:.2} %, loss {:.4}\n",
+            data.name,
+            data.source,
+            data.test.len(),
+            duration(started.elapsed().as_secs_f64()),
+            evaluation.top1_percent,
+            evaluation.loss
+        );
+        Ok(text)
+    }
+}

@@ -1,0 +1,131 @@
+//! The network that a command is about.
+
+use super::text::millions;
+use anyhow::{Result, bail};
+use candle_core::Device;
+use clap::{Args, ValueEnum};
+use kernels::Activation;
+use models::{Import, Input, Network, Origin, Version};
+use std::path::PathBuf;
+
+/// A file with a network, and what its tensors don't tell.
+#[derive(Debug, Args)]
+pub(super) struct NetworkFile {
+    /// The network: .safetensors, or .pth and .pt as torch.save writes them
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// What public weights are; found out from the tensors' names if not given
+    #[arg(long, value_enum, help_heading = "Public weights")]
+    arch: Option<Arch>,
+
+    /// Their width multiplier; found out from the tensors' shapes if not given
+    #[arg(long, value_name = "FACTOR", help_heading = "Public weights")]
+    width: Option<f64>,
+
+    /// Their number of classes; found out from the classifier if not given
+    #[arg(long, value_name = "N", help_heading = "Public weights")]
+    classes: Option<usize>,
+
+    /// Their strides, which no tensor tells: those for 224×224 images (imagenet, if not given) or for 32×32 (cifar)
+    #[arg(long, value_enum, help_heading = "Public weights")]
+    strides: Option<Strides>,
+
+    /// Their activation, which no tensor tells: relu6 if not given
+    #[arg(long, value_enum, help_heading = "Public weights")]
+    activation: Option<Phi>,
+
+    /// The ε of their batch normalization, which no tensor tells: 1e-5 if not given
+    #[arg(long, value_name = "ε", help_heading = "Public weights")]
+    epsilon: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Arch {
+    #[value(name = "mobilenet_v1")]
+    MobilenetV1,
+    #[value(name = "mobilenet_v2")]
+    MobilenetV2,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Strides {
+    Imagenet,
+    Cifar,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Phi {
+    Relu6,
+    Relu,
+}
+
+impl NetworkFile {
+    /// Reads the network; gives a line that says what it is, too.
+    pub fn open(&self) -> Result<(Network, String)> {
+        let default = Import::default();
+        if let Some(width) = self.width.filter(|w| !(*w > 0.0 && *w <= 4.0)) {
+            bail!("--width {width}: expected more than 0, at most 4");
+        }
+        if let Some(epsilon) = self.epsilon.filter(|e| !(*e > 0.0 && *e < 1.0)) {
+            bail!("--epsilon {epsilon}: expected more than 0, less than 1");
+        }
+        let import = Import {
+            version: self.arch.map(|arch| match arch {
+                Arch::MobilenetV1 => Version::V1,
+                Arch::MobilenetV2 => Version::V2,
+            }),
+            width: self.width,
+            classes: self.classes,
+            input: match self.strides {
+                Some(Strides::Cifar) => Input::Cifar,
+                Some(Strides::Imagenet) => Input::Imagenet,
+                None => default.input,
+            },
+            activation: match self.activation {
+                Some(Phi::Relu) => Activation::Relu,
+                Some(Phi::Relu6) => Activation::Relu6,
+                None => default.activation,
+            },
+            epsilon: self.epsilon.unwrap_or(default.epsilon),
+        };
+        let (network, origin) = Network::open(&self.file, &import, &Device::Cpu)?;
+        let what = match origin {
+            Origin::Own => {
+                self.refuse_description()?;
+                network.name.clone()
+            }
+            Origin::Public { naming, config } => {
+                format!("{}, width {}, named as in {}", network.name, config.width, naming.name())
+            }
+        };
+        let [height, width, _] = network.input;
+        let line = format!(
+            "{}: {what}; {} classes, {height}×{width} images, {} M MACs, {} M weights\n",
+            self.file.display(),
+            network.classes(),
+            millions(network.macs()),
+            millions(network.weights()),
+        );
+        Ok((network, line))
+    }
+
+    /// A file of our own says all of this itself.
+    fn refuse_description(&self) -> Result<()> {
+        let given = [
+            ("--arch", self.arch.is_some()),
+            ("--width", self.width.is_some()),
+            ("--classes", self.classes.is_some()),
+            ("--strides", self.strides.is_some()),
+            ("--activation", self.activation.is_some()),
+            ("--epsilon", self.epsilon.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => bail!(
+                "{flag} is about public weights, but {} says itself what it is: leave {flag} out",
+                self.file.display()
+            ),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,86 @@
+use super::network::NetworkFile;
+use super::text::{millions, table};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use models::Extras;
+use pfq::{PfQ, Report};
+use std::path::PathBuf;
+
+/// Removes filters whose running variance is below τ, keeps their constants, and writes the smaller network
+#[derive(Debug, Args)]
+#[command(after_help = "Example: pfq prune mobilenet_v2.pth pruned.safetensors --threshold 1e-5\n\n\
+                  The written file has the structure beside the tensors: it can be read as it is by every command. \
+                  What was removed stands in its metadata, too, under `pfq`.")]
+pub(super) struct Prune {
+    #[command(flatten)]
+    network: NetworkFile,
+
+    /// Where the pruned network goes: a .safetensors file
+    #[arg(value_name = "OUT")]
+    out: PathBuf,
+
+    /// Filters whose running variance is below it go; the ε of batch normalization if not given
+    #[arg(long, value_name = "τ")]
+    threshold: Option<f64>,
+
+    /// Do not add the constants of the removed filters to what reads them ("PfQ w/o bias correction")
+    #[arg(long)]
+    no_bias_correction: bool,
+}
+
+impl Prune {
+    pub fn run(&self) -> Result<String> {
+        let out = self.out.display();
+        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
+            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
+        }
+        if self.out.exists() && self.out.canonicalize()? == self.network.file.canonicalize()? {
+            bail!("{out} is the file that is read: give another name, so that the unpruned network stays");
+        }
+        let (network, mut text) = self.network.open()?;
+        let method = PfQ { threshold: self.threshold, bias_correction: !self.no_bias_correction };
+        let (pruned, report) = method.apply(&network)?;
+        let mut extras = Extras::default();
+        extras.metadata.insert("pfq".into(), serde_json::to_string(&report)?);
+        pruned.save(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
+        text += &described(&report);
+        text += &format!("written to {out}\n");
+        Ok(text)
+    }
+}
+
+fn described(report: &Report) -> String {
+    let concerned = report.layers.iter().filter(|layer| layer.low > 0 || layer.removed > 0);
+    let rows: Vec<Vec<String>> = concerned
+        .map(|l| vec![l.name.clone(), l.filters.to_string(), l.low.to_string(), l.removed.to_string()])
+        .collect();
+    let sum = |f: fn(&pfq::LayerReport) -> usize| report.layers.iter().map(f).sum::<usize>();
+    let mut text = String::new();
+    if !rows.is_empty() {
+        text += &table(&["layer", "filters", "below τ", "removed"], &rows);
+    }
+    text += &format!(
+        "{} of {} filters have a running variance below τ = {:.0e}; {} filters removed\n",
+        sum(|l| l.low),
+        sum(|l| l.filters),
+        report.threshold,
+        sum(|l| l.removed)
+    );
+    if report.low_in_part > 0 {
+        text += &format!(
+            "{} channels stay that are low in a part of the layers that shortcuts add up\n",
+            report.low_in_part
+        );
+    }
+    if report.kept_as_last > 0 {
+        text += &format!("{} channels stay as the last ones of their layers\n", report.kept_as_last);
+    }
+    text + &format!(
+        "weights {} → {} M, {:.2} % pruned\nMACs {} → {} M\n",
+        millions(report.weights_before),
+        millions(report.weights_after),
+        report.weights_pruned_percent(report.weights_before),
+        millions(report.macs_before),
+        millions(report.macs_after)
+    )
+}

@@ -1,0 +1,39 @@
+//! Tables and numbers on the terminal.
+
+/// Columns under a heading: the first one to the left, the others to the right.
+pub(super) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
+    let heading: Vec<String> = heading.iter().map(|cell| cell.to_string()).collect();
+    let all = || std::iter::once(&heading).chain(rows);
+    let wide: Vec<usize> = (0..heading.len())
+        .map(|column| all().map(|row| row[column].chars().count()).max().unwrap_or(0))
+        .collect();
+    let mut text = String::new();
+    for row in all() {
+        for (column, cell) in row.iter().enumerate() {
+            let wide = wide[column];
+            text += &if column == 0 { format!("{cell:<wide$}") } else { format!("  {cell:>wide$}") };
+        }
+        text.truncate(text.trim_end().len());
+        text.push('\n');
+    }
+    text
+}
+
+/// In millions, with two decimals.
+pub(super) fn millions(count: u64) -> String {
+    format!("{:.2}", count as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_stand_under_each_other() {
+        let rows = [["stem", "32"], ["blocks.0.depthwise", "7"]].map(|row| row.map(String::from).to_vec());
+        let expect =
+            "layer               filters\nstem                     32\nblocks.0.depthwise        7\n";
+        assert_eq!(table(&["layer", "filters"], &rows), expect);
+        assert_eq!(millions(300_774_272), "300.77");
+    }
+}

@@ -1,0 +1,116 @@
+use super::network::NetworkFile;
+use super::text::table;
+use anyhow::{Result, bail};
+use clap::Args;
+use models::Network;
+use report::histogram::{self, Caption, Variances};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Shows the running variances of every layer, and how many filters are below τ
+#[derive(Debug, Args)]
+#[command(after_help = "Example: pfq variance mobilenet_v2.pth --plot variances.svg --csv variances.csv")]
+pub(super) struct Variance {
+    #[command(flatten)]
+    network: NetworkFile,
+
+    /// Filters whose running variance is below it count as low; the ε of batch normalization if not given
+    #[arg(long, value_name = "τ")]
+    threshold: Option<f64>,
+
+    /// Draw the histogram of every layer, as FILE.svg and as FILE.png
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+
+    /// Write the running variance of every filter
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+}
+
+/// One filter: one line of the CSV file.
+#[derive(Serialize)]
+struct FilterRow<'a> {
+    layer: &'a str,
+    filter: usize,
+    running_variance: f32,
+    below_threshold: bool,
+}
+
+impl Variance {
+    pub fn run(&self) -> Result<String> {
+        let (network, line) = self.network.open()?;
+        let threshold = threshold(self.threshold, &network)?;
+        let layers: Vec<Variances> = pfq::variances(&network)?
+            .into_iter()
+            .map(|layer| Variances { layer: layer.layer, values: layer.variance })
+            .collect();
+        if layers.is_empty() {
+            bail!("{}: no batch normalization is left, it has been folded", self.network.file.display());
+        }
+        let rows: Vec<Vec<String>> = layers.iter().map(|layer| row(layer, threshold)).collect();
+        let low: usize = layers.iter().map(|layer| layer.low(threshold)).sum();
+        let filters: usize = layers.iter().map(|layer| layer.values.len()).sum();
+        let mut text = line;
+        text += &table(&["layer", "filters", "below τ", "lowest", "median", "highest"], &rows);
+        text += &format!("{low} of {filters} filters have a running variance below τ = {threshold:.0e}\n");
+        if let Some(path) = &self.csv {
+            let filters = |layer: &'_ Variances| -> Vec<(usize, f32)> {
+                layer.values.iter().copied().enumerate().collect()
+            };
+            let rows: Vec<FilterRow> = layers
+                .iter()
+                .flat_map(|layer| filters(layer).into_iter().map(move |filter| (layer, filter)))
+                .map(|(layer, (filter, running_variance))| FilterRow {
+                    layer: &layer.layer,
+                    filter,
+                    running_variance,
+                    below_threshold: f64::from(running_variance) < threshold,
+                })
+                .collect();
+            histogram::write_rows(&rows, path)?;
+            text += &format!("written to {}\n", path.display());
+        }
+        if let Some(path) = &self.plot {
+            let (svg, png) = (path.with_extension("svg"), path.with_extension("png"));
+            let file = self.network.file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+            let caption = Caption {
+                title: format!("Running variances of {file}"),
+                subtitle: format!("{}, {} classes", network.name, network.classes()),
+                threshold,
+            };
+            histogram::plot_variances(&layers, &caption, &svg, &png)?;
+            text += &format!("drawn in {} and {}\n", svg.display(), png.display());
+        }
+        Ok(text)
+    }
+}
+
+/// τ: what was asked for, or the network's ε.
+fn threshold(wanted: Option<f64>, network: &Network) -> Result<f64> {
+    match wanted {
+        Some(t) if !(t.is_finite() && t > 0.0) => {
+            bail!("--threshold {t}: expected a positive number, such as 1e-5")
+        }
+        _ => Ok(wanted.unwrap_or(network.epsilon)),
+    }
+}
+
+fn row(layer: &Variances, threshold: f64) -> Vec<String> {
+    let mut sorted = layer.values.clone();
+    sorted.sort_by(f32::total_cmp);
+    let shown = |value: f32| {
+        let plain = value == 0.0 || (1e-3..1e4).contains(&value);
+        if plain { format!("{value:.3}") } else { format!("{value:.1e}") }
+    };
+    vec![
+        layer.layer.clone(),
+        sorted.len().to_string(),
+        match layer.low(threshold) {
+            0 => String::new(),
+            low => low.to_string(),
+        },
+        shown(sorted[0]),
+        shown(sorted[sorted.len() / 2]),
+        shown(sorted[sorted.len() - 1]),
+    ]
+}

@@ -1,0 +1,173 @@
+//! The tool `pfq` from end to end, on a checkpoint that torchvision wrote.
+//!
+//! It is `crates/models/tests/import/torchvision_v2.pth`: MobileNetV2 of width 0.1 with random weights, in which
+//! seven filters are planted that give next to a constant.
+
+use candle_core::{Device, Tensor};
+use models::{Import, Network, Origin};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/models/tests/import").join(name)
+}
+
+/// What the tool prints; it must succeed.
+#[track_caller]
+fn run(arguments: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_pfq")).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The tool must fail with a message that has all of `parts`.
+#[track_caller]
+fn check_error(arguments: &[&str], parts: &[&str]) {
+    let output = Command::new(env!("CARGO_BIN_EXE_pfq")).args(arguments).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{arguments:?} succeeded");
+    for part in parts {
+        assert!(error.contains(part), "{arguments:?}: {error:?} lacks {part:?}");
+    }
+}
+
+fn open(path: &Path) -> (Network, Origin) {
+    Network::open(path, &Import::default(), &Device::Cpu).unwrap()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+/// Logits before and after pruning at τ = ε, of order 1. What is removed varies by 1e-8 and is normalized to 3e-6
+/// of its usual size; the rest is rounding in float32.
+const TOLERANCE: f32 = 1e-4;
+
+#[test]
+fn pruning_a_torchvision_checkpoint_keeps_its_outputs() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, out) = (fixture("torchvision_v2.pth"), folder.path().join("pruned.safetensors"));
+    let (input_text, out_text) = (input.to_str().unwrap(), out.to_str().unwrap());
+    let text = run(&["prune", input_text, out_text]);
+    let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+    // Layer, filters, below τ, removed; the planted channel of blocks 3 to 5 is low in all three.
+    for row in [
+        ["blocks.2.expand", "48", "0", "1"],
+        ["blocks.2.depthwise", "48", "1", "1"],
+        ["blocks.3.project", "8", "1", "1"],
+        ["blocks.4.project", "8", "1", "1"],
+        ["blocks.5.expand", "48", "1", "1"],
+        ["blocks.5.project", "8", "1", "1"],
+        ["blocks.11.project", "16", "1", "0"],
+        ["last", "1280", "1", "1"],
+    ] {
+        assert!(rows.iter().any(|found| found == &row), "{text} lacks {row:?}");
+    }
+    assert!(text.contains("1 channels stay that are low in a part"), "{text}");
+
+    let images = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu).unwrap();
+    let (before, _) = open(&input);
+    let (after, origin) = open(&out);
+    assert_eq!(origin, Origin::Own);
+    assert!(after.macs() < before.macs() && after.weights() < before.weights());
+    let (whole, pruned) =
+        (before.forward(&images["images"]).unwrap(), after.forward(&images["images"]).unwrap());
+    assert!(distance(&whole, &pruned) < TOLERANCE, "off by {}", distance(&whole, &pruned));
+    // And so are those of torchvision itself.
+    assert!(distance(&images["torchvision_v2"], &pruned) < TOLERANCE);
+
+    // The constants do matter: without them the outputs are others.
+    let bare = folder.path().join("bare.safetensors");
+    run(&["prune", input_text, bare.to_str().unwrap(), "--no-bias-correction"]);
+    let bare = open(&bare).0.forward(&images["images"]).unwrap();
+    assert!(distance(&whole, &bare) > 100.0 * TOLERANCE, "off by {}", distance(&whole, &bare));
+
+    // The pruned file can be read by every command, and has nothing left to prune but what is tied.
+    let again = run(&["variance", out_text]);
+    assert!(again.contains("1 of ") && again.contains("below τ = 1e-5"), "{again}");
+    let macs = run(&["macs", out_text, "--size", "64"]);
+    let total = macs.lines().last().unwrap();
+    assert!(total.contains("64×64") && total.contains("M weights"), "{total}");
+    let at_64 = |mut network: Network| {
+        network.input = [64, 64, 3];
+        network.macs()
+    };
+    assert!(total.contains(&format!("({})", at_64(after))), "{total}");
+}
+
+#[test]
+fn variances_are_shown_drawn_and_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let input = fixture("torchvision_v2.pth");
+    let text = run(&[
+        "variance",
+        input.to_str().unwrap(),
+        "--csv",
+        &path("v.csv"),
+        "--plot",
+        &path("v.svg"),
+        "--threshold",
+        "1e-6",
+    ]);
+    assert!(text.contains("mobilenet_v2, width 0.1, named as in torchvision; 10 classes"), "{text}");
+    // The seven planted ones, and the depthwise filter that reads a planted zero.
+    assert!(text.contains("8 of ") && text.contains("τ = 1e-6"), "{text}");
+    let csv = std::fs::read_to_string(path("v.csv")).unwrap();
+    assert_eq!(csv.lines().next(), Some("layer,filter,running_variance,below_threshold"));
+    let filters: usize = open(&input).0.units.iter().map(|u| u.filters()).sum();
+    assert_eq!(csv.lines().count(), 1 + filters);
+    assert_eq!(csv.lines().filter(|line| line.ends_with("true")).count(), 8);
+    assert!(std::fs::read_to_string(path("v.svg")).unwrap().contains("torchvision_v2.pth"));
+    assert!(std::fs::read(path("v.png")).unwrap().starts_with(b"\x89PNG"));
+}
+
+/// A network with the strides for CIFAR is evaluated before and after pruning, to the same accuracy.
+#[test]
+fn evaluation_before_and_after_pruning_agrees() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    // Ten classes more than once make the hundred of the data.
+    let (mut network, _) = Network::open(
+        &fixture("torchvision_v2.pth"),
+        &Import { input: models::Input::Cifar, ..Import::default() },
+        &Device::Cpu,
+    )
+    .unwrap();
+    let rows: Vec<Tensor> =
+        (0..10).map(|i| (&network.head.weight * (1.0 + 0.05 * f64::from(i))).unwrap()).collect();
+    network.head.weight = Tensor::cat(&rows, 1).unwrap();
+    network.head.bias = Tensor::cat(&vec![network.head.bias.clone(); 10], 0).unwrap();
+    network.save(Path::new(&path("net.safetensors")), &models::Extras::default()).unwrap();
+    run(&["prune", &path("net.safetensors"), &path("pruned.safetensors")]);
+    let eval = |name: &str| {
+        let text = run(&["eval", &path(name), "--data", "synthetic", "--limit", "200"]);
+        assert!(text.contains("200 test images"), "{text}");
+        let line = text.lines().find(|line| line.starts_with("top-1")).unwrap().to_string();
+        let (top1, loss) = line.split_once(" %, loss ").unwrap();
+        (top1.to_string(), loss.parse::<f64>().unwrap())
+    };
+    let (before, after) = (eval("net.safetensors"), eval("pruned.safetensors"));
+    assert_eq!(before.0, after.0);
+    assert!((before.1 - after.1).abs() < 2e-4, "loss {} and {}", before.1, after.1);
+}
+
+#[test]
+fn errors_say_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = fixture("torchvision_v2.pth");
+    let input = input.to_str().unwrap();
+    let own = folder.path().join("own.safetensors");
+    let own = own.to_str().unwrap();
+    run(&["prune", input, own]);
+    check_error(&["prune", input, "out.pth"], &["out.pth", ".safetensors"]);
+    check_error(&["prune", own, own], &["is the file that is read"]);
+    check_error(&["prune", input, own, "--threshold", "0"], &["τ = 0", "positive"]);
+    check_error(&["variance", input, "--threshold=-1"], &["--threshold -1", "positive"]);
+    check_error(&["macs", own, "--width", "0.5"], &["--width", "leave --width out"]);
+    check_error(&["macs", input, "--width", "1"], &["of width 1 ", "features.0.0.weight", "instead of"]);
+    check_error(&["macs", input, "--arch", "mobilenet_v1"], &["mobilenet_v2", "mobilenet_v1"]);
+    check_error(&["macs", "absent.pth"], &["absent.pth", "could not be read"]);
+    check_error(&["eval", own, "--data", "synthetic"], &["224×224", "32×32"]);
+    check_error(&["eval", input, "--data", "synthetic", "--strides", "cifar"], &["10 classes", "100"]);
+}
