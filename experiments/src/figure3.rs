@@ -34,11 +34,11 @@ pub fn main() -> Result<()> {
 }
 
 fn run(flags: &Flags) -> Result<()> {
+    let (device, device_name) = device::open(&flags.device)?;
     let profile = match &flags.config {
         Some(path) => Profile::read(path)?,
-        None => Profile::named(&flags.profile)?,
+        None => Profile::named(flags.profile(&device))?,
     };
-    let (device, device_name) = device::open(&flags.device)?;
     let mut display = Display::new();
     let data = load(&flags.data, &profile, &mut display)?;
     let names = MODELS.map(|model| model.version().name());
