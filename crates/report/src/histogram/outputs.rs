@@ -72,11 +72,11 @@ impl Chart<'_> {
         let text = format!("filter {}, V = {} {sign}", filter.filter, number(filter.variance));
         canvas.text(&text, (x, 167.0), &INK_PLAIN.sized(13.0))?;
         for (what, histogram, top) in [
-            ("output of the convolution, %", &filter.convolution, 228.0),
+            ("output of the convolution, %", &filter.convolution, 214.0),
             ("after normalization and activation, %", &filter.activation, 472.0),
         ] {
-            canvas.text(what, (x, top - 28.0), &SOFT_PLAIN.sized(13.0))?;
-            let panel = Panel { left: x + 30.0, right: x + wide - 22.0, top, bottom: top + 164.0 };
+            canvas.text(what, (x, top - 18.0), &SOFT_PLAIN.sized(13.0))?;
+            let panel = Panel { left: x + 30.0, right: x + wide - 22.0, top, bottom: top + 158.0 };
             draw_histogram(canvas, histogram, colour, &panel)?;
         }
         Ok(())
@@ -95,7 +95,7 @@ fn draw_histogram<DB: DrawingBackend>(
     let place = |value: f64| {
         panel.left + (panel.right - panel.left) * (value - histogram.low) / (histogram.high - histogram.low)
     };
-    for tick in ticks(0.0, highest.min(100.0), 4.0) {
+    for tick in ticks(0.0, highest.min(100.0), 5.0) {
         let y = height(tick);
         canvas.line(&[(panel.left, y), (panel.right, y)], 1.0, if tick == 0.0 { SOFT } else { GRID })?;
         let style = SOFT_PLAIN.sized(11.0).held(HPos::Right);

@@ -59,7 +59,7 @@ impl Picture for Chart<'_> {
         canvas.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
         self.legend(canvas, 118.0)?;
 
-        let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 172.0, 596.0);
+        let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 172.0, 606.0);
         canvas.text("running variance V", (LEFT, top - 18.0), &SOFT_PLAIN.sized(13.0))?;
         let all = self.layers.iter().map(|layer| bins(&layer.values, tau)).collect::<Vec<_>>();
         let used = || all.iter().flat_map(|bins| bins.keys().copied());
@@ -70,15 +70,21 @@ impl Picture for Chart<'_> {
         let exponent = |bin: i32| edge(bin, tau).log10();
         let (from, to) = (exponent(first).ceil() as i32, exponent(last).floor() as i32);
         let step = 1 + (to - from) / 12;
+        let style = SOFT_PLAIN.sized(12.0).held(HPos::Right);
+        if first == LOWEST {
+            canvas.text("less", (left - 8.0, height(f64::from(first) + 0.5) + 4.0), &style)?;
+        }
         for power in (from..=to).filter(|power| power % step == 0) {
-            let y = height(PER_DECADE * (f64::from(power) - tau.log10()));
+            let bin = PER_DECADE * (f64::from(power) - tau.log10());
+            // The lowest bin has no lower edge.
+            if bin < f64::from(LOWEST) + 2.0 {
+                continue;
+            }
+            let y = height(bin);
             canvas.line(&[(left, y), (right, y)], 1.0, GRID)?;
-            let style = SOFT_PLAIN.sized(12.0).held(HPos::Right);
             canvas.text(&format!("1e{power}"), (left - 8.0, y + 4.0), &style)?;
         }
-        if first == LOWEST {
-            canvas.text("and less", (LEFT, bottom + 2.0), &SOFT_PLAIN.sized(10.0))?;
-        }
+        canvas.line(&[(left, bottom), (right, bottom)], 1.0, SOFT)?;
 
         let wide = (right - left) / self.layers.len().max(1) as f64;
         for (i, (layer, bins)) in self.layers.iter().zip(&all).enumerate() {
@@ -86,7 +92,7 @@ impl Picture for Chart<'_> {
             let most = bins.values().copied().max().unwrap_or(1) as f64;
             for (&bin, &count) in bins {
                 // A single filter is to be seen beside hundreds.
-                let long = (0.9 * wide * count as f64 / most).max(2.5);
+                let long = (0.9 * wide * count as f64 / most).max(3.0);
                 let colour = if bin < 0 { ALARM } else { colour(kind(&layer.layer)) };
                 let (upper, lower) = (height(f64::from(bin + 1)), height(f64::from(bin)));
                 canvas.rectangle((x, upper + 0.5), (x + long, lower), colour)?;
@@ -144,14 +150,14 @@ impl Chart<'_> {
         let mut x = left;
         for block in self.layers.chunk_by(|a, b| block(&a.layer) == block(&b.layer)) {
             let end = x + wide * block.len() as f64;
-            canvas.line(&[(x, top), (x, bottom)], 0.5, SOFT)?;
+            canvas.line(&[(x, top), (x, bottom)], 1.0, GRID)?;
             let name = self::block(&block[0].layer);
             let number = name.rsplit('.').next().unwrap_or(name);
             let style = SOFT_PLAIN.sized(11.0).held(HPos::Center);
             canvas.text(number, ((x + end) / 2.0, bottom + 34.0), &style)?;
             x = end;
         }
-        canvas.line(&[(x, top), (x, bottom)], 0.5, SOFT)?;
+        canvas.line(&[(x, top), (x, bottom)], 1.0, GRID)?;
         let middle = SOFT_PLAIN.sized(13.0).held(HPos::Center);
         canvas.text("block", ((left + x) / 2.0, bottom + 58.0), &middle)
     }
