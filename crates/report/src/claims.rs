@@ -139,10 +139,11 @@ pub struct Comparison {
     pub verdict: Verdict,
 }
 
-/// Values by seed of one comparison.
+/// Values by seed of one comparison, and where the claim says that their mean lies.
 struct Sample {
     cell: String,
     what: String,
+    range: Range,
     values: BTreeMap<u64, f64>,
 }
 
@@ -261,14 +262,13 @@ impl Claim {
         let paper = self.samples(&Published(table));
         let compare = |(ours, paper): (Sample, Sample)| {
             let estimate = Estimate::of(ours.values.into_values());
-            let range = self.range();
             Comparison {
                 cell: ours.cell,
                 what: ours.what,
                 estimate,
-                range,
+                range: ours.range,
                 paper: paper.values.into_values().next(),
-                verdict: Verdict::of(estimate, range),
+                verdict: Verdict::of(estimate, ours.range),
             }
         };
         self.samples(&ours).into_iter().zip(paper).map(compare).collect()
@@ -276,42 +276,33 @@ impl Claim {
 
     /// What the paper's own figures say about it.
     fn paper_says(&self) -> PaperSays {
-        let published: Vec<f64> = self.judge(&[], &[]).iter().filter_map(|of| of.paper).collect();
-        match published.iter().all(|value| self.range().contains(*value)) {
+        let inside = |of: &Comparison| of.paper.map(|value| of.range.contains(value));
+        let published: Vec<bool> = self.judge(&[], &[]).iter().filter_map(inside).collect();
+        match published.iter().all(|inside| *inside) {
             _ if published.is_empty() => PaperSays::Silent,
             true => PaperSays::Agrees,
             false => PaperSays::Contradicts,
         }
     }
 
-    /// Where it says that the value of every comparison lies.
-    fn range(&self) -> Range {
-        match &self.expect {
-            Expect::Rising { or_equal: true, .. } => Range::NOT_NEGATIVE,
-            Expect::Rising { .. } | Expect::LargerGain { .. } => Range::POSITIVE,
-            Expect::Between { from, to, .. } | Expect::FirstPruning { from, to, .. } => {
-                Range::between(*from, *to)
-            }
-            Expect::Published { within, .. } => Range::between(-within, *within),
-        }
-    }
-
-    /// What its figures are, as "points"; empty for none.
+    /// What its figures are, as "points".
     pub fn unit(&self) -> &'static str {
         match &self.expect {
             Expect::Rising { of: Quantity::Macs, .. }
             | Expect::Between { of: Quantity::Macs, .. }
-            | Expect::Published { of: Quantity::Macs, .. } => "M multiply–accumulates",
-            Expect::Between { .. } | Expect::FirstPruning { of: PruningQuantity::LowInDepthwise, .. } => "%",
-            _ => "points",
+            | Expect::Published { of: Quantity::Macs, .. } => "millions of multiply–accumulates",
+            _ if self.signed() => "points",
+            _ => "%",
         }
     }
 
     /// Whether its figures are differences, which are shown with a sign.
     pub fn signed(&self) -> bool {
-        let value = PruningQuantity::LowInDepthwise;
-        !matches!(&self.expect, Expect::Between { .. })
-            && !matches!(&self.expect, Expect::FirstPruning { of, .. } if *of == value)
+        match &self.expect {
+            Expect::Rising { .. } | Expect::LargerGain { .. } => true,
+            Expect::Between { .. } | Expect::Published { .. } => false,
+            Expect::FirstPruning { of, .. } => *of == PruningQuantity::Top1Change,
+        }
     }
 
     /// The values of every comparison, the same ones in the same order for all sources.
@@ -322,10 +313,11 @@ impl Claim {
         let minus = |a: &str, b: &str| format!("{} − {}", method_label(a), method_label(b));
         let cells = self.cells();
         match &self.expect {
-            Expect::Rising { of, methods, .. } => {
+            Expect::Rising { of, methods, or_equal } => {
                 let pair = |cell: Cell, pair: &[String]| Sample {
                     cell: cell.label(),
                     what: minus(&pair[1], &pair[0]),
+                    range: if *or_equal { Range::NOT_NEGATIVE } else { Range::POSITIVE },
                     values: difference(cell, &pair[1], &pair[0], *of),
                 };
                 cells.iter().flat_map(|cell| methods.windows(2).map(|of| pair(*cell, of))).collect()
@@ -341,34 +333,36 @@ impl Claim {
                     (*cell == at).then(|| Sample {
                         cell: model_label(cell.model, 1.0),
                         what: format!("({}) at {} − at {}", minus(method, over), bits(at), bits(than)),
+                        range: Range::POSITIVE,
                         values: differences(&gain(at), &gain(than)),
                     })
                 };
                 cells.iter().filter_map(sample).collect()
             }
-            Expect::Between { of, method, .. } => {
+            Expect::Between { of, method, from, to } => {
                 let sample = |cell: &Cell| Sample {
                     cell: cell.label(),
                     what: method_label(method).into(),
+                    range: Range::between(*from, *to),
                     values: values.get(*cell, method, *of, false),
                 };
                 cells.iter().map(sample).collect()
             }
-            Expect::Published { of, method, .. } => {
+            Expect::Published { of, method, within } => {
                 let published = Published(self.table.as_deref().unwrap_or_default());
                 let sample = |cell: &Cell| {
-                    let theirs =
-                        published.get(*cell, method, *of, true).into_values().next().unwrap_or(f64::NAN);
-                    let ours = values.get(*cell, method, *of, true);
+                    let theirs = published.get(*cell, method, *of, true).into_values().next();
+                    let theirs = theirs.unwrap_or(f64::NAN);
                     Sample {
                         cell: cell.label(),
-                        what: format!("{}: ours − the paper's {theirs}", method_label(method)),
-                        values: ours.into_iter().map(|(seed, ours)| (seed, ours - theirs)).collect(),
+                        what: method_label(method).into(),
+                        range: Range::between(theirs - within, theirs + within),
+                        values: values.get(*cell, method, *of, true),
                     }
                 };
                 cells.iter().map(sample).collect()
             }
-            Expect::FirstPruning { of, .. } => {
+            Expect::FirstPruning { of, from, to } => {
                 let what = match of {
                     PruningQuantity::LowInDepthwise => "depthwise of all low filters",
                     PruningQuantity::Top1Change => "after pruning − before",
@@ -376,6 +370,7 @@ impl Claim {
                 let sample = |model: &&str| Sample {
                     cell: model_label(model, 1.0),
                     what: what.into(),
+                    range: Range::between(*from, *to),
                     values: values.first_pruning(model, *of),
                 };
                 MODELS.iter().filter(|model| self.about(model)).map(sample).collect()

@@ -327,7 +327,7 @@ impl Run {
             }
             ul {
                 @for line in self.document().made { li { (line) } }
-                @for line in data { li { "Data: " (line) } }
+                @for line in data { li { "source: " (line) } }
             }
         }
     }
@@ -406,10 +406,12 @@ fn stage_table(profile: &str, stages: &[StageRecord]) -> Markup {
     )
 }
 
-/// A table in a box of its own that scrolls where it is too wide. A rule divides rows whose first cells differ.
+/// A table in a box of its own that scrolls where it is too wide. A rule divides groups of rows with the same first
+/// cells, where there are any.
 fn table_html(caption: &str, table: &Table) -> Markup {
     let first = |index: usize| table.rows[index].iter().take(2).map(|cell| &cell.text).collect::<Vec<_>>();
-    let begins = |index: usize| index > 0 && first(index) != first(index - 1);
+    let grouped = (1..table.rows.len()).any(|index| first(index) == first(index - 1));
+    let begins = |index: usize| grouped && index > 0 && first(index) != first(index - 1);
     html! {
         div.scroll tabindex="0" role="region" aria-label=(caption) {
             table {

@@ -70,7 +70,7 @@ impl Exhibit {
                 @let (head, numbers, rows) = sheet(lines);
                 @let head: Vec<String> = head.iter().map(|name| name.replace('_', " ")).collect();
                 @let table = Table { head: head.iter().map(String::as_str).zip(numbers).collect(), rows };
-                details open[lines.len() <= LONG.0] {
+                details.long[lines.len() > LONG.0] open[lines.len() <= LONG.0] {
                     summary { (name(path)) " (" (lines.len().saturating_sub(1)) " rows)" }
                     (table_html(&name(path), &table))
                 }

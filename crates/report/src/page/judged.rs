@@ -42,6 +42,7 @@ fn counts(comparisons: &[Comparison]) -> String {
     };
     match comparisons.len() {
         0 | 1 => String::new(),
+        many if all.into_iter().any(|verdict| count(verdict) == many) => format!("all {many}"),
         many => format!("of {many}: {}", all.into_iter().filter_map(word).collect::<Vec<_>>().join(", ")),
     }
 }
@@ -80,7 +81,6 @@ pub(super) fn summary(judged: &[Judged], profiles: &[&str]) -> Markup {
                 thead {
                     tr {
                         th scope="col" { "statement" }
-                        th scope="col" { "where" }
                         @for profile in profiles { th scope="col" { "profile " (profile) } }
                         @if profiles.is_empty() { th scope="col" { "verdict" } }
                     }
@@ -93,8 +93,8 @@ pub(super) fn summary(judged: &[Judged], profiles: &[&str]) -> Markup {
                                 @if claim.paper == PaperSays::Contradicts {
                                     " " span.flag { "The paper’s own figures contradict it." }
                                 }
+                                " " small { (source(claim)) }
                             }
-                            td { (source(claim)) }
                             @for (_, comparisons) in by_profile {
                                 td { (badge(verdict(comparisons))) " " small { (counts(comparisons)) } }
                             }
@@ -149,6 +149,7 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
     // Without any run the paper's figures are shown all the same.
     let nothing = [("–", claim.judge(&[], &[]))];
     let shown: &[(&str, Vec<Comparison>)] = if by_profile.is_empty() { &nothing } else { by_profile };
+    let several = shown.len() > 1;
     html! {
         article.claim #{ "claim-" (claim.id) } {
             h3 { (claim.says) }
@@ -167,14 +168,14 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                     thead {
                         tr {
                             th scope="col" { "network and bits" }
-                            th scope="col" { "profile" }
+                            @if several { th scope="col" { "profile" } }
                             th scope="col" { "compared" }
                             th.number scope="col" { "ours" }
                             th.number scope="col" { "95 % interval" }
                             th.number scope="col" { "seeds" }
                             th.number scope="col" { "paper" }
-                            th scope="col" { span.unseen { "drawing" } }
                             th scope="col" { "verdict" }
+                            th scope="col" { span.unseen { "drawing" } }
                         }
                     }
                     tbody {
@@ -182,14 +183,14 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                             @for (place, of) in comparisons.iter().enumerate() {
                                 tr class=[(index > 0 && place == 0).then_some("begins")] {
                                     th scope="row" { (of.cell) }
-                                    td { (profile) }
-                                    td { (of.what) }
+                                    @if several { td { (profile) } }
+                                    td.what { (of.what) }
                                     td.number { (of.estimate.map_or("–".into(), |of| number(of.mean))) }
                                     td.number { (of.estimate.and_then(|of| of.interval).map_or("–".into(), interval_of(claim))) }
                                     td.number { (of.estimate.map_or(0, |of| of.count)) }
                                     td.number { (of.paper.map_or("–".into(), number)) }
-                                    td { (scale.draw(of)) }
                                     td { (badge(of.verdict)) }
+                                    td { (scale.draw(of)) }
                                 }
                             }
                         }
@@ -215,7 +216,7 @@ struct Scale {
     high: f64,
 }
 
-const WIDE: f64 = 150.0;
+const WIDE: f64 = 130.0;
 const HIGH: f64 = 18.0;
 
 impl Scale {
@@ -230,7 +231,9 @@ impl Scale {
         });
         let (low, high) = values
             .filter(|value| value.is_finite())
-            .fold((0.0f64, 0.0f64), |(low, high), value| (low.min(value), high.max(value)));
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
+        // A claim without any figures has an empty scale, on which nothing is drawn.
+        let (low, high) = if low <= high { (low, high) } else { (0.0, 0.0) };
         let margin = 0.06 * (high - low).max(1e-9);
         Self { low: low - margin, high: high + margin }
     }
@@ -247,7 +250,9 @@ impl Scale {
         html! {
             svg.mark viewBox={ "0 0 " (WIDE) " " (HIGH) } width=(WIDE) height=(HIGH) aria-hidden="true" {
                 rect.where x=(format!("{from:.1}")) y="0" width=(format!("{:.1}", to - from)) height=(HIGH) {}
-                line.zero x1=(place(0.0)) x2=(place(0.0)) y1="0" y2=(HIGH) {}
+                @if self.low < 0.0 && self.high > 0.0 {
+                    line.zero x1=(place(0.0)) x2=(place(0.0)) y1="0" y2=(HIGH) {}
+                }
                 @if let Some((low, high)) = of.estimate.and_then(|of| of.interval) {
                     line.interval x1=(place(low)) x2=(place(high)) y1=(middle) y2=(middle) {}
                 }
