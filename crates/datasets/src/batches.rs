@@ -115,7 +115,7 @@ pub struct Batches {
 
 impl Batches {
     /// `images` images in batches of `batch`, each made by `make` from the positions that it covers.
-    fn start(
+    pub(crate) fn start(
         images: usize,
         batch: usize,
         mut make: impl FnMut(Range<usize>) -> Result<Batch> + Send + 'static,
@@ -147,7 +147,7 @@ impl Batches {
     }
 
     /// Nothing but one error.
-    fn failed(error: Error) -> Batches {
+    pub(crate) fn failed(error: Error) -> Batches {
         Batches { receiver: None, worker: None, failure: Some(error), remaining: 1, last_is_short: false }
     }
 
@@ -157,7 +157,8 @@ impl Batches {
         self
     }
 
-    /// The number of batches still to come, if nothing fails.
+    /// The number of batches still to come, if nothing fails and no batch is passed over because none of its
+    /// images could be read.
     pub fn len(&self) -> usize {
         self.remaining
     }
@@ -193,7 +194,8 @@ impl Iterator for Batches {
         match self.receiver.as_ref().map(Receiver::recv) {
             Some(Ok(Ok(batch))) => {
                 self.remaining -= 1;
-                Some(Ok(batch))
+                // None of its images could be read; whoever left them out tells of it.
+                if batch.labels.elem_count() == 0 { self.next() } else { Some(Ok(batch)) }
             }
             Some(Ok(Err(error))) => self.fail(error),
             Some(Err(_)) | None => {
@@ -204,8 +206,8 @@ impl Iterator for Batches {
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        // A failure ends the iteration early, yet is an item itself.
-        (self.remaining.min(1), Some(self.remaining))
+        // A failure ends the iteration early, and a batch can be passed over.
+        (0, Some(self.remaining))
     }
 }
 
@@ -217,13 +219,13 @@ impl Drop for Batches {
 
 /// What random numbers are for; each purpose has a sequence of its own.
 #[derive(Clone, Copy)]
-enum Purpose {
+pub(crate) enum Purpose {
     Shuffle = 1,
     Augment = 2,
 }
 
 /// The generator of one epoch and purpose.
-fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
+pub(crate) fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&(epoch as u64).to_le_bytes());
@@ -242,18 +244,23 @@ struct View {
 
 /// The normalized value of every byte, per channel: one look-up instead of a conversion, a subtraction and a
 /// division.
-struct Normalization([[f32; 256]; CHANNELS]);
+pub(crate) struct Normalization([[f32; 256]; CHANNELS]);
 
 impl Normalization {
     fn new(data: &Dataset) -> Normalization {
+        Normalization::of(data.mean, data.std)
+    }
+
+    /// The table for this mean and standard deviation, full intensity being 1.
+    pub(crate) fn of(mean: [f32; CHANNELS], std: [f32; CHANNELS]) -> Normalization {
         Normalization(std::array::from_fn(|c| {
-            std::array::from_fn(|value| (value as f32 / 255.0 - data.mean[c]) / data.std[c])
+            std::array::from_fn(|value| (value as f32 / 255.0 - mean[c]) / std[c])
         }))
     }
 
     /// Writes one pixel.
     #[inline]
-    fn pixel(&self, source: &[u8; CHANNELS], target: &mut [f32; CHANNELS]) {
+    pub(crate) fn pixel(&self, source: &[u8; CHANNELS], target: &mut [f32; CHANNELS]) {
         for c in 0..CHANNELS {
             target[c] = self.0[c][usize::from(source[c])];
         }
@@ -404,7 +411,7 @@ mod tests {
         assert_eq!(sizes(test_batches(&data, 50)), [50, 20]);
         let mut batches = train(100);
         batches.next();
-        assert_eq!((batches.len(), batches.size_hint()), (2, (1, Some(2))));
+        assert_eq!((batches.len(), batches.size_hint()), (2, (0, Some(2))));
     }
 
     #[test]
