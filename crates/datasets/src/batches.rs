@@ -128,7 +128,7 @@ enum Maker {
 
 impl Batches {
     /// `images` images in batches of `batch`, each made ahead by `make` from the positions that it covers.
-    fn start(
+    pub(crate) fn start(
         images: usize,
         batch: usize,
         mut make: impl FnMut(Range<usize>) -> Result<Batch> + Send + 'static,
@@ -173,7 +173,7 @@ impl Batches {
     }
 
     /// Nothing but one error.
-    fn failed(error: Error) -> Batches {
+    pub(crate) fn failed(error: Error) -> Batches {
         Batches { maker: Maker::Stopped(Some(error)), remaining: 1, last_is_short: false }
     }
 
@@ -183,7 +183,8 @@ impl Batches {
         self
     }
 
-    /// The number of batches still to come, if nothing fails.
+    /// The number of batches still to come, if nothing fails and no batch is passed over because none of its
+    /// images could be read.
     pub fn len(&self) -> usize {
         self.remaining
     }
@@ -226,7 +227,8 @@ impl Iterator for Batches {
         match made {
             Some(Ok(batch)) => {
                 self.remaining -= 1;
-                Some(Ok(batch))
+                // None of its images could be read; whoever left them out tells of it.
+                if batch.labels.elem_count() == 0 { self.next() } else { Some(Ok(batch)) }
             }
             Some(Err(error)) => self.fail(error),
             None => {
@@ -237,8 +239,8 @@ impl Iterator for Batches {
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        // A failure ends the iteration early, yet is an item itself.
-        (self.remaining.min(1), Some(self.remaining))
+        // A failure ends the iteration early, and a batch can be passed over.
+        (0, Some(self.remaining))
     }
 }
 
@@ -259,13 +261,13 @@ fn no_images() -> Error {
 
 /// What random numbers are for; each purpose has a sequence of its own.
 #[derive(Clone, Copy)]
-enum Purpose {
+pub(crate) enum Purpose {
     Shuffle = 1,
     Augment = 2,
 }
 
 /// The generator of one epoch and purpose.
-fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
+pub(crate) fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&(epoch as u64).to_le_bytes());
@@ -288,14 +290,19 @@ pub(crate) struct Normalization(pub(crate) [[f32; 256]; CHANNELS]);
 
 impl Normalization {
     pub(crate) fn new(data: &Dataset) -> Normalization {
+        Normalization::of(data.mean, data.std)
+    }
+
+    /// The table for this mean and standard deviation, full intensity being 1.
+    pub(crate) fn of(mean: [f32; CHANNELS], std: [f32; CHANNELS]) -> Normalization {
         Normalization(std::array::from_fn(|c| {
-            std::array::from_fn(|value| (value as f32 / 255.0 - data.mean[c]) / data.std[c])
+            std::array::from_fn(|value| (value as f32 / 255.0 - mean[c]) / std[c])
         }))
     }
 
     /// Writes one pixel.
     #[inline]
-    fn pixel(&self, source: &[u8; CHANNELS], target: &mut [f32; CHANNELS]) {
+    pub(crate) fn pixel(&self, source: &[u8; CHANNELS], target: &mut [f32; CHANNELS]) {
         for c in 0..CHANNELS {
             target[c] = self.0[c][usize::from(source[c])];
         }
@@ -446,7 +453,7 @@ mod tests {
         assert_eq!(sizes(test_batches(&data, 50)), [50, 20]);
         let mut batches = train(100);
         batches.next();
-        assert_eq!((batches.len(), batches.size_hint()), (2, (1, Some(2))));
+        assert_eq!((batches.len(), batches.size_hint()), (2, (0, Some(2))));
     }
 
     #[test]

@@ -207,7 +207,7 @@ impl Dataset {
 
 /// `n` of the indices in `order`, ascending: the first of every class, then the second of every class, and so
 /// on, so that no class gives more than one image more than another that still has some.
-fn balanced(order: &[usize], labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
+pub(crate) fn balanced(order: &[usize], labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
     let mut seen = vec![0usize; classes];
     let mut ranked: Vec<(usize, usize)> = order
         .iter()

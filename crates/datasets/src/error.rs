@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// The result of everything fallible in this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong. Each message names the file or argument, what was found, what was expected and,
 /// where there is something to do about it, what to do.
@@ -21,6 +21,42 @@ pub enum Error {
         folder: PathBuf,
         /// That it does not exist, or what was looked for.
         what: String,
+    },
+    /// A folder holds no form of ImageNet.
+    #[error(
+        "no ImageNet in {folder}: {what}; it needs train/ and val/ with a folder for each class, \
+         ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or the parquet files of ILSVRC/imagenet-1k"
+    )]
+    NoImageNet {
+        /// The folder that was searched.
+        folder: PathBuf,
+        /// That it does not exist, or what was looked for.
+        what: String,
+    },
+    /// A file that gives classes or labels cannot be used.
+    #[error("{file} does not give the labels: {what}")]
+    Labels {
+        /// The file.
+        file: PathBuf,
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// More images are damaged than is tolerated.
+    #[error(
+        "{bad} of {images} {split} images cannot be used, more than the {limit_percent} % that are tolerated \
+         (bad_percent): the first is {first}; restore the files, or raise the limit"
+    )]
+    TooManyBad {
+        /// `"training"` or `"test"`.
+        split: &'static str,
+        /// How many were found damaged so far.
+        bad: usize,
+        /// The number of images in the split.
+        images: usize,
+        /// The percentage that is tolerated.
+        limit_percent: f64,
+        /// The first of them, with what is wrong with it.
+        first: String,
     },
     /// One file of a form is there and the other one is not.
     #[error(
@@ -58,7 +94,7 @@ pub enum Error {
         /// The MD5 of the official file in lower-case hex.
         expected: String,
     },
-    /// A file cannot be decoded, or decodes to something that is not CIFAR-100.
+    /// A file cannot be decoded, or decodes to something that is not the data set.
     #[error("{file} cannot be used: {what}; delete it and download it again")]
     Malformed {
         /// The file, or `archive: member`.
@@ -70,6 +106,14 @@ pub enum Error {
     #[error("cannot read {path}: {source}")]
     Io {
         /// The file or folder.
+        path: PathBuf,
+        /// The reason given.
+        source: std::io::Error,
+    },
+    /// The operating system refused to write.
+    #[error("cannot write {path}: {source}; make room there, or choose another folder")]
+    Write {
+        /// The file.
         path: PathBuf,
         /// The reason given.
         source: std::io::Error,
@@ -89,8 +133,8 @@ pub enum Error {
     },
     /// The hub did not deliver a file.
     #[error(
-        "cannot download {file} of {repo} from {endpoint}: {what}; check the network, or put CIFAR-100 into \
-         a folder"
+        "cannot download {file} of {repo} from {endpoint}: {what}; check the network, or put the files into a \
+         folder"
     )]
     Hub {
         /// The file within the repository.
@@ -100,6 +144,23 @@ pub enum Error {
         /// The base address of the hub.
         endpoint: String,
         /// What happened.
+        what: String,
+    },
+    /// The hub refused a file for want of a token, or of access for its account.
+    #[error(
+        "{endpoint} refused {file} of {repo} ({what}): if that data set is given only to those who have accepted \
+         its terms, do so at {endpoint}/datasets/{repo}; then make a token for reading at \
+         {endpoint}/settings/tokens, and put it into the environment variable HF_TOKEN, or log in with \
+         `hf auth login`, which keeps it in the file `token` in HF_HOME (~/.cache/huggingface by default)"
+    )]
+    Gated {
+        /// The file within the repository.
+        file: String,
+        /// The repository.
+        repo: String,
+        /// The base address of the hub.
+        endpoint: String,
+        /// Whether there was no valid token or one without access, and the hub's own words.
         what: String,
     },
     /// An argument, or data handed to the library, is unusable.
@@ -118,6 +179,12 @@ impl Error {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { path, source }
+    }
+
+    /// For `map_err`: an output error on `path`.
+    pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Write { path, source }
     }
 
     /// Undecodable contents of `file`.

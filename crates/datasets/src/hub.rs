@@ -1,10 +1,12 @@
-//! CIFAR-100 from the Hugging Face hub.
+//! Files of data sets from the Hugging Face hub, and CIFAR-100 from there.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use hf_hub::progress::{DownloadEvent, FileProgress, ProgressEvent, ProgressHandler};
+use hf_hub::repository::RepoTreeEntry;
 use hf_hub::{HFClient, HFClientSync, HFError};
 
 use crate::cifar::Manifest;
@@ -14,10 +16,21 @@ use crate::folder::{TABLES, TABLES_FOLDER};
 use crate::source::Event;
 use crate::table;
 
-/// The repository: owner and name.
-const OWNER: &str = "uoft-cs";
-const NAME: &str = "cifar100";
-const REVISION: &str = "main";
+/// A repository of a data set.
+#[derive(Clone, Copy)]
+pub(crate) struct Repo {
+    pub owner: &'static str,
+    pub name: &'static str,
+}
+
+impl fmt::Display for Repo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.owner, self.name)
+    }
+}
+
+const CIFAR: Repo = Repo { owner: "uoft-cs", name: "cifar100" };
+pub(crate) const REVISION: &str = "main";
 
 /// How to reach the hub.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +40,9 @@ pub struct Hub {
     /// The cache directory, in the layout that all tools of the hub share. `None`: `HF_HUB_CACHE`, or else
     /// `hub` under `HF_HOME`, or else `huggingface/hub` under `XDG_CACHE_HOME` or `~/.cache`.
     pub cache: Option<PathBuf>,
+    /// The token that is sent. `None`: `HF_TOKEN`, or else the file that `HF_TOKEN_PATH` names, or else the file
+    /// `token` under `HF_HOME`, if there is one.
+    pub token: Option<String>,
     /// Whether to do with what is in the cache.
     pub offline: bool,
     /// How long to wait for the first answer to a request for a file.
@@ -36,21 +52,21 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// As the environment says: `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_CACHE` as described at the fields, a
-    /// token from `HF_TOKEN` or the file in `HF_HOME`, and offline if `HF_HUB_OFFLINE` is 1, true, yes or on.
+    /// As the environment says: endpoint, cache and token as described at the fields, and offline if `HF_HUB_OFFLINE` is 1, true, yes or on.
     /// The first answer may take 10 seconds, a pause 60.
     pub fn from_env() -> Hub {
         let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
         Hub {
             endpoint: None,
             cache: None,
+            token: None,
             offline: ["1", "true", "yes", "on"].contains(&offline.as_str()),
             answer_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
         }
     }
 
-    fn client(&self) -> std::result::Result<HFClient, HFError> {
+    fn client(&self) -> Result<HFClient, HFError> {
         // One retry: someone is waiting, and can start again.
         let mut builder = HFClient::builder().retry_max_attempts(1);
         if let Some(endpoint) = &self.endpoint {
@@ -59,69 +75,147 @@ impl Hub {
         if let Some(cache) = &self.cache {
             builder = builder.cache_dir(cache);
         }
+        if let Some(token) = &self.token {
+            builder = builder.token(token);
+        }
         builder.build()
     }
 
     /// The path of a file of the repository, from the cache or downloaded to it.
-    ///
-    /// The request runs in a thread of its own, for it has no time limit for connecting: where packets vanish
-    /// it would last minutes. After a time-out the thread is left to end by itself.
-    fn fetch(&self, file: &str, revision: &str, on_event: &mut dyn FnMut(Event)) -> Result<PathBuf> {
-        let repo = format!("{OWNER}/{NAME}");
-        let unusable =
-            |error: HFError| Error::Invalid(format!("the hub's client cannot be set up: {}", chain(&error)));
-        let client = self.client().map_err(unusable)?;
-        let (endpoint, cache) = (client.endpoint().to_string(), client.cache_dir().to_path_buf());
-        let client = HFClientSync::from_inner(client).map_err(unusable)?;
-        let failed = |what: String| Error::Hub {
-            file: file.into(),
-            repo: repo.clone(),
-            endpoint: endpoint.clone(),
-            what,
-        };
-
-        let files = client.dataset(OWNER, NAME);
+    pub(crate) fn fetch(
+        &self,
+        repo: Repo,
+        file: &str,
+        revision: &str,
+        on_event: &mut dyn FnMut(Event),
+    ) -> Result<PathBuf> {
+        let access = Access::new(self, repo, file)?;
+        let files = access.client.dataset(repo.owner, repo.name);
         let cached = files.download_file().filename(file).revision(revision).local_files_only(true).send();
         if let Ok(path) = cached {
             return Ok(path);
         }
         if self.offline {
-            return Err(Error::Offline { file: file.into(), repo, cache });
+            return Err(access.offline());
         }
-
         on_event(Event::Download { file: file.into(), done: 0, total: 0 });
-        let (sender, receiver) = channel();
         let (name, revision) = (file.to_string(), revision.to_string());
-        let spawned = std::thread::Builder::new().name("download".into()).spawn(move || {
-            let files = client.dataset(OWNER, NAME);
-            let request =
-                files.download_file().filename(name).revision(revision).progress(Reporter(sender.clone()));
-            let done = match request.clone().send() {
-                // The link in the cache is still there, but what it points to was deleted.
-                Ok(path) if !path.exists() => request.force_download(true).send(),
-                done => done,
-            };
-            // A failing send means that nobody waits any more.
-            let _ = sender.send(Message::Done(done.map_err(|error| chain(&error))));
-        });
-        spawned.map_err(|error| failed(format!("no thread: {error}")))?;
+        access.patiently(
+            self,
+            move |client, sender| {
+                let files = client.dataset(repo.owner, repo.name);
+                let request =
+                    files.download_file().filename(name).revision(revision).progress(Reporter(sender));
+                match request.clone().send() {
+                    // The link in the cache is still there, but what it points to was deleted.
+                    Ok(path) if !path.exists() => request.force_download(true).send(),
+                    done => done,
+                }
+            },
+            &mut |done, total| on_event(Event::Download { file: file.into(), done, total }),
+        )
+    }
 
-        let mut timeout = self.answer_timeout;
+    /// The files in a folder of the repository, as the hub lists them now: their paths in the repository.
+    pub(crate) fn list(&self, repo: Repo, folder: &str, revision: &str) -> Result<Vec<String>> {
+        let access = Access::new(self, repo, folder)?;
+        if self.offline {
+            return Err(access.offline());
+        }
+        let (name, revision) = (folder.to_string(), revision.to_string());
+        let entries = access.patiently(
+            self,
+            move |client, _| {
+                client.dataset(repo.owner, repo.name).list_tree().path_in_repo(name).revision(revision).send()
+            },
+            &mut |_, _| {},
+        )?;
+        let file = |entry| match entry {
+            RepoTreeEntry::File { path, .. } => Some(path),
+            RepoTreeEntry::Directory { .. } => None,
+        };
+        Ok(entries.into_iter().filter_map(file).collect())
+    }
+}
+
+/// A client, and what messages about a file tell.
+struct Access {
+    client: HFClientSync,
+    file: String,
+    repo: String,
+    endpoint: String,
+    cache: PathBuf,
+}
+
+impl Access {
+    fn new(hub: &Hub, repo: Repo, file: &str) -> Result<Access> {
+        let unusable =
+            |error: HFError| Error::Invalid(format!("the hub's client cannot be set up: {}", chain(&error)));
+        let client = hub.client().map_err(unusable)?;
+        let (endpoint, cache) = (client.endpoint().to_string(), client.cache_dir().to_path_buf());
+        let client = HFClientSync::from_inner(client).map_err(unusable)?;
+        Ok(Access { client, file: file.into(), repo: repo.to_string(), endpoint, cache })
+    }
+
+    fn offline(self) -> Error {
+        Error::Offline { file: self.file, repo: self.repo, cache: self.cache }
+    }
+
+    fn failed(&self, what: String) -> Error {
+        let (file, repo, endpoint) = (self.file.clone(), self.repo.clone(), self.endpoint.clone());
+        Error::Hub { file, repo, endpoint, what }
+    }
+
+    fn refused(&self, what: String) -> Error {
+        let (file, repo, endpoint) = (self.file.clone(), self.repo.clone(), self.endpoint.clone());
+        // Not the trailing slash that an endpoint may have: people will follow these addresses.
+        Error::Gated { file, repo, endpoint: endpoint.trim_end_matches('/').into(), what }
+    }
+
+    /// Does `work` in a thread of its own, for a request has no time limit for connecting: where packets vanish
+    /// it would last minutes. After a time-out the thread is left to end by itself.
+    fn patiently<T: Send + 'static>(
+        &self,
+        hub: &Hub,
+        work: impl FnOnce(HFClientSync, Sender<Message<T>>) -> Result<T, HFError> + Send + 'static,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<T> {
+        let (sender, receiver) = channel();
+        let client = self.client.clone();
+        let spawned = std::thread::Builder::new().name("download".into()).spawn(move || {
+            let done = work(client, sender.clone());
+            // A failing send means that nobody waits any more.
+            let _ = sender.send(Message::Done(done));
+        });
+        spawned.map_err(|error| self.failed(format!("no thread: {error}")))?;
+        let mut timeout = hub.answer_timeout;
         loop {
             match receiver.recv_timeout(timeout) {
                 Ok(Message::Progress { done, total }) => {
-                    timeout = self.stall_timeout;
-                    on_event(Event::Download { file: file.into(), done, total });
+                    timeout = hub.stall_timeout;
+                    on_progress(done, total);
                 }
-                Ok(Message::Done(done)) => return done.map_err(failed),
+                Ok(Message::Done(Ok(done))) => return Ok(done),
+                Ok(Message::Done(Err(error))) => return Err(self.explain(&error)),
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(failed(format!("nothing arrived for {} seconds", timeout.as_secs_f32())));
+                    return Err(self.failed(format!("nothing arrived for {} seconds", timeout.as_secs_f32())));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(failed("the download broke off".into()));
+                    return Err(self.failed("the download broke off".into()));
                 }
             }
         }
+    }
+
+    fn explain(&self, error: &HFError) -> Error {
+        let (whose, context) = match error {
+            HFError::AuthRequired { context } => ("no token was sent, or an invalid one", context),
+            HFError::Forbidden { context } => ("the token's account has no access", context),
+            _ => return self.failed(chain(error)),
+        };
+        let words =
+            context.server_message.as_deref().map_or(String::new(), |words| format!("; it says: {words}"));
+        self.refused(format!("{whose}{words}"))
     }
 }
 
@@ -140,30 +234,35 @@ pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
 }
 
 pub(crate) fn load_with(hub: &Hub, manifest: &Manifest, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
-    on_event(Event::Trying { place: format!("the Hugging Face hub ({OWNER}/{NAME})") });
+    on_event(Event::Trying { place: format!("the Hugging Face hub ({CIFAR})") });
     let [train, test] = TABLES.map(|table| format!("{TABLES_FOLDER}/{table}"));
-    let train = hub.fetch(&train, REVISION, on_event)?;
-    // The cache keeps a file under `snapshots/<commit>/<folder>/<file>`. Both files must be of one commit.
-    let commit = train.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
-    let commit = commit.unwrap_or(REVISION).to_string();
-    let test = hub.fetch(&test, &commit, on_event)?;
-    let source = format!("hub {OWNER}/{NAME} @ {commit}");
+    let train = hub.fetch(CIFAR, &train, REVISION, on_event)?;
+    // Both files must be of one commit.
+    let commit = commit(&train);
+    let test = hub.fetch(CIFAR, &test, &commit, on_event)?;
+    let source = format!("hub {CIFAR} @ {commit}");
     // Links are resolved so that an error names the file to delete, not a link to it.
     let [train, test] = [train, test].map(|path| path.canonicalize().unwrap_or(path));
     let [n_train, n_test] = manifest.records;
     manifest.dataset(source, [table::read(&train, n_train)?, table::read(&test, n_test)?], on_event)
 }
 
-/// What the downloading thread has to tell.
-enum Message {
+/// The commit that a file in the cache is of: it lies under `snapshots/<commit>/<folder>/<file>`.
+pub(crate) fn commit(cached: &Path) -> String {
+    let commit = cached.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
+    commit.unwrap_or(REVISION).to_string()
+}
+
+/// What the thread that asks the hub has to tell.
+enum Message<T> {
     Progress { done: u64, total: u64 },
-    Done(std::result::Result<PathBuf, String>),
+    Done(Result<T, HFError>),
 }
 
 /// Passes the progress of the one file on.
-struct Reporter(Sender<Message>);
+struct Reporter<T>(Sender<Message<T>>);
 
-impl ProgressHandler for Reporter {
+impl<T: Send + 'static> ProgressHandler for Reporter<T> {
     fn on_progress(&self, event: &ProgressEvent) {
         let ProgressEvent::Download(event) = event else { return };
         let (done, total) = match event {
@@ -204,6 +303,7 @@ mod tests {
         let hub = Hub {
             endpoint: Some(server.endpoint.clone()),
             cache: Some(home.path().join("hub")),
+            token: None,
             offline: false,
             answer_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(10),
@@ -325,7 +425,7 @@ mod tests {
         fs::remove_file(&test).unwrap();
         check(&quietly(&hub).unwrap());
 
-        let cached = hub.fetch("cifar100/test-00000-of-00001.parquet", REVISION, &mut |_| {}).unwrap();
+        let cached = hub.fetch(CIFAR, "cifar100/test-00000-of-00001.parquet", REVISION, &mut |_| {}).unwrap();
         let blob = cached.canonicalize().unwrap();
         let contents = fs::read(&blob).unwrap();
         fs::write(&blob, &contents[..contents.len() / 2]).unwrap();

@@ -120,6 +120,25 @@ pub enum Event {
         /// Why not.
         why: String,
     },
+    /// An archive is gone through for the positions of its members, which can take minutes.
+    Indexing {
+        /// The archive.
+        archive: String,
+    },
+    /// A table is unpacked into an archive.
+    Unpacking {
+        /// The parquet file.
+        table: String,
+        /// The tar file.
+        archive: String,
+    },
+    /// A file that would save time could not be written.
+    NotKept {
+        /// The file.
+        file: String,
+        /// Why not.
+        why: String,
+    },
     /// No real data were found and synthetic data are used instead: results say nothing about CIFAR-100. Show
     /// this one loudly.
     FellBack {
@@ -131,11 +150,16 @@ pub enum Event {
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Event::Trying { place } => write!(f, "looking for CIFAR-100 in {place}"),
+            Event::Trying { place } => write!(f, "looking for data in {place}"),
             Event::Skipped { place, why } => write!(f, "not using {place}: {why}"),
             Event::Download { file, done, total: 0 } => write!(f, "downloading {file}: {done} bytes"),
             Event::Download { file, done, total } => write!(f, "downloading {file}: {done} of {total} bytes"),
             Event::Unverified { why } => write!(f, "the data could not be verified: {why}"),
+            Event::Indexing { archive } => write!(f, "finding the images in {archive}"),
+            Event::Unpacking { table, archive } => write!(f, "unpacking {table} to {archive}"),
+            Event::NotKept { file, why } => {
+                write!(f, "{file} could not be written, so that it will be made again: {why}")
+            }
             Event::FellBack { why } => {
                 write!(f, "NOT CIFAR-100: using SYNTHETIC data, since no real data were found ({why})")
             }
@@ -187,7 +211,9 @@ impl Search {
             done => return done,
         }
         match hub::load_with(&self.hub, &self.manifest, on_event) {
-            Err(error @ (Error::Hub { .. } | Error::Offline { .. })) => skip("the hub", error, on_event),
+            Err(error @ (Error::Hub { .. } | Error::Gated { .. } | Error::Offline { .. })) => {
+                skip("the hub", error, on_event)
+            }
             done => return done,
         }
         let why = format!(
@@ -231,6 +257,7 @@ mod tests {
             hub: Hub {
                 endpoint: Some(server.endpoint.clone()),
                 cache: Some(root.join("cache")),
+                token: None,
                 offline: false,
                 answer_timeout: Duration::from_secs(10),
                 stall_timeout: Duration::from_secs(10),

@@ -42,7 +42,7 @@ fn decode(file: File, name: &str, records: usize) -> Result<Images> {
         let label =
             |column| integer(&row, column).ok_or_else(|| bad(format!("row {i} has no integer {column}")));
         images.labels.push(check_labels(name, i, label("coarse_label")?, label("fine_label")?)?);
-        pngs.push(png(&row).ok_or_else(|| bad(format!("row {i} has no img.bytes")))?);
+        pngs.push(bytes(&row, "img").ok_or_else(|| bad(format!("row {i} has no img.bytes")))?);
     }
     if pngs.len() != records {
         return Err(bad(format!("it ends after {} of {records} rows", pngs.len())));
@@ -70,7 +70,8 @@ fn column<'a>(row: &'a Row, name: &str) -> Option<&'a Field> {
     row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field)
 }
 
-fn integer(row: &Row, name: &str) -> Option<i64> {
+/// The integer in a column.
+pub(crate) fn integer(row: &Row, name: &str) -> Option<i64> {
     match column(row, name)? {
         Field::Long(value) => Some(*value),
         Field::Int(value) => Some((*value).into()),
@@ -78,10 +79,20 @@ fn integer(row: &Row, name: &str) -> Option<i64> {
     }
 }
 
-fn png(row: &Row) -> Option<ByteArray> {
-    let Field::Group(group) = column(row, "img")? else { return None };
+/// The `bytes` in the group of a column.
+pub(crate) fn bytes(row: &Row, name: &str) -> Option<ByteArray> {
+    let Field::Group(group) = column(row, name)? else { return None };
     match column(group, "bytes")? {
         Field::Bytes(bytes) => Some(bytes.clone()),
+        _ => None,
+    }
+}
+
+/// The text `inner` in the group of a column.
+pub(crate) fn text(row: &Row, name: &str, inner: &str) -> Option<String> {
+    let Field::Group(group) = column(row, name)? else { return None };
+    match column(group, inner)? {
+        Field::Str(text) => Some(text.clone()),
         _ => None,
     }
 }

@@ -140,6 +140,10 @@ pub enum Mood {
     Corrupting,
     /// Answers every request with an internal error.
     Failing,
+    /// Says that there is no token, or no valid one.
+    Unauthorized,
+    /// Says that the token's account has no access.
+    Forbidden,
 }
 
 /// A small hub on the loopback address.
@@ -150,22 +154,31 @@ pub struct Server {
     pub log: Arc<Mutex<Vec<String>>>,
 }
 
+/// The files of a repository, by their paths in it.
+type Files = HashMap<String, Vec<u8>>;
+
 impl Server {
-    /// Serves the two tables.
+    /// Serves the two tables of CIFAR-100.
     pub fn start() -> Server {
+        let files = [
+            ("cifar100/train-00000-of-00001.parquet", parquet(&images(3), "png")),
+            ("cifar100/test-00000-of-00001.parquet", parquet(&images(2), "png")),
+        ];
+        Server::of("uoft-cs/cifar100", None, files.map(|(name, contents)| (name.into(), contents)).into())
+    }
+
+    /// Serves files of a data set's repository, to everybody or to those who send the token.
+    pub fn of(repo: &'static str, token: Option<&'static str>, files: Files) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let (mood, log) = (Arc::new(Mutex::new(Mood::Good)), Arc::new(Mutex::new(Vec::new())));
         let server = Server { endpoint, mood: Arc::clone(&mood), log: Arc::clone(&log) };
-        let files = Arc::new(HashMap::from([
-            ("cifar100/train-00000-of-00001.parquet", parquet(&images(3), "png")),
-            ("cifar100/test-00000-of-00001.parquet", parquet(&images(2), "png")),
-        ]));
+        let files = Arc::new(files);
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (mood, log, files) = (*mood.lock().unwrap(), Arc::clone(&log), Arc::clone(&files));
                 // The client may hang up whenever it likes.
-                std::thread::spawn(move || drop(serve(stream.unwrap(), mood, &log, &files)));
+                std::thread::spawn(move || drop(serve(stream.unwrap(), repo, token, mood, &log, &files)));
             }
         });
         server
@@ -184,9 +197,11 @@ impl Server {
 /// Answers one request and closes the connection.
 fn serve(
     mut stream: TcpStream,
+    repo: &str,
+    token: Option<&str>,
     mood: Mood,
     log: &Mutex<Vec<String>>,
-    files: &HashMap<&str, Vec<u8>>,
+    files: &Files,
 ) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().unwrap()?;
@@ -194,31 +209,50 @@ fn serve(
     let headers: Vec<String> = lines.map_while(|line| line.ok().filter(|line| !line.is_empty())).collect();
     log.lock().unwrap().push(format!("{method} {path}"));
 
+    let value = |wanted: &str| {
+        headers.iter().find_map(|header| {
+            let (name, value) = header.split_once(": ").unwrap();
+            name.eq_ignore_ascii_case(wanted).then_some(value)
+        })
+    };
+    let mood = match (mood, token, value("authorization")) {
+        (Mood::Good, Some(token), sent) if sent != Some(format!("Bearer {token}").as_str()) => Mood::Unauthorized,
+        _ => mood,
+    };
     let file = ["main", COMMIT]
         .iter()
-        .find_map(|revision| path.strip_prefix(&format!("/datasets/uoft-cs/cifar100/resolve/{revision}/")));
-    let body = file.and_then(|file| files.get(file)).filter(|_| mood != Mood::Empty);
-    let etag = body.map(|body| hex(&Md5::digest(body))).unwrap_or_default();
-    let known = headers.iter().any(|header| {
-        let (name, value) = header.split_once(": ").unwrap();
-        name.eq_ignore_ascii_case("if-none-match") && value.trim_matches('"') == etag
+        .find_map(|revision| path.strip_prefix(&format!("/datasets/{repo}/resolve/{revision}/")));
+    let listed = path.split('?').next().unwrap().strip_prefix(&format!("/api/datasets/{repo}/tree/main/"));
+    let list = listed.map(|folder| {
+        let entry = |(path, contents): (&String, &Vec<u8>)| {
+            let size = contents.len();
+            format!(r#"{{"type":"file","oid":"0","size":{size},"path":{path:?}}}"#)
+        };
+        let inside = files.iter().filter(|(path, _)| path.starts_with(&format!("{folder}/")));
+        format!("[{}]", inside.map(entry).collect::<Vec<_>>().join(",")).into_bytes()
     });
+    let body = file.and_then(|file| files.get(file)).or(list.as_ref()).filter(|_| mood != Mood::Empty);
+    let etag = body.map(|body| hex(&Md5::digest(body))).unwrap_or_default();
+    let known = value("if-none-match").is_some_and(|value| value.trim_matches('"') == etag);
     let status = match (mood, body) {
         (Mood::Silent, _) => {
             std::thread::sleep(std::time::Duration::from_secs(5));
             return Ok(());
         }
         (Mood::Failing, _) => "500 Internal Server Error",
+        (Mood::Unauthorized, _) => "401 Unauthorized",
+        (Mood::Forbidden, _) => "403 Forbidden",
         (_, None) => "404 Not Found",
         _ if known => "304 Not Modified",
         _ => "200 OK",
     };
     let mut body = body.filter(|_| status == "200 OK").cloned().unwrap_or_default();
     let length = body.len();
+    let message = if status.starts_with("40") { "X-Error-Message: Access is restricted.\r\n" } else { "" };
     write!(
         stream,
         "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\n\
-         Connection: close\r\n\r\n"
+         {message}Connection: close\r\n\r\n"
     )?;
     if method == "HEAD" {
         return Ok(());

@@ -116,8 +116,8 @@ mod tests {
                 bytes.get(*image).unwrap().pad_with_zeros(0, 2, 2).unwrap().pad_with_zeros(1, 2, 2).unwrap();
             let mut window = padded.narrow(0, *top, 3).unwrap().narrow(1, *left, 4).unwrap();
             if *flip {
-                window =
-                    window.index_select(&Tensor::new(&[3u32, 2, 1, 0], &Device::Cpu).unwrap(), 1).unwrap();
+                let mirrored = Tensor::new(&[3u32, 2, 1, 0], &Device::Cpu).unwrap();
+                window = window.contiguous().unwrap().index_select(&mirrored, 1).unwrap();
             }
             let window = (window.contiguous().unwrap() / 255.0).unwrap();
             let expected = window.broadcast_sub(&mean).unwrap().broadcast_div(&std).unwrap();

@@ -1,0 +1,44 @@
+//! Times the preparation of ImageNet's batches: reading, decoding, cropping, scaling, normalizing.
+//!
+//! `PFQ_IMAGENET=folder cargo bench -p datasets`. One thread gives images/s per core; the best of several rounds, so that it says what the machine can
+//! do, not what it does under load.
+
+use std::time::Instant;
+
+use datasets::imagenet::{self, ImageNet, Options};
+use datasets::{Augmentation, Batches, Data, Source};
+
+const BATCH: usize = 64;
+const ROUNDS: usize = 5;
+
+fn main() {
+    let Some(folder) = std::env::var_os("PFQ_IMAGENET").filter(|folder| !folder.is_empty()) else {
+        eprintln!("skipped: PFQ_IMAGENET does not name a folder with ImageNet");
+        return;
+    };
+    let source = Source::Folder(folder.into());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    for threads in [1, cores] {
+        let options = Options { threads: Some(threads), ..Options::default() };
+        let data = imagenet::load(&source, &options, &mut |_| {}).expect("readable data");
+        measure("evaluation", threads, &data, |data, _| data.test_batches(BATCH));
+        if data.train_images() > 0 {
+            let augmentation = Augmentation { pad: 0, flip: true };
+            measure("training", threads, &data, |data, epoch| {
+                data.train_batches(BATCH, augmentation, 0, epoch)
+            });
+        }
+    }
+}
+
+fn measure(what: &str, threads: usize, data: &ImageNet, batches: impl Fn(&ImageNet, usize) -> Batches) {
+    let mut best = 0f64;
+    for epoch in 0..ROUNDS {
+        let (start, mut images) = (Instant::now(), 0);
+        for batch in batches(data, epoch) {
+            images += batch.expect("usable images").labels.elem_count();
+        }
+        best = best.max(images as f64 / start.elapsed().as_secs_f64());
+    }
+    println!("{what:<10} {threads:3} threads {best:8.0} images/s {:8.0} a thread", best / threads as f64);
+}

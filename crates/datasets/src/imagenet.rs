@@ -1,0 +1,630 @@
+//! ImageNet-1000, read and decoded as it is used.
+//!
+//! [`load`] finds the pictures of a folder (in class folders, in the official tar files, or in the hub's parquet
+//! files) or of the hub, and their classes. What it gives holds where each picture is, and makes batches:
+//! threads of its own read, decode, crop and scale pictures ahead of their use.
+
+mod archive;
+mod classes;
+mod decode;
+mod files;
+mod labels;
+mod options;
+mod table;
+mod view;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+use fast_image_resize::Resizer;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use sha2::{Digest, Sha256};
+
+use crate::batches::{Augmentation, Batch, Batches, Normalization, Purpose, rng};
+use crate::data::{Data, Skipped};
+use crate::dataset::{CHANNELS, balanced, hex};
+use crate::error::{Error, Result};
+use crate::hub::{Hub, REVISION, Repo};
+use crate::source::{Event, Source};
+
+use classes::Classes;
+use files::Stored;
+use labels::ValidationLabels;
+use view::View;
+
+pub use classes::ClassChoice;
+pub use options::{Limit, Options};
+
+/// The hub's repository. It is gated.
+const REPO: Repo = Repo { owner: "ILSVRC", name: "imagenet-1k" };
+/// The folder of its parquet files.
+const TABLES: &str = "data";
+/// The folder that [`Source::Auto`] takes if `PFQ_IMAGENET` is not set.
+const FOLDER: &str = "imagenet";
+/// Images of the official data set, for training and validation.
+const OFFICIAL: [usize; 2] = [1_281_167, 50_000];
+/// The mean and standard deviation of the channels over ImageNet that nearly everybody uses.
+const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+const STD: [f32; 3] = [0.229, 0.224, 0.225];
+
+/// Loads ImageNet: finds every picture and its class. No picture is read yet.
+///
+/// [`Source::Auto`] is the folder that the environment variable `PFQ_IMAGENET` names, or else `./imagenet`;
+/// the hub (150 GB) must be asked for. A folder can hold, for each of training and validation, the first of:
+///
+/// 1. `train/<class>/*` and `val/<class>/*`, or flat `val/*` (also under `ILSVRC/Data/CLS-LOC`);
+/// 2. `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which stay as they are: the positions of their
+///    members are kept in `.index` files beside them;
+/// 3. the hub's `train-*.parquet` and `validation-*.parquet`, directly or in `data/`, which are unpacked once
+///    into tar files ([`Options::unpacked`]).
+///
+/// Pictures are files ending in `.jpeg`, `.jpg` or `.png`, in capitals or not. The class of flat validation
+/// images comes from [`Options::labels`], or else from the first of `LOC_val_solution.csv`,
+/// `ILSVRC2012_validation_ground_truth.txt` (with `map_clsloc.txt` or `synsets.txt` for the order of its
+/// numbers), `imagenet_2012_validation_synset_labels.txt`, `val.txt` and `val_labels.txt`.
+///
+/// Labels are the official numbers 0 to 999, those of the sorted names, if all folders are among the
+/// official 1000 classes, however few of them are there. `class_index.tsv` in the folder (lines of a number, a
+/// tab, a name) gives other classes. Where no folder is an official class, the folders in sorted order are the
+/// classes.
+///
+/// # Errors
+///
+/// [`Error::NoImageNet`] if there is nothing, [`Error::Labels`] if a picture has no class or a file of labels
+/// is wrong, [`Error::Malformed`] if an archive or table is, [`Error::Gated`], [`Error::Hub`] or
+/// [`Error::Offline`] if the hub does not give a file, [`Error::Invalid`] for impossible options.
+pub fn load(source: &Source, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
+    match source {
+        Source::Auto => {
+            let named = std::env::var_os("PFQ_IMAGENET").filter(|value| !value.is_empty());
+            load_folder(&named.map_or(FOLDER.into(), PathBuf::from), options, on_event)
+        }
+        Source::Folder(folder) => load_folder(folder, options, on_event),
+        Source::Hub => load_hub(&Hub::from_env(), options, on_event),
+        Source::Synthetic => Err(Error::Invalid(
+            "there is no synthetic stand-in for ImageNet: name a folder that has it, or `hub`".into(),
+        )),
+    }
+}
+
+fn load_folder(folder: &Path, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
+    options.validate()?;
+    on_event(Event::Trying { place: format!("the folder {}", folder.display()) });
+    let none = |what: &str| Error::NoImageNet { folder: folder.into(), what: what.into() };
+    if !folder.is_dir() {
+        return Err(none("there is no such folder"));
+    }
+    let kaggle = folder.join("ILSVRC/Data/CLS-LOC");
+    let root = if kaggle.is_dir() { kaggle.as_path() } else { folder };
+    let classes = given_classes(folder)?;
+    let tabled = classes.clone().unwrap_or_else(Classes::official);
+    let mut split = |folders: &[&str], archive: &str, tables: &str| -> Result<Vec<Stored>> {
+        for name in folders {
+            let found = Some(root.join(name)).filter(|path| path.is_dir()).map(|path| files::scan(&path));
+            if let Some(found) = found.transpose()?.filter(|found| !found.is_empty()) {
+                return Ok(found);
+            }
+        }
+        let archive = root.join(archive);
+        if archive.is_file() {
+            return archive::pictures(&archive, on_event);
+        }
+        for inner in [root.to_path_buf(), root.join(TABLES)] {
+            let unpacked = options.unpacked.as_deref().unwrap_or(&inner);
+            if let Some(archives) = complete(unpacked, tables, options.tables)? {
+                return all_pictures(&archives, on_event);
+            }
+            let names = tables_of(tables, &names(&inner)?, options.tables);
+            if !names.is_empty() {
+                let mut archives = Vec::new();
+                for name in names {
+                    archives.push(unpack(&name, unpacked, &tabled, on_event, |_| Ok(inner.join(&name)))?);
+                }
+                return all_pictures(&archives, on_event);
+            }
+        }
+        Ok(Vec::new())
+    };
+    let train = split(&["train"], "ILSVRC2012_img_train.tar", "train")?;
+    let test = split(&["val", "validation"], "ILSVRC2012_img_val.tar", "validation")?;
+    if train.is_empty() && test.is_empty() {
+        return Err(none("it has no pictures in train/ or val/, no tar files and no parquet files"));
+    }
+    let source = folder.display().to_string();
+    let labels = [folder, root];
+    ImageNet::new(source, classes, [train, test], &labels, options, on_event)
+}
+
+/// The classes in the folder's file of them, if it has one.
+fn given_classes(folder: &Path) -> Result<Option<Classes>> {
+    let path = folder.join(classes::FILE);
+    path.is_file().then(|| Classes::read(&path)).transpose()
+}
+
+fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
+    options.validate()?;
+    let folder = match &options.unpacked {
+        Some(folder) => folder.clone(),
+        None => cache().ok_or_else(|| {
+            Error::Invalid("neither XDG_CACHE_HOME nor HOME says where to unpack: give `unpacked`".into())
+        })?,
+    };
+    let classes = Classes::official();
+    let mut splits = [Vec::new(), Vec::new()];
+    let mut listed = None;
+    for (split, prefix) in splits.iter_mut().zip(["train", "validation"]) {
+        // What was unpacked needs no network.
+        let archives = match complete(&folder, prefix, options.tables)? {
+            Some(archives) => archives,
+            None => {
+                let paths = match listed.take() {
+                    Some(paths) => paths,
+                    None => {
+                        on_event(Event::Trying { place: format!("the Hugging Face hub ({REPO})") });
+                        hub.list(REPO, TABLES, REVISION)?
+                    }
+                };
+                let names: Vec<String> =
+                    paths.iter().filter_map(|path| Some(path.rsplit_once('/')?.1.to_string())).collect();
+                listed = Some(paths);
+                let names = tables_of(prefix, &names, options.tables);
+                if names.is_empty() {
+                    let what = format!("the hub's {REPO} has no {TABLES}/{prefix}-*.parquet any more");
+                    return Err(Error::NoImageNet { folder, what });
+                }
+                let mut archives = Vec::new();
+                for name in names {
+                    archives.push(unpack(&name, &folder, &classes, on_event, |on_event| {
+                        hub.fetch(REPO, &format!("{TABLES}/{name}"), REVISION, on_event)
+                    })?);
+                }
+                archives
+            }
+        };
+        *split = all_pictures(&archives, on_event)?;
+    }
+    let source = format!("hub {REPO}, unpacked in {}", folder.display());
+    ImageNet::new(source, Some(classes), splits, &[], options, on_event)
+}
+
+/// The folder that the hub's files are unpacked to.
+fn cache() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+    Some(base.join("pfq/imagenet"))
+}
+
+/// The names of the files in a folder; none if there is no such folder.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    entries
+        .map(|entry| Ok(entry.map_err(Error::io(folder))?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
+/// Those of the names that are of tables of the split, sorted, and the first `limit` of them.
+fn tables_of(split: &str, names: &[String], limit: Option<usize>) -> Vec<String> {
+    let mut tables: Vec<String> = names
+        .iter()
+        .filter(|name| {
+            name.ends_with(".parquet") && name.strip_prefix(split).is_some_and(|n| n.starts_with('-'))
+        })
+        .cloned()
+        .collect();
+    tables.sort_unstable();
+    tables.truncate(limit.unwrap_or(usize::MAX));
+    tables
+}
+
+/// The archives of the split in a folder, if all of them, or the first `limit`, are there. Their names,
+/// `<split>-<number>-of-<all>.tar`, tell how many there are to be.
+fn complete(folder: &Path, split: &str, limit: Option<usize>) -> Result<Option<Vec<PathBuf>>> {
+    let names = names(folder)?;
+    let all = names.iter().find_map(|name| {
+        let numbers = name.strip_prefix(split)?.strip_prefix('-')?.strip_suffix(".tar")?;
+        numbers.split_once("-of-")?.1.parse::<usize>().ok()
+    });
+    let Some(all) = all else { return Ok(None) };
+    let wanted =
+        (0..all.min(limit.unwrap_or(all))).map(|i| folder.join(format!("{split}-{i:05}-of-{all:05}.tar")));
+    let archives: Vec<PathBuf> = wanted.collect();
+    Ok(archives.iter().all(|path| path.is_file()).then_some(archives))
+}
+
+/// The archive of the table `name` in `folder`, unpacked from the file that `fetch` gives if it is not there.
+fn unpack(
+    name: &str,
+    folder: &Path,
+    classes: &Classes,
+    on_event: &mut dyn FnMut(Event),
+    fetch: impl FnOnce(&mut dyn FnMut(Event)) -> Result<PathBuf>,
+) -> Result<PathBuf> {
+    let archive = folder.join(name).with_extension("tar");
+    if !archive.is_file() {
+        // Links are resolved so that an error names the file to delete, not a link to it.
+        let table = fetch(on_event)?;
+        table::unpack(&table.canonicalize().unwrap_or(table), &archive, classes, on_event)?;
+    }
+    Ok(archive)
+}
+
+fn all_pictures(archives: &[PathBuf], on_event: &mut dyn FnMut(Event)) -> Result<Vec<Stored>> {
+    let mut found = Vec::new();
+    for archive in archives {
+        found.extend(archive::pictures(archive, on_event)?);
+    }
+    Ok(found)
+}
+
+/// A picture and its class.
+#[derive(Clone, Debug)]
+struct Item {
+    stored: Stored,
+    label: u16,
+}
+
+/// The splits, as they are numbered here.
+const TRAIN: usize = 0;
+const TEST: usize = 1;
+const SPLITS: [&str; 2] = ["training", "test"];
+
+/// ImageNet-1000, or a part of it: where the pictures are, and their classes. Cloning is cheap and shares
+/// everything.
+///
+/// Pictures are decoded as `PIL.Image.open(..).convert("RGB")` does (orientation in EXIF is ignored), in
+/// training cropped and scaled as torchvision's `RandomResizedCrop` and mirrored if
+/// [`Augmentation::flip`], in evaluation as its `Resize` and `CenterCrop`, and normalized with the usual mean and
+/// standard deviation. [`Augmentation::pad`] must be 0.
+///
+/// A picture that cannot be read or decoded is left out, so its batch is smaller, and named by
+/// [`Data::skipped`]. If there are more of them than [`Options::bad_percent`], that ends the epoch as
+/// [`Error::TooManyBad`].
+#[derive(Clone)]
+pub struct ImageNet(Arc<Inner>);
+
+struct Inner {
+    source: String,
+    classes: Classes,
+    options: Options,
+    splits: [Vec<Item>; 2],
+    fingerprint: String,
+    table: Normalization,
+    /// Its threads read and decode. They are others than those that compute, or whichever came second would
+    /// wait for the first.
+    pool: Arc<ThreadPool>,
+    /// For each split, what is wrong with the image of an index.
+    skipped: Mutex<[BTreeMap<usize, String>; 2]>,
+}
+
+impl fmt::Debug for ImageNet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { source, splits: [train, test], .. } = &*self.0;
+        f.debug_struct("ImageNet")
+            .field("source", source)
+            .field("train", &train.len())
+            .field("test", &test.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl ImageNet {
+    /// The data set of the pictures found. `folders` are searched for the labels of flat validation images.
+    fn new(
+        source: String,
+        given: Option<Classes>,
+        found: [Vec<Stored>; 2],
+        folders: &[&Path],
+        options: &Options,
+        on_event: &mut dyn FnMut(Event),
+    ) -> Result<ImageNet> {
+        let classes = match given {
+            Some(classes) => classes,
+            None => classes_of(&found)?,
+        };
+        let [train, test] = found;
+        let train = label(train, &classes, None)?;
+        let flat = test.iter().any(|stored| stored.folder().and_then(|name| classes.number(name)).is_none());
+        let labels = match flat {
+            true => ValidationLabels::find(options.labels.as_deref(), folders, &classes)?,
+            false => None,
+        };
+        let splits = [train, label(test, &classes, labels.as_ref())?];
+        if classes == Classes::official() && options.tables.is_none() {
+            for (split, (items, official)) in SPLITS.iter().zip(splits.iter().zip(OFFICIAL)) {
+                if !items.is_empty() && items.len() != official {
+                    let why = format!("there are {} {split} images instead of {official}", items.len());
+                    on_event(Event::Unverified { why });
+                }
+            }
+        }
+        let taken = options.classes.as_ref().map(|choice| choice.taken(&classes)).transpose()?;
+        let mut source = source;
+        if let Some(choice) = &options.classes {
+            source += &format!("; classes {choice}");
+        }
+        let mut splits = splits.map(|mut items| {
+            if let Some(taken) = &taken {
+                items.retain(|item| taken[usize::from(item.label)]);
+            }
+            items
+        });
+        for (items, limit) in splits.iter_mut().zip([options.train_limit, options.test_limit]) {
+            let Some(limit) = limit else { continue };
+            source += &format!("; limited to {limit}");
+            let labels: Vec<u16> = items.iter().map(|item| item.label).collect();
+            let kept = match limit {
+                Limit::Total(n) => {
+                    let order: Vec<usize> = (0..labels.len()).collect();
+                    balanced(&order, &labels, classes.len(), n)
+                }
+                Limit::PerClass(n) => {
+                    // They are sorted by class, so the first ones are those without one of their class so far
+                    // before them.
+                    (0..labels.len()).filter(|&i| i < n || labels[i - n] != labels[i]).collect()
+                }
+            };
+            *items = kept.into_iter().map(|i| items[i].clone()).collect();
+        }
+        let threads = options.threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from));
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(threads.unwrap_or(1))
+            .thread_name(|i| format!("decode-{i}"))
+            .build()
+            .map_err(|error| Error::Loader(error.to_string()))?;
+        Ok(ImageNet::of(source, classes, options.clone(), splits, Arc::new(pool)))
+    }
+
+    fn of(
+        source: String,
+        classes: Classes,
+        options: Options,
+        splits: [Vec<Item>; 2],
+        pool: Arc<ThreadPool>,
+    ) -> ImageNet {
+        let fingerprint = fingerprint(&options, &splits);
+        let table = Normalization::of(MEAN, STD);
+        let skipped = Mutex::default();
+        ImageNet(Arc::new(Inner { source, classes, options, splits, fingerprint, table, pool, skipped }))
+    }
+
+    /// For choosing settings without looking at the test set: the test images become `n` of the training
+    /// images, drawn with `seed` and spread over the classes as evenly as possible, and the training images the
+    /// others, as [`Dataset::hold_out`](crate::Dataset::hold_out) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] unless 0 < `n` < the number of training images.
+    pub fn hold_out(&self, n: usize, seed: u64) -> Result<ImageNet> {
+        let Inner { source, classes, options, splits, pool, .. } = &*self.0;
+        let all = &splits[TRAIN];
+        if n == 0 || n >= all.len() {
+            let most = all.len().saturating_sub(1);
+            let text = format!("cannot hold out {n} of {} training images: choose 1..={most}", all.len());
+            return Err(Error::Invalid(text));
+        }
+        let labels: Vec<u16> = all.iter().map(|item| item.label).collect();
+        let mut order: Vec<usize> = (0..all.len()).collect();
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        let held = balanced(&order, &labels, classes.len(), n);
+        let mut is_held = vec![false; all.len()];
+        held.iter().for_each(|&i| is_held[i] = true);
+        let part =
+            |held: bool| (0..all.len()).filter(|&i| is_held[i] == held).map(|i| all[i].clone()).collect();
+        let source = format!("{source}; {n} training images held out as test (seed {seed})");
+        let splits = [part(false), part(true)];
+        Ok(ImageNet::of(source, classes.clone(), options.clone(), splits, Arc::clone(pool)))
+    }
+
+    /// The batch of the images with these indices; `view` says how each is to be seen.
+    fn assemble(
+        &self,
+        split: usize,
+        indices: &[usize],
+        view: impl Fn(usize) -> View + Sync,
+    ) -> Result<Batch> {
+        let Inner { options, splits, table, pool, .. } = &*self.0;
+        let (side, items) = (options.side, &splits[split]);
+        let size = side * side * CHANNELS;
+        let mut pixels = vec![0f32; indices.len() * size];
+        let prepare = |resizer: &mut Resizer, (target, &index): (&mut [f32], &usize)| {
+            let bytes = items[index].stored.read().map_err(|error| format!("it cannot be read: {error}"))?;
+            view(index).write(&decode::decode(&bytes)?, options, table, resizer, target)
+        };
+        let prepared: Vec<Result<(), String>> = pool.install(|| {
+            pixels.par_chunks_exact_mut(size).zip(indices).map_init(Resizer::new, prepare).collect()
+        });
+        let mut labels = Vec::with_capacity(indices.len());
+        for (position, (&index, prepared)) in indices.iter().zip(prepared).enumerate() {
+            match prepared {
+                Ok(()) => {
+                    // Closes the gaps of those that are left out.
+                    pixels.copy_within(position * size..(position + 1) * size, labels.len() * size);
+                    labels.push(u32::from(items[index].label));
+                }
+                Err(why) => self.skip(split, index, why)?,
+            }
+        }
+        let n = labels.len();
+        pixels.truncate(n * size);
+        Ok(Batch {
+            images: Tensor::from_vec(pixels, (n, side, side, CHANNELS), &Device::Cpu)?,
+            labels: Tensor::from_vec(labels, n, &Device::Cpu)?,
+        })
+    }
+
+    /// Notes that an image is left out; an error if those are too many.
+    fn skip(&self, split: usize, index: usize, why: String) -> Result<()> {
+        let Inner { options, splits, skipped, .. } = &*self.0;
+        let mut skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        skipped[split].insert(index, why);
+        let (bad, images) = (skipped[split].len(), splits[split].len());
+        if bad as f64 <= images as f64 * options.bad_percent / 100.0 {
+            return Ok(());
+        }
+        let first = skipped[split].iter().next();
+        let first = first.map_or(String::new(), |(&i, why)| format!("{} ({why})", splits[split][i].stored));
+        let (split, limit_percent) = (SPLITS[split], options.bad_percent);
+        Err(Error::TooManyBad { split, bad, images, limit_percent, first })
+    }
+
+    fn none(&self, split: usize) -> Batches {
+        let what = format!("{} has no {} images", self.0.source, SPLITS[split]);
+        Batches::failed(Error::Invalid(what))
+    }
+}
+
+impl Data for ImageNet {
+    fn name(&self) -> &str {
+        "imagenet"
+    }
+
+    fn source(&self) -> &str {
+        &self.0.source
+    }
+
+    fn classes(&self) -> usize {
+        self.0.classes.len()
+    }
+
+    fn train_images(&self) -> usize {
+        self.0.splits[TRAIN].len()
+    }
+
+    fn test_images(&self) -> usize {
+        self.0.splits[TEST].len()
+    }
+
+    fn side(&self) -> (usize, usize) {
+        (self.0.options.side, self.0.options.side)
+    }
+
+    fn mean(&self) -> [f32; 3] {
+        MEAN
+    }
+
+    fn std(&self) -> [f32; 3] {
+        STD
+    }
+
+    fn fingerprint(&self) -> &str {
+        &self.0.fingerprint
+    }
+
+    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
+        let Augmentation { pad, flip } = augmentation;
+        if pad != 0 {
+            return Batches::failed(Error::Invalid(format!(
+                "augmentation.pad = {pad} is impossible for ImageNet: expected 0, as its images are cropped at \
+                 random anyway"
+            )));
+        }
+        let mut order: Vec<usize> = (0..self.train_images()).collect();
+        if order.is_empty() {
+            return self.none(TRAIN);
+        }
+        order.shuffle(&mut rng(seed, epoch, Purpose::Shuffle));
+        let data = self.clone();
+        Batches::start(order.len(), batch, move |range| {
+            data.assemble(TRAIN, &order[range], |index| View::Train { seed, epoch, index, flip })
+        })
+    }
+
+    fn test_batches(&self, batch: usize) -> Batches {
+        let order: Vec<usize> = (0..self.test_images()).collect();
+        if order.is_empty() {
+            return self.none(TEST);
+        }
+        let data = self.clone();
+        Batches::start(order.len(), batch, move |range| data.assemble(TEST, &order[range], |_| View::Test))
+    }
+
+    fn skipped(&self) -> Vec<Skipped> {
+        let Inner { splits, skipped, .. } = &*self.0;
+        let skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        let named = |(split, skipped): (usize, &BTreeMap<usize, String>)| -> Vec<Skipped> {
+            let item = |(&i, why): (&usize, &String)| Skipped {
+                file: splits[split][i].stored.to_string(),
+                why: why.clone(),
+            };
+            skipped.iter().map(item).collect()
+        };
+        skipped.iter().enumerate().flat_map(named).collect()
+    }
+}
+
+/// The classes of pictures that lie in folders: the official ones if all folders are among them, and the
+/// folders in sorted order if none is.
+fn classes_of(found: &[Vec<Stored>; 2]) -> Result<Classes> {
+    let folders: BTreeSet<&str> = found.iter().flatten().filter_map(Stored::folder).collect();
+    let official = Classes::official();
+    match folders.iter().find(|name| official.number(name).is_none()) {
+        None => Ok(official),
+        Some(stray) if folders.iter().any(|name| official.number(name).is_some()) => {
+            let inside = found.iter().flatten().find(|stored| stored.folder() == Some(*stray));
+            let file = inside.map_or_else(PathBuf::new, |stored| PathBuf::from(stored.to_string()));
+            let what = format!(
+                "its folder {stray} is none of the official classes, though others are: move it away, or list the \
+                 classes in {}",
+                classes::FILE
+            );
+            Err(Error::Labels { file, what })
+        }
+        Some(_) => Classes::sorted(folders.into_iter().map(String::from).collect()),
+    }
+}
+
+/// Gives every picture its class, by its folder or else by its name in `labels`, and sorts them by class and
+/// name, so that they come in the same order from whatever form of the data.
+fn label(found: Vec<Stored>, classes: &Classes, labels: Option<&ValidationLabels>) -> Result<Vec<Item>> {
+    let mut items = Vec::with_capacity(found.len());
+    for stored in found {
+        let by_folder = stored.folder().and_then(|folder| classes.number(folder));
+        let label = by_folder.or_else(|| labels?.get(stored.file_name()));
+        let Some(label) = label else {
+            let file = PathBuf::from(stored.to_string());
+            let what = match labels {
+                Some(labels) => format!("it is in no class's folder, and {} lacks it", labels.file.display()),
+                None => "it is in no class's folder; for flat validation images put LOC_val_solution.csv, \
+                         or val.txt with lines of `file class`, into the data folder"
+                    .into(),
+            };
+            return Err(Error::Labels { file, what });
+        };
+        items.push(Item { stored, label });
+    }
+    items.sort_by(|a, b| (a.label, a.stored.file_name()).cmp(&(b.label, b.stored.file_name())));
+    Ok(items)
+}
+
+/// The SHA-256, in lower-case hex, over how pictures are prepared, and for each split the number of pictures
+/// (u64) and for each its label (u16), its file's length (u64), the length of its name (u64) and its name;
+/// integers are little-endian. Their contents would take minutes to read.
+fn fingerprint(options: &Options, splits: &[Vec<Item>; 2]) -> String {
+    let mut hash = Sha256::new();
+    let Options { side, resize, scale, ratio, .. } = options;
+    hash.update(format!("imagenet 1: {side} {resize} {scale:?} {ratio:?}"));
+    for items in splits {
+        hash.update((items.len() as u64).to_le_bytes());
+        for Item { stored, label } in items {
+            let name = stored.file_name();
+            hash.update(label.to_le_bytes());
+            hash.update(stored.size.to_le_bytes());
+            hash.update((name.len() as u64).to_le_bytes());
+            hash.update(name);
+        }
+    }
+    hex(&hash.finalize())
+}
+
+#[cfg(test)]
+mod tests;

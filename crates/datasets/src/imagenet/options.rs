@@ -1,0 +1,171 @@
+//! What is taken of ImageNet, and how it is prepared.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+use super::classes::ClassChoice;
+
+/// What is taken of the data set, and how its pictures are prepared.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// Rows and columns of what a network sees. Default: 224.
+    pub side: usize,
+    /// What the shorter side is scaled to before the middle is cut out for evaluation; at least `side`.
+    /// Default: 256.
+    pub resize: usize,
+    /// The smallest and the largest share of a picture's area that a crop for training has, of 0 to 1.
+    /// Default: 0.08 and 1.
+    pub scale: [f64; 2],
+    /// The smallest and the largest ratio of width to height of a crop for training. Default: 3/4 and 4/3.
+    pub ratio: [f64; 2],
+    /// The classes whose images are taken; `None`: all. Labels and the number of classes stay as they are.
+    pub classes: Option<ClassChoice>,
+    /// How many training images are taken; `None`: all.
+    pub train_limit: Option<Limit>,
+    /// How many test images are taken; `None`: all.
+    pub test_limit: Option<Limit>,
+    /// The file with the classes of validation images; `None`: looked for in the folder.
+    pub labels: Option<PathBuf>,
+    /// Of the parquet files, how many of each split are taken; `None`: all.
+    pub tables: Option<usize>,
+    /// The folder that parquet files are unpacked to. `None`: the folder that they are in; for the hub's,
+    /// `pfq/imagenet` under `XDG_CACHE_HOME` or `~/.cache`.
+    pub unpacked: Option<PathBuf>,
+    /// Threads that read and decode; `None`: as many as there are processor cores.
+    pub threads: Option<usize>,
+    /// The percentage of a split's images that may be damaged, and are then left out, before that is an error.
+    /// Default: 1.
+    pub bad_percent: f64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            side: 224,
+            resize: 256,
+            scale: [0.08, 1.0],
+            ratio: [3.0 / 4.0, 4.0 / 3.0],
+            classes: None,
+            train_limit: None,
+            test_limit: None,
+            labels: None,
+            tables: None,
+            unpacked: None,
+            threads: None,
+            bad_percent: 1.0,
+        }
+    }
+}
+
+impl Options {
+    pub(super) fn validate(&self) -> Result<()> {
+        let check = |ok: bool, key: &str, found: &dyn fmt::Debug, expected: &str| match ok {
+            true => Ok(()),
+            false => Err(Error::Invalid(format!("{key} = {found:?} is impossible: expected {expected}"))),
+        };
+        let ordered = |[low, high]: [f64; 2]| low > 0.0 && low <= high && high.is_finite();
+        check((1..=4096).contains(&self.side), "side", &self.side, "1 to 4096")?;
+        check((self.side..=8192).contains(&self.resize), "resize", &self.resize, "`side` up to 8192")?;
+        check(ordered(self.scale) && self.scale[1] <= 1.0, "scale", &self.scale, "two shares, at most 1")?;
+        check(ordered(self.ratio), "ratio", &self.ratio, "two ratios above 0, the smaller first")?;
+        check(self.tables != Some(0), "tables", &self.tables, "at least 1")?;
+        check(self.threads.is_none_or(|n| (1..=1024).contains(&n)), "threads", &self.threads, "1 to 1024")?;
+        check((0.0..=100.0).contains(&self.bad_percent), "bad_percent", &self.bad_percent, "0 to 100")
+    }
+}
+
+/// How many images are taken. Written as text: `500` or `50/class`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Limit {
+    /// So many in all, from the classes in turn, so that these stay as balanced as possible.
+    Total(usize),
+    /// The first so many of every class.
+    PerClass(usize),
+}
+
+impl FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Limit, String> {
+        let (number, make): (&str, fn(usize) -> Limit) = match text.strip_suffix("/class") {
+            Some(number) => (number, Limit::PerClass),
+            None => (text, Limit::Total),
+        };
+        match number.trim().parse() {
+            Ok(n) if n > 0 => Ok(make(n)),
+            _ => Err(format!("{text:?} limits nothing: expected a number above 0, alone or with /class")),
+        }
+    }
+}
+
+impl TryFrom<String> for Limit {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Limit, String> {
+        text.parse()
+    }
+}
+
+impl From<Limit> for String {
+    fn from(limit: Limit) -> String {
+        limit.to_string()
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Limit::Total(n) => write!(f, "{n}"),
+            Limit::PerClass(n) => write!(f, "{n}/class"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_read_and_written() {
+        let text = r#"{"classes":"100","train_limit":"50/class","test_limit":"7"}"#;
+        let options: Options = serde_json::from_str(text).unwrap();
+        assert_eq!(options.classes, Some(ClassChoice::First(100)));
+        assert_eq!(
+            (options.train_limit, options.test_limit),
+            (Some(Limit::PerClass(50)), Some(Limit::Total(7)))
+        );
+        assert_eq!((options.side, options.resize, options.scale), (224, 256, [0.08, 1.0]));
+        let again = serde_json::to_string(&options).unwrap();
+        assert_eq!(serde_json::from_str::<Options>(&again).unwrap(), options);
+        assert!(serde_json::from_str::<Options>(r#"{"sides":1}"#).is_err());
+        for text in ["0", "0/class", "ten", "5/klass"] {
+            assert!(text.parse::<Limit>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn impossible_options_are_named() {
+        let check = |change: fn(&mut Options), key: &str| {
+            let mut options = Options::default();
+            options.validate().unwrap();
+            change(&mut options);
+            let error = options.validate().unwrap_err().to_string();
+            assert!(error.starts_with(key) && error.contains("expected"), "{error}");
+        };
+        check(|options| options.side = 0, "side = 0");
+        check(|options| options.resize = 223, "resize = 223");
+        check(|options| options.scale = [0.5, 0.4], "scale");
+        check(|options| options.scale = [0.5, 1.1], "scale");
+        check(|options| options.ratio = [0.0, 1.0], "ratio");
+        check(|options| options.tables = Some(0), "tables");
+        check(|options| options.threads = Some(0), "threads");
+        check(|options| options.bad_percent = f64::NAN, "bad_percent");
+    }
+}

@@ -1,0 +1,74 @@
+//! The hub's parquet files, unpacked once into tar files that can be read in place.
+//!
+//! A parquet file compresses a hundred pictures or more together, so that reading one would mean reading
+//! them all, while training reads them in an order drawn anew for every epoch.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+// The trait comes from here so that reader and trait are those of one version of parquet.
+use candle_datasets::hub::FileReader;
+use parquet::file::reader::SerializedFileReader;
+
+use crate::error::{Error, Result, panic_message};
+use crate::source::Event;
+use crate::table::{bytes, integer, text};
+
+use super::classes::Classes;
+use super::files::is_picture;
+
+/// Writes the pictures of a parquet file (columns `image`, a group with the `bytes` and `path` of a file, and
+/// `label`) to a tar file, each as `<class>/<name>`. The tar file appears whole or not at all.
+pub(super) fn unpack(
+    table: &Path,
+    archive: &Path,
+    classes: &Classes,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<()> {
+    let name = table.display().to_string();
+    on_event(Event::Unpacking { table: name.clone(), archive: archive.display().to_string() });
+    whole_file::replace(
+        archive,
+        |error| Error::write(archive)(error),
+        |temporary| {
+            // Decoders of damaged input have been seen to panic; that is one more way for the file to be damaged.
+            catch_unwind(AssertUnwindSafe(|| write(table, &name, temporary, classes))).unwrap_or_else(
+                |panic| Err(Error::malformed(&name, format!("decoding failed: {}", panic_message(&*panic)))),
+            )
+        },
+    )
+}
+
+fn write(table: &Path, name: &str, archive: &Path, classes: &Classes) -> Result<()> {
+    let bad = |what: String| Error::malformed(name, what);
+    let not_parquet = |error| bad(format!("it is not a complete parquet file: {error}"));
+    let reader =
+        SerializedFileReader::new(File::open(table).map_err(Error::io(table))?).map_err(not_parquet)?;
+    let rows = reader.metadata().file_metadata().num_rows();
+    let mut tar = tar::Builder::new(BufWriter::new(File::create(archive).map_err(Error::write(archive))?));
+    let mut done = 0;
+    for (i, row) in reader.get_row_iter(None).map_err(not_parquet)?.enumerate() {
+        let row = row.map_err(not_parquet)?;
+        let label = integer(&row, "label").ok_or_else(|| bad(format!("row {i} has no integer label")))?;
+        let class = usize::try_from(label).ok().and_then(|label| classes.name(label));
+        let class = class
+            .ok_or_else(|| bad(format!("row {i} has the label {label} of {} classes", classes.len())))?;
+        let picture = bytes(&row, "image").ok_or_else(|| bad(format!("row {i} has no image.bytes")))?;
+        let file = text(&row, "image", "path").unwrap_or_default();
+        let file = file.rsplit('/').next().filter(|file| is_picture(file));
+        let file = file.map_or_else(|| format!("{i:06}.JPEG"), String::from);
+        let mut header = tar::Header::new_gnu();
+        header.set_size(picture.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, format!("{class}/{file}"), picture.data())
+            .map_err(Error::write(archive))?;
+        done += 1;
+    }
+    if done != rows {
+        return Err(bad(format!("it ends after {done} of {rows} rows")));
+    }
+    let finish = |tar: tar::Builder<BufWriter<File>>| -> io::Result<()> { tar.into_inner()?.flush() };
+    finish(tar).map_err(Error::write(archive))
+}
