@@ -115,9 +115,9 @@ fn parquet(rows: &[(&str, i64, Vec<u8>)]) -> Vec<u8> {
         writer.close().unwrap();
     }
     let labels: Vec<i64> = rows.iter().map(|(_, label, _)| *label).collect();
-    let mut writer = group.next_column().unwrap().unwrap();
-    writer.typed::<Int64Type>().write_batch(&labels, Some(&vec![1; rows.len()]), None).unwrap();
-    writer.close().unwrap();
+    let mut column = group.next_column().unwrap().unwrap();
+    column.typed::<Int64Type>().write_batch(&labels, Some(&vec![1; rows.len()]), None).unwrap();
+    column.close().unwrap();
     group.close().unwrap();
     writer.into_inner().unwrap()
 }
