@@ -4,8 +4,8 @@
 //! `0, 1/(2^b − 1), …, 1`, and `y = 2q − 1`. So `y` spans [−1, 1] whatever the size of the weights: what follows must
 //! normalize. Zero is no level.
 //!
-//! Rounding is passed straight through, and `M` is held constant: `∂w = ∂y·(1 − tanh²w)/M`. (In the paper the
-//! gradient passes the maximum too, which changes it for the largest weight alone.)
+//! Rounding is passed straight through, and `M` is held constant: `∂w = ∂y·(1 − tanh²w)/M`. (Differentiating
+//! `M` too would change the gradient of the largest weight alone.)
 
 use crate::cpu::{self, CHUNK, Check, simd};
 use crate::learned::on_cpu;

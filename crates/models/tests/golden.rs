@@ -16,6 +16,9 @@ use std::collections::{HashMap, HashSet};
 /// outputs, gradients and parameters alike, and the rest is for machines that sum in another order. A wrong
 /// term shows at 1e-3 and more.
 const TOLERANCE: f64 = 4e-6;
+/// The same where DSQ quantizes: its slopes multiply the rounding of positions of up to 15 steps, and the gradients of
+/// bounds are sums over a whole map that cancel (4.4e-6 was found).
+const SOFT_TOLERANCE: f64 = 2e-5;
 /// The least that counts as a tensor's largest element. The gradient of a shift in front of a normalization is
 /// zero, but for the rounding of its terms (1e-8 was found); other gradients are of order 0.1.
 const SMALLEST: f64 = 1e-2;
@@ -31,6 +34,7 @@ const SMOOTHING: f64 = 0.1;
 /// The values of one case.
 struct Golden {
     case: &'static str,
+    tolerance: f64,
     tensors: HashMap<String, Tensor>,
 }
 
@@ -41,7 +45,8 @@ impl Golden {
         let own = |(name, tensor): (String, Tensor)| {
             name.strip_prefix(case)?.strip_prefix('.').map(|name| (name.to_string(), tensor))
         };
-        Self { case, tensors: all.into_iter().filter_map(own).collect() }
+        let tolerance = if case == "dsq" { SOFT_TOLERANCE } else { TOLERANCE };
+        Self { case, tolerance, tensors: all.into_iter().filter_map(own).collect() }
     }
 
     fn get(&self, name: &str) -> Tensor {
@@ -53,7 +58,7 @@ impl Golden {
         self.tensors.keys().filter_map(|name| Some(name.strip_prefix(prefix)?.to_string())).collect()
     }
 
-    /// Asserts that `found` is the golden value within [`TOLERANCE`].
+    /// Asserts that `found` is the golden value within the case's tolerance.
     #[track_caller]
     fn check(&self, name: &str, found: &Tensor) {
         let expected = self.get(name);
@@ -66,7 +71,7 @@ impl Golden {
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let difference = (found - expected).abs();
             assert!(
-                difference <= TOLERANCE * scale,
+                difference <= self.tolerance * scale,
                 "{}: {name} is {found} and not {expected} at {i}, off by {:.1e} of the largest element",
                 self.case,
                 difference / scale
