@@ -216,7 +216,9 @@ fn serve(
         })
     };
     let mood = match (mood, token, value("authorization")) {
-        (Mood::Good, Some(token), sent) if sent != Some(format!("Bearer {token}").as_str()) => Mood::Unauthorized,
+        (Mood::Good, Some(token), sent) if sent != Some(format!("Bearer {token}").as_str()) => {
+            Mood::Unauthorized
+        }
         _ => mood,
     };
     let file = ["main", COMMIT]
