@@ -59,7 +59,7 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
         let go = |folder: &Path, observe: &mut dyn FnMut(Progress)| -> Trained {
             fit(
                 network(),
-                &Run { data: &data, training: &training, seed: 2, folder, identity: name },
+                &Run { data: &data, training: &training, seed: 2, folder, identity: name, limit: None },
                 observe,
             )
             .unwrap()

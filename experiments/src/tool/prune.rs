@@ -34,10 +34,10 @@ impl Prune {
         if self.out.extension().is_none_or(|extension| extension != "safetensors") {
             bail!("{out}: expected a name that ends in .safetensors, which is what is written");
         }
+        let (network, mut text) = self.network.open()?;
         if self.out.exists() && self.out.canonicalize()? == self.network.file.canonicalize()? {
             bail!("{out} is the file that is read: give another name, so that the unpruned network stays");
         }
-        let (network, mut text) = self.network.open()?;
         let method = PfQ { threshold: self.threshold, bias_correction: !self.no_bias_correction };
         let (pruned, report) = method.apply(&network)?;
         let mut extras = Extras::default();

@@ -156,7 +156,7 @@ mod tests {
         let png = png_of(&DynamicImage::ImageRgb8(scene(100, 80, 1)));
         assert!(decode(&png[..png.len() / 2]).unwrap_err().contains("PNG"));
         for (bytes, expected) in
-            [(&b""[..], "empty"), (b"GIF89a...", "neither a JPEG nor a PNG"), (b"\xff", "ff")]
+            [(&b""[..], "empty"), (&b"GIF89a..."[..], "neither a JPEG nor a PNG"), (&b"\xff"[..], "ff")]
         {
             assert!(decode(bytes).unwrap_err().contains(expected), "{bytes:?}");
         }
