@@ -52,14 +52,20 @@ fn compile() -> Result<(), String> {
             .map_err(|e| format!("{}: {e}", nvcc.display()))?;
         if !output.status.success() {
             let found = String::from_utf8_lossy(&output.stderr);
-            return Err(format!("{} does not compile for compute capability {capability}:\n{found}", file.display()));
+            return Err(format!(
+                "{} does not compile for compute capability {capability}:\n{found}",
+                file.display()
+            ));
         }
     }
     Ok(())
 }
 
 fn nvcc() -> Result<PathBuf, String> {
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| PathBuf::from(home).join("bin"));
+    let homes = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(env::var_os)
+        .map(|home| PathBuf::from(home).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
     homes
         .chain(env::split_paths(&path))
@@ -78,6 +84,8 @@ fn capability() -> Result<String, String> {
     let digits: String = found.chars().filter(|c| *c != '.').collect();
     match digits.parse::<u32>() {
         Ok(75..) => Ok(digits),
-        _ => Err(format!("CUDA_COMPUTE_CAP is {found:?}, expected 75 (compute capability 7.5) or more, e.g. 90")),
+        _ => Err(format!(
+            "CUDA_COMPUTE_CAP is {found:?}, expected 75 (compute capability 7.5) or more, e.g. 90"
+        )),
     }
 }

@@ -63,7 +63,8 @@ pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dty
         return Err(check.setting(format!("a window at {corner} with {} pixels of padding", views.pad)));
     }
     // The normalized value of every byte.
-    let values: Vec<f32> = (0..256 * c).map(|i| ((i / c) as f32 / 255.0 - mean[i % c]) / std[i % c]).collect();
+    let values: Vec<f32> =
+        (0..256 * c).map(|i| ((i / c) as f32 / 255.0 - mean[i % c]) / std[i % c]).collect();
     let opened = cpu::open(&images);
     let (images, pad) = (opened.bytes()?, views.pad);
     let y = cpu::fill(b * h * w * c, h * w * c, |b, y| {
@@ -108,11 +109,15 @@ mod tests {
         assert_eq!(found.dims(), [3, 3, 4, 2]);
         // By Candle: padded, cut, mirrored, normalized.
         let bytes = images().to_dtype(DType::F32).unwrap();
-        for (b, (image, top, left, flip)) in [(1, 2, 2, false), (0, 0, 3, true), (1, 4, 1, false)].iter().enumerate() {
-            let padded = bytes.get(*image).unwrap().pad_with_zeros(0, 2, 2).unwrap().pad_with_zeros(1, 2, 2).unwrap();
+        for (b, (image, top, left, flip)) in
+            [(1, 2, 2, false), (0, 0, 3, true), (1, 4, 1, false)].iter().enumerate()
+        {
+            let padded =
+                bytes.get(*image).unwrap().pad_with_zeros(0, 2, 2).unwrap().pad_with_zeros(1, 2, 2).unwrap();
             let mut window = padded.narrow(0, *top, 3).unwrap().narrow(1, *left, 4).unwrap();
             if *flip {
-                window = window.index_select(&Tensor::new(&[3u32, 2, 1, 0], &Device::Cpu).unwrap(), 1).unwrap();
+                window =
+                    window.index_select(&Tensor::new(&[3u32, 2, 1, 0], &Device::Cpu).unwrap(), 1).unwrap();
             }
             let window = (window.contiguous().unwrap() / 255.0).unwrap();
             let expected = window.broadcast_sub(&mean).unwrap().broadcast_div(&std).unwrap();

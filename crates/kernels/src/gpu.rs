@@ -156,7 +156,10 @@ impl Launch {
             Some(device) => {
                 return Err(Error::Setting {
                     op: self.module.name(),
-                    message: format!("tensors on {device:?} and on {:?}; move all to one device", tensor.device()),
+                    message: format!(
+                        "tensors on {device:?} and on {:?}; move all to one device",
+                        tensor.device()
+                    ),
                 });
             }
         }
@@ -396,7 +399,9 @@ pub(crate) struct Map {
 impl Map {
     pub(crate) fn new(check: &Check, argument: &'static str, x: Input<'_>) -> Result<Self> {
         Ok(match x {
-            Input::Float(tensor) => Self { tensor: check.map_float(argument, tensor)?, range: None, max_level: 0.0 },
+            Input::Float(tensor) => {
+                Self { tensor: check.map_float(argument, tensor)?, range: None, max_level: 0.0 }
+            }
             Input::Levels(levels) => Self {
                 tensor: check.dtype(argument, &levels.levels, DType::U8)?,
                 range: Some(levels.range.clone()),

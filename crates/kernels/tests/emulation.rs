@@ -21,7 +21,10 @@ impl Other for Emulation {
                 let wide = tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
                 wide.to_vec1::<f64>().unwrap().into_iter().map(f64::to_bits).collect()
             };
-            assert!(bits(found) == bits(reverse), "the order of the threads changes the result: a barrier lacks");
+            assert!(
+                bits(found) == bits(reverse),
+                "the order of the threads changes the result: a barrier lacks"
+            );
         }
         found
     }

@@ -40,7 +40,9 @@ struct Record {
 enum Affine {
     Batch(Normalization),
     /// A scale of 1, and the bias.
-    Bias { ones: Tensor },
+    Bias {
+        ones: Tensor,
+    },
 }
 
 impl Affine {
@@ -322,7 +324,8 @@ impl Network {
 
     /// The gradients of every parameter from that of the logits `[N, classes]`.
     pub fn backward(&self, tape: Tape, logits: &Tensor) -> Result<Gradients> {
-        let Tape { mut records, pooled_from: (h, w, dtype), features: (pooled, features), head_weight } = tape;
+        let Tape { mut records, pooled_from: (h, w, dtype), features: (pooled, features), head_weight } =
+            tape;
         // Collected from the last parameter to the first.
         let mut gradients = Vec::new();
         gradients.push(logits.sum(0)?);

@@ -19,7 +19,13 @@ fn random(shape: &[usize], seed: u64) -> Tensor {
 fn quantization(activations: u32, weights: u32, fold: Fold) -> Quantization {
     let precision = |bits| Precision::try_from(bits).unwrap();
     let (first_layer, last_layer) = (precision(8), precision(8));
-    Quantization { activations: precision(activations), weights: precision(weights), first_layer, last_layer, fold }
+    Quantization {
+        activations: precision(activations),
+        weights: precision(weights),
+        first_layer,
+        last_layer,
+        fold,
+    }
 }
 
 /// What some training steps gave, on the CPU.
@@ -35,7 +41,15 @@ struct Outcome {
 }
 
 fn elements(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    tensor
+        .to_device(&Device::Cpu)
+        .unwrap()
+        .to_dtype(DType::F64)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap()
 }
 
 /// Trains a network for some steps where its tensors are, with feature maps in `dtype`.
@@ -53,8 +67,11 @@ fn train(network: &Network, device: &Device, dtype: DType, steps: usize) -> Outc
         let gradients = network.backward(tape, &result.grad).unwrap();
         let parameters = network.parameters();
         if first.is_empty() {
-            first =
-                parameters.iter().zip(&gradients).map(|(p, g)| (p.name.clone(), elements(g))).collect::<Vec<_>>();
+            first = parameters
+                .iter()
+                .zip(&gradients)
+                .map(|(p, g)| (p.name.clone(), elements(g)))
+                .collect::<Vec<_>>();
         }
         let updates: Vec<Update<'_>> = parameters
             .iter()
@@ -112,7 +129,9 @@ fn check(name: &str, prepare: impl Fn(&mut Network), dtype: DType, steps: usize,
         let gradients = apart(&all(&found.gradients), &all(&expected.gradients));
         let tensors = apart(&all(&found.tensors), &all(&expected.tensors));
         let logits = apart(&found.logits, &expected.logits);
-        eprintln!("{context}: loss {loss:.1e}, gradients {gradients:.1e}, tensors {tensors:.1e}, logits {logits:.1e}");
+        eprintln!(
+            "{context}: loss {loss:.1e}, gradients {gradients:.1e}, tensors {tensors:.1e}, logits {logits:.1e}"
+        );
         // Those in front of a normalization that undoes a shift have gradients of nothing but rounding.
         let size = all(&expected.gradients).iter().map(|x| x * x).sum::<f64>().sqrt();
         for ((name, found), (_, expected)) in found.gradients.iter().zip(&expected.gradients) {

@@ -133,7 +133,8 @@ pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor, stride: usiz
     let strips = Strips::new(n, (h, w), (ho, wo), c, (ho, wo), 1);
     let (block, slices) = block_of(c, width);
     // Whole blocks of strips, two at least, as each part leaves sums.
-    let per_part = strips.count().div_ceil((PARTS / slices).max(1)).max(2 * block[1]).next_multiple_of(block[1]);
+    let per_part =
+        strips.count().div_ceil((PARTS / slices).max(1)).max(2 * block[1]).next_multiple_of(block[1]);
     let parts = strips.count().div_ceil(per_part);
     let sums = empty((parts, 9 * c), DType::F32, gz.device())?;
     let kernel = format!("correlate_{}_{}_{stride}_{width}", x.name(), name(gz.dtype()));

@@ -45,10 +45,7 @@ pub(super) fn launch(launch: &Launch, device: &CudaDevice) -> Result<()> {
     // SAFETY: the launch lists the fields of the kernel's struct, and cuts the work for tensors of these sizes; the
     // emulation checks both in tests.
     #[allow(unsafe_code)]
-    unsafe {
-        builder.launch(config)
-    }
-    .w()?;
+    unsafe { builder.launch(config) }.w()?;
     Ok(())
 }
 
@@ -123,7 +120,9 @@ pub(super) fn product(
     #[allow(unsafe_code)]
     unsafe {
         if on_device {
-            sys::cublasSetPointerMode_v2(handle, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE).result().w()?;
+            sys::cublasSetPointerMode_v2(handle, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE)
+                .result()
+                .w()?;
         }
         let done = result::gemm_ex(
             handle,
@@ -148,7 +147,9 @@ pub(super) fn product(
         );
         if on_device {
             // As Candle's own products expect it.
-            sys::cublasSetPointerMode_v2(handle, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST).result().w()?;
+            sys::cublasSetPointerMode_v2(handle, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST)
+                .result()
+                .w()?;
         }
         done.w()?;
     }

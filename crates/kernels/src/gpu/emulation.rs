@@ -108,7 +108,8 @@ fn build(module: Module) -> Result<PathBuf, String> {
     }
     // The library's name says what it was made from.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let texts = HEADERS.map(|(_, text)| text).into_iter().chain([source(module)]).chain(flags.iter().copied());
+    let texts =
+        HEADERS.map(|(_, text)| text).into_iter().chain([source(module)]).chain(flags.iter().copied());
     for byte in texts.flat_map(str::bytes).chain(compiler.to_string_lossy().bytes()) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     }
@@ -128,10 +129,15 @@ fn build(module: Module) -> Result<PathBuf, String> {
     }
     std::fs::write(&main, source(module)).map_err(fail)?;
     let made = own.join("made.so");
-    let output = Command::new(compiler).args(flags).args(["-x", "c++"]).arg(&main).arg("-o").arg(&made).output();
+    let output =
+        Command::new(compiler).args(flags).args(["-x", "c++"]).arg(&main).arg("-o").arg(&made).output();
     let output = output.map_err(fail)?;
     if !output.status.success() {
-        return Err(format!("{} does not compile:\n{}", main.display(), String::from_utf8_lossy(&output.stderr)));
+        return Err(format!(
+            "{} does not compile:\n{}",
+            main.display(),
+            String::from_utf8_lossy(&output.stderr)
+        ));
     }
     std::fs::rename(&made, &library).map_err(fail)?;
     std::fs::remove_dir_all(&own).map_err(fail)?;
@@ -152,7 +158,8 @@ fn library(module: Module) -> Result<&'static libloading::Library, String> {
     }
     let path = build(module)?;
     // SAFETY: a library of ours, whose initialization does nothing but set up thread-local variables.
-    let library = unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
+    let library =
+        unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
     let library = Box::leak(Box::new(library));
     libraries.insert(module, library);
     Ok(library)

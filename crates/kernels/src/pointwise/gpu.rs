@@ -83,7 +83,12 @@ pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor) -> Result<Te
     let gz = check.map_float("gz", gz)?;
     let (x, alpha) = factor(check, x)?;
     if x.dtype() != gz.dtype() {
-        return Err(crate::Error::DType { op: check.0, argument: "gz", found: gz.dtype(), expected: x.dtype() });
+        return Err(crate::Error::DType {
+            op: check.0,
+            argument: "gz",
+            found: gz.dtype(),
+            expected: x.dtype(),
+        });
     }
     product(Transposed(&x), Plain(&matrix(&gz)?), alpha.as_ref(), DType::F32)
 }

@@ -61,7 +61,15 @@ fn bits(bits: u32) -> Bits {
 }
 
 fn elements(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    tensor
+        .to_device(&Device::Cpu)
+        .unwrap()
+        .to_dtype(DType::F64)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap()
 }
 
 /// Compares what `operation(maps, others)` gives on the CPU and there. `maps` are stored in `dtype` there; `tolerance`
@@ -94,7 +102,8 @@ fn check_as(
         let (found, expected) = (elements(found), elements(expected));
         let scale = expected.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            let close = (found - expected).abs() <= tolerance[k] * scale || found.is_nan() && expected.is_nan();
+            let close =
+                (found - expected).abs() <= tolerance[k] * scale || found.is_nan() && expected.is_nan();
             assert!(close, "{context}: {found} and not {expected} at {i} of result {k}");
         }
     }
@@ -148,11 +157,23 @@ pub fn convolutions(other: &dyn Other) {
                 let (x, w) = (other.to(&x.to_dtype(DType::BF16).unwrap()), other.to(&w));
                 let (z, stats) = depthwise::forward_stats(&x, &w, stride).unwrap();
                 let of_z = norm::channel_stats(&z).unwrap();
-                vec![stats.mean, stats.variance, stats.min, stats.max, of_z.mean, of_z.variance, of_z.min, of_z.max]
+                vec![
+                    stats.mean,
+                    stats.variance,
+                    stats.min,
+                    stats.max,
+                    of_z.mean,
+                    of_z.variance,
+                    of_z.min,
+                    of_z.max,
+                ]
             });
             for k in 0..4 {
                 for (a, b) in elements(&found[k]).into_iter().zip(elements(&found[k + 4])) {
-                    assert!((a - b).abs() <= 1e-6 * b.abs().max(1.0), "{context}: statistics: {a} and not {b}");
+                    assert!(
+                        (a - b).abs() <= 1e-6 * b.abs().max(1.0),
+                        "{context}: statistics: {a} and not {b}"
+                    );
                 }
             }
         }
@@ -161,7 +182,8 @@ pub fn convolutions(other: &dyn Other) {
 
 pub fn products(other: &dyn Other) {
     let (x_range, w_range) = (tensor(&[-0.7, 0.9]), tensor(&[-0.8, 0.6]));
-    for (dims, outputs) in [([1, 1, 1, 3], 1), ([2, 5, 8, 7], 16), ([3, 4, 4, 33], 48), ([2, 9, 6, 24], 100)] {
+    for (dims, outputs) in [([1, 1, 1, 3], 1), ([2, 5, 8, 7], 16), ([3, 4, 4, 33], 48), ([2, 9, 6, 24], 100)]
+    {
         let (x, w) = (random(1, &dims), random(2, &[dims[3], outputs]));
         let gz = random(3, &[dims[0], dims[1], dims[2], outputs]);
         let context = format!("pointwise {dims:?} to {outputs}");
@@ -188,10 +210,7 @@ pub fn products(other: &dyn Other) {
                     let quant = Quantizer { range: &others[2], bits: bits(w_bits) };
                     let value = quantize::forward(&others[0], quant)?;
                     let weight = Weight { value: &value, quantized: Some((&others[0], quant)) };
-                    Ok(vec![
-                        pointwise::forward(&levels, weight)?,
-                        pointwise::grad_weight(&levels, &maps[1])?,
-                    ])
+                    Ok(vec![pointwise::forward(&levels, weight)?, pointwise::grad_weight(&levels, &maps[1])?])
                 },
             );
         }
@@ -232,7 +251,8 @@ pub fn normalization(other: &dyn Other) {
         });
         // From given statistics, so that the twins' sums do not differ already.
         let stats = norm::channel_stats(&z).unwrap();
-        let fixed = [&stats.mean, &stats.variance, &stats.min, &stats.max, &gamma, &beta, &old_mean, &old_variance];
+        let fixed =
+            [&stats.mean, &stats.variance, &stats.min, &stats.max, &gamma, &beta, &old_mean, &old_variance];
         check_as(other, DType::F32, &context, &[], &fixed, &[SAME; 6], |_, others| {
             let [mean, variance, min, max] = std::array::from_fn(|i| others[i].clone());
             let stats = norm::Stats { mean, variance, min, max };
@@ -259,10 +279,10 @@ pub fn normalization(other: &dyn Other) {
                         FeatureMap::Levels(levels) => levels.levels.clone(),
                         FeatureMap::Float(y) => y.clone(),
                     };
-                    let of_batch = Normalization { mean, inv_std, scale: scale.clone(), shift: shift.clone() };
+                    let of_batch =
+                        Normalization { mean, inv_std, scale: scale.clone(), shift: shift.clone() };
                     let grads = norm::backward_batch(&maps[0], &maps[1], &of_batch, act, quant)?;
-                    let (gz, gshift) =
-                        norm::backward_affine(&maps[0], &maps[1], &scale, &shift, act, quant)?;
+                    let (gz, gshift) = norm::backward_affine(&maps[0], &maps[1], &scale, &shift, act, quant)?;
                     Ok(vec![y, grads.z.tensor()?, grads.gamma, grads.beta, gz.tensor()?, gshift])
                 });
             }
@@ -492,9 +512,8 @@ pub fn finite_differences(other: &dyn Other) {
         for stride in [1, 2] {
             let (w, w_direction) = (random(3, &[3, 3, c]), random(4, &[3, 3, c]));
             let gz = random(5, &[n, (h - 1) / stride + 1, (width - 1) / stride + 1, c]);
-            let gx = one(&|| {
-                depthwise::grad_input(&other.to(&gz), &other.to(&w), stride, (h, width)).unwrap()
-            });
+            let gx =
+                one(&|| depthwise::grad_input(&other.to(&gz), &other.to(&w), stride, (h, width)).unwrap());
             let gw = one(&|| depthwise::grad_weight(&other.to(&x), &other.to(&gz), stride).unwrap());
             // The convolution is linear in both, so its difference is that of any step.
             let along = |x: &Tensor, w: &Tensor| {
@@ -507,8 +526,9 @@ pub fn finite_differences(other: &dyn Other) {
         let (w, gz) = (random(6, &[c, 9]), random(7, &[n, h, width, 9]));
         let gx = one(&|| pointwise::grad_input(&other.to(&gz), &other.to(&w)).unwrap());
         let gw = one(&|| pointwise::grad_weight(&other.to(&x), &other.to(&gz)).unwrap());
-        let along =
-            |x: &Tensor, w: &Tensor| dot(&gz, &one(&|| pointwise::forward(&other.to(x), &other.to(w)).unwrap()));
+        let along = |x: &Tensor, w: &Tensor| {
+            dot(&gz, &one(&|| pointwise::forward(&other.to(x), &other.to(w)).unwrap()))
+        };
         let w_direction = random(8, &[c, 9]);
         compare("pointwise", dot(&gx, &direction), along(&direction, &w), 1e-4);
         compare("pointwise", dot(&gw, &w_direction), along(&x, &w_direction), 1e-4);
