@@ -45,7 +45,8 @@ pub(super) fn launch(launch: &Launch, device: &CudaDevice) -> Result<()> {
     // SAFETY: the launch lists the fields of the kernel's struct, and cuts the work for tensors of these sizes; the
     // emulation checks both in tests.
     #[allow(unsafe_code)]
-    unsafe { builder.launch(config) }.w()?;
+    let launched = unsafe { builder.launch(config) };
+    launched.w()?;
     Ok(())
 }
 
