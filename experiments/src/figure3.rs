@@ -298,7 +298,7 @@ mod tests {
     use models::{Input, Norm, Version};
 
     /// Steps of training, all on the same images and without a change of the weights.
-    const STEPS: i32 = 10;
+    const STEPS: i32 = 200;
 
     /// A network whose running variances have moved towards those of its outputs on `images`, with one dead
     /// depthwise filter.

@@ -208,9 +208,14 @@ impl Access {
     }
 
     fn explain(&self, error: &HFError) -> Error {
+        const UNKNOWN: &str = "no token was sent, or an invalid one";
+        const NO_ACCESS: &str = "the token's account has no access";
         let (whose, context) = match error {
-            HFError::AuthRequired { context } => ("no token was sent, or an invalid one", context),
-            HFError::Forbidden { context } => ("the token's account has no access", context),
+            HFError::AuthRequired { context } => (UNKNOWN, context),
+            HFError::Forbidden { context } => (NO_ACCESS, context),
+            // Listings of files are refused so.
+            HFError::Http { context } if context.status == 401 => (UNKNOWN, context),
+            HFError::Http { context } if context.status == 403 => (NO_ACCESS, context),
             _ => return self.failed(chain(error)),
         };
         let words =
