@@ -126,9 +126,10 @@ pub fn main() -> Result<()> {
         bail!("--seconds {}: expected more than 0, at most 600", flags.seconds);
     }
     // Before anything else, as without it there is nothing to measure.
-    let (device, device_name) = device::open(&flags.device)?;
-    let place = if device.is_cpu() { Place::Cpu } else { Place::Gpu };
-    drop(device);
+    let (place, device_name) = {
+        let (device, name) = device::open(&flags.device)?;
+        (if device.is_cpu() { Place::Cpu } else { Place::Gpu }, name)
+    };
     let mut batches: Vec<usize> = flags.batches.iter().copied().map(usize::from).collect();
     if batches.is_empty() {
         batches.push(if place == Place::Cpu { 64 } else { 128 });

@@ -98,11 +98,11 @@ impl InplaceOp1 for InOrder {
     }
 
     fn cpu_fwd(&self, bounds: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        if let [low, high] = cpu::slice_mut(bounds, layout)? {
-            if *low > *high {
-                let middle = 0.5 * (*low + *high);
-                (*low, *high) = (middle, middle);
-            }
+        if let [low, high] = cpu::slice_mut(bounds, layout)?
+            && *low > *high
+        {
+            let middle = 0.5 * (*low + *high);
+            (*low, *high) = (middle, middle);
         }
         Ok(())
     }

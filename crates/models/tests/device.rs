@@ -122,7 +122,8 @@ const HALF: Tolerance = Tolerance { loss: 5e-2, parameter: 1.0, gradients: 0.25,
 
 /// Both: rounding puts values on other levels in every layer (measured: losses 0.06, gradients 0.55). What is
 /// unrelated would be off by 1.4, so that the gradient as a whole is still one of the same function.
-const HALF_LEVELS: Tolerance = Tolerance { loss: 0.15, parameter: f64::INFINITY, gradients: 0.8, tensors: 5e-2 };
+const HALF_LEVELS: Tolerance =
+    Tolerance { loss: 0.15, parameter: f64::INFINITY, gradients: 0.8, tensors: 5e-2 };
 
 fn deep() -> Network {
     let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
