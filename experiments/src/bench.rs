@@ -6,7 +6,7 @@
 //! blocked. So a machine that gets slower or faster in between does not favour anyone: ratios are taken within
 //! a round.
 //!
-//! The same on a GPU, which all use in turns: see [`NOTES_GPU`] for what is different there.
+//! The same on a GPU, which all use in turns: see the notes of its report for what is different there.
 
 mod case;
 mod machine;

@@ -83,6 +83,8 @@ impl Module {
 }
 
 /// A kernel with its grid and its arguments, which are added in the order of the fields of its struct.
+// Without either there is nothing to launch on, and nothing reads a launch.
+#[cfg_attr(not(any(feature = "cuda", feature = "emulation")), allow(dead_code))]
 pub(crate) struct Launch {
     module: Module,
     kernel: String,
