@@ -1,7 +1,7 @@
 //! The GPU side of the operations: launches of CUDA kernels over tensors.
 //!
 //! Each operation has its kernels in a `.cu` file and the code that launches them in a `gpu.rs`, in a folder of its
-//! name; definitions and derivatives stand with the operation. A [`Launch`] names a kernel, its grid and its block,
+//! name; definitions and derivatives stand with the operation. A `Launch` names a kernel, its grid and its block,
 //! and lists the arguments once. It runs
 //!
 //! * on a CUDA device, through Candle's backend (feature `cuda`, `gpu/cuda.rs`): the kernels are compiled to PTX by
