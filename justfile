@@ -59,7 +59,7 @@ dist-cuda *capability:
 
 # Every operation on the GPU beside its CPU twin, and training there; skips where no GPU answers
 test-cuda *flags:
-    scripts/cuda-toolchain run cargo test -p kernels -p train -p experiments -p integration-tests --features cuda {{flags}}
+    scripts/cuda-toolchain run cargo test -p kernels -p models -p train -p experiments -p integration-tests --features cuda {{flags}}
 
 # Training, evaluation and operations beside PyTorch on a GPU (flags: just bench-cuda --help)
 bench-cuda *flags:
