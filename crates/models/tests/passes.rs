@@ -96,17 +96,14 @@ fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mu
             (at(1.0) - at(-1.0)) / (2.0 * size) / slope - 1.0
         });
         parameter.tensor.slice_set(&original, 0, 0).unwrap();
-        eprintln!("DBG {} slope {slope:.4} {coarse:.5} {fine:.5}", parameter.name);
-        if std::env::var("NOA").is_err() {
-            assert!(
-                fine.abs() < SMALL || fine.abs() < FALL * coarse.abs(),
-                "{}: the derivative is {slope:.5} by the backward pass; differences of the loss are off by {:.2} % of \
-             it over a step, and by {:.2} % over a quarter of the step",
-                parameter.name,
-                100.0 * coarse,
-                100.0 * fine
-            );
-        }
+        assert!(
+            fine.abs() < SMALL || fine.abs() < FALL * coarse.abs(),
+            "{}: the derivative is {slope:.5} by the backward pass; differences of the loss are off by {:.2} % of it \
+             over a step, and by {:.2} % over a quarter of the step",
+            parameter.name,
+            100.0 * coarse,
+            100.0 * fine
+        );
         found.push(fine.abs());
     }
     let all = parameters.len();
