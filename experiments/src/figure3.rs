@@ -4,19 +4,16 @@
 //! The networks are the pre-trained ones that the tables begin with, so they come from the same store.
 
 use crate::flags::{Flags, Only};
-use crate::profile::{ModelName, Profile};
-use crate::progress::Display;
-use crate::table::{command_line, load, show_plan};
-use crate::{device, process};
+use crate::profile::ModelName;
+use crate::session::{self, Done, Session};
 use anyhow::{Context as _, Result, bail};
 use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
-use datasets::{Dataset, test_batches};
 use models::{Kernel, MobileNet, Network};
 use report::histogram::{self, Caption, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
 use std::path::Path;
 use std::sync::Arc;
-use workflow::{Context, Kind, Outcome, Provenance, Stage, Store};
+use workflow::{Outcome, Stage};
 
 /// Test images that the filters are shown: the first ones.
 const IMAGES: usize = 250;
@@ -30,56 +27,40 @@ pub fn main() -> Result<()> {
                  the store: what filters of low and of ordinary running variance give, and the running variances of \
                  every layer";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
-    process::run(|| run(&flags))
+    session::main(|| run(&mut Session::open(&flags, false)?, &flags))
 }
 
-fn run(flags: &Flags) -> Result<()> {
-    let (device, device_name) = device::open(&flags.device)?;
-    let profile = match &flags.config {
-        Some(path) => Profile::read(path)?,
-        None => Profile::named(flags.profile(&device))?,
-    };
-    let mut display = Display::new();
-    let data = load(&flags.data, &profile, &mut display)?;
+/// Pre-trains what is missing and draws the figure.
+pub(crate) fn run(session: &mut Session, flags: &Flags) -> Result<Done> {
     let names = MODELS.map(|model| model.version().name());
     let only = Only::parse(&flags.only, &names, &[])?;
-    let seed = *flags.seeds.as_ref().unwrap_or(&profile.seeds).first().context("--seeds is empty")?;
+    let seed = *flags.seeds.as_ref().unwrap_or(&session.profile.seeds).first().context("--seeds is empty")?;
     let mut subjects = Vec::new();
     for model in MODELS {
         // Before quantization everything is float.
         if only.picks(model.version().name(), (32, 32), "") {
-            let network = profile.network(model, data.classes)?;
-            // The stage that every table begins with.
-            let stage = Stage::root(Kind::Pretrain {
-                network,
-                training: profile.training.pretraining,
-                seed: profile.pretraining_seed.unwrap_or(seed),
-            });
-            subjects.push((network, stage));
+            let network = session.profile.network(model, session.data.classes())?;
+            subjects.push((network, session.pretraining(model, seed)?));
         }
     }
     if subjects.is_empty() {
         bail!("--only {} picks no network; expected {}", flags.only.join(","), names.join(" or "));
     }
-    let store = Store::new(&flags.store);
     if flags.plan {
-        let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
-        return show_plan(&store.plan(&ends, &data.fingerprint)?, &data);
+        let ends: Vec<Arc<Stage>> = subjects.into_iter().map(|(_, stage)| stage).collect();
+        session.show_plan(&ends)?;
+        return Ok(Done::All);
     }
-    let provenance =
-        Provenance { command: command_line(), git_commit: env!("PFQ_COMMIT").into(), device: device_name };
-    let context = Context { data: &data, device: &device, provenance: &provenance };
     let mut figures = Vec::new();
     for (config, stage) in &subjects {
-        let outcome = store.run(stage, &context, &mut |event| display.stage(event))?;
-        let network = store.network(stage, &data.fingerprint, &device)?;
-        figures.push(Figure::of(*config, &network, outcome, &profile, &data)?);
+        let Some(outcome) = session.run(stage)? else { return Ok(Done::InTime) };
+        figures.push(Figure::of(*config, &session.network(stage)?, outcome, session)?);
     }
-    let folder = flags.out.join("figure3").join(&profile.name);
-    let text = write(&figures, &profile, &data, &provenance, &folder)?;
+    let folder = session.folder("figure3");
+    let text = write(&figures, session, &folder)?;
     println!("{text}");
     println!("Written to {}.", folder.display());
-    Ok(())
+    Ok(Done::All)
 }
 
 /// What the figure shows of one network.
@@ -92,23 +73,18 @@ struct Figure {
 }
 
 impl Figure {
-    fn of(
-        config: MobileNet,
-        network: &Network,
-        outcome: Outcome,
-        profile: &Profile,
-        data: &Arc<Dataset>,
-    ) -> Result<Self> {
-        let batch = test_batches(data, IMAGES).next().context("there are no test images")??;
+    fn of(config: MobileNet, network: &Network, outcome: Outcome, session: &Session) -> Result<Self> {
+        let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
+        let images = batch.images.to_device(network.device())?;
         let layers = pfq::variances(network)?
             .into_iter()
             .map(|layer| Variances { layer: layer.layer, values: layer.variance })
             .collect();
-        let filters = observe(network, &choose(network)?, &batch.images)?;
+        let filters = observe(network, &choose(network)?, &images)?;
         Ok(Self {
             config,
             outcome,
-            threshold: profile.pfq.threshold.unwrap_or(network.epsilon),
+            threshold: session.profile.pfq.threshold.unwrap_or(network.epsilon),
             filters,
             layers,
         })
@@ -203,16 +179,11 @@ fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
 }
 
 /// Writes pictures, CSV, the settings, the stages and a description to `folder`; gives the description.
-fn write(
-    figures: &[Figure],
-    profile: &Profile,
-    data: &Dataset,
-    provenance: &Provenance,
-    folder: &Path,
-) -> Result<String> {
+fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String> {
+    let Session { profile, data, provenance, .. } = session;
     let (mut outputs, mut variances) = (Vec::new(), Vec::new());
     let mut text = String::from("# Figure 3: filters of low and of ordinary running variance\n\n");
-    let images = data.test.len().min(IMAGES);
+    let images = data.test_images().min(IMAGES);
     text += &format!(
         "The pre-trained networks of profile `{}` see the first {images} test images. Shown are, among the depthwise \
          layers and among all others, the filter with the lowest running variance V, and the filter with the median V \
@@ -228,7 +199,7 @@ fn write(
             let network = format!("pre-trained, top-1 {:.2} %", figure.outcome.evaluation.top1_percent);
             let more = [profile.as_str(), &network, shown];
             let width = figure.config.width;
-            Caption::of_network(what, (model, width), &data.name, &more, figure.threshold)
+            Caption::of_network(what, (model, width), data.name(), &more, figure.threshold)
         };
         let path = |what: &str, extension: &str| folder.join(format!("{what}_{model}.{extension}"));
         let shown = format!("first {images} test images");
@@ -277,10 +248,10 @@ fn write(
         provenance.command,
         provenance.git_commit,
         provenance.device,
-        data.name,
-        data.source,
-        data.train.len(),
-        data.test.len()
+        data.name(),
+        data.source(),
+        data.train_images(),
+        data.test_images()
     );
     histogram::write_rows(&outputs, &folder.join("outputs.csv"))?;
     histogram::write_rows(&variances, &folder.join("variances.csv"))?;
@@ -295,6 +266,7 @@ fn write(
 mod tests {
     use super::*;
     use candle_core::Device;
+    use datasets::test_batches;
     use models::{Input, Norm, Version};
 
     /// Steps of training, all on the same images and without a change of the weights.

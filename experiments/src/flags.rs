@@ -1,6 +1,8 @@
+use crate::profile::Profile;
 use anyhow::{Result, bail};
 use candle_core::Device;
 use clap::Parser;
+use datasets::imagenet::{ClassChoice, Limit};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -16,7 +18,7 @@ pub const TIME_LIMIT: i32 = 75;
 )]
 pub struct Flags {
     /// Settings to use: quick (about ten minutes on 2 cores), reduced (the real CIFAR-100 with narrow
-    /// networks, hours) or paper (the full networks); paper on a GPU and quick on a CPU if not given
+    /// networks, hours), paper (the full networks) or imagenet (those on ImageNet-1000, for table4); paper on a GPU and quick on a CPU if not given
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub profile: Option<String>,
 
@@ -25,9 +27,18 @@ pub struct Flags {
     pub config: Option<PathBuf>,
 
     /// CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a
-    /// folder with the official files
+    /// folder with the official files. ImageNet, in profile imagenet: auto ($PFQ_IMAGENET, ./imagenet), hub, or a
+    /// folder with class folders, the official archives or the hub's tables
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub data: String,
+
+    /// Of ImageNet take these classes only: a number (the first so many) or names divided by commas
+    #[arg(long, value_name = "CLASSES")]
+    pub classes: Option<ClassChoice>,
+
+    /// Of ImageNet take so many training and so many test images at most, e.g. 1000 or 50/class
+    #[arg(long, value_name = "IMAGES")]
+    pub limit: Option<Limit>,
 
     /// auto (a GPU if this program can use one and it answers, else the CPU), cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
@@ -72,6 +83,25 @@ impl Flags {
     pub fn profile(&self, device: &Device) -> &str {
         // The full networks would take weeks on a CPU.
         self.profile.as_deref().unwrap_or(if device.is_cpu() { "quick" } else { "paper" })
+    }
+
+    /// Makes the profile one of that part of ImageNet which `--classes` and `--limit` pick; its name then says so.
+    pub fn narrow(&self, profile: &mut Profile) -> Result<()> {
+        if self.classes.is_none() && self.limit.is_none() {
+            return Ok(());
+        }
+        let Some(options) = &mut profile.data.imagenet else {
+            bail!(
+                "--classes and --limit pick a part of ImageNet, and profile {} is of CIFAR-100: expected --profile \
+                 imagenet, or train_images and test_images in a settings file (--config)",
+                profile.name
+            );
+        };
+        options.classes = self.classes.clone().or(options.classes.take());
+        options.train_limit = self.limit.or(options.train_limit);
+        options.test_limit = self.limit.or(options.test_limit);
+        profile.name += "-part";
+        Ok(())
     }
 }
 
@@ -155,6 +185,22 @@ mod tests {
         assert_eq!(flags.profile(&Device::Cpu), "quick");
         let flags = Flags::try_parse_from(["table", "--profile", "reduced"]).unwrap();
         assert_eq!(flags.profile(&Device::Cpu), "reduced");
+    }
+
+    #[test]
+    fn a_part_of_imagenet_names_its_profile() {
+        let flags = Flags::try_parse_from(["table4", "--classes", "10", "--limit", "5/class"]).unwrap();
+        let mut profile = Profile::named("imagenet").unwrap();
+        flags.narrow(&mut profile).unwrap();
+        let options = profile.data.imagenet.as_ref().unwrap();
+        assert_eq!(
+            (options.classes.clone(), options.train_limit),
+            ("10".parse().ok(), "5/class".parse().ok())
+        );
+        assert_eq!(profile.name, "imagenet-part");
+        let error = flags.narrow(&mut Profile::named("quick").unwrap()).unwrap_err().to_string();
+        assert!(error.contains("CIFAR-100") && error.contains("--profile imagenet"), "{error}");
+        assert!(Flags::try_parse_from(["table4", "--limit", "0"]).is_err());
     }
 
     #[test]

@@ -12,10 +12,11 @@ mod process;
 mod profile;
 mod progress;
 pub mod report_page;
+mod session;
 mod table;
 pub mod tables;
 pub mod tool;
 
 pub use flags::{Flags, Only};
 pub use profile::{Data, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};
-pub use table::{Cell, Method, Table, main};
+pub use table::{Cell, Method, Table, all, main};

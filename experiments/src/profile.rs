@@ -1,5 +1,6 @@
 use anyhow::{Context, Result, bail};
 use baselines::Dfq;
+use datasets::imagenet::Options;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, Version};
 use pfq::PfQ;
@@ -22,7 +23,7 @@ pub struct Profile {
     /// Seed of the one pre-trained network that all seeds share, so that they compare methods in
     /// pairs; without it every seed pre-trains its own.
     pub pretraining_seed: Option<u64>,
-    /// How much of the data is used.
+    /// Which data is used, and how much of it.
     pub data: Data,
     /// The networks, by model.
     pub networks: BTreeMap<ModelName, NetworkSettings>,
@@ -46,8 +47,8 @@ pub enum ModelName {
     MobilenetV2,
 }
 
-/// How much of the data is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Which data is used, and how much of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
     /// Training images, balanced over the classes; all if not given.
@@ -57,6 +58,9 @@ pub struct Data {
     /// If given, that many training images stand in for the test set, which is not touched: for
     /// choosing settings.
     pub hold_out: Option<usize>,
+    /// If given, the data is ImageNet, and this is what is taken of it, in place of `train_images` and `test_images`;
+    /// if not, it is CIFAR-100.
+    pub imagenet: Option<Options>,
 }
 
 /// One network.
@@ -109,9 +113,13 @@ pub struct Trainings {
     pub dsq: Training,
 }
 
+/// Rows and columns of the images that the networks for ImageNet see.
+const IMAGENET_SIDE: usize = 224;
+
 const QUICK: &str = include_str!("../profiles/quick.toml");
 const REDUCED: &str = include_str!("../profiles/reduced.toml");
 const PAPER: &str = include_str!("../profiles/paper.toml");
+const IMAGENET: &str = include_str!("../profiles/imagenet.toml");
 
 impl Profile {
     /// The built-in profile of that name.
@@ -120,7 +128,10 @@ impl Profile {
             "quick" => QUICK,
             "reduced" => REDUCED,
             "paper" => PAPER,
-            _ => bail!("--profile {name} is unknown: expected quick, reduced or paper (or --config FILE)"),
+            "imagenet" => IMAGENET,
+            _ => bail!(
+                "--profile {name} is unknown: expected quick, reduced, paper or imagenet (or --config FILE)"
+            ),
         };
         Self::parse(text).with_context(|| format!("profile {name}"))
     }
@@ -155,6 +166,19 @@ impl Profile {
                 );
             }
         }
+        if let Some(options) = &self.data.imagenet {
+            if self.data.train_images.or(self.data.test_images).is_some() {
+                bail!(
+                    "data.train_images and data.test_images are of CIFAR-100: expected data.imagenet.train_limit"
+                );
+            }
+            if options.side != IMAGENET_SIDE {
+                bail!(
+                    "data.imagenet.side = {}: expected {IMAGENET_SIDE}, that of the networks",
+                    options.side
+                );
+            }
+        }
         let t = &self.training;
         for (key, training) in [
             ("pretraining", t.pretraining),
@@ -176,7 +200,8 @@ impl Profile {
             bail!("the settings have no [networks.{}]", model.version().name());
         };
         let NetworkSettings { width, activation } = *settings;
-        Ok(MobileNet { width, activation, ..MobileNet::new(model.version(), Input::Cifar, classes) })
+        let input = if self.data.imagenet.is_some() { Input::Imagenet } else { Input::Cifar };
+        Ok(MobileNet { width, activation, ..MobileNet::new(model.version(), input, classes) })
     }
 
     /// The settings of one table cell's workflows.
@@ -215,7 +240,7 @@ mod tests {
 
     #[test]
     fn built_in_profiles_are_valid_and_named_as_asked() {
-        for name in ["quick", "reduced", "paper"] {
+        for name in ["quick", "reduced", "paper", "imagenet"] {
             assert_eq!(Profile::named(name).unwrap().name, name);
         }
     }
@@ -236,5 +261,7 @@ mod tests {
         check("first_layer = 8", "first_layer = 9", &["9", "2 to 8"]);
         check("batch = ", "batch = 0 # ", &["batch", "1 to 65536"]);
         check("width = ", "width = 0 # ", &["width", "more than 0"]);
+        check("[data]", "[data]\nimagenet = { side = 192 }", &["data.imagenet.train_limit"]);
+        check("[data]", "[data]\nimagenet = { sides = 192 }", &["sides", "side"]);
     }
 }

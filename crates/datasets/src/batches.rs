@@ -63,6 +63,13 @@ pub struct Batch {
     pub labels: Tensor,
 }
 
+impl Batch {
+    /// The same on `device`; nothing is copied if it is there.
+    fn to(self, device: &Device) -> Result<Batch> {
+        Ok(Batch { images: self.images.to_device(device)?, labels: self.labels.to_device(device)? })
+    }
+}
+
 /// The training batches of one epoch, on the CPU; [`Feed`](crate::Feed) makes the same ones on any device.
 ///
 /// The order is a permutation drawn from `(seed, epoch)`, and each image is varied by `(seed, epoch, its
@@ -112,6 +119,8 @@ pub fn test_batches(data: &Arc<Dataset>, batch: usize) -> Batches {
 /// If the thread fails, the failure is the next item and the last one; an epoch never just ends early.
 pub struct Batches {
     maker: Maker,
+    /// Where each is copied to; `None`: it stays where it was made.
+    device: Option<Device>,
     remaining: usize,
     last_is_short: bool,
 }
@@ -169,12 +178,18 @@ impl Batches {
 
     fn of(images: usize, batch: usize, maker: Maker) -> Batches {
         let (remaining, last_is_short) = (images.div_ceil(batch), !images.is_multiple_of(batch));
-        Batches { maker, remaining, last_is_short }
+        Batches { maker, device: None, remaining, last_is_short }
+    }
+
+    /// The same batches on `device`, each copied there when it is asked for.
+    pub(crate) fn on(mut self, device: &Device) -> Batches {
+        self.device = Some(device.clone());
+        self
     }
 
     /// Nothing but one error.
     pub(crate) fn failed(error: Error) -> Batches {
-        Batches { maker: Maker::Stopped(Some(error)), remaining: 1, last_is_short: false }
+        Batches { maker: Maker::Stopped(Some(error)), device: None, remaining: 1, last_is_short: false }
     }
 
     /// Leaves out the last batch if it is short. To be called before the first item is taken.
@@ -228,7 +243,13 @@ impl Iterator for Batches {
             Some(Ok(batch)) => {
                 self.remaining -= 1;
                 // None of its images could be read; whoever left them out tells of it.
-                if batch.labels.elem_count() == 0 { self.next() } else { Some(Ok(batch)) }
+                if batch.labels.elem_count() == 0 {
+                    return self.next();
+                }
+                Some(match &self.device {
+                    Some(device) => batch.to(device),
+                    None => Ok(batch),
+                })
             }
             Some(Err(error)) => self.fail(error),
             None => {

@@ -8,7 +8,7 @@ use crate::dataset::Dataset;
 /// A data set to train on and to evaluate with. `Arc<Dataset>` (in memory) and
 /// [`ImageNet`](crate::imagenet::ImageNet) (read from files) are such.
 pub trait Data: Send + Sync {
-    /// Its short name, such as `"cifar100"`.
+    /// Its short name, such as `"cifar100"`; that of a part of it is another.
     fn name(&self) -> &str;
 
     /// Where it comes from and what was taken of it, for people to read.
@@ -42,6 +42,11 @@ pub trait Data: Send + Sync {
 
     /// The test images in order. A failure is the last item.
     fn test_batches(&self, batch: usize) -> Batches;
+
+    /// The whole set, if it is in memory: a copy of it can then stay in an accelerator's.
+    fn in_memory(&self) -> Option<&Dataset> {
+        None
+    }
 
     /// The images that were left out so far because they could not be used. In memory there are none.
     fn skipped(&self) -> Vec<Skipped> {
@@ -101,5 +106,9 @@ impl Data for Arc<Dataset> {
 
     fn test_batches(&self, batch: usize) -> Batches {
         test_batches(self, batch)
+    }
+
+    fn in_memory(&self) -> Option<&Dataset> {
+        Some(self)
     }
 }

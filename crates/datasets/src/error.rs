@@ -172,6 +172,9 @@ pub enum Error {
     /// A tensor could not be made.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+    /// A batch could not be cut out of the images.
+    #[error(transparent)]
+    Kernel(#[from] kernels::Error),
 }
 
 impl Error {

@@ -1,34 +1,40 @@
-//! Batches where the network is. On the CPU those of [`train_batches`] and [`test_batches`]; on an accelerator the
-//! same ones, made there from a copy of the images in its memory.
+//! Batches where the network is. On the CPU those of [`Data::train_batches`] and [`Data::test_batches`]; on an
+//! accelerator the same ones, of a set in memory made there from a copy of the images.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use kernels::augment::{self, Views};
 
-use crate::batches::{Normalization, View, order};
+use crate::batches::{View, order};
 use crate::dataset::CHANNELS;
-use crate::{Augmentation, Batch, Batches, Dataset, Error, Images, Result, test_batches, train_batches};
+use crate::{Augmentation, Batch, Batches, Data, Dataset, Error, Images, Result};
 
 /// The batches of a data set on a device.
 ///
-/// On an accelerator each split is copied there as bytes when its first batch is asked for, and an epoch's choices
-/// (which image, which part of it, mirrored or not) when the epoch begins. So a step copies nothing from the host and
-/// waits for nothing. The choices are those of the CPU, and so are the normalized values, to the bit.
-pub struct Feed {
-    data: Arc<Dataset>,
+/// On an accelerator each split of a set in memory is copied there as bytes when its first batch is asked for, and an
+/// epoch's choices (which image, which part of it, mirrored or not) when the epoch begins. So a step copies nothing from
+/// the host and waits for nothing. The choices are those of the CPU, and so are the normalized values, up to the rounding
+/// of the device's division. Batches of images that are read from files are copied one by one.
+pub struct Feed<'a> {
+    data: &'a dyn Data,
     device: Device,
     train: Option<Resident>,
     test: Option<Resident>,
 }
 
-impl Feed {
+impl<'a> Feed<'a> {
     /// For batches on `device`; nothing is copied yet.
-    pub fn new(data: &Arc<Dataset>, device: &Device) -> Feed {
-        Feed { data: Arc::clone(data), device: device.clone(), train: None, test: None }
+    pub fn new(data: &'a dyn Data, device: &Device) -> Self {
+        Feed { data, device: device.clone(), train: None, test: None }
     }
 
-    /// The training batches of one epoch, the images and the order being those of [`train_batches`].
+    /// The data set.
+    pub fn data(&self) -> &'a dyn Data {
+        self.data
+    }
+
+    /// The training batches of one epoch, the images and the order being those of [`Data::train_batches`].
     ///
     /// # Errors
     /// [`Error::Candle`] if the images do not fit the device's memory, [`Error::Invalid`] if there are more pixels than
@@ -40,24 +46,24 @@ impl Feed {
         seed: u64,
         epoch: usize,
     ) -> Result<Batches> {
-        if self.device.is_cpu() {
-            return Ok(train_batches(&self.data, batch, augmentation, seed, epoch));
-        }
-        let resident = stay(&mut self.train, &self.data, &self.data.train, &self.device)?;
-        let order = order(self.data.train.len(), seed, epoch);
+        let Some(data) = self.data.in_memory().filter(|_| !self.device.is_cpu()) else {
+            return Ok(self.data.train_batches(batch, augmentation, seed, epoch).on(&self.device));
+        };
+        let resident = stay(&mut self.train, data, &data.train, &self.device)?;
+        let order = order(data.train.len(), seed, epoch);
         resident.epoch(&order, batch, augmentation.pad, |i| augmentation.view(seed, epoch, i))
     }
 
-    /// The test images in order, those of [`test_batches`].
+    /// The test images in order, those of [`Data::test_batches`].
     ///
     /// # Errors
     /// As for [`Feed::train`].
     pub fn test(&mut self, batch: usize) -> Result<Batches> {
-        if self.device.is_cpu() {
-            return Ok(test_batches(&self.data, batch));
-        }
-        let resident = stay(&mut self.test, &self.data, &self.data.test, &self.device)?;
-        resident.epoch(&Vec::from_iter(0..self.data.test.len()), batch, 0, |_| View::default())
+        let Some(data) = self.data.in_memory().filter(|_| !self.device.is_cpu()) else {
+            return Ok(self.data.test_batches(batch).on(&self.device));
+        };
+        let resident = stay(&mut self.test, data, &data.test, &self.device)?;
+        resident.epoch(&Vec::from_iter(0..data.test.len()), batch, 0, |_| View::default())
     }
 }
 
@@ -70,7 +76,7 @@ fn stay<'a>(
 ) -> Result<&'a Resident> {
     Ok(match place {
         Some(resident) => resident,
-        None => place.insert(Resident::new(images, &Normalization::new(data), device)?),
+        None => place.insert(Resident::new(data, images, device)?),
     })
 }
 
@@ -81,7 +87,10 @@ struct Resident {
     images: Tensor,
     /// u32 `[n]`.
     labels: Tensor,
-    views: Views,
+    /// f32 `[channels]`, full intensity being 1.
+    mean: Tensor,
+    /// f32 `[channels]`.
+    std: Tensor,
 }
 
 /// What an epoch shows, image by image in its order, on the device.
@@ -97,7 +106,7 @@ struct Choices {
 }
 
 impl Resident {
-    fn new(images: &Images, table: &Normalization, device: &Device) -> Result<Resident> {
+    fn new(data: &Dataset, images: &Images, device: &Device) -> Result<Resident> {
         let (n, height, width) = (images.len(), images.height, images.width);
         let pixels = n * height * width;
         if u32::try_from(pixels).is_err() || images.pixels.len() != pixels * CHANNELS {
@@ -111,7 +120,8 @@ impl Resident {
         Ok(Resident {
             images: Tensor::from_slice(&images.pixels, (n, height, width, CHANNELS), device)?,
             labels: Tensor::new(labels, device)?,
-            views: Views::new(table, (height, width), device)?,
+            mean: Tensor::new(&data.mean, device)?,
+            std: Tensor::new(&data.std, device)?,
         })
     }
 
@@ -138,8 +148,10 @@ impl Resident {
     }
 
     fn batch(&self, choices: &Choices) -> Result<Batch> {
+        let Choices { index, corners, flip, pad } = choices;
+        let views = Views { index, corners, flip, pad: *pad };
         Ok(Batch {
-            images: self.views.of(&self.images, choices)?,
+            images: augment::batch(&self.images, views, &self.mean, &self.std, DType::F32)?,
             labels: self.labels.index_select(&choices.index, 0)?,
         })
     }
@@ -158,86 +170,11 @@ impl Choices {
     }
 }
 
-/// Cuts and normalizes views of images, by operations that every device has. What they need is kept as tensors:
-/// constants would be copied to the device in every step.
-#[derive(Clone)]
-struct Views {
-    /// f32 `[channels · 256]`: the normalized value of every byte, channel by channel.
-    table: Tensor,
-    /// u32 `[channels]`: where each channel begins in the table.
-    channels: Tensor,
-    rows: Axis,
-    columns: Axis,
-}
-
-/// The places along an axis of an image.
-#[derive(Clone)]
-struct Axis {
-    len: usize,
-    /// i64 `[len]`: 0, 1, …
-    places: Tensor,
-    /// i64 `[len]`: what is added to a place to mirror it.
-    mirror: Tensor,
-    /// i64 `[1]`: 0.
-    zero: Tensor,
-    /// i64 `[1]`: `len`.
-    end: Tensor,
-}
-
-impl Views {
-    fn new(table: &Normalization, (height, width): (usize, usize), device: &Device) -> Result<Views> {
-        Ok(Views {
-            table: Tensor::new(table.0.as_flattened(), device)?,
-            channels: Tensor::from_iter((0..CHANNELS as u32).map(|c| 256 * c), device)?,
-            rows: Axis::new(height, device)?,
-            columns: Axis::new(width, device)?,
-        })
-    }
-
-    /// The chosen views of `images[count, height, width, channels]`, normalized: f32 `[n, height, width, channels]`.
-    fn of(&self, images: &Tensor, choices: &Choices) -> Result<Tensor> {
-        let Views { table, channels, rows, columns } = self;
-        let n = choices.index.elem_count();
-        let whole = |values: &Tensor| values.to_dtype(DType::I64);
-        let corners = (whole(&choices.corners)? - choices.pad as f64)?;
-        // Which row and column of its image each row and column of the output shows.
-        let y = rows.places.broadcast_add(&corners.narrow(1, 0, 1)?)?;
-        let x = columns.mirror.broadcast_mul(&whole(&choices.flip)?.reshape((n, 1))?)?;
-        let x = x.broadcast_add(&columns.places)?.broadcast_add(&corners.narrow(1, 1, 1)?)?;
-        let inside = rows.holds(&y)?.unsqueeze(2)?.broadcast_mul(&columns.holds(&x)?.unsqueeze(1)?)?;
-        // The number of the pixel among all; outside any, as it is made black after that.
-        let first = (whole(&choices.index)?.reshape((n, 1))? * (rows.len * columns.len) as f64)?;
-        let line = (y * columns.len as f64)?.broadcast_add(&first)?;
-        let pixel = line.unsqueeze(2)?.broadcast_add(&x.unsqueeze(1)?)?;
-        let pixel = (pixel * whole(&inside)?)?.flatten_all()?.to_dtype(DType::U32)?;
-        let bytes = images.reshape(((), CHANNELS))?.index_select(&pixel, 0)?;
-        let bytes = bytes.broadcast_mul(&inside.reshape(((), 1))?)?;
-        let entries = bytes.to_dtype(DType::U32)?.broadcast_add(channels)?.flatten_all()?;
-        Ok(table.index_select(&entries, 0)?.reshape((n, rows.len, columns.len, CHANNELS))?)
-    }
-}
-
-impl Axis {
-    fn new(len: usize, device: &Device) -> Result<Axis> {
-        let end = len as i64;
-        Ok(Axis {
-            len,
-            places: Tensor::arange(0, end, device)?,
-            mirror: Tensor::from_iter((0..end).map(|place| end - 1 - 2 * place), device)?,
-            zero: Tensor::new(&[0i64], device)?,
-            end: Tensor::new(&[end], device)?,
-        })
-    }
-
-    /// u8: 1 for a place on the axis, else 0.
-    fn holds(&self, place: &Tensor) -> Result<Tensor> {
-        Ok((place.broadcast_ge(&self.zero)? * place.broadcast_lt(&self.end)?)?)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{test_batches, train_batches};
+    use std::sync::Arc;
 
     /// The bits of every image and the labels, batch by batch.
     fn collect(batches: Batches) -> Vec<(Vec<usize>, Vec<u32>, Vec<u32>)> {
@@ -254,8 +191,7 @@ mod tests {
     #[test]
     fn copies_on_a_device_give_the_same_bits() {
         let data = Arc::new(crate::synthetic(230, 70, 1).unwrap());
-        let table = Normalization::new(&data);
-        let train = Resident::new(&data.train, &table, &Device::Cpu).unwrap();
+        let train = Resident::new(&data, &data.train, &Device::Cpu).unwrap();
         for augmentation in [
             Augmentation::none(),
             Augmentation { pad: 4, flip: true },
@@ -273,7 +209,7 @@ mod tests {
                 assert!(collect(found) == collect(expected), "{augmentation:?}, {batch} images a batch");
             }
         }
-        let test = Resident::new(&data.test, &table, &Device::Cpu).unwrap();
+        let test = Resident::new(&data, &data.test, &Device::Cpu).unwrap();
         let found = test.epoch(&Vec::from_iter(0..70), 50, 0, |_| View::default()).unwrap();
         assert!(collect(found) == collect(test_batches(&data, 50)));
     }
@@ -294,12 +230,12 @@ mod tests {
     #[test]
     fn unusable_arguments_are_errors() {
         let data = Arc::new(crate::synthetic(30, 20, 1).unwrap());
-        let train = Resident::new(&data.train, &Normalization::new(&data), &Device::Cpu).unwrap();
+        let train = Resident::new(&data, &data.train, &Device::Cpu).unwrap();
         let items = Vec::from_iter(train.epoch(&[0, 1], 0, 0, |_| View::default()).unwrap());
         assert!(matches!(items.as_slice(), [Err(Error::Invalid(_))]));
         let mut broken = Dataset::clone(&data);
         broken.train.pixels.truncate(5 * 3072);
-        let error = Resident::new(&broken.train, &Normalization::new(&data), &Device::Cpu).err().unwrap();
+        let error = Resident::new(&data, &broken.train, &Device::Cpu).err().unwrap();
         assert!(error.to_string().contains("15360 bytes of 30 images"), "{error}");
     }
 }

@@ -293,6 +293,7 @@ const SPLITS: [&str; 2] = ["training", "test"];
 pub struct ImageNet(Arc<Inner>);
 
 struct Inner {
+    name: &'static str,
     source: String,
     classes: Classes,
     options: Options,
@@ -381,10 +382,14 @@ impl ImageNet {
             .thread_name(|i| format!("decode-{i}"))
             .build()
             .map_err(|error| Error::Loader(error.to_string()))?;
-        Ok(ImageNet::of(source, classes, options.clone(), splits, Arc::new(pool)))
+        // A figure on a part must not pass for one on the whole.
+        let whole = splits.iter().zip(OFFICIAL).all(|(items, official)| items.len() == official);
+        let name = if whole && classes == Classes::official() { "imagenet1000" } else { "imagenet_part" };
+        Ok(ImageNet::of(name, source, classes, options.clone(), splits, Arc::new(pool)))
     }
 
     fn of(
+        name: &'static str,
         source: String,
         classes: Classes,
         options: Options,
@@ -394,7 +399,17 @@ impl ImageNet {
         let fingerprint = fingerprint(&options, &splits);
         let table = Normalization::of(MEAN, STD);
         let skipped = Mutex::default();
-        ImageNet(Arc::new(Inner { source, classes, options, splits, fingerprint, table, pool, skipped }))
+        ImageNet(Arc::new(Inner {
+            name,
+            source,
+            classes,
+            options,
+            splits,
+            fingerprint,
+            table,
+            pool,
+            skipped,
+        }))
     }
 
     /// For choosing settings without looking at the test set: the test images become `n` of the training
@@ -422,7 +437,14 @@ impl ImageNet {
             |held: bool| (0..all.len()).filter(|&i| is_held[i] == held).map(|i| all[i].clone()).collect();
         let source = format!("{source}; {n} training images held out as test (seed {seed})");
         let splits = [part(false), part(true)];
-        Ok(ImageNet::of(source, classes.clone(), options.clone(), splits, Arc::clone(pool)))
+        Ok(ImageNet::of(
+            "imagenet_holdout",
+            source,
+            classes.clone(),
+            options.clone(),
+            splits,
+            Arc::clone(pool),
+        ))
     }
 
     /// The batch of the images with these indices; `view` says how each is to be seen.
@@ -485,7 +507,7 @@ impl ImageNet {
 
 impl Data for ImageNet {
     fn name(&self) -> &str {
-        "imagenet"
+        self.0.name
     }
 
     fn source(&self) -> &str {

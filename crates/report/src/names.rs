@@ -60,6 +60,8 @@ pub(crate) fn dataset_label(dataset: &str) -> &str {
         "cifar10" => "CIFAR-10",
         "cifar100" => "CIFAR-100",
         "imagenet1000" => "ImageNet-1000",
+        "imagenet_part" => "a part of ImageNet",
+        "imagenet_holdout" => "ImageNet, training images held out",
         "cifar100_holdout" => "CIFAR-100, training images held out",
         other if is_synthetic(other) => "synthetic data",
         other => other,

@@ -1,9 +1,8 @@
 use crate::Result;
 use crate::totals::{Means, Totals};
-use datasets::{Dataset, Feed};
+use datasets::{Data, Feed};
 use models::Network;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 
 /// How a network does on the test set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -14,18 +13,20 @@ pub struct Evaluation {
     pub top1_percent: f64,
 }
 
-/// Images a step of evaluation; no effect on the result, as running statistics are used.
-const BATCH: usize = 250;
+/// Images and pixels a step of evaluation, at most; no effect on the result, as running statistics are used.
+const IMAGES: usize = 250;
+const PIXELS: usize = 32 * 224 * 224;
 
 /// Evaluates `network`, on its device, on the test images of `data`.
-pub fn evaluate(network: &Network, data: &Arc<Dataset>) -> Result<Evaluation> {
+pub fn evaluate(network: &Network, data: &dyn Data) -> Result<Evaluation> {
     evaluate_on(network, &mut Feed::new(data, network.device()))
 }
 
 /// Evaluates `network` on the test images of `feed`, which is on the network's device.
 pub(crate) fn evaluate_on(network: &Network, feed: &mut Feed) -> Result<Evaluation> {
     let mut totals = Totals::default();
-    for batch in feed.test(BATCH)? {
+    let (height, width) = feed.data().side();
+    for batch in feed.test((PIXELS / (height * width).max(1)).clamp(1, IMAGES))? {
         let batch = batch?;
         let logits = network.forward(&batch.images)?;
         let step = kernels::loss::softmax_cross_entropy(&logits, &batch.labels, 0.0)?;

@@ -2,19 +2,18 @@ use crate::evaluate::evaluate_on;
 use crate::totals::Totals;
 use crate::{Error, Evaluation, Result, TimeLimit, Training};
 use candle_core::Tensor;
-use datasets::{Dataset, Feed};
+use datasets::{Data, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
-use kernels::sgd;
+use kernels::sgd::{self, Rule, Update};
 use models::{Extras, Network, Step};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
 /// One training run.
 pub struct Run<'a> {
     /// Training and test images.
-    pub data: &'a Arc<Dataset>,
+    pub data: &'a dyn Data,
     /// Rates, lengths and the rest.
     pub training: &'a Training,
     /// Seed of the order and the augmentation of the training images.
@@ -139,11 +138,15 @@ pub fn step(
     let (logits, tape) = network.forward_train(images, Step { range_momentum: training.range_momentum })?;
     let result = softmax_cross_entropy(&logits, labels, training.label_smoothing)?;
     let gradients = network.backward(tape, &result.grad)?;
-    for ((parameter, gradient), velocity) in network.parameters().iter().zip(&gradients).zip(velocities) {
-        let decays = parameter.role.decays(training.decay_norm);
-        let decay = if decays { training.weight_decay } else { 0.0 };
-        sgd::step(&parameter.tensor, gradient, velocity, rate, training.momentum, decay)?;
-    }
+    let parameters = network.parameters();
+    let updates: Vec<Update> = (parameters.iter().zip(&gradients).zip(velocities))
+        .map(|((parameter, grad), velocity)| {
+            let decays = parameter.role.decays(training.decay_norm);
+            let weight_decay = if decays { training.weight_decay } else { 0.0 };
+            Update { param: &parameter.tensor, grad, velocity, weight_decay }
+        })
+        .collect();
+    sgd::step_all(&updates, Rule { lr: rate, momentum: training.momentum })?;
     Ok(result)
 }
 

@@ -1,6 +1,6 @@
 use crate::{Error, Kind, Result, Stage};
 use candle_core::Device;
-use datasets::Dataset;
+use datasets::Data;
 use models::{Extras, Network};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -19,7 +19,7 @@ pub struct Store {
 /// What a stage runs on.
 pub struct Context<'a> {
     /// Training and test images.
-    pub data: &'a Arc<Dataset>,
+    pub data: &'a dyn Data,
     /// Where tensors live.
     pub device: &'a Device,
     /// Recorded with every outcome.
@@ -170,7 +170,7 @@ impl Store {
     /// The outcome of `stage`: from the store if it has been run, else by running it and whatever it
     /// needs before it.
     pub fn run(&self, stage: &Stage, context: &Context, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
-        let fingerprint = &context.data.fingerprint;
+        let fingerprint = context.data.fingerprint();
         if let Some(outcome) = self.outcome(stage, fingerprint)? {
             observe(Event::Found(&outcome));
             return Ok(outcome);
@@ -214,12 +214,12 @@ impl Store {
     ) -> Result<Outcome> {
         let Context { data, device, provenance } = *context;
         let started = Instant::now();
-        let key = stage.key(&data.fingerprint);
+        let key = stage.key(data.fingerprint());
         let input = || -> Result<Network> {
             let parent = stage.parent.as_ref().ok_or_else(|| {
                 file_error(folder, format!("stage {} has no parent to take a network from", stage.label()))
             })?;
-            self.network(parent, &data.fingerprint, device)
+            self.network(parent, data.fingerprint(), device)
         };
         let mut train = |network, training: &train::Training, seed| {
             let limit = self.limit.as_deref();
@@ -257,11 +257,11 @@ impl Store {
             key,
             label: stage.label(),
             stage: stage.kind,
-            parent: stage.parent.as_ref().map(|p| p.key(&data.fingerprint)),
+            parent: stage.parent.as_ref().map(|p| p.key(data.fingerprint())),
             data: DataOrigin {
-                name: data.name.clone(),
-                source: data.source.clone(),
-                fingerprint: data.fingerprint.clone(),
+                name: data.name().into(),
+                source: data.source().into(),
+                fingerprint: data.fingerprint().into(),
             },
             evaluation,
             macs: network.macs(),
@@ -288,8 +288,9 @@ fn network_file(folder: &Path) -> PathBuf {
 
 /// Lowest and highest value of a normalized image: black and white in the channel where they lie
 /// farthest out.
-fn image_range(data: &Dataset) -> (f32, f32) {
-    let ends = |pixel: f32| data.mean.iter().zip(&data.std).map(move |(mean, std)| (pixel - mean) / std);
+fn image_range(data: &dyn Data) -> (f32, f32) {
+    let ends =
+        |pixel: f32| data.mean().into_iter().zip(data.std()).map(move |(mean, std)| (pixel - mean) / std);
     (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))
 }
 

@@ -1,5 +1,5 @@
-//! Every table of the paper on CIFAR-100, one after the other, from one set of stages.
+//! Every table of the paper and its Figure 3, one after the other, from one set of stages.
 
 fn main() -> anyhow::Result<()> {
-    experiments::main(&experiments::tables::ALL)
+    experiments::all()
 }

@@ -14,8 +14,10 @@ pub(super) struct Eval {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a folder with
-    /// the official files
+    /// For a network with an input of 32×32, CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic),
+    /// synthetic, hub, or a folder with the official files. With an input of 224×224, ImageNet: auto ($PFQ_IMAGENET,
+    /// ./imagenet), hub, or a folder with val/<class>/*.JPEG, flat val/*.JPEG and a list of classes, the official
+    /// archives, or the hub's tables
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     data: String,
 
@@ -29,12 +31,15 @@ impl Eval {
         let (network, mut text) = self.network.open()?;
         let data = data::load(&self.data, self.limit, &network)?;
         let started = Instant::now();
-        let evaluation = train::evaluate(&network, &data)?;
+        let evaluation = train::evaluate(&network, &*data)?;
+        for skipped in data.skipped() {
+            text += &format!("left out {}: {}\n", skipped.file, skipped.why);
+        }
         text += &format!(
             "{} from {}: {} test images in {}\ntop-1 {:.2} %, loss {:.4}\n",
-            data.name,
-            data.source,
-            data.test.len(),
+            data.name(),
+            data.source(),
+            data.test_images(),
             duration(started.elapsed().as_secs_f64()),
             evaluation.top1_percent,
             evaluation.loss

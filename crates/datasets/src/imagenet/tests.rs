@@ -166,7 +166,7 @@ const FLIP: Augmentation = Augmentation { pad: 0, flip: true };
 
 /// That it is the data set of these tests, prepared the same way as from class folders.
 fn check(data: &ImageNet, expected: &ImageNet) {
-    assert_eq!((data.name(), data.classes(), data.side()), ("imagenet", 1000, (16, 16)));
+    assert_eq!((data.name(), data.classes(), data.side()), ("imagenet_part", 1000, (16, 16)));
     assert_eq!((data.train_images(), data.test_images()), (6, 3));
     assert_eq!(data.fingerprint(), expected.fingerprint());
     let test = collect(data.test_batches(2));

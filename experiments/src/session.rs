@@ -1,0 +1,235 @@
+//! What every program that runs stages opens: settings, data, device and store.
+
+use crate::flags::{Flags, TIME_LIMIT};
+use crate::profile::{ModelName, Profile};
+use crate::progress::{Display, duration};
+use crate::{device, process};
+use anyhow::{Result, bail};
+use candle_core::Device;
+use datasets::{Data, Dataset, Source, imagenet};
+use models::Network;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use train::TimeLimit;
+use workflow::{Context, Kind, Outcome, Provenance, Stage, Store};
+
+/// Training images that stand in for the test set where a table chooses settings.
+const HOLD_OUT: usize = 5000;
+
+/// Training throughput that a plan assumes before any stage has been measured, in multiply–accumulates
+/// of the forward pass a second; measured on two cores of a 2.6 GHz server processor.
+const ASSUMED_MACS_PER_SECOND: f64 = 1e10;
+
+/// Whether all that was asked for is done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Done {
+    /// It is.
+    All,
+    /// The time limit ended it: the same command goes on.
+    InTime,
+}
+
+/// Runs a program's work where it runs fastest; the exit code tells where the time limit ended it.
+pub(crate) fn main(work: impl FnOnce() -> Result<Done> + Send) -> Result<()> {
+    let mut done = Done::All;
+    process::run(|| {
+        done = work()?;
+        Ok(())
+    })?;
+    if done == Done::InTime {
+        println!(
+            "The time limit is over and stages are left: run the same command again to go on (--plan shows them)."
+        );
+        std::process::exit(TIME_LIMIT);
+    }
+    Ok(())
+}
+
+/// Settings, data, device and store, as the flags ask for them.
+pub(crate) struct Session {
+    /// All settings.
+    pub profile: Profile,
+    /// Training and test images.
+    pub data: Box<dyn Data>,
+    /// The command and what it ran on.
+    pub provenance: Provenance,
+    device: Device,
+    store: Store,
+    display: Display,
+    out: PathBuf,
+}
+
+impl Session {
+    /// Opens all of it. If the work `chooses` settings, training images stand in for the test set.
+    pub fn open(flags: &Flags, chooses: bool) -> Result<Self> {
+        let limit = flags.time_limit.map(TimeLimit::after);
+        let (device, device_name) = device::open(&flags.device)?;
+        let mut profile = match &flags.config {
+            Some(path) => Profile::read(path)?,
+            None => Profile::named(flags.profile(&device))?,
+        };
+        if chooses {
+            profile.data.hold_out.get_or_insert(HOLD_OUT);
+        }
+        flags.narrow(&mut profile)?;
+        let mut display = Display::new();
+        let data = load(&flags.data, &profile, &mut display)?;
+        let store = Store::new(&flags.store);
+        Ok(Self {
+            profile,
+            data,
+            provenance: Provenance {
+                command: command_line(),
+                git_commit: env!("PFQ_COMMIT").into(),
+                device: device_name,
+            },
+            device,
+            store: match limit {
+                Some(limit) => store.within(limit),
+                None => store,
+            },
+            display,
+            out: flags.out.clone(),
+        })
+    }
+
+    /// The folder of the results called `name`.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        self.out.join(name).join(&self.profile.name)
+    }
+
+    /// The stage that every workflow of this model and seed begins with.
+    pub fn pretraining(&self, model: ModelName, seed: u64) -> Result<Arc<Stage>> {
+        Ok(Stage::root(Kind::Pretrain {
+            network: self.profile.network(model, self.data.classes())?,
+            training: self.profile.training.pretraining,
+            seed: self.profile.pretraining_seed.unwrap_or(seed),
+        }))
+    }
+
+    /// What the stage gives, run if it has not been; `None` where the time limit ended it.
+    pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
+        let Self { data, device, provenance, store, display, .. } = self;
+        let context = Context { data: &**data, device, provenance };
+        match store.run(stage, &context, &mut |event| display.stage(event)) {
+            Err(error) if error.is_time_limit() => {
+                display.clear();
+                display.line(&format!("{:#}", anyhow::Error::from(error)));
+                Ok(None)
+            }
+            result => Ok(Some(result?)),
+        }
+    }
+
+    /// What the stage gave, if it has been run.
+    pub fn outcome(&self, stage: &Stage) -> Result<Option<Outcome>> {
+        Ok(self.store.outcome(stage, self.data.fingerprint())?)
+    }
+
+    /// The network that a finished stage gave.
+    pub fn network(&self, stage: &Stage) -> Result<Network> {
+        Ok(self.store.network(stage, self.data.fingerprint(), &self.device)?)
+    }
+
+    /// Tells of the images that could not be used.
+    pub fn tell_skipped(&self) {
+        let skipped = self.data.skipped();
+        if let Some(first) = skipped.first() {
+            let count = skipped.len();
+            self.display.line(&format!(
+                "{count} images could not be used and were left out, the first being {} ({})",
+                first.file, first.why
+            ));
+        }
+    }
+
+    /// Prints what is done, what is to do, and an estimate of how long that takes.
+    pub fn show_plan(&self, ends: &[Arc<Stage>]) -> Result<()> {
+        let plan = self.store.plan(ends, self.data.fingerprint())?;
+        let (train, test) = (self.data.train_images() as f64, self.data.test_images() as f64);
+        // Multiply–accumulates of the forward passes that an epoch needs, evaluation counted in.
+        let epoch_work = |macs: u64| macs as f64 * (train + test / 3.0);
+        let (mut work, mut seconds) = (0.0, 0.0);
+        for outcome in plan.iter().filter_map(|p| p.outcome.as_ref()) {
+            work += epoch_work(outcome.macs) * outcome.metrics.len() as f64;
+            seconds += outcome.metrics.iter().map(|m| m.seconds).sum::<f64>();
+        }
+        let (rate, basis) = if seconds > 0.0 {
+            (work / seconds, "the speed of the stages that are done")
+        } else {
+            (ASSUMED_MACS_PER_SECOND, "an assumed speed, as nothing has been measured yet")
+        };
+        let mut left = 0.0;
+        for planned in &plan {
+            let label = planned.stage.label();
+            let status = match (&planned.outcome, planned.stage.training()) {
+                (Some(outcome), _) => {
+                    let top1 = outcome.evaluation.top1_percent;
+                    format!("done: top-1 {top1:.2} %, took {}", duration(outcome.seconds))
+                }
+                (None, None) => "to do: seconds".into(),
+                (None, Some(training)) => {
+                    // Pruning makes later stages cheaper; how much is not known before.
+                    let Kind::Pretrain { network, .. } = &planned.stage.origin().kind else {
+                        bail!("stage {label} does not begin with pre-training");
+                    };
+                    let epochs = training.epochs().saturating_sub(planned.epochs_done);
+                    let estimate = epoch_work(network.macs()?) * epochs as f64 / rate;
+                    left += estimate;
+                    let begun = if planned.epochs_done > 0 { "begun" } else { "to do" };
+                    format!("{begun}: {epochs} epochs, about {}", duration(estimate))
+                }
+            };
+            println!("{}  {label:<48} {status}", planned.key);
+        }
+        let done = plan.iter().filter(|p| p.outcome.is_some()).count();
+        println!("{done} of {} stages done; about {} left (from {basis}).", plan.len(), duration(left));
+        Ok(())
+    }
+}
+
+/// Loads the data and takes the part that the profile asks for.
+fn load(wanted: &str, profile: &Profile, display: &mut Display) -> Result<Box<dyn Data>> {
+    let source: Source = wanted.parse().unwrap_or_else(|never| match never {});
+    let settings = &profile.data;
+    let data: Box<dyn Data> = match &settings.imagenet {
+        Some(options) => {
+            let data = imagenet::load(&source, options, &mut |event| display.data(&event))?;
+            Box::new(match settings.hold_out {
+                Some(images) => data.hold_out(images, 0)?,
+                None => data,
+            })
+        }
+        None => {
+            let mut data = datasets::load(&source, &mut |event| display.data(&event))?;
+            if let Some(images) = settings.hold_out {
+                data = data.hold_out(images, 0)?;
+                // A figure on held-out training images must not pass for one on the test set.
+                data.name += "_holdout";
+            }
+            // The synthetic set is smaller than CIFAR-100: all of it, where a profile asks for more.
+            let at_most = |wanted: Option<usize>, there: usize| wanted.filter(|&n| n < there);
+            let train = at_most(settings.train_images, data.train.len());
+            let test = at_most(settings.test_images, data.test.len());
+            Box::new(Arc::<Dataset>::new(data.limit(train, test)?))
+        }
+    };
+    display.clear();
+    display.line(&format!(
+        "data: {} from {}: {} training, {} test images",
+        data.name(),
+        data.source(),
+        data.train_images(),
+        data.test_images()
+    ));
+    Ok(data)
+}
+
+/// The command that runs this program as it was called.
+fn command_line() -> String {
+    let mut words: Vec<String> = std::env::args().collect();
+    let program = words.first().map(Path::new).and_then(Path::file_name).map(|name| name.to_string_lossy());
+    let program = program.unwrap_or_default().into_owned();
+    words.splice(..1.min(words.len()), ["cargo run --release --bin".into(), program, "--".into()]);
+    words.join(" ").trim_end_matches(" --").into()
+}
