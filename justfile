@@ -1,6 +1,6 @@
 # Recipes for people; everything here is a plain cargo command.
 
-# A table of the paper (flags: just table3 --help); the fourth on CIFAR-100
+# A table of the paper (flags: just table3 --help); the fourth on ImageNet with --profile imagenet
 table1 *flags:
     cargo run --release --bin table1 -- {{flags}}
 
@@ -13,7 +13,10 @@ table3 *flags:
 table4 *flags:
     cargo run --release --bin table4 -- {{flags}}
 
-# Every table of the paper, from one set of stages
+table5 *flags:
+    cargo run --release --bin table5 -- {{flags}}
+
+# Every table of the paper and Figure 3, from one set of stages
 all *flags:
     cargo run --release --bin all -- {{flags}}
 
@@ -59,7 +62,7 @@ dist-cuda *capability:
 
 # Every operation on the GPU beside its CPU twin, and training there; skips where no GPU answers
 test-cuda *flags:
-    scripts/cuda-toolchain run cargo test -p kernels -p models -p train -p experiments -p integration-tests --features cuda {{flags}}
+    scripts/cuda-toolchain run cargo test --workspace --features experiments/cuda {{flags}}
 
 # Training, evaluation and operations beside PyTorch on a GPU (flags: just bench-cuda --help)
 bench-cuda *flags:

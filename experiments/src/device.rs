@@ -15,7 +15,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     match Wanted::parse(wanted)? {
         Wanted::Cpu => Ok(cpu()),
         Wanted::Auto if cfg!(feature = "cuda") => gpu(0).or_else(|problem| {
-            eprintln!("device: the CPU, as no GPU answers ({problem:#})");
+            eprintln!("device: the CPU, as {problem:#}");
             Ok(cpu())
         }),
         Wanted::Auto => Ok(cpu()),

@@ -4,13 +4,13 @@
 
 use baselines::Dfq;
 use candle_core::{Device, Tensor};
-use datasets::{Augmentation, Dataset};
+use datasets::{Augmentation, Data, Dataset};
 use models::{Fold, Input, Method, MobileNet, Network, Quantization, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use train::Training;
+use train::{Decay, Training};
 use workflow::{Context, Event, Kind, Outcome, Provenance, Recipe, Result, Stage, Store};
 
 /// Synthetic images; `seed` makes other ones.
@@ -35,6 +35,7 @@ pub fn training(epochs: usize) -> Training {
         label_smoothing: 0.0,
         range_momentum: 0.1,
         augmentation: Augmentation { pad: 2, flip: true },
+        decay: Decay::Cosine,
     }
 }
 
@@ -74,7 +75,7 @@ pub fn pretrain(version: Version, epochs: usize, seed: u64) -> Arc<Stage> {
 pub fn run(
     store: &Store,
     stage: &Stage,
-    data: &Arc<Dataset>,
+    data: &dyn Data,
     watch: &mut dyn FnMut(&str, &Event),
 ) -> (Result<Outcome>, Vec<String>) {
     let provenance =
@@ -100,7 +101,7 @@ pub fn run(
 
 /// [`run`] of a stage that succeeds.
 #[track_caller]
-pub fn run_well(store: &Store, stage: &Stage, data: &Arc<Dataset>) -> (Outcome, Vec<String>) {
+pub fn run_well(store: &Store, stage: &Stage, data: &dyn Data) -> (Outcome, Vec<String>) {
     let (outcome, told) = run(store, stage, data, &mut |_, _| ());
     (outcome.unwrap(), told)
 }

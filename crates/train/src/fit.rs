@@ -184,13 +184,14 @@ impl State {
                 expected: "at most the number of training images",
             });
         }
+        let accuracies: Vec<f64> = self.metrics.iter().map(|epoch| epoch.train_top1_percent).collect();
         let mut totals = Totals::default();
         let mut rate = 0.0;
         let mut means = totals.read()?;
         for (step, batch) in batches.enumerate() {
             let batch = batch?;
             // The rate at the middle of the step.
-            rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64);
+            rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64, &accuracies);
             let (images, labels) = (&batch.images, &batch.labels);
             let result = self::step(&mut self.network, &self.velocities, images, labels, training, rate)?;
             totals.add(&result, labels.elem_count())?;

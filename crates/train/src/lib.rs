@@ -12,7 +12,7 @@ mod totals;
 pub use evaluate::{Evaluation, evaluate};
 pub use fit::{EpochMetrics, Progress, Run, Trained, fit, step};
 pub use limit::TimeLimit;
-pub use settings::Training;
+pub use settings::{Decay, Training};
 
 /// What can go wrong while training.
 #[derive(Debug, thiserror::Error)]

@@ -9,7 +9,7 @@ use std::f64::consts::PI;
 pub struct Training {
     /// Epochs of linear warm-up, `w` in the paper's (19).
     pub warmup_epochs: f64,
-    /// Epochs of cosine decay after the warm-up, `λ` in (19). Warm-up and decay together are a whole
+    /// Epochs of decay after the warm-up, `λ` in (19). Warm-up and decay together are a whole
     /// number of epochs.
     pub cosine_epochs: f64,
     /// Learning rate at the end of the warm-up, `l₋₁` in (19).
@@ -28,6 +28,28 @@ pub struct Training {
     pub range_momentum: f64,
     /// Augmentation of the training images.
     pub augmentation: Augmentation,
+    /// How the rate decays after the warm-up. (Not written where it is a cosine: the keys of stored stages are hashes of
+    /// this.)
+    #[serde(default, skip_serializing_if = "Decay::is_cosine")]
+    pub decay: Decay,
+}
+
+/// How the learning rate decays after the warm-up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decay {
+    /// The cosine of the paper's (19), to 0.
+    #[default]
+    Cosine,
+    /// By a tenth after each epoch whose accuracy on the training images, as they are trained on, is below that of the
+    /// epoch before. Our reading of Table 5's "using accuracy drop".
+    AccuracyDrop,
+}
+
+impl Decay {
+    fn is_cosine(&self) -> bool {
+        *self == Self::Cosine
+    }
 }
 
 impl Training {
@@ -36,14 +58,22 @@ impl Training {
         (self.warmup_epochs + self.cosine_epochs).round() as usize
     }
 
-    /// The learning rate at time `t` in epochs, the paper's (19): `l₋₁·t/w` up to `w`, then
-    /// `l₋₁·½(1 + cos(π(t − w)/λ))`.
-    pub fn rate(&self, t: f64) -> f64 {
+    /// The learning rate at time `t` in epochs, after epochs with these training accuracies. It is the paper's (19):
+    /// `l₋₁·t/w` up to `w`, then `l₋₁·½(1 + cos(π(t − w)/λ))`; or, by [`Decay::AccuracyDrop`], then `l₋₁·10⁻ᵈ` after `d`
+    /// drops of the accuracy.
+    pub fn rate(&self, t: f64, accuracies: &[f64]) -> f64 {
         if t < self.warmup_epochs {
-            self.learning_rate * t / self.warmup_epochs
-        } else {
-            let share = ((t - self.warmup_epochs) / self.cosine_epochs).min(1.0);
-            self.learning_rate * 0.5 * (1.0 + (PI * share).cos())
+            return self.learning_rate * t / self.warmup_epochs;
+        }
+        match self.decay {
+            Decay::Cosine => {
+                let share = ((t - self.warmup_epochs) / self.cosine_epochs).min(1.0);
+                self.learning_rate * 0.5 * (1.0 + (PI * share).cos())
+            }
+            Decay::AccuracyDrop => {
+                let drops = accuracies.windows(2).filter(|pair| pair[1] < pair[0]).count();
+                self.learning_rate * 0.1f64.powi(drops as i32)
+            }
         }
     }
 

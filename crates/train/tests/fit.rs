@@ -5,6 +5,7 @@
 
 use candle_core::{Device, Tensor};
 use datasets::{Augmentation, Dataset, Images, train_batches};
+use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
 use models::{BatchNorm, Extras, Head, Kernel, Network, Norm, Residual, Step, Unit};
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
-use train::{EpochMetrics, Error, Progress, Run, TimeLimit, Trained, Training, evaluate, fit};
+use train::{Decay, EpochMetrics, Error, Progress, Run, TimeLimit, Trained, Training, evaluate, fit};
 
 /// Classes of [`data`]: five textures, in warm or in cold colours.
 const CLASSES: usize = 10;
@@ -129,6 +130,7 @@ fn training() -> Training {
         label_smoothing: 0.1,
         range_momentum: 0.1,
         augmentation: Augmentation { pad: 2, flip: true },
+        decay: Decay::Cosine,
     }
 }
 
@@ -231,7 +233,7 @@ fn an_epoch_is_what_it_says() {
         let steps = 8;
         for (step, batch) in train_batches(&data, BATCH, training.augmentation, 7, 0).enumerate() {
             let batch = batch.unwrap();
-            rate = training.rate((step as f64 + 0.5) / steps as f64);
+            rate = training.rate((step as f64 + 0.5) / steps as f64, &[]);
             let (logits, tape) = network.forward_train(&batch.images, Step { range_momentum: 0.1 }).unwrap();
             let result = softmax_cross_entropy(&logits, &batch.labels, 0.1).unwrap();
             let gradients = network.backward(tape, &result.grad).unwrap();
@@ -414,6 +416,45 @@ fn large() -> Network {
     wide_network(90_000)
 }
 
+/// What a checkpoint holds is the same on every device, so epochs on a CPU and with the kernels for GPUs can take turns:
+/// emulated, and where one answers on a GPU. Sums are taken in another order there, and 75 steps of training make more of
+/// the roundings, so the losses are near each other and not the same.
+#[test]
+fn a_run_goes_on_from_device_to_device() {
+    let (data, training) = (data(TRAIN, 50), training());
+    let expected = run_through(network(), &training, 3).metrics;
+    let epoch = |device: &Device, folder: &Path| {
+        let limit = TimeLimit::after(Duration::ZERO);
+        let limit = Some(&limit);
+        let network = network().to_device(device).unwrap();
+        let run = Run { data: &data, training: &training, seed: 3, folder, identity: "the-run", limit };
+        fit(network, &run, &mut |_| ())
+    };
+    let check = |place: &str, elsewhere: &dyn Fn(&Path) -> train::Result<Trained>| {
+        let folder = tempfile::tempdir().unwrap();
+        elsewhere(folder.path()).unwrap_err();
+        epoch(&Device::Cpu, folder.path()).unwrap_err();
+        let found = elsewhere(folder.path()).unwrap().metrics;
+        assert_eq!(found.len(), EPOCHS);
+        for (found, expected) in found.iter().zip(&expected) {
+            let off = (found.train_loss - expected.train_loss).abs();
+            eprintln!("{place}, epoch {}: the training loss is {off:.1e} off", found.epoch);
+            assert!(off <= 0.02, "{place}: {found:?} and not {expected:?}");
+        }
+        // The same images in the same order, or the first epoch would already be another.
+        assert!((found[0].train_loss - expected[0].train_loss).abs() <= 1e-4, "{place}: {found:?}");
+    };
+    match emulation::available() {
+        Ok(()) => check("emulated", &|folder| emulation::run(Order::Forward, || epoch(&Device::Cpu, folder))),
+        Err(message) => eprintln!("skipped: {message}"),
+    }
+    #[cfg(feature = "cuda")]
+    match Device::new_cuda(0) {
+        Ok(device) => check("on the GPU", &|folder| epoch(&device, folder)),
+        Err(error) => eprintln!("skipped: no GPU answers: {error}"),
+    }
+}
+
 #[test]
 fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
     let (data, training) = (data(16, 8), Training { cosine_epochs: 1.0, ..training() });
@@ -505,6 +546,7 @@ fn it_learns() {
         batch: 20,
         label_smoothing: 0.0,
         augmentation: Augmentation { pad: 2, flip: true },
+        decay: Decay::Cosine,
         ..training()
     };
     let folder = tempfile::tempdir().unwrap();

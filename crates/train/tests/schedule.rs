@@ -1,7 +1,7 @@
 //! The learning-rate schedule against PyTorch's and by hand, and the settings that are refused.
 
 use datasets::Augmentation;
-use train::{Error, Training};
+use train::{Decay, Error, Training};
 
 fn training(learning_rate: f64, warmup_epochs: f64, cosine_epochs: f64) -> Training {
     Training {
@@ -15,6 +15,7 @@ fn training(learning_rate: f64, warmup_epochs: f64, cosine_epochs: f64) -> Train
         label_smoothing: 0.0,
         range_momentum: 0.1,
         augmentation: Augmentation::none(),
+        decay: Decay::Cosine,
     }
 }
 
@@ -29,7 +30,7 @@ fn rates_are_those_of_pytorch() {
         let training = training(number("learning_rate"), number("warmup_epochs"), number("cosine_epochs"));
         for pair in case["rates"].as_array().unwrap() {
             let (t, expected) = (pair[0].as_f64().unwrap(), pair[1].as_f64().unwrap());
-            let found = training.rate(t);
+            let found = training.rate(t, &[]);
             assert!(
                 (found - expected).abs() <= 1e-12 * training.learning_rate,
                 "{found} and not {expected} at {t} epochs of {training:?}"
@@ -44,7 +45,7 @@ fn rates_are_those_of_pytorch() {
 fn rates_by_hand() {
     #[track_caller]
     fn check(training: Training, t: f64, expected: f64) {
-        let found = training.rate(t);
+        let found = training.rate(t, &[]);
         assert!((found - expected).abs() < 1e-15, "{found} and not {expected} at {t}");
     }
     // The paper's pre-training: 0.256 after 16 epochs, half of it 52 epochs later, a quarter of the
@@ -71,6 +72,23 @@ fn rates_by_hand() {
     assert_eq!(short.epochs(), 2);
     check(short, 0.25, 0.05);
     check(short, 1.25, 0.05);
+}
+
+#[test]
+fn rates_fall_where_the_accuracy_drops() {
+    let training = Training { decay: Decay::AccuracyDrop, ..training(0.1, 1.0, 5.0) };
+    let check = |t: f64, accuracies: &[f64], expected: f64| {
+        let found = training.rate(t, accuracies);
+        assert!((found - expected).abs() < 1e-15, "{found} and not {expected} after {accuracies:?}");
+    };
+    check(0.5, &[], 0.05);
+    check(1.5, &[50.0], 0.1);
+    // To stay as high is no drop.
+    check(2.5, &[50.0, 50.0], 0.1);
+    check(3.5, &[50.0, 50.0, 49.9], 0.01);
+    // What comes after the drop counts from there.
+    check(4.5, &[50.0, 50.0, 49.9, 49.95], 0.01);
+    check(5.5, &[50.0, 50.0, 49.9, 49.95, 40.0], 0.001);
 }
 
 /// Setting `key` is refused, in a message that names it and its value.

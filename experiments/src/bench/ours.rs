@@ -13,7 +13,7 @@ use quant_core::Bits;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
 use std::time::Instant;
-use train::Training;
+use train::{Decay, Training};
 
 /// Steps before the first that is timed, as many as PyTorch's worker makes.
 const WARM_UP: usize = 3;
@@ -141,6 +141,7 @@ pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Resul
             label_smoothing: 0.0,
             range_momentum,
             augmentation: Augmentation::none(),
+            decay: Decay::Cosine,
         };
         let velocities =
             network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<Vec<_>, _>>()?;

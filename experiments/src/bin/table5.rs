@@ -1,0 +1,5 @@
+//! Table 5 of the paper: DFQ + fine-tuning beside Algorithm 1 "using accuracy drop", on CIFAR-100.
+
+fn main() -> anyhow::Result<()> {
+    experiments::main(&[&experiments::tables::TABLE5])
+}
