@@ -1,160 +1,451 @@
-//! Times the operations at the shapes of MobileNetV2 on 32×32 images, batch 64, beside a simple bound:
-//! GB/s of the memory that an operation must read and write, or GFLOP/s of a product.
+//! Times the operations of a training step of MobileNetV2, width 1, on a batch of 64 images of 32×32, one by one.
 //!
-//! `cargo bench -p kernels -- [part of an operation's name]`. Each number is the best of many runs, so
-//! it says what the machine can do, not what it does under load. Large tensors are fresh allocations;
+//! `cargo bench -p kernels -- [part of a name]`; `-- --help` says what else there is. A name is that of the
+//! operation, what its feature maps hold ([`Floats`] or [`Levels`]) and its [`Layer`]:
+//! `depthwise::forward_stats::Levels::32×32×96 /2`.
+//!
+//! The first row of a benchmark has its times, each of one call on rayon's threads: the fastest says what the
+//! machine can do, the median what it does. The second has a rate, as a bound to compare with: of a product
+//! (`item/s`) its multiply-accumulates per second, of everything else (`B/s`) the memory of its operands and results
+//! per second, as though each were read or written once.
+//!
+//! Operands are made before the clock starts, and results freed after it stops. Large results are fresh allocations;
 //! `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296` makes glibc keep their pages, as
 //! a training program's allocator should.
 
-use candle_core::{Device, Tensor};
-use kernels::{
-    Activation, FeatureMap, Quantizer, depthwise, im2col, loss, norm, pointwise, pool, quantize, residual,
-    sgd,
-};
+use candle_core::{DType, Device, Shape, Tensor};
+use divan::counter::{BytesCount, IntoCounter, ItemsCount};
+use divan::{Bencher, Divan};
+use kernels::augment::Views;
+use kernels::norm::{BatchGrads, Normalization};
+use kernels::sgd::{Rule, Update};
+use kernels::{Activation, FeatureMap, Quantizer, Result};
 use quant_core::Bits;
-use std::time::{Duration, Instant};
+use std::fmt;
+use std::sync::LazyLock;
+use std::time::Duration;
 
 const BATCH: usize = 64;
+const ACTIVATION: Activation = Activation::Relu6;
 
-/// What bounds an operation: the floats it moves, or the multiplications and additions it makes.
-enum Work {
-    Floats(usize),
-    Flops(usize),
+/// What an operation reads and writes: maps of `size`×`size` positions with `inputs` channels, and maps with `outputs`
+/// channels, `stride` times smaller.
+#[derive(Clone, Copy)]
+struct Layer {
+    size: usize,
+    inputs: usize,
+    outputs: usize,
+    stride: usize,
 }
 
-fn measure<T>(name: &str, filter: Option<&str>, work: Work, operation: impl Fn() -> kernels::Result<T>) {
-    if filter.is_some_and(|filter| !name.contains(filter)) {
-        return;
+const DEPTHWISE: [Layer; 9] = [
+    Layer::depthwise(32, 32, 1),
+    Layer::depthwise(32, 96, 2),
+    Layer::depthwise(16, 144, 1),
+    Layer::depthwise(16, 144, 2),
+    Layer::depthwise(8, 192, 1),
+    Layer::depthwise(8, 384, 1),
+    Layer::depthwise(8, 576, 1),
+    Layer::depthwise(8, 960, 1),
+    // Of a pruned network: channels that fill no whole number of vectors.
+    Layer::depthwise(8, 357, 1),
+];
+
+const POINTWISE: [Layer; 10] = [
+    STEM,
+    Layer::product(32, 32, 16),
+    Layer::product(32, 16, 96),
+    Layer::product(16, 96, 24),
+    Layer::product(16, 24, 144),
+    Layer::product(8, 64, 384),
+    Layer::product(8, 384, 64),
+    Layer::product(8, 160, 960),
+    Layer::product(8, 960, 320),
+    Layer::product(8, 320, 1280),
+];
+
+/// What is normalized. The second is of a pruned network.
+const MAPS: [Layer; 5] =
+    [Layer::map(32, 96), Layer::map(32, 13), Layer::map(16, 144), Layer::map(8, 384), LAST];
+
+/// The ends of residual branches.
+const RESIDUALS: [Layer; 3] = [Layer::map(16, 24), Layer::map(8, 64), Layer::map(8, 160)];
+
+const IMAGES: Layer = Layer::map(32, 3);
+
+/// The first convolution, of the images' 3×3 patches.
+const STEM: Layer = Layer::product(32, 27, 32);
+
+/// The last maps, whose averages are classified.
+const LAST: Layer = Layer::map(8, 1280);
+
+const CLASSIFIER: Layer = Layer::product(1, 1280, 100);
+
+impl Layer {
+    const fn map(size: usize, channels: usize) -> Self {
+        Self::depthwise(size, channels, 1)
     }
-    let (start, mut best, mut runs) = (Instant::now(), Duration::MAX, 0);
-    while runs < 5 || start.elapsed() < Duration::from_millis(300) {
-        let start = Instant::now();
-        std::hint::black_box(operation().expect("shapes that agree"));
-        best = best.min(start.elapsed());
-        runs += 1;
+
+    const fn depthwise(size: usize, channels: usize, stride: usize) -> Self {
+        Self { size, inputs: channels, outputs: channels, stride }
     }
-    let seconds = best.as_secs_f64();
-    let rate = match work {
-        Work::Floats(floats) => format!("{:7.1} GB/s", floats as f64 * 4e-9 / seconds),
-        Work::Flops(flops) => format!("{:7.1} GFLOP/s", flops as f64 * 1e-9 / seconds),
-    };
-    println!("{name:52} {:9.1} µs {rate}", seconds * 1e6);
+
+    const fn product(size: usize, inputs: usize, outputs: usize) -> Self {
+        Self { size, inputs, outputs, stride: 1 }
+    }
+
+    fn input(self) -> [usize; 4] {
+        [BATCH, self.size, self.size, self.inputs]
+    }
+
+    fn output(self) -> [usize; 4] {
+        [BATCH, self.size / self.stride, self.size / self.stride, self.outputs]
+    }
+
+    /// Of a product.
+    fn weight(self) -> [usize; 2] {
+        [self.inputs, self.outputs]
+    }
+
+    /// The work of a product.
+    fn macs(self) -> usize {
+        count(self.output()) * self.inputs
+    }
+
+    /// The work of an operation that moves `bytes` for each element of the input.
+    fn moving(self, bytes: usize) -> BytesCount {
+        BytesCount::new(count(self.input()) * bytes)
+    }
 }
 
-fn random(dims: &[usize]) -> Tensor {
+/// `32×32×96`, with a stride of 2 `32×32×96 /2`, for a product `32×32×16→96`.
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { size, inputs, outputs, stride } = self;
+        write!(f, "{size}×{size}×{inputs}")?;
+        if inputs != outputs {
+            write!(f, "→{outputs}")?;
+        }
+        if *stride != 1 {
+            write!(f, " /{stride}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What the feature maps hold that one unit of the network hands to the next.
+trait Maps {
+    /// The size of an element in memory.
+    const BYTES: usize;
+
+    /// What makes them.
+    fn quantizer() -> Option<Quantizer<'static>>;
+}
+
+/// Floats, as a network has before it is quantized. Gradients are floats always.
+struct Floats;
+
+/// The levels of a 4-bit quantizer, one byte each. The weights of products are quantized too.
+struct Levels;
+
+impl Maps for Floats {
+    const BYTES: usize = 4;
+
+    fn quantizer() -> Option<Quantizer<'static>> {
+        None
+    }
+}
+
+impl Maps for Levels {
+    const BYTES: usize = 1;
+
+    fn quantizer() -> Option<Quantizer<'static>> {
+        Some(quantizer())
+    }
+}
+
+fn quantizer() -> Quantizer<'static> {
+    static RANGE: LazyLock<Tensor> =
+        LazyLock::new(|| Tensor::new(&[0f32, 6.0], &Device::Cpu).expect("a range"));
+    Quantizer { range: &RANGE, bits: Bits::new(4).expect("a width") }
+}
+
+fn random(dims: impl Into<Shape>) -> Tensor {
     Tensor::randn(0f32, 1.0, dims, &Device::Cpu).expect("a tensor")
 }
 
-fn main() {
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    let filter = filter.as_deref();
+fn maps<M: Maps>(dims: [usize; 4]) -> FeatureMap {
+    FeatureMap::quantize(&random(dims), M::quantizer()).expect("maps")
+}
 
-    // (size of the input, channels, stride)
-    for (size, c, stride) in [
-        (32, 32, 1),
-        (32, 96, 1),
-        (32, 96, 2),
-        (32, 144, 2),
-        (16, 144, 1),
-        (16, 192, 2),
-        (8, 384, 1),
-        (8, 576, 2),
-        (4, 960, 1),
-        (8, 357, 1),
-        (16, 13, 1),
-    ] {
-        let (x, w) = (random(&[BATCH, size, size, c]), random(&[3, 3, c]));
-        let y = depthwise::forward(&x, &w, stride).expect("a map");
-        let floats = x.elem_count() + y.elem_count();
-        let at = format!("{c}@{size}×{size} s{stride}");
-        let name = |op: &str| format!("depthwise::{op} {at}");
-        measure(&name("forward"), filter, Work::Floats(floats), || depthwise::forward(&x, &w, stride));
-        measure(&name("grad_input"), filter, Work::Floats(floats), || {
-            depthwise::grad_input(&y, &w, stride, (size, size))
-        });
-        measure(&name("grad_weight"), filter, Work::Floats(floats), || {
-            depthwise::grad_weight(&x, &y, stride)
-        });
+fn count(dims: [usize; 4]) -> usize {
+    dims.iter().product()
+}
+
+/// Times `operation`, which does `work`.
+fn measure<T>(bencher: Bencher, work: impl IntoCounter, operation: impl Fn() -> Result<T>) {
+    bencher.counter(work).bench_local(|| operation().expect("operands that agree"));
+}
+
+fn main() {
+    // A second for each line, unless the command line says otherwise.
+    Divan::default().max_time(Duration::from_secs(1)).config_with_args().main();
+}
+
+/// The depthwise convolution, which moves more than it computes.
+mod depthwise {
+    use super::*;
+    use kernels::depthwise;
+
+    fn weight(layer: Layer) -> Tensor {
+        random((3, 3, layer.inputs))
     }
 
-    let range = Tensor::new(&[0f32, 6.0], &Device::Cpu).expect("a range");
-    let quant = Quantizer { range: &range, bits: Bits::new(4).expect("a width") };
-    for (size, c) in [(32, 96), (32, 13), (16, 144), (8, 384), (4, 1280)] {
-        let (z, gy) = (random(&[BATCH, size, size, c]), random(&[BATCH, size, size, c]));
-        let (gamma, beta) = (random(&[c]), random(&[c]));
-        let stats = norm::channel_stats(&z).expect("statistics");
-        let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).expect("a normalization");
-        let (scale, shift) = (&of_batch.scale, &of_batch.shift);
-        let (n, act) = (z.elem_count(), Activation::Relu6);
-        let at = format!("{c}@{size}×{size}");
-        measure(&format!("norm::channel_stats {at}"), filter, Work::Floats(n), || norm::channel_stats(&z));
-        for quant in [None, Some(quant)] {
-            let at = format!("{at}{}", quant.map_or("", |_| " quantized"));
-            measure(&format!("norm::forward {at}"), filter, Work::Floats(2 * n), || {
-                norm::forward(&z, scale, shift, act, quant)
-            });
-            measure(&format!("norm::backward_batch {at}"), filter, Work::Floats(5 * n), || {
-                norm::backward_batch(&z, &gy, &of_batch, act, quant)?.z.tensor()
-            });
-            measure(&format!("norm::backward_affine {at}"), filter, Work::Floats(3 * n), || {
-                norm::backward_affine(&z, &gy, scale, shift, act, quant)?.0.tensor()
-            });
+    fn moved<M: Maps>(layer: Layer) -> BytesCount {
+        BytesCount::new(count(layer.input()) * M::BYTES + count(layer.output()) * Floats::BYTES)
+    }
+
+    /// What [`forward_stats`] takes more than this is what the statistics cost.
+    #[divan::bench(types = [Floats, Levels], args = DEPTHWISE)]
+    fn forward<M: Maps>(bencher: Bencher, layer: Layer) {
+        let (x, w) = (maps::<M>(layer.input()), weight(layer));
+        measure(bencher, moved::<M>(layer), || depthwise::forward(&x, &w, layer.stride));
+    }
+
+    /// Forward in training: with the statistics of each channel.
+    #[divan::bench(types = [Floats, Levels], args = DEPTHWISE)]
+    fn forward_stats<M: Maps>(bencher: Bencher, layer: Layer) {
+        let (x, w) = (maps::<M>(layer.input()), weight(layer));
+        measure(bencher, moved::<M>(layer), || depthwise::forward_stats(&x, &w, layer.stride));
+    }
+
+    /// The gradient of the input.
+    #[divan::bench(args = DEPTHWISE)]
+    fn grad_input(bencher: Bencher, layer: Layer) {
+        let (gz, w) = (random(layer.output()), weight(layer));
+        let size = (layer.size, layer.size);
+        measure(bencher, moved::<Floats>(layer), || depthwise::grad_input(&gz, &w, layer.stride, size));
+    }
+
+    /// The gradient of the weight.
+    #[divan::bench(types = [Floats, Levels], args = DEPTHWISE)]
+    fn grad_weight<M: Maps>(bencher: Bencher, layer: Layer) {
+        let (x, gz) = (maps::<M>(layer.input()), random(layer.output()));
+        measure(bencher, moved::<M>(layer), || depthwise::grad_weight(&x, &gz, layer.stride));
+    }
+}
+
+/// The pointwise convolution, the stem and the classifier: products.
+mod pointwise {
+    use super::*;
+    use kernels::{pointwise, quantize};
+
+    /// Forward in training, with the statistics of each channel: a product of floats, or of whole numbers.
+    #[divan::bench(types = [Floats, Levels], args = POINTWISE)]
+    fn forward_stats<M: Maps>(bencher: Bencher, layer: Layer) {
+        let (x, original) = (maps::<M>(layer.input()), random(layer.weight()));
+        let value = match M::quantizer() {
+            Some(quant) => quantize::forward(&original, quant).expect("weights"),
+            None => original.clone(),
+        };
+        let quantized = M::quantizer().map(|quant| (&original, quant));
+        let w = pointwise::Weight { value: &value, quantized };
+        measure(bencher, ItemsCount::new(layer.macs()), || pointwise::forward_stats(&x, w));
+    }
+
+    /// Both gradients, two products, in which [`norm::backward_gradient`] is computed on the way.
+    #[divan::bench(types = [Floats, Levels], args = POINTWISE)]
+    fn backward<M: Maps>(bencher: Bencher, layer: Layer) {
+        let (x, w) = (maps::<M>(layer.input()), random(layer.weight()));
+        let gz = norm::Normalized::new(layer.output()).backward::<M>().expect("gradients").z;
+        measure(bencher, ItemsCount::new(2 * layer.macs()), || pointwise::backward(&x, &w, &gz));
+    }
+
+    /// The logits.
+    #[divan::bench(args = [CLASSIFIER])]
+    fn forward(bencher: Bencher, layer: Layer) {
+        let (x, w) = (random(layer.input()), random(layer.weight()));
+        measure(bencher, ItemsCount::new(layer.macs()), || pointwise::forward(&x, &w));
+    }
+
+    /// The gradient of what the logits are computed from.
+    #[divan::bench(args = [CLASSIFIER])]
+    fn grad_input(bencher: Bencher, layer: Layer) {
+        let (gz, w) = (random(layer.output()), random(layer.weight()));
+        measure(bencher, ItemsCount::new(layer.macs()), || pointwise::grad_input(&gz, &w));
+    }
+
+    /// The gradient of the weight alone.
+    #[divan::bench(args = [CLASSIFIER, STEM])]
+    fn grad_weight(bencher: Bencher, layer: Layer) {
+        let (x, gz) = (random(layer.input()), random(layer.output()));
+        measure(bencher, ItemsCount::new(layer.macs()), || pointwise::grad_weight(&x, &gz));
+    }
+}
+
+/// Batch normalization with ReLU6 and, to levels, the quantizer.
+mod norm {
+    use super::*;
+    use kernels::norm;
+
+    /// Maps with their normalization, and a gradient of what comes out.
+    pub struct Normalized {
+        z: Tensor,
+        gy: Tensor,
+        norm: Normalization,
+    }
+
+    impl Normalized {
+        pub fn new(dims: [usize; 4]) -> Self {
+            let (z, gamma, beta) = (random(dims), random(dims[3]), random(dims[3]));
+            let stats = norm::channel_stats(&z).expect("statistics");
+            let norm = Normalization::new(&stats, &gamma, &beta, 1e-5).expect("a normalization");
+            Self { z, gy: random(dims), norm }
+        }
+
+        pub fn backward<M: Maps>(&self) -> Result<BatchGrads> {
+            norm::backward_batch(&self.z, &self.gy, &self.norm, ACTIVATION, M::quantizer())
         }
     }
 
-    for (size, inputs, outputs) in [
-        (32, 16, 96),
-        (32, 27, 32),
-        (16, 24, 144),
-        (16, 144, 24),
-        (8, 64, 384),
-        (8, 384, 64),
-        (4, 160, 960),
-        (4, 960, 320),
-        (4, 320, 1280),
-    ] {
-        let (x, w) = (random(&[BATCH, size, size, inputs]), random(&[inputs, outputs]));
-        let gy = random(&[BATCH, size, size, outputs]);
-        let flops = 2 * x.elem_count() * outputs;
-        let name = |op: &str| format!("pointwise::{op} {inputs}→{outputs}@{size}×{size}");
-        measure(&name("forward"), filter, Work::Flops(flops), || pointwise::forward(&x, &w));
-        let levels = FeatureMap::quantize(&x, Some(quant)).expect("levels");
-        let weight = pointwise::Weight { value: &w, quantized: Some((&w, quant)) };
-        measure(&name("forward of levels"), filter, Work::Flops(flops), || {
-            pointwise::forward(&levels, weight)
+    /// Floats read, floats or levels written.
+    #[divan::bench(types = [Floats, Levels], args = MAPS)]
+    fn forward<M: Maps>(bencher: Bencher, layer: Layer) {
+        let Normalized { z, norm: Normalization { scale, shift, .. }, .. } = Normalized::new(layer.input());
+        measure(bencher, layer.moving(Floats::BYTES + M::BYTES), || {
+            norm::forward(&z, &scale, &shift, ACTIVATION, M::quantizer())
         });
-        measure(&name("grad_input"), filter, Work::Flops(flops), || pointwise::grad_input(&gy, &w));
-        measure(&name("grad_weight"), filter, Work::Flops(flops), || pointwise::grad_weight(&x, &gy));
     }
 
-    let (a, b) = (random(&[BATCH, 32, 32, 24]), random(&[BATCH, 32, 32, 24]));
-    let n = a.elem_count();
-    measure("quantize::forward", filter, Work::Floats(2 * n), || quantize::forward(&a, quant));
-    measure("quantize::backward", filter, Work::Floats(3 * n), || quantize::backward(&a, &b, quant));
-    measure("quantize::min_max", filter, Work::Floats(n), || quantize::min_max(&a));
-    measure("residual::add_quantize", filter, Work::Floats(3 * n), || {
-        residual::add_quantize(&a, &b, Some(quant))
-    });
-    let (scale, shift) = (random(&[24]), random(&[24]));
-    measure("residual::add_normalized", filter, Work::Floats(3 * n), || {
-        residual::add_normalized(&a, &scale, &shift, &b)
-    });
+    /// The gradients of `γ` and `β`: sums over two maps.
+    #[divan::bench(types = [Floats, Levels], args = MAPS)]
+    fn backward_sums<M: Maps>(bencher: Bencher, layer: Layer) {
+        let of = Normalized::new(layer.input());
+        measure(bencher, layer.moving(2 * Floats::BYTES), || of.backward::<M>());
+    }
 
-    let images = random(&[BATCH, 32, 32, 3]);
-    measure("im2col::forward", filter, Work::Floats(images.elem_count() * 10), || {
-        im2col::forward(&images, 3, 1, 1)
+    /// The gradient of the input, which follows from the sums and the two maps.
+    #[divan::bench(types = [Floats, Levels], args = MAPS)]
+    fn backward_gradient<M: Maps>(bencher: Bencher, layer: Layer) {
+        let gz = Normalized::new(layer.input()).backward::<M>().expect("gradients").z;
+        measure(bencher, layer.moving(3 * Floats::BYTES), || gz.tensor());
+    }
+}
+
+/// Fake quantization, floats to floats.
+mod quantize {
+    use super::*;
+    use kernels::quantize;
+
+    /// As of images and weights.
+    #[divan::bench(args = [IMAGES])]
+    fn forward(bencher: Bencher, layer: Layer) {
+        let x = random(layer.input());
+        measure(bencher, layer.moving(2 * Floats::BYTES), || quantize::forward(&x, quantizer()));
+    }
+
+    /// As of weights and the sums of residual branches.
+    #[divan::bench(args = RESIDUALS)]
+    fn backward(bencher: Bencher, layer: Layer) {
+        let (x, gy) = (random(layer.input()), random(layer.input()));
+        measure(bencher, layer.moving(3 * Floats::BYTES), || quantize::backward(&x, &gy, quantizer()));
+    }
+
+    /// The range of images or weights.
+    #[divan::bench(args = [IMAGES])]
+    fn min_max(bencher: Bencher, layer: Layer) {
+        let x = random(layer.input());
+        measure(bencher, layer.moving(Floats::BYTES), || quantize::min_max(&x));
+    }
+}
+
+/// The end of a residual branch.
+mod residual {
+    use super::*;
+    use kernels::residual;
+
+    /// Forward: the branch, normalized, and the shortcut, with the range of the sum.
+    #[divan::bench(types = [Floats, Levels], args = RESIDUALS)]
+    fn add_normalized<M: Maps>(bencher: Bencher, layer: Layer) {
+        let (z, shortcut) = (random(layer.input()), maps::<M>(layer.input()));
+        let (scale, shift) = (random(layer.inputs), random(layer.inputs));
+        measure(bencher, layer.moving(2 * Floats::BYTES + M::BYTES), || {
+            residual::add_normalized(&z, &scale, &shift, &shortcut)
+        });
+    }
+
+    /// Forward: the levels of the sum.
+    #[divan::bench(args = RESIDUALS)]
+    fn quantize(bencher: Bencher, layer: Layer) {
+        let sum = random(layer.input());
+        measure(bencher, layer.moving(Floats::BYTES + Levels::BYTES), || {
+            FeatureMap::quantize(&sum, Some(quantizer()))
+        });
+    }
+
+    /// Backward: the gradients of the branch and the shortcut.
+    #[divan::bench(args = RESIDUALS)]
+    fn add(bencher: Bencher, layer: Layer) {
+        let (a, b) = (random(layer.input()), random(layer.input()));
+        measure(bencher, layer.moving(3 * Floats::BYTES), || residual::add(&a, &b));
+    }
+}
+
+/// A batch of images, mirrored and moved: from bytes to floats.
+#[divan::bench(args = [IMAGES])]
+fn augment(bencher: Bencher, layer: Layer) {
+    let ones = |dims: &[usize], dtype| Tensor::ones(dims, dtype, &Device::Cpu).expect("ones");
+    let index = Tensor::arange(0, BATCH as u32, &Device::Cpu).expect("an index");
+    let (corners, flip) = (ones(&[BATCH, 2], DType::U32), ones(&[BATCH], DType::U8));
+    let views = Views { index: &index, corners: &corners, flip: &flip, pad: 4 };
+    let (images, mean, std) = (ones(&layer.input(), DType::U8), random(layer.inputs), random(layer.inputs));
+    measure(bencher, layer.moving(1 + Floats::BYTES), || {
+        kernels::augment::batch(&images, views, &mean, &std, DType::F32)
     });
-    let (x, gy) = (random(&[BATCH, 4, 4, 1280]), random(&[BATCH, 1280]));
-    measure("pool::global_average", filter, Work::Floats(x.elem_count()), || pool::global_average(&x));
-    measure("pool::backward", filter, Work::Floats(x.elem_count()), || pool::backward(&gy, 4, 4));
-    let (logits, labels) =
-        (random(&[BATCH, 100]), Tensor::zeros(BATCH, candle_core::DType::U32, &Device::Cpu));
-    let labels = labels.expect("labels");
-    measure("loss::softmax_cross_entropy", filter, Work::Floats(2 * logits.elem_count()), || {
-        loss::softmax_cross_entropy(&logits, &labels, 0.1)
+}
+
+/// The 3×3 patches of the images, nine times as large.
+#[divan::bench(args = [IMAGES])]
+fn im2col(bencher: Bencher, layer: Layer) {
+    let images = random(layer.input());
+    measure(bencher, layer.moving((1 + 9) * Floats::BYTES), || kernels::im2col::forward(&images, 3, 1, 1));
+}
+
+/// The averages of the last maps, which are read.
+#[divan::bench(types = [Floats, Levels], args = [LAST])]
+fn pool<M: Maps>(bencher: Bencher, layer: Layer) {
+    let x = maps::<M>(layer.input());
+    measure(bencher, layer.moving(M::BYTES), || kernels::pool::global_average(&x));
+}
+
+/// The gradient of the last maps, which is written.
+#[divan::bench(args = [LAST])]
+fn pool_backward(bencher: Bencher, layer: Layer) {
+    let gy = random((BATCH, layer.inputs));
+    measure(bencher, layer.moving(Floats::BYTES), || kernels::pool::backward(&gy, layer.size, layer.size));
+}
+
+/// The cross-entropy of a batch and its gradient.
+#[divan::bench]
+fn loss(bencher: Bencher) {
+    let logits = random((BATCH, CLASSIFIER.outputs));
+    let labels = Tensor::zeros(BATCH, DType::U32, &Device::Cpu).expect("labels");
+    let moved = BytesCount::f32(2 * logits.elem_count());
+    measure(bencher, moved, || kernels::loss::softmax_cross_entropy(&logits, &labels, 0.1));
+}
+
+/// One step of SGD with momentum for the weights of [`POINTWISE`], a million: each is read with its gradient and
+/// velocity, and written with its velocity.
+#[divan::bench]
+fn sgd(bencher: Bencher) {
+    let weights = || POINTWISE.map(|layer| random(layer.weight()));
+    let (params, grads, velocities) = (weights(), weights(), weights());
+    let updates: [_; POINTWISE.len()] = std::array::from_fn(|i| Update {
+        param: &params[i],
+        grad: &grads[i],
+        velocity: &velocities[i],
+        weight_decay: 1e-4,
     });
-    let (p, g, v) = (random(&[1_000_000]), random(&[1_000_000]), random(&[1_000_000]));
-    measure("sgd::step of 1 M parameters", filter, Work::Floats(7_000_000), || {
-        sgd::step(&p, &g, &v, 1e-3, 0.9, 1e-4)
-    });
+    let moved = BytesCount::f32(5 * params.iter().map(Tensor::elem_count).sum::<usize>());
+    measure(bencher, moved, || kernels::sgd::step_all(&updates, Rule { lr: 1e-3, momentum: 0.9 }));
 }
