@@ -57,6 +57,8 @@ struct Line {
     share_of_peak_product_percent: f64,
     gb_per_second: f64,
     share_of_peak_copy_percent: f64,
+    /// What the peaks allow at best: the larger of the multiplications at the product's and the bytes at the copy's.
+    least_ms_per_step: f64,
 }
 
 /// Runs the profile's binary.
@@ -166,9 +168,12 @@ fn step(
     let mut costs: Vec<_> = costs.into_iter().collect();
     costs.sort_by_key(|(_, cost)| std::cmp::Reverse(cost.time));
     costs.push(("whole step", Cost { time: whole, ..Cost::default() }));
+    let mut least_of_all = 0.0;
     for (operation, cost) in costs {
         let seconds = cost.time.as_secs_f64().max(1e-9);
         let (flops, bytes) = (cost.operations as f64 / seconds, cost.bytes as f64 / seconds);
+        let least = (cost.operations as f64 / peaks.flops).max(cost.bytes as f64 / peaks.bytes);
+        least_of_all += least;
         lines.push(Line {
             network: version.name(),
             width,
@@ -182,6 +187,8 @@ fn step(
             share_of_peak_product_percent: 100.0 * flops / peaks.flops,
             gb_per_second: bytes / 1e9,
             share_of_peak_copy_percent: 100.0 * bytes / peaks.bytes,
+            least_ms_per_step: 1e3 * if operation == "whole step" { least_of_all } else { least }
+                / f64::from(flags.steps),
         });
     }
     Ok(())
@@ -189,21 +196,30 @@ fn step(
 
 fn table(lines: &[Line], text: &mut String) -> Result<()> {
     let first = &lines[0];
-    let whole = lines.last().expect("the whole step is there").ms_per_step;
+    let last = lines.last().expect("the whole step is there");
+    let (whole, least) = (last.ms_per_step, last.least_ms_per_step);
     let rate = first.batch as f64 / whole * 1e3;
     writeln!(
         text,
         "\n## {}, width {}, batch {}, {}: {whole:.1} ms, {rate:.0} images/s\n",
         first.network, first.width, first.batch, first.precision
     )?;
-    text.push_str("| operation | calls | ms | share | GFLOP/s | of peak | GB/s | of copy |\n");
-    text.push_str("|---|--:|--:|--:|--:|--:|--:|--:|\n");
+    writeln!(
+        text,
+        "At the peaks its operations would take {least:.1} ms, {:.0} % of that: {:.0} images/s.\n",
+        100.0 * least / whole,
+        first.batch as f64 / least * 1e3
+    )?;
+    text.push_str(
+        "| operation | calls | ms | share | GFLOP/s | of peak | GB/s | of copy | at the peaks, ms |\n",
+    );
+    text.push_str("|---|--:|--:|--:|--:|--:|--:|--:|--:|\n");
     for line in &lines[..lines.len() - 1] {
         let or_none = |value: f64, text: String| if value > 0.0 { text } else { String::new() };
         let (flops, bytes) = (line.gflop_per_second, line.gb_per_second);
         writeln!(
             text,
-            "| {} | {} | {:.2} | {:.1} % | {} | {} | {} | {} |",
+            "| {} | {} | {:.2} | {:.1} % | {} | {} | {} | {} | {} |",
             line.operation,
             or_none(line.calls_per_step, format!("{:.0}", line.calls_per_step)),
             line.ms_per_step,
@@ -212,6 +228,7 @@ fn table(lines: &[Line], text: &mut String) -> Result<()> {
             or_none(flops, format!("{:.0} %", line.share_of_peak_product_percent)),
             or_none(bytes, format!("{bytes:.1}")),
             or_none(bytes, format!("{:.0} %", line.share_of_peak_copy_percent)),
+            or_none(line.least_ms_per_step, format!("{:.2}", line.least_ms_per_step)),
         )?;
     }
     Ok(())
