@@ -13,7 +13,7 @@
 //! `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296` makes glibc keep their pages, as
 //! a training program's allocator should.
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Device, Tensor};
 use divan::counter::{BytesCount, IntoCounter, ItemsCount};
 use divan::{Bencher, Divan};
 use kernels::augment::Views;
@@ -170,8 +170,8 @@ fn quantizer() -> Quantizer<'static> {
     Quantizer { range: &RANGE, bits: Bits::new(4).expect("a width") }
 }
 
-fn random(dims: impl Into<Shape>) -> Tensor {
-    Tensor::randn(0f32, 1.0, dims, &Device::Cpu).expect("a tensor")
+fn random<const RANK: usize>(dims: [usize; RANK]) -> Tensor {
+    Tensor::randn(0f32, 1.0, &dims, &Device::Cpu).expect("a tensor")
 }
 
 fn maps<M: Maps>(dims: [usize; 4]) -> FeatureMap {
@@ -198,7 +198,7 @@ mod depthwise {
     use kernels::depthwise;
 
     fn weight(layer: Layer) -> Tensor {
-        random((3, 3, layer.inputs))
+        random([3, 3, layer.inputs])
     }
 
     fn moved<M: Maps>(layer: Layer) -> BytesCount {
@@ -297,7 +297,7 @@ mod norm {
 
     impl Normalized {
         pub fn new(dims: [usize; 4]) -> Self {
-            let (z, gamma, beta) = (random(dims), random(dims[3]), random(dims[3]));
+            let (z, gamma, beta) = (random(dims), random([dims[3]]), random([dims[3]]));
             let stats = norm::channel_stats(&z).expect("statistics");
             let norm = Normalization::new(&stats, &gamma, &beta, 1e-5).expect("a normalization");
             Self { z, gy: random(dims), norm }
@@ -368,7 +368,7 @@ mod residual {
     #[divan::bench(types = [Floats, Levels], args = RESIDUALS)]
     fn add_normalized<M: Maps>(bencher: Bencher, layer: Layer) {
         let (z, shortcut) = (random(layer.input()), maps::<M>(layer.input()));
-        let (scale, shift) = (random(layer.inputs), random(layer.inputs));
+        let (scale, shift) = (random([layer.inputs]), random([layer.inputs]));
         measure(bencher, layer.moving(2 * Floats::BYTES + M::BYTES), || {
             residual::add_normalized(&z, &scale, &shift, &shortcut)
         });
@@ -398,7 +398,7 @@ fn augment(bencher: Bencher, layer: Layer) {
     let index = Tensor::arange(0, BATCH as u32, &Device::Cpu).expect("an index");
     let (corners, flip) = (ones(&[BATCH, 2], DType::U32), ones(&[BATCH], DType::U8));
     let views = Views { index: &index, corners: &corners, flip: &flip, pad: 4 };
-    let (images, mean, std) = (ones(&layer.input(), DType::U8), random(layer.inputs), random(layer.inputs));
+    let (images, mean, std) = (ones(&layer.input(), DType::U8), random([3]), random([3]));
     measure(bencher, layer.moving(1 + Floats::BYTES), || {
         kernels::augment::batch(&images, views, &mean, &std, DType::F32)
     });
@@ -421,14 +421,14 @@ fn pool<M: Maps>(bencher: Bencher, layer: Layer) {
 /// The gradient of the last maps, which is written.
 #[divan::bench(args = [LAST])]
 fn pool_backward(bencher: Bencher, layer: Layer) {
-    let gy = random((BATCH, layer.inputs));
+    let gy = random([BATCH, layer.inputs]);
     measure(bencher, layer.moving(Floats::BYTES), || kernels::pool::backward(&gy, layer.size, layer.size));
 }
 
 /// The cross-entropy of a batch and its gradient.
 #[divan::bench]
 fn loss(bencher: Bencher) {
-    let logits = random((BATCH, CLASSIFIER.outputs));
+    let logits = random([BATCH, CLASSIFIER.outputs]);
     let labels = Tensor::zeros(BATCH, DType::U32, &Device::Cpu).expect("labels");
     let moved = BytesCount::f32(2 * logits.elem_count());
     measure(bencher, moved, || kernels::loss::softmax_cross_entropy(&logits, &labels, 0.1));
