@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use common::{bits, data, pretrain, quantization, recipe, run_well, training};
 use models::{Fold, Method, Network, Quantization, Version};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -59,7 +59,15 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
         let go = |folder: &Path, observe: &mut dyn FnMut(Progress)| -> Trained {
             fit(
                 network(),
-                &Run { data: &data, training: &training, seed: 2, folder, identity: name, limit: None },
+                &Run {
+                    data: &data,
+                    training: &training,
+                    seed: 2,
+                    folder,
+                    identity: name,
+                    dtype: DType::F32,
+                    limit: None,
+                },
                 observe,
             )
             .unwrap()

@@ -1,7 +1,7 @@
 //! Where a run takes place.
 
 use anyhow::{Context, Result, bail};
-use candle_core::Device;
+use candle_core::{DType, Device};
 
 /// The device that `--device` asks for, and its name for the records.
 ///
@@ -20,6 +20,39 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
         }),
         Wanted::Auto => Ok(cpu()),
         Wanted::Gpu(number) => gpu(number).with_context(|| format!("--device {wanted}")),
+    }
+}
+
+/// How a GPU computes, `--arithmetic`. What is learned, and all statistics, are float32 in each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Arithmetic {
+    /// As on a CPU.
+    #[default]
+    F32,
+    /// Products round the significands of their operands to 10 bits, which tensor cores multiply.
+    Tf32,
+    /// Feature maps and their gradients are stored in bfloat16: half of the memory traffic.
+    Bf16,
+}
+
+impl Arithmetic {
+    /// Sets what a program on `device`, which is so named, is to do; gives the dtype of its feature maps and the name for
+    /// the records.
+    ///
+    /// # Errors
+    /// Anything but float32 on a CPU.
+    pub fn set(self, device: &Device, name: String) -> Result<(DType, String)> {
+        if device.is_cpu() && self != Self::F32 {
+            bail!("--arithmetic {self:?} is for GPUs, and this runs on {name}: expected f32");
+        }
+        Ok(match self {
+            Self::F32 => (DType::F32, name),
+            Self::Tf32 => {
+                kernels::gpu::set_tf32(true);
+                (DType::F32, name + ", TF32")
+            }
+            Self::Bf16 => (DType::BF16, name + ", bfloat16"),
+        })
     }
 }
 
@@ -146,6 +179,16 @@ mod tests {
         assert!(device.is_cpu() && name.starts_with("cpu ("), "{name}");
         // With or without a GPU.
         open("auto").unwrap();
+    }
+
+    #[test]
+    fn a_cpu_computes_in_float32() {
+        let set = |arithmetic: Arithmetic| arithmetic.set(&Device::Cpu, "cpu".into());
+        assert_eq!(set(Arithmetic::F32).unwrap(), (DType::F32, "cpu".into()));
+        for arithmetic in [Arithmetic::Tf32, Arithmetic::Bf16] {
+            let error = set(arithmetic).unwrap_err().to_string();
+            assert!(error.contains("for GPUs") && error.contains("expected f32"), "{error}");
+        }
     }
 
     /// Where a GPU can't be had, the message says what to do about it.

@@ -1,3 +1,4 @@
+use crate::device::Arithmetic;
 use crate::profile::Profile;
 use anyhow::{Result, bail};
 use candle_core::Device;
@@ -43,6 +44,10 @@ pub struct Flags {
     /// auto (a GPU if this program can use one and it answers, else the CPU), cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
+
+    /// How a GPU computes: f32, tf32 (products round their operands to 10 bits) or bf16 (feature maps are stored so)
+    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
+    pub arithmetic: Arithmetic,
 
     /// Stop after about that many minutes: after the last epoch that ends in time, at least one. The same command then
     /// goes on from there, on any device. The exit code is 75 where something is left to do

@@ -17,6 +17,7 @@ mod table;
 pub mod tables;
 pub mod tool;
 
+pub use device::Arithmetic;
 pub use flags::{Flags, Only};
 pub use profile::{Data, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};
 pub use table::{Cell, Method, Table, all, main};

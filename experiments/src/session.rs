@@ -5,7 +5,7 @@ use crate::profile::{ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, process};
 use anyhow::{Result, bail};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use datasets::{Data, Dataset, Source, imagenet};
 use models::Network;
 use std::path::{Path, PathBuf};
@@ -54,6 +54,7 @@ pub(crate) struct Session {
     /// The command and what it ran on.
     pub provenance: Provenance,
     device: Device,
+    dtype: DType,
     store: Store,
     display: Display,
     out: PathBuf,
@@ -63,7 +64,8 @@ impl Session {
     /// Opens all of it. If the work `chooses` settings, training images stand in for the test set.
     pub fn open(flags: &Flags, chooses: bool) -> Result<Self> {
         let limit = flags.time_limit.map(TimeLimit::after);
-        let (device, device_name) = device::open(&flags.device)?;
+        let (device, name) = device::open(&flags.device)?;
+        let (dtype, device_name) = flags.arithmetic.set(&device, name)?;
         let mut profile = match &flags.config {
             Some(path) => Profile::read(path)?,
             None => Profile::named(flags.profile(&device))?,
@@ -84,6 +86,7 @@ impl Session {
                 device: device_name,
             },
             device,
+            dtype,
             store: match limit {
                 Some(limit) => store.within(limit),
                 None => store,
@@ -109,8 +112,8 @@ impl Session {
 
     /// What the stage gives, run if it has not been; `None` where the time limit ended it.
     pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
-        let Self { data, device, provenance, store, display, .. } = self;
-        let context = Context { data: &**data, device, provenance };
+        let Self { data, device, dtype, provenance, store, display, .. } = self;
+        let context = Context { data: &**data, device, dtype: *dtype, provenance };
         match store.run(stage, &context, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();

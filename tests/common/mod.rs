@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 use baselines::Dfq;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use datasets::{Augmentation, Data, Dataset};
 use models::{Fold, Input, Method, MobileNet, Network, Quantization, Version};
 use pfq::PfQ;
@@ -80,7 +80,7 @@ pub fn run(
 ) -> (Result<Outcome>, Vec<String>) {
     let provenance =
         Provenance { command: "test".into(), git_commit: "none".into(), device: "processor".into() };
-    let context = Context { data, device: &Device::Cpu, provenance: &provenance };
+    let context = Context { data, device: &Device::Cpu, dtype: DType::F32, provenance: &provenance };
     let mut told = Vec::new();
     let outcome = store.run(stage, &context, &mut |event| {
         let text = match &event {

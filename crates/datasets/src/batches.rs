@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -57,16 +57,17 @@ impl Augmentation {
 /// Images ready for a model.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// f32 `[n, height, width, channels]`: (x / 255 - mean) / std with the data set's statistics.
+    /// `[n, height, width, channels]`, f32 unless a [`Feed`](crate::Feed) was asked for another: (x / 255 - mean) / std with the data set's statistics.
     pub images: Tensor,
     /// u32 `[n]`: the classes.
     pub labels: Tensor,
 }
 
 impl Batch {
-    /// The same on `device`; nothing is copied if it is there.
-    fn to(self, device: &Device) -> Result<Batch> {
-        Ok(Batch { images: self.images.to_device(device)?, labels: self.labels.to_device(device)? })
+    /// The same on `device`, the images in `dtype`; what is so already is not copied.
+    fn to(self, (device, dtype): &(Device, DType)) -> Result<Batch> {
+        let images = self.images.to_device(device)?.to_dtype(*dtype)?;
+        Ok(Batch { images, labels: self.labels.to_device(device)? })
     }
 }
 
@@ -119,8 +120,8 @@ pub fn test_batches(data: &Arc<Dataset>, batch: usize) -> Batches {
 /// If the thread fails, the failure is the next item and the last one; an epoch never just ends early.
 pub struct Batches {
     maker: Maker,
-    /// Where each is copied to; `None`: it stays where it was made.
-    device: Option<Device>,
+    /// Where each is copied to and the dtype of its images; `None`: it stays as it was made.
+    place: Option<(Device, DType)>,
     remaining: usize,
     last_is_short: bool,
 }
@@ -178,18 +179,18 @@ impl Batches {
 
     fn of(images: usize, batch: usize, maker: Maker) -> Batches {
         let (remaining, last_is_short) = (images.div_ceil(batch), !images.is_multiple_of(batch));
-        Batches { maker, device: None, remaining, last_is_short }
+        Batches { maker, place: None, remaining, last_is_short }
     }
 
-    /// The same batches on `device`, each copied there when it is asked for.
-    pub(crate) fn on(mut self, device: &Device) -> Batches {
-        self.device = Some(device.clone());
+    /// The same batches on `device` with images in `dtype`, each copied there when it is asked for.
+    pub(crate) fn on(mut self, device: &Device, dtype: DType) -> Batches {
+        self.place = Some((device.clone(), dtype));
         self
     }
 
     /// Nothing but one error.
     pub(crate) fn failed(error: Error) -> Batches {
-        Batches { maker: Maker::Stopped(Some(error)), device: None, remaining: 1, last_is_short: false }
+        Batches { maker: Maker::Stopped(Some(error)), place: None, remaining: 1, last_is_short: false }
     }
 
     /// Leaves out the last batch if it is short. To be called before the first item is taken.
@@ -246,8 +247,8 @@ impl Iterator for Batches {
                 if batch.labels.elem_count() == 0 {
                     return self.next();
                 }
-                Some(match &self.device {
-                    Some(device) => batch.to(device),
+                Some(match &self.place {
+                    Some(place) => batch.to(place),
                     None => Ok(batch),
                 })
             }

@@ -19,14 +19,15 @@ use crate::{Augmentation, Batch, Batches, Data, Dataset, Error, Images, Result};
 pub struct Feed<'a> {
     data: &'a dyn Data,
     device: Device,
+    dtype: DType,
     train: Option<Resident>,
     test: Option<Resident>,
 }
 
 impl<'a> Feed<'a> {
-    /// For batches on `device`; nothing is copied yet.
-    pub fn new(data: &'a dyn Data, device: &Device) -> Self {
-        Feed { data, device: device.clone(), train: None, test: None }
+    /// For batches on `device` of images in `dtype`: `F32`, on an accelerator also `BF16`. Nothing is copied yet.
+    pub fn new(data: &'a dyn Data, device: &Device, dtype: DType) -> Self {
+        Feed { data, device: device.clone(), dtype, train: None, test: None }
     }
 
     /// The data set.
@@ -47,11 +48,12 @@ impl<'a> Feed<'a> {
         epoch: usize,
     ) -> Result<Batches> {
         let Some(data) = self.data.in_memory().filter(|_| !self.device.is_cpu()) else {
-            return Ok(self.data.train_batches(batch, augmentation, seed, epoch).on(&self.device));
+            let batches = self.data.train_batches(batch, augmentation, seed, epoch);
+            return Ok(batches.on(&self.device, self.dtype));
         };
         let resident = stay(&mut self.train, data, &data.train, &self.device)?;
         let order = order(data.train.len(), seed, epoch);
-        resident.epoch(&order, batch, augmentation.pad, |i| augmentation.view(seed, epoch, i))
+        resident.epoch(&order, batch, augmentation.pad, self.dtype, |i| augmentation.view(seed, epoch, i))
     }
 
     /// The test images in order, those of [`Data::test_batches`].
@@ -60,10 +62,10 @@ impl<'a> Feed<'a> {
     /// As for [`Feed::train`].
     pub fn test(&mut self, batch: usize) -> Result<Batches> {
         let Some(data) = self.data.in_memory().filter(|_| !self.device.is_cpu()) else {
-            return Ok(self.data.test_batches(batch).on(&self.device));
+            return Ok(self.data.test_batches(batch).on(&self.device, self.dtype));
         };
         let resident = stay(&mut self.test, data, &data.test, &self.device)?;
-        resident.epoch(&Vec::from_iter(0..data.test.len()), batch, 0, |_| View::default())
+        resident.epoch(&Vec::from_iter(0..data.test.len()), batch, 0, self.dtype, |_| View::default())
     }
 }
 
@@ -131,6 +133,7 @@ impl Resident {
         order: &[usize],
         batch: usize,
         pad: usize,
+        dtype: DType,
         view: impl Fn(usize) -> View,
     ) -> Result<Batches> {
         let device = self.images.device();
@@ -144,14 +147,14 @@ impl Resident {
             pad,
         };
         let resident = self.clone();
-        Ok(Batches::on_demand(order.len(), batch, move |range| resident.batch(&choices.part(range)?)))
+        Ok(Batches::on_demand(order.len(), batch, move |range| resident.batch(&choices.part(range)?, dtype)))
     }
 
-    fn batch(&self, choices: &Choices) -> Result<Batch> {
+    fn batch(&self, choices: &Choices, dtype: DType) -> Result<Batch> {
         let Choices { index, corners, flip, pad } = choices;
         let views = Views { index, corners, flip, pad: *pad };
         Ok(Batch {
-            images: augment::batch(&self.images, views, &self.mean, &self.std, DType::F32)?,
+            images: augment::batch(&self.images, views, &self.mean, &self.std, dtype)?,
             labels: self.labels.index_select(&choices.index, 0)?,
         })
     }
@@ -202,7 +205,7 @@ mod tests {
             for (batch, seed, epoch) in [(64, 1, 0), (7, 1, 3), (500, 2, 0)] {
                 let order = order(data.train.len(), seed, epoch);
                 let found = train
-                    .epoch(&order, batch, augmentation.pad, |i| augmentation.view(seed, epoch, i))
+                    .epoch(&order, batch, augmentation.pad, DType::F32, |i| augmentation.view(seed, epoch, i))
                     .unwrap();
                 assert_eq!(found.len(), 230usize.div_ceil(batch));
                 let expected = train_batches(&data, batch, augmentation, seed, epoch);
@@ -210,7 +213,7 @@ mod tests {
             }
         }
         let test = Resident::new(&data, &data.test, &Device::Cpu).unwrap();
-        let found = test.epoch(&Vec::from_iter(0..70), 50, 0, |_| View::default()).unwrap();
+        let found = test.epoch(&Vec::from_iter(0..70), 50, 0, DType::F32, |_| View::default()).unwrap();
         assert!(collect(found) == collect(test_batches(&data, 50)));
     }
 
@@ -218,7 +221,7 @@ mod tests {
     fn a_feed_gives_what_its_device_needs() {
         let data = Arc::new(crate::synthetic(30, 20, 1).unwrap());
         let varied = Augmentation { pad: 4, flip: true };
-        let mut feed = Feed::new(&data, &Device::Cpu);
+        let mut feed = Feed::new(&data, &Device::Cpu, DType::F32);
         assert!(
             collect(feed.train(8, varied, 1, 2).unwrap()) == collect(train_batches(&data, 8, varied, 1, 2))
         );
@@ -231,7 +234,7 @@ mod tests {
     fn unusable_arguments_are_errors() {
         let data = Arc::new(crate::synthetic(30, 20, 1).unwrap());
         let train = Resident::new(&data, &data.train, &Device::Cpu).unwrap();
-        let items = Vec::from_iter(train.epoch(&[0, 1], 0, 0, |_| View::default()).unwrap());
+        let items = Vec::from_iter(train.epoch(&[0, 1], 0, 0, DType::F32, |_| View::default()).unwrap());
         assert!(matches!(items.as_slice(), [Err(Error::Invalid(_))]));
         let mut broken = Dataset::clone(&data);
         broken.train.pixels.truncate(5 * 3072);

@@ -1,5 +1,6 @@
 use crate::Result;
 use crate::totals::{Means, Totals};
+use candle_core::DType;
 use datasets::{Data, Feed};
 use models::Network;
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ const PIXELS: usize = 32 * 224 * 224;
 
 /// Evaluates `network`, on its device, on the test images of `data`.
 pub fn evaluate(network: &Network, data: &dyn Data) -> Result<Evaluation> {
-    evaluate_on(network, &mut Feed::new(data, network.device()))
+    evaluate_on(network, &mut Feed::new(data, network.device(), DType::F32))
 }
 
 /// Evaluates `network` on the test images of `feed`, which is on the network's device.

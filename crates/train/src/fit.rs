@@ -1,7 +1,7 @@
 use crate::evaluate::evaluate_on;
 use crate::totals::Totals;
 use crate::{Error, Evaluation, Result, TimeLimit, Training};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use datasets::{Data, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
 use kernels::sgd::{self, Rule, Update};
@@ -22,6 +22,8 @@ pub struct Run<'a> {
     pub folder: &'a Path,
     /// Names the run; a checkpoint of another run is an error, not a start.
     pub identity: &'a str,
+    /// In which feature maps and their gradients are kept: `F32`, on a GPU also `BF16`. What is learned is `F32`.
+    pub dtype: DType,
     /// When to stop, if the run is to go on another time.
     pub limit: Option<&'a TimeLimit>,
 }
@@ -107,7 +109,7 @@ pub fn fit(network: Network, run: &Run, observe: &mut dyn FnMut(Progress)) -> Re
         }
         None => State::new(network)?,
     };
-    let mut feed = Feed::new(run.data, state.network.device());
+    let mut feed = Feed::new(run.data, state.network.device(), run.dtype);
     let epochs = run.training.epochs();
     for epoch in state.metrics.len()..epochs {
         if run.limit.is_some_and(|limit| !limit.allows_an_epoch()) {

@@ -3,7 +3,7 @@
 //! The interruption is real: this binary starts itself again as another process and kills it with SIGKILL in
 //! the middle of an epoch.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use datasets::{Augmentation, Dataset, Images, train_batches};
 use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
@@ -143,7 +143,11 @@ fn run(
     folder: &Path,
     observe: &mut dyn FnMut(Progress),
 ) -> train::Result<Trained> {
-    fit(network, &Run { data, training, seed, folder, identity: "the-run", limit: None }, observe)
+    fit(
+        network,
+        &Run { data, training, seed, folder, identity: "the-run", dtype: DType::F32, limit: None },
+        observe,
+    )
 }
 
 /// A run in a folder of its own that nothing interrupts.
@@ -245,13 +249,7 @@ fn an_epoch_is_what_it_says() {
             loss += images * f64::from(result.loss.to_scalar::<f32>().unwrap());
             let guesses = logits.argmax(1).unwrap().eq(&batch.labels).unwrap();
             hits += f64::from(
-                guesses
-                    .to_dtype(candle_core::DType::F32)
-                    .unwrap()
-                    .sum_all()
-                    .unwrap()
-                    .to_scalar::<f32>()
-                    .unwrap(),
+                guesses.to_dtype(DType::F32).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap(),
             );
         }
         check_same(&bits(&found.network), &bits(&network), "the epoch by hand");
@@ -377,6 +375,7 @@ fn run_in_pieces(network: impl Fn() -> Network, folder: &Path, limit: Duration) 
             seed: 3,
             folder,
             identity: "the-run",
+            dtype: DType::F32,
             limit: Some(&limit),
         };
         let mut epochs = 0;
@@ -423,35 +422,42 @@ fn large() -> Network {
 fn a_run_goes_on_from_device_to_device() {
     let (data, training) = (data(TRAIN, 50), training());
     let expected = run_through(network(), &training, 3).metrics;
-    let epoch = |device: &Device, folder: &Path| {
+    let epoch = |device: &Device, dtype: DType, folder: &Path| {
         let limit = TimeLimit::after(Duration::ZERO);
         let limit = Some(&limit);
         let network = network().to_device(device).unwrap();
-        let run = Run { data: &data, training: &training, seed: 3, folder, identity: "the-run", limit };
+        let run =
+            Run { data: &data, training: &training, seed: 3, folder, identity: "the-run", dtype, limit };
         fit(network, &run, &mut |_| ())
     };
-    let check = |place: &str, elsewhere: &dyn Fn(&Path) -> train::Result<Trained>| {
+    let check = |place: &str, dtype: DType, elsewhere: &dyn Fn(&Path) -> train::Result<Trained>| {
         let folder = tempfile::tempdir().unwrap();
         elsewhere(folder.path()).unwrap_err();
-        epoch(&Device::Cpu, folder.path()).unwrap_err();
+        epoch(&Device::Cpu, DType::F32, folder.path()).unwrap_err();
         let found = elsewhere(folder.path()).unwrap().metrics;
+        // Half precision has 8 bits.
+        let (whole, first) = if dtype == DType::F32 { (0.02, 1e-4) } else { (0.05, 0.01) };
         assert_eq!(found.len(), EPOCHS);
         for (found, expected) in found.iter().zip(&expected) {
             let off = (found.train_loss - expected.train_loss).abs();
-            eprintln!("{place}, epoch {}: the training loss is {off:.1e} off", found.epoch);
-            assert!(off <= 0.02, "{place}: {found:?} and not {expected:?}");
+            eprintln!("{place}, {dtype:?}, epoch {}: the training loss is {off:.1e} off", found.epoch);
+            assert!(off <= whole, "{place}: {found:?} and not {expected:?}");
         }
         // The same images in the same order, or the first epoch would already be another.
-        assert!((found[0].train_loss - expected[0].train_loss).abs() <= 1e-4, "{place}: {found:?}");
+        assert!((found[0].train_loss - expected[0].train_loss).abs() <= first, "{place}: {found:?}");
     };
-    match emulation::available() {
-        Ok(()) => check("emulated", &|folder| emulation::run(Order::Forward, || epoch(&Device::Cpu, folder))),
-        Err(message) => eprintln!("skipped: {message}"),
-    }
-    #[cfg(feature = "cuda")]
-    match Device::new_cuda(0) {
-        Ok(device) => check("on the GPU", &|folder| epoch(&device, folder)),
-        Err(error) => eprintln!("skipped: no GPU answers: {error}"),
+    for dtype in [DType::F32, DType::BF16] {
+        match emulation::available() {
+            Ok(()) => check("emulated", dtype, &|folder| {
+                emulation::run(Order::Forward, || epoch(&Device::Cpu, dtype, folder))
+            }),
+            Err(message) => eprintln!("skipped: {message}"),
+        }
+        #[cfg(feature = "cuda")]
+        match Device::new_cuda(0) {
+            Ok(device) => check("on the GPU", dtype, &|folder| epoch(&device, dtype, folder)),
+            Err(error) => eprintln!("skipped: no GPU answers: {error}"),
+        }
     }
 }
 
@@ -459,7 +465,15 @@ fn a_run_goes_on_from_device_to_device() {
 fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
     let (data, training) = (data(16, 8), Training { cosine_epochs: 1.0, ..training() });
     let fit_in = |folder: &Path, limit| {
-        let run = Run { data: &data, training: &training, seed: 3, folder, identity: "the-run", limit };
+        let run = Run {
+            data: &data,
+            training: &training,
+            seed: 3,
+            folder,
+            identity: "the-run",
+            dtype: DType::F32,
+            limit,
+        };
         fit(large(), &run, &mut |_| ())
     };
     let whole_folder = tempfile::tempdir().unwrap();
@@ -505,6 +519,7 @@ fn a_checkpoint_of_another_run_is_refused() {
         seed: 3,
         folder: folder.path(),
         identity: "another-run",
+        dtype: DType::F32,
         limit: None,
     };
     let message = fit(network(), &other, &mut |_| ()).unwrap_err().to_string();

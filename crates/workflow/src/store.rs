@@ -1,5 +1,5 @@
 use crate::{Error, Kind, Result, Stage};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use datasets::Data;
 use models::{Extras, Network};
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,8 @@ pub struct Context<'a> {
     pub data: &'a dyn Data,
     /// Where tensors live.
     pub device: &'a Device,
+    /// In which feature maps are kept while a stage trains: `F32`, on a GPU also `BF16`.
+    pub dtype: DType,
     /// Recorded with every outcome.
     pub provenance: &'a Provenance,
 }
@@ -212,7 +214,7 @@ impl Store {
         context: &Context,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
-        let Context { data, device, provenance } = *context;
+        let Context { data, device, dtype, provenance } = *context;
         let started = Instant::now();
         let key = stage.key(data.fingerprint());
         let input = || -> Result<Network> {
@@ -223,7 +225,7 @@ impl Store {
         };
         let mut train = |network, training: &train::Training, seed| {
             let limit = self.limit.as_deref();
-            let run = Run { data, training, seed, folder, identity: &key, limit };
+            let run = Run { data, training, seed, folder, identity: &key, dtype, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {
