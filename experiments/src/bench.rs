@@ -15,7 +15,8 @@ mod pytorch;
 pub mod step_profile;
 mod worker;
 
-use crate::{device, process};
+use crate::device::{self, Arithmetic};
+use crate::process;
 use anyhow::{Context, Result, bail};
 use case::{Case, Filter, Layers};
 use clap::Parser;
@@ -34,6 +35,10 @@ struct Flags {
     /// Where it is measured: cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
+
+    /// How ours computes on a GPU: f32, tf32 (products round their operands to 10 bits) or bf16 (feature maps are stored so)
+    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
+    arithmetic: Arithmetic,
 
     /// A Python interpreter that has torch; without it, PyTorch is installed in the target folder
     #[arg(long, value_name = "FILE")]
@@ -102,7 +107,7 @@ const NOTES_GPU: [&str; 5] = [
      from an idle GPU to an idle GPU.",
     "eager is PyTorch in NCHW and float32 with TF32 products, channels_last the same in NHWC under autocast to \
      bfloat16, compile is torch.compile of the latter in its mode reduce-overhead, which uses CUDA graphs where it \
-     can. Ours is what the programs run: see the documents for its precision.",
+     can. Ours computes as `--arithmetic` says, which the name of the GPU tells.",
     "PyTorch has what helps it: fused SGD, cudnn.benchmark, ReLU and residual sums in place, and for torch.compile a \
      fake quantizer that does not cut the graph. Its fused fake quantizer takes float32 only, so under autocast it \
      runs in float32.",
@@ -118,8 +123,9 @@ pub fn main() -> Result<()> {
     if flags.worker {
         // It runs as the programs do that train.
         return process::run(|| {
-            let (device, _) = device::open(&flags.device)?;
-            ours::serve(std::io::stdin().lock(), std::io::stdout(), &device)
+            let (device, name) = device::open(&flags.device)?;
+            let (dtype, _) = flags.arithmetic.set(&device, name)?;
+            ours::serve(std::io::stdin().lock(), std::io::stdout(), (&device, dtype))
         });
     }
     if !(flags.seconds > 0.0 && flags.seconds <= 600.0) {
@@ -128,6 +134,7 @@ pub fn main() -> Result<()> {
     // Before anything else, as without it there is nothing to measure.
     let (place, device_name) = {
         let (device, name) = device::open(&flags.device)?;
+        let (_, name) = flags.arithmetic.set(&device, name)?;
         (if device.is_cpu() { Place::Cpu } else { Place::Gpu }, name)
     };
     let mut batches: Vec<usize> = flags.batches.iter().copied().map(usize::from).collect();
@@ -149,6 +156,7 @@ pub fn main() -> Result<()> {
     let bench = Bench {
         python: flags.python.clone().map_or_else(|| pytorch::environment(place), Ok)?,
         device: flags.device.clone(),
+        arithmetic: flags.arithmetic,
         place,
         threads,
         rounds: flags.rounds.into(),
@@ -211,6 +219,7 @@ struct Bench {
     python: PathBuf,
     /// As given.
     device: String,
+    arithmetic: Arithmetic,
     place: Place,
     threads: usize,
     rounds: usize,
@@ -254,7 +263,7 @@ impl Bench {
             Some(flags) => pytorch::worker(&self.python, &logs, flags, &self.device, self.threads)?,
             None => {
                 let mut command = Command::new(own_program()?);
-                command.args(["--worker", "--device", &self.device]);
+                command.args(["--worker", "--device", &self.device, "--arithmetic", self.arithmetic.name()]);
                 command.env("RAYON_NUM_THREADS", self.threads.to_string());
                 command
             }

@@ -36,6 +36,15 @@ pub enum Arithmetic {
 }
 
 impl Arithmetic {
+    /// As the flag has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Tf32 => "tf32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
     /// Sets what a program on `device`, which is so named, is to do; gives the dtype of its feature maps and the name for
     /// the records.
     ///
@@ -43,7 +52,7 @@ impl Arithmetic {
     /// Anything but float32 on a CPU.
     pub fn set(self, device: &Device, name: String) -> Result<(DType, String)> {
         if device.is_cpu() && self != Self::F32 {
-            bail!("--arithmetic {self:?} is for GPUs, and this runs on {name}: expected f32");
+            bail!("--arithmetic {} is for GPUs, and this runs on {name}: expected f32", self.name());
         }
         Ok(match self {
             Self::F32 => (DType::F32, name),

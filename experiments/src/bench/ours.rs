@@ -32,20 +32,23 @@ enum Request {
 /// One step of a case; gives a number that is finite if all went well.
 pub(super) type Work = Box<dyn FnMut() -> Result<Tensor>>;
 
-/// Answers requests until there are no more; computes on `device`.
-pub(super) fn serve(requests: impl BufRead, mut answers: impl Write, device: &Device) -> Result<()> {
+/// Where it is computed, and in which dtype feature maps are kept.
+pub(super) type Place<'a> = (&'a Device, DType);
+
+/// Answers requests until there are no more; computes at `place`.
+pub(super) fn serve(requests: impl BufRead, mut answers: impl Write, place: Place) -> Result<()> {
     let threads = rayon::current_num_threads();
     say(&mut answers, &Hello { version: env!("CARGO_PKG_VERSION").into(), threads })?;
     let mut work: Option<Work> = None;
     for line in requests.lines() {
         let answer = match serde_json::from_str(&line?)? {
-            Request::Setup { case, settings } => set_up(&case, settings, device).map(|(step, ready)| {
+            Request::Setup { case, settings } => set_up(&case, settings, place).map(|(step, ready)| {
                 work = Some(step);
                 serde_json::to_value(ready)
             }),
             Request::Run(Run { run: steps }) => {
                 let work = work.as_mut().context("nothing has been set up");
-                work.and_then(|work| run(work, steps, device)).map(serde_json::to_value)
+                work.and_then(|work| run(work, steps, place.0)).map(serde_json::to_value)
             }
         };
         match answer {
@@ -62,11 +65,12 @@ fn say(answers: &mut impl Write, value: &impl Serialize) -> Result<()> {
     Ok(answers.flush()?)
 }
 
-fn set_up(case: &Case, settings: Settings, device: &Device) -> Result<(Work, Ready)> {
+fn set_up(case: &Case, settings: Settings, place: Place) -> Result<(Work, Ready)> {
+    let device = place.0;
     let before_mib = resident_mib("VmRSS");
     let (mut work, parameters, quantizers) = match &case.what {
-        What::Operation(layer) => (operation(layer, case.batch, settings, device)?, 0, 0),
-        _ => network(case, settings, device)?,
+        What::Operation(layer) => (operation(layer, case.batch, settings, place)?, 0, 0),
+        _ => network(case, settings, place)?,
     };
     for _ in 0..WARM_UP {
         work()?;
@@ -108,7 +112,7 @@ fn run(work: &mut Work, steps: usize, device: &Device) -> Result<Ran> {
     let seconds = started.elapsed().as_secs_f64();
     let peak_mib = resident_mib("VmHWM").filter(|_| device.is_cpu());
     if let Some(last) = last
-        && !last.sum_all()?.to_scalar::<f32>()?.is_finite()
+        && !last.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?.is_finite()
     {
         bail!("the result is not finite");
     }
@@ -120,12 +124,16 @@ pub(super) fn random(dims: &[usize], device: &Device) -> Result<Tensor> {
 }
 
 /// A step of a whole network, its number of parameters and of quantizers.
-pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Result<(Work, usize, usize)> {
+pub(super) fn network(
+    case: &Case,
+    settings: Settings,
+    (device, dtype): Place,
+) -> Result<(Work, usize, usize)> {
     let mut network = case.build()?.to_device(device)?;
     let parameters = network.parameters().iter().map(|p| p.tensor.elem_count()).sum();
     let quantizers = Layers::of(&network).quantizers();
     let [h, w, channels] = network.input;
-    let images = random(&[case.batch, h, w, channels], device)?;
+    let images = random(&[case.batch, h, w, channels], device)?.to_dtype(dtype)?;
     let labels: Vec<u32> = (0..case.batch).map(|i| (i % CLASSES) as u32).collect();
     let labels = Tensor::from_vec(labels, case.batch, device)?;
     let Settings { rate, momentum, weight_decay, range_momentum } = settings;
@@ -157,10 +165,13 @@ pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Resul
 }
 
 /// Forward and backward pass of one operation.
-fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device) -> Result<Work> {
+fn operation(layer: &Layer, batch: usize, settings: Settings, (device, dtype): Place) -> Result<Work> {
     let random = |dims: &[usize]| random(dims, device);
     let &Layer { size, stride, inputs, outputs, input_size: [h, w], output_size: [ho, wo], .. } = layer;
-    let (x, gy) = (random(&[batch, h, w, inputs])?, random(&[batch, ho, wo, outputs])?);
+    let maps = |h: usize, w: usize, channels: usize| -> Result<Tensor> {
+        Ok(random(&[batch, h, w, channels])?.to_dtype(dtype)?)
+    };
+    let (x, gy) = (maps(h, w, inputs)?, maps(ho, wo, outputs)?);
     Ok(match layer.kind {
         Kind::Stem => {
             let weight = random(&[size * size * inputs, outputs])?;
@@ -217,10 +228,12 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
+    const CPU: Place = (&Device::Cpu, DType::F32);
+
     fn answers(requests: &[Value]) -> Vec<Value> {
         let requests: Vec<String> = requests.iter().map(Value::to_string).collect();
         let mut answers = Vec::new();
-        serve(requests.join("\n").as_bytes(), &mut answers, &Device::Cpu).unwrap();
+        serve(requests.join("\n").as_bytes(), &mut answers, CPU).unwrap();
         String::from_utf8(answers).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
@@ -251,7 +264,7 @@ mod tests {
     fn every_operation_runs() {
         for case in Case::all(&[1]).unwrap().iter().filter(|case| !case.of_network()) {
             let settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
-            let (mut work, _) = set_up(case, settings, &Device::Cpu).unwrap();
+            let (mut work, _) = set_up(case, settings, CPU).unwrap();
             assert!(run(&mut work, 1, &Device::Cpu).unwrap().seconds > 0.0, "{}", case.name());
         }
     }

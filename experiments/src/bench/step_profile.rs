@@ -6,7 +6,7 @@ use super::ours;
 use super::{SETTINGS, machine};
 use crate::process;
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use kernels::norm::Normalization;
 use kernels::profile::{self, Cost};
@@ -152,7 +152,7 @@ fn step(
 ) -> Result<()> {
     let batch = usize::from(flags.batch);
     let case = case(version, width, quantized, batch);
-    let (mut step, ..) = ours::network(&case, SETTINGS, &Device::Cpu)?;
+    let (mut step, ..) = ours::network(&case, SETTINGS, (&Device::Cpu, DType::F32))?;
     for _ in 0..3 {
         step()?;
     }
