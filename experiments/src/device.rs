@@ -140,7 +140,7 @@ fn gpu(number: usize) -> Result<(Device, String)> {
 #[cfg(feature = "cuda")]
 fn works(number: usize) -> Result<Device> {
     let device = Device::new_cuda(number)?;
-    let ones = candle_core::Tensor::ones(1000, candle_core::DType::F32, &device)?;
+    let ones = candle_core::Tensor::ones(1000, DType::F32, &device)?;
     let sum = (ones.affine(2.0, 1.0)?.sum_all()?).to_scalar::<f32>()?;
     if sum != 3000.0 {
         bail!("a sum of 3000 came out as {sum}");
