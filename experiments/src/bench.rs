@@ -263,7 +263,7 @@ impl Bench {
             Some(flags) => pytorch::worker(&self.python, &logs, flags, &self.device, self.threads)?,
             None => {
                 let mut command = Command::new(own_program()?);
-                command.args(["--worker", "--device", &self.device, "--arithmetic", self.arithmetic.name()]);
+                command.args(["--worker", "--device", &self.device, "--arithmetic", &self.arithmetic.name()]);
                 command.env("RAYON_NUM_THREADS", self.threads.to_string());
                 command
             }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
+use clap::ValueEnum;
 
 /// The device that `--device` asks for, and its name for the records.
 ///
@@ -24,7 +25,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
 }
 
 /// How a GPU computes, `--arithmetic`. What is learned, and all statistics, are float32 in each.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Arithmetic {
     /// As on a CPU.
     #[default]
@@ -37,12 +38,8 @@ pub enum Arithmetic {
 
 impl Arithmetic {
     /// As the flag has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Tf32 => "tf32",
-            Self::Bf16 => "bf16",
-        }
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().into())
     }
 
     /// Sets what a program on `device`, which is so named, is to do; gives the dtype of its feature maps and the name for

@@ -1,7 +1,7 @@
 //! What every program that runs stages opens: settings, data, device and store.
 
 use crate::flags::{Flags, TIME_LIMIT};
-use crate::profile::{ModelName, Profile};
+use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, process};
 use anyhow::{Result, bail};
@@ -11,7 +11,7 @@ use models::Network;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use train::TimeLimit;
-use workflow::{Context, Kind, Outcome, Provenance, Stage, Store};
+use workflow::{Context, Kind, Outcome, Planned, Provenance, Stage, Store};
 
 /// Training images that stand in for the test set where a table chooses settings.
 const HOLD_OUT: usize = 5000;
@@ -75,7 +75,14 @@ impl Session {
         }
         flags.narrow(&mut profile)?;
         let mut display = Display::new();
-        let data = load(&flags.data, &profile, &mut display)?;
+        let data = load(&flags.data, &profile.data, &mut display)?;
+        display.line(&format!(
+            "data: {} from {}: {} training, {} test images",
+            data.name(),
+            data.source(),
+            data.train_images(),
+            data.test_images()
+        ));
         let store = Store::new(&flags.store);
         Ok(Self {
             profile,
@@ -124,9 +131,9 @@ impl Session {
         }
     }
 
-    /// What the stage gave, if it has been run.
-    pub fn outcome(&self, stage: &Stage) -> Result<Option<Outcome>> {
-        Ok(self.store.outcome(stage, self.data.fingerprint())?)
+    /// The stages that `ends` need, each once, with what they gave if they have been run.
+    pub fn plan(&self, ends: &[Arc<Stage>]) -> Result<Vec<Planned>> {
+        Ok(self.store.plan(ends, self.data.fingerprint())?)
     }
 
     /// The network that a finished stage gave.
@@ -148,7 +155,7 @@ impl Session {
 
     /// Prints what is done, what is to do, and an estimate of how long that takes.
     pub fn show_plan(&self, ends: &[Arc<Stage>]) -> Result<()> {
-        let plan = self.store.plan(ends, self.data.fingerprint())?;
+        let plan = self.plan(ends)?;
         let (train, test) = (self.data.train_images() as f64, self.data.test_images() as f64);
         // Multiply–accumulates of the forward passes that an epoch needs, evaluation counted in.
         let epoch_work = |macs: u64| macs as f64 * (train + test / 3.0);
@@ -191,10 +198,9 @@ impl Session {
     }
 }
 
-/// Loads the data and takes the part that the profile asks for.
-fn load(wanted: &str, profile: &Profile, display: &mut Display) -> Result<Box<dyn Data>> {
+/// Loads the data that `--data` and the settings ask for, and takes the part that the settings do.
+pub(crate) fn load(wanted: &str, settings: &profile::Data, display: &mut Display) -> Result<Box<dyn Data>> {
     let source: Source = wanted.parse().unwrap_or_else(|never| match never {});
-    let settings = &profile.data;
     let data: Box<dyn Data> = match &settings.imagenet {
         Some(options) => {
             let data = imagenet::load(&source, options, &mut |event| display.data(&event))?;
@@ -218,13 +224,6 @@ fn load(wanted: &str, profile: &Profile, display: &mut Display) -> Result<Box<dy
         }
     };
     display.clear();
-    display.line(&format!(
-        "data: {} from {}: {} training, {} test images",
-        data.name(),
-        data.source(),
-        data.train_images(),
-        data.test_images()
-    ));
     Ok(data)
 }
 

@@ -156,24 +156,20 @@ impl Table {
     /// cells that have been run; gives the table as text. `None`, and nothing written, where none has.
     fn write(&self, session: &Session, cells: &[Cell], folder: &Path) -> Result<Option<String>> {
         let Session { profile, data, provenance, .. } = session;
-        let mut done: BTreeMap<String, Outcome> = BTreeMap::new();
+        let ends: Vec<Arc<Stage>> = cells.iter().map(|cell| cell.stage.clone()).collect();
+        let plan = session.plan(&ends)?;
+        let done: BTreeMap<&str, &Outcome> =
+            plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect();
         let mut rows = Vec::new();
+        let mut outcomes: BTreeMap<&str, &Outcome> = BTreeMap::new();
         for cell in cells {
+            let keys = cell.stage.lineage().into_iter().map(|stage| stage.key(data.fingerprint()));
+            let lineage: Vec<&Outcome> = keys.filter_map(|key| done.get(key.as_str()).copied()).collect();
             // A cell that `--only` left out, now or in earlier runs, is not in the table.
-            if session.outcome(&cell.stage)?.is_none() {
-                continue;
+            if lineage.last().is_some_and(|end| end.key == cell.stage.key(data.fingerprint())) {
+                rows.push(self.row(session, cell, &lineage)?.compare(Paper::published()));
+                outcomes.extend(lineage.into_iter().map(|outcome| (outcome.key.as_str(), outcome)));
             }
-            let mut lineage = Vec::new();
-            for stage in cell.stage.lineage() {
-                let key = stage.key(data.fingerprint());
-                if !done.contains_key(&key) {
-                    let Some(outcome) = session.outcome(&stage)? else { continue };
-                    done.insert(key.clone(), outcome);
-                }
-                lineage.push(key);
-            }
-            let lineage: Vec<&Outcome> = lineage.iter().map(|key| &done[key]).collect();
-            rows.push(self.row(session, cell, &lineage)?.compare(Paper::published()));
         }
         if rows.is_empty() {
             return Ok(None);
@@ -183,7 +179,7 @@ impl Table {
             command: provenance.command.clone(),
             profile: profile.name.clone(),
             dataset: data.name().into(),
-            notes: notes(&rows, done.values()),
+            notes: notes(&rows, outcomes.values().copied()),
             provenance: vec![
                 (
                     "Data".into(),
@@ -202,7 +198,7 @@ impl Table {
         report::write_text(&report::markdown(&rows, &context), &path("md"))?;
         report::plot(&rows, &context, &path("svg"), &path("png"))?;
         report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
-        let stages: Vec<&Outcome> = done.values().collect();
+        let stages: Vec<&Outcome> = outcomes.into_values().collect();
         report::write_text(&serde_json::to_string_pretty(&stages)?, &folder.join("stages.json"))?;
         Ok(Some(report::terminal(&rows, &context)))
     }

@@ -57,7 +57,8 @@ impl Augmentation {
 /// Images ready for a model.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// `[n, height, width, channels]`, f32 unless a [`Feed`](crate::Feed) was asked for another: (x / 255 - mean) / std with the data set's statistics.
+    /// `[n, height, width, channels]`, f32 unless a [`Feed`](crate::Feed) was asked for another: (x / 255 - mean) / std
+    /// with the data set's statistics.
     pub images: Tensor,
     /// u32 `[n]`: the classes.
     pub labels: Tensor,

@@ -35,6 +35,11 @@ impl<'a> Feed<'a> {
         self.data
     }
 
+    /// The set, where batches are made of a copy of it on the device.
+    fn copied(&self) -> Option<&'a Dataset> {
+        self.data.in_memory().filter(|_| !self.device.is_cpu())
+    }
+
     /// The training batches of one epoch, the images and the order being those of [`Data::train_batches`].
     ///
     /// # Errors
@@ -47,7 +52,7 @@ impl<'a> Feed<'a> {
         seed: u64,
         epoch: usize,
     ) -> Result<Batches> {
-        let Some(data) = self.data.in_memory().filter(|_| !self.device.is_cpu()) else {
+        let Some(data) = self.copied() else {
             let batches = self.data.train_batches(batch, augmentation, seed, epoch);
             return Ok(batches.on(&self.device, self.dtype));
         };
@@ -61,7 +66,7 @@ impl<'a> Feed<'a> {
     /// # Errors
     /// As for [`Feed::train`].
     pub fn test(&mut self, batch: usize) -> Result<Batches> {
-        let Some(data) = self.data.in_memory().filter(|_| !self.device.is_cpu()) else {
+        let Some(data) = self.copied() else {
             return Ok(self.data.test_batches(batch).on(&self.device, self.dtype));
         };
         let resident = stay(&mut self.test, data, &data.test, &self.device)?;
