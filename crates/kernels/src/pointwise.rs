@@ -17,7 +17,7 @@ use crate::convolution::{self, Convolution};
 use crate::cpu::{self, CHUNK, Check, open};
 use crate::feature::{Source, levels};
 use crate::norm::{self, Normalizer, OutputGradient, Stats};
-use crate::product::{self, IntegerPanels, LANES, Left, Panels, Right};
+use crate::product::{self, IntegerPanels, LANES, Left, Operands, Panels};
 use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
 use candle_core::{Device, Tensor};
 use quant_core::Grid;
@@ -93,7 +93,7 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w);
     }
-    let panels = Panels::transposed(open(&w).floats()?, n, k);
+    let panels = Panels::transposed(open(&w).floats()?, n);
     let opened = open(&gz);
     let x = Source::Float(opened.floats()?);
     convolution::plain(&Product {
@@ -140,7 +140,7 @@ pub fn backward<'a>(x: impl Into<Input<'a>>, w: &Tensor, gz: &OutputGradient) ->
     let x = x.open(&check, "x")?;
     let x = x.opened();
     let gz = gz.open()?;
-    let panels = Panels::transposed(open(&w).floats()?, n, k);
+    let panels = Panels::transposed(open(&w).floats()?, n);
     let (gw, gx) =
         gradients(Source::new(&x)?, |rows, block| gz.rows(rows, block), Some(&panels), (rows, k, n));
     Ok((Tensor::from_vec(gw, (k, n), &Device::Cpu)?, Tensor::from_vec(gx, dims, &Device::Cpu)?))
@@ -189,7 +189,7 @@ fn with_product<R>(
     };
     let w = match levels {
         Some(operand) => operand,
-        None => Operand::Float(Panels::new(open(&value).floats()?, k, n)),
+        None => Operand::Float(Panels::new(open(&value).floats()?, n)),
     };
     f(&Product { x, w, dims, k, n })
 }
@@ -257,7 +257,7 @@ impl Convolution for Product<'_> {
             }
             (Operand::Levels { .. }, Source::Float(_)) => unreachable!("only levels meet levels"),
             (Operand::Float(panels), x) => {
-                let x = Left { elements: x.floats(scratch), row: k, depth: 1 };
+                let x = Left::rows(x.floats(scratch), k);
                 product::set(x, panels.right(), (m, n, k), z);
             }
         }
@@ -280,9 +280,10 @@ fn gradients(
     let parts = (PARTIAL_SUMS / (k * n)).clamp(4, 16);
     let per_part = rows.div_ceil(parts).next_multiple_of(per_block);
     let width = if w.is_some() { k } else { 0 };
-    let init = || (vec![MaybeUninit::uninit(); per_block.min(rows) * n + LANES], Vec::new());
-    type Scratch = (Vec<MaybeUninit<f32>>, Vec<f32>);
-    let part = |(block, floats): &mut Scratch, rows: Range<usize>, gx: &mut [MaybeUninit<f32>]| {
+    let init =
+        || (vec![MaybeUninit::uninit(); per_block.min(rows) * n + LANES], Vec::new(), Operands::default());
+    type Scratch = (Vec<MaybeUninit<f32>>, Vec<f32>, Operands);
+    let part = |(block, floats, operands): &mut Scratch, rows: Range<usize>, gx: &mut [MaybeUninit<f32>]| {
         let mut gw = vec![0.0; k * n];
         let mut gx = gx.chunks_mut((per_block * width).max(1));
         for start in rows.clone().step_by(per_block) {
@@ -295,11 +296,15 @@ fn gradients(
             #[allow(unsafe_code)]
             let block = unsafe { block[..m * n + LANES].assume_init_ref() };
             if let Some(w) = w {
-                let gz = Left { elements: block, row: n, depth: 1 };
-                product::set(gz, w.right(), (m, k, n), gx.next().expect("as many blocks as of rows"));
+                product::set(
+                    Left::rows(&block[..m * n], n),
+                    w.right(),
+                    (m, k, n),
+                    gx.next().expect("as many blocks as of rows"),
+                );
             }
             let x = x.part(rows.start * k..rows.end * k).floats(floats);
-            product::add(Left { elements: x, row: 1, depth: k }, Right::rows(block, n), (k, n, m), &mut gw);
+            product::add_transposed(x, block, (m, k, n), operands, &mut gw);
         }
         gw
     };
@@ -335,7 +340,7 @@ mod tests {
     use crate::testing::*;
     use quant_core::Bits;
 
-    const SHAPES: [(usize, usize); 6] = [(1, 3), (7, 1), (16, 33), (33, 7), (5, 48), (50, 100)];
+    const SHAPES: [(usize, usize); 7] = [(1, 3), (7, 1), (16, 33), (33, 7), (5, 48), (50, 100), (230, 91)];
 
     #[test]
     fn forward_and_gradients_match_the_reference() {

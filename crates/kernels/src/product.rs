@@ -2,10 +2,10 @@
 //!
 //! A feature map has many rows and few channels, so a product is done for a block of rows that stays in
 //! cache, and whatever else is to be done with these rows follows at once. Within a block, a tile of some
-//! rows by some vectors of columns is summed up in registers along the whole depth, each element in the
-//! order of the depth with fused multiply–add: so the bits do not depend on the block, the tile or the vector
-//! instructions. The left operand is read where it lies, one element at a time, transposed or not. The right
-//! one is read by vectors: weights are packed into [`Panels`] first.
+//! rows by some vectors of columns is summed up in registers along the depth, each element in the order of the
+//! depth with fused multiply–add: so the bits do not depend on the block, the tile or the vector instructions.
+//! The left operand is read one element at a time, the right one by vectors. Weights are packed into [`Panels`]
+//! first; feature maps are read where they lie, unless both are wide ([`add_transposed`]).
 //!
 //! Integer products are exact, so they have the same bits by their nature. AVX-512 VNNI multiplies unsigned by
 //! signed bytes and adds up four products at a time.
@@ -16,87 +16,227 @@ use std::mem::MaybeUninit;
 /// Columns of a vector: one register of AVX-512, two of AVX2.
 pub(crate) const LANES: usize = 16;
 
-/// A matrix that is read by elements: `(i, p)` is at `i·row + p·depth`.
+/// Rows of a tile.
+const ROWS: usize = 8;
+
+/// About as much of the depth as tiles sum up in one go: so much of 3 vectors of columns, 27 KiB, stays in the
+/// first-level cache while the rows pass. Sums that go on begin with what the result holds: the same bits.
+const DEPTH: usize = 144;
+
+/// A matrix that is read by elements, 8 rows at a time: `(i, p)` is at `i/8·panel + i%8·row + p·depth`.
 #[derive(Clone, Copy)]
 pub(crate) struct Left<'a> {
-    pub(crate) elements: &'a [f32],
-    pub(crate) row: usize,
-    pub(crate) depth: usize,
+    elements: &'a [f32],
+    panel: usize,
+    row: usize,
+    depth: usize,
+}
+
+impl<'a> Left<'a> {
+    /// `a[rows, depth]` as it lies in memory.
+    pub(crate) fn rows(elements: &'a [f32], depth: usize) -> Self {
+        Self { elements, panel: ROWS * depth, row: depth, depth: 1 }
+    }
+
+    /// The transpose of `a[depth, rows]` as it lies in memory.
+    fn columns(elements: &'a [f32], rows: usize) -> Self {
+        Self { elements, panel: ROWS, row: 1, depth: rows }
+    }
+
+    #[inline(always)]
+    fn position(&self, i: usize, p: usize) -> usize {
+        i / ROWS * self.panel + i % ROWS * self.row + p * self.depth
+    }
 }
 
 /// A matrix that is read by vectors: columns `16j…` of depth `p` are at `j·panel + p·depth`.
 #[derive(Clone, Copy)]
 pub(crate) struct Right<'a> {
-    pub(crate) elements: &'a [f32],
-    pub(crate) panel: usize,
-    pub(crate) depth: usize,
+    elements: &'a [f32],
+    panel: usize,
+    depth: usize,
 }
 
 impl<'a> Right<'a> {
     /// Rows of `columns` elements as they lie in memory. The last vector of a row may begin before its end
     /// and end after it, so [`LANES`] elements must follow the last row; what they are has no effect.
-    pub(crate) fn rows(elements: &'a [f32], columns: usize) -> Self {
+    fn rows(elements: &'a [f32], columns: usize) -> Self {
         Self { elements, panel: LANES, depth: columns }
+    }
+
+    #[inline(always)]
+    fn position(&self, j: usize, p: usize) -> usize {
+        j / LANES * self.panel + p * self.depth
     }
 }
 
-/// Weights as the right operand: 16 columns at a time, all of the depth, the columns that are missing 0.
-pub(crate) struct Panels {
-    elements: Vec<f32>,
+/// A line of the cache: vectors that lie in two lines take twice as long to read.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; LANES]);
+
+/// The columns of a matrix, `W` at a time, all of the depth, those that are missing 0.
+#[derive(Default)]
+struct Packed<const W: usize> {
+    lines: Vec<Line>,
     depth: usize,
 }
 
-impl Panels {
-    /// From `w[depth, columns]`.
-    pub(crate) fn new(w: &[f32], depth: usize, columns: usize) -> Self {
-        Self::from_elements(depth, columns, |p, j| w[p * columns + j])
-    }
-
-    /// From the transpose of `w[columns, depth]`.
-    pub(crate) fn transposed(w: &[f32], depth: usize, columns: usize) -> Self {
-        Self::from_elements(depth, columns, |p, j| w[j * depth + p])
-    }
-
-    fn from_elements(depth: usize, columns: usize, element: impl Fn(usize, usize) -> f32) -> Self {
-        let mut elements = vec![0.0; columns.div_ceil(LANES) * depth * LANES];
-        for (panel, elements) in elements.chunks_exact_mut(depth * LANES).enumerate() {
-            for (p, vector) in elements.chunks_exact_mut(LANES).enumerate() {
-                for (j, slot) in (panel * LANES..columns).zip(vector) {
-                    *slot = element(p, j);
+impl<const W: usize> Packed<W> {
+    /// Takes the columns of `rows[depth, columns]`.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn pack(&mut self, rows: &[f32], columns: usize) {
+        self.depth = rows.len() / columns;
+        let panels = columns.div_ceil(W);
+        let lines = (panels * self.depth * W).div_ceil(LANES);
+        self.lines.clear();
+        self.lines.reserve(lines);
+        let packed = self.lines.as_mut_ptr().cast::<[f32; W]>();
+        // Some rows at a time, so that whole lines are read and written.
+        for (at, rows) in rows.chunks(ROWS * columns).enumerate() {
+            for panel in 0..panels {
+                let first = panel * W;
+                let vectors = packed.wrapping_add(panel * self.depth + at * ROWS);
+                for (p, row) in rows.chunks_exact(columns).enumerate() {
+                    // SAFETY: there is room for `panels · depth` vectors.
+                    unsafe {
+                        if first + W <= columns {
+                            *vectors.add(p) = *row.as_ptr().add(first).cast();
+                        } else {
+                            let mut vector = [0.0; W];
+                            vector[..columns - first].copy_from_slice(&row[first..]);
+                            *vectors.add(p) = vector;
+                        }
+                    }
                 }
             }
         }
-        Self { elements, depth }
+        // SAFETY: all vectors were written; half a line may be left over after the last one.
+        unsafe {
+            if panels * self.depth * W < lines * LANES {
+                packed.add(panels * self.depth).write([0.0; W]);
+            }
+            self.lines.set_len(lines);
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn elements(&self) -> &[f32] {
+        // SAFETY: a line is so many floats.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * LANES) }
+    }
+}
+
+impl Packed<ROWS> {
+    fn left(&self) -> Left<'_> {
+        Left { elements: self.elements(), panel: self.depth * ROWS, row: 1, depth: ROWS }
+    }
+}
+
+impl Packed<LANES> {
+    fn right(&self) -> Right<'_> {
+        Right { elements: self.elements(), panel: self.depth * LANES, depth: LANES }
+    }
+}
+
+/// Weights as the right operand.
+pub(crate) struct Panels(Packed<LANES>);
+
+impl Panels {
+    /// From `w[depth, columns]`.
+    pub(crate) fn new(w: &[f32], columns: usize) -> Self {
+        let mut packed = Packed::default();
+        packed.pack(w, columns);
+        Self(packed)
+    }
+
+    /// From the transpose of `w[columns, depth]`.
+    pub(crate) fn transposed(w: &[f32], depth: usize) -> Self {
+        let columns = w.len() / depth;
+        let rows: Vec<f32> = (0..depth).flat_map(|p| (0..columns).map(move |j| w[j * depth + p])).collect();
+        Self::new(&rows, columns)
     }
 
     pub(crate) fn right(&self) -> Right<'_> {
-        Right { elements: &self.elements, panel: self.depth * LANES, depth: LANES }
+        self.0.right()
     }
 }
 
 /// `c[m, n] = a[m, k]·b[k, n]`, all of `c`.
-pub(crate) fn set(a: Left, b: Right, (m, n, k): (usize, usize, usize), c: &mut [MaybeUninit<f32>]) {
-    product(a, b, m, n, k, c, false);
+pub(crate) fn set(a: Left, b: Right, sizes: (usize, usize, usize), c: &mut [MaybeUninit<f32>]) {
+    product(a, b, sizes, c, false, DEPTH);
 }
 
-/// `c[m, n] += a[m, k]·b[k, n]`.
-pub(crate) fn add(a: Left, b: Right, (m, n, k): (usize, usize, usize), c: &mut [f32]) {
+/// Memory for the operands of [`add_transposed`].
+#[derive(Default)]
+pub(crate) struct Operands {
+    left: Packed<ROWS>,
+    right: Packed<LANES>,
+}
+
+/// `c[k, n] += aᵀ·b` of `a[m, k]` and of `b[m, n]`, after whose last row [`LANES`] elements must follow; what
+/// they are has no effect.
+///
+/// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A
+/// row costs `k + n` copies for `k·n` products, so narrow ones are not.
+pub(crate) fn add_transposed(
+    a: &[f32],
+    b: &[f32],
+    (m, k, n): (usize, usize, usize),
+    operands: &mut Operands,
+    c: &mut [f32],
+) {
+    assert!(a.len() == m * k && b.len() == m * n + LANES);
     // SAFETY: `product` writes numbers only.
     #[allow(unsafe_code)]
     let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
-    product(a, b, m, n, k, c, true);
+    if k * n < PACKED * (k + n) {
+        product(Left::columns(a, k), Right::rows(b, n), (k, n, m), c, true, DEPTH / 2);
+    } else {
+        add_packed(a, &b[..m * n], (k, n), operands, c);
+    }
+}
+
+/// The products for each copy from which [`add_transposed`] packs its operands.
+const PACKED: usize = 40;
+
+/// [`DEPTH`] where the left operand passes through the first-level cache, too.
+const PACKED_DEPTH: usize = 96;
+
+simd! {
+    fn add_packed(
+        a: &[f32],
+        b: &[f32],
+        sizes: (usize, usize),
+        operands: &mut Operands,
+        c: &mut [MaybeUninit<f32>],
+    ) {
+        let (k, n) = sizes;
+        let depth = equal_steps(a.len() / k, PACKED_DEPTH);
+        for (a, b) in a.chunks(depth * k).zip(b.chunks(depth * n)) {
+            operands.left.pack(a, k);
+            operands.right.pack(b, n);
+            product(operands.left.left(), operands.right.right(), (k, n, a.len() / k), c, true, DEPTH);
+        }
+    }
+}
+
+/// Equal steps of about `step` that cover `depth`.
+fn equal_steps(depth: usize, step: usize) -> usize {
+    depth.div_ceil(((depth + step / 2) / step).max(1))
 }
 
 simd! {
     fn product(
         a: Left,
         b: Right,
-        m: usize,
-        n: usize,
-        k: usize,
+        sizes: (usize, usize, usize),
         c: &mut [MaybeUninit<f32>],
         add: bool,
+        depth: usize,
     ) {
+        let (m, n, k) = sizes;
         assert_eq!(c.len(), m * n);
         if m == 0 || n == 0 || k == 0 {
             if !add {
@@ -104,46 +244,60 @@ simd! {
             }
             return;
         }
-        assert!((m - 1) * a.row + (k - 1) * a.depth < a.elements.len());
-        assert!((n - 1) / LANES * b.panel + (k - 1) * b.depth + LANES <= b.elements.len());
+        assert!(a.position(m - 1, k - 1) < a.elements.len());
+        assert!(b.position(n - 1, k - 1) + LANES <= b.elements.len());
+        let c = c.as_mut_ptr().cast();
+        let step = equal_steps(k, depth);
         // SAFETY: the assertions.
         #[allow(unsafe_code)]
         unsafe {
             if Level::current() >= Level::WIDE {
-                tiles::<3>(a, b, m, n, k, c.as_mut_ptr().cast(), add);
+                tiles::<3>(a, b, (m, n, k), step, c, add);
             } else {
-                tiles::<1>(a, b, m, n, k, c.as_mut_ptr().cast(), add);
+                tiles::<1>(a, b, (m, n, k), step, c, add);
             }
         }
     }
 }
 
-/// All tiles of a product, of up to `V` vectors. What is read of the right operand for a column of tiles stays
-/// in cache while the rows pass.
+/// All tiles of a product, of up to `V` vectors and `step` of the depth. What is read of the right operand for
+/// a column of tiles stays in cache while the rows pass.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn tiles<const V: usize>(a: Left, b: Right, m: usize, n: usize, k: usize, c: *mut f32, add: bool) {
-    for j in (0..n).step_by(V * LANES) {
-        let columns = (n - j).min(V * LANES);
-        let mut i = 0;
-        while i < m {
+unsafe fn tiles<const V: usize>(
+    a: Left,
+    b: Right,
+    (m, n, k): (usize, usize, usize),
+    step: usize,
+    c: *mut f32,
+    add: bool,
+) {
+    let mut j = 0;
+    while j < n {
+        let left = (n - j).div_ceil(LANES);
+        // Where one vector would be left over, two narrower tiles: one vector is bound by the loads.
+        let vectors = if left == V + 1 { left.div_ceil(2) } else { left.min(V) };
+        let columns = (n - j).min(vectors * LANES);
+        // Each row of tiles, for each step of the depth.
+        let (mut i, mut p) = (0, 0);
+        while p < k {
             // SAFETY: the caller's.
             unsafe {
                 let tile = Tile {
-                    a: a.elements.as_ptr().add(i * a.row),
+                    a: a.elements.as_ptr().add(a.position(i, p)),
                     a_steps: (a.row, a.depth),
-                    b: b.elements.as_ptr().add(j / LANES * b.panel),
+                    b: b.elements.as_ptr().add(b.position(j, p)),
                     b_steps: (b.panel, b.depth),
-                    depth: k,
+                    depth: step.min(k - p),
                     c: c.add(i * n + j),
                     n,
                     columns,
-                    add,
+                    add: add || p > 0,
                 };
                 i += match (m - i, columns.div_ceil(LANES)) {
-                    (8.., 3) if V >= 3 => tile.sum::<8, 3>(),
-                    (8.., 2) if V >= 2 => tile.sum::<8, 2>(),
-                    (8.., _) if V >= 2 => tile.sum::<8, 1>(),
+                    (ROWS.., 3) if V >= 3 => tile.sum::<ROWS, 3>(),
+                    (ROWS.., 2) if V >= 2 => tile.sum::<ROWS, 2>(),
+                    (ROWS.., _) if V >= 2 => tile.sum::<ROWS, 1>(),
                     (4.., 3) if V >= 3 => tile.sum::<4, 3>(),
                     (4.., 2) if V >= 2 => tile.sum::<4, 2>(),
                     (4.., _) => tile.sum::<4, 1>(),
@@ -152,7 +306,11 @@ unsafe fn tiles<const V: usize>(a: Left, b: Right, m: usize, n: usize, k: usize,
                     _ => tile.sum::<1, 1>(),
                 };
             }
+            if i == m {
+                (i, p) = (0, p + step);
+            }
         }
+        j += columns;
     }
 }
 
@@ -208,6 +366,13 @@ impl Tile {
                         sums[i][j] = vector(i, j).read_unaligned();
                     }
                 }
+            } else {
+                // The result is cold: without this, its stores would wait for memory (up to half of the time).
+                for i in 0..R {
+                    for j in 0..=V {
+                        prefetch(vector(i, j));
+                    }
+                }
             }
             for p in 0..self.depth {
                 let mut vectors = [[0.0; LANES]; V];
@@ -231,6 +396,22 @@ impl Tile {
             }
         }
     }
+}
+
+/// Asks for a line of the cache that will be needed.
+#[inline(always)]
+fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch of any address is allowed.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Copies rows of `columns` elements.
@@ -351,7 +532,7 @@ simd! {
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
-    use super::{GROUP, LANES, LevelProduct};
+    use super::{GROUP, LANES, LevelProduct, prefetch};
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
@@ -394,6 +575,11 @@ mod vnni {
         unsafe {
             let x = x.as_ptr().add(row * k);
             let vectors = w.elements.as_ptr().add(panel * w.groups);
+            for i in 0..R {
+                for j in 0..V {
+                    prefetch(c.as_ptr().wrapping_add((row + i) * w.columns + (panel + j) * LANES));
+                }
+            }
             let mut sums = [[_mm512_setzero_si512(); V]; R];
             for sums in &mut sums {
                 for (j, sum) in sums.iter_mut().enumerate() {
@@ -438,5 +624,59 @@ mod vnni {
             }
         }
         R
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use candle_core::{Device, Tensor};
+
+    /// Sizes around those of tiles and steps of the depth, narrow operands and wide ones.
+    const SIZES: [(usize, usize, usize); 7] =
+        [(1, 1, 1), (9, 5, 3), (13, 50, 300), (67, 64, 217), (16, 160, 144), (101, 97, 95), (250, 130, 90)];
+
+    fn values(seed: u64, len: usize) -> Vec<f32> {
+        random(seed, &[len]).to_vec1().unwrap()
+    }
+
+    fn result(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) -> Tensor {
+        let mut c = vec![MaybeUninit::new(f32::NAN); len];
+        write(&mut c);
+        // SAFETY: written by `vec!`.
+        #[allow(unsafe_code)]
+        let c: Vec<f32> = c.into_iter().map(|c| unsafe { c.assume_init() }).collect();
+        Tensor::from_vec(c, len, &Device::Cpu).unwrap()
+    }
+
+    /// To the bit: sums in the order of the depth with fused multiply–add, whatever the blocks, tiles and steps.
+    #[test]
+    fn sums_are_in_the_order_of_the_depth() {
+        for (m, n, k) in SIZES {
+            let (a, b, start) = (values(1, m * k), values(2, k * n), values(3, m * n));
+            let plain = |start: &dyn Fn(usize) -> f32| -> Tensor {
+                let sum = |at: usize| {
+                    (0..k).fold(start(at), |sum, p| a[at / n * k + p].mul_add(b[p * n + at % n], sum))
+                };
+                Tensor::from_vec((0..m * n).map(sum).collect::<Vec<_>>(), m * n, &Device::Cpu).unwrap()
+            };
+            let (set_plainly, added_plainly) = (plain(&|_| 0.0), plain(&|at| start[at]));
+            let transposed: Vec<f32> = (0..k * m).map(|at| a[at % m * k + at / m]).collect();
+            let weights: Vec<f32> = (0..n * k).map(|at| b[at % k * n + at / k]).collect();
+            let followed: Vec<f32> = b.iter().copied().chain([f32::NAN; LANES]).collect();
+            assert_same_everywhere(|| {
+                let context = format!("{m} × {n}, depth {k}");
+                for panels in [Panels::new(&b, n), Panels::transposed(&weights, k)] {
+                    let found = result(m * n, |c| set(Left::rows(&a, k), panels.right(), (m, n, k), c));
+                    assert_eq!(elements(&found), elements(&set_plainly), "{context}");
+                }
+                let mut sums = start.clone();
+                add_transposed(&transposed, &followed, (k, m, n), &mut Operands::default(), &mut sums);
+                let found = Tensor::from_vec(sums, m * n, &Device::Cpu).unwrap();
+                assert_eq!(elements(&found), elements(&added_plainly), "{context}");
+                vec![found]
+            });
+        }
     }
 }
