@@ -350,6 +350,17 @@ pub(crate) unsafe fn blocks<T: Send + Copy, S, R: Send>(
     (elements, results)
 }
 
+/// Appends `len` elements; `write` must write all of them.
+pub(crate) fn append<T>(elements: &mut Vec<T>, len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) {
+    elements.reserve(len);
+    write(&mut elements.spare_capacity_mut()[..len]);
+    // SAFETY: just written.
+    #[allow(unsafe_code)]
+    unsafe {
+        elements.set_len(elements.len() + len);
+    }
+}
+
 /// Cuts `rows` rows of `width` elements in parts that depend on these numbers alone, and gives what
 /// `f(rows of the part)` finds in each, in order.
 pub(crate) fn parts<R: Send>(
@@ -357,14 +368,49 @@ pub(crate) fn parts<R: Send>(
     width: usize,
     f: impl Fn(Range<usize>) -> R + Sync + Send,
 ) -> Vec<R> {
-    let per_part = rows.div_ceil(MAX_PARTS).max(MIN_PART.div_ceil(width.max(1)));
-    let range = |part: usize| part * per_part..rows.min((part + 1) * per_part);
-    let count = rows.div_ceil(per_part);
-    if count <= 1 {
-        (0..count).map(|part| f(range(part))).collect()
+    let parts = ranges(rows, width);
+    if parts.len() <= 1 {
+        parts.into_iter().map(f).collect()
     } else {
-        (0..count).into_par_iter().with_max_len(1).map(|part| f(range(part))).collect()
+        parts.into_par_iter().with_max_len(1).map(f).collect()
     }
+}
+
+/// The rows of each of [`parts`].
+fn ranges(rows: usize, width: usize) -> Vec<Range<usize>> {
+    let per_part = rows.div_ceil(MAX_PARTS).max(MIN_PART.div_ceil(width.max(1)));
+    (0..rows).step_by(per_part.max(1)).map(|start| start..rows.min(start + per_part)).collect()
+}
+
+/// As [`parts`], where a part of the rows, from `start` on, also writes its share of `len` elements, that from
+/// `position(start)` on; with all of these elements.
+///
+/// # Safety
+/// `f` must write every element of its share.
+#[allow(unsafe_code)]
+pub(crate) unsafe fn parts_writing<R: Send>(
+    (rows, width): (usize, usize),
+    len: usize,
+    position: impl Fn(usize) -> usize,
+    f: impl Fn(Range<usize>, &mut [MaybeUninit<f32>]) -> R + Sync + Send,
+) -> (Vec<f32>, Vec<R>) {
+    let mut elements = Vec::with_capacity(len);
+    let mut rest = &mut elements.spare_capacity_mut()[..len];
+    if cfg!(debug_assertions) {
+        // NaN, so that tests see what is not written.
+        rest.fill(MaybeUninit::new(f32::NAN));
+    }
+    let mut shares = Vec::new();
+    for part in ranges(rows, width) {
+        let share = position(part.end) - position(part.start);
+        let (own, others) = std::mem::take(&mut rest).split_at_mut(share);
+        shares.push((part, own));
+        rest = others;
+    }
+    let results = shares.into_par_iter().with_max_len(1).map(|(part, own)| f(part, own)).collect();
+    // SAFETY: `f` wrote all of each share, and the shares cover the elements.
+    unsafe { elements.set_len(len) };
+    (elements, results)
 }
 
 /// Changes elements in place, in chunks over all threads: `f(index of the chunk's first element, chunk)`.

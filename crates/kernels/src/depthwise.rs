@@ -9,7 +9,8 @@
 //! The kernels visit a map's positions in the order of memory, and at each the channels in blocks whose
 //! sums stay in registers. Which taps reach a position is a product of rows and columns, found once per
 //! call: so the borders of a map, the stride and the direction are all one to the inner loops. The
-//! weight's gradient, which has nine sums for each channel, takes 16 channels of some rows at a time.
+//! weight's gradient, which has nine sums for each channel, takes 16 channels of some rows at a time. Rows that are
+//! themselves to be computed, of a normalized input or of `∂z`, are so in a window that stays in cache.
 //!
 //! On a GPU a thread goes down some columns of a map with the rows of its window in registers (depthwise.cu).
 
@@ -18,8 +19,8 @@ mod gpu;
 use crate::convolution::{self, Convolution};
 use crate::cpu::{self, CHUNK, Check, open, simd};
 use crate::feature::Source;
-use crate::norm::{self, Normalizer, Stats};
-use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
+use crate::norm::{self, Normalizer, OpenGradient, OutputGradient, Stats};
+use crate::{Activation, FeatureMap, Input, Quantizer, Result, clamp, profile};
 use candle_core::{Device, Tensor};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -103,6 +104,34 @@ pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor, stride: usize) -> R
     let (x, gz) = (x.opened(), open(&gz));
     let gw = weight_gradient(Source::new(&x)?, gz.floats()?, n, &geometry);
     Ok(Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?)
+}
+
+/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([3, 3, C], [N, H, W, C])`.
+pub fn backward<'a>(
+    x: impl Into<Input<'a>>,
+    w: &Tensor,
+    gz: &OutputGradient,
+    stride: usize,
+) -> Result<(Tensor, Tensor)> {
+    let check = Check("depthwise::backward");
+    let x = x.into();
+    let (n, height, width, c) = check.map_sizes("x", x.dims())?;
+    if crate::gpu::runs(w.device()) {
+        let gz = gz.tensor()?;
+        return Ok((grad_weight(x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?));
+    }
+    let geometry = Geometry::new(&check, height, width, c, stride)?;
+    let outputs = gz.z().elem_count();
+    let _note = profile::note(check.0, 36 * outputs, 2 * x.bytes() + 8 * outputs);
+    let gz_dims = [n, geometry.ho, geometry.wo, c];
+    if gz.z().dims() != gz_dims {
+        return Err(check.shape("gz", gz.z(), format!("{gz_dims:?}")));
+    }
+    let w = check.dims("w", w, &[3, 3, c])?;
+    let (dims, x) = (x.dims(), x.open(&check, "x")?);
+    let (x, w, gz) = (x.opened(), open(&w), gz.open()?);
+    let (gw, gx) = gradients(Source::new(&x)?, w.floats()?, &gz, n, &geometry);
+    Ok((Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?, Tensor::from_vec(gx, dims, &Device::Cpu)?))
 }
 
 /// Checks the operands and calls `f` with the forward convolution.
@@ -293,6 +322,7 @@ simd! {
             Source::Levels(x, grid) => {
                 gather_positions(x, |q| grid.value(f32::from(q)), w, y, c, stride, rows, columns);
             }
+            Source::Normalized(..) => unreachable!("computed in a window"),
         }
     }
 }
@@ -333,8 +363,9 @@ struct Gather<'a> {
     w: &'a [f32],
     stride: usize,
     dims: [usize; 4],
-    /// Elements of an image that is read.
+    /// Elements of an image that is read, and of a row of it.
     from: usize,
+    from_row: usize,
     /// Height, width and channels of a map that is written.
     to: (usize, usize, usize),
     rows: Vec<Vec<Tap>>,
@@ -354,12 +385,56 @@ impl<'a> Gather<'a> {
         let (to_h, to_w, c) = to;
         let rows = reach(direction, stride, (to_h, from_h), (from_w * c, 3 * c));
         let columns = reach(direction, stride, (to_w, from_w), (c, c));
-        Self { x, w, stride, dims: [n, to_h, to_w, c], from: from_h * from_w * c, to, rows, columns }
+        let from_row = from_w * c;
+        Self { x, w, stride, dims: [n, to_h, to_w, c], from: from_h * from_row, from_row, to, rows, columns }
     }
 }
 
+/// Some rows of an image, computed as they are first needed.
+#[derive(Default)]
+struct Window {
+    image: usize,
+    /// The first of the rows.
+    first: usize,
+    floats: Vec<f32>,
+}
+
+impl Window {
+    /// Rows `rows` of an image, of `len` elements each. `append` appends rows that are not there yet.
+    fn get(
+        &mut self,
+        image: usize,
+        rows: Range<usize>,
+        len: usize,
+        append: impl FnOnce(Range<usize>, &mut Vec<f32>),
+    ) -> &[f32] {
+        let end = self.first + self.floats.len() / len;
+        if image != self.image || !(self.first..=end).contains(&rows.start) {
+            self.floats.clear();
+            self.floats.reserve(2 * CHUNK + rows.len() * len);
+            (self.image, self.first) = (image, rows.start);
+        }
+        let end = self.first + self.floats.len() / len;
+        if end < rows.end {
+            // Rows that were passed make room only when they would else drive those that are needed out of the cache.
+            if (rows.end - self.first) * len > 2 * CHUNK {
+                self.floats.drain(..(rows.start - self.first) * len);
+                self.first = rows.start;
+            }
+            append(end..rows.end, &mut self.floats);
+        }
+        &self.floats[(rows.start - self.first) * len..(rows.end - self.first) * len]
+    }
+}
+
+/// The rows that some taps reach, `len` elements each.
+fn reached(taps: &[Tap], len: usize) -> Range<usize> {
+    let rows = || taps.iter().map(|tap| tap.source / len);
+    rows().min().unwrap_or(0)..rows().max().map_or(0, |last| last + 1)
+}
+
 impl Convolution for Gather<'_> {
-    type Scratch = ();
+    type Scratch = Window;
 
     fn dims(&self) -> &[usize] {
         &self.dims
@@ -371,14 +446,28 @@ impl Convolution for Gather<'_> {
         (CHUNK / (w * c)).max(1) * w
     }
 
-    fn scratch(&self) {}
+    fn scratch(&self) -> Window {
+        Window::default()
+    }
 
-    fn compute(&self, (): &mut (), rows: Range<usize>, z: &mut [MaybeUninit<f32>]) {
+    fn compute(&self, window: &mut Window, rows: Range<usize>, z: &mut [MaybeUninit<f32>]) {
         // `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
         let (h, w, c) = self.to;
         for (row, z) in (rows.start / w..).zip(z.chunks_exact_mut(w * c)) {
-            let image = self.x.part(row / h * self.from..(row / h + 1) * self.from);
-            gather_row(image, self.w, z, c, self.stride, &self.rows[row % h], &self.columns);
+            let (image, taps) = (row / h, &self.rows[row % h]);
+            let x = self.x.part(image * self.from..(image + 1) * self.from);
+            if let Source::Normalized(..) = x {
+                let len = self.from_row;
+                let needed = reached(taps, len);
+                let taps: Vec<Tap> =
+                    taps.iter().map(|tap| Tap { source: tap.source - needed.start * len, ..*tap }).collect();
+                let x = window.get(image, needed, len, |rows, floats| {
+                    x.part(rows.start * len..rows.end * len).append_to(floats);
+                });
+                gather_row(Source::Float(x), self.w, z, c, self.stride, &taps, &self.columns);
+            } else {
+                gather_row(x, self.w, z, c, self.stride, taps, &self.columns);
+            }
         }
     }
 }
@@ -396,17 +485,17 @@ const ONE: Lanes = Lanes([1.0; LANES]);
 impl Lanes {
     /// The channels of a slice, those missing being 0.
     #[inline(always)]
-    fn load<T: Copy>(from: &[T], value: impl Fn(T) -> f32) -> Self {
+    fn load<T: Copy>(from: &[T], value: impl Fn(usize, T) -> f32) -> Self {
         let mut lanes = ZERO;
         match from.first_chunk::<LANES>() {
             Some(all) => {
-                for (lane, x) in lanes.0.iter_mut().zip(all) {
-                    *lane = value(*x);
+                for (i, (lane, x)) in lanes.0.iter_mut().zip(all).enumerate() {
+                    *lane = value(i, *x);
                 }
             }
             None => {
-                for (lane, x) in lanes.0.iter_mut().zip(from) {
-                    *lane = value(*x);
+                for (i, (lane, x)) in lanes.0.iter_mut().zip(from).enumerate() {
+                    *lane = value(i, *x);
                 }
             }
         }
@@ -429,7 +518,7 @@ impl Lanes {
 fn pack<T: Copy>(
     block: &mut [Lanes],
     image: &[T],
-    value: impl Fn(T) -> f32 + Copy,
+    value: impl Fn(usize, T) -> f32 + Copy,
     w: usize,
     c: usize,
     channels: &Range<usize>,
@@ -468,9 +557,16 @@ simd! {
         for (b, sums) in sums.iter_mut().enumerate() {
             let channels = b * LANES..c.min((b + 1) * LANES);
             match image {
-                Source::Float(image) => pack(block, image, |x| x, w, c, &channels, oh * stride),
+                Source::Float(image) => pack(block, image, |_, x| x, w, c, &channels, oh * stride),
                 Source::Levels(image, grid) => {
-                    pack(block, image, |q| grid.value(f32::from(q)), w, c, &channels, oh * stride);
+                    pack(block, image, |_, q| grid.value(f32::from(q)), w, c, &channels, oh * stride);
+                }
+                Source::Normalized(image, normalizer) => {
+                    let [scale, shift] =
+                        normalizer.affine().map(|all| Lanes::load(&all[channels.clone()], |_, x| x).0);
+                    let bounds = normalizer.bounds();
+                    let value = |i: usize, z: f32| clamp(z.mul_add(scale[i], shift[i]), bounds);
+                    pack(block, image, value, w, c, &channels, oh * stride);
                 }
             }
             let mut sum = [ZERO; 9];
@@ -480,7 +576,7 @@ simd! {
                 for (ow, gy) in gy.chunks_exact(c).enumerate() {
                     let at = ow * stride;
                     let (x0, x1, x2) = (&x0[at..at + 3], &x1[at..at + 3], &x2[at..at + 3]);
-                    let gy = Lanes::load(&gy[channels.clone()], |gy| gy);
+                    let gy = Lanes::load(&gy[channels.clone()], |_, gy| gy);
                     for kw in 0..3 {
                         sum[kw] = sum[kw].plus(&x0[kw], &gy);
                         sum[3 + kw] = sum[3 + kw].plus(&x1[kw], &gy);
@@ -507,21 +603,89 @@ fn bands(rows: Range<usize>, height: usize, most: usize) -> impl Iterator<Item =
     })
 }
 
+impl Geometry {
+    /// Rows of a band: what a block of its channels reads fits in a first-level cache.
+    fn rows_per_band(&self) -> usize {
+        (CHUNK / 4 / (LANES * (self.w + 2) * self.stride)).max(2)
+    }
+
+    /// The part of an input that is an image.
+    fn image(&self, image: usize) -> Range<usize> {
+        let len = self.h * self.w * self.c;
+        image * len..(image + 1) * len
+    }
+}
+
 /// The gradient of the weight from a batch of `n` images.
 fn weight_gradient(x: Source<'_>, gz: &[f32], n: usize, geometry: &Geometry) -> Vec<f32> {
-    let &Geometry { h, w, ho, wo, c, stride } = geometry;
-    // What a block of channels of a band reads fits in a first-level cache.
-    let rows_per_band = (CHUNK / 4 / (LANES * (w + 2) * stride)).max(2);
+    let &Geometry { ho, wo, c, .. } = geometry;
     let parts = cpu::parts(n * ho, wo * c, |rows| {
         let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
         let mut block = Vec::new();
-        for (image, oh, rows) in bands(rows, ho, rows_per_band) {
-            let x = x.part(image * h * w * c..(image + 1) * h * w * c);
+        for (image, oh, rows) in bands(rows, ho, geometry.rows_per_band()) {
             let gz = &gz[(image * ho + oh) * wo * c..];
-            correlate(x, &gz[..rows * wo * c], &mut sums, geometry, oh, &mut block);
+            correlate(
+                x.part(geometry.image(image)),
+                &gz[..rows * wo * c],
+                &mut sums,
+                geometry,
+                oh,
+                &mut block,
+            );
         }
         sums
     });
+    sum_of_parts(&parts, c)
+}
+
+/// Both gradients from a batch of `n` images: each row of `∂z` is computed once, and used while it is in cache.
+fn gradients(
+    x: Source<'_>,
+    w: &[f32],
+    gz: &OpenGradient<'_>,
+    n: usize,
+    geometry: &Geometry,
+) -> (Vec<f32>, Vec<f32>) {
+    let &Geometry { h, w: width, ho, wo, c, stride } = geometry;
+    let len = wo * c;
+    let row_taps = reach(Direction::Backward, stride, (h, ho), (len, 3 * c));
+    let column_taps = reach(Direction::Backward, stride, (width, wo), (c, c));
+    // The rows of the input that belong to some of the output.
+    let inputs = |row: usize| (row / ho * h + (row % ho * stride).min(h)) * width * c;
+    let part = |rows: Range<usize>, mut gx: &mut [MaybeUninit<f32>]| {
+        let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
+        let (mut block, mut window) = (Vec::new(), Window::default());
+        for (image, oh, rows) in bands(rows, ho, geometry.rows_per_band()) {
+            // The rows beside the band reach its inputs, too.
+            let first = oh.saturating_sub(1);
+            let gz = window.get(image, first..(oh + rows + 1).min(ho), len, |rows, floats| {
+                cpu::append(floats, rows.len() * len, |block| {
+                    let row = image * ho * wo;
+                    gz.rows(row + rows.start * wo..row + rows.end * wo, block);
+                });
+            });
+            let of_band = &gz[(oh - first) * len..][..rows * len];
+            correlate(x.part(geometry.image(image)), of_band, &mut sums, geometry, oh, &mut block);
+            let last = if oh + rows == ho { h } else { (oh + rows) * stride };
+            for taps in &row_taps[oh * stride..last] {
+                let taps: Vec<Tap> =
+                    taps.iter().map(|tap| Tap { source: tap.source - first * len, ..*tap }).collect();
+                // `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
+                let (row, rest) = gx.split_at_mut(width * c);
+                gather_row(Source::Float(gz), w, row, c, stride, &taps, &column_taps);
+                gx = rest;
+            }
+        }
+        sums
+    };
+    // SAFETY: a part writes the rows of the input that belong to its bands, so all of its block.
+    #[allow(unsafe_code)]
+    let (gx, sums) = unsafe { cpu::parts_writing((n * ho, len), n * h * width * c, inputs, part) };
+    (sum_of_parts(&sums, c), gx)
+}
+
+/// The gradient of the weight, `[3, 3, C]`, from those of the parts of a batch.
+fn sum_of_parts(parts: &[Vec<[Lanes; 9]>], c: usize) -> Vec<f32> {
     let sum = |tap: usize, channel: usize| {
         let of_part = |sums: &Vec<[Lanes; 9]>| f64::from(sums[channel / LANES][tap].0[channel % LANES]);
         parts.iter().map(of_part).sum::<f64>() as f32
@@ -639,6 +803,40 @@ mod tests {
                 let y = forward_normalized(&levels, &w, stride, affine, Activation::Relu6, quant).unwrap();
                 let expected = norm::forward(&z, &scale, &shift, Activation::Relu6, quant).unwrap();
                 assert_eq!(elements(&y.to_float().unwrap()), elements(&expected.to_float().unwrap()));
+            }
+        }
+    }
+
+    /// To the bit: one pass over the bands of a batch is the two passes over all of `∂z`.
+    #[test]
+    fn both_gradients_are_those_of_the_single_operations() {
+        let maps = MAPS.iter().flat_map(|&(n, h, w)| CHANNELS.map(|c| [n, h, w, c])).chain(LARGE);
+        for ([n, h, w, c], stride) in maps.flat_map(|dims| [(dims, 1), (dims, 2)]) {
+            let context = format!("{n}×{h}×{w}×{c}, stride {stride}");
+            let (x, weight) = (random(1, &[n, h, w, c]), random(2, &[3, 3, c]));
+            let (gamma, beta) = (random(3, &[c]), random(4, &[c]));
+            let lazy = FeatureMap::normalized(&x, &gamma, &beta, Activation::Relu).unwrap();
+            let z = forward(&x, &weight, stride).unwrap();
+            let stats = norm::channel_stats(&z).unwrap();
+            let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
+            let gy = random(5, z.dims());
+            let gz = norm::backward_batch(&z, &gy, &of_batch, Activation::Relu6, None).unwrap().z;
+            let whole = gz.tensor().unwrap();
+            let gx = elements(&grad_input(&whole, &weight, stride, (h, w)).unwrap());
+            for x in [&FeatureMap::Float(x), &lazy] {
+                let found = backward(x, &weight, &gz, stride).unwrap();
+                assert_eq!(
+                    elements(&found.0),
+                    elements(&grad_weight(x, &whole, stride).unwrap()),
+                    "{context}"
+                );
+                assert_eq!(elements(&found.1), gx, "{context}");
+            }
+            if n > 3 {
+                assert_same_everywhere(|| {
+                    let (gw, gx) = backward(&lazy, &weight, &gz, stride).unwrap();
+                    vec![gw, gx]
+                });
             }
         }
     }

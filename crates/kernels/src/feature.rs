@@ -1,12 +1,14 @@
-//! Feature maps in float, or by the levels of their quantizer.
+//! Feature maps in float, by the levels of their quantizer, or as a normalization that is left to who reads it.
 
 pub(crate) mod gpu;
 
 use crate::cpu::{self, CHUNK, Check, simd};
-use crate::{Quantizer, Result, profile};
+use crate::norm::{self, Normalizer};
+use crate::{Activation, Quantizer, Result, profile};
 use candle_core::{DType, Device, Tensor};
 use quant_core::{Bits, Grid};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// A feature map `[…, C]` that is quantized: each element is the number of its level, one byte, a quarter of the
 /// memory of the float that it stands for. The value of level `q` is that of the [`Grid`] over the range:
@@ -23,6 +25,16 @@ pub struct Levels {
     pub dtype: DType,
 }
 
+/// The feature map `φ(scale·z + shift)`, which each operation that reads it computes from `z` as it reads. So it is
+/// never in memory as a whole, where writing and reading it would cost more than to compute it again. On the CPU.
+#[derive(Clone, Debug)]
+pub struct Normalized {
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    act: Activation,
+}
+
 /// What one unit of a network hands to the next.
 #[derive(Clone, Debug)]
 pub enum FeatureMap {
@@ -30,6 +42,8 @@ pub enum FeatureMap {
     Float(Tensor),
     /// Levels that stand for floats.
     Levels(Levels),
+    /// Floats that are computed where they are read.
+    Normalized(Normalized),
 }
 
 /// A feature map as an operation reads it; a `&Tensor` is one too.
@@ -39,6 +53,8 @@ pub enum Input<'a> {
     Float(&'a Tensor),
     /// Levels that stand for floats.
     Levels(&'a Levels),
+    /// Floats that are computed where they are read.
+    Normalized(&'a Normalized),
 }
 
 impl<'a> From<&'a Tensor> for Input<'a> {
@@ -52,6 +68,7 @@ impl<'a> From<&'a FeatureMap> for Input<'a> {
         match map {
             FeatureMap::Float(tensor) => Self::Float(tensor),
             FeatureMap::Levels(levels) => Self::Levels(levels),
+            FeatureMap::Normalized(normalized) => Self::Normalized(normalized),
         }
     }
 }
@@ -77,6 +94,22 @@ impl FeatureMap {
         Self::of_levels(levels, opened.dims(), quant)
     }
 
+    /// `φ(scale·z + shift)` for `z[…, C]`, with `scale` and `shift` of shape `[C]`: the floats of [`norm::forward`], on
+    /// the CPU left to who reads them.
+    pub fn normalized(z: &Tensor, scale: &Tensor, shift: &Tensor, act: Activation) -> Result<Self> {
+        if crate::gpu::runs(z.device()) {
+            return norm::forward(z, scale, shift, act, None);
+        }
+        let check = Check("feature::normalized");
+        let (_, c) = check.rows("z", z)?;
+        Ok(Self::Normalized(Normalized {
+            z: check.float("z", z)?,
+            scale: check.dims("scale", scale, &[c])?,
+            shift: check.dims("shift", shift, &[c])?,
+            act,
+        }))
+    }
+
     pub(crate) fn of_levels(levels: Vec<u8>, dims: &[usize], quant: Quantizer<'_>) -> Result<Self> {
         Self::of(Tensor::from_vec(levels, dims, quant.range.device())?, DType::F32, Some(quant))
     }
@@ -96,12 +129,12 @@ impl FeatureMap {
         Input::from(self).dims()
     }
 
-    /// The dtype of the floats, or of those that the levels stand for.
+    /// The dtype of the floats that it stands for.
     pub fn dtype(&self) -> DType {
         Input::from(self).dtype()
     }
 
-    /// The floats that the levels stand for.
+    /// The floats that it stands for.
     pub fn to_float(&self) -> Result<Tensor> {
         Input::from(self).to_float()
     }
@@ -128,20 +161,29 @@ impl<'a> Input<'a> {
         match self {
             Self::Float(tensor) => tensor.dtype(),
             Self::Levels(levels) => levels.dtype,
+            Self::Normalized(normalized) => normalized.z.dtype(),
         }
     }
 
+    /// What is in memory.
     fn tensor(self) -> &'a Tensor {
         match self {
             Self::Float(tensor) => tensor,
             Self::Levels(levels) => &levels.levels,
+            Self::Normalized(normalized) => &normalized.z,
         }
     }
 
-    /// The floats that the levels stand for.
+    /// The floats that it stands for.
     pub fn to_float(self) -> Result<Tensor> {
         match self {
             Self::Float(tensor) => Ok(tensor.clone()),
+            Self::Normalized(Normalized { z, scale, shift, act }) => {
+                match norm::forward(z, scale, shift, *act, None)? {
+                    FeatureMap::Float(y) => Ok(y),
+                    _ => unreachable!("there is no quantizer"),
+                }
+            }
             Self::Levels(levels) => {
                 if crate::gpu::runs(levels.levels.device()) {
                     return gpu::to_float(levels);
@@ -162,10 +204,17 @@ impl<'a> Input<'a> {
     /// The feature map, contiguous, as a kernel reads it.
     pub(crate) fn open(self, check: &Check, argument: &'static str) -> Result<OpenInput> {
         Ok(match self {
-            Self::Float(tensor) => OpenInput { tensor: check.float(argument, tensor)?, grid: None },
+            Self::Float(tensor) => {
+                OpenInput { tensor: check.float(argument, tensor)?, meaning: Meaning::Values }
+            }
             Self::Levels(levels) => {
                 let tensor = check.dtype(argument, &levels.levels, DType::U8)?;
-                OpenInput { tensor, grid: Some(levels.grid()?) }
+                OpenInput { tensor, meaning: Meaning::Levels(levels.grid()?) }
+            }
+            Self::Normalized(Normalized { z, scale, shift, act }) => {
+                let (_, c) = check.rows(argument, z)?;
+                let normalizer = Normalizer::new(check, c, scale, shift, *act, None)?;
+                OpenInput { tensor: z.clone(), meaning: Meaning::Normalized(normalizer) }
             }
         })
     }
@@ -184,12 +233,20 @@ impl Levels {
 /// A contiguous feature map, checked.
 pub(crate) struct OpenInput {
     tensor: Tensor,
-    grid: Option<Grid>,
+    meaning: Meaning,
+}
+
+/// What the elements of a feature map's tensor stand for.
+pub(crate) enum Meaning {
+    /// For themselves.
+    Values,
+    Levels(Grid),
+    Normalized(Normalizer),
 }
 
 impl OpenInput {
-    pub(crate) fn opened(&self) -> (cpu::Opened<'_>, Option<Grid>) {
-        (cpu::open(&self.tensor), self.grid)
+    pub(crate) fn opened(&self) -> (cpu::Opened<'_>, &Meaning) {
+        (cpu::open(&self.tensor), &self.meaning)
     }
 }
 
@@ -198,39 +255,52 @@ impl OpenInput {
 pub(crate) enum Source<'a> {
     Float(&'a [f32]),
     Levels(&'a [u8], Grid),
+    /// Whole rows of `z`.
+    Normalized(&'a [f32], &'a Normalizer),
 }
 
 impl<'a> Source<'a> {
-    pub(crate) fn new((opened, grid): &'a (cpu::Opened<'_>, Option<Grid>)) -> Result<Self> {
-        Ok(match grid {
-            None => Self::Float(opened.floats()?),
-            Some(grid) => Self::Levels(opened.bytes()?, *grid),
+    pub(crate) fn new((opened, meaning): &'a (cpu::Opened<'_>, &Meaning)) -> Result<Self> {
+        Ok(match meaning {
+            Meaning::Values => Self::Float(opened.floats()?),
+            Meaning::Levels(grid) => Self::Levels(opened.bytes()?, *grid),
+            Meaning::Normalized(normalizer) => Self::Normalized(opened.floats()?, normalizer),
         })
     }
 
-    pub(crate) fn part(self, range: std::ops::Range<usize>) -> Self {
+    /// Some of the elements; of a normalized map whole rows.
+    pub(crate) fn part(self, range: Range<usize>) -> Self {
         match self {
             Self::Float(x) => Self::Float(&x[range]),
             Self::Levels(q, grid) => Self::Levels(&q[range], grid),
+            Self::Normalized(z, normalizer) => Self::Normalized(&z[range], normalizer),
+        }
+    }
+
+    fn len(self) -> usize {
+        match self {
+            Self::Float(x) | Self::Normalized(x, _) => x.len(),
+            Self::Levels(q, _) => q.len(),
         }
     }
 
     /// The floats; `scratch` holds them if they must be computed.
     pub(crate) fn floats(self, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        match self {
-            Self::Float(x) => x,
-            Self::Levels(q, grid) => {
-                scratch.clear();
-                scratch.reserve(q.len());
-                to_values(q, &mut scratch.spare_capacity_mut()[..q.len()], &grid);
-                // SAFETY: just written.
-                #[allow(unsafe_code)]
-                unsafe {
-                    scratch.set_len(q.len());
-                }
-                scratch
-            }
+        if let Self::Float(x) = self {
+            return x;
         }
+        scratch.clear();
+        self.append_to(scratch);
+        scratch
+    }
+
+    /// Appends the floats.
+    pub(crate) fn append_to(self, floats: &mut Vec<f32>) {
+        cpu::append(floats, self.len(), |y| match self {
+            Self::Float(x) => drop(y.write_copy_of_slice(x)),
+            Self::Levels(q, grid) => to_values(q, y, &grid),
+            Self::Normalized(z, normalizer) => normalizer.floats(z, y),
+        });
     }
 }
 
@@ -243,13 +313,8 @@ pub(crate) fn byte(level: f32) -> u8 {
 
 /// The levels of some floats.
 pub(crate) fn levels(x: &[f32], grid: &Grid) -> Vec<u8> {
-    let mut levels = Vec::with_capacity(x.len());
-    to_levels(x, &mut levels.spare_capacity_mut()[..x.len()], grid);
-    // SAFETY: just written.
-    #[allow(unsafe_code)]
-    unsafe {
-        levels.set_len(x.len());
-    }
+    let mut levels = Vec::new();
+    cpu::append(&mut levels, x.len(), |levels| to_levels(x, levels, grid));
     levels
 }
 
@@ -287,6 +352,42 @@ mod tests {
                 assert_eq!(map.dims(), x.dims());
                 let expected = quantize::forward(&x, quant).unwrap();
                 assert_eq!(elements(&map.to_float().unwrap()), elements(&expected), "[{lo}, {hi}] at {bits}");
+            }
+        }
+    }
+
+    /// To the bit: who reads a normalization computes what [`norm::forward`] writes.
+    #[test]
+    fn normalizations_are_read_as_if_they_were_written() {
+        use crate::{depthwise, pointwise, pool, residual};
+        for ([n, h, w], c) in MAPS
+            .iter()
+            .flat_map(|&(n, h, w)| CHANNELS.map(|c| ([n, h, w], c)))
+            .chain([([2, 41, 40], 33), ([3, 8, 8], 700)])
+        {
+            let context = format!("{n}×{h}×{w}×{c}");
+            let (z, scale, shift) = (random(1, &[n, h, w, c]), random(2, &[c]), random(3, &[c]));
+            let lazy = FeatureMap::normalized(&z, &scale, &shift, Activation::Relu6).unwrap();
+            assert!(matches!(lazy, FeatureMap::Normalized(_)), "left to who reads it");
+            let written = norm::forward(&z, &scale, &shift, Activation::Relu6, None).unwrap();
+            let same = |read: &dyn Fn(&FeatureMap) -> Tensor| {
+                assert_eq!(elements(&read(&lazy)), elements(&read(&written)), "{context}");
+            };
+            same(&|x| x.to_float().unwrap());
+            same(&|x| pool::global_average(x).unwrap());
+            same(&|x| match residual::add_quantize(&z, x, None).unwrap() {
+                FeatureMap::Float(sum) => sum,
+                _ => unreachable!("there is no quantizer"),
+            });
+            same(&|x| residual::add_normalized(&z, &scale, &shift, x).unwrap().0);
+            let (weight, gy) = (random(4, &[c, 19]), random(5, &[n, h, w, 19]));
+            same(&|x| pointwise::forward_stats(x, &weight).unwrap().0);
+            same(&|x| pointwise::grad_weight(x, &gy).unwrap());
+            let weight = random(6, &[3, 3, c]);
+            for stride in [1, 2] {
+                same(&|x| depthwise::forward_stats(x, &weight, stride).unwrap().0);
+                let gy = random(7, depthwise::forward(&z, &weight, stride).unwrap().dims());
+                same(&|x| depthwise::grad_weight(x, &gy, stride).unwrap());
             }
         }
     }

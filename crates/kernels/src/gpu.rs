@@ -404,6 +404,7 @@ impl Map {
             Input::Float(tensor) => {
                 Self { tensor: check.map_float(argument, tensor)?, range: None, max_level: 0.0 }
             }
+            Input::Normalized(_) => unreachable!("made on the CPU alone"),
             Input::Levels(levels) => Self {
                 tensor: check.dtype(argument, &levels.levels, DType::U8)?,
                 range: Some(levels.range.clone()),

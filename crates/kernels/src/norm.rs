@@ -664,7 +664,17 @@ impl Normalizer {
         Ok(Self { scale: tiled(&scale)?, shift: tiled(&shift)?, bounds: act.bounds(), grid })
     }
 
-    /// Writes all of `y`, which must be as long as `z`; without a quantizer.
+    /// Scale and shift, each of at least as many elements as there are channels.
+    pub(crate) fn affine(&self) -> [&[f32]; 2] {
+        [&self.scale, &self.shift]
+    }
+
+    /// The bounds of the activation.
+    pub(crate) fn bounds(&self) -> (f32, f32) {
+        self.bounds
+    }
+
+    /// Writes all of `y`, which must be as long as `z`, both whole rows; without a quantizer.
     pub(crate) fn floats(&self, z: &[f32], y: &mut [MaybeUninit<f32>]) {
         debug_assert!(self.grid.is_none(), "quantized feature maps are written as levels");
         normalize(z, y, &self.scale, &self.shift, self.bounds);

@@ -255,7 +255,7 @@ impl Convolution for Product<'_> {
             (Operand::Levels { panels, zero_point, scale }, Source::Levels(x, _)) => {
                 product::set_levels(x, k, *zero_point, panels, *scale, z);
             }
-            (Operand::Levels { .. }, Source::Float(_)) => unreachable!("only levels meet levels"),
+            (Operand::Levels { .. }, _) => unreachable!("only levels meet levels"),
             (Operand::Float(panels), x) => {
                 let x = Left::rows(x.floats(scratch), k);
                 product::set(x, panels.right(), (m, n, k), z);

@@ -21,11 +21,12 @@ pub fn global_average<'a>(x: impl Into<Input<'a>>) -> Result<Tensor> {
     let x = Source::new(&x)?;
     let image = h * w * c;
     let images = (CHUNK / image).max(1);
-    let means = cpu::fill(n * c, images * c, |i, y| {
+    let fill = |floats: &mut Vec<f32>, i: usize, y: &mut [f32]| {
         for (image_at, y) in (i * images..).zip(y.chunks_exact_mut(c)) {
-            mean_rows(x.part(image_at * image..(image_at + 1) * image), h * w, y);
+            mean_rows(x.part(image_at * image..(image_at + 1) * image).floats(floats), h * w, y);
         }
-    });
+    };
+    let (means, _) = cpu::generate(n * c, 0, images * c, Vec::new, fill);
     Ok(Tensor::from_vec(means, (n, c), &Device::Cpu)?)
 }
 
@@ -53,22 +54,10 @@ pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tens
 
 simd! {
     /// The mean of the rows of `x` into `y`, which comes zeroed.
-    fn mean_rows(x: Source<'_>, rows: usize, y: &mut [f32]) {
-        let c = y.len();
-        match x {
-            Source::Float(x) => {
-                for x in x.chunks_exact(c) {
-                    for (y, x) in y.iter_mut().zip(x) {
-                        *y += x;
-                    }
-                }
-            }
-            Source::Levels(x, grid) => {
-                for x in x.chunks_exact(c) {
-                    for (y, x) in y.iter_mut().zip(x) {
-                        *y += grid.value(f32::from(*x));
-                    }
-                }
+    fn mean_rows(x: &[f32], rows: usize, y: &mut [f32]) {
+        for x in x.chunks_exact(y.len()) {
+            for (y, x) in y.iter_mut().zip(x) {
+                *y += x;
             }
         }
         for y in y {

@@ -18,7 +18,7 @@ use std::ops::Range;
 pub fn add<'a>(a: &Tensor, b: impl Into<Input<'a>>) -> Result<Tensor> {
     match add_quantize(a, b, None)? {
         FeatureMap::Float(sum) => Ok(sum),
-        FeatureMap::Levels(_) => unreachable!("there is no quantizer"),
+        _ => unreachable!("there is no quantizer"),
     }
 }
 
@@ -105,7 +105,12 @@ fn same_dims(check: &Check, a: &Tensor, b: Input<'_>) -> Result<()> {
 
 fn operands(check: &Check, a: &Tensor, b: Input<'_>) -> Result<(Tensor, OpenInput)> {
     same_dims(check, a, b)?;
-    Ok((check.float("a", a)?, b.open(check, "b")?))
+    let b = match b {
+        // Its parts are not whole rows here.
+        Input::Normalized(_) => Input::Float(&b.to_float()?).open(check, "b")?,
+        _ => b.open(check, "b")?,
+    };
+    Ok((check.float("a", a)?, b))
 }
 
 /// `f(a, b)` of each pair of elements.
@@ -119,6 +124,7 @@ fn pairs<T>(a: &[f32], b: Source<'_>, y: &mut [MaybeUninit<T>], f: impl Fn(f32) 
         Source::Levels(b, grid) => y.iter_mut().zip(a).zip(b).for_each(|((y, a), b)| {
             y.write(f(a + grid.value(f32::from(*b))));
         }),
+        Source::Normalized(..) => unreachable!("`operands` computes it"),
     }
 }
 

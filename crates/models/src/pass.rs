@@ -330,8 +330,14 @@ impl Network {
                     let extremes = norm::output_range(stats, scale, shift, unit.activation)?;
                     q.observe(&extremes, step.range_momentum)?;
                 }
-                let quantizer = kernel_of(&unit.output_quantizer);
-                (norm::forward(&z, scale, shift, unit.activation, quantizer)?, None)
+                let output = match kernel_of(&unit.output_quantizer) {
+                    // A shortcut is read again where it ends.
+                    None if !residuals.iter().any(|r| r.from == i) => {
+                        FeatureMap::normalized(&z, scale, shift, unit.activation)?
+                    }
+                    quantizer => norm::forward(&z, scale, shift, unit.activation, quantizer)?,
+                };
+                (output, None)
             };
             let mut learned = None;
             if let Some(quantizer) = learned_of(&unit.output_quantizer) {
@@ -414,9 +420,9 @@ impl Network {
                     pointwise::grad_weight(&patches(&input, size, stride)?, &gz.tensor()?)?
                 }
                 Kernel::Depthwise { stride } => {
-                    let gz = gz.tensor()?;
-                    g = depthwise::grad_input(&gz, &weight.value, stride, spatial(&input))?;
-                    depthwise::grad_weight(&input, &gz, stride)?
+                    let (weight, input) = depthwise::backward(&input, &weight.value, &gz, stride)?;
+                    g = input;
+                    weight
                 }
                 Kernel::Pointwise => {
                     let (weight, input) = pointwise::backward(&input, &weight.value, &gz)?;

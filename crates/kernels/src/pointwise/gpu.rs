@@ -41,7 +41,7 @@ fn factor(check: &Check, x: Input<'_>) -> Result<(Tensor, Option<Tensor>)> {
             let quant = levels.quantizer();
             (matrix(&integers(&whole, quant)?)?, Some(steps(quant, None)?))
         }
-        Input::Levels(_) => (matrix(&x.to_float()?)?, None),
+        Input::Levels(_) | Input::Normalized(_) => (matrix(&x.to_float()?)?, None),
     })
 }
 

@@ -277,7 +277,7 @@ pub fn normalization(other: &dyn Other) {
                     let y = norm::forward(&maps[0], &scale, &shift, act, quant)?;
                     let y = match &y {
                         FeatureMap::Levels(levels) => levels.levels.clone(),
-                        FeatureMap::Float(y) => y.clone(),
+                        y => y.to_float()?,
                     };
                     let of_batch =
                         Normalization { mean, inv_std, scale: scale.clone(), shift: shift.clone() };
