@@ -433,6 +433,11 @@ fn reached(taps: &[Tap], len: usize) -> Range<usize> {
     rows().min().unwrap_or(0)..rows().max().map_or(0, |last| last + 1)
 }
 
+/// The taps where an image's rows, of `len` elements each, are given from row `first` on.
+fn from_row(taps: &[Tap], first: usize, len: usize) -> Vec<Tap> {
+    taps.iter().map(|tap| Tap { source: tap.source - first * len, ..*tap }).collect()
+}
+
 impl Convolution for Gather<'_> {
     type Scratch = Window;
 
@@ -459,8 +464,7 @@ impl Convolution for Gather<'_> {
             if let Source::Normalized(..) = x {
                 let len = self.from_row;
                 let needed = reached(taps, len);
-                let taps: Vec<Tap> =
-                    taps.iter().map(|tap| Tap { source: tap.source - needed.start * len, ..*tap }).collect();
+                let taps = from_row(taps, needed.start, len);
                 let x = window.get(image, needed, len, |rows, floats| {
                     x.part(rows.start * len..rows.end * len).append_to(floats);
                 });
@@ -668,8 +672,7 @@ fn gradients(
             correlate(x.part(geometry.image(image)), of_band, &mut sums, geometry, oh, &mut block);
             let last = if oh + rows == ho { h } else { (oh + rows) * stride };
             for taps in &row_taps[oh * stride..last] {
-                let taps: Vec<Tap> =
-                    taps.iter().map(|tap| Tap { source: tap.source - first * len, ..*tap }).collect();
+                let taps = from_row(taps, first, len);
                 // `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
                 let (row, rest) = gx.split_at_mut(width * c);
                 gather_row(Source::Float(gz), w, row, c, stride, &taps, &column_taps);
