@@ -61,8 +61,12 @@ impl Picture for Chart<'_> {
 
 impl Chart<'_> {
     fn subtitle(&self) -> String {
-        let most = self.summaries.iter().map(|summary| summary.seeds).max().unwrap_or(0);
-        let seeds = format!("{most} seed{}", if most == 1 { "" } else { "s" });
+        let counts = || self.summaries.iter().map(|summary| summary.seeds);
+        let seeds = match (counts().min().unwrap_or(0), counts().max().unwrap_or(0)) {
+            (1, 1) => "1 seed".into(),
+            (least, most) if least == most => format!("{most} seeds"),
+            (least, most) => format!("{least} to {most} seeds"),
+        };
         let profile = format!("profile {}", self.context.profile);
         [dataset_label(&self.context.dataset), &profile, &seeds].join("  ·  ")
     }
