@@ -407,6 +407,7 @@ pub(crate) unsafe fn parts_writing<R: Send>(
         shares.push((part, own));
         rest = others;
     }
+    assert!(rest.is_empty(), "the shares of the parts are not all of the elements");
     let results = shares.into_par_iter().with_max_len(1).map(|(part, own)| f(part, own)).collect();
     // SAFETY: `f` wrote all of each share, and the shares cover the elements.
     unsafe { elements.set_len(len) };

@@ -71,10 +71,9 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
     let check = Check("depthwise::grad_input");
     let (n, _, _, c) = check.map("gz", gz)?;
     let w = check.dims("w", w, &[3, 3, c])?;
-    let Geometry { h, w: width, ho, wo, .. } = Geometry::new(&check, size.0, size.1, c, stride)?;
-    if gz.dims() != [n, ho, wo, c] {
-        return Err(check.shape("gz", gz, format!("{:?}", [n, ho, wo, c])));
-    }
+    let geometry = Geometry::new(&check, size.0, size.1, c, stride)?;
+    geometry.check_output(&check, n, gz)?;
+    let Geometry { h, w: width, ho, wo, .. } = geometry;
     let gz = check.map_float("gz", gz)?;
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w, stride, size);
@@ -92,10 +91,7 @@ pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor, stride: usize) -> R
     let (n, height, width, c) = check.map_sizes("x", x.dims())?;
     let geometry = Geometry::new(&check, height, width, c, stride)?;
     let _note = profile::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
-    let gz_dims = [n, geometry.ho, geometry.wo, c];
-    if gz.dims() != gz_dims {
-        return Err(check.shape("gz", gz, format!("{gz_dims:?}")));
-    }
+    geometry.check_output(&check, n, gz)?;
     let gz = check.map_float("gz", gz)?;
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_weight(&check, x, &gz, stride);
@@ -123,10 +119,7 @@ pub fn backward<'a>(
     let geometry = Geometry::new(&check, height, width, c, stride)?;
     let outputs = gz.z().elem_count();
     let _note = profile::note(check.0, 36 * outputs, 2 * x.bytes() + 8 * outputs);
-    let gz_dims = [n, geometry.ho, geometry.wo, c];
-    if gz.z().dims() != gz_dims {
-        return Err(check.shape("gz", gz.z(), format!("{gz_dims:?}")));
-    }
+    geometry.check_output(&check, n, gz.z())?;
     let w = check.dims("w", w, &[3, 3, c])?;
     let (dims, x) = (x.dims(), x.open(&check, "x")?);
     let (x, w, gz) = (x.opened(), open(&w), gz.open()?);
@@ -170,6 +163,15 @@ impl Geometry {
             return Err(check.setting(format!("stride {stride} of a {h}×{w} map: the stride must be 1 or 2")));
         }
         Ok(Self { h, w, ho: (h - 1) / stride + 1, wo: (w - 1) / stride + 1, c, stride })
+    }
+
+    /// That a gradient is one of the output for `n` images.
+    fn check_output(&self, check: &Check, n: usize, gz: &Tensor) -> Result<()> {
+        let expected = [n, self.ho, self.wo, self.c];
+        if gz.dims() != expected {
+            return Err(check.shape("gz", gz, format!("{expected:?}")));
+        }
+        Ok(())
     }
 }
 

@@ -532,7 +532,7 @@ simd! {
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
-    use super::{GROUP, LANES, LevelProduct, prefetch};
+    use super::{GROUP, LANES, LevelProduct};
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
@@ -575,11 +575,6 @@ mod vnni {
         unsafe {
             let x = x.as_ptr().add(row * k);
             let vectors = w.elements.as_ptr().add(panel * w.groups);
-            for i in 0..R {
-                for j in 0..V {
-                    prefetch(c.as_ptr().wrapping_add((row + i) * w.columns + (panel + j) * LANES));
-                }
-            }
             let mut sums = [[_mm512_setzero_si512(); V]; R];
             for sums in &mut sums {
                 for (j, sum) in sums.iter_mut().enumerate() {

@@ -16,7 +16,7 @@ use crate::names::{FLOAT, bits_label, dataset_label, method_label, model_label, 
 use crate::paper::Paper;
 use crate::row::Row;
 use crate::stage::{StageRecord, trace};
-use crate::stats::summarize;
+use crate::stats::{seeds_label, summarize};
 use crate::text::{Cell, Column, Context, Document, Table, duration};
 
 pub use exhibit::Exhibit;
@@ -299,14 +299,11 @@ impl Run {
 
     /// What a figure stands for.
     fn spread(&self) -> String {
-        let counts: BTreeSet<usize> = summarize(&self.rows).iter().map(|of| of.seeds).collect();
-        match (counts.first(), counts.last()) {
-            (Some(1), Some(1)) => "one seed".into(),
-            (Some(least), Some(most)) if least == most => {
-                format!("mean ± standard deviation over {most} seeds")
-            }
-            (Some(least), Some(most)) => format!("mean ± standard deviation over {least} to {most} seeds"),
-            _ => "no rows".into(),
+        let summaries = summarize(&self.rows);
+        match summaries.iter().map(|of| of.seeds).max() {
+            None => "no rows".into(),
+            Some(1) => "one seed".into(),
+            Some(_) => format!("mean ± standard deviation over {}", seeds_label(&summaries)),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::canvas::{
 use crate::file::Result;
 use crate::names::{self, FLOAT, bits_label, colour, dataset_label, method_label, model_label, table_label};
 use crate::row::Row;
-use crate::stats::{Summary, summarize};
+use crate::stats::{Summary, seeds_label, summarize};
 use crate::text::{Context, caveats};
 
 /// Draws the rows as grouped bars, as SVG and as PNG (2400×1440).
@@ -61,12 +61,7 @@ impl Picture for Chart<'_> {
 
 impl Chart<'_> {
     fn subtitle(&self) -> String {
-        let counts = || self.summaries.iter().map(|summary| summary.seeds);
-        let seeds = match (counts().min().unwrap_or(0), counts().max().unwrap_or(0)) {
-            (1, 1) => "1 seed".into(),
-            (least, most) if least == most => format!("{most} seeds"),
-            (least, most) => format!("{least} to {most} seeds"),
-        };
+        let seeds = seeds_label(&self.summaries);
         let profile = format!("profile {}", self.context.profile);
         [dataset_label(&self.context.dataset), &profile, &seeds].join("  ·  ")
     }

@@ -73,6 +73,16 @@ pub fn summarize(rows: &[Row]) -> Vec<Summary> {
     groups.into_values().map(|seeds| summary(&seeds.into_values().collect::<Vec<_>>())).collect()
 }
 
+/// How many seeds there are, e.g. `1 to 3 seeds`.
+pub(crate) fn seeds_label(summaries: &[Summary]) -> String {
+    let counts = || summaries.iter().map(|summary| summary.seeds);
+    match (counts().min().unwrap_or(0), counts().max().unwrap_or(0)) {
+        (1, 1) => "1 seed".into(),
+        (least, most) if least == most => format!("{most} seeds"),
+        (least, most) => format!("{least} to {most} seeds"),
+    }
+}
+
 fn summary(rows: &[&Row]) -> Summary {
     let all = |value: fn(&Row) -> f64| rows.iter().map(|row| value(row)).collect::<Vec<_>>();
     let values = all(|row| row.top1_percent);
