@@ -5,11 +5,15 @@
 //! never written to memory ([`normalized`]).
 
 use crate::cpu;
-use crate::norm::{Moments, Normalizer, Scratch, Stats};
+use crate::moments::MomentSums;
+use crate::norm::{Normalizer, Stats};
 use crate::{FeatureMap, Quantizer, Result};
 use candle_core::{Device, Tensor};
 use std::mem::MaybeUninit;
 use std::ops::Range;
+
+/// Parts that the rows are cut in for statistics, at most.
+const PARTS: usize = 32;
 
 /// A convolution with its operands.
 pub(crate) trait Convolution: Sync {
@@ -56,18 +60,23 @@ pub(crate) fn plain<C: Convolution>(convolution: &C) -> Result<Tensor> {
     Ok(Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?)
 }
 
-/// The output and its statistics.
+/// The output and its statistics. These are summed up in parts of some blocks, whose number depends on the shape alone.
 pub(crate) fn with_stats<C: Convolution>(convolution: &C) -> Result<(Tensor, Stats)> {
     let (rows, c) = size(convolution);
-    let init = || (convolution.scratch(), Scratch::new(c));
-    let compute = |(own, scratch): &mut (C::Scratch, Scratch), rows, z: &mut [MaybeUninit<f32>]| {
-        convolution.compute(own, rows, z);
-        Moments::of_block(written(z), c, scratch)
+    let per_block = convolution.rows_per_block();
+    let per_part = rows.div_ceil(PARTS).next_multiple_of(per_block);
+    let part = |scratch: &mut C::Scratch, rows: Range<usize>, z: &mut [MaybeUninit<f32>]| {
+        let mut sums = MomentSums::new(c);
+        for (start, block) in rows.clone().step_by(per_block).zip(z.chunks_mut(per_block * c)) {
+            convolution.compute(scratch, start..rows.end.min(start + per_block), block);
+            sums.add(written(block));
+        }
+        sums.moments(written(z))
     };
-    // SAFETY: the trait's contract.
+    // SAFETY: the trait's contract; the blocks cover the part.
     #[allow(unsafe_code)]
-    let (z, moments) = unsafe { cpu::blocks((rows, c), convolution.rows_per_block(), init, compute) };
-    Ok((Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?, Stats::of_blocks(&moments, c)?))
+    let (z, moments) = unsafe { cpu::blocks((rows, c), per_part, || convolution.scratch(), part) };
+    Ok((Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?, Stats::of_parts(moments)?))
 }
 
 /// The output, normalized, activated and quantized.

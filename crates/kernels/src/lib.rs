@@ -27,6 +27,7 @@ pub mod gpu;
 pub mod im2col;
 mod learned;
 pub mod loss;
+mod moments;
 pub mod norm;
 pub mod pact;
 pub mod pointwise;

@@ -1,0 +1,204 @@
+//! The moments of rows, per channel, in one pass while the rows are in cache.
+//!
+//! With a pivot `p`, `μ = p + Σ(z − p)/M` and `Σ(z − μ)² = Σ(z − p)² − M·(μ − p)²`, where little cancels if `p` is near
+//! the mean: it is the mean of the first rows. A channel where it turns out not to be near, or whose squares leave
+//! the range of `f32`, is computed again, alone.
+
+use crate::cpu::simd;
+use crate::norm::{fold, tile_rows};
+
+/// Rows whose mean is the pivot, at least; fewer only where there are fewer.
+const PIVOT_ROWS: usize = 32;
+
+/// `Σ(z − p)²` over `Σ(z − μ)²`, at most: by as much errors of rounding grow.
+const MAX_CANCELLATION: f64 = 4.0;
+
+/// The mean of `(z − p)²` that `f32` holds well: smaller and larger terms neither under- nor overflow.
+const MEAN_SQUARES: std::ops::Range<f64> = 1e-30..1e30;
+
+/// Tiles whose sums are taken in `f32` before they are added to those in `f64`.
+const TILES: usize = 32;
+
+/// The moments of some rows, per channel.
+pub(crate) struct Moments {
+    rows: f64,
+    pub(crate) mean: Vec<f64>,
+    /// `Σ(z − mean)²`.
+    squares: Vec<f64>,
+    pub(crate) min: Vec<f32>,
+    pub(crate) max: Vec<f32>,
+}
+
+impl Moments {
+    /// Those of all parts of the rows together, by the rule of Chan, Golub and LeVeque (1983).
+    pub(crate) fn merged(parts: Vec<Self>) -> Option<Self> {
+        parts.into_iter().reduce(|mut all, more| {
+            let rows = all.rows + more.rows;
+            let share = more.rows / rows;
+            let weight = all.rows * share;
+            for i in 0..all.mean.len() {
+                let delta = more.mean[i] - all.mean[i];
+                all.mean[i] += delta * share;
+                all.squares[i] += more.squares[i] + delta * delta * weight;
+                all.min[i] = all.min[i].min(more.min[i]);
+                all.max[i] = all.max[i].max(more.max[i]);
+            }
+            all.rows = rows;
+            all
+        })
+    }
+
+    /// The biased variance of each channel.
+    pub(crate) fn variance(&self) -> impl Iterator<Item = f64> {
+        self.squares.iter().map(|squares| squares / self.rows)
+    }
+}
+
+/// Sums over rows as they come, from which their [`Moments`] follow.
+pub(crate) struct MomentSums {
+    channels: usize,
+    rows: usize,
+    /// These five have one element for each position of a tile.
+    pivot: Vec<f32>,
+    sum: Vec<f32>,
+    squares: Vec<f32>,
+    min: Vec<f32>,
+    max: Vec<f32>,
+    /// What `sum` and `squares` held after each [`TILES`] tiles, per channel.
+    sums: Vec<f64>,
+    all_squares: Vec<f64>,
+}
+
+impl MomentSums {
+    pub(crate) fn new(channels: usize) -> Self {
+        let tile = |value| vec![value; tile_rows(channels) * channels];
+        Self {
+            channels,
+            rows: 0,
+            pivot: tile(0.0),
+            sum: tile(0.0),
+            squares: tile(0.0),
+            min: tile(f32::INFINITY),
+            max: tile(f32::NEG_INFINITY),
+            sums: vec![0.0; channels],
+            all_squares: vec![0.0; channels],
+        }
+    }
+
+    /// Adds a block of rows that fits in cache.
+    pub(crate) fn add(&mut self, z: &[f32]) {
+        if self.rows == 0 {
+            let tiles = PIVOT_ROWS.div_ceil(tile_rows(self.channels));
+            find_pivot(&z[..z.len().min(tiles * self.pivot.len())], self);
+        }
+        add_rows(z, self);
+        self.rows += z.len() / self.channels;
+    }
+
+    /// The moments of all rows that were added, which are `z`.
+    pub(crate) fn moments(self, z: &[f32]) -> Moments {
+        let Self { channels, rows, pivot, mut min, mut max, sums, all_squares, .. } = self;
+        debug_assert_eq!(z.len(), rows * channels);
+        for i in channels..min.len() {
+            min[i % channels] = min[i % channels].min(min[i]);
+            max[i % channels] = max[i % channels].max(max[i]);
+        }
+        min.truncate(channels);
+        max.truncate(channels);
+        let rows = rows as f64;
+        let of_channel = |i: usize| {
+            let (sum, squares) = (sums[i], all_squares[i]);
+            if min[i] == max[i] && squares == 0.0 {
+                return (f64::from(min[i]), 0.0);
+            }
+            let centred = squares - sum * (sum / rows);
+            if squares <= MAX_CANCELLATION * centred && MEAN_SQUARES.contains(&(squares / rows)) {
+                (f64::from(pivot[i]) + sum / rows, centred)
+            } else {
+                in_two_passes(z[i..].iter().step_by(channels).map(|z| f64::from(*z)), rows)
+            }
+        };
+        let (mean, squares) = (0..channels).map(of_channel).unzip();
+        Moments { rows, mean, squares, min, max }
+    }
+}
+
+/// The mean of one channel and `Σ(z − mean)²`.
+fn in_two_passes(z: impl Iterator<Item = f64> + Clone, rows: f64) -> (f64, f64) {
+    let mean = z.clone().sum::<f64>() / rows;
+    (mean, z.map(|z| (z - mean) * (z - mean)).sum())
+}
+
+/// Adds some tiles at a time, as the sums are loaded and stored each time.
+#[inline(always)]
+fn add_tiles<const N: usize>(
+    tiles: [&[f32]; N],
+    pivot: &[f32],
+    sum: &mut [f32],
+    squares: &mut [f32],
+    min: &mut [f32],
+    max: &mut [f32],
+) {
+    let n = tiles[0].len();
+    let tiles = tiles.map(|z| &z[..n]);
+    let (pivot, sum, squares) = (&pivot[..n], &mut sum[..n], &mut squares[..n]);
+    let (min, max) = (&mut min[..n], &mut max[..n]);
+    for i in 0..n {
+        let (p, mut s, mut q, mut lo, mut hi) = (pivot[i], sum[i], squares[i], min[i], max[i]);
+        for z in tiles {
+            let difference = z[i] - p;
+            s += difference;
+            q = difference.mul_add(difference, q);
+            lo = if z[i] < lo { z[i] } else { lo };
+            hi = if z[i] > hi { z[i] } else { hi };
+        }
+        (sum[i], squares[i], min[i], max[i]) = (s, q, lo, hi);
+    }
+}
+
+simd! {
+    /// Adds rows to the sums, in `f32` over up to [`TILES`] tiles.
+    fn add_rows(z: &[f32], sums: &mut MomentSums) {
+        let MomentSums { pivot, sum, squares, min, max, sums, all_squares, .. } = sums;
+        let tile = pivot.len();
+        for z in z.chunks(TILES * tile) {
+            let tiles = z.chunks_exact(4 * tile);
+            let rest = tiles.remainder();
+            for z in tiles {
+                let z = std::array::from_fn::<_, 4, _>(|i| &z[i * tile..][..tile]);
+                add_tiles(z, pivot, sum, squares, min, max);
+            }
+            for z in rest.chunks(tile) {
+                add_tiles([z], pivot, sum, squares, min, max);
+            }
+            fold(sum, sums);
+            fold(squares, all_squares);
+        }
+    }
+}
+
+simd! {
+    /// Sets the pivot to the mean of some rows; exactly, where a channel is constant.
+    fn find_pivot(z: &[f32], sums: &mut MomentSums) {
+        let MomentSums { channels, pivot, sum, sums, .. } = sums;
+        let (c, tile) = (*channels, pivot.len());
+        for row in pivot.chunks_exact_mut(c) {
+            row.copy_from_slice(&z[..c]);
+        }
+        for z in z.chunks(tile) {
+            let (pivot, sum) = (&pivot[..z.len()], &mut sum[..z.len()]);
+            for i in 0..z.len() {
+                sum[i] += z[i] - pivot[i];
+            }
+        }
+        fold(sum, sums);
+        let rows = (z.len() / c) as f64;
+        for i in 0..c {
+            pivot[i] += (sums[i] / rows) as f32;
+            sums[i] = 0.0;
+        }
+        for start in (c..tile).step_by(c) {
+            pivot.copy_within(..c, start);
+        }
+    }
+}
