@@ -17,7 +17,7 @@ use candle_core::{DType, Device, Tensor};
 use divan::counter::{BytesCount, IntoCounter, ItemsCount};
 use divan::{Bencher, Divan};
 use kernels::augment::Views;
-use kernels::norm::{BatchGrads, Normalization};
+use kernels::norm::{Epilogue, Gradient, Grads, Normalization};
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Result};
 use quant_core::Bits;
@@ -253,12 +253,15 @@ mod pointwise {
         measure(bencher, ItemsCount::new(layer.macs()), || pointwise::forward_stats(&x, w));
     }
 
-    /// Both gradients, two products, in which [`norm::backward_gradient`] is computed on the way.
+    /// Both gradients, two products, in which [`norm::backward_gradient`] is computed on the way, and the sums of
+    /// what made the input.
     #[divan::bench(types = [Floats, Levels], args = POINTWISE)]
     fn backward<M: Maps>(bencher: Bencher, layer: Layer) {
         let (x, w) = (maps::<M>(layer.input()), random(layer.weight()));
         let gz = norm::Normalized::new(layer.output()).backward::<M>().expect("gradients").z;
-        measure(bencher, ItemsCount::new(2 * layer.macs()), || pointwise::backward(&x, &w, &gz));
+        let below = norm::Normalized::new(layer.input()).epilogue::<M>().expect("what made the input");
+        let backward = || pointwise::backward(&x, &w, &gz, Some(&below));
+        measure(bencher, ItemsCount::new(2 * layer.macs()), backward);
     }
 
     /// The logits.
@@ -291,7 +294,7 @@ mod norm {
     /// Maps with their normalization, and a gradient of what comes out.
     pub struct Normalized {
         z: Tensor,
-        gy: Tensor,
+        gy: Gradient,
         norm: Normalization,
     }
 
@@ -300,11 +303,15 @@ mod norm {
             let (z, gamma, beta) = (random(dims), random([dims[3]]), random([dims[3]]));
             let stats = norm::channel_stats(&z).expect("statistics");
             let norm = Normalization::new(&stats, &gamma, &beta, 1e-5).expect("a normalization");
-            Self { z, gy: random(dims), norm }
+            Self { z, gy: random(dims).into(), norm }
         }
 
-        pub fn backward<M: Maps>(&self) -> Result<BatchGrads> {
-            norm::backward_batch(&self.z, &self.gy, &self.norm, ACTIVATION, M::quantizer())
+        pub fn epilogue<M: Maps>(&self) -> Result<Epilogue> {
+            Epilogue::batch(&self.z, &self.norm, ACTIVATION, M::quantizer())
+        }
+
+        pub fn backward<M: Maps>(&self) -> Result<Grads> {
+            self.epilogue::<M>()?.backward(&self.gy)
         }
     }
 

@@ -19,7 +19,10 @@ mod gpu;
 use crate::convolution::{self, Convolution};
 use crate::cpu::{self, CHUNK, Check, open, simd};
 use crate::feature::Source;
-use crate::norm::{self, Normalizer, OpenGradient, OutputGradient, Stats};
+use crate::norm::{
+    self, Epilogue, Gradient, GradientSums, Normalizer, OpenEpilogue, OpenGradient, OutputGradient, Stats,
+    Sums,
+};
 use crate::{Activation, FeatureMap, Input, Quantizer, Result, clamp, profile};
 use candle_core::{Device, Tensor};
 use std::mem::MaybeUninit;
@@ -102,29 +105,34 @@ pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor, stride: usize) -> R
     Ok(Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?)
 }
 
-/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([3, 3, C], [N, H, W, C])`.
+/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([3, 3, C], [N, H, W, C])`. `below` is what
+/// made `x`, as in [`crate::pointwise::backward`].
 pub fn backward<'a>(
     x: impl Into<Input<'a>>,
     w: &Tensor,
     gz: &OutputGradient,
     stride: usize,
-) -> Result<(Tensor, Tensor)> {
+    below: Option<&Epilogue>,
+) -> Result<(Tensor, Gradient)> {
     let check = Check("depthwise::backward");
     let x = x.into();
     let (n, height, width, c) = check.map_sizes("x", x.dims())?;
     if crate::gpu::runs(w.device()) {
         let gz = gz.tensor()?;
-        return Ok((grad_weight(x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?));
+        return Ok((grad_weight(x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?.into()));
     }
     let geometry = Geometry::new(&check, height, width, c, stride)?;
     let outputs = gz.z().elem_count();
-    let _note = profile::note(check.0, 36 * outputs, 2 * x.bytes() + 8 * outputs);
+    let _note =
+        profile::note(check.0, 36 * outputs, x.bytes_with(below) + 4 * n * height * width * c + 8 * outputs);
     geometry.check_output(&check, n, gz.z())?;
     let w = check.dims("w", w, &[3, 3, c])?;
     let (dims, x) = (x.dims(), x.open(&check, "x")?);
     let (x, w, gz) = (x.opened(), open(&w), gz.open()?);
-    let (gw, gx) = gradients(Source::new(&x)?, w.floats()?, &gz, n, &geometry);
-    Ok((Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?, Tensor::from_vec(gx, dims, &Device::Cpu)?))
+    let below = below.map(|below| below.open_below(&check, dims)).transpose()?;
+    let (gw, gx, sums) = gradients(Source::new(&x)?, w.floats()?, &gz, below.as_ref(), n, &geometry);
+    let gx = Gradient { tensor: Tensor::from_vec(gx, dims, &Device::Cpu)?, sums };
+    Ok((Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?, gx))
 }
 
 /// Checks the operands and calls `f` with the forward convolution.
@@ -644,14 +652,16 @@ fn weight_gradient(x: Source<'_>, gz: &[f32], n: usize, geometry: &Geometry) -> 
     sum_of_parts(&parts, c)
 }
 
-/// Both gradients from a batch of `n` images: each row of `∂z` is computed once, and used while it is in cache.
+/// Both gradients from a batch of `n` images, and the sums of what made the input: each row of `∂z` is computed once,
+/// and used while it is in cache.
 fn gradients(
     x: Source<'_>,
     w: &[f32],
     gz: &OpenGradient<'_>,
+    below: Option<&OpenEpilogue<'_>>,
     n: usize,
     geometry: &Geometry,
-) -> (Vec<f32>, Vec<f32>) {
+) -> (Vec<f32>, Vec<f32>, Option<Sums>) {
     let &Geometry { h, w: width, ho, wo, c, stride } = geometry;
     let len = wo * c;
     let row_taps = reach(Direction::Backward, stride, (h, ho), (len, 3 * c));
@@ -660,6 +670,7 @@ fn gradients(
     let inputs = |row: usize| (row / ho * h + (row % ho * stride).min(h)) * width * c;
     let part = |rows: Range<usize>, mut gx: &mut [MaybeUninit<f32>]| {
         let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
+        let mut sums_below = below.map(GradientSums::new);
         let (mut block, mut window) = (Vec::new(), Window::default());
         for (image, oh, rows) in bands(rows, ho, geometry.rows_per_band()) {
             // The rows beside the band reach its inputs, too.
@@ -673,20 +684,25 @@ fn gradients(
             let of_band = &gz[(oh - first) * len..][..rows * len];
             correlate(x.part(geometry.image(image)), of_band, &mut sums, geometry, oh, &mut block);
             let last = if oh + rows == ho { h } else { (oh + rows) * stride };
-            for taps in &row_taps[oh * stride..last] {
-                let taps = from_row(taps, first, len);
-                // `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
+            for ih in oh * stride..last {
+                let taps = from_row(&row_taps[ih], first, len);
                 let (row, rest) = gx.split_at_mut(width * c);
                 gather_row(Source::Float(gz), w, row, c, stride, &taps, &column_taps);
+                if let Some(sums) = &mut sums_below {
+                    // SAFETY: `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
+                    #[allow(unsafe_code)]
+                    sums.add((image * h + ih) * width, unsafe { row.assume_init_ref() });
+                }
                 gx = rest;
             }
         }
-        sums
+        (sums, sums_below.map(GradientSums::finish))
     };
     // SAFETY: a part writes the rows of the input that belong to its bands, so all of its block.
     #[allow(unsafe_code)]
-    let (gx, sums) = unsafe { cpu::parts_writing((n * ho, len), n * h * width * c, inputs, part) };
-    (sum_of_parts(&sums, c), gx)
+    let (gx, parts) = unsafe { cpu::parts_writing((n * ho, len), n * h * width * c, inputs, part) };
+    let (of_weight, of_below): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+    (sum_of_parts(&of_weight, c), gx, Sums::of_parts(of_below.into_iter().flatten()))
 }
 
 /// The gradient of the weight, `[3, 3, C]`, from those of the parts of a batch.
@@ -825,22 +841,26 @@ mod tests {
             let stats = norm::channel_stats(&z).unwrap();
             let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
             let gy = random(5, z.dims());
-            let gz = norm::backward_batch(&z, &gy, &of_batch, Activation::Relu6, None).unwrap().z;
+            let of_z = Epilogue::batch(&z, &of_batch, Activation::Relu6, None).unwrap();
+            let gz = of_z.backward(&gy.into()).unwrap().z;
+            let below = epilogue(x.dims(), None);
             let whole = gz.tensor().unwrap();
             let gx = elements(&grad_input(&whole, &weight, stride, (h, w)).unwrap());
             for x in [&FeatureMap::Float(x), &lazy] {
-                let found = backward(x, &weight, &gz, stride).unwrap();
+                let found = backward(x, &weight, &gz, stride, Some(&below)).unwrap();
+                assert_sums(&below, &found.1, &context);
                 assert_eq!(
                     elements(&found.0),
                     elements(&grad_weight(x, &whole, stride).unwrap()),
                     "{context}"
                 );
-                assert_eq!(elements(&found.1), gx, "{context}");
+                assert_eq!(elements(&found.1.tensor), gx, "{context}");
             }
             if n > 3 {
                 assert_same_everywhere(|| {
-                    let (gw, gx) = backward(&lazy, &weight, &gz, stride).unwrap();
-                    vec![gw, gx]
+                    let (gw, gx) = backward(&lazy, &weight, &gz, stride, Some(&below)).unwrap();
+                    let of_below = below.backward(&gx).unwrap();
+                    vec![gw, gx.tensor, of_below.gamma.unwrap(), of_below.shift]
                 });
             }
         }

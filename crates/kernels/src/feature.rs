@@ -3,7 +3,7 @@
 pub(crate) mod gpu;
 
 use crate::cpu::{self, CHUNK, Check, simd};
-use crate::norm::{self, Normalizer};
+use crate::norm::{self, Epilogue, Normalizer};
 use crate::{Activation, Quantizer, Result, profile};
 use candle_core::{DType, Device, Tensor};
 use quant_core::{Bits, Grid};
@@ -149,6 +149,14 @@ impl<'a> Input<'a> {
     /// Its size in memory.
     pub(crate) fn bytes(self) -> usize {
         self.tensor().elem_count() * self.tensor().dtype().size_in_bytes()
+    }
+
+    /// [`Input::bytes`], and those of the map that it was made of, if that is read too.
+    pub(crate) fn bytes_with(self, below: Option<&Epilogue>) -> usize {
+        match (self, below) {
+            (Self::Normalized(_), _) | (_, None) => self.bytes(),
+            (_, Some(below)) => self.bytes() + 4 * below.z.elem_count(),
+        }
     }
 
     /// The device.

@@ -5,7 +5,7 @@
 //! the range of `f32`, is computed again, alone.
 
 use crate::cpu::simd;
-use crate::norm::{fold, tile_rows};
+use crate::norm::{TILES, fold, tile_rows};
 
 /// Rows whose mean is the pivot, at least; fewer only where there are fewer.
 const PIVOT_ROWS: usize = 32;
@@ -15,9 +15,6 @@ const MAX_CANCELLATION: f64 = 4.0;
 
 /// The mean of `(z − p)²` that `f32` holds well: smaller and larger terms neither under- nor overflow.
 const MEAN_SQUARES: std::ops::Range<f64> = 1e-30..1e30;
-
-/// Tiles whose sums are taken in `f32` before they are added to those in `f64`.
-const TILES: usize = 32;
 
 /// The moments of some rows, per channel.
 pub(crate) struct Moments {

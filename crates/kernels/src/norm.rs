@@ -8,8 +8,8 @@
 //!   `scale = 1`;
 //! * the gradient of `u`: `g = ∂y·φ'(u)·[Q does not clamp φ(u)]`. `u` is computed again from `z`,
 //!   nothing else is kept;
-//! * frozen statistics ([`backward_affine`]): `∂z = scale·g`, `∂shift = Σg`;
-//! * batch statistics ([`backward_batch`]), which depend on `z` themselves: with
+//! * frozen statistics ([`Epilogue::affine`]): `∂z = scale·g`, `∂shift = Σg`;
+//! * batch statistics ([`Epilogue::batch`]), which depend on `z` themselves: with
 //!   `x̂ = (z − μ)/√(V + ε)`, `∂β = Σg`, `∂γ = Σg·x̂`, `∂z = γ/√(V + ε) · (g − ∂β/M − x̂·∂γ/M)`.
 //!
 //! Sums are `f32` inside a block that fits in cache and `f64` across blocks. On a GPU they are `f32` over the few
@@ -59,16 +59,6 @@ pub struct Running {
     pub mean: Tensor,
     /// Of the variances, over `M − 1`.
     pub variance: Tensor,
-}
-
-/// The gradients of a normalization with batch statistics.
-pub struct BatchGrads {
-    /// Of the input, not computed yet.
-    pub z: OutputGradient,
-    /// Of `γ`, `[C]`.
-    pub gamma: Tensor,
-    /// Of `β`, `[C]`.
-    pub beta: Tensor,
 }
 
 /// The statistics of each channel of `z[…, C]`, in one pass over memory.
@@ -200,116 +190,176 @@ pub fn output_range(stats: &Stats, scale: &Tensor, shift: &Tensor, act: Activati
     Ok(min.apply_op2_no_bwd(&max, &OutputRange { scale: &scale, shift: &shift, act })?)
 }
 
-/// The gradients of `Q(φ(γ·x̂ + β))` where `norm` has the statistics of this batch `z`.
-pub fn backward_batch(
-    z: &Tensor,
-    gy: &Tensor,
-    norm: &Normalization,
-    act: Activation,
-    quant: Option<Quantizer<'_>>,
-) -> Result<BatchGrads> {
-    let check = Check("norm::backward_batch");
-    let (rows, c) = check.rows("z", z)?;
-    let Normalization { mean, inv_std, scale, shift } = norm.checked(&check, c)?;
-    let of = Gated::new(&check, z, gy, [scale, shift], Some(mean), act, quant)?;
-    let _note = profile::note("norm::backward: sums", 0, 8 * z.elem_count());
-    if crate::gpu::runs(z.device()) {
-        let [gamma, beta, slope, offset] = gpu::coefficients(&of, Some(&inv_std))?;
-        return Ok(BatchGrads { z: OutputGradient { of, slope, offset }, gamma, beta });
-    }
-    let (sums, products) = of.open()?.sums()?;
-    let (inv_std, scale) = (values(&inv_std)?, values(&of.scale)?);
-    let gamma: Vec<f32> = products
-        .iter()
-        .zip(&inv_std)
-        .map(|(product, inv_std)| (product * f64::from(*inv_std)) as f32)
-        .collect();
-    let beta: Vec<f32> = sums.iter().map(|sum| *sum as f32).collect();
-    let rows = rows as f32;
-    let slope = (0..c).map(|i| -scale[i] * inv_std[i] * (gamma[i] / rows)).collect();
-    let offset = (0..c).map(|i| -scale[i] * (beta[i] / rows)).collect();
-    let tensor = |values: Vec<f32>| Tensor::from_vec(values, c, z.device());
-    let z = OutputGradient { of, slope: tensor(slope)?, offset: tensor(offset)? };
-    Ok(BatchGrads { z, gamma: tensor(gamma)?, beta: tensor(beta)? })
-}
-
-/// The gradients of `Q(φ(scale·z + shift))` with respect to `z` and `shift`.
-pub fn backward_affine(
-    z: &Tensor,
-    gy: &Tensor,
-    scale: &Tensor,
-    shift: &Tensor,
-    act: Activation,
-    quant: Option<Quantizer<'_>>,
-) -> Result<(OutputGradient, Tensor)> {
-    let check = Check("norm::backward_affine");
-    let (_, c) = check.rows("z", z)?;
-    let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-    let of = Gated::new(&check, z, gy, [scale, shift], None, act, quant)?;
-    let _note = profile::note("norm::backward: sums", 0, 8 * z.elem_count());
-    if crate::gpu::runs(z.device()) {
-        let [_, gshift, slope, offset] = gpu::coefficients(&of, None)?;
-        return Ok((OutputGradient { of, slope, offset }, gshift));
-    }
-    let (sums, _) = of.open()?.sums()?;
-    let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
-    let zeros = of.scale.zeros_like()?;
-    let gz = OutputGradient { of, slope: zeros.clone(), offset: zeros };
-    Ok((gz, Tensor::from_vec(sums, c, z.device())?))
-}
-
-/// What the gradient `g` of `u = scale·z + shift` follows from.
-pub(crate) struct Gated {
+/// What follows a convolution's output `z[…, C]` in a training step, `y = Q(φ(scale·z + shift))`, as its gradients need
+/// it.
+#[derive(Clone, Debug)]
+pub struct Epilogue {
     pub(crate) z: Tensor,
-    pub(crate) gy: Tensor,
     pub(crate) scale: Tensor,
     pub(crate) shift: Tensor,
-    /// Of `z`, `[C]`; none stands for 0.
-    pub(crate) mean: Option<Tensor>,
+    /// The mean and `1/√(V + ε)` of `z` itself; none where scale and shift do not depend on it.
+    batch: Option<[Tensor; 2]>,
     pub(crate) act: Activation,
     /// The quantizer's range and bits.
-    pub(crate) quant: Option<(Tensor, Bits)>,
+    quant: Option<(Tensor, Bits)>,
 }
 
-impl Gated {
+/// The gradient of a feature map `y[…, C]`.
+#[derive(Clone, Debug)]
+pub struct Gradient {
+    /// `∂y`.
+    pub tensor: Tensor,
+    /// What the [`Epilogue`] that made `y` needs of it, if it was summed up while it was in cache.
+    pub(crate) sums: Option<Sums>,
+}
+
+/// `Σg` and `Σg·(z − mean)` of each channel.
+#[derive(Clone, Debug)]
+pub(crate) struct Sums {
+    g: Vec<f64>,
+    products: Vec<f64>,
+}
+
+/// The gradients of an [`Epilogue`].
+pub struct Grads {
+    /// Of the convolution's output, not computed yet.
+    pub z: OutputGradient,
+    /// Of `γ`, `[C]`, where normalization has the statistics of the batch.
+    pub gamma: Option<Tensor>,
+    /// Of `β` or the shift, `[C]`.
+    pub shift: Tensor,
+}
+
+impl From<Tensor> for Gradient {
+    fn from(tensor: Tensor) -> Self {
+        Self { tensor, sums: None }
+    }
+}
+
+impl Epilogue {
+    /// Where `norm` has the statistics of this batch `z`: `Q(φ(γ·x̂ + β))`.
+    pub fn batch(
+        z: &Tensor,
+        norm: &Normalization,
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Result<Self> {
+        let check = Check("norm::Epilogue::batch");
+        let (_, c) = check.rows("z", z)?;
+        let Normalization { mean, inv_std, scale, shift } = norm.checked(&check, c)?;
+        Self::new(&check, z, [scale, shift], Some([mean, inv_std]), act, quant)
+    }
+
+    /// Where `scale` and `shift`, `[C]`, do not depend on `z`.
+    pub fn affine(
+        z: &Tensor,
+        scale: &Tensor,
+        shift: &Tensor,
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Result<Self> {
+        let check = Check("norm::Epilogue::affine");
+        let (_, c) = check.rows("z", z)?;
+        let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
+        Self::new(&check, z, [scale, shift], None, act, quant)
+    }
+
     fn new(
         check: &Check,
         z: &Tensor,
-        gy: &Tensor,
         [scale, shift]: [Tensor; 2],
-        mean: Option<Tensor>,
+        batch: Option<[Tensor; 2]>,
         act: Activation,
         quant: Option<Quantizer<'_>>,
     ) -> Result<Self> {
         check.quantizer(quant)?;
-        let (z, gy) = (check.map_float("z", z)?, check.map_of("gy", gy, z)?);
         let quant = quant.map(|quant| (quant.range.clone(), quant.bits));
-        Ok(Self { z, gy, scale, shift, mean, act, quant })
+        Ok(Self { z: check.map_float("z", z)?, scale, shift, batch, act, quant })
+    }
+
+    pub(crate) fn mean(&self) -> Option<&Tensor> {
+        self.batch.as_ref().map(|[mean, _]| mean)
+    }
+
+    pub(crate) fn inv_std(&self) -> Option<&Tensor> {
+        self.batch.as_ref().map(|[_, inv_std]| inv_std)
     }
 
     pub(crate) fn quantizer(&self) -> Option<Quantizer<'_>> {
         self.quant.as_ref().map(|(range, bits)| Quantizer { range, bits: *bits })
     }
 
-    fn open(&self) -> Result<OpenGated<'_>> {
+    /// The gradients from that of `y`.
+    pub fn backward(&self, gradient: &Gradient) -> Result<Grads> {
+        let check = Check("norm::backward");
+        let gy = check.map_of("gradient", &gradient.tensor, &self.z)?;
+        let grads = |[slope, offset]: [Tensor; 2], gamma, shift| Grads {
+            z: OutputGradient { of: self.clone(), gy: gy.clone(), slope, offset },
+            gamma,
+            shift,
+        };
+        if crate::gpu::runs(self.z.device()) {
+            let _note = self.note_sums();
+            let [gamma, shift, slope, offset] = gpu::coefficients(self, &gy)?;
+            return Ok(grads([slope, offset], self.batch.as_ref().map(|_| gamma), shift));
+        }
+        let found;
+        let Sums { g, products } = match &gradient.sums {
+            Some(sums) => sums,
+            None => {
+                let _note = self.note_sums();
+                found = self.open()?.sums(cpu::open(&gy).floats()?);
+                &found
+            }
+        };
+        let c = g.len();
+        let tensor = |values: Vec<f32>| Tensor::from_vec(values, c, &Device::Cpu);
+        let shift: Vec<f32> = g.iter().map(|sum| *sum as f32).collect();
+        let Some(inv_std) = self.inv_std() else {
+            let zeros = self.scale.zeros_like()?;
+            return Ok(grads([zeros.clone(), zeros], None, tensor(shift)?));
+        };
+        let (inv_std, scale) = (values(inv_std)?, values(&self.scale)?);
+        let gamma: Vec<f32> = products
+            .iter()
+            .zip(&inv_std)
+            .map(|(product, inv_std)| (product * f64::from(*inv_std)) as f32)
+            .collect();
+        let rows = (gy.elem_count() / c) as f32;
+        let slope = (0..c).map(|i| -scale[i] * inv_std[i] * (gamma[i] / rows)).collect();
+        let offset = (0..c).map(|i| -scale[i] * (shift[i] / rows)).collect();
+        Ok(grads([tensor(slope)?, tensor(offset)?], Some(tensor(gamma)?), tensor(shift)?))
+    }
+
+    fn note_sums(&self) -> profile::Note {
+        profile::note("norm::backward: sums", 0, 8 * self.z.elem_count())
+    }
+
+    /// Opens what made an operation's input of dimensions `x`.
+    pub(crate) fn open_below(&self, check: &Check, x: &[usize]) -> Result<OpenEpilogue<'_>> {
+        if self.z.dims() != x {
+            return Err(check.shape("below.z", &self.z, format!("{x:?}")));
+        }
+        self.open()
+    }
+
+    fn open(&self) -> Result<OpenEpilogue<'_>> {
         let channels = self.z.dims()[self.z.dims().len() - 1];
-        let (z, gy) = (cpu::open(&self.z), cpu::open(&self.gy));
+        let z = cpu::open(&self.z);
         z.floats()?;
-        gy.floats()?;
         let (scale, shift) = (tiled(&self.scale)?, tiled(&self.shift)?);
-        let mean = match &self.mean {
+        let mean = match self.mean() {
             Some(mean) => tiled(mean)?,
             None => vec![0.0; scale.len()],
         };
         let gate = Gate { bounds: self.act.bounds(), grid: self.quantizer().map(cpu::grid).transpose()? };
-        Ok(OpenGated { z, gy, channels, scale, shift, mean, gate })
+        Ok(OpenEpilogue { z, channels, scale, shift, mean, gate })
     }
 }
 
-/// A [`Gated`] with its tensors open for reading, and the values of channels repeated over the rows of a tile.
-struct OpenGated<'a> {
+/// An [`Epilogue`] open for reading, the values of channels repeated over the rows of a tile.
+pub(crate) struct OpenEpilogue<'a> {
     z: cpu::Opened<'a>,
-    gy: cpu::Opened<'a>,
     channels: usize,
     scale: Vec<f32>,
     shift: Vec<f32>,
@@ -317,41 +367,88 @@ struct OpenGated<'a> {
     gate: Gate,
 }
 
-impl OpenGated<'_> {
-    fn floats(&self) -> [&[f32]; 2] {
-        [&self.z, &self.gy].map(|opened| opened.floats().expect("checked when it was opened"))
+impl OpenEpilogue<'_> {
+    /// Some rows of `z`.
+    fn z(&self, rows: Range<usize>) -> &[f32] {
+        let z = self.z.floats().expect("checked when it was opened");
+        &z[rows.start * self.channels..rows.end * self.channels]
     }
 
-    /// `Σg` and `Σg·(z − mean)` of each channel.
-    fn sums(&self) -> Result<(Vec<f64>, Vec<f64>)> {
-        let ([z, gy], c) = (self.floats(), self.channels);
-        let Self { scale, shift, mean, gate, .. } = self;
-        let parts = cpu::parts(z.len() / c, c, |part| {
-            let part = part.start * c..part.end * c;
-            let (mut sums, mut products) = (vec![0.0; c], vec![0.0; c]);
-            let (mut sum, mut product) = (vec![0.0; scale.len()], vec![0.0; scale.len()]);
-            for (z, gy) in z[part.clone()].chunks(chunk_len(c)).zip(gy[part].chunks(chunk_len(c))) {
-                add_batch_sums(z, gy, scale, shift, mean, *gate, &mut sum, &mut product);
-                fold(&mut sum, &mut sums);
-                fold(&mut product, &mut products);
+    /// The sums over the whole of `gy`.
+    fn sums(&self, gy: &[f32]) -> Sums {
+        let c = self.channels;
+        let parts = cpu::parts(gy.len() / c, c, |part| {
+            let mut sums = GradientSums::new(self);
+            let rows = part.clone().step_by(chunk_len(c) / c);
+            for (row, gy) in rows.zip(gy[part.start * c..part.end * c].chunks(chunk_len(c))) {
+                sums.add(row, gy);
             }
-            (sums, products)
+            sums.finish()
         });
-        let (mut sums, mut products) = (vec![0.0; c], vec![0.0; c]);
-        for (more_sums, more_products) in &parts {
-            for i in 0..c {
-                sums[i] += more_sums[i];
-                products[i] += more_products[i];
+        Sums::of_parts(parts).expect("no map is empty")
+    }
+}
+
+impl Sums {
+    /// Of the parts of the rows together.
+    pub(crate) fn of_parts(parts: impl IntoIterator<Item = Self>) -> Option<Self> {
+        parts.into_iter().reduce(|mut all, more| {
+            for (all, more) in all.g.iter_mut().zip(more.g) {
+                *all += more;
             }
+            for (all, more) in all.products.iter_mut().zip(more.products) {
+                *all += more;
+            }
+            all
+        })
+    }
+}
+
+/// [`Sums`] over rows as they come.
+pub(crate) struct GradientSums<'a> {
+    of: &'a OpenEpilogue<'a>,
+    /// Tiles in these two, which have one element for each position of a tile.
+    tiles: usize,
+    g: Vec<f32>,
+    products: Vec<f32>,
+    sums: Sums,
+}
+
+impl<'a> GradientSums<'a> {
+    pub(crate) fn new(of: &'a OpenEpilogue<'a>) -> Self {
+        let tile = || vec![0.0; of.scale.len()];
+        let sums = || vec![0.0; of.channels];
+        Self { of, tiles: 0, g: tile(), products: tile(), sums: Sums { g: sums(), products: sums() } }
+    }
+
+    /// Adds rows of `∂y`, from row `first` on.
+    pub(crate) fn add(&mut self, first: usize, gy: &[f32]) {
+        let OpenEpilogue { channels, scale, shift, mean, gate, .. } = self.of;
+        let z = self.of.z(first..first + gy.len() / channels);
+        add_batch_sums(z, gy, scale, shift, mean, *gate, &mut self.g, &mut self.products);
+        self.tiles += gy.len().div_ceil(scale.len());
+        if self.tiles >= TILES {
+            self.fold();
         }
-        Ok((sums, products))
+    }
+
+    fn fold(&mut self) {
+        fold(&mut self.g, &mut self.sums.g);
+        fold(&mut self.products, &mut self.sums.products);
+        self.tiles = 0;
+    }
+
+    pub(crate) fn finish(mut self) -> Sums {
+        self.fold();
+        self.sums
     }
 }
 
 /// The gradient `∂z` of a convolution's output, computed block by block where it is used
 /// ([`crate::pointwise::backward`]), or as a whole: `scale·g + slope·(z − mean) + offset`.
 pub struct OutputGradient {
-    of: Gated,
+    of: Epilogue,
+    gy: Tensor,
     slope: Tensor,
     offset: Tensor,
 }
@@ -367,7 +464,7 @@ impl OutputGradient {
         let z = &self.of.z;
         let _note = profile::note("norm::backward: gradient", 0, 12 * z.elem_count());
         if crate::gpu::runs(z.device()) {
-            return gpu::gradient(&self.of, &self.slope, &self.offset);
+            return gpu::gradient(&self.of, &self.gy, &self.slope, &self.offset);
         }
         let opened = self.open()?;
         let c = opened.of.channels;
@@ -380,13 +477,16 @@ impl OutputGradient {
     }
 
     pub(crate) fn open(&self) -> Result<OpenGradient<'_>> {
-        Ok(OpenGradient { of: self.of.open()?, slope: tiled(&self.slope)?, offset: tiled(&self.offset)? })
+        let gy = cpu::open(&self.gy);
+        gy.floats()?;
+        Ok(OpenGradient { of: self.of.open()?, gy, slope: tiled(&self.slope)?, offset: tiled(&self.offset)? })
     }
 }
 
 /// An [`OutputGradient`] with its tensors open for reading.
 pub(crate) struct OpenGradient<'a> {
-    of: OpenGated<'a>,
+    of: OpenEpilogue<'a>,
+    gy: cpu::Opened<'a>,
     slope: Vec<f32>,
     offset: Vec<f32>,
 }
@@ -394,16 +494,19 @@ pub(crate) struct OpenGradient<'a> {
 impl OpenGradient<'_> {
     /// Writes the gradient of some rows.
     pub(crate) fn rows(&self, rows: Range<usize>, gz: &mut [MaybeUninit<f32>]) {
-        let part = rows.start * self.of.channels..rows.end * self.of.channels;
-        let [z, gy] = self.of.floats();
-        let OpenGated { scale, shift, mean, gate, .. } = &self.of;
-        batch_grad_z(&z[part.clone()], &gy[part], gz, scale, shift, mean, &self.slope, &self.offset, *gate);
+        let OpenEpilogue { channels: c, scale, shift, mean, gate, .. } = &self.of;
+        let gy = &self.gy.floats().expect("checked when it was opened")[rows.start * c..rows.end * c];
+        let z = self.of.z(rows);
+        batch_grad_z(z, gy, gz, scale, shift, mean, &self.slope, &self.offset, *gate);
     }
 }
 
 /// Elements of a tile, at least: small numbers of channels are repeated over several rows up to this
 /// length, so that the inner loops are long whatever `C` is.
 const TILE: usize = 256;
+
+/// Tiles whose sums are taken in `f32` before they are added to those in `f64`.
+pub(crate) const TILES: usize = 32;
 
 /// The rows of a tile.
 pub(crate) fn tile_rows(c: usize) -> usize {
@@ -590,30 +693,59 @@ simd! {
         sum: &mut [f32],
         product: &mut [f32],
     ) {
-        #[inline(always)]
-        fn tiles(
-            z: &[f32],
-            gy: &[f32],
-            [scale, shift, mean]: [&[f32]; 3],
-            [sum, product]: [&mut [f32]; 2],
-            g: impl Fn(f32, f32) -> f32,
-        ) {
-            for (z, gy) in z.chunks(scale.len()).zip(gy.chunks(scale.len())) {
-                let n = z.len();
-                let (gy, scale, shift, mean) = (&gy[..n], &scale[..n], &shift[..n], &mean[..n]);
-                let (sum, product) = (&mut sum[..n], &mut product[..n]);
-                for i in 0..n {
-                    let g = g(z[i].mul_add(scale[i], shift[i]), gy[i]);
-                    sum[i] += g;
-                    product[i] = g.mul_add(z[i] - mean[i], product[i]);
-                }
-            }
-        }
-        let (channels, sums, bounds) = ([scale, shift, mean], [sum, product], gate.bounds);
+        let bounds = gate.bounds;
         match gate.grid {
-            None => tiles(z, gy, channels, sums, |u, gy| gated(u, gy, bounds, |_| true)),
-            Some(grid) => tiles(z, gy, channels, sums, |u, gy| gated(u, gy, bounds, |u| grid.passes(u))),
+            None => add_tiles(z, gy, [scale, shift, mean], sum, product, |u, gy| gated(u, gy, bounds, |_| true)),
+            Some(grid) => add_tiles(z, gy, [scale, shift, mean], sum, product, |u, gy| {
+                gated(u, gy, bounds, |u| grid.passes(u))
+            }),
         }
+    }
+}
+
+/// Adds some tiles at a time, as the sums are loaded and stored each time.
+#[inline(always)]
+fn add_tiles(
+    z: &[f32],
+    gy: &[f32],
+    channels: [&[f32]; 3],
+    sum: &mut [f32],
+    product: &mut [f32],
+    g: impl Fn(f32, f32) -> f32 + Copy,
+) {
+    let tile = sum.len();
+    let (groups, of_gy) = (z.chunks_exact(4 * tile), gy.chunks_exact(4 * tile));
+    let rest = groups.remainder().chunks(tile).zip(of_gy.remainder().chunks(tile));
+    for (z, gy) in groups.zip(of_gy) {
+        let [z, gy] = [z, gy].map(|all| std::array::from_fn::<_, 4, _>(|i| &all[i * tile..][..tile]));
+        add_products(z, gy, channels, sum, product, g);
+    }
+    for (z, gy) in rest {
+        add_products([z], [gy], channels, sum, product, g);
+    }
+}
+
+#[inline(always)]
+fn add_products<const N: usize>(
+    z: [&[f32]; N],
+    gy: [&[f32]; N],
+    channels: [&[f32]; 3],
+    sum: &mut [f32],
+    product: &mut [f32],
+    g: impl Fn(f32, f32) -> f32,
+) {
+    let n = z[0].len();
+    let (z, gy) = (z.map(|z| &z[..n]), gy.map(|gy| &gy[..n]));
+    let [scale, shift, mean] = channels.map(|channel| &channel[..n]);
+    let (sum, product) = (&mut sum[..n], &mut product[..n]);
+    for i in 0..n {
+        let (mut s, mut p) = (sum[i], product[i]);
+        for (z, gy) in z.iter().zip(&gy) {
+            let g = g(z[i].mul_add(scale[i], shift[i]), gy[i]);
+            s += g;
+            p = g.mul_add(z[i] - mean[i], p);
+        }
+        (sum[i], product[i]) = (s, p);
     }
 }
 
@@ -773,8 +905,12 @@ mod tests {
             let (z, gy) = (random(1, dims), random(4, dims));
             let (scale, shift) = (channels(2, dims[3], 3.0), channels(3, dims[3], 1.0));
             let mask = mask(&normalized(&z, &scale, &shift, act, None), quant);
-            let (gz, gshift) = backward_affine(&z, &gy, &scale, &shift, act, quant).unwrap();
-            let gz = gz.tensor().unwrap();
+            let grads = Epilogue::affine(&z, &scale, &shift, act, quant)
+                .unwrap()
+                .backward(&gy.clone().into())
+                .unwrap();
+            assert!(grads.gamma.is_none(), "the scale is not trained");
+            let (gz, gshift) = (grads.z.tensor().unwrap(), grads.shift);
             let gy = (gy * mask).unwrap();
             let wide = scale.to_dtype(candle_core::DType::F64).unwrap();
             let reference = |inputs: &[Tensor]| reference(&inputs[0], &wide, &inputs[1], act);
@@ -795,11 +931,11 @@ mod tests {
             let norm = Normalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
             let y = normalized(&z, &norm.scale, &norm.shift, act, None);
             assert_close(&y, &batch_reference(&z, &gamma, &beta, act).unwrap(), 1e-5, context);
-            let grads = backward_batch(&z, &gy, &norm, act, quant).unwrap();
+            let grads = Epilogue::batch(&z, &norm, act, quant).unwrap().backward(&gy.clone().into()).unwrap();
             let gy = (gy * mask(&y, quant)).unwrap();
             let reference = |inputs: &[Tensor]| batch_reference(&inputs[0], &inputs[1], &inputs[2], act);
-            let gz = grads.z.tensor().unwrap();
-            let found = [&gz, &grads.gamma, &grads.beta];
+            let (gz, gamma_found) = (grads.z.tensor().unwrap(), grads.gamma.unwrap());
+            let found = [&gz, &gamma_found, &grads.shift];
             assert_gradients(&[&z, &gamma, &beta], &gy, reference, &found, context);
         });
     }
@@ -885,12 +1021,15 @@ mod tests {
                     let norm = Normalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
                     let act = Activation::Relu6;
                     let y = normalized(&z, &norm.scale, &norm.shift, act, quant);
-                    let batch = backward_batch(&z, &gy, &norm, act, quant).unwrap();
-                    let (gz, gshift) =
-                        backward_affine(&z, &gy, &norm.scale, &norm.shift, act, quant).unwrap();
+                    let backward = |of: Epilogue| {
+                        let grads = of.backward(&gy.clone().into()).unwrap();
+                        (grads.z.tensor().unwrap(), grads.gamma, grads.shift)
+                    };
+                    let (batch_gz, ggamma, gbeta) = backward(Epilogue::batch(&z, &norm, act, quant).unwrap());
+                    let (gz, _, gshift) =
+                        backward(Epilogue::affine(&z, &norm.scale, &norm.shift, act, quant).unwrap());
                     let Stats { mean, variance, min, max } = stats;
-                    let (batch_gz, gz) = (batch.z.tensor().unwrap(), gz.tensor().unwrap());
-                    vec![mean, variance, min, max, y, batch_gz, batch.gamma, batch.beta, gz, gshift]
+                    vec![mean, variance, min, max, y, batch_gz, ggamma.unwrap(), gbeta, gz, gshift]
                 });
             }
         }

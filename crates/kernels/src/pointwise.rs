@@ -16,7 +16,9 @@ mod gpu;
 use crate::convolution::{self, Convolution};
 use crate::cpu::{self, CHUNK, Check, open};
 use crate::feature::{Source, levels};
-use crate::norm::{self, Normalizer, OutputGradient, Stats};
+use crate::norm::{
+    self, Epilogue, Gradient, GradientSums, Normalizer, OpenEpilogue, OutputGradient, Stats, Sums,
+};
 use crate::product::{self, IntegerPanels, LANES, Left, Operands, Panels};
 use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
 use candle_core::{Device, Tensor};
@@ -120,30 +122,38 @@ pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
     let gradient = |rows: Range<usize>, block: &mut [MaybeUninit<f32>]| {
         block.write_copy_of_slice(&gz[rows.start * n..rows.end * n]);
     };
-    let (gw, _) = gradients(x, gradient, None, (rows, k, n));
+    let (gw, ..) = gradients(x, gradient, None, (rows, k, n));
     Ok(Tensor::from_vec(gw, (k, n), &Device::Cpu)?)
 }
 
-/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([Cin, Cout], […, Cin])`.
-pub fn backward<'a>(x: impl Into<Input<'a>>, w: &Tensor, gz: &OutputGradient) -> Result<(Tensor, Tensor)> {
+/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([Cin, Cout], […, Cin])`. `below` is what
+/// made `x`, if its gradient is what is found here as it is: then its sums are taken of what is in cache. (Not on a
+/// GPU.)
+pub fn backward<'a>(
+    x: impl Into<Input<'a>>,
+    w: &Tensor,
+    gz: &OutputGradient,
+    below: Option<&Epilogue>,
+) -> Result<(Tensor, Gradient)> {
     let check = Check("pointwise::backward");
     let x = x.into();
     let (rows, k, n) = sizes(&check, x, gz.z())?;
     let w = check.dims("w", w, &[k, n])?;
-    let bytes = x.bytes() + 4 * (rows * (k + 2 * n) + 2 * k * n);
+    let bytes = x.bytes_with(below) + 4 * (rows * (k + 2 * n) + 2 * k * n);
     let _note = profile::note(check.0, 4 * rows * k * n, bytes);
     let dims = x.dims().to_vec();
     if crate::gpu::runs(w.device()) {
         let gz = gz.tensor()?;
-        return Ok((gpu::grad_weight(&check, x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?));
+        return Ok((gpu::grad_weight(&check, x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?.into()));
     }
     let x = x.open(&check, "x")?;
     let x = x.opened();
     let gz = gz.open()?;
-    let panels = Panels::transposed(open(&w).floats()?, n);
-    let (gw, gx) =
-        gradients(Source::new(&x)?, |rows, block| gz.rows(rows, block), Some(&panels), (rows, k, n));
-    Ok((Tensor::from_vec(gw, (k, n), &Device::Cpu)?, Tensor::from_vec(gx, dims, &Device::Cpu)?))
+    let below = below.map(|below| below.open_below(&check, &dims)).transpose()?;
+    let to = Some((&Panels::transposed(open(&w).floats()?, n), below.as_ref()));
+    let (gw, gx, sums) = gradients(Source::new(&x)?, |rows, block| gz.rows(rows, block), to, (rows, k, n));
+    let gx = Gradient { tensor: Tensor::from_vec(gx, dims, &Device::Cpu)?, sums };
+    Ok((Tensor::from_vec(gw, (k, n), &Device::Cpu)?, gx))
 }
 
 /// Rows, input and output channels of a backward product of `x[…, k]` and `gz[…, n]`.
@@ -268,23 +278,24 @@ impl Convolution for Product<'_> {
 const PARTIAL_SUMS: usize = 1 << 20;
 
 /// The gradients of a product of `rows` by `k` by `n`, where `gz(rows, block)` writes a block of `∂z`: of the
-/// weight, and of the input if `w`, transposed, is given. The weight's is summed up in parts, whose number
-/// depends on the shape alone.
+/// weight, and, if asked for, of the input from the transposed weight, with the sums of what made it. The weight's
+/// and these are summed up in parts, whose number depends on the shape alone.
 fn gradients(
     x: Source<'_>,
     gz: impl Fn(Range<usize>, &mut [MaybeUninit<f32>]) + Sync + Send,
-    w: Option<&Panels>,
+    input: Option<(&Panels, Option<&OpenEpilogue<'_>>)>,
     (rows, k, n): (usize, usize, usize),
-) -> (Vec<f32>, Vec<f32>) {
+) -> (Vec<f32>, Vec<f32>, Option<Sums>) {
     let per_block = rows_per_block(k, n);
     let parts = (PARTIAL_SUMS / (k * n)).clamp(4, 16);
     let per_part = rows.div_ceil(parts).next_multiple_of(per_block);
-    let width = if w.is_some() { k } else { 0 };
+    let width = if input.is_some() { k } else { 0 };
     let init =
         || (vec![MaybeUninit::uninit(); per_block.min(rows) * n + LANES], Vec::new(), Operands::default());
     type Scratch = (Vec<MaybeUninit<f32>>, Vec<f32>, Operands);
     let part = |(block, floats, operands): &mut Scratch, rows: Range<usize>, gx: &mut [MaybeUninit<f32>]| {
         let mut gw = vec![0.0; k * n];
+        let mut sums = input.and_then(|(_, below)| below).map(GradientSums::new);
         let mut gx = gx.chunks_mut((per_block * width).max(1));
         for start in rows.clone().step_by(per_block) {
             let rows = start..rows.end.min(start + per_block);
@@ -295,34 +306,36 @@ fn gradients(
             // SAFETY: `gz` writes all of its block.
             #[allow(unsafe_code)]
             let block = unsafe { block[..m * n + LANES].assume_init_ref() };
-            if let Some(w) = w {
-                product::set(
-                    Left::rows(&block[..m * n], n),
-                    w.right(),
-                    (m, k, n),
-                    gx.next().expect("as many blocks as of rows"),
-                );
+            if let Some((w, _)) = input {
+                let gx = gx.next().expect("as many blocks as of rows");
+                product::set(Left::rows(&block[..m * n], n), w.right(), (m, k, n), gx);
+                if let Some(sums) = &mut sums {
+                    // SAFETY: `product::set` writes all of its block.
+                    #[allow(unsafe_code)]
+                    sums.add(start, unsafe { gx.assume_init_ref() });
+                }
             }
             let x = x.part(rows.start * k..rows.end * k).floats(floats);
             product::add_transposed(x, block, (m, k, n), operands, &mut gw);
         }
-        gw
+        (gw, sums.map(GradientSums::finish))
     };
     // SAFETY: `product::set` writes all of each block of the gradient.
     #[allow(unsafe_code)]
-    let (gx, sums): (Vec<f32>, Vec<Vec<f32>>) = unsafe { cpu::blocks((rows, width), per_part, init, part) };
-    let gw = if sums.len() == 1 {
-        sums.into_iter().next().expect("one")
+    let (gx, parts) = unsafe { cpu::blocks((rows, width), per_part, init, part) };
+    let (of_weight, of_below): (Vec<Vec<f32>>, Vec<_>) = parts.into_iter().unzip();
+    let gw = if of_weight.len() == 1 {
+        of_weight.into_iter().next().expect("one")
     } else {
         cpu::fill(k * n, CHUNK / 4, |i, gw| {
-            for sum in &sums {
+            for sum in &of_weight {
                 for (gw, sum) in gw.iter_mut().zip(&sum[i * (CHUNK / 4)..]) {
                     *gw += sum;
                 }
             }
         })
     };
-    (gw, gx)
+    (gw, gx, Sums::of_parts(of_below.into_iter().flatten()))
 }
 
 /// The dimensions of a tensor with another number of channels.
@@ -435,9 +448,12 @@ mod tests {
                 }
                 let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
                 let gy = random(5, z.dims());
-                let grads = norm::backward_batch(&z, &gy, &of_batch, act, Some(quant));
-                let gz = grads.unwrap().z;
-                let (gw, gx) = backward(x, value, &gz).unwrap();
+                let of_z = Epilogue::batch(&z, &of_batch, act, Some(quant)).unwrap();
+                let gz = of_z.backward(&gy.into()).unwrap().z;
+                let below = epilogue(&dims, Some(quant));
+                let (gw, gx) = backward(x, value, &gz, Some(&below)).unwrap();
+                assert_sums(&below, &gx, &context);
+                let gx = gx.tensor;
                 let gz = gz.tensor().unwrap();
                 close(&gx, &grad_input(&gz, value).unwrap());
                 close(&gw, &grad_weight(x, &gz).unwrap());

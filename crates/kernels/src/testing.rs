@@ -1,6 +1,8 @@
 //! What the operations' tests share.
 
 use crate::cpu::Level;
+use crate::norm::{self, Epilogue, Gradient, Normalization};
+use crate::{Activation, Quantizer};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -87,6 +89,26 @@ pub(crate) fn assert_gradients(
             assert!(difference <= 1e-4 * scale, "{context}: {} and not {expected} at {at}", found[at]);
         }
     }
+}
+
+/// What may have made a map.
+pub(crate) fn epilogue(dims: &[usize], quant: Option<Quantizer<'_>>) -> Epilogue {
+    let c = dims[dims.len() - 1];
+    let (z, gamma, beta) = (random(91, dims), (random(92, &[c]) + 1.5).unwrap(), random(93, &[c]));
+    let stats = norm::channel_stats(&z).unwrap();
+    let of_batch = Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
+    Epilogue::batch(&z, &of_batch, Activation::Relu6, quant).unwrap()
+}
+
+/// Asserts that a gradient comes with its sums, and that they are those of the gradient; within 1e-5, as the rows are
+/// summed up in another order.
+#[track_caller]
+pub(crate) fn assert_sums(below: &Epilogue, gradient: &Gradient, context: &str) {
+    assert!(gradient.sums.is_some(), "{context}: sums");
+    let found = below.backward(gradient).unwrap();
+    let expected = below.backward(&gradient.tensor.clone().into()).unwrap();
+    assert_close(&found.shift, &expected.shift, 1e-5, context);
+    assert_close(&found.gamma.unwrap(), &expected.gamma.unwrap(), 1e-5, context);
 }
 
 static LEVEL_LIMIT: AtomicU8 = AtomicU8::new(u8::MAX);

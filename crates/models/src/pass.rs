@@ -8,7 +8,7 @@
 use crate::learned::LearnedGradients;
 use crate::{ActivationQuantizer, BatchNorm, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
 use candle_core::{DType, Tensor};
-use kernels::norm::{Normalization, Running, Stats};
+use kernels::norm::{Epilogue, Gradient, Grads, Running, Stats};
 use kernels::{FeatureMap, Quantizer, depthwise, im2col, norm, pointwise, pool, quantize, residual};
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
@@ -28,34 +28,20 @@ pub type Gradients = Vec<Tensor>;
 struct Record {
     /// The unit's input.
     input: FeatureMap,
-    /// The convolution's output.
-    z: Tensor,
     /// The weights that the convolution used, and how they came about.
     weight: UsedWeight,
-    affine: Affine,
-    /// Where a residual ends: the sum, before its quantizer.
+    /// What followed the convolution, as the forward pass applied it.
+    epilogue: Epilogue,
+    /// Where a residual ends and the sum is quantized: the sum, before its quantizer.
     sum: Option<Tensor>,
     /// What a learned quantizer of the output read.
     learned: Option<Tensor>,
 }
 
-/// What followed the convolution, as the forward pass applied it.
-enum Affine {
-    Batch(Normalization),
-    /// A scale of 1, and the bias.
-    Bias {
-        ones: Tensor,
-    },
-}
-
-impl Affine {
-    /// Scale and shift.
-    fn map<'a>(&'a self, norm: &'a Norm) -> (&'a Tensor, &'a Tensor) {
-        match (self, norm) {
-            (Self::Batch(batch), _) => (&batch.scale, &batch.shift),
-            (Self::Bias { ones }, Norm::Bias(bias)) => (ones, bias),
-            (Self::Bias { .. }, Norm::Batch(_)) => unreachable!("recorded by this network"),
-        }
+impl Record {
+    /// What made the unit's output, if nothing but that took part in it: then the output's gradient is its own.
+    fn sole_epilogue(&self) -> Option<&Epilogue> {
+        (self.sum.is_none() && self.learned.is_none()).then_some(&self.epilogue)
     }
 }
 
@@ -303,7 +289,7 @@ impl Network {
                     (z, Some(stats))
                 }
             };
-            let affine = match (&mut unit.norm, &stats) {
+            let (batch, (scale, shift)) = match (&mut unit.norm, &stats) {
                 (Norm::Batch(norm), Some(stats)) => {
                     let BatchNorm { gamma, beta, mean, variance } = norm;
                     let running = Running { mean: mean.clone(), variance: variance.clone() };
@@ -311,31 +297,32 @@ impl Network {
                     let (batch, running) =
                         norm::prepare(stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
                     (norm.mean, norm.variance) = (running.mean, running.variance);
-                    Affine::Batch(batch)
+                    let affine = (batch.scale.clone(), batch.shift.clone());
+                    (Some(batch), affine)
                 }
-                (Norm::Bias(bias), _) => Affine::Bias { ones: bias.ones_like()? },
+                (Norm::Bias(bias), _) => (None, (bias.ones_like()?, bias.clone())),
                 (Norm::Batch(_), None) => unreachable!("live normalization always takes statistics"),
             };
-            let (scale, shift) = affine.map(&unit.norm);
             let from = residuals.iter().find(|r| r.to == i).map(|r| r.from);
             let (mut output, sum) = if let Some(from) = from {
                 let shortcut = shortcuts[from].take().expect("kept when it was made");
-                let (sum, extremes) = residual::add_normalized(&z, scale, shift, &shortcut)?;
+                let (sum, extremes) = residual::add_normalized(&z, &scale, &shift, &shortcut)?;
                 if let Some(q) = &mut unit.output_quantizer {
                     q.observe(&extremes, step.range_momentum)?;
                 }
-                (FeatureMap::quantize(&sum, kernel_of(&unit.output_quantizer))?, Some(sum))
+                let quantizer = kernel_of(&unit.output_quantizer);
+                (FeatureMap::quantize(&sum, quantizer)?, quantizer.map(|_| sum))
             } else {
                 if let (Some(q), Some(stats)) = (&mut unit.output_quantizer, &stats) {
-                    let extremes = norm::output_range(stats, scale, shift, unit.activation)?;
+                    let extremes = norm::output_range(stats, &scale, &shift, unit.activation)?;
                     q.observe(&extremes, step.range_momentum)?;
                 }
                 let output = match kernel_of(&unit.output_quantizer) {
                     // A shortcut is read again where it ends.
                     None if !residuals.iter().any(|r| r.from == i) => {
-                        FeatureMap::normalized(&z, scale, shift, unit.activation)?
+                        FeatureMap::normalized(&z, &scale, &shift, unit.activation)?
                     }
-                    quantizer => norm::forward(&z, scale, shift, unit.activation, quantizer)?,
+                    quantizer => norm::forward(&z, &scale, &shift, unit.activation, quantizer)?,
                 };
                 (output, None)
             };
@@ -348,8 +335,15 @@ impl Network {
             if residuals.iter().any(|r| r.from == i) {
                 shortcuts[i] = Some(output.clone());
             }
+            // Where a residual ends, it is the sum that is quantized.
+            let (act, quantizer) =
+                (unit.activation, kernel_of(&unit.output_quantizer).filter(|_| from.is_none()));
+            let epilogue = match &batch {
+                Some(batch) => Epilogue::batch(&z, batch, act, quantizer)?,
+                None => Epilogue::affine(&z, &scale, &shift, act, quantizer)?,
+            };
             let input = std::mem::replace(&mut x, output);
-            records.push(Record { input, z, weight, affine, sum, learned });
+            records.push(Record { input, weight, epilogue, sum, learned });
         }
         let (h, w) = spatial(&x);
         let pooled_from = (h, w, x.dtype());
@@ -377,55 +371,43 @@ impl Network {
         if let Some(q) = kernel_of(&self.head.input_quantizer) {
             g = quantize::backward(&pooled, &g, q)?;
         }
-        g = pool::backward_as(&g, h, w, dtype)?;
+        let mut g = Gradient::from(pool::backward_as(&g, h, w, dtype)?);
 
         let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate().rev() {
-            let Record { input, z, weight, affine, sum, learned } =
+            let Record { input, weight, epilogue, sum, learned } =
                 records.pop().expect("one record for every unit");
             if let Some(shortcut) = shortcuts[i].take() {
-                g = residual::add(&g, &shortcut)?;
+                g = residual::add(&g.tensor, &shortcut)?.into();
             }
             if let (Some(quantizer), Some(read)) = (&unit.output_quantizer, learned) {
-                let LearnedGradients { input, parameters } = quantizer.gradients(&read, &g)?;
+                let LearnedGradients { input, parameters } = quantizer.gradients(&read, &g.tensor)?;
                 gradients.extend(parameters.into_iter().rev());
-                g = input;
+                g = input.into();
             }
-            let mut quantizer = kernel_of(&unit.output_quantizer);
-            if let (Some(sum), Some(from)) = (sum, self.residual_into(i)) {
-                if let Some(quantizer) = quantizer.take() {
-                    g = quantize::backward(&sum, &g, quantizer)?;
+            if let Some(from) = self.residual_into(i) {
+                if let (Some(sum), Some(quantizer)) = (sum, kernel_of(&unit.output_quantizer)) {
+                    g = quantize::backward(&sum, &g.tensor, quantizer)?.into();
                 }
-                shortcuts[from] = Some(g.clone());
+                shortcuts[from] = Some(g.tensor.clone());
             }
-            let gz = match &affine {
-                Affine::Batch(batch) => {
-                    let all = norm::backward_batch(&z, &g, batch, unit.activation, quantizer)?;
-                    gradients.push(all.beta);
-                    gradients.push(all.gamma);
-                    all.z
-                }
-                Affine::Bias { .. } => {
-                    let (scale, shift) = affine.map(&unit.norm);
-                    let (gz, shift) =
-                        norm::backward_affine(&z, &g, scale, shift, unit.activation, quantizer)?;
-                    gradients.push(shift);
-                    gz
-                }
-            };
-            drop(z);
+            let Grads { z: gz, gamma, shift } = epilogue.backward(&g)?;
+            drop(epilogue);
+            gradients.push(shift);
+            gradients.extend(gamma);
+            let below = records.last().filter(|_| shortcuts[i - 1].is_none()).and_then(Record::sole_epilogue);
             let weight_gradient = match unit.kernel {
                 // The first unit; nothing trains the image.
                 Kernel::Full { size, stride } => {
                     pointwise::grad_weight(&patches(&input, size, stride)?, &gz.tensor()?)?
                 }
                 Kernel::Depthwise { stride } => {
-                    let (weight, input) = depthwise::backward(&input, &weight.value, &gz, stride)?;
+                    let (weight, input) = depthwise::backward(&input, &weight.value, &gz, stride, below)?;
                     g = input;
                     weight
                 }
                 Kernel::Pointwise => {
-                    let (weight, input) = pointwise::backward(&input, &weight.value, &gz)?;
+                    let (weight, input) = pointwise::backward(&input, &weight.value, &gz, below)?;
                     g = input;
                     weight
                 }

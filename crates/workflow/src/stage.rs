@@ -53,7 +53,7 @@ pub enum Kind {
 
 /// Enters every key. To be raised when a change makes stages give other results from the same
 /// inputs, so that stored results of older versions are not taken for new ones.
-const RESULT_VERSION: u32 = 2;
+const RESULT_VERSION: u32 = 3;
 
 impl Stage {
     /// A stage that begins a workflow.

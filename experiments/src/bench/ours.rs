@@ -6,7 +6,7 @@ use super::worker::{Failure, Hello, Ran, Ready, Run, Settings, Traffic};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use datasets::Augmentation;
-use kernels::norm::Running;
+use kernels::norm::{Epilogue, Running};
 use kernels::{Quantizer, depthwise, im2col, norm, pointwise, profile, quantize};
 use models::Step;
 use quant_core::Bits;
@@ -205,7 +205,7 @@ fn operation(layer: &Layer, batch: usize, settings: Settings, (device, dtype): P
             let rows = x.elem_count() / ones.elem_count();
             let bits = layer.output_bits.map(Bits::new).transpose()?;
             let range = Tensor::new(&[0f32, 6.0], device)?;
-            let act = layer.activation;
+            let (act, gy) = (layer.activation, gy.into());
             Box::new(move || {
                 let stats = norm::channel_stats(&x)?;
                 let (batch, moved) = norm::prepare(&stats, &ones, &zeros, 1e-5, &running, 0.1, rows)?;
@@ -217,7 +217,7 @@ fn operation(layer: &Layer, batch: usize, settings: Settings, (device, dtype): P
                 }
                 let quantizer = bits.map(|bits| Quantizer { range: &range, bits });
                 std::hint::black_box(norm::forward(&x, scale, shift, act, quantizer)?);
-                Ok(norm::backward_batch(&x, &gy, &batch, act, quantizer)?.z.tensor()?)
+                Ok(Epilogue::batch(&x, &batch, act, quantizer)?.backward(&gy)?.z.tensor()?)
             })
         }
     })

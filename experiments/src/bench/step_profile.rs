@@ -8,9 +8,9 @@ use crate::process;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use kernels::norm::Normalization;
+use kernels::norm::{Epilogue, Normalization};
+use kernels::pointwise;
 use kernels::profile::{self, Cost};
-use kernels::{norm, pointwise};
 use models::{Kernel, Version};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -265,9 +265,9 @@ fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<
         })?;
         let act = unit.activation;
         let batch = Normalization::new(&stats, &ones, &zeros, 1e-5)?;
-        let gz = norm::backward_batch(&z, &gy, &batch, act, None)?.z;
+        let gz = Epilogue::batch(&z, &batch, act, None)?.backward(&gy.into())?.z;
         let backward = best(|| {
-            std::hint::black_box(pointwise::backward(&x, &unit.weight, &gz)?);
+            std::hint::black_box(pointwise::backward(&x, &unit.weight, &gz, None)?);
             Ok(())
         })?;
         let flops = (2 * rows * k * n) as f64;

@@ -1,6 +1,6 @@
 //! Launches of norm.cu.
 
-use super::{Gated, Normalization, Running, Stats};
+use super::{Epilogue, Normalization, Running, Stats};
 use crate::cpu::Check;
 use crate::gpu::{Columns, Launch, Module, OVER_PARTS, empty, name, planes, quantizer, width};
 use crate::{Activation, FeatureMap, Quantizer, Result};
@@ -136,11 +136,11 @@ pub(super) fn forward(
     FeatureMap::of(y, z.dtype(), quant)
 }
 
-/// The gradients of `γ` and `β` (or of the shift), the slope and the offset of the gradient of `z`, each `[C]`; without
-/// `inv_std`, for frozen statistics, only the second is not 0.
-pub(super) fn coefficients(of: &Gated, inv_std: Option<&Tensor>) -> Result<[Tensor; 4]> {
+/// The gradients of `γ` and `β` (or of the shift), the slope and the offset of the gradient of `z`, each `[C]`; for
+/// frozen statistics only the second is not 0.
+pub(super) fn coefficients(of: &Epilogue, gy: &Tensor) -> Result<[Tensor; 4]> {
     let (rows, c) = size(&of.z);
-    let width = width_of(of)?;
+    let width = width_of(of, gy)?;
     let columns = Columns::long(rows, c, width);
     let (parts, device) = (columns.parts(), of.z.device());
     let sums = empty(2 * parts * c, DType::F64, device)?;
@@ -148,10 +148,10 @@ pub(super) fn coefficients(of: &Gated, inv_std: Option<&Tensor>) -> Result<[Tens
     columns
         .launch(Module::Norm, format!("sums_{}_{width}", name(of.z.dtype())))
         .read(&of.z)?
-        .read(&of.gy)?
+        .read(gy)?
         .read(&of.scale)?
         .read(&of.shift)?
-        .read_if(of.mean.as_ref())?
+        .read_if(of.mean())?
         .read_if(range)?
         .write(&sums)?
         .sizes(columns.fields())?
@@ -161,7 +161,7 @@ pub(super) fn coefficients(of: &Gated, inv_std: Option<&Tensor>) -> Result<[Tens
     Launch::new(Module::Norm, "coefficients", [c.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
         .read(&sums)?
         .read(&of.scale)?
-        .read_if(inv_std)?
+        .read_if(of.inv_std())?
         .write(&out)?
         .sizes([parts, c])?
         .floats([rows as f32])
@@ -169,24 +169,24 @@ pub(super) fn coefficients(of: &Gated, inv_std: Option<&Tensor>) -> Result<[Tens
     planes(&out)
 }
 
-fn width_of(of: &Gated) -> Result<usize> {
+fn width_of(of: &Epilogue, gy: &Tensor) -> Result<usize> {
     let (_, c) = size(&of.z);
-    width(c, [&of.z, &of.gy, &of.scale, &of.shift].into_iter().chain(&of.mean))
+    width(c, [&of.z, gy, &of.scale, &of.shift].into_iter().chain(of.mean()))
 }
 
-pub(super) fn gradient(of: &Gated, slope: &Tensor, offset: &Tensor) -> Result<Tensor> {
+pub(super) fn gradient(of: &Epilogue, gy: &Tensor, slope: &Tensor, offset: &Tensor) -> Result<Tensor> {
     let (rows, c) = size(&of.z);
     let gz = empty(of.z.dims(), of.z.dtype(), of.z.device())?;
-    let width = width_of(of)?.min(width(c, [slope, offset, &gz])?);
+    let width = width_of(of, gy)?.min(width(c, [slope, offset, &gz])?);
     let columns = Columns::short(rows, c, width);
     let ((range, max_level), (lo, hi)) = (quantizer(of.quantizer()), of.act.bounds());
     columns
         .launch(Module::Norm, format!("gradient_{}_{width}", name(of.z.dtype())))
         .read(&of.z)?
-        .read(&of.gy)?
+        .read(gy)?
         .read(&of.scale)?
         .read(&of.shift)?
-        .read_if(of.mean.as_ref())?
+        .read_if(of.mean())?
         .read(slope)?
         .read(offset)?
         .read_if(range)?

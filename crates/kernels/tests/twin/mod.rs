@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
-use kernels::norm::{Normalization, Running};
+use kernels::norm::{Epilogue, Normalization, Running};
 use kernels::pointwise::Weight;
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer};
@@ -227,11 +227,12 @@ pub fn products(other: &dyn Other) {
                 // With one row the normalization's gradient is all rounding.
                 let epsilon = if dims[0] * dims[1] * dims[2] == 1 { 1.0 } else { 1e-2 };
                 let of_batch = Normalization::new(&stats, &others[1], &others[2], epsilon)?;
-                let grads = norm::backward_batch(&z, &maps[1], &of_batch, Activation::Identity, None)?;
-                let (gw, gx) = pointwise::backward(&maps[0], &others[0], &grads.z)?;
+                let epilogue = Epilogue::batch(&z, &of_batch, Activation::Identity, None)?;
+                let gz = epilogue.backward(&maps[1].clone().into())?.z;
+                let (gw, gx) = pointwise::backward(&maps[0], &others[0], &gz, None)?;
                 let affine = (&of_batch.scale, &of_batch.shift);
                 let y = pointwise::forward_normalized(&maps[0], &others[0], affine, Activation::Relu6, None)?;
-                Ok(vec![gw, gx, y.to_float()?])
+                Ok(vec![gw, gx.tensor, y.to_float()?])
             },
         );
     }
@@ -281,9 +282,11 @@ pub fn normalization(other: &dyn Other) {
                     };
                     let of_batch =
                         Normalization { mean, inv_std, scale: scale.clone(), shift: shift.clone() };
-                    let grads = norm::backward_batch(&maps[0], &maps[1], &of_batch, act, quant)?;
-                    let (gz, gshift) = norm::backward_affine(&maps[0], &maps[1], &scale, &shift, act, quant)?;
-                    Ok(vec![y, grads.z.tensor()?, grads.gamma, grads.beta, gz.tensor()?, gshift])
+                    let gy = maps[1].clone().into();
+                    let batch = Epilogue::batch(&maps[0], &of_batch, act, quant)?.backward(&gy)?;
+                    let affine = Epilogue::affine(&maps[0], &scale, &shift, act, quant)?.backward(&gy)?;
+                    let gamma = batch.gamma.expect("statistics of the batch");
+                    Ok(vec![y, batch.z.tensor()?, gamma, batch.shift, affine.z.tensor()?, affine.shift])
                 });
             }
         }
@@ -551,8 +554,9 @@ pub fn finite_differences(other: &dyn Other) {
             let (z, gy) = (other.to(&x), other.to(&gy));
             let stats = norm::channel_stats(&z).unwrap();
             let norm = Normalization::new(&stats, &other.to(&gamma), &other.to(&beta), 1e-5).unwrap();
-            let grads = norm::backward_batch(&z, &gy, &norm, Activation::Identity, None).unwrap();
-            vec![grads.z.tensor().unwrap(), grads.gamma, grads.beta]
+            let epilogue = Epilogue::batch(&z, &norm, Activation::Identity, None).unwrap();
+            let grads = epilogue.backward(&gy.into()).unwrap();
+            vec![grads.z.tensor().unwrap(), grads.gamma.unwrap(), grads.shift]
         });
         const STEP: f64 = 5e-3;
         let context = format!("norm {dims:?}");
