@@ -209,7 +209,7 @@ pub struct Epilogue {
 pub struct Gradient {
     /// `∂y`.
     pub tensor: Tensor,
-    /// What the [`Epilogue`] that made `y` needs of it, if it was summed up while it was in cache.
+    /// What the [`Epilogue`] that made `y` needs of it, if it was summed up while it was in cache; of use to no other.
     pub(crate) sums: Option<Sums>,
 }
 

@@ -32,6 +32,9 @@ pub(crate) const BLUE: (u8, u8, u8) = (0, 114, 178);
 pub(crate) const PURPLE: (u8, u8, u8) = (204, 121, 167);
 pub(crate) const GREY: (u8, u8, u8) = (128, 128, 128);
 
+/// The colours of methods that are not the paper's, one after the other.
+const OTHERS: [(u8, u8, u8); 5] = [ORANGE, SKY, GREEN, PURPLE, BLUE];
+
 /// The method's place in [`METHODS`]; methods that are not the paper's come after all of them.
 pub(crate) fn rank(method: &str) -> usize {
     METHODS.iter().position(|known| known.id == method).unwrap_or(METHODS.len())
@@ -41,8 +44,10 @@ pub(crate) fn method_label(method: &str) -> &str {
     METHODS.get(rank(method)).map_or(method, |known| known.label)
 }
 
-pub(crate) fn colour(method: &str) -> (u8, u8, u8) {
-    METHODS.get(rank(method)).map_or(GREY, |known| known.colour)
+/// The colour of a method among those of a plot.
+pub(crate) fn colour(method: &str, methods: &[&str]) -> (u8, u8, u8) {
+    let place = || methods.iter().position(|other| *other == method).unwrap_or(0);
+    METHODS.get(rank(method)).map_or_else(|| OTHERS[place() % OTHERS.len()], |known| known.colour)
 }
 
 /// "MobileNetV2", and what its width is multiplied by where that is not 1.

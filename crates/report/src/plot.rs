@@ -77,7 +77,8 @@ impl Chart<'_> {
         canvas.text(rest, (end + 12.0, y), &Style { colour: ALARM, ..INK_BOLD.sized(15.0) })
     }
 
-    fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
+    /// Every method, in the order of the paper's tables.
+    fn methods(&self) -> Vec<&str> {
         let mut methods: Vec<&str> = Vec::new();
         for summary in &self.summaries {
             if !methods.contains(&summary.method.as_str()) {
@@ -85,8 +86,15 @@ impl Chart<'_> {
             }
         }
         methods.sort_by_key(|method| names::rank(method));
-        let mut entries: Vec<(&str, Sign)> =
-            methods.iter().map(|method| (method_label(method), Sign::Filled(colour(method)))).collect();
+        methods
+    }
+
+    fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
+        let methods = self.methods();
+        let mut entries: Vec<(&str, Sign)> = methods
+            .iter()
+            .map(|method| (method_label(method), Sign::Filled(colour(method, &methods))))
+            .collect();
         if self.summaries.iter().any(|summary| summary.paper_top1_percent.is_some()) {
             entries.push(("the paper's figure", Sign::Hollow));
         }
@@ -131,7 +139,7 @@ impl Chart<'_> {
         frame: &Frame,
     ) -> Drawn {
         let (bottom, height) = (frame.bottom, |value: f64| frame.height(value));
-        let colour = rgb(colour(&summary.method));
+        let colour = rgb(colour(&summary.method, &self.methods()));
         let size = (slot * 0.15).min(14.0);
         let macs = SOFT_PLAIN.sized(size.min(12.0)).held(HPos::Center);
 

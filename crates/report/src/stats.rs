@@ -60,13 +60,15 @@ impl Summary {
 }
 
 /// Summarizes over seeds, in the order of the paper's tables: networks by name, more bits first, the proposed
-/// method last. Of several rows with the same seed the last one counts.
+/// method last; methods that are not the paper's as they come. Of several rows with the same seed the last one counts.
 pub fn summarize(rows: &[Row]) -> Vec<Summary> {
+    let first = |method: &str| rows.iter().position(|row| row.method == method);
     let mut groups: BTreeMap<_, BTreeMap<u64, &Row>> = BTreeMap::new();
     for row in rows {
         let key = (
             (&row.table, &row.dataset, &row.model, Reverse(row.width.to_bits())),
-            (Reverse(row.activation_bits), Reverse(row.weight_bits), names::rank(&row.method), &row.method),
+            (Reverse(row.activation_bits), Reverse(row.weight_bits)),
+            (names::rank(&row.method), first(&row.method)),
         );
         groups.entry(key).or_default().insert(row.seed, row);
     }
