@@ -39,8 +39,8 @@ struct Record {
 }
 
 impl Record {
-    /// What made the unit's output, if nothing but that took part in it: then the output's gradient is its own.
-    fn sole_epilogue(&self) -> Option<&Epilogue> {
+    /// What followed the convolution, if the gradient of the unit's output goes to it as it is.
+    fn bare_epilogue(&self) -> Option<&Epilogue> {
         (self.sum.is_none() && self.learned.is_none()).then_some(&self.epilogue)
     }
 }
@@ -392,10 +392,9 @@ impl Network {
                 shortcuts[from] = Some(g.tensor.clone());
             }
             let Grads { z: gz, gamma, shift } = epilogue.backward(&g)?;
-            drop(epilogue);
             gradients.push(shift);
             gradients.extend(gamma);
-            let below = records.last().filter(|_| shortcuts[i - 1].is_none()).and_then(Record::sole_epilogue);
+            let below = records.last().filter(|_| shortcuts[i - 1].is_none()).and_then(Record::bare_epilogue);
             let weight_gradient = match unit.kernel {
                 // The first unit; nothing trains the image.
                 Kernel::Full { size, stride } => {
