@@ -229,9 +229,33 @@ pub(crate) fn load(wanted: &str, settings: &profile::Data, display: &mut Display
 
 /// The command that runs this program as it was called.
 fn command_line() -> String {
-    let mut words: Vec<String> = std::env::args().collect();
-    let program = words.first().map(Path::new).and_then(Path::file_name).map(|name| name.to_string_lossy());
-    let program = program.unwrap_or_default().into_owned();
-    words.splice(..1.min(words.len()), ["cargo run --release --bin".into(), program, "--".into()]);
-    words.join(" ").trim_end_matches(" --").into()
+    let mut words = std::env::args();
+    let program = words.next().unwrap_or_default();
+    let program = Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut command = vec!["cargo run --release --bin".into(), program, "--".into()];
+    command.extend(words.map(quoted));
+    command.join(" ").trim_end_matches(" --").into()
+}
+
+/// A word as a shell reads it as one.
+fn quoted(word: String) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_=+.,:/@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_where_a_shell_would_cut_them() {
+        assert_eq!(quoted("--seeds=0,1".into()), "--seeds=0,1");
+        assert_eq!(quoted("as the others,float".into()), "'as the others,float'");
+        assert_eq!(quoted("it's".into()), "'it'\\''s'");
+        assert_eq!(quoted(String::new()), "''");
+    }
 }
