@@ -17,6 +17,7 @@ mod worker;
 
 use crate::device::{self, Arithmetic};
 use crate::process;
+use crate::session::quoted;
 use anyhow::{Context, Result, bail};
 use case::{Case, Filter, Layers};
 use clap::Parser;
@@ -200,7 +201,7 @@ fn command_line(mut flags: impl Iterator<Item = String>) -> String {
     while let Some(word) = flags.next() {
         let place = ["--python", "--out"].into_iter().find(|flag| word.starts_with(flag));
         if place.is_none() {
-            words.push(word);
+            words.push(quoted(word));
         } else if place == Some(word.as_str()) {
             flags.next();
         }

@@ -238,7 +238,7 @@ fn command_line() -> String {
 }
 
 /// A word as a shell reads it as one.
-fn quoted(word: String) -> String {
+pub(crate) fn quoted(word: String) -> String {
     let plain = |c: char| c.is_alphanumeric() || "-_=+.,:/@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         word

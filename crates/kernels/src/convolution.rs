@@ -12,9 +12,6 @@ use candle_core::{Device, Tensor};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Parts that the rows are cut in for statistics, at most.
-const PARTS: usize = 32;
-
 /// A convolution with its operands.
 pub(crate) trait Convolution: Sync {
     /// Scratch memory of a thread.
@@ -64,7 +61,7 @@ pub(crate) fn plain<C: Convolution>(convolution: &C) -> Result<Tensor> {
 pub(crate) fn with_stats<C: Convolution>(convolution: &C) -> Result<(Tensor, Stats)> {
     let (rows, c) = size(convolution);
     let per_block = convolution.rows_per_block();
-    let per_part = rows.div_ceil(PARTS).next_multiple_of(per_block);
+    let per_part = rows.div_ceil(cpu::MAX_PARTS).next_multiple_of(per_block);
     let part = |scratch: &mut C::Scratch, rows: Range<usize>, z: &mut [MaybeUninit<f32>]| {
         let mut sums = MomentSums::new(c);
         for (start, block) in rows.clone().step_by(per_block).zip(z.chunks_mut(per_block * c)) {

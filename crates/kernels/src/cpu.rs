@@ -13,7 +13,7 @@ pub(crate) const CHUNK: usize = 32 * 1024;
 
 /// The most parts that a reduction is cut in, whatever its size, and the elements of a part at least: each
 /// part leaves sums to add up in order.
-const MAX_PARTS: usize = 32;
+pub(crate) const MAX_PARTS: usize = 32;
 const MIN_PART: usize = 4 * CHUNK;
 
 /// The vector instructions that [`simd!`] compiles for, from the least.

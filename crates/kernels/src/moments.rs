@@ -53,7 +53,6 @@ impl Moments {
 
 /// Sums over rows as they come, from which their [`Moments`] follow.
 pub(crate) struct MomentSums {
-    channels: usize,
     rows: usize,
     /// These five have one element for each position of a tile.
     pivot: Vec<f32>,
@@ -70,7 +69,6 @@ impl MomentSums {
     pub(crate) fn new(channels: usize) -> Self {
         let tile = |value| vec![value; tile_rows(channels) * channels];
         Self {
-            channels,
             rows: 0,
             pivot: tile(0.0),
             sum: tile(0.0),
@@ -84,17 +82,19 @@ impl MomentSums {
 
     /// Adds a block of rows that fits in cache.
     pub(crate) fn add(&mut self, z: &[f32]) {
+        let channels = self.sums.len();
         if self.rows == 0 {
-            let tiles = PIVOT_ROWS.div_ceil(tile_rows(self.channels));
+            let tiles = PIVOT_ROWS.div_ceil(tile_rows(channels));
             find_pivot(&z[..z.len().min(tiles * self.pivot.len())], self);
         }
         add_rows(z, self);
-        self.rows += z.len() / self.channels;
+        self.rows += z.len() / channels;
     }
 
     /// The moments of all rows that were added, which are `z`.
     pub(crate) fn moments(self, z: &[f32]) -> Moments {
-        let Self { channels, rows, pivot, mut min, mut max, sums, all_squares, .. } = self;
+        let Self { rows, pivot, mut min, mut max, sums, all_squares, .. } = self;
+        let channels = sums.len();
         debug_assert_eq!(z.len(), rows * channels);
         for i in channels..min.len() {
             min[i % channels] = min[i % channels].min(min[i]);
@@ -177,8 +177,8 @@ simd! {
 simd! {
     /// Sets the pivot to the mean of some rows; exactly, where a channel is constant.
     fn find_pivot(z: &[f32], sums: &mut MomentSums) {
-        let MomentSums { channels, pivot, sum, sums, .. } = sums;
-        let (c, tile) = (*channels, pivot.len());
+        let MomentSums { pivot, sum, sums, .. } = sums;
+        let (c, tile) = (sums.len(), pivot.len());
         for row in pivot.chunks_exact_mut(c) {
             row.copy_from_slice(&z[..c]);
         }
