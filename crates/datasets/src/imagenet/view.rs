@@ -1,7 +1,8 @@
 //! What a network sees of a picture: the crop, the scaling, the mirroring, the normalization.
 
-use fast_image_resize::images::{CroppedImage, Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use rand::Rng;
 
 use crate::batches::{Normalization, Purpose, rng};
@@ -136,17 +137,22 @@ pub(super) fn resize(
     height: usize,
     width: usize,
 ) -> Result<Vec<u8>, String> {
-    let failed = |error: &dyn std::fmt::Display| format!("it cannot be scaled: {error}");
-    let source = ImageRef::new(picture.width as u32, picture.height as u32, &picture.pixels, PixelType::U8x3)
-        .map_err(|error| failed(&error))?;
+    fn failed(error: impl std::fmt::Display) -> String {
+        format!("it cannot be scaled: {error}")
+    }
+    let Picture { width: w, height: h, ref pixels } = *picture;
+    let source = TypedImageRef::<U8x3>::from_buffer(w as u32, h as u32, pixels).map_err(failed)?;
     // A view, so that nothing beyond the crop's border enters, as a crop before the scaling demands.
     let [left, top, w, h] = [crop.left, crop.top, crop.width, crop.height].map(|x| x as u32);
-    let source = CroppedImage::new(&source, left, top, w, h).map_err(|error| failed(&error))?;
-    let mut target = Image::new(width as u32, height as u32, PixelType::U8x3);
+    let source = TypedCroppedImage::from_ref(&source, left, top, w, h).map_err(failed)?;
+    let mut scaled = vec![0; height * width * CHANNELS];
+    let mut target =
+        TypedImage::<U8x3>::from_buffer(width as u32, height as u32, &mut scaled).map_err(failed)?;
     let options =
         ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
-    resizer.resize(&source, &mut target, &options).map_err(|error| failed(&error))?;
-    Ok(target.into_vec())
+    // Not `resize`, which is compiled for every type of pixel.
+    resizer.resize_typed(&source, &mut target, &options).map_err(failed)?;
+    Ok(scaled)
 }
 
 #[cfg(test)]
