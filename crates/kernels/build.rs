@@ -8,8 +8,21 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Folders and names of the `.cu` files.
-const MODULES: [&str; 10] =
-    ["augment", "depthwise", "feature", "im2col", "loss", "norm", "pool", "quantize", "residual", "sgd"];
+const MODULES: [&str; 13] = [
+    "augment",
+    "depthwise",
+    "dorefa",
+    "dsq",
+    "feature",
+    "im2col",
+    "loss",
+    "norm",
+    "pact",
+    "pool",
+    "quantize",
+    "residual",
+    "sgd",
+];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -33,7 +46,7 @@ fn compile() -> Result<(), String> {
     let capability = capability()?;
     let source = Path::new("src");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; run cargo")?);
-    for header in ["gpu/common.cuh", "gpu/moments.cuh"] {
+    for header in ["gpu/common.cuh", "gpu/learned.cuh", "gpu/moments.cuh"] {
         println!("cargo::rerun-if-changed={}", source.join(header).display());
     }
     for module in MODULES {

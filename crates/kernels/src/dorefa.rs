@@ -7,8 +7,9 @@
 //! Rounding is passed straight through, and `M` is held constant: `∂w = ∂y·(1 − tanh²w)/M`. (Differentiating
 //! `M` too would change the gradient of the largest weight alone.)
 
+pub(crate) mod gpu;
+
 use crate::cpu::{self, CHUNK, Check, simd};
-use crate::learned::on_cpu;
 use crate::tanh::tanh;
 use crate::{Result, profile, quantize};
 use candle_core::{Device, Tensor};
@@ -17,8 +18,12 @@ use quant_core::Bits;
 /// The quantized weights, of the shape of `weight`.
 pub fn forward(weight: &Tensor, bits: Bits) -> Result<Tensor> {
     let check = Check("dorefa::forward");
-    let (weight, maximum) = arguments(&check, weight)?;
     let _note = profile::note(check.0, 0, 8 * weight.elem_count());
+    let weight = check.float("weight", weight)?;
+    if crate::gpu::runs(weight.device()) {
+        return gpu::forward(&weight, bits);
+    }
+    let maximum = maximum(&weight)?;
     let opened = cpu::open(&weight);
     let w = opened.floats()?;
     let (half, steps) = (0.5 / maximum, bits.max_level() as f32);
@@ -29,9 +34,13 @@ pub fn forward(weight: &Tensor, bits: Bits) -> Result<Tensor> {
 /// The gradient of the weights. It does not depend on the bits.
 pub fn backward(weight: &Tensor, gy: &Tensor) -> Result<Tensor> {
     let check = Check("dorefa::backward");
-    let (weight, maximum) = arguments(&check, weight)?;
-    let gy = check.dims("gy", gy, weight.dims())?;
     let _note = profile::note(check.0, 0, 12 * weight.elem_count());
+    let weight = check.float("weight", weight)?;
+    let gy = check.dims("gy", gy, weight.dims())?;
+    if crate::gpu::runs(weight.device()) {
+        return gpu::backward(&weight, &gy);
+    }
+    let maximum = maximum(&weight)?;
     let (opened, gy) = (cpu::open(&weight), cpu::open(&gy));
     let (w, gy) = (opened.floats()?, gy.floats()?);
     let scale = 1.0 / maximum;
@@ -42,13 +51,11 @@ pub fn backward(weight: &Tensor, gy: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(gw, opened.dims(), &Device::Cpu)?)
 }
 
-/// The checked weights, and `max|tanh w|`, which is that of the largest weight.
-fn arguments(check: &Check, weight: &Tensor) -> Result<(Tensor, f32)> {
-    on_cpu(check, weight)?;
-    let weight = check.float("weight", weight)?;
-    let ends = cpu::values(&quantize::min_max(&weight)?)?;
+/// `M = max|tanh w|`, which is that of the largest weight.
+fn maximum(weight: &Tensor) -> Result<f32> {
+    let ends = cpu::values(&quantize::min_max(weight)?)?;
     // Below the smallest normal number the reciprocal would overflow.
-    Ok((weight, tanh(ends[0]).abs().max(tanh(ends[1]).abs()).max(f32::MIN_POSITIVE)))
+    Ok(tanh(ends[0]).abs().max(tanh(ends[1]).abs()).max(f32::MIN_POSITIVE))
 }
 
 simd! {

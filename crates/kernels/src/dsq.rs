@@ -19,8 +19,10 @@
 //!
 //! Below, only `∂Q/∂l = 1`; above, only `∂Q/∂u = 1`.
 
+pub(crate) mod gpu;
+
 use crate::cpu::{self, CHUNK, Check, simd};
-use crate::learned::{LANES, Lanes, map_and_sum, on_cpu};
+use crate::learned::{LANES, Lanes, map_and_sum};
 use crate::tanh::tanh;
 use crate::{Result, clamp, profile};
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
@@ -43,7 +45,11 @@ pub struct Grads {
 pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
     let check = Check("dsq::forward");
     let _note = profile::note(check.0, 0, 8 * x.elem_count());
-    let (x, intervals) = arguments(&check, x, bounds, bits)?;
+    let (x, bounds) = (check.map_float("x", x)?, check.dims("bounds", bounds, &[2])?);
+    if crate::gpu::runs(x.device()) {
+        return gpu::forward(&x, &bounds, bits);
+    }
+    let intervals = Intervals::of(&bounds, bits)?;
     let opened = cpu::open(&x);
     let elements = opened.floats()?;
     let y = cpu::fill(elements.len(), CHUNK, |i, y| hard(&elements[i * CHUNK..][..y.len()], y, &intervals));
@@ -54,10 +60,13 @@ pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
 pub fn backward(x: &Tensor, gy: &Tensor, bounds: &Tensor, softness: &Tensor, bits: Bits) -> Result<Grads> {
     let check = Check("dsq::backward");
     let _note = profile::note(check.0, 0, 12 * x.elem_count());
-    let (x, intervals) = arguments(&check, x, bounds, bits)?;
-    on_cpu(&check, softness)?;
-    let softness = cpu::values(&check.dims("softness", softness, &[1])?)?[0];
-    let gy = check.dims("gy", gy, x.dims())?;
+    let (x, bounds) = (check.map_float("x", x)?, check.dims("bounds", bounds, &[2])?);
+    let softness = check.dims("softness", softness, &[1])?;
+    let gy = check.map_of("gy", gy, &x)?;
+    if crate::gpu::runs(x.device()) {
+        return gpu::backward(&x, &gy, &bounds, &softness, bits);
+    }
+    let (intervals, softness) = (Intervals::of(&bounds, bits)?, cpu::values(&softness)?[0]);
     let (x, gy) = (cpu::open(&x), cpu::open(&gy));
     let (elements, gy) = (x.floats()?, gy.floats()?);
     let soft = Soft::new(intervals, softness);
@@ -77,17 +86,11 @@ pub fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {
     let check = Check("dsq::project");
     check.dims("bounds", bounds, &[2])?;
     check.dims("softness", softness, &[1])?;
-    on_cpu(&check, bounds)?;
-    on_cpu(&check, softness)?;
+    if crate::gpu::runs(bounds.device()) {
+        return gpu::project(bounds, softness);
+    }
     bounds.inplace_op1(&InOrder)?;
     Ok(softness.inplace_op1(&InRange)?)
-}
-
-fn arguments(check: &Check, x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<(Tensor, Intervals)> {
-    on_cpu(check, x)?;
-    on_cpu(check, bounds)?;
-    let bounds = cpu::values(&check.dims("bounds", bounds, &[2])?)?;
-    Ok((check.float("x", x)?, Intervals::new(bounds[0], bounds[1], bits)))
 }
 
 struct InOrder;
@@ -137,6 +140,11 @@ struct Intervals {
 }
 
 impl Intervals {
+    fn of(bounds: &Tensor, bits: Bits) -> Result<Self> {
+        let bounds = cpu::values(bounds)?;
+        Ok(Self::new(bounds[0], bounds[1], bits))
+    }
+
     fn new(low: f32, high: f32, bits: Bits) -> Self {
         let count = bits.max_level() as f32;
         // Below the smallest normal number the reciprocal would overflow; so would it where the bounds meet.

@@ -43,10 +43,10 @@ const fn emulated() -> bool {
 }
 
 /// Threads of a block, which the kernels rely on as the most (`THREADS` in common.cuh).
-const THREADS: usize = 256;
+pub(crate) const THREADS: usize = 256;
 
 /// Blocks that a kernel with sums is cut into, about: some for each multiprocessor of a large GPU, in any case.
-const BLOCKS: usize = 1024;
+pub(crate) const BLOCKS: usize = 1024;
 
 /// A `.cu` file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,10 +54,13 @@ const BLOCKS: usize = 1024;
 pub(crate) enum Module {
     Augment,
     Depthwise,
+    Dorefa,
+    Dsq,
     Feature,
     Im2col,
     Loss,
     Norm,
+    Pact,
     Pool,
     Quantize,
     Residual,
@@ -70,10 +73,13 @@ impl Module {
         match self {
             Self::Augment => "augment",
             Self::Depthwise => "depthwise",
+            Self::Dorefa => "dorefa",
+            Self::Dsq => "dsq",
             Self::Feature => "feature",
             Self::Im2col => "im2col",
             Self::Loss => "loss",
             Self::Norm => "norm",
+            Self::Pact => "pact",
             Self::Pool => "pool",
             Self::Quantize => "quantize",
             Self::Residual => "residual",

@@ -9,8 +9,10 @@
 //!
 //! An `α` below 0 stands for 0, where `y = 0` (up to 1e-37).
 
+pub(crate) mod gpu;
+
 use crate::cpu::{self, CHUNK, Check, simd};
-use crate::learned::{LANES, Lanes, map_and_sum, on_cpu};
+use crate::learned::{LANES, Lanes, map_and_sum};
 use crate::{Result, profile};
 use candle_core::{Device, Tensor};
 use quant_core::{Bits, Grid};
@@ -27,7 +29,11 @@ pub struct Grads {
 pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let check = Check("pact::forward");
     let _note = profile::note(check.0, 0, 8 * x.elem_count());
-    let (x, alpha) = arguments(&check, x, alpha)?;
+    let (x, alpha) = (check.map_float("x", x)?, check.dims("alpha", alpha, &[1])?);
+    if crate::gpu::runs(x.device()) {
+        return gpu::forward(&x, &alpha, bits, signed);
+    }
+    let alpha = bound(&alpha)?;
     let grid = if signed { Grid::symmetric(alpha, bits) } else { Grid::spanning(0.0, alpha, bits) };
     let opened = cpu::open(&x);
     let elements = opened.floats()?;
@@ -39,8 +45,12 @@ pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<T
 pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result<Grads> {
     let check = Check("pact::backward");
     let _note = profile::note(check.0, 0, 12 * x.elem_count());
-    let (x, alpha) = arguments(&check, x, alpha)?;
-    let gy = check.dims("gy", gy, x.dims())?;
+    let (x, alpha) = (check.map_float("x", x)?, check.dims("alpha", alpha, &[1])?);
+    let gy = check.map_of("gy", gy, &x)?;
+    if crate::gpu::runs(x.device()) {
+        return gpu::backward(&x, &gy, &alpha, signed);
+    }
+    let alpha = bound(&alpha)?;
     let (x, gy) = (cpu::open(&x), cpu::open(&gy));
     let (elements, gy) = (x.floats()?, gy.floats()?);
     let low = if signed { -alpha } else { 0.0 };
@@ -53,13 +63,10 @@ pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result
     })
 }
 
-/// The checked input, and the value of `α`.
-fn arguments(check: &Check, x: &Tensor, alpha: &Tensor) -> Result<(Tensor, f32)> {
-    on_cpu(check, x)?;
-    on_cpu(check, alpha)?;
-    let alpha = cpu::values(&check.dims("alpha", alpha, &[1])?)?[0];
-    // NaN stays NaN.
-    Ok((check.float("x", x)?, if alpha < 0.0 { 0.0 } else { alpha }))
+/// The value of `α`, where one below 0 stands for 0; NaN stays NaN.
+fn bound(alpha: &Tensor) -> Result<f32> {
+    let alpha = cpu::values(alpha)?[0];
+    Ok(if alpha < 0.0 { 0.0 } else { alpha })
 }
 
 simd! {

@@ -38,6 +38,7 @@ on_a_gpu! {
     normalization
     statistics_at_every_scale
     quantizers
+    learned_quantizers
     residuals_and_pooling
     losses
     descent

@@ -50,6 +50,7 @@ emulated! {
     normalization
     statistics_at_every_scale
     quantizers
+    learned_quantizers
     residuals_and_pooling
     losses
     descent

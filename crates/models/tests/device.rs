@@ -232,6 +232,19 @@ fn quantized_steps_with_folded_weights() {
 }
 
 #[test]
+fn steps_with_learned_quantizers() {
+    for method in [Method::Pact, Method::Dsq] {
+        let quantize = |network: &mut Network| {
+            network.quantize(&Quantization { method, ..quantization(4, 4, Fold::Unfolded) }).unwrap();
+            // The first batch sets the bounds.
+            network.forward_train(&random(&[4, 14, 14, 3], 1), Step { range_momentum: 0.1 }).unwrap();
+        };
+        check(&format!("{method:?}"), deep(), quantize, DType::F32, 1, &LEVELS);
+        check(&format!("{method:?}"), shallow(), quantize, DType::BF16, 1, &HALF_LEVELS);
+    }
+}
+
+#[test]
 fn steps_with_a_bias() {
     let fold = |network: &mut Network| {
         // Statistics of images, so that activations stay in range.

@@ -18,10 +18,13 @@ fn ptx(module: Module) -> &'static str {
     match module {
         Module::Augment => built!("augment"),
         Module::Depthwise => built!("depthwise"),
+        Module::Dorefa => built!("dorefa"),
+        Module::Dsq => built!("dsq"),
         Module::Feature => built!("feature"),
         Module::Im2col => built!("im2col"),
         Module::Loss => built!("loss"),
         Module::Norm => built!("norm"),
+        Module::Pact => built!("pact"),
         Module::Pool => built!("pool"),
         Module::Quantize => built!("quantize"),
         Module::Residual => built!("residual"),

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -17,7 +18,7 @@
 #define __restrict__ __restrict
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
-#define __syncthreads() emulation::barrier(__LINE__)
+#define __syncthreads() emulation::leave(__LINE__)
 
 struct Dimensions {
     unsigned int x, y, z;
@@ -38,30 +39,34 @@ static inline unsigned int __float_as_uint(float x) {
 namespace emulation {
 
 struct Fiber {
-    ucontext_t context;
+    // Where it begins, and where it goes on. Jumps between the two stacks: swapcontext would ask the system for the
+    // signal mask each time.
+    ucontext_t start;
+    jmp_buf where;
+    bool started = false;
     std::vector<char> stack;
     // The thread that it runs, and the line of the barrier where that waits; 0: it has ended.
     unsigned int thread = 0;
     int waits = 0;
 };
 
-static thread_local ucontext_t scheduler;
+static thread_local jmp_buf scheduler;
 static thread_local std::vector<Fiber *> fibers;
 static thread_local Fiber *current;
 static thread_local void (*body)(const void *);
 static thread_local const void *body_arguments;
 
-static inline void barrier(int line) {
+// Leaves the fiber for the scheduler until it is resumed: at the barrier of a line, or at its end.
+static inline void leave(int line) {
     Fiber *self = current;
     self->waits = line;
-    swapcontext(&self->context, &scheduler);
+    if (_setjmp(self->where) == 0) _longjmp(scheduler, 1);
 }
 
 static inline void entry() {
     for (;;) {
         body(body_arguments);
-        current->waits = 0;
-        swapcontext(&current->context, &scheduler);
+        leave(0);
     }
 }
 
@@ -69,11 +74,11 @@ static inline Fiber *fiber(size_t i) {
     if (i == fibers.size()) {
         Fiber *made = new Fiber;
         made->stack.resize(256 * 1024);
-        getcontext(&made->context);
-        made->context.uc_stack.ss_sp = made->stack.data();
-        made->context.uc_stack.ss_size = made->stack.size();
-        made->context.uc_link = nullptr;
-        makecontext(&made->context, entry, 0);
+        getcontext(&made->start);
+        made->start.uc_stack.ss_sp = made->stack.data();
+        made->start.uc_stack.ss_size = made->stack.size();
+        made->start.uc_link = nullptr;
+        makecontext(&made->start, entry, 0);
         fibers.push_back(made);
     }
     return fibers[i];
@@ -82,7 +87,10 @@ static inline Fiber *fiber(size_t i) {
 static inline void resume(Fiber *fiber) {
     current = fiber;
     threadIdx = {fiber->thread % blockDim.x, fiber->thread / blockDim.x, 0};
-    swapcontext(&scheduler, &fiber->context);
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber->started) _longjmp(fiber->where, 1);
+    fiber->started = true;
+    setcontext(&fiber->start);
 }
 
 // Runs one block; whether its threads agree on every barrier.

@@ -6,7 +6,7 @@ use kernels::norm::{Epilogue, Normalization, Running};
 use kernels::pointwise::Weight;
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer};
-use kernels::{depthwise, im2col, loss, norm, pointwise, pool, quantize, residual, sgd};
+use kernels::{depthwise, dorefa, dsq, im2col, loss, norm, pact, pointwise, pool, quantize, residual, sgd};
 use quant_core::Bits;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -365,6 +365,66 @@ pub fn quantizers(other: &dyn Other) {
         quantize::update_range(&others[0], &others[1], 1.0)?;
         Ok(vec![moved, others[0].copy()?])
     });
+}
+
+pub fn learned_quantizers(other: &dyn Other) {
+    for (b, len) in [(2, 1), (3, 7), (4, 256), (8, 256), (4, 40_001)] {
+        pact_quantizer(other, b, len, &[0.6, 0.0, -0.5, 2.0]);
+        dsq_quantizer(other, b, len, &[[-0.7, 0.8], [0.0, 0.5], [0.3, 0.3]], &[0.2, 1e-9, 0.9]);
+        let (w, gy) = (random(1, &[len]), random(2, &[len]));
+        let context = format!("dorefa {len} at {b} bits");
+        check_as(other, DType::F32, &context, &[], &[&w, &gy], &[SAME; 2], |_, others| {
+            let y = dorefa::forward(&others[0], bits(b))?;
+            Ok(vec![y, dorefa::backward(&others[0], &others[1])?])
+        });
+    }
+    // More shares of a sum than a block has threads.
+    pact_quantizer(other, 4, 600_001, &[0.6]);
+    dsq_quantizer(other, 4, 200_001, &[[-0.7, 0.8]], &[0.2]);
+    for (bounds, softness) in [([0.5, -0.1], 0.7), ([-1.0, 2.0], 0.3), ([0.0, 0.0], -1.0)] {
+        let (bounds, softness) = (tensor(&bounds), tensor(&[softness]));
+        check_as(other, DType::F32, "dsq::project", &[], &[&bounds, &softness], &[SAME; 2], |_, others| {
+            dsq::project(&others[0], &others[1])?;
+            Ok(vec![others[0].clone(), others[1].clone()])
+        });
+    }
+}
+
+/// Gradients of what is learned are sums of terms of both signs.
+fn of_terms(len: usize) -> f64 {
+    1e-6 * (len as f64).sqrt()
+}
+
+fn pact_quantizer(other: &dyn Other, b: u32, len: usize, alphas: &[f32]) {
+    let (x, gy) = (random(1, &[len]), random(2, &[len]));
+    for alpha in alphas {
+        for signed in [false, true] {
+            let context = format!("pact {len} up to {alpha} at {b} bits, signed: {signed}");
+            let (float, half) = ([SAME, SAME, of_terms(len)], [BF16, SAME, of_terms(len)]);
+            let alpha = tensor(&[*alpha]);
+            check(other, &context, &[&x, &gy], &[&alpha], [&float, &half], |maps, others| {
+                let grads = pact::backward(&maps[0], &maps[1], &others[0], signed)?;
+                Ok(vec![pact::forward(&maps[0], &others[0], bits(b), signed)?, grads.x, grads.alpha])
+            });
+        }
+    }
+}
+
+fn dsq_quantizer(other: &dyn Other, b: u32, len: usize, bounds: &[[f32; 2]], softness: &[f32]) {
+    let (x, gy) = (random(1, &[len]), random(2, &[len]));
+    for bounds in bounds {
+        for softness in softness {
+            let context = format!("dsq {len} over {bounds:?} at {b} bits, softness {softness}");
+            let learned = [&tensor(bounds), &tensor(&[*softness])];
+            let float = [SAME, SAME, of_terms(len), of_terms(len)];
+            let half = [BF16, BF16, of_terms(len), of_terms(len)];
+            check(other, &context, &[&x, &gy], &learned, [&float, &half], |maps, others| {
+                let grads = dsq::backward(&maps[0], &maps[1], &others[0], &others[1], bits(b))?;
+                let y = dsq::forward(&maps[0], &others[0], bits(b))?;
+                Ok(vec![y, grads.x, grads.bounds, grads.softness])
+            });
+        }
+    }
 }
 
 pub fn residuals_and_pooling(other: &dyn Other) {

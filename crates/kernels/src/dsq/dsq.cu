@@ -1,0 +1,140 @@
+// Differentiable soft quantization; the definitions stand in dsq.rs. Elements are taken one after the other, V at a
+// time: `count` counts groups of V.
+#include "learned.cuh"
+
+// The intervals between the bounds.
+struct Intervals {
+    float low, high, count, width, per_width;
+};
+
+__device__ inline Intervals intervals_of(const float *bounds, float count) {
+    Intervals intervals;
+    intervals.low = bounds[0];
+    intervals.high = bounds[1];
+    intervals.count = count;
+    float width = (bounds[1] - bounds[0]) / count;
+    intervals.width = width < MIN_POSITIVE ? MIN_POSITIVE : width;
+    intervals.per_width = 1.0f / intervals.width;
+    return intervals;
+}
+
+struct Forward {
+    const void *x;
+    const float *bounds;
+    void *y;
+    u32 count;
+    float intervals;
+};
+
+template <typename T, int V> __device__ void forward(const Forward &a) {
+    Intervals intervals = intervals_of(a.bounds, a.intervals);
+    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
+        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            float level = floorf((x.at[i] - intervals.low) * intervals.per_width + 0.5f);
+            level = level > 0.0f ? level : 0.0f;
+            level = level < intervals.count ? level : intervals.count;
+            x.at[i] = fmaf(level, intervals.width, intervals.low);
+        }
+        store<V>((T *)a.y, (size_t)at * V, x);
+    }
+}
+
+KERNEL(dsq_forward_f32_1, Forward, forward<float, 1>)
+KERNEL(dsq_forward_f32_4, Forward, forward<float, 4>)
+KERNEL(dsq_forward_bf16_1, Forward, forward<bf16, 1>)
+KERNEL(dsq_forward_bf16_4, Forward, forward<bf16, 4>)
+
+// What the soft function needs beside its intervals.
+struct Soft {
+    Intervals intervals;
+    float per_count, scale, steepness, slope, by_softness[2];
+
+    // The derivatives by x, l, u and α.
+    __device__ void slopes(float x, float (&slopes)[4]) const {
+        float at = (x - intervals.low) * intervals.per_width;
+        float interval = clamped(floorf(at), 0.0f, intervals.count - 1.0f);
+        float from_middle = at - interval - 0.5f;
+        float t = tangent(steepness * from_middle);
+        float rest = 1.0f - t * t;
+        float by_x = slope * rest;
+        float level = interval + 0.5f * fmaf(scale, t, 1.0f);
+        float by_high = (level - by_x * at) * per_count;
+        float by_alpha = by_softness[0] * t - by_softness[1] * (rest * from_middle);
+        bool below = x < intervals.low, above = x > intervals.high, outside = below || above;
+        slopes[0] = outside ? 0.0f : by_x;
+        slopes[1] = below ? 1.0f : outside ? 0.0f : 1.0f - by_x - by_high;
+        slopes[2] = above ? 1.0f : outside ? 0.0f : by_high;
+        slopes[3] = outside ? 0.0f : by_alpha;
+    }
+};
+
+__device__ inline Soft soft_of(const Intervals &intervals, float softness, float least, float most) {
+    // In double precision, by one thread of a block.
+    double alpha = clamped(softness, least, most);
+    double scale = 1.0 / (1.0 - alpha), steepness = log(2.0 / alpha - 1.0), half = 0.5 * (double)intervals.width;
+    Soft soft;
+    soft.intervals = intervals;
+    soft.per_count = 1.0f / intervals.count;
+    soft.scale = (float)scale;
+    soft.steepness = (float)steepness;
+    soft.slope = (float)(0.5 * scale * steepness);
+    soft.by_softness[0] = (float)(half * scale * scale);
+    soft.by_softness[1] = (float)(half * scale * 2.0 / (alpha * (2.0 - alpha)));
+    return soft;
+}
+
+struct Backward {
+    const void *x, *gy;
+    const float *bounds, *softness;
+    void *gx;
+    // [3][gridDim.x]: of each block the gradients of l, u and α.
+    double *parts;
+    u32 count;
+    float intervals;
+    // The range of the softness.
+    float least, most;
+};
+
+template <typename T, int V> __device__ void backward(const Backward &a) {
+    __shared__ Soft shared;
+    if (thread() == 0) shared = soft_of(intervals_of(a.bounds, a.intervals), *a.softness, a.least, a.most);
+    __syncthreads();
+    Soft soft = shared;
+    double sums[3] = {0.0, 0.0, 0.0};
+    for (u32 at = blockIdx.x * THREADS + thread(); at < a.count; at += gridDim.x * THREADS) {
+        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V), gy = load<V>((const T *)a.gy, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            float slopes[4];
+            soft.slopes(x.at[i], slopes);
+            x.at[i] = gy.at[i] * slopes[0];
+#pragma unroll
+            for (int n = 0; n < 3; n++) sums[n] += (double)(gy.at[i] * slopes[n + 1]);
+        }
+        store<V>((T *)a.gx, (size_t)at * V, x);
+    }
+    write_sums(sums, a.parts);
+}
+
+KERNEL(dsq_backward_f32_1, Backward, backward<float, 1>)
+KERNEL(dsq_backward_f32_4, Backward, backward<float, 4>)
+KERNEL(dsq_backward_bf16_1, Backward, backward<bf16, 1>)
+KERNEL(dsq_backward_bf16_4, Backward, backward<bf16, 4>)
+KERNEL(dsq_totals, Totals, totals)
+
+struct Project {
+    // [2], [1]
+    float *bounds, *softness;
+    float least, most;
+};
+
+// One thread.
+__device__ inline void project(const Project &a) {
+    float low = a.bounds[0], high = a.bounds[1];
+    if (low > high) a.bounds[0] = a.bounds[1] = 0.5f * (low + high);
+    *a.softness = clamped(*a.softness, a.least, a.most);
+}
+
+KERNEL(dsq_project, Project, project)

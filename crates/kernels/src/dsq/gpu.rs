@@ -1,0 +1,56 @@
+//! Launches of dsq.cu.
+
+use super::{Grads, SOFTNESS};
+use crate::Result;
+use crate::gpu::{Launch, Module, empty, name, width};
+use crate::learned::gpu::{summed, totals};
+use candle_core::Tensor;
+use quant_core::Bits;
+
+pub(super) fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
+    let y = empty(x.dims(), x.dtype(), x.device())?;
+    let width = width(x.elem_count(), [x, &y])?;
+    let count = x.elem_count() / width;
+    Launch::shared(Module::Dsq, format!("forward_{}_{width}", name(x.dtype())), count)
+        .read(x)?
+        .read(bounds)?
+        .write(&y)?
+        .sizes([count])?
+        .floats([bits.max_level() as f32])
+        .run()?;
+    Ok(y)
+}
+
+pub(super) fn backward(
+    x: &Tensor,
+    gy: &Tensor,
+    bounds: &Tensor,
+    softness: &Tensor,
+    bits: Bits,
+) -> Result<Grads> {
+    let gx = empty(x.dims(), x.dtype(), x.device())?;
+    let width = width(x.elem_count(), [x, gy, &gx])?;
+    let count = x.elem_count() / width;
+    let kernel = format!("backward_{}_{width}", name(x.dtype()));
+    let (launch, parts) = summed(Module::Dsq, kernel, 3, count, x.device())?;
+    launch
+        .read(x)?
+        .read(gy)?
+        .read(bounds)?
+        .read(softness)?
+        .write(&gx)?
+        .write(&parts)?
+        .sizes([count])?
+        .floats([bits.max_level() as f32, SOFTNESS.0, SOFTNESS.1])
+        .run()?;
+    let sums = totals(Module::Dsq, &parts)?;
+    Ok(Grads { x: gx, bounds: sums.narrow(0, 0, 2)?, softness: sums.narrow(0, 2, 1)? })
+}
+
+pub(super) fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {
+    Launch::new(Module::Dsq, "project", [1, 1], [1, 1])
+        .write(bounds)?
+        .write(softness)?
+        .floats([SOFTNESS.0, SOFTNESS.1])
+        .run()
+}

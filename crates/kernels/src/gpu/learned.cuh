@@ -1,0 +1,55 @@
+// What the kernels of learned quantizers share: the hyperbolic tangent of tanh.rs, and sums over all elements.
+#pragma once
+#include "common.cuh"
+
+#define MIN_POSITIVE 1.17549435e-38f
+
+// ln2^k / k!, the highest power first.
+struct Series {
+    float at[7];
+
+    constexpr Series() : at() {
+        double term = 1.0;
+        for (int k = 0; k < 7; k++) {
+            term *= 0.693147180559945309417232121458 / (k + 1);
+            at[6 - k] = (float)term;
+        }
+    }
+};
+
+// tanh(x), the same operations in the same order as the CPU's.
+__device__ inline float tangent(float x) {
+    constexpr Series series;
+    float scaled = clamped(x, -9.1f, 9.1f) * (2.0f * 1.44269504088896340736f);
+    float whole = rintf(scaled), rest = scaled - whole;
+    float sum = series.at[0];
+#pragma unroll
+    for (int k = 1; k < 7; k++) sum = fmaf(sum, rest, series.at[k]);
+    float power = __uint_as_float(__float_as_uint(whole + (8388608.0f + 127.0f)) << 23);
+    float less_one = fmaf(power, sum * rest, power - 1.0f);
+    return less_one / (less_one + 2.0f);
+}
+
+// Writes the sums of a block of THREADS threads along y to parts[N][gridDim.x].
+template <int N> __device__ inline void write_sums(const double (&sums)[N], double *parts) {
+    for (int n = 0; n < N; n++) {
+        double sum = column_sum(sums[n]);
+        if (thread() == 0) parts[(size_t)n * gridDim.x + blockIdx.x] = sum;
+    }
+}
+
+struct Totals {
+    // [blockDim.x][count]
+    const double *parts;
+    // [blockDim.x]
+    float *totals;
+    u32 count;
+};
+
+// One block, with a column of threads for each sum.
+__device__ inline void totals(const Totals &a) {
+    double sum = 0.0;
+    for (u32 i = threadIdx.y; i < a.count; i += blockDim.y) sum += a.parts[(size_t)threadIdx.x * a.count + i];
+    sum = column_sum(sum);
+    if (threadIdx.y == 0) a.totals[threadIdx.x] = (float)sum;
+}
