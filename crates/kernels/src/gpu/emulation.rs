@@ -9,6 +9,7 @@
 //!
 //! With `KERNELS_SANITIZE=1` the kernels are compiled with AddressSanitizer, which must then be loaded first:
 //! `LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 KERNELS_SANITIZE=1 cargo test -p kernels`.
+//! It warns once that it ignores a jump: the fibers' stacks are none that it knows.
 
 use super::{Launch, Module};
 use crate::Error;

@@ -8,7 +8,7 @@
 struct Series {
     float at[7];
 
-    constexpr Series() : at() {
+    __host__ __device__ constexpr Series() : at() {
         double term = 1.0;
         for (int k = 0; k < 7; k++) {
             term *= 0.693147180559945309417232121458 / (k + 1);
