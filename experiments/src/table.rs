@@ -161,14 +161,18 @@ impl Table {
         let done: BTreeMap<&str, &Outcome> =
             plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect();
         let mut rows = Vec::new();
-        let mut outcomes: BTreeMap<&str, &Outcome> = BTreeMap::new();
+        let mut outcomes: Vec<&Outcome> = Vec::new();
         for cell in cells {
             let keys = cell.stage.lineage().into_iter().map(|stage| stage.key(data.fingerprint()));
             let lineage: Vec<&Outcome> = keys.filter_map(|key| done.get(key.as_str()).copied()).collect();
             // A cell that `--only` left out, now or in earlier runs, is not in the table.
             if lineage.last().is_some_and(|end| end.key == cell.stage.key(data.fingerprint())) {
                 rows.push(self.row(session, cell, &lineage)?.compare(Paper::published()));
-                outcomes.extend(lineage.into_iter().map(|outcome| (outcome.key.as_str(), outcome)));
+                for outcome in lineage {
+                    if !outcomes.iter().any(|known| known.key == outcome.key) {
+                        outcomes.push(outcome);
+                    }
+                }
             }
         }
         if rows.is_empty() {
@@ -179,7 +183,7 @@ impl Table {
             command: provenance.command.clone(),
             profile: profile.name.clone(),
             dataset: data.name().into(),
-            notes: notes(&rows, outcomes.values().copied()),
+            notes: notes(&rows, &outcomes),
             provenance: vec![
                 (
                     "Data".into(),
@@ -198,8 +202,7 @@ impl Table {
         report::write_text(&report::markdown(&rows, &context), &path("md"))?;
         report::plot(&rows, &context, &path("svg"), &path("png"))?;
         report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
-        let stages: Vec<&Outcome> = outcomes.into_values().collect();
-        report::write_text(&serde_json::to_string_pretty(&stages)?, &folder.join("stages.json"))?;
+        report::write_text(&serde_json::to_string_pretty(&outcomes)?, &folder.join("stages.json"))?;
         Ok(Some(report::terminal(&rows, &context)))
     }
 
@@ -234,7 +237,7 @@ impl Table {
 }
 
 /// What a reader of the table should know: the float networks it began from, and what pruning did.
-fn notes<'a>(rows: &[Row], outcomes: impl Iterator<Item = &'a Outcome>) -> Vec<String> {
+fn notes(rows: &[Row], outcomes: &[&Outcome]) -> Vec<String> {
     let mut notes = Vec::new();
     let mut models: Vec<(&str, f64)> =
         rows.iter().map(|r| (r.model.as_str(), r.float_top1_percent)).collect();

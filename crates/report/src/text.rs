@@ -32,7 +32,7 @@ pub fn markdown(rows: &[Row], context: &Context) -> String {
     blocks.push(document.results.markdown());
     blocks.extend(document.remarks);
     if !document.orderings.rows.is_empty() {
-        blocks.push("## Does the order of the methods hold?".into());
+        blocks.push(format!("## {}", document.question));
         blocks.push(document.orderings.markdown());
         blocks.push(document.verdict);
     }
@@ -87,6 +87,7 @@ pub(crate) struct Document {
     pub(crate) caveats: Vec<String>,
     pub(crate) results: Table<'static>,
     pub(crate) remarks: Vec<String>,
+    question: &'static str,
     orderings: Table<'static>,
     verdict: String,
     notes: Vec<String>,
@@ -100,23 +101,39 @@ impl Document {
         let groups: Vec<_> = summaries.chunk_by(|a, b| a.group() == b.group()).collect();
         let orderings: Vec<_> = groups.iter().flat_map(|group| orderings(rows, group)).collect();
         let reasons = caveats(rows).join("; ");
-        let caveat = format!(
-            "{reasons}: these figures cannot be compared with the paper's in absolute terms, only in their \
-             order. Differences marked † are for reference."
-        );
+        // Tables of our own, ablations, have nothing published beside them.
+        let published = rows.iter().any(|row| !Paper::published().table_named(&row.table).is_empty());
+        let (comparable, question, verdict, absent): (_, _, _, [&[&str]; 2]) = if published {
+            (
+                "these figures cannot be compared with the paper's in absolute terms, only in their order. Differences \
+                 marked † are for reference.",
+                "Does the order of the methods hold?",
+                verdict(&orderings),
+                [&[], &[]],
+            )
+        } else {
+            (
+                "what is compared is the order of the alternatives, not the figures.",
+                "Do the alternatives differ?",
+                "They do where the 95 % interval of Student's t, over pairs of the same seed, has zero outside; one seed \
+                 decides nothing."
+                    .into(),
+                [&["paper", "diff."], &["paper", "verdict"]],
+            )
+        };
+        let caveat = format!("{reasons}: {comparable}");
+        let found =
+            Table { head: RESULTS.to_vec(), rows: groups.iter().flat_map(|group| results(group)).collect() };
+        let compared =
+            Table { head: ORDERINGS.to_vec(), rows: orderings.iter().map(Ordering::cells).collect() };
         Document {
             title: context.title.clone(),
             caveats: (!reasons.is_empty()).then_some(caveat).into_iter().collect(),
-            results: Table {
-                head: RESULTS.to_vec(),
-                rows: groups.iter().flat_map(|group| results(group)).collect(),
-            },
+            results: found.without(absent[0]),
             remarks: remarks(&summaries),
-            verdict: verdict(&orderings),
-            orderings: Table {
-                head: ORDERINGS.to_vec(),
-                rows: orderings.iter().map(Ordering::cells).collect(),
-            },
+            question,
+            verdict,
+            orderings: compared.without(absent[1]),
             notes: context.notes.clone(),
             command: context.command.clone(),
             made: made(rows, context),
@@ -364,6 +381,17 @@ pub(crate) struct Table<'a> {
 }
 
 impl Table<'_> {
+    /// Without the columns of these names.
+    fn without(mut self, names: &[&str]) -> Self {
+        let kept: Vec<bool> = self.head.iter().map(|(name, _)| !names.contains(name)).collect();
+        for row in &mut self.rows {
+            let mut kept = kept.iter();
+            row.retain(|_| kept.next() == Some(&true));
+        }
+        self.head.retain(|(name, _)| !names.contains(name));
+        self
+    }
+
     pub(crate) fn markdown(&self) -> String {
         let line = |cells: Vec<String>| format!("| {} |", cells.join(" | "));
         let head = self.head.iter().map(|(name, _)| name.to_string()).collect();

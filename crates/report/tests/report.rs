@@ -241,6 +241,29 @@ pfq table3 --seeds 0,1,2
 }
 
 #[test]
+fn ablations_have_nothing_published_beside_them() {
+    let alternative = |method: &str, seed: u64, top1: f64| Row {
+        table: "ablation_threshold".into(),
+        width: 0.25,
+        ..row("mobilenet_v2", 4, method, seed, top1)
+    };
+    // The default is the last.
+    let rows: Vec<Row> =
+        [("high", 70.0), ("default", 72.0)].map(|(method, top1)| alternative(method, 0, top1)).into();
+    let text = markdown(&rows, &Context::default());
+    for part in [
+        "> **network width ×0.25: what is compared is the order of the alternatives, not the figures.**",
+        "| model | bits | method | top-1 % | MACs M | pruned % |",
+        "| MobileNetV2 ×0.25 | A4/W4 | default | **72.00** |",
+        "## Do the alternatives differ?\n\n| model | bits | method − method | diff. | 95 % interval | pairs |",
+        "| MobileNetV2 ×0.25 | A4/W4 | default − high | +2.00 | – | 1 |\n",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    assert!(!text.contains("paper"), "{text}");
+}
+
+#[test]
 fn reports_say_what_cannot_be_compared() {
     fn check(input: Row, expect: Option<&str>) {
         let rows = [input];
