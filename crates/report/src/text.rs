@@ -265,10 +265,9 @@ fn verdict(orderings: &[Ordering]) -> String {
 
 /// Where the networks began, and what the paper says about pruned weights.
 fn remarks(summaries: &[Summary]) -> Vec<String> {
-    let by_model = || summaries.chunk_by(|a, b| a.model == b.model && a.width == b.width).map(|of| &of[0]);
-    let mut began: Vec<String> = by_model()
-        .map(|first| format!("{} {:.2} %", model_label(&first.model, first.width), first.float_top1_percent))
-        .collect();
+    let models = || summaries.chunk_by(|a, b| a.model == b.model && a.width == b.width);
+    let by_model = || models().map(|of| &of[0]);
+    let mut began: Vec<String> = models().flat_map(began).collect();
     began.dedup();
     let theirs = |pruned: &&crate::paper::PaperPruned| {
         by_model().any(|first| {
@@ -295,6 +294,16 @@ fn remarks(summaries: &[Summary]) -> Vec<String> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// The float accuracy of a model, or those of the methods where each has its own pre-training.
+fn began(of: &[Summary]) -> Vec<String> {
+    let float = |row: &Summary| format!("{:.2} %", row.float_top1_percent);
+    let label = model_label(&of[0].model, of[0].width);
+    if of.iter().all(|row| float(row) == float(&of[0])) {
+        return vec![format!("{label} {}", float(&of[0]))];
+    }
+    of.iter().map(|row| format!("{label} {} ({})", float(row), method_label(&row.method))).collect()
 }
 
 fn made(rows: &[Row], context: &Context) -> Vec<String> {

@@ -261,6 +261,12 @@ fn ablations_have_nothing_published_beside_them() {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
     assert!(!text.contains("paper"), "{text}");
+    assert!(text.contains("that the runs began from: MobileNetV2 ×0.25 75.50 %.\n"), "{text}");
+    // One over the pre-training.
+    let rows = [rows[0].clone(), Row { float_top1_percent: 74.0, ..rows[1].clone() }];
+    let text = markdown(&rows, &Context::default());
+    let began = "began from: MobileNetV2 ×0.25 75.50 % (high), MobileNetV2 ×0.25 74.00 % (default).\n";
+    assert!(text.contains(began), "{text}");
 }
 
 #[test]
