@@ -73,7 +73,11 @@ impl Chart<'_> {
         let end = LEFT + white.width(&reasons) + 24.0;
         canvas.rectangle((LEFT, y - 19.0), (end, y + 8.0), ALARM)?;
         canvas.text(&reasons, (LEFT + 12.0, y), &white)?;
-        let rest = "Only the order of the methods can be compared with the paper.";
+        let published = self.summaries.iter().any(|summary| summary.paper_top1_percent.is_some());
+        let rest = match published {
+            true => "Only the order of the methods can be compared with the paper.",
+            false => "What is compared is the order of the alternatives.",
+        };
         canvas.text(rest, (end + 12.0, y), &Style { colour: ALARM, ..INK_BOLD.sized(15.0) })
     }
 
