@@ -7,7 +7,7 @@
 //! Rounding is passed straight through, and `M` is held constant: `∂w = ∂y·(1 − tanh²w)/M`. (Differentiating
 //! `M` too would change the gradient of the largest weight alone.)
 
-pub(crate) mod gpu;
+mod gpu;
 
 use crate::cpu::{self, CHUNK, Check, simd};
 use crate::tanh::tanh;

@@ -19,7 +19,7 @@
 //!
 //! Below, only `∂Q/∂l = 1`; above, only `∂Q/∂u = 1`.
 
-pub(crate) mod gpu;
+mod gpu;
 
 use crate::cpu::{self, CHUNK, Check, simd};
 use crate::learned::{LANES, Lanes, map_and_sum};

@@ -9,7 +9,7 @@
 //!
 //! An `α` below 0 stands for 0, where `y = 0` (up to 1e-37).
 
-pub(crate) mod gpu;
+mod gpu;
 
 use crate::cpu::{self, CHUNK, Check, simd};
 use crate::learned::{LANES, Lanes, map_and_sum};

@@ -17,6 +17,9 @@ typedef unsigned int u32;
 
 #define THREADS 256
 
+// The smallest normal number, of which the reciprocal does not overflow.
+#define MIN_POSITIVE 1.17549435e-38f
+
 #ifdef __CUDACC__
 #define KERNEL(name, Arguments, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Arguments a) { __VA_ARGS__(a); }
@@ -107,13 +110,23 @@ struct Grid {
 __device__ inline Grid grid_of(const float *range, float max_level) {
     Grid grid;
     float lo = fminf(range[0], 0.0f), hi = fmaxf(range[1], 0.0f);
-    grid.step = fmaxf((hi - lo) / max_level, 1.17549435e-38f);
+    grid.step = fmaxf((hi - lo) / max_level, MIN_POSITIVE);
     float zero_point = rintf(-lo / grid.step);
     zero_point = zero_point < 0.0f ? 0.0f : zero_point;
     grid.zero_point = zero_point > max_level ? max_level : zero_point;
     grid.per_step = 1.0f / grid.step;
     grid.max_level = max_level;
     return grid;
+}
+
+// Fake quantization of elements that are taken one after the other, V at a time, by the threads of all blocks along x.
+template <typename T, int V> __device__ inline void fake_all(const void *from, void *to, u32 count, const Grid &grid) {
+    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < count; at += gridDim.x * blockDim.x) {
+        Vec<V> x = load<V>((const T *)from, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) x.at[i] = grid.value(grid.level(x.at[i]));
+        store<V>((T *)to, (size_t)at * V, x);
+    }
 }
 
 // How elements of a feature map are read: floats, or levels of a grid.

@@ -108,8 +108,16 @@ fn build(module: Module) -> Result<PathBuf, String> {
     let compiler = compiler().as_ref()?;
     let sanitize = std::env::var_os("KERNELS_SANITIZE").is_some();
     // Fortified, a jump to another stack is an error.
-    let mut flags = vec!["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-w"];
-    flags.push("-U_FORTIFY_SOURCE");
+    let mut flags = vec![
+        "-std=c++17",
+        "-O2",
+        "-march=native",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-shared",
+        "-w",
+        "-U_FORTIFY_SOURCE",
+    ];
     if sanitize {
         flags.extend(["-fsanitize=address", "-g"]);
     }

@@ -2,8 +2,6 @@
 #pragma once
 #include "common.cuh"
 
-#define MIN_POSITIVE 1.17549435e-38f
-
 // ln2^k / k!, the highest power first.
 struct Series {
     float at[7];

@@ -11,13 +11,7 @@ struct Fake {
 };
 
 template <typename T, int V> __device__ void fake(const Fake &a) {
-    Grid grid = grid_of(a.range, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) x.at[i] = grid.value(grid.level(x.at[i]));
-        store<V>((T *)a.y, (size_t)at * V, x);
-    }
+    fake_all<T, V>(a.x, a.y, a.count, grid_of(a.range, a.max_level));
 }
 
 KERNEL(quantize_fake_f32_1, Fake, fake<float, 1>)
