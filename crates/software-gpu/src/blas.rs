@@ -1,0 +1,322 @@
+//! The functions of cuBLAS that are used: products of matrices.
+//!
+//! Sums are taken in ascending order in the precision that the call asks for; of TF32, operands are rounded to it.
+
+// The functions of a C library: pointers from the caller.
+#![allow(unsafe_code)]
+
+use crate::driver::{answer, touch};
+use crate::memory;
+use crate::ops::Value;
+use crate::{Error, Result};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::ffi::{c_int, c_void};
+
+type Status = c_int;
+type Address = u64;
+
+/// What a handle stands for.
+struct Blas {
+    stream: u64,
+    /// Whether factors are read on the device.
+    factors_on_device: bool,
+}
+
+/// The handle's value; calls for one handle come from one thread at a time.
+fn blas(handle: *mut c_void) -> Result<&'static mut Blas> {
+    if handle.is_null() {
+        return Err(Error::Call("no handle".into()));
+    }
+    // SAFETY: made by `cublasCreate_v2`.
+    Ok(unsafe { &mut *handle.cast::<Blas>() })
+}
+
+/// A matrix as cuBLAS is told of it: columns of `lead` elements.
+struct Matrix {
+    at: Address,
+    /// An element's type, as `cudaDataType` numbers it.
+    kind: c_int,
+    lead: c_int,
+    transposed: bool,
+}
+
+const F32: c_int = 0;
+const F64: c_int = 1;
+const F16: c_int = 2;
+const BF16: c_int = 14;
+/// `CUBLAS_COMPUTE_32F_FAST_TF32`.
+const TF32: c_int = 77;
+const COMPUTE_F64: [c_int; 2] = [70, 71];
+
+fn size_of(kind: c_int) -> Result<usize> {
+    match kind {
+        F32 => Ok(4),
+        F64 => Ok(8),
+        F16 | BF16 => Ok(2),
+        _ => Err(Error::NotSupported(format!("the type {kind} of matrices"))),
+    }
+}
+
+impl Matrix {
+    /// Its bytes, if `rows` of each of `columns` are used as it is stored.
+    fn bytes(&self, rows: usize, columns: usize) -> Result<(Address, usize)> {
+        let lead = self.lead as usize;
+        if lead < rows.max(1) {
+            return Err(Error::Call(format!("columns of {rows} elements, and {lead} from one to the next")));
+        }
+        let count = if rows == 0 || columns == 0 { 0 } else { (columns - 1) * lead + rows };
+        Ok((self.at, count * size_of(self.kind)?))
+    }
+
+    /// The element `(row, column)` as it is stored.
+    fn element(&self, row: usize, column: usize) -> Result<f64> {
+        let size = size_of(self.kind)?;
+        let at = self.at + ((column * self.lead as usize + row) * size) as u64;
+        // SAFETY: within the bytes that `touch` has found to be of an allocation.
+        let bits = unsafe { memory::load(at, size) };
+        Ok(match self.kind {
+            F32 => f32::of(bits).into(),
+            F64 => f64::of(bits),
+            F16 => f16::of(bits).into(),
+            _ => bf16::of(bits).into(),
+        })
+    }
+
+    /// All of the matrix `[rows, columns]` that it stands for, row by row.
+    fn rows(&self, rows: usize, columns: usize, tf32: bool) -> Result<Vec<f64>> {
+        let all = (0..rows * columns).into_par_iter().map(|i| {
+            let (row, column) = (i / columns, i % columns);
+            let value = if self.transposed { self.element(column, row) } else { self.element(row, column) }?;
+            Ok(if tf32 { rounded_to_tf32(value as f32).into() } else { value })
+        });
+        all.collect()
+    }
+}
+
+/// Ten bits behind the point, the nearest, of two the even one.
+fn rounded_to_tf32(x: f32) -> f32 {
+    if !x.is_finite() {
+        return x;
+    }
+    let bits = x.to_bits();
+    f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff)
+}
+
+/// A factor, on the host or on the device.
+fn factor(at: *const c_void, double: bool) -> f64 {
+    // SAFETY: the API asks for a pointer to a factor of that type.
+    unsafe { if double { *at.cast::<f64>() } else { f64::from(*at.cast::<f32>()) } }
+}
+
+/// `c = alpha·a·b + beta·c` with `c[m, n]` and `k` terms a sum, for `batch` matrices at strides in elements.
+#[allow(clippy::too_many_arguments)]
+fn product(
+    handle: *mut c_void,
+    (m, n, k): (c_int, c_int, c_int),
+    (alpha, beta): (*const c_void, *const c_void),
+    (a, b, c): (Matrix, Matrix, Matrix),
+    compute: c_int,
+    (batch, strides): (c_int, [i64; 3]),
+) -> Result<()> {
+    let blas = blas(handle)?;
+    let [m, n, k] = [m, n, k].map(|n| n as usize);
+    let double = COMPUTE_F64.contains(&compute);
+    let factor_size = if double { 8 } else { 4 };
+    if blas.factors_on_device {
+        touch(blas.stream, &[(alpha as u64, factor_size), (beta as u64, factor_size)])?;
+    }
+    let (alpha, beta) = (factor(alpha, double), factor(beta, double));
+    for i in 0..i64::from(batch) {
+        let moved = |matrix: &Matrix, stride: i64| -> Result<Matrix> {
+            let at = matrix.at + (i * stride) as u64 * size_of(matrix.kind)? as u64;
+            Ok(Matrix { at, ..*matrix })
+        };
+        let (a, b, c) = (moved(&a, strides[0])?, moved(&b, strides[1])?, moved(&c, strides[2])?);
+        let stored = |matrix: &Matrix, rows, columns| {
+            if matrix.transposed { matrix.bytes(columns, rows) } else { matrix.bytes(rows, columns) }
+        };
+        touch(blas.stream, &[stored(&a, m, k)?, stored(&b, k, n)?, c.bytes(m, n)?])?;
+        let tf32 = compute == TF32;
+        let (left, right) = (a.rows(m, k, tf32)?, b.rows(k, n, tf32)?);
+        (0..m).into_par_iter().try_for_each(|row| {
+            let sums = if double {
+                sums(&left[row * k..][..k], &right, n)
+            } else {
+                // Exact as they are, in single precision.
+                let single = |all: &[f64]| all.iter().map(|&x| x as f32).collect::<Vec<f32>>();
+                sums(&single(&left[row * k..][..k]), &right, n)
+            };
+            for (column, sum) in sums.into_iter().enumerate() {
+                // What is there is not read without a factor: it may be no number.
+                let before = if beta == 0.0 { 0.0 } else { beta * c.element(row, column)? };
+                let value = if double {
+                    alpha * sum + before
+                } else {
+                    f64::from((alpha * sum) as f32 + before as f32)
+                };
+                let size = size_of(c.kind)?;
+                let bits = match c.kind {
+                    F32 => (value as f32).bits(),
+                    F64 => value.bits(),
+                    F16 => f16::from_f32(value as f32).bits(),
+                    _ => bf16::from_f32(value as f32).bits(),
+                };
+                // SAFETY: within the bytes that `touch` has found to be of an allocation.
+                unsafe { memory::store(c.at + ((column * c.lead as usize + row) * size) as u64, size, bits) };
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// A number that sums are taken in.
+trait Number: Copy + Default + std::ops::Mul<Output = Self> + std::ops::AddAssign + Into<f64> {
+    fn rounded(x: f64) -> Self;
+}
+
+impl Number for f32 {
+    fn rounded(x: f64) -> Self {
+        x as Self
+    }
+}
+
+impl Number for f64 {
+    fn rounded(x: f64) -> Self {
+        x
+    }
+}
+
+/// A row times a matrix of `n` columns.
+fn sums<T: Number>(row: &[T], right: &[f64], n: usize) -> Vec<f64> {
+    let mut sums = vec![T::default(); n];
+    for (&x, others) in row.iter().zip(right.chunks_exact(n)) {
+        for (sum, &other) in sums.iter_mut().zip(others) {
+            *sum += x * T::rounded(other);
+        }
+    }
+    sums.into_iter().map(Into::into).collect()
+}
+
+macro_rules! functions {
+    ($(fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $body:block)*) => {
+        $(
+            #[allow(non_snake_case, clippy::too_many_arguments)]
+            #[unsafe(no_mangle)]
+            extern "C" fn $name($($argument: $kind),*) -> Status {
+                answer(stringify!($name), move || $body)
+            }
+        )*
+    };
+}
+
+functions! {
+    fn cublasCreate_v2(handle: *mut *mut c_void) {
+        let made = Box::into_raw(Box::new(Blas { stream: 0, factors_on_device: false }));
+        // SAFETY: the API asks for a place for the handle.
+        unsafe { handle.write(made.cast()) };
+        Ok(())
+    }
+
+    fn cublasDestroy_v2(handle: *mut c_void) {
+        let blas: *mut Blas = blas(handle)?;
+        // SAFETY: made by `cublasCreate_v2`.
+        drop(unsafe { Box::from_raw(blas) });
+        Ok(())
+    }
+
+    fn cublasSetStream_v2(handle: *mut c_void, stream: u64) {
+        blas(handle)?.stream = stream;
+        Ok(())
+    }
+
+    fn cublasSetPointerMode_v2(handle: *mut c_void, mode: c_int) {
+        blas(handle)?.factors_on_device = mode == 1;
+        Ok(())
+    }
+
+    fn cublasSetMathMode(_handle: *mut c_void, _mode: c_int) { Ok(()) }
+
+    fn cublasGemmEx(
+        handle: *mut c_void, a_transposed: c_int, b_transposed: c_int, m: c_int, n: c_int, k: c_int,
+        alpha: *const c_void, a: Address, a_kind: c_int, a_lead: c_int, b: Address, b_kind: c_int, b_lead: c_int,
+        beta: *const c_void, c: Address, c_kind: c_int, c_lead: c_int, compute: c_int, _algorithm: c_int,
+    ) {
+        let a = Matrix { at: a, kind: a_kind, lead: a_lead, transposed: a_transposed != 0 };
+        let b = Matrix { at: b, kind: b_kind, lead: b_lead, transposed: b_transposed != 0 };
+        let c = Matrix { at: c, kind: c_kind, lead: c_lead, transposed: false };
+        product(handle, (m, n, k), (alpha, beta), (a, b, c), compute, (1, [0; 3]))
+    }
+
+    fn cublasGemmStridedBatchedEx(
+        handle: *mut c_void, a_transposed: c_int, b_transposed: c_int, m: c_int, n: c_int, k: c_int,
+        alpha: *const c_void, a: Address, a_kind: c_int, a_lead: c_int, a_stride: i64, b: Address, b_kind: c_int,
+        b_lead: c_int, b_stride: i64, beta: *const c_void, c: Address, c_kind: c_int, c_lead: c_int, c_stride: i64,
+        batch: c_int, compute: c_int, _algorithm: c_int,
+    ) {
+        let a = Matrix { at: a, kind: a_kind, lead: a_lead, transposed: a_transposed != 0 };
+        let b = Matrix { at: b, kind: b_kind, lead: b_lead, transposed: b_transposed != 0 };
+        let c = Matrix { at: c, kind: c_kind, lead: c_lead, transposed: false };
+        product(handle, (m, n, k), (alpha, beta), (a, b, c), compute, (batch, [a_stride, b_stride, c_stride]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::{allocated, alone, upload};
+
+    /// `[1 2 3; 4 5 6]·[1 0; 0 1; 1 1] = [4 5; 10 11]`, stored in columns, plain and transposed, times 2, plus 10 times
+    /// what was there.
+    #[test]
+    fn products_in_columns() {
+        let _alone = alone();
+        let (plain_a, transposed_a) = ([1., 4., 2., 5., 3., 6.], [1., 2., 3., 4., 5., 6.]);
+        let (plain_b, transposed_b) = ([1., 0., 1., 0., 1., 1.], [1., 0., 0., 1., 1., 1.]);
+        for (a, a_lead, a_transposed) in [(plain_a, 2, 0), (transposed_a, 3, 1)] {
+            for (b, b_lead, b_transposed) in [(plain_b, 3, 0), (transposed_b, 2, 1)] {
+                let (a, b, c) = (upload(&a), upload(&b), upload(&[1f32, 2., f32::NAN, 3., 4.]));
+                let mut handle = std::ptr::null_mut();
+                assert_eq!(cublasCreate_v2(&raw mut handle), 0);
+                let (alpha, beta) = (2f32, 10f32);
+                let status = cublasGemmEx(
+                    handle,
+                    a_transposed,
+                    b_transposed,
+                    2,
+                    2,
+                    3,
+                    (&raw const alpha).cast(),
+                    a,
+                    F32,
+                    a_lead,
+                    b,
+                    F32,
+                    b_lead,
+                    (&raw const beta).cast(),
+                    c,
+                    F32,
+                    3,
+                    68,
+                    0,
+                );
+                assert_eq!(status, 0);
+                let found: Vec<f32> = allocated(c, 5);
+                assert_eq!([found[0], found[1], found[3], found[4]], [18., 40., 40., 62.]);
+                assert!(found[2].is_nan(), "between the columns nothing is written");
+                assert_eq!(cublasDestroy_v2(handle), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn ten_bits_are_left() {
+        let unit = 2f32.powi(-10);
+        assert_eq!(rounded_to_tf32(1.0 + unit), 1.0 + unit);
+        assert_eq!(rounded_to_tf32(1.0 + 0.5 * unit), 1.0);
+        assert_eq!(rounded_to_tf32(1.0 + 1.5 * unit), 1.0 + 2.0 * unit);
+        assert_eq!(rounded_to_tf32(-1.0 - 0.51 * unit), -1.0 - unit);
+        assert!(rounded_to_tf32(f32::NAN).is_nan());
+    }
+}

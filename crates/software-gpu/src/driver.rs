@@ -1,0 +1,607 @@
+//! The driver's functions (NVIDIA's *CUDA Driver API*, 13.0): one GPU, whose memory is the host's.
+//!
+//! Every call is done when it returns. `streams` keeps what a GPU would not have in order; work on one allocation in two
+//! streams without an order is an error.
+
+// The functions of a C library: pointers from the caller.
+#![allow(unsafe_code)]
+
+use crate::launch::Launch;
+use crate::memory::Allocations;
+use crate::program::{self, Program};
+use crate::ptx::{self, Space};
+use crate::streams::{Stream, Streams};
+use crate::{Error, Result};
+use std::alloc::Layout;
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+type Status = c_int;
+/// Of streams, events, modules: a number, or an address of ours.
+type Handle = u64;
+type Pointer = u64;
+
+const SUCCESS: Status = 0;
+const INVALID_VALUE: Status = 1;
+const NOT_SUPPORTED: Status = 801;
+const LAUNCH_FAILED: Status = 719;
+const INVALID_PTX: Status = 218;
+const NOT_FOUND: Status = 500;
+const UNKNOWN: Status = 999;
+
+/// The handle that stands for the stream of the calling thread (`CU_STREAM_PER_THREAD`).
+const OF_THIS_THREAD: Handle = 2;
+/// Allocations begin at multiples of this, as those of a GPU do.
+const ALIGN: usize = 256;
+
+/// All that the device has.
+#[derive(Default)]
+struct Device {
+    /// By address.
+    allocations: BTreeMap<Pointer, Allocation>,
+    streams: Streams,
+    /// When events were recorded.
+    events: HashMap<Handle, Instant>,
+    /// Bytes that are in use.
+    used: usize,
+}
+
+struct Allocation {
+    size: usize,
+    /// The last work on it.
+    work: Option<(Stream, u64)>,
+}
+
+/// A loaded module.
+struct Module {
+    tree: ptx::Module,
+    /// Addresses of its variables.
+    globals: HashMap<String, Pointer>,
+    /// Its kernels, as far as they were asked for.
+    kernels: Mutex<HashMap<String, &'static Program>>,
+}
+
+static DEVICE: Mutex<Option<Device>> = Mutex::new(None);
+
+fn device() -> DeviceGuard {
+    let mut guard = DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    guard.get_or_insert_default();
+    DeviceGuard(guard)
+}
+
+struct DeviceGuard(MutexGuard<'static, Option<Device>>);
+
+impl std::ops::Deref for DeviceGuard {
+    type Target = Device;
+
+    fn deref(&self) -> &Device {
+        self.0.as_ref().expect("made when it was locked")
+    }
+}
+
+impl std::ops::DerefMut for DeviceGuard {
+    fn deref_mut(&mut self) -> &mut Device {
+        self.0.as_mut().expect("made when it was locked")
+    }
+}
+
+/// A number that no other handle has, nor any that the API gives a meaning.
+fn new_handle() -> Handle {
+    static NEXT: AtomicU64 = AtomicU64::new(0x1000);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The stream of a handle, with the calling thread's number where it is that thread's.
+fn stream(handle: Handle) -> Stream {
+    thread_local! {
+        static NUMBER: Cell<u64> = Cell::new(new_handle());
+    }
+    (handle, if handle == OF_THIS_THREAD { NUMBER.get() } else { 0 })
+}
+
+/// Does what a call asks for; an error is told on stderr, as the status says little.
+pub(crate) fn answer(call: &str, work: impl FnOnce() -> Result<()>) -> Status {
+    let done = std::panic::catch_unwind(AssertUnwindSafe(work));
+    let (problem, status) = match done {
+        Ok(Ok(())) => return SUCCESS,
+        Ok(Err(problem)) => {
+            let status = match problem {
+                Error::Ptx { .. } => INVALID_PTX,
+                Error::NotSupported(_) => NOT_SUPPORTED,
+                Error::NoKernel(_) => NOT_FOUND,
+                Error::Launch { .. } => LAUNCH_FAILED,
+                Error::Call(_) => INVALID_VALUE,
+            };
+            (problem.to_string(), status)
+        }
+        Err(_) => ("a panic".into(), UNKNOWN),
+    };
+    eprintln!("software-gpu: {call}: {problem}");
+    status
+}
+
+impl Device {
+    /// The allocation that bytes are of.
+    fn allocation(&mut self, address: Pointer, size: usize) -> Result<&mut Allocation> {
+        let found = self.allocations.range_mut(..=address).next_back();
+        match found {
+            Some((start, allocation)) if address + size as u64 <= start + allocation.size as u64 => {
+                Ok(allocation)
+            }
+            _ => Err(Error::Call(format!("{size} bytes at {address:#x} are of no allocation"))),
+        }
+    }
+
+    /// Takes note of a stream's work on memory; an error if nothing puts it behind what was done there before.
+    pub(crate) fn touch(
+        &mut self,
+        handle: Handle,
+        memory: impl IntoIterator<Item = (Pointer, usize)>,
+    ) -> Result<()> {
+        let stream = stream(handle);
+        // The default stream waits for all others, and all others for it.
+        if handle == 0 {
+            self.streams.wait_for_all();
+        }
+        let work = self.streams.work(stream);
+        for (address, size) in memory {
+            let before = self.allocation(address, size)?.work.replace(work);
+            if before.is_some_and(|before| !self.streams.is_before(before, stream)) {
+                return Err(Error::Call(format!(
+                    "memory at {address:#x} is used in stream {stream:x?}, and nothing puts that behind the work of \
+                     {:x?} on it",
+                    before.expect("some").0
+                )));
+            }
+        }
+        if handle == 0 {
+            self.streams.wait(stream);
+        }
+        Ok(())
+    }
+
+    fn allocate(&mut self, size: usize) -> Pointer {
+        let layout = Layout::from_size_align(size.max(1), ALIGN).expect("a size");
+        // SAFETY: not of size 0.
+        let address = unsafe { std::alloc::alloc(layout) };
+        if address.is_null() {
+            std::alloc::handle_alloc_error(layout);
+        }
+        // No number, so that what nobody wrote shows.
+        // SAFETY: that many bytes.
+        unsafe { address.write_bytes(0xff, size) };
+        self.allocations.insert(address as u64, Allocation { size, work: None });
+        self.used += size;
+        address as u64
+    }
+
+    fn free(&mut self, address: Pointer) -> Result<()> {
+        let allocation = self.allocations.remove(&address);
+        let allocation =
+            allocation.ok_or_else(|| Error::Call(format!("no allocation begins at {address:#x}")))?;
+        self.used -= allocation.size;
+        let layout = Layout::from_size_align(allocation.size.max(1), ALIGN).expect("a size");
+        // SAFETY: of `allocate`, with this layout.
+        unsafe { std::alloc::dealloc(address as *mut u8, layout) };
+        Ok(())
+    }
+}
+
+/// Work of a library on memory, in a stream.
+pub(crate) fn touch(handle: Handle, memory: &[(Pointer, usize)]) -> Result<()> {
+    device().touch(handle, memory.iter().copied())
+}
+
+macro_rules! functions {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) $body:block)*) => {
+        $(
+            #[allow(non_snake_case)]
+            #[unsafe(no_mangle)]
+            extern "C" fn $name($($argument: $kind),*) -> Status {
+                answer(stringify!($name), move || $body)
+            }
+        )*
+    };
+}
+
+/// Writes a result where the caller wants it.
+fn give<T>(to: *mut T, value: T) -> Result<()> {
+    if to.is_null() {
+        return Err(Error::Call("a null pointer for a result".into()));
+    }
+    // SAFETY: the API asks for a pointer to a `T`.
+    unsafe { to.write(value) };
+    Ok(())
+}
+
+/// The compute capability that is claimed, without its point.
+fn capability() -> c_int {
+    std::env::var("SOFTWARE_GPU").ok().and_then(|text| text.parse().ok()).unwrap_or(90)
+}
+
+/// Of the memory that is said to be there.
+const TOTAL: usize = 16 << 30;
+const NAME: &[u8] = b"a GPU in software\0";
+
+functions! {
+    fn cuInit(_flags: c_uint) { Ok(()) }
+
+    fn cuDriverGetVersion(version: *mut c_int) { give(version, 13_000) }
+
+    fn cuDeviceGetCount(count: *mut c_int) { give(count, 1) }
+
+    fn cuDeviceGet(device: *mut c_int, number: c_int) {
+        if number != 0 {
+            return Err(Error::Call(format!("there is no GPU {number}")));
+        }
+        give(device, 0)
+    }
+
+    fn cuDeviceGetName(name: *mut c_char, len: c_int, _device: c_int) {
+        let count = NAME.len().min(len as usize);
+        // SAFETY: the caller's buffer has `len` bytes.
+        unsafe { name.copy_from_nonoverlapping(NAME.as_ptr().cast(), count) };
+        Ok(())
+    }
+
+    fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) { give(bytes, TOTAL) }
+
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) {
+        give(value, match attribute {
+            // Threads of a block, and along x, y and z; blocks along x, y and z.
+            1 | 2 | 3 => 1024,
+            4 => 64,
+            5 => c_int::MAX,
+            6 | 7 => 65_535,
+            // Bytes of shared memory of a block, threads of a warp, multiprocessors.
+            8 => 48 << 10,
+            10 => 32,
+            16 => 2,
+            // The compute capability.
+            75 => capability() / 10,
+            76 => capability() % 10,
+            // Memory pools.
+            115 => 1,
+            _ => 0,
+        })
+    }
+
+    fn cuDevicePrimaryCtxRetain(context: *mut Handle, _device: c_int) { give(context, 1) }
+    fn cuDevicePrimaryCtxRelease_v2(_device: c_int) { Ok(()) }
+    fn cuCtxSetCurrent(_context: Handle) { Ok(()) }
+    fn cuCtxGetCurrent(context: *mut Handle) { give(context, 1) }
+
+    fn cuCtxSynchronize() {
+        device().streams.wait_for_all();
+        Ok(())
+    }
+
+    fn cuStreamCreate(stream: *mut Handle, _flags: c_uint) { give(stream, new_handle()) }
+    fn cuStreamCreateWithPriority(stream: *mut Handle, _flags: c_uint, _priority: c_int) { give(stream, new_handle()) }
+    fn cuStreamDestroy_v2(_stream: Handle) { Ok(()) }
+    fn cuStreamIsCapturing(_stream: Handle, status: *mut c_uint) { give(status, 0) }
+
+    fn cuStreamSynchronize(handle: Handle) {
+        device().streams.wait(stream(handle));
+        Ok(())
+    }
+
+    fn cuStreamWaitEvent(handle: Handle, event: Handle, _flags: c_uint) {
+        device().streams.order(event, stream(handle));
+        Ok(())
+    }
+
+    fn cuEventCreate(event: *mut Handle, _flags: c_uint) { give(event, new_handle()) }
+
+    fn cuEventRecord(event: Handle, handle: Handle) {
+        let mut device = device();
+        device.streams.record(event, stream(handle));
+        device.events.insert(event, Instant::now());
+        Ok(())
+    }
+
+    fn cuEventSynchronize(event: Handle) {
+        device().streams.wait_for_event(event);
+        Ok(())
+    }
+
+    fn cuEventQuery(event: Handle) {
+        device().streams.wait_for_event(event);
+        Ok(())
+    }
+
+    fn cuEventDestroy_v2(event: Handle) {
+        device().events.remove(&event);
+        Ok(())
+    }
+
+    fn cuEventElapsedTime_v2(milliseconds: *mut f32, from: Handle, to: Handle) {
+        let device = device();
+        match (device.events.get(&from), device.events.get(&to)) {
+            (Some(from), Some(to)) => give(milliseconds, 1e3 * to.saturating_duration_since(*from).as_secs_f32()),
+            _ => Err(Error::Call("an event that was not recorded".into())),
+        }
+    }
+
+    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
+        give(free, TOTAL.saturating_sub(device().used))?;
+        give(total, TOTAL)
+    }
+
+    fn cuDeviceGetDefaultMemPool(pool: *mut Handle, _device: c_int) { give(pool, 1) }
+    fn cuMemPoolSetAttribute(_pool: Handle, _attribute: c_int, _value: *mut c_void) { Ok(()) }
+
+    fn cuMemAlloc_v2(address: *mut Pointer, size: usize) { give(address, device().allocate(size)) }
+
+    fn cuMemAllocAsync(address: *mut Pointer, size: usize, handle: Handle) {
+        let mut device = device();
+        let made = device.allocate(size);
+        device.touch(handle, [(made, size)])?;
+        give(address, made)
+    }
+
+    fn cuMemFree_v2(address: Pointer) {
+        if address == 0 {
+            return Ok(());
+        }
+        let mut device = device();
+        device.streams.wait_for_all();
+        device.free(address)
+    }
+
+    fn cuMemFreeAsync(address: Pointer, handle: Handle) {
+        if address == 0 {
+            return Ok(());
+        }
+        let mut device = device();
+        device.touch(handle, [(address, 0)])?;
+        device.free(address)
+    }
+
+    fn cuMemsetD8_v2(address: Pointer, value: u8, size: usize) { set(address, value, size, 0) }
+    fn cuMemsetD8Async(address: Pointer, value: u8, size: usize, handle: Handle) { set(address, value, size, handle) }
+    fn cuMemcpyHtoD_v2(to: Pointer, from: *const c_void, size: usize) { copy(to, from as u64, size, 0) }
+    fn cuMemcpyHtoDAsync_v2(to: Pointer, from: *const c_void, size: usize, handle: Handle) {
+        copy(to, from as u64, size, handle)
+    }
+    fn cuMemcpyDtoH_v2(to: *mut c_void, from: Pointer, size: usize) { copy(to as u64, from, size, 0) }
+    // To memory of the host that is not locked, this waits for the stream.
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: Pointer, size: usize, handle: Handle) {
+        copy(to as u64, from, size, handle)?;
+        device().streams.wait(stream(handle));
+        Ok(())
+    }
+    fn cuMemcpyDtoD_v2(to: Pointer, from: Pointer, size: usize) { copy(to, from, size, 0) }
+    fn cuMemcpyDtoDAsync_v2(to: Pointer, from: Pointer, size: usize, handle: Handle) { copy(to, from, size, handle) }
+
+    fn cuModuleLoadData(module: *mut Handle, image: *const c_void) {
+        // SAFETY: PTX ends with a zero byte.
+        let text = unsafe { CStr::from_ptr(image.cast()) }.to_str();
+        let text = text.map_err(|_| Error::Call("the module is no text; only PTX is known here".into()))?;
+        let tree = ptx::parse(text)?;
+        let mut globals = HashMap::new();
+        for variable in tree.globals.iter().filter(|variable| variable.space == Space::Global) {
+            let size = variable.size.unwrap_or(0);
+            let address = device().allocate(size);
+            // SAFETY: as many bytes as were allocated; the initial ones are no more.
+            unsafe {
+                (address as *mut u8).write_bytes(0, size);
+                (address as *mut u8).copy_from_nonoverlapping(variable.init.as_ptr(), variable.init.len().min(size));
+            }
+            globals.insert(variable.name.clone(), address);
+        }
+        let loaded: &'static Module = Box::leak(Box::new(Module { tree, globals, kernels: Mutex::default() }));
+        give(module, std::ptr::from_ref(loaded) as Handle)
+    }
+
+    fn cuModuleUnload(_module: Handle) { Ok(()) }
+
+    fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char) {
+        // SAFETY: a handle of `cuModuleLoadData`, and a text that ends with a zero byte.
+        let (module, name) = unsafe { (&*(module as *const Module), CStr::from_ptr(name)) };
+        let name = name.to_string_lossy();
+        let mut kernels = module.kernels.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let program = match kernels.get(&*name) {
+            Some(program) => *program,
+            None => {
+                let program: &'static Program = Box::leak(Box::new(program::link(&module.tree, &module.globals, &name)?));
+                kernels.insert(name.into_owned(), program);
+                program
+            }
+        };
+        give(function, std::ptr::from_ref(program) as Handle)
+    }
+
+    fn cuFuncSetAttribute(_function: Handle, _attribute: c_int, _value: c_int) { Ok(()) }
+
+    fn cuLaunchKernel(
+        function: Handle,
+        grid_x: c_uint,
+        grid_y: c_uint,
+        grid_z: c_uint,
+        block_x: c_uint,
+        block_y: c_uint,
+        block_z: c_uint,
+        shared: c_uint,
+        handle: Handle,
+        arguments: *const *const u8,
+        _extra: *const c_void
+    ) {
+        // SAFETY: a handle of `cuModuleGetFunction`.
+        let program = unsafe { &*(function as *const Program) };
+        let end = program.parameters.last().map_or(0, |&(start, size)| start + size);
+        let mut parameters = vec![0u64; end.div_ceil(8)];
+        for (i, &(start, size)) in program.parameters.iter().enumerate() {
+            // SAFETY: as many arguments as the kernel has parameters, each of the size that it declares.
+            unsafe {
+                let to = parameters.as_mut_ptr().cast::<u8>().add(start);
+                to.copy_from_nonoverlapping(*arguments.add(i), size);
+            }
+        }
+        let mut device = device();
+        let all = device.allocations.iter().map(|(&start, allocation)| (start, start + allocation.size as u64));
+        let allocations = Allocations::new(all);
+        Launch {
+            program,
+            grid: [grid_x, grid_y, grid_z],
+            block: [block_x, block_y, block_z],
+            dynamic: shared as usize,
+            parameters: &parameters,
+            allocations: &allocations,
+        }
+        .run()?;
+        device.touch(handle, allocations.touched())
+    }
+}
+
+fn set(address: Pointer, value: u8, size: usize, handle: Handle) -> Result<()> {
+    device().touch(handle, [(address, size)])?;
+    // SAFETY: all of an allocation: `touch`.
+    unsafe { (address as *mut u8).write_bytes(value, size) };
+    Ok(())
+}
+
+/// From or to the host, or on the device.
+fn copy(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
+    if size == 0 {
+        return Ok(());
+    }
+    let mut device = device();
+    // One of both may be the host's.
+    let of_device = |address: &Pointer| {
+        let before = device.allocations.range(..=address).next_back();
+        before.is_some_and(|(start, allocation)| *address < start + allocation.size as u64)
+    };
+    let memory: Vec<(Pointer, usize)> =
+        [to, from].into_iter().filter(of_device).map(|address| (address, size)).collect();
+    if memory.is_empty() {
+        return Err(Error::Call(format!("neither {to:#x} nor {from:#x} is memory of the device")));
+    }
+    device.touch(handle, memory)?;
+    // SAFETY: of the device, all of an allocation: `touch`; of the host, the caller's buffer.
+    unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) };
+    Ok(())
+}
+
+/// What a status means, for people.
+fn meaning(status: Status) -> &'static CStr {
+    match status {
+        SUCCESS => c"no error",
+        INVALID_VALUE => c"an argument is wrong (software-gpu says which on stderr)",
+        NOT_SUPPORTED => c"not supported by software-gpu, which says more on stderr",
+        LAUNCH_FAILED => c"a kernel failed (software-gpu says how on stderr)",
+        INVALID_PTX => c"PTX that software-gpu can't read, which says more on stderr",
+        NOT_FOUND => c"not found",
+        _ => c"an error (software-gpu says which on stderr)",
+    }
+}
+
+functions! {
+    fn cuGetErrorName(status: Status, name: *mut *const c_char) { give(name, meaning(status).as_ptr()) }
+    fn cuGetErrorString(status: Status, text: *mut *const c_char) { give(text, meaning(status).as_ptr()) }
+}
+
+/// For tests, which share the device: whoever waits for it puts the streams of all in order.
+#[cfg(test)]
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// A new allocation with these floats.
+#[cfg(test)]
+pub(crate) fn upload(values: &[f32]) -> Pointer {
+    let size = size_of_val(values);
+    let address = device().allocate(size);
+    assert_eq!(cuMemcpyHtoD_v2(address, values.as_ptr().cast(), size), SUCCESS);
+    address
+}
+
+/// The first floats of an allocation.
+#[cfg(test)]
+pub(crate) fn allocated(address: Pointer, count: usize) -> Vec<f32> {
+    let mut values = vec![0f32; count];
+    assert_eq!(cuMemcpyDtoH_v2(values.as_mut_ptr().cast(), address, 4 * count), SUCCESS);
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOUBLE: &CStr = c".version 9.0\n.target sm_75\n.address_size 64
+        .visible .entry double_all(.param .u64 x, .param .u32 count) {
+        .reg .pred %p<2>; .reg .b32 %r<6>; .reg .b64 %rd<4>; .reg .f32 %f<3>;
+        ld.param.u64 %rd1, [x]; ld.param.u32 %r1, [count]; mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ntid.x;
+        mov.u32 %r4, %tid.x; mad.lo.s32 %r5, %r2, %r3, %r4; setp.ge.u32 %p1, %r5, %r1; @%p1 bra $end;
+        mul.wide.u32 %rd2, %r5, 4; add.s64 %rd3, %rd1, %rd2; ld.global.f32 %f1, [%rd3]; add.f32 %f2, %f1, %f1;
+        st.global.f32 [%rd3], %f2; $end: ret; }";
+
+    fn kernel() -> Handle {
+        let (mut module, mut function) = (0, 0);
+        assert_eq!(cuModuleLoadData(&raw mut module, DOUBLE.as_ptr().cast()), SUCCESS);
+        assert_eq!(cuModuleGetFunction(&raw mut function, module, c"no_such".as_ptr()), NOT_FOUND);
+        assert_eq!(cuModuleGetFunction(&raw mut function, module, c"double_all".as_ptr()), SUCCESS);
+        function
+    }
+
+    fn launch(function: Handle, x: Pointer, count: u32, stream: Handle) -> Status {
+        let arguments = [(&raw const x).cast(), (&raw const count).cast::<u8>()];
+        let blocks = count.div_ceil(32);
+        cuLaunchKernel(function, blocks, 1, 1, 32, 1, 1, 0, stream, arguments.as_ptr(), std::ptr::null())
+    }
+
+    #[test]
+    fn a_kernel_from_its_text_to_its_result() {
+        let _alone = alone();
+        let (function, x) = (kernel(), upload(&[1.0; 70]));
+        assert_eq!(launch(function, x, 69, 0), SUCCESS);
+        let found = allocated(x, 70);
+        assert!(found[..69].iter().all(|&x| x == 2.0) && found[69] == 1.0);
+        // One more than there is.
+        assert_eq!(launch(function, x, 71, 0), LAUNCH_FAILED);
+        assert_eq!(cuMemFree_v2(x), SUCCESS);
+        assert_eq!(launch(function, x, 1, 0), LAUNCH_FAILED);
+        assert_eq!(cuMemFree_v2(x), INVALID_VALUE);
+    }
+
+    #[test]
+    fn streams_that_nothing_orders() {
+        let _alone = alone();
+        let (function, x) = (kernel(), upload(&[1.0; 4]));
+        let (mut a, mut b, mut event) = (0, 0, 0);
+        assert_eq!(cuStreamCreate(&raw mut a, 0), SUCCESS);
+        assert_eq!(cuStreamCreate(&raw mut b, 0), SUCCESS);
+        assert_eq!(cuEventCreate(&raw mut event, 0), SUCCESS);
+        assert_eq!(launch(function, x, 4, a), SUCCESS);
+        assert_eq!(launch(function, x, 4, b), INVALID_VALUE);
+        assert_eq!(launch(function, x, 4, a), INVALID_VALUE);
+        assert_eq!(cuCtxSynchronize(), SUCCESS);
+        assert_eq!(launch(function, x, 4, a), SUCCESS);
+        assert_eq!(cuEventRecord(event, a), SUCCESS);
+        assert_eq!(cuStreamWaitEvent(b, event, 0), SUCCESS);
+        assert_eq!(launch(function, x, 4, b), SUCCESS);
+        // Each thread has a stream of its own behind the same handle.
+        assert_eq!(cuStreamSynchronize(b), SUCCESS);
+        assert_eq!(launch(function, x, 4, OF_THIS_THREAD), SUCCESS);
+        std::thread::scope(|scope| {
+            scope.spawn(|| assert_eq!(launch(function, x, 4, OF_THIS_THREAD), INVALID_VALUE));
+        });
+    }
+
+    #[test]
+    fn new_memory_is_no_number() {
+        let _alone = alone();
+        let mut address = 0;
+        assert_eq!(cuMemAlloc_v2(&raw mut address, 12), SUCCESS);
+        assert!(allocated(address, 3).iter().all(|x| x.is_nan()));
+        assert_eq!(cuMemsetD8_v2(address, 0, 8), SUCCESS);
+        assert_eq!(allocated(address, 2), [0.0, 0.0]);
+        assert_eq!(cuMemsetD8_v2(address, 0, 13), INVALID_VALUE);
+    }
+}

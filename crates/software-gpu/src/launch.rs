@@ -1,0 +1,459 @@
+//! Running a kernel over its grid: blocks on the processor's threads, the warps of a block one after the other as far as
+//! their next barrier, the 32 threads of a warp together.
+//!
+//! Threads of a warp that went different ways are taken by the instruction that comes first in the program; those that
+//! have gone ahead wait until the others reach them.
+
+use crate::memory::{self, Allocations};
+use crate::ops::{LANES, Lanes};
+use crate::program::{Action, LOCAL, PARAM, Place, Program, SHARED, Shuffle, Special, Step};
+use crate::ptx::Space;
+use crate::{Error, Result};
+use rayon::prelude::*;
+use std::sync::Mutex;
+
+/// A launch.
+pub(crate) struct Launch<'a> {
+    pub(crate) program: &'a Program,
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+    /// Bytes of shared memory behind the kernel's own.
+    pub(crate) dynamic: usize,
+    /// The kernel's parameters, laid out as it declares them.
+    pub(crate) parameters: &'a [u64],
+    pub(crate) allocations: &'a Allocations,
+}
+
+impl Launch<'_> {
+    /// Runs every block.
+    pub(crate) fn run(&self) -> Result<()> {
+        let blocks: u64 = self.grid.iter().map(|&n| u64::from(n)).product();
+        let threads = self.block.iter().map(|&n| n as usize).product::<usize>();
+        if blocks == 0 || threads == 0 || threads > 1024 || self.grid[1] > 65_535 || self.grid[2] > 65_535 {
+            return Err(self.fail(0, format!("a grid of {:?} blocks of {:?} threads", self.grid, self.block)));
+        }
+        if self.program.shared + self.dynamic > 48 << 10 {
+            return Err(
+                self.fail(0, format!("{} bytes of shared memory", self.program.shared + self.dynamic))
+            );
+        }
+        (0..blocks).into_par_iter().try_for_each_init(|| Block::new(self, threads), |block, i| block.run(i))
+    }
+
+    fn fail(&self, line: usize, message: String) -> Error {
+        Error::Launch { kernel: self.program.name.clone(), line, message }
+    }
+}
+
+/// What runs a block, and is used for one after the other.
+struct Block<'a> {
+    launch: &'a Launch<'a>,
+    warps: Vec<Warp>,
+    /// In words, as it must be aligned.
+    shared: Vec<u64>,
+    /// The allocation that was accessed last.
+    last: (u64, u64),
+    number: [u64; 3],
+}
+
+/// 32 threads.
+struct Warp {
+    registers: Vec<Lanes>,
+    /// Of each thread, one after the other, in words.
+    local: Vec<u64>,
+    /// Where each thread is.
+    at: [usize; LANES],
+    /// The threads that have not ended, as bits.
+    live: u32,
+    /// Of all threads, those that there are.
+    all: u32,
+}
+
+fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    (0..LANES).filter(move |&lane| mask >> lane & 1 == 1)
+}
+
+impl<'a> Block<'a> {
+    fn new(launch: &'a Launch<'a>, threads: usize) -> Self {
+        let program = launch.program;
+        let warps = (0..threads.div_ceil(LANES)).map(|warp| {
+            let mut registers = vec![[0; LANES]; program.registers];
+            for &(register, value) in &program.constants {
+                registers[register as usize] = [value; LANES];
+            }
+            let [x, y, _] = launch.block.map(|n| n as usize);
+            for &(register, special) in &program.specials {
+                registers[register as usize] = std::array::from_fn(|lane| {
+                    let thread = warp * LANES + lane;
+                    match special {
+                        Special::Thread(axis) => [thread % x, thread / x % y, thread / x / y][axis] as u64,
+                        Special::Threads(axis) => launch.block[axis].into(),
+                        Special::Blocks(axis) => launch.grid[axis].into(),
+                        Special::Lane => lane as u64,
+                        Special::Warp => warp as u64,
+                        // Of each block.
+                        Special::Block(_) => 0,
+                    }
+                });
+            }
+            let threads = (threads - warp * LANES).min(LANES);
+            let all = u32::MAX >> (LANES - threads);
+            Warp {
+                registers,
+                local: vec![0; LANES * program.local.div_ceil(8)],
+                at: [0; LANES],
+                live: 0,
+                all,
+            }
+        });
+        let warps = warps.collect();
+        let shared = vec![0; (program.shared + launch.dynamic).div_ceil(8)];
+        Self { launch, warps, shared, last: (0, 0), number: [0; 3] }
+    }
+
+    fn run(&mut self, number: u64) -> Result<()> {
+        let [x, y, _] = self.launch.grid.map(u64::from);
+        self.number = [number % x, number / x % y, number / x / y];
+        // What memory holds at first is no number, so that it shows.
+        self.shared.fill(u64::MAX);
+        let mut warps = std::mem::take(&mut self.warps);
+        for warp in &mut warps {
+            for &(register, special) in &self.launch.program.specials {
+                if let Special::Block(axis) = special {
+                    warp.registers[register as usize] = [self.number[axis]; LANES];
+                }
+            }
+            warp.local.fill(u64::MAX);
+            warp.at = [0; LANES];
+            warp.live = warp.all;
+        }
+        while warps.iter().any(|warp| warp.live != 0) {
+            // All that have not ended are at a barrier then.
+            for warp in warps.iter_mut().filter(|warp| warp.live != 0) {
+                self.warp(warp)?;
+            }
+        }
+        self.warps = warps;
+        Ok(())
+    }
+
+    /// Runs a warp as far as its next barrier, or to its end.
+    fn warp(&mut self, warp: &mut Warp) -> Result<()> {
+        let code = &self.launch.program.code;
+        while warp.live != 0 {
+            // Those who are behind all others, as far as where the next ones are.
+            let mut at = lanes(warp.live).map(|lane| warp.at[lane]).min().expect("some are live");
+            let together =
+                lanes(warp.live).filter(|&lane| warp.at[lane] == at).fold(0, |mask, lane| mask | 1 << lane);
+            let next = lanes(warp.live & !together).map(|lane| warp.at[lane]).min().unwrap_or(usize::MAX);
+            loop {
+                let step = &code[at];
+                let active = match step.guard {
+                    None => together,
+                    Some((predicate, negated)) => {
+                        let holds = &warp.registers[predicate as usize];
+                        let holds =
+                            (0..LANES).fold(0, |mask, lane| mask | u32::from(holds[lane] != 0) << lane);
+                        together & if negated { !holds } else { holds }
+                    }
+                };
+                at += 1;
+                match &step.action {
+                    Action::Branch(target) if active == together => at = *target,
+                    Action::Branch(target) => {
+                        if active != 0 {
+                            lanes(together & !active).for_each(|lane| warp.at[lane] = at);
+                            lanes(active).for_each(|lane| warp.at[lane] = *target);
+                            break;
+                        }
+                    }
+                    Action::Exit => {
+                        warp.live &= !active;
+                        if active == together {
+                            break;
+                        }
+                        lanes(together & !active).for_each(|lane| warp.at[lane] = at);
+                        break;
+                    }
+                    Action::Barrier => {
+                        if together != warp.live {
+                            return Err(self
+                                .launch
+                                .fail(step.line, "not all threads of a warp reach a barrier".into()));
+                        }
+                        lanes(together).for_each(|lane| warp.at[lane] = at);
+                        return Ok(());
+                    }
+                    _ if active == 0 => {}
+                    action => self.act(warp, action, active, step)?,
+                }
+                if at >= next {
+                    lanes(together).for_each(|lane| warp.at[lane] = at);
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Anything but a change of the way, by the threads in `active`.
+    fn act(&mut self, warp: &mut Warp, action: &Action, active: u32, step: &Step) -> Result<()> {
+        match action {
+            Action::Compute { op, to, from } => {
+                let found = op(from.map(|register| &warp.registers[register as usize]));
+                put(&mut warp.registers[*to as usize], &found, active);
+            }
+            Action::Load { at, to, signed } => {
+                for lane in lanes(active) {
+                    let address = self.locate(warp, at, to.len(), lane, step)?;
+                    for (i, &to) in to.iter().enumerate() {
+                        // SAFETY: memory of an allocation, of the block or of the thread, and aligned: `locate`.
+                        #[allow(unsafe_code)]
+                        let bits = unsafe { memory::load(address + (i * at.size) as u64, at.size) };
+                        let above = 64 - 8 * at.size as u32;
+                        warp.registers[to as usize][lane] =
+                            if *signed { ((bits << above) as i64 >> above) as u64 } else { bits };
+                    }
+                }
+            }
+            Action::Store { at, from } => {
+                for lane in lanes(active) {
+                    let address = self.locate(warp, at, from.len(), lane, step)?;
+                    for (i, &from) in from.iter().enumerate() {
+                        let bits = warp.registers[from as usize][lane];
+                        // SAFETY: as above.
+                        #[allow(unsafe_code)]
+                        unsafe {
+                            memory::store(address + (i * at.size) as u64, at.size, bits);
+                        }
+                    }
+                }
+            }
+            Action::Atomic { at, update, to, from } => {
+                static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+                let _guard = ONE_AT_A_TIME.lock();
+                for lane in lanes(active) {
+                    let address = self.locate(warp, at, 1, lane, step)?;
+                    let [a, b] = from.map(|from| warp.registers[from as usize][lane]);
+                    // SAFETY: as above.
+                    #[allow(unsafe_code)]
+                    let old = unsafe {
+                        let old = memory::load(address, at.size);
+                        memory::store(address, at.size, update(old, a, b));
+                        old
+                    };
+                    if let Some(to) = to {
+                        warp.registers[*to as usize][lane] = old;
+                    }
+                }
+            }
+            Action::Shuffle { mode, to, valid, value, lane: by, clamp } => {
+                let [value, by, clamp] =
+                    [value, by, clamp].map(|&register| warp.registers[register as usize]);
+                let (mut found, mut is_valid) = ([0; LANES], [0; LANES]);
+                for lane in lanes(active) {
+                    let (by, clamp, segment) = (by[lane] & 31, clamp[lane] & 31, clamp[lane] >> 8 & 31);
+                    let here = lane as u64;
+                    let most = here & segment | clamp & !segment;
+                    let (source, inside) = match mode {
+                        Shuffle::Up => (here.wrapping_sub(by), here >= by && here - by >= most),
+                        Shuffle::Down => (here + by, here + by <= most),
+                        Shuffle::Xor => (here ^ by, here ^ by <= most),
+                        Shuffle::Index => {
+                            let source = here & segment | by & !segment;
+                            (source, source <= most)
+                        }
+                    };
+                    let source = if inside { source as usize } else { lane };
+                    if active >> source & 1 == 0 {
+                        let message = format!("a shuffle reads lane {source}, which takes no part in it");
+                        return Err(self.launch.fail(step.line, message));
+                    }
+                    found[lane] = value[source];
+                    is_valid[lane] = u64::from(inside);
+                }
+                put(&mut warp.registers[*to as usize], &found, active);
+                if let Some(valid) = valid {
+                    put(&mut warp.registers[*valid as usize], &is_valid, active);
+                }
+            }
+            Action::Trap(what) => return Err(self.launch.fail(step.line, (*what).into())),
+            Action::Branch(_) | Action::Exit | Action::Barrier => unreachable!("changes of the way"),
+        }
+        Ok(())
+    }
+
+    /// Where `count` elements lie in the host's memory.
+    fn locate(
+        &mut self,
+        warp: &mut Warp,
+        place: &Place,
+        count: usize,
+        lane: usize,
+        step: &Step,
+    ) -> Result<u64> {
+        let address = warp.registers[place.address as usize][lane].wrapping_add(place.offset as u64);
+        let size = place.size * count;
+        let (space, offset) = match (place.space, address & (0xff << 56)) {
+            (Space::Shared, _) | (_, SHARED) => (Space::Shared, address as u32 as usize),
+            (Space::Local, _) | (_, LOCAL) => (Space::Local, address as u32 as usize),
+            (_, PARAM) => (Space::Param, address as u32 as usize),
+            _ => (Space::Global, address as usize),
+        };
+        let inside = |start: *const u64, words: usize| {
+            (offset.saturating_add(size) <= 8 * words).then_some(start as u64 + offset as u64)
+        };
+        let words = self.launch.program.local.div_ceil(8);
+        let found = match space {
+            Space::Shared => inside(self.shared.as_mut_ptr(), self.shared.len()),
+            Space::Local => inside(warp.local[lane * words..][..words].as_mut_ptr(), words),
+            Space::Param => inside(self.launch.parameters.as_ptr(), self.launch.parameters.len()),
+            _ => {
+                let (start, end) = self.last;
+                if address < start || address.saturating_add(size as u64) > end {
+                    self.last = self.launch.allocations.find(address, size).unwrap_or((0, 0));
+                }
+                (self.last.1 != 0).then_some(address)
+            }
+        };
+        match found {
+            Some(found) if offset.is_multiple_of(size.next_power_of_two()) => Ok(found),
+            found => {
+                let what = if found.is_some() { "not aligned" } else { "of no allocation" };
+                let message = format!(
+                    "block {:?}, lane {lane}: {size} bytes at {address:#x} ({:?}), {what}",
+                    self.number, place.space
+                );
+                Err(self.launch.fail(step.line, message))
+            }
+        }
+    }
+}
+
+/// Writes a register, for the threads in `active`.
+fn put(to: &mut Lanes, found: &Lanes, active: u32) {
+    if active == u32::MAX {
+        *to = *found;
+    } else {
+        lanes(active).for_each(|lane| to[lane] = found[lane]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program;
+    use crate::ptx;
+
+    /// Runs the kernel `run` of a body with two parameters, addresses of `input` and of as many words of output.
+    fn run(head: &str, body: &str, grid: u32, block: u32, input: &[u32]) -> Result<Vec<u32>> {
+        let text = format!(
+            ".version 9.0\n.target sm_75\n.address_size 64\n{head}\n\
+             .visible .entry run(.param .u64 run_param_0, .param .u64 run_param_1)\n{{\n{body}\n}}"
+        );
+        let module = ptx::parse(&text)?;
+        let program = program::link(&module, &Default::default(), "run")?;
+        // Twice, so that words of 64 bits lie right.
+        let (input, output) = (input.to_vec(), vec![0u32; input.len()]);
+        let bytes = 4 * input.len() as u64;
+        let [from, to] = [&input, &output].map(|words| words.as_ptr() as u64);
+        let mut bounds = [(from, from + bytes), (to, to + bytes)];
+        bounds.sort_unstable();
+        Launch {
+            program: &program,
+            grid: [grid, 1, 1],
+            block: [block, 1, 1],
+            dynamic: 0,
+            parameters: &[from, to],
+            allocations: &Allocations::new(bounds.into_iter()),
+        }
+        .run()?;
+        Ok(output)
+    }
+
+    /// `%rd3` and `%rd4` are this thread's places in input and output, `%r1` its number.
+    const PLACES: &str = ".reg .pred %p<4>; .reg .b32 %r<16>; .reg .b64 %rd<16>; .reg .f32 %f<8>;
+        ld.param.u64 %rd1, [run_param_0]; ld.param.u64 %rd2, [run_param_1];
+        mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ntid.x; mov.u32 %r4, %tid.x; mad.lo.s32 %r1, %r2, %r3, %r4;
+        mul.wide.u32 %rd5, %r1, 4; add.s64 %rd3, %rd1, %rd5; add.s64 %rd4, %rd2, %rd5;";
+
+    #[test]
+    fn threads_that_part_and_meet() {
+        // Odd numbers are halved until they are even, then all get 100 more.
+        let body = format!(
+            "{PLACES} ld.global.u32 %r5, [%rd3];
+            $again: and.b32 %r6, %r5, 1; setp.eq.u32 %p1, %r6, 0; @%p1 bra $done;
+            shr.u32 %r5, %r5, 1; bra.uni $again;
+            $done: add.s32 %r5, %r5, 100; st.global.u32 [%rd4], %r5; ret;"
+        );
+        let input: Vec<u32> = (1..=80).collect();
+        let halved = |mut n: u32| {
+            while n % 2 == 1 {
+                n /= 2;
+            }
+            n + 100
+        };
+        let expected: Vec<u32> = input.iter().map(|&n| halved(n)).collect();
+        assert_eq!(run("", &body, 2, 40, &input).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_block_shares_memory_across_warps() {
+        let body = format!(
+            "{PLACES} .shared .align 4 .b8 tile[256];
+            ld.global.u32 %r5, [%rd3]; mov.u32 %r6, tile; shl.b32 %r7, %r4, 2; add.s32 %r8, %r6, %r7;
+            st.shared.u32 [%r8], %r5; bar.sync 0;
+            sub.s32 %r9, %r3, %r4; add.s32 %r9, %r9, -1; shl.b32 %r9, %r9, 2; add.s32 %r9, %r9, %r6;
+            ld.shared.u32 %r10, [%r9]; st.global.u32 [%rd4], %r10; ret;"
+        );
+        let input: Vec<u32> = (0..64).collect();
+        let expected: Vec<u32> = (0..64).rev().collect();
+        assert_eq!(run("", &body, 1, 64, &input).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_function_with_local_memory_and_a_shuffle() {
+        let head = ".func (.param .b32 back) twice(.param .b32 x) {
+            .local .align 8 .b8 kept[16]; .reg .b32 %r<4>; .reg .b64 %rd<4>; .reg .pred %p<2>;
+            ld.param.u32 %r1, [x]; mov.u64 %rd1, kept; cvta.local.u64 %rd2, %rd1;
+            setp.gt.u32 %p1, %r1, 5; @%p1 bra $big;
+            st.u32 [%rd2+8], %r1; ld.local.u32 %r2, [kept+8]; add.s32 %r2, %r2, %r1; st.param.b32 [back], %r2; ret;
+            $big: st.param.b32 [back], 99; ret; }";
+        let body = format!(
+            "{PLACES} ld.global.u32 %r5, [%rd3];
+            {{ .param .b32 given; st.param.b32 [given], %r5; .param .b32 got;
+               call.uni (got), twice, (given); ld.param.b32 %r6, [got]; }}
+            shfl.sync.bfly.b32 %r7|%p1, %r6, 1, 31, -1; st.global.u32 [%rd4], %r7; ret;"
+        );
+        let twice = |n: u32| if n > 5 { 99 } else { 2 * n };
+        let expected: Vec<u32> = (0..32).map(|n| twice(n ^ 1)).collect();
+        assert_eq!(run(head, &body, 1, 32, &(0..32).collect::<Vec<_>>()).unwrap(), expected);
+    }
+
+    #[test]
+    fn values_in_parts_and_at_once() {
+        let body = format!(
+            "{PLACES} setp.lt.u32 %p1|%p2, %r4, 1; @%p2 bra $end;
+            ld.global.v4.u32 {{%r5, %r6, %r7, %r8}}, [%rd1]; mov.b64 %rd6, {{%r5, %r6}}; mov.b64 {{%r9, %r10}}, %rd6;
+            st.global.v2.u32 [%rd2], {{%r10, %r9}}; st.global.u32 [%rd2+8], %r8; atom.global.add.u32 %r11, [%rd2+8], %r7;
+            st.global.u32 [%rd2+12], %r11;
+            $end: ret;"
+        );
+        assert_eq!(run("", &body, 1, 2, &[1, 2, 30, 4]).unwrap(), [2, 1, 34, 4]);
+    }
+
+    #[test]
+    fn wrong_accesses_and_barriers_are_errors() {
+        let fails = |body: &str, expected: &str| {
+            let error = run("", &format!("{PLACES} {body}"), 1, 2, &[1, 2]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        fails("ld.global.u32 %r5, [%rd3+4];", "of no allocation");
+        fails("st.global.u32 [%rd3+-4096], %r5;", "of no allocation");
+        fails("ld.global.u16 %r5, [%rd3+1];", "not aligned");
+        fails("ld.shared.u32 %r5, [%r4];", "of no allocation");
+        fails("setp.eq.u32 %p1, %r4, 0; @%p1 bra $skip; bar.sync 0; $skip: ret;", "reach a barrier");
+        fails("wgmma.fence;", "wgmma.fence");
+        fails("trap;", "trap");
+    }
+}

@@ -1,0 +1,66 @@
+//! A GPU in software, for tests: a library that stands in for NVIDIA's driver (`libcuda`), cuBLAS and cuRAND, and runs
+//! PTX on the CPU.
+//!
+//! Loaded before NVIDIA's libraries, it answers the calls of a program that was built for CUDA:
+//!
+//! ```sh
+//! LD_PRELOAD=target/debug/libsoftware_gpu.so target/debug/table3 --device cuda --profile quick --data synthetic
+//! ```
+//!
+//! So the whole of such a program runs on a machine without a GPU: its calls of the driver, the kernels as nvcc compiled
+//! them (Candle's as well as our own), the launches, the products. It is stricter than a GPU: every access to memory is
+//! checked for its allocation and its alignment, new memory holds what is no number, and work on one piece of memory in
+//! two streams that nothing orders is an error. What it can't show: how fast anything is, how tensor cores round, and
+//! errors that come from threads running at the same time.
+//!
+//! It knows the calls and the instructions that this project's programs use; of others it says so. `SOFTWARE_GPU=90`
+//! is the compute capability that it claims to have (the default), without its point.
+//!
+//! [`ptx`] reads the text of a module, [`program`] makes a kernel of it ready, [`launch`] runs it with the operations of
+//! [`ops`]; [`driver`], [`blas`] and [`rand`] are the libraries' functions.
+
+mod blas;
+mod driver;
+mod launch;
+mod memory;
+mod ops;
+mod program;
+mod ptx;
+mod rand;
+mod streams;
+
+use thiserror::Error as ThisError;
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// Why something can't be run.
+#[derive(Debug, ThisError)]
+enum Error {
+    #[error("line {line} of the PTX: {message}")]
+    Ptx { line: usize, message: String },
+    #[error("{0} is not known here; see crates/software-gpu")]
+    NotSupported(String),
+    #[error("the module has no kernel {0}")]
+    NoKernel(String),
+    #[error("{kernel}, line {line} of its PTX: {message}")]
+    Launch { kernel: String, line: usize, message: String },
+    #[error("{0}")]
+    Call(String),
+}
+
+impl Error {
+    fn ptx(line: usize, message: impl Into<String>) -> Self {
+        Self::Ptx { line, message: message.into() }
+    }
+
+    /// With the instruction that it is about, unless one is named.
+    fn at(self, instruction: &ptx::Instruction) -> Self {
+        match self {
+            Self::NotSupported(what) => {
+                let opcode = instruction.opcode.join(".");
+                Self::ptx(instruction.line, format!("{opcode}: {what} is not known here"))
+            }
+            other => other,
+        }
+    }
+}
