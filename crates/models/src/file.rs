@@ -370,7 +370,7 @@ impl Network {
                 read_tensors(&path, &data, device, &mut tensors)?;
             }
         }
-        let mut network = structure.skeleton(device)?;
+        let mut network = structure.skeleton()?;
         for (name, _, tensor) in network.slots_mut() {
             let missing = || fail(path, format!("tensor {name} is missing; was the file edited?"));
             *tensor = tensors.remove(&name).ok_or_else(missing)?;
@@ -381,9 +381,10 @@ impl Network {
 }
 
 impl Structure {
-    /// The network with an empty tensor in every slot, to be filled through [`Network::slots_mut`].
-    pub(crate) fn skeleton(self, device: &Device) -> Result<Network> {
-        let empty = Tensor::zeros(0, DType::F32, device)?;
+    /// The network with an empty tensor in every slot, to be filled through [`Network::slots_mut`]. They are on the CPU:
+    /// a GPU has none without elements.
+    pub(crate) fn skeleton(self) -> Result<Network> {
+        let empty = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
         let quantizer = |entry: Option<QuantizerEntry>| {
             entry.map(|QuantizerEntry { bits, ready, kind }| {
                 let kind = match kind {
@@ -413,7 +414,7 @@ impl Structure {
                 weight: empty.clone(),
                 weight_quantizer: weight_quantizer(entry.weight_quantizer),
                 norm: match entry.normalized {
-                    true => Norm::Batch(BatchNorm::init(0, device)?),
+                    true => Norm::Batch(BatchNorm::init(0, &Device::Cpu)?),
                     false => Norm::Bias(empty.clone()),
                 },
                 activation: entry.activation,

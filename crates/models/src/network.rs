@@ -350,7 +350,7 @@ impl Network {
 
     /// The same network with every tensor replaced by `f` of it.
     fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        let mut copy = self.structure().skeleton(self.device())?;
+        let mut copy = self.structure().skeleton()?;
         for ((_, _, to), (_, _, from)) in copy.slots_mut().into_iter().zip(self.slots()) {
             *to = f(from)?;
         }

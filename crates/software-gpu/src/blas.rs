@@ -84,11 +84,11 @@ impl Matrix {
     }
 
     /// All of the matrix `[rows, columns]` that it stands for, row by row.
-    fn rows(&self, rows: usize, columns: usize, tf32: bool) -> Result<Vec<f64>> {
+    fn rows<T: Number>(&self, rows: usize, columns: usize, tf32: bool) -> Result<Vec<T>> {
         let all = (0..rows * columns).into_par_iter().map(|i| {
             let (row, column) = (i / columns, i % columns);
             let value = if self.transposed { self.element(column, row) } else { self.element(row, column) }?;
-            Ok(if tf32 { rounded_to_tf32(value as f32).into() } else { value })
+            Ok(T::rounded(if tf32 { rounded_to_tf32(value as f32).into() } else { value }))
         });
         all.collect()
     }
@@ -137,42 +137,52 @@ fn product(
             if matrix.transposed { matrix.bytes(columns, rows) } else { matrix.bytes(rows, columns) }
         };
         touch(blas.stream, &[stored(&a, m, k)?, stored(&b, k, n)?, c.bytes(m, n)?])?;
-        let tf32 = compute == TF32;
-        let (left, right) = (a.rows(m, k, tf32)?, b.rows(k, n, tf32)?);
-        (0..m).into_par_iter().try_for_each(|row| {
-            let sums = if double {
-                sums(&left[row * k..][..k], &right, n)
-            } else {
-                // Exact as they are, in single precision.
-                let single = |all: &[f64]| all.iter().map(|&x| x as f32).collect::<Vec<f32>>();
-                sums(&single(&left[row * k..][..k]), &right, n)
-            };
-            for (column, sum) in sums.into_iter().enumerate() {
-                // What is there is not read without a factor: it may be no number.
-                let before = if beta == 0.0 { 0.0 } else { beta * c.element(row, column)? };
-                let value = if double {
-                    alpha * sum + before
-                } else {
-                    f64::from((alpha * sum) as f32 + before as f32)
-                };
-                let size = size_of(c.kind)?;
-                let bits = match c.kind {
-                    F32 => (value as f32).bits(),
-                    F64 => value.bits(),
-                    F16 => f16::from_f32(value as f32).bits(),
-                    _ => bf16::from_f32(value as f32).bits(),
-                };
-                // SAFETY: within the bytes that `touch` has found to be of an allocation.
-                unsafe { memory::store(c.at + ((column * c.lead as usize + row) * size) as u64, size, bits) };
-            }
-            Ok(())
-        })?;
+        if double {
+            multiply::<f64>((&a, &b, &c), (m, n, k), (alpha, beta), false)?;
+        } else {
+            multiply::<f32>((&a, &b, &c), (m, n, k), (alpha, beta), compute == TF32)?;
+        }
     }
     Ok(())
 }
 
+/// One product, with sums in `T`.
+fn multiply<T: Number>(
+    (a, b, c): (&Matrix, &Matrix, &Matrix),
+    (m, n, k): (usize, usize, usize),
+    (alpha, beta): (f64, f64),
+    tf32: bool,
+) -> Result<()> {
+    let (left, right) = (a.rows::<T>(m, k, tf32)?, b.rows::<T>(k, n, tf32)?);
+    let size = size_of(c.kind)?;
+    (0..m).into_par_iter().try_for_each(|row| {
+        let mut sums = vec![T::default(); n];
+        for (&x, others) in left[row * k..][..k].iter().zip(right.chunks_exact(n)) {
+            for (sum, &other) in sums.iter_mut().zip(others) {
+                *sum += x * other;
+            }
+        }
+        for (column, &sum) in sums.iter().enumerate() {
+            let scaled = (T::rounded(alpha) * sum).into();
+            // What is there is not read without a factor: it may be no number.
+            let value = if beta == 0.0 { scaled } else { scaled + beta * c.element(row, column)? };
+            let bits = match c.kind {
+                F32 => (value as f32).bits(),
+                F64 => value.bits(),
+                F16 => f16::from_f32(value as f32).bits(),
+                _ => bf16::from_f32(value as f32).bits(),
+            };
+            // SAFETY: within the bytes that `touch` has found to be of an allocation.
+            unsafe { memory::store(c.at + ((column * c.lead as usize + row) * size) as u64, size, bits) };
+        }
+        Ok(())
+    })
+}
+
 /// A number that sums are taken in.
-trait Number: Copy + Default + std::ops::Mul<Output = Self> + std::ops::AddAssign + Into<f64> {
+trait Number:
+    Copy + Default + Send + Sync + std::ops::Mul<Output = Self> + std::ops::AddAssign + Into<f64>
+{
     fn rounded(x: f64) -> Self;
 }
 
@@ -186,17 +196,6 @@ impl Number for f64 {
     fn rounded(x: f64) -> Self {
         x
     }
-}
-
-/// A row times a matrix of `n` columns.
-fn sums<T: Number>(row: &[T], right: &[f64], n: usize) -> Vec<f64> {
-    let mut sums = vec![T::default(); n];
-    for (&x, others) in row.iter().zip(right.chunks_exact(n)) {
-        for (sum, &other) in sums.iter_mut().zip(others) {
-            *sum += x * T::rounded(other);
-        }
-    }
-    sums.into_iter().map(Into::into).collect()
 }
 
 macro_rules! functions {

@@ -165,8 +165,9 @@ impl Device {
         Ok(())
     }
 
-    fn allocate(&mut self, size: usize) -> Pointer {
-        let layout = Layout::from_size_align(size.max(1), ALIGN).expect("a size");
+    fn allocate(&mut self, size: usize) -> Result<Pointer> {
+        let layout = Layout::from_size_align(size, ALIGN).ok().filter(|_| size > 0);
+        let layout = layout.ok_or_else(|| Error::Call(format!("an allocation of {size} bytes")))?;
         // SAFETY: not of size 0.
         let address = unsafe { std::alloc::alloc(layout) };
         if address.is_null() {
@@ -177,7 +178,7 @@ impl Device {
         unsafe { address.write_bytes(0xff, size) };
         self.allocations.insert(address as u64, Allocation { size, work: None });
         self.used += size;
-        address as u64
+        Ok(address as u64)
     }
 
     fn free(&mut self, address: Pointer) -> Result<()> {
@@ -185,7 +186,7 @@ impl Device {
         let allocation =
             allocation.ok_or_else(|| Error::Call(format!("no allocation begins at {address:#x}")))?;
         self.used -= allocation.size;
-        let layout = Layout::from_size_align(allocation.size.max(1), ALIGN).expect("a size");
+        let layout = Layout::from_size_align(allocation.size, ALIGN).expect("a size");
         // SAFETY: of `allocate`, with this layout.
         unsafe { std::alloc::dealloc(address as *mut u8, layout) };
         Ok(())
@@ -336,11 +337,11 @@ functions! {
     fn cuDeviceGetDefaultMemPool(pool: *mut Handle, _device: c_int) { give(pool, 1) }
     fn cuMemPoolSetAttribute(_pool: Handle, _attribute: c_int, _value: *mut c_void) { Ok(()) }
 
-    fn cuMemAlloc_v2(address: *mut Pointer, size: usize) { give(address, device().allocate(size)) }
+    fn cuMemAlloc_v2(address: *mut Pointer, size: usize) { give(address, device().allocate(size)?) }
 
     fn cuMemAllocAsync(address: *mut Pointer, size: usize, handle: Handle) {
         let mut device = device();
-        let made = device.allocate(size);
+        let made = device.allocate(size)?;
         device.touch(handle, [(made, size)])?;
         give(address, made)
     }
@@ -387,7 +388,7 @@ functions! {
         let mut globals = HashMap::new();
         for variable in tree.globals.iter().filter(|variable| variable.space == Space::Global) {
             let size = variable.size.unwrap_or(0);
-            let address = device().allocate(size);
+            let address = device().allocate(size)?;
             // SAFETY: as many bytes as were allocated; the initial ones are no more.
             unsafe {
                 (address as *mut u8).write_bytes(0, size);
@@ -517,7 +518,7 @@ pub(crate) fn alone() -> MutexGuard<'static, ()> {
 #[cfg(test)]
 pub(crate) fn upload(values: &[f32]) -> Pointer {
     let size = size_of_val(values);
-    let address = device().allocate(size);
+    let address = device().allocate(size).unwrap();
     assert_eq!(cuMemcpyHtoD_v2(address, values.as_ptr().cast(), size), SUCCESS);
     address
 }
@@ -603,5 +604,6 @@ mod tests {
         assert_eq!(cuMemsetD8_v2(address, 0, 8), SUCCESS);
         assert_eq!(allocated(address, 2), [0.0, 0.0]);
         assert_eq!(cuMemsetD8_v2(address, 0, 13), INVALID_VALUE);
+        assert_eq!(cuMemAlloc_v2(&raw mut address, 0), INVALID_VALUE);
     }
 }

@@ -2,7 +2,7 @@
 //! their next barrier, the 32 threads of a warp together.
 //!
 //! Threads of a warp that went different ways are taken by the instruction that comes first in the program; those that
-//! have gone ahead wait until the others reach them.
+//! have gone ahead wait until the others reach them. At a barrier and at a shuffle they wait for all who take part.
 
 use crate::memory::{self, Allocations};
 use crate::ops::{LANES, Lanes};
@@ -65,12 +65,19 @@ struct Warp {
     at: [usize; LANES],
     /// The threads that have not ended, as bits.
     live: u32,
+    /// Of these, those who wait for others, at a barrier or a shuffle.
+    waiting: u32,
     /// Of all threads, those that there are.
     all: u32,
 }
 
-fn lanes(mask: u32) -> impl Iterator<Item = usize> {
-    (0..LANES).filter(move |&lane| mask >> lane & 1 == 1)
+/// The lanes whose bits are set.
+fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lane = mask.trailing_zeros();
+        mask &= mask.wrapping_sub(1);
+        (lane < 32).then_some(lane as usize)
+    })
 }
 
 impl<'a> Block<'a> {
@@ -103,6 +110,7 @@ impl<'a> Block<'a> {
                 local: vec![0; LANES * program.local.div_ceil(8)],
                 at: [0; LANES],
                 live: 0,
+                waiting: 0,
                 all,
             }
         });
@@ -125,7 +133,7 @@ impl<'a> Block<'a> {
             }
             warp.local.fill(u64::MAX);
             warp.at = [0; LANES];
-            warp.live = warp.all;
+            (warp.live, warp.waiting) = (warp.all, 0);
         }
         while warps.iter().any(|warp| warp.live != 0) {
             // All that have not ended are at a barrier then.
@@ -142,12 +150,29 @@ impl<'a> Block<'a> {
         let code = &self.launch.program.code;
         while warp.live != 0 {
             // Those who are behind all others, as far as where the next ones are.
-            let mut at = lanes(warp.live).map(|lane| warp.at[lane]).min().expect("some are live");
-            let together =
-                lanes(warp.live).filter(|&lane| warp.at[lane] == at).fold(0, |mask, lane| mask | 1 << lane);
-            let next = lanes(warp.live & !together).map(|lane| warp.at[lane]).min().unwrap_or(usize::MAX);
+            let going = warp.live & !warp.waiting;
+            let Some(mut at) = lanes(going).map(|lane| warp.at[lane]).min() else {
+                let line = code[warp.at[warp.live.trailing_zeros() as usize]].line;
+                return Err(self
+                    .launch
+                    .fail(line, "threads wait at a barrier or a shuffle that others don't reach".into()));
+            };
+            let mut together =
+                lanes(going).filter(|&lane| warp.at[lane] == at).fold(0, |mask, lane| mask | 1 << lane);
+            let next = lanes(going & !together).map(|lane| warp.at[lane]).min().unwrap_or(usize::MAX);
             loop {
                 let step = &code[at];
+                if let Action::Barrier | Action::Shuffle { .. } = step.action {
+                    let arrived = lanes(warp.waiting).filter(|&lane| warp.at[lane] == at);
+                    let arrived = arrived.fold(together, |mask, lane| mask | 1 << lane);
+                    if warp.live & self.members(warp, step, arrived) & !arrived != 0 {
+                        lanes(together).for_each(|lane| warp.at[lane] = at);
+                        warp.waiting |= together;
+                        break;
+                    }
+                    warp.waiting &= !arrived;
+                    together = arrived;
+                }
                 let active = match step.guard {
                     None => together,
                     Some((predicate, negated)) => {
@@ -194,6 +219,16 @@ impl<'a> Block<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The threads of a warp that a barrier or a shuffle is for.
+    fn members(&self, warp: &Warp, step: &Step, arrived: u32) -> u32 {
+        match step.action {
+            Action::Shuffle { members, .. } => {
+                warp.registers[members as usize][arrived.trailing_zeros() as usize] as u32
+            }
+            _ => u32::MAX,
+        }
     }
 
     /// Anything but a change of the way, by the threads in `active`.
@@ -247,7 +282,7 @@ impl<'a> Block<'a> {
                     }
                 }
             }
-            Action::Shuffle { mode, to, valid, value, lane: by, clamp } => {
+            Action::Shuffle { mode, to, valid, value, lane: by, clamp, members: _ } => {
                 let [value, by, clamp] =
                     [value, by, clamp].map(|&register| warp.registers[register as usize]);
                 let (mut found, mut is_valid) = ([0; LANES], [0; LANES]);
@@ -430,6 +465,18 @@ mod tests {
         assert_eq!(run(head, &body, 1, 32, &(0..32).collect::<Vec<_>>()).unwrap(), expected);
     }
 
+    /// The second half of the warp is at the shuffle first, as its way is the shorter and the longer one lies behind.
+    #[test]
+    fn a_shuffle_waits_for_all() {
+        let body = format!(
+            "{PLACES} mov.u32 %r5, %r4; setp.lt.u32 %p1, %r4, 16; @%p1 bra $long;
+            $meet: shfl.sync.bfly.b32 %r6, %r5, 16, 31, -1; st.global.u32 [%rd4], %r6; ret;
+            $long: add.s32 %r5, %r5, 100; bra.uni $meet;"
+        );
+        let expected: Vec<u32> = (0..32).map(|n| if n < 16 { n + 16 } else { n - 16 + 100 }).collect();
+        assert_eq!(run("", &body, 1, 32, &[0; 32]).unwrap(), expected);
+    }
+
     #[test]
     fn values_in_parts_and_at_once() {
         let body = format!(
@@ -452,7 +499,7 @@ mod tests {
         fails("st.global.u32 [%rd3+-4096], %r5;", "of no allocation");
         fails("ld.global.u16 %r5, [%rd3+1];", "not aligned");
         fails("ld.shared.u32 %r5, [%r4];", "of no allocation");
-        fails("setp.eq.u32 %p1, %r4, 0; @%p1 bra $skip; bar.sync 0; $skip: ret;", "reach a barrier");
+        fails("setp.eq.u32 %p1, %r4, 0; @%p1 bra $skip; bar.sync 0; $skip: ret;", "others don't reach");
         fails("wgmma.fence;", "wgmma.fence");
         fails("trap;", "trap");
     }

@@ -63,7 +63,14 @@ impl Value for bool {
 
 /// For all lanes what `f` gives for one.
 fn each(f: impl Fn(u64, u64, u64, u64) -> u64 + Send + Sync + 'static) -> Option<Op> {
-    Some(Box::new(move |[a, b, c, d]| std::array::from_fn(|i| f(a[i], b[i], c[i], d[i]))))
+    Some(Box::new(move |[a, b, c, d]| {
+        // A plain loop, which the compiler vectorizes.
+        let mut found = [0; LANES];
+        for i in 0..LANES {
+            found[i] = f(a[i], b[i], c[i], d[i]);
+        }
+        found
+    }))
 }
 
 fn one<A: Value, R: Value>(f: impl Fn(A) -> R + Send + Sync + 'static) -> Option<Op> {

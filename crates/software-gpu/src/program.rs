@@ -71,7 +71,7 @@ pub(crate) enum Action {
         to: Option<Register>,
         from: [Register; 2],
     },
-    /// `value` of the lane that `lane` names, as `mode` reads it.
+    /// `value` of the lane that `lane` names, as `mode` reads it; the bits of `members` are those who take part.
     Shuffle {
         mode: Shuffle,
         to: Register,
@@ -79,6 +79,7 @@ pub(crate) enum Action {
         value: Register,
         lane: Register,
         clamp: Register,
+        members: Register,
     },
     Branch(usize),
     Exit,
@@ -382,7 +383,7 @@ impl Linker<'_> {
                 let second = if let Some(second) = from.get(1) { self.source(second)? } else { first };
                 self.step(guard, Action::Atomic { at, update, to, from: [first, second] }, line);
             }
-            ("shfl", [to, value, lane, clamp, _mask]) => {
+            ("shfl", [to, value, lane, clamp, members]) => {
                 let mode = match opcode.get(2).copied() {
                     Some("bfly") => Shuffle::Xor,
                     Some("down") => Shuffle::Down,
@@ -397,8 +398,10 @@ impl Linker<'_> {
                     }
                     to => (self.target(to)?, None),
                 };
-                let [value, lane, clamp] = [value, lane, clamp].map(|operand| self.source(operand));
-                let action = Action::Shuffle { mode, to, valid, value: value?, lane: lane?, clamp: clamp? };
+                let [value, lane, clamp, members] =
+                    [value, lane, clamp, members].map(|operand| self.source(operand));
+                let (value, lane, clamp, members) = (value?, lane?, clamp?, members?);
+                let action = Action::Shuffle { mode, to, valid, value, lane, clamp, members };
                 self.step(guard, action, line);
             }
             ("setp", [results, operands @ ..]) => {
