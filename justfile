@@ -64,6 +64,10 @@ dist-cuda *capability:
 test-cuda *flags:
     scripts/cuda-toolchain run cargo test --workspace --features experiments/cuda {{flags}}
 
+# The same without a GPU, on one in software; slow
+test-cuda-software *flags:
+    scripts/software-gpu cargo test --workspace --features experiments/cuda --test cuda --test device --test fit {{flags}}
+
 # Training, evaluation and operations beside PyTorch on a GPU (flags: just bench-cuda --help)
 bench-cuda *flags:
     scripts/cuda-toolchain run cargo run --release -p experiments --features cuda --bin bench_pytorch -- --device cuda {{flags}}

@@ -217,7 +217,7 @@ impl Store {
         let Context { data, device, dtype, provenance } = *context;
         let started = Instant::now();
         let key = stage.key(data.fingerprint());
-        let input = || -> Result<Network> {
+        let input = |device: &Device| -> Result<Network> {
             let parent = stage.parent.as_ref().ok_or_else(|| {
                 file_error(folder, format!("stage {} has no parent to take a network from", stage.label()))
             })?;
@@ -234,18 +234,19 @@ impl Store {
                 (trained.network, trained.metrics, None)
             }
             Kind::FineTune { quantization, training, seed } => {
-                let mut network = input()?;
+                let mut network = input(device)?;
                 network.quantize(quantization)?;
                 let trained = train(network, training, *seed)?;
                 (trained.network, trained.metrics, None)
             }
+            // Many small results of weights alone, each of which decides on the next: on a CPU wherever images are.
             Kind::Prune { pfq } => {
-                let (network, report) = pfq.apply(&input()?)?;
-                (network, Vec::new(), Some(serde_json::to_value(report)))
+                let (network, report) = pfq.apply(&input(&Device::Cpu)?)?;
+                (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
             }
             Kind::Equalize { dfq, quantization } => {
-                let (network, report) = dfq.apply(&input()?, quantization, image_range(data))?;
-                (network, Vec::new(), Some(serde_json::to_value(report)))
+                let (network, report) = dfq.apply(&input(&Device::Cpu)?, quantization, image_range(data))?;
+                (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
             }
         };
         let (evaluation, seconds) = match metrics.last() {

@@ -120,7 +120,7 @@ fn run(work: &mut Work, steps: usize, device: &Device) -> Result<Ran> {
 }
 
 pub(super) fn random(dims: &[usize], device: &Device) -> Result<Tensor> {
-    Ok(Tensor::randn(0f32, 1.0, dims, device)?)
+    Ok(Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?.to_device(device)?)
 }
 
 /// A step of a whole network, its number of parameters and of quantizers.

@@ -1,0 +1,137 @@
+//! Tables from end to end on a GPU beside the CPU: every kind of stage, and a store that both share. Skipped, with a
+//! message, where no GPU answers.
+#![cfg(feature = "cuda")]
+
+use candle_core::Device;
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// The profile `quick` of one batch: narrower, and as much data as one step takes.
+fn tiny_profile(folder: &Path) {
+    let text = include_str!("../profiles/quick.toml");
+    let mut profile: toml::Table = text.parse().unwrap();
+    let mut set = |path: &[&str], value: toml::Value| {
+        let (name, tables) = path.split_last().unwrap();
+        let table = tables.iter().fold(&mut profile, |table, name| table[*name].as_table_mut().unwrap());
+        *table.get_mut(*name).unwrap() = value;
+    };
+    set(&["name"], "tiny".into());
+    set(&["data", "train_images"], 48.into());
+    set(&["data", "test_images"], 40.into());
+    for network in ["mobilenet_v1", "mobilenet_v2"] {
+        set(&["networks", network, "width"], 0.1.into());
+    }
+    for training in ["pretraining", "activations", "weights", "once", "dfq", "pact", "dsq"] {
+        set(&["training", training, "warmup_epochs"], 0.into());
+        set(&["training", training, "cosine_epochs"], 1.into());
+        set(&["training", training, "batch"], 48.into());
+    }
+    // After one step the variances are little below those at the start, 1: some filters are removed, not all.
+    profile["pfq"].as_table_mut().unwrap().insert("threshold".into(), THRESHOLD.into());
+    std::fs::write(folder.join("tiny.toml"), profile.to_string()).unwrap();
+}
+
+/// τ: about the median of the variances after one step.
+const THRESHOLD: f64 = 0.95;
+
+/// What a table's program does in a folder.
+fn run(program: &str, folder: &Path, flags: &[&str]) -> Output {
+    let common = ["--config", "tiny.toml", "--data", "synthetic"];
+    Command::new(program).current_dir(folder).args(common).args(flags).output().unwrap()
+}
+
+#[track_caller]
+fn succeed(program: &str, folder: &Path, flags: &[&str]) -> String {
+    let output = run(program, folder, flags);
+    assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The stages of a table, as its file has them.
+fn stages(folder: &Path, out: &str, table: &str) -> Vec<Value> {
+    let file = folder.join(out).join(table).join("tiny/stages.json");
+    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+/// DFQ, both ways of PfQ's fine-tuning, PACT and DSQ give on a GPU what they give on a CPU: losses up to the order of
+/// sums, and the same networks.
+#[test]
+fn tables_on_a_gpu_and_on_a_cpu() {
+    if let Err(error) = Device::new_cuda(0) {
+        eprintln!("skipped: no GPU answers: {error}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    tiny_profile(folder);
+    let tables = [("table3", env!("CARGO_BIN_EXE_table3")), ("table4", env!("CARGO_BIN_EXE_table4"))];
+    for (table, program) in tables {
+        let rows = ["--only", "mobilenet_v2,a4w4"];
+        let flags = |more: &[&'static str]| [&rows[..], more].concat();
+        succeed(program, folder, &flags(&["--device", "cpu", "--store", "cpu", "--out", "on_cpu"]));
+        succeed(program, folder, &flags(&["--device", "cuda", "--store", "gpu", "--out", "on_gpu"]));
+        let (expected, found) = (stages(folder, "on_cpu", table), stages(folder, "on_gpu", table));
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            let label = &expected["label"];
+            assert_eq!(found["key"], expected["key"], "{label}");
+            let device = found["provenance"]["device"].as_str().unwrap();
+            assert!(device.starts_with("cuda:0 ("), "{device}");
+            let loss = |stage: &Value| stage["evaluation"]["loss"].as_f64().unwrap();
+            let first = |stage: &Value| stage["metrics"][0]["train_loss"].as_f64();
+            let off = (loss(found) - loss(expected)).abs();
+            eprintln!(
+                "{label}: {off:.1e} off, of {}; {:?}, {:?}",
+                loss(expected),
+                first(found),
+                first(expected)
+            );
+            // Filters whose variances are within rounding of τ could go either way; none is.
+            assert_eq!(found["weights"], expected["weights"], "{label}");
+            assert_eq!(found["macs"], expected["macs"], "{label}");
+            assert!(off < 0.02, "{label}: {found:#}\n{expected:#}");
+            // The first step of all begins from the same network.
+            if expected["parent"].is_null() {
+                assert!((first(found).unwrap() - first(expected).unwrap()).abs() < 1e-4, "{label}");
+            }
+        }
+        // What a GPU has done need not be done again on a CPU.
+        let plan = succeed(program, folder, &flags(&["--device", "cpu", "--store", "gpu", "--plan"]));
+        let done = plan.lines().find_map(|line| line.split_once(" stages done")).expect("a plan");
+        let (done, all) = done.0.split_once(" of ").unwrap();
+        assert_eq!(done, all, "{plan}");
+    }
+    let removed = stages(folder, "on_gpu", "table3");
+    let weights = removed.iter().map(|stage| stage["weights"].as_u64().unwrap());
+    assert!(weights.clone().min() < weights.max(), "no filter was removed");
+}
+
+/// Feature maps in half precision, and products that round their operands.
+#[test]
+fn other_arithmetics() {
+    if let Err(error) = Device::new_cuda(0) {
+        eprintln!("skipped: no GPU answers: {error}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    tiny_profile(folder);
+    let program = env!("CARGO_BIN_EXE_table3");
+    let mut losses = Vec::new();
+    for arithmetic in ["f32", "bf16", "tf32"] {
+        let rows = ["--only", "mobilenet_v2,a4w4,ours", "--device", "cuda"];
+        let flags = ["--arithmetic", arithmetic, "--store", arithmetic, "--out", arithmetic];
+        succeed(program, folder, &[&rows[..], &flags].concat());
+        let stages = stages(folder, arithmetic, "table3");
+        let loss = |stage: &Value| stage["evaluation"]["loss"].as_f64().unwrap();
+        losses.push(stages.iter().map(loss).collect::<Vec<_>>());
+    }
+    let [f32, others @ ..] = &losses[..] else { unreachable!() };
+    for other in others {
+        assert_ne!(other, f32);
+        for (found, expected) in other.iter().zip(f32) {
+            assert!((found - expected).abs() < 0.1, "{losses:?}");
+        }
+    }
+}
