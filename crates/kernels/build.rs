@@ -53,6 +53,8 @@ fn compile() -> Result<(), String> {
         let file = source.join(module).join(format!("{module}.cu"));
         println!("cargo::rerun-if-changed={}", file.display());
         let output = Command::new(&nvcc)
+            // Flags that are to make Candle's many kernels compile fast are not for these few.
+            .env_remove("NVCC_APPEND_FLAGS")
             // Operations are rounded one by one, as on the CPU (common.cuh).
             .args(["--ptx", "--std=c++17", "-O3", "--fmad=false"])
             .arg(format!("--gpu-architecture=compute_{capability}"))

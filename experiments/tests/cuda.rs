@@ -17,15 +17,15 @@ fn tiny_profile(folder: &Path) {
         *table.get_mut(*name).unwrap() = value;
     };
     set(&["name"], "tiny".into());
-    set(&["data", "train_images"], 48.into());
-    set(&["data", "test_images"], 40.into());
+    set(&["data", "train_images"], 16.into());
+    set(&["data", "test_images"], 12.into());
     for network in ["mobilenet_v1", "mobilenet_v2"] {
         set(&["networks", network, "width"], 0.1.into());
     }
     for training in ["pretraining", "activations", "weights", "once", "dfq", "pact", "dsq"] {
         set(&["training", training, "warmup_epochs"], 0.into());
         set(&["training", training, "cosine_epochs"], 1.into());
-        set(&["training", training, "batch"], 48.into());
+        set(&["training", training, "batch"], 16.into());
     }
     // After one step the variances are little below those at the start, 1: some filters are removed, not all.
     profile["pfq"].as_table_mut().unwrap().insert("threshold".into(), THRESHOLD.into());
@@ -107,7 +107,7 @@ fn tables_on_a_gpu_and_on_a_cpu() {
     assert!(weights.clone().min() < weights.max(), "no filter was removed");
 }
 
-/// Feature maps in half precision, and products that round their operands.
+/// Feature maps in half precision, and products that round their operands: near what a CPU gives, and not the same.
 #[test]
 fn other_arithmetics() {
     if let Err(error) = Device::new_cuda(0) {
@@ -117,21 +117,21 @@ fn other_arithmetics() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     tiny_profile(folder);
-    let program = env!("CARGO_BIN_EXE_table3");
-    let mut losses = Vec::new();
-    for arithmetic in ["f32", "bf16", "tf32"] {
-        let rows = ["--only", "mobilenet_v2,a4w4,ours", "--device", "cuda"];
+    let losses = |device: &str, arithmetic: &str| -> Vec<f64> {
+        let rows = ["--only", "mobilenet_v2,a4w4,ours", "--device", device];
         let flags = ["--arithmetic", arithmetic, "--store", arithmetic, "--out", arithmetic];
-        succeed(program, folder, &[&rows[..], &flags].concat());
+        succeed(env!("CARGO_BIN_EXE_table3"), folder, &[&rows[..], &flags].concat());
         let stages = stages(folder, arithmetic, "table3");
-        let loss = |stage: &Value| stage["evaluation"]["loss"].as_f64().unwrap();
-        losses.push(stages.iter().map(loss).collect::<Vec<_>>());
-    }
-    let [f32, others @ ..] = &losses[..] else { unreachable!() };
-    for other in others {
-        assert_ne!(other, f32);
-        for (found, expected) in other.iter().zip(f32) {
-            assert!((found - expected).abs() < 0.1, "{losses:?}");
+        stages.iter().map(|stage| stage["evaluation"]["loss"].as_f64().unwrap()).collect()
+    };
+    let expected = losses("cpu", "f32");
+    for arithmetic in ["bf16", "tf32"] {
+        let found = losses("cuda", arithmetic);
+        eprintln!("{arithmetic}: {found:?}, expected {expected:?}");
+        assert_ne!(found, expected);
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 0.1, "{arithmetic}: {found}, expected {expected}");
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::ptx::Space;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A launch.
 pub(crate) struct Launch<'a> {
@@ -37,7 +38,18 @@ impl Launch<'_> {
                 self.fail(0, format!("{} bytes of shared memory", self.program.shared + self.dynamic))
             );
         }
-        (0..blocks).into_par_iter().try_for_each_init(|| Block::new(self, threads), |block, i| block.run(i))
+        // Each of the processor's threads takes the next block that nobody has.
+        let next = AtomicU64::new(0);
+        let shares = blocks.min(rayon::current_num_threads() as u64);
+        (0..shares).into_par_iter().try_for_each(|_| {
+            let mut block = Block::new(self, threads);
+            loop {
+                match next.fetch_add(1, Ordering::Relaxed) {
+                    number if number < blocks => block.run(number)?,
+                    _ => return Ok(()),
+                }
+            }
+        })
     }
 
     fn fail(&self, line: usize, message: String) -> Error {
@@ -51,8 +63,8 @@ struct Block<'a> {
     warps: Vec<Warp>,
     /// In words, as it must be aligned.
     shared: Vec<u64>,
-    /// The allocation that was accessed last.
-    last: (u64, u64),
+    /// For each place of the program, the allocation where it was last.
+    last: Vec<(u64, u64)>,
     number: [u64; 3],
 }
 
@@ -116,7 +128,7 @@ impl<'a> Block<'a> {
         });
         let warps = warps.collect();
         let shared = vec![0; (program.shared + launch.dynamic).div_ceil(8)];
-        Self { launch, warps, shared, last: (0, 0), number: [0; 3] }
+        Self { launch, warps, shared, last: vec![(0, 0); program.places], number: [0; 3] }
     }
 
     fn run(&mut self, number: u64) -> Result<()> {
@@ -240,7 +252,7 @@ impl<'a> Block<'a> {
             }
             Action::Load { at, to, signed } => {
                 for lane in lanes(active) {
-                    let address = self.locate(warp, at, to.len(), lane, step)?;
+                    let address = self.locate(warp, at, lane, step)?;
                     for (i, &to) in to.iter().enumerate() {
                         // SAFETY: memory of an allocation, of the block or of the thread, and aligned: `locate`.
                         #[allow(unsafe_code)]
@@ -253,7 +265,7 @@ impl<'a> Block<'a> {
             }
             Action::Store { at, from } => {
                 for lane in lanes(active) {
-                    let address = self.locate(warp, at, from.len(), lane, step)?;
+                    let address = self.locate(warp, at, lane, step)?;
                     for (i, &from) in from.iter().enumerate() {
                         let bits = warp.registers[from as usize][lane];
                         // SAFETY: as above.
@@ -268,7 +280,7 @@ impl<'a> Block<'a> {
                 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
                 let _guard = ONE_AT_A_TIME.lock();
                 for lane in lanes(active) {
-                    let address = self.locate(warp, at, 1, lane, step)?;
+                    let address = self.locate(warp, at, lane, step)?;
                     let [a, b] = from.map(|from| warp.registers[from as usize][lane]);
                     // SAFETY: as above.
                     #[allow(unsafe_code)]
@@ -318,17 +330,10 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    /// Where `count` elements lie in the host's memory.
-    fn locate(
-        &mut self,
-        warp: &mut Warp,
-        place: &Place,
-        count: usize,
-        lane: usize,
-        step: &Step,
-    ) -> Result<u64> {
+    /// Where the elements of a place lie in the host's memory.
+    fn locate(&mut self, warp: &mut Warp, place: &Place, lane: usize, step: &Step) -> Result<u64> {
         let address = warp.registers[place.address as usize][lane].wrapping_add(place.offset as u64);
-        let size = place.size * count;
+        let bytes = place.bytes;
         let (space, offset) = match (place.space, address & (0xff << 56)) {
             (Space::Shared, _) | (_, SHARED) => (Space::Shared, address as u32 as usize),
             (Space::Local, _) | (_, LOCAL) => (Space::Local, address as u32 as usize),
@@ -336,7 +341,7 @@ impl<'a> Block<'a> {
             _ => (Space::Global, address as usize),
         };
         let inside = |start: *const u64, words: usize| {
-            (offset.saturating_add(size) <= 8 * words).then_some(start as u64 + offset as u64)
+            (offset.saturating_add(bytes) <= 8 * words).then_some(start as u64 + offset as u64)
         };
         let words = self.launch.program.local.div_ceil(8);
         let found = match space {
@@ -344,19 +349,19 @@ impl<'a> Block<'a> {
             Space::Local => inside(warp.local[lane * words..][..words].as_mut_ptr(), words),
             Space::Param => inside(self.launch.parameters.as_ptr(), self.launch.parameters.len()),
             _ => {
-                let (start, end) = self.last;
-                if address < start || address.saturating_add(size as u64) > end {
-                    self.last = self.launch.allocations.find(address, size).unwrap_or((0, 0));
+                let last = &mut self.last[place.number];
+                if address < last.0 || address.saturating_add(bytes as u64) > last.1 {
+                    *last = self.launch.allocations.find(address, bytes).unwrap_or((0, 0));
                 }
-                (self.last.1 != 0).then_some(address)
+                (last.1 != 0).then_some(address)
             }
         };
         match found {
-            Some(found) if offset.is_multiple_of(size.next_power_of_two()) => Ok(found),
+            Some(found) if offset & (bytes - 1) == 0 => Ok(found),
             found => {
                 let what = if found.is_some() { "not aligned" } else { "of no allocation" };
                 let message = format!(
-                    "block {:?}, lane {lane}: {size} bytes at {address:#x} ({:?}), {what}",
+                    "block {:?}, lane {lane}: {bytes} bytes at {address:#x} ({:?}), {what}",
                     self.number, place.space
                 );
                 Err(self.launch.fail(step.line, message))

@@ -25,6 +25,8 @@ pub(crate) struct Program {
     pub(crate) local: usize,
     /// Where each parameter begins, and its size.
     pub(crate) parameters: Vec<(usize, usize)>,
+    /// How many instructions access memory.
+    pub(crate) places: usize,
 }
 
 pub(crate) type Register = u32;
@@ -93,8 +95,11 @@ pub(crate) struct Place {
     pub(crate) space: Space,
     pub(crate) address: Register,
     pub(crate) offset: i64,
-    /// Bytes of one element.
+    /// Bytes of one element, and of all, a power of two, of which the address is a multiple.
     pub(crate) size: usize,
+    pub(crate) bytes: usize,
+    /// Which of the program's places it is.
+    pub(crate) number: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -120,6 +125,7 @@ pub(crate) fn link(module: &Module, globals: &HashMap<String, u64>, name: &str) 
             shared: 0,
             local: 0,
             parameters: Vec::new(),
+            places: 0,
         },
         constants: HashMap::new(),
         specials: HashMap::new(),
@@ -302,10 +308,14 @@ impl Linker<'_> {
         }
     }
 
-    fn place(&mut self, operand: &Operand, space: Space, size: usize) -> Result<Place> {
+    /// Where `count` elements of an instruction lie.
+    fn place(&mut self, operand: &Operand, space: Space, size: usize, count: usize) -> Result<Place> {
         match operand {
-            Operand::Address { base, offset } => {
-                Ok(Place { space, address: self.source(base)?, offset: *offset, size })
+            Operand::Address { base, offset } if (size * count).is_power_of_two() => {
+                let address = self.source(base)?;
+                self.program.places += 1;
+                let (bytes, number) = (size * count, self.program.places - 1);
+                Ok(Place { space, address, offset: *offset, size, bytes, number })
             }
             other => Err(Error::NotSupported(format!("the address {other:?}"))),
         }
@@ -357,14 +367,15 @@ impl Linker<'_> {
             }
             ("call", _) => self.call(guard, operands, line)?,
             ("ld" | "ldu", [to, from]) => {
-                let at = self.place(from, space(), size()?)?;
-                let to = Self::elements(to).iter().map(|to| self.target(to)).collect::<Result<_>>()?;
+                let to = Self::elements(to);
+                let at = self.place(from, space(), size()?, to.len())?;
+                let to = to.iter().map(|to| self.target(to)).collect::<Result<_>>()?;
                 self.step(guard, Action::Load { at, to, signed: kind.starts_with('s') }, line);
             }
             ("st", [to, from]) => {
-                let at = self.place(to, space(), size()?)?;
-                let from =
-                    Self::elements(from).iter().map(|from| self.source(from)).collect::<Result<_>>()?;
+                let from = Self::elements(from);
+                let at = self.place(to, space(), size()?, from.len())?;
+                let from = from.iter().map(|from| self.source(from)).collect::<Result<_>>()?;
                 self.step(guard, Action::Store { at, from }, line);
             }
             ("atom" | "red", _) => {
@@ -378,7 +389,7 @@ impl Linker<'_> {
                     _ => (None, operands),
                 };
                 let [at, from @ ..] = rest else { return Err(Error::NotSupported("its operands".into())) };
-                let at = self.place(at, space(), size()?)?;
+                let at = self.place(at, space(), size()?, 1)?;
                 let first = self.source(&from[0])?;
                 let second = if let Some(second) = from.get(1) { self.source(second)? } else { first };
                 self.step(guard, Action::Atomic { at, update, to, from: [first, second] }, line);
