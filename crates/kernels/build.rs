@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Folders and names of the `.cu` files.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 14] = [
     "augment",
+    "bias",
     "depthwise",
     "dorefa",
     "dsq",

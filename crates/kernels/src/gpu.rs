@@ -53,6 +53,7 @@ pub(crate) const BLOCKS: usize = 1024;
 #[allow(missing_docs)]
 pub(crate) enum Module {
     Augment,
+    Bias,
     Depthwise,
     Dorefa,
     Dsq,
@@ -72,6 +73,7 @@ impl Module {
     fn name(self) -> &'static str {
         match self {
             Self::Augment => "augment",
+            Self::Bias => "bias",
             Self::Depthwise => "depthwise",
             Self::Dorefa => "dorefa",
             Self::Dsq => "dsq",

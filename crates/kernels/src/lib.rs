@@ -17,6 +17,7 @@
 //! `f32` there too ([`gpu`] says how the kernels are launched and tested).
 
 pub mod augment;
+pub mod bias;
 mod convolution;
 mod cpu;
 pub mod depthwise;

@@ -41,6 +41,7 @@ on_a_gpu! {
     learned_quantizers
     residuals_and_pooling
     losses
+    biases
     descent
     patches
     augmentation

@@ -53,6 +53,7 @@ emulated! {
     learned_quantizers
     residuals_and_pooling
     losses
+    biases
     descent
     patches
     augmentation

@@ -9,7 +9,7 @@ use crate::learned::LearnedGradients;
 use crate::{ActivationQuantizer, BatchNorm, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
 use candle_core::{DType, Tensor};
 use kernels::norm::{Epilogue, Gradient, Grads, Running, Stats};
-use kernels::{FeatureMap, Quantizer, depthwise, im2col, norm, pointwise, pool, quantize, residual};
+use kernels::{FeatureMap, Quantizer, bias, depthwise, im2col, norm, pointwise, pool, quantize, residual};
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
@@ -262,7 +262,7 @@ impl Network {
         }
         let features = fake_quantize(&pool::global_average(&x)?, &self.head.input_quantizer)?;
         let weight = UsedWeight::new(&self.head.weight, &self.head.weight_quantizer, None)?;
-        Ok(pointwise::forward(&features, &weight.value)?.broadcast_add(&self.head.bias)?)
+        Ok(bias::add(&pointwise::forward(&features, &weight.value)?, &self.head.bias)?)
     }
 
     /// A training forward pass: batch statistics (where normalization is live), moving averages of
@@ -353,7 +353,7 @@ impl Network {
         }
         let features = fake_quantize(&pooled, &self.head.input_quantizer)?;
         let head_weight = UsedWeight::new(&self.head.weight, &self.head.weight_quantizer, None)?;
-        let logits = pointwise::forward(&features, &head_weight.value)?.broadcast_add(&self.head.bias)?;
+        let logits = bias::add(&pointwise::forward(&features, &head_weight.value)?, &self.head.bias)?;
         Ok((logits, Tape { records, pooled_from, features: (pooled, features), head_weight }))
     }
 
@@ -363,7 +363,7 @@ impl Network {
             tape;
         // Collected from the last parameter to the first.
         let mut gradients = Vec::new();
-        gradients.push(logits.sum(0)?);
+        gradients.push(bias::gradient(logits)?);
         let weight = pointwise::grad_weight(&features, logits)?;
         let head = &self.head;
         push_gradients(&mut gradients, head_weight.gradients(&head.weight, weight, &head.weight_quantizer)?);

@@ -17,6 +17,7 @@ fn ptx(module: Module) -> &'static str {
     }
     match module {
         Module::Augment => built!("augment"),
+        Module::Bias => built!("bias"),
         Module::Depthwise => built!("depthwise"),
         Module::Dorefa => built!("dorefa"),
         Module::Dsq => built!("dsq"),

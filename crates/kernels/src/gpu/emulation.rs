@@ -88,6 +88,7 @@ const HEADERS: [(&str, &str); 4] = [
 fn source(module: Module) -> &'static str {
     match module {
         Module::Augment => include_str!("../augment/augment.cu"),
+        Module::Bias => include_str!("../bias/bias.cu"),
         Module::Depthwise => include_str!("../depthwise/depthwise.cu"),
         Module::Dorefa => include_str!("../dorefa/dorefa.cu"),
         Module::Dsq => include_str!("../dsq/dsq.cu"),

@@ -6,7 +6,9 @@ use kernels::norm::{Epilogue, Normalization, Running};
 use kernels::pointwise::Weight;
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer};
-use kernels::{depthwise, dorefa, dsq, im2col, loss, norm, pact, pointwise, pool, quantize, residual, sgd};
+use kernels::{
+    bias, depthwise, dorefa, dsq, im2col, loss, norm, pact, pointwise, pool, quantize, residual, sgd,
+};
 use quant_core::Bits;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -495,6 +497,17 @@ pub fn losses(other: &dyn Other) {
         vec![loss::softmax_cross_entropy(&other.to(&logits), &labels, 0.0).unwrap().loss.reshape(1).unwrap()]
     });
     assert!(elements(&found[0])[0].is_nan(), "a label outside the classes must show as NaN");
+}
+
+pub fn biases(other: &dyn Other) {
+    for (n, k) in [(1, 1), (1, 100), (7, 33), (128, 100), (300, 65)] {
+        let (x, bias) = (random(1, &[n, k]), random(2, &[k]));
+        let context = format!("bias {n}×{k}");
+        // Sums of up to 300 numbers, on a CPU in single precision.
+        check_as(other, DType::F32, &context, &[], &[&x, &bias], &[SAME, 1e-6], |_, others| {
+            Ok(vec![bias::add(&others[0], &others[1])?, bias::gradient(&others[0])?])
+        });
+    }
 }
 
 pub fn descent(other: &dyn Other) {

@@ -1,0 +1,42 @@
+//! The bias of a classifier: `y[n,k] = x[n,k] + b[k]`, so `∂b[k] = Σ_n ∂y[n,k]`.
+//!
+//! On the CPU these are Candle's operations. On a GPU those copy the tensors' shapes to the device each time, for which the
+//! driver may wait, so there are kernels of our own.
+
+mod gpu;
+
+use crate::cpu::Check;
+use crate::{Result, profile};
+use candle_core::{D, Tensor};
+
+/// `x[N, K]` with `bias[K]` added to each row.
+///
+/// # Errors
+/// Wrong shapes, and dtypes other than `F32`.
+pub fn add(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let check = Check("bias::add");
+    let classes = match x.dims() {
+        &[n, k] if n > 0 && k > 0 => k,
+        _ => return Err(check.shape("x", x, "[images, classes]")),
+    };
+    if bias.dims() != [classes] {
+        return Err(check.shape("bias", bias, format!("[{classes}]")));
+    }
+    let _note = profile::note(check.0, 0, 8 * x.elem_count() + 4 * classes);
+    let (x, bias) = (check.float("x", x)?, check.float("bias", bias)?);
+    if crate::gpu::runs(x.device()) { gpu::add(&x, &bias) } else { Ok(x.broadcast_add(&bias)?) }
+}
+
+/// The gradient of the bias, `[K]`, from that of the sums, `[N, K]`.
+///
+/// # Errors
+/// Wrong shapes, and dtypes other than `F32`.
+pub fn gradient(gy: &Tensor) -> Result<Tensor> {
+    let check = Check("bias::gradient");
+    if gy.rank() != 2 || gy.elem_count() == 0 {
+        return Err(check.shape("gy", gy, "[images, classes]"));
+    }
+    let _note = profile::note(check.0, 0, 4 * gy.elem_count() + 4 * gy.dim(D::Minus1)?);
+    let gy = check.float("gy", gy)?;
+    if crate::gpu::runs(gy.device()) { gpu::gradient(&gy) } else { Ok(gy.sum(0)?) }
+}
