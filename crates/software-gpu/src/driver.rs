@@ -255,7 +255,7 @@ functions! {
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) {
         give(value, match attribute {
             // Threads of a block, and along x, y and z; blocks along x, y and z.
-            1 | 2 | 3 => 1024,
+            1..=3 => 1024,
             4 => 64,
             5 => c_int::MAX,
             6 | 7 => 65_535,

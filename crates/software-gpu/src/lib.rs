@@ -16,8 +16,8 @@
 //! It knows the calls and the instructions that this project's programs use; of others it says so. `SOFTWARE_GPU=90`
 //! is the compute capability that it claims to have (the default), without its point.
 //!
-//! [`ptx`] reads the text of a module, [`program`] makes a kernel of it ready, [`launch`] runs it with the operations of
-//! [`ops`]; [`driver`], [`blas`] and [`rand`] are the libraries' functions.
+//! `ptx` reads the text of a module, `program` makes a kernel of it ready, `launch` runs it with the operations of `ops`;
+//! `driver`, `blas` and `rand` are the libraries' functions, `streams` the order that a GPU would keep.
 
 mod blas;
 mod driver;

@@ -4,6 +4,7 @@
 //! flushed to zero (`.ftz` is passed over), and approximations (`.approx`) are as exact as the type.
 
 use half::{bf16, f16};
+use std::cmp::Ordering;
 
 /// A register: one value for each thread of a warp.
 pub(crate) type Lanes = [u64; LANES];
@@ -220,7 +221,7 @@ pub(crate) fn op(opcode: &[&str]) -> Option<Op> {
                 let (at, count) = (at as u32 & 255, (count as u32 & 255).min(64));
                 let ones = if count == 64 { !0 } else { (1 << count) - 1 };
                 let mask = if at < T::BITS { ones << at } else { 0u64 };
-                (b & !mask | a.checked_shl(at).unwrap_or(0) & mask) as T as u64
+                T::of(b & !mask | a.checked_shl(at).unwrap_or(0) & mask).bits()
             })
         ),
         "prmt" if modifiers == ["b32"] => three(permuted),
@@ -302,7 +303,7 @@ fn directed(a: f32, b: f32, c: f32, direction: Direction) -> f32 {
 
 /// To [0, 1]; what is no number becomes 0.
 fn saturated(x: f32) -> f32 {
-    x.max(0.0).min(1.0)
+    if x.is_nan() { 0.0 } else { x.clamp(0.0, 1.0) }
 }
 
 /// The high half of a product, plus a third operand.
@@ -404,10 +405,11 @@ fn conversion(modifiers: &[&str]) -> Option<Op> {
         }
         (true, true) => match (*from, *to) {
             ("f32", "f32") if has("sat") => one(saturated),
-            ("f32", "f32") | ("f64", "f64") if whole.is_some() => {
+            ("f32", "f32") if whole.is_some() => {
                 let whole = rounding_to_whole(whole?);
-                floats!(*to, one(move |a: T| whole(a.into()) as T))
+                one(move |a: f32| whole(a.into()) as f32)
             }
+            ("f64", "f64") if whole.is_some() => one(rounding_to_whole(whole?)),
             _ if has("rz") || has("rm") || has("rp") || has("sat") || whole.is_some() => None,
             ("f32", "f64") => one(|a: f32| f64::from(a)),
             ("f64", "f32") => one(|a: f64| a as f32),
@@ -451,26 +453,22 @@ pub(crate) fn comparison(modifiers: &[&str], other: bool) -> Option<Op> {
     }
     if matches!(kind, "f32" | "f64") {
         // With a `u` at its end, also where one of both is no number.
-        return floats!(
-            kind,
-            match how {
-                "eq" => compared!(|a: T, b: T| a == b),
-                "ne" => compared!(|a: T, b: T| a < b || a > b),
-                "lt" => compared!(|a: T, b: T| a < b),
-                "le" => compared!(|a: T, b: T| a <= b),
-                "gt" => compared!(|a: T, b: T| a > b),
-                "ge" => compared!(|a: T, b: T| a >= b),
-                "equ" => compared!(|a: T, b: T| !(a < b || a > b)),
-                "neu" => compared!(|a: T, b: T| a != b),
-                "ltu" => compared!(|a: T, b: T| !(a >= b)),
-                "leu" => compared!(|a: T, b: T| !(a > b)),
-                "gtu" => compared!(|a: T, b: T| !(a <= b)),
-                "geu" => compared!(|a: T, b: T| !(a < b)),
-                "num" => compared!(|a: T, b: T| !a.is_nan() && !b.is_nan()),
-                "nan" => compared!(|a: T, b: T| a.is_nan() || b.is_nan()),
-                _ => None,
-            }
-        );
+        let (how, unordered) = match how.strip_suffix('u') {
+            Some(how) => (how, true),
+            None => (how, how == "nan"),
+        };
+        let holds: fn(Ordering) -> bool = match how {
+            "eq" => Ordering::is_eq,
+            "ne" => Ordering::is_ne,
+            "lt" => Ordering::is_lt,
+            "le" => Ordering::is_le,
+            "gt" => Ordering::is_gt,
+            "ge" => Ordering::is_ge,
+            "num" => |_| true,
+            "nan" => |_| false,
+            _ => return None,
+        };
+        return floats!(kind, compared!(|a: T, b: T| a.partial_cmp(&b).map_or(unordered, holds)));
     }
     integers!(
         kind,
@@ -589,6 +587,8 @@ mod tests {
         check("cvt.rzi.u32.f32", &[f(1e20)], 0xffff_ffff);
         check("cvt.rn.f32.u16", &[0xffff], f(65535.0));
         check("cvt.sat.f32.f32", &[f(1.5)], f(1.0));
+        check("cvt.sat.f32.f32", &[f(f32::NAN)], f(0.0));
+        check("cvt.rpi.f64.f64", &[1.5f64.bits()], 2f64.bits());
         check("cvt.rn.bf16.f32", &[f(1.0 + 1.0 / 256.0)], 0x3f80);
         check("rcp.approx.ftz.f64", &[3f64.bits()], 0x3fd5_5555_0000_0000);
         // The sum is a quarter of a unit in the last place above 1.
@@ -607,6 +607,9 @@ mod tests {
         check("setp.ltu.f32", &[f(f32::NAN), f(0.0)], 1);
         check("setp.ne.f32", &[f(f32::NAN), f(0.0)], 0);
         check("setp.neu.f32", &[f(f32::NAN), f(0.0)], 1);
+        check("setp.num.f32", &[f(f32::NAN), f(0.0)], 0);
+        check("setp.nan.f64", &[f64::NAN.bits(), 1f64.bits()], 1);
+        check("setp.geu.f64", &[2f64.bits(), 1f64.bits()], 1);
         check("setp.eq.and.u32", &[1, 1, 0], 0);
         let other = comparison(&parts("eq.or.u32"), true).unwrap();
         assert_eq!(other([&[1; LANES], &[1; LANES], &[0; LANES], &[0; LANES]])[0], 0);
