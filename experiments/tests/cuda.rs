@@ -35,6 +35,17 @@ fn tiny_profile(folder: &Path) {
 /// τ: about the median of the variances after one step.
 const THRESHOLD: f64 = 0.95;
 
+/// A folder with that profile, if a GPU answers.
+fn folder() -> Option<tempfile::TempDir> {
+    if let Err(error) = Device::new_cuda(0) {
+        eprintln!("skipped: no GPU answers: {error}");
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    tiny_profile(folder.path());
+    Some(folder)
+}
+
 /// What a table's program does in a folder.
 fn run(program: &str, folder: &Path, flags: &[&str]) -> Output {
     let common = ["--config", "tiny.toml", "--data", "synthetic"];
@@ -58,13 +69,8 @@ fn stages(folder: &Path, out: &str, table: &str) -> Vec<Value> {
 /// sums, and the same networks.
 #[test]
 fn tables_on_a_gpu_and_on_a_cpu() {
-    if let Err(error) = Device::new_cuda(0) {
-        eprintln!("skipped: no GPU answers: {error}");
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder() else { return };
     let folder = folder.path();
-    tiny_profile(folder);
     let tables = [("table3", env!("CARGO_BIN_EXE_table3")), ("table4", env!("CARGO_BIN_EXE_table4"))];
     for (table, program) in tables {
         let rows = ["--only", "mobilenet_v2,a4w4"];
@@ -110,13 +116,8 @@ fn tables_on_a_gpu_and_on_a_cpu() {
 /// Feature maps in half precision, and products that round their operands: near what a CPU gives, and not the same.
 #[test]
 fn other_arithmetics() {
-    if let Err(error) = Device::new_cuda(0) {
-        eprintln!("skipped: no GPU answers: {error}");
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder() else { return };
     let folder = folder.path();
-    tiny_profile(folder);
     let losses = |device: &str, arithmetic: &str| -> Vec<f64> {
         let rows = ["--only", "mobilenet_v2,a4w4,ours", "--device", device];
         let flags = ["--arithmetic", arithmetic, "--store", arithmetic, "--out", arithmetic];

@@ -5,7 +5,7 @@
 // The functions of a C library: pointers from the caller.
 #![allow(unsafe_code)]
 
-use crate::driver::{answer, touch};
+use crate::driver::{functions, touch};
 use crate::memory;
 use crate::ops::Value;
 use crate::{Error, Result};
@@ -13,7 +13,6 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ffi::{c_int, c_void};
 
-type Status = c_int;
 type Address = u64;
 
 /// What a handle stands for.
@@ -110,7 +109,6 @@ fn factor(at: *const c_void, double: bool) -> f64 {
 }
 
 /// `c = alpha·a·b + beta·c` with `c[m, n]` and `k` terms a sum, for `batch` matrices at strides in elements.
-#[allow(clippy::too_many_arguments)]
 fn product(
     handle: *mut c_void,
     (m, n, k): (c_int, c_int, c_int),
@@ -198,18 +196,6 @@ impl Number for f64 {
     }
 }
 
-macro_rules! functions {
-    ($(fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $body:block)*) => {
-        $(
-            #[allow(non_snake_case, clippy::too_many_arguments)]
-            #[unsafe(no_mangle)]
-            extern "C" fn $name($($argument: $kind),*) -> Status {
-                answer(stringify!($name), move || $body)
-            }
-        )*
-    };
-}
-
 functions! {
     fn cublasCreate_v2(handle: *mut *mut c_void) {
         let made = Box::into_raw(Box::new(Blas { stream: 0, factors_on_device: false }));
@@ -234,8 +220,6 @@ functions! {
         blas(handle)?.factors_on_device = mode == 1;
         Ok(())
     }
-
-    fn cublasSetMathMode(_handle: *mut c_void, _mode: c_int) { Ok(()) }
 
     fn cublasGemmEx(
         handle: *mut c_void, a_transposed: c_int, b_transposed: c_int, m: c_int, n: c_int, k: c_int,

@@ -19,9 +19,8 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
-use std::time::Instant;
 
-type Status = c_int;
+pub(crate) type Status = c_int;
 /// Of streams, events, modules: a number, or an address of ours.
 type Handle = u64;
 type Pointer = u64;
@@ -45,10 +44,6 @@ struct Device {
     /// By address.
     allocations: BTreeMap<Pointer, Allocation>,
     streams: Streams,
-    /// When events were recorded.
-    events: HashMap<Handle, Instant>,
-    /// Bytes that are in use.
-    used: usize,
 }
 
 struct Allocation {
@@ -177,7 +172,6 @@ impl Device {
         // SAFETY: that many bytes.
         unsafe { address.write_bytes(0xff, size) };
         self.allocations.insert(address as u64, Allocation { size, work: None });
-        self.used += size;
         Ok(address as u64)
     }
 
@@ -185,7 +179,6 @@ impl Device {
         let allocation = self.allocations.remove(&address);
         let allocation =
             allocation.ok_or_else(|| Error::Call(format!("no allocation begins at {address:#x}")))?;
-        self.used -= allocation.size;
         let layout = Layout::from_size_align(allocation.size, ALIGN).expect("a size");
         // SAFETY: of `allocate`, with this layout.
         unsafe { std::alloc::dealloc(address as *mut u8, layout) };
@@ -198,17 +191,19 @@ pub(crate) fn touch(handle: Handle, memory: &[(Pointer, usize)]) -> Result<()> {
     device().touch(handle, memory.iter().copied())
 }
 
+/// Functions of a C library, whose bodies are [`answer`]'s work.
 macro_rules! functions {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*) $body:block)*) => {
+    ($(fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $body:block)*) => {
         $(
-            #[allow(non_snake_case)]
+            #[allow(non_snake_case, clippy::too_many_arguments)]
             #[unsafe(no_mangle)]
-            extern "C" fn $name($($argument: $kind),*) -> Status {
-                answer(stringify!($name), move || $body)
+            extern "C" fn $name($($argument: $kind),*) -> $crate::driver::Status {
+                $crate::driver::answer(stringify!($name), move || $body)
             }
         )*
     };
 }
+pub(crate) use functions;
 
 /// Writes a result where the caller wants it.
 fn give<T>(to: *mut T, value: T) -> Result<()> {
@@ -225,14 +220,10 @@ fn capability() -> c_int {
     std::env::var("SOFTWARE_GPU").ok().and_then(|text| text.parse().ok()).unwrap_or(90)
 }
 
-/// Of the memory that is said to be there.
-const TOTAL: usize = 16 << 30;
 const NAME: &[u8] = b"a GPU in software\0";
 
 functions! {
     fn cuInit(_flags: c_uint) { Ok(()) }
-
-    fn cuDriverGetVersion(version: *mut c_int) { give(version, 13_000) }
 
     fn cuDeviceGetCount(count: *mut c_int) { give(count, 1) }
 
@@ -250,25 +241,13 @@ functions! {
         Ok(())
     }
 
-    fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) { give(bytes, TOTAL) }
-
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) {
         give(value, match attribute {
-            // Threads of a block, and along x, y and z; blocks along x, y and z.
-            1..=3 => 1024,
-            4 => 64,
-            5 => c_int::MAX,
-            6 | 7 => 65_535,
-            // Bytes of shared memory of a block, threads of a warp, multiprocessors.
-            8 => 48 << 10,
-            10 => 32,
-            16 => 2,
-            // The compute capability.
+            // The compute capability, and whether there are pools of memory.
             75 => capability() / 10,
             76 => capability() % 10,
-            // Memory pools.
             115 => 1,
-            _ => 0,
+            _ => return Err(Error::NotSupported(format!("the attribute {attribute}"))),
         })
     }
 
@@ -277,13 +256,6 @@ functions! {
     fn cuCtxSetCurrent(_context: Handle) { Ok(()) }
     fn cuCtxGetCurrent(context: *mut Handle) { give(context, 1) }
 
-    fn cuCtxSynchronize() {
-        device().streams.wait_for_all();
-        Ok(())
-    }
-
-    fn cuStreamCreate(stream: *mut Handle, _flags: c_uint) { give(stream, new_handle()) }
-    fn cuStreamCreateWithPriority(stream: *mut Handle, _flags: c_uint, _priority: c_int) { give(stream, new_handle()) }
     fn cuStreamDestroy_v2(_stream: Handle) { Ok(()) }
     fn cuStreamIsCapturing(_stream: Handle, status: *mut c_uint) { give(status, 0) }
 
@@ -300,39 +272,11 @@ functions! {
     fn cuEventCreate(event: *mut Handle, _flags: c_uint) { give(event, new_handle()) }
 
     fn cuEventRecord(event: Handle, handle: Handle) {
-        let mut device = device();
-        device.streams.record(event, stream(handle));
-        device.events.insert(event, Instant::now());
+        device().streams.record(event, stream(handle));
         Ok(())
     }
 
-    fn cuEventSynchronize(event: Handle) {
-        device().streams.wait_for_event(event);
-        Ok(())
-    }
-
-    fn cuEventQuery(event: Handle) {
-        device().streams.wait_for_event(event);
-        Ok(())
-    }
-
-    fn cuEventDestroy_v2(event: Handle) {
-        device().events.remove(&event);
-        Ok(())
-    }
-
-    fn cuEventElapsedTime_v2(milliseconds: *mut f32, from: Handle, to: Handle) {
-        let device = device();
-        match (device.events.get(&from), device.events.get(&to)) {
-            (Some(from), Some(to)) => give(milliseconds, 1e3 * to.saturating_duration_since(*from).as_secs_f32()),
-            _ => Err(Error::Call("an event that was not recorded".into())),
-        }
-    }
-
-    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
-        give(free, TOTAL.saturating_sub(device().used))?;
-        give(total, TOTAL)
-    }
+    fn cuEventDestroy_v2(_event: Handle) { Ok(()) }
 
     fn cuDeviceGetDefaultMemPool(pool: *mut Handle, _device: c_int) { give(pool, 1) }
     fn cuMemPoolSetAttribute(_pool: Handle, _attribute: c_int, _value: *mut c_void) { Ok(()) }
@@ -364,20 +308,16 @@ functions! {
         device.free(address)
     }
 
-    fn cuMemsetD8_v2(address: Pointer, value: u8, size: usize) { set(address, value, size, 0) }
     fn cuMemsetD8Async(address: Pointer, value: u8, size: usize, handle: Handle) { set(address, value, size, handle) }
-    fn cuMemcpyHtoD_v2(to: Pointer, from: *const c_void, size: usize) { copy(to, from as u64, size, 0) }
     fn cuMemcpyHtoDAsync_v2(to: Pointer, from: *const c_void, size: usize, handle: Handle) {
         copy(to, from as u64, size, handle)
     }
-    fn cuMemcpyDtoH_v2(to: *mut c_void, from: Pointer, size: usize) { copy(to as u64, from, size, 0) }
     // To memory of the host that is not locked, this waits for the stream.
     fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: Pointer, size: usize, handle: Handle) {
         copy(to as u64, from, size, handle)?;
         device().streams.wait(stream(handle));
         Ok(())
     }
-    fn cuMemcpyDtoD_v2(to: Pointer, from: Pointer, size: usize) { copy(to, from, size, 0) }
     fn cuMemcpyDtoDAsync_v2(to: Pointer, from: Pointer, size: usize, handle: Handle) { copy(to, from, size, handle) }
 
     fn cuModuleLoadData(module: *mut Handle, image: *const c_void) {
@@ -417,8 +357,6 @@ functions! {
         };
         give(function, std::ptr::from_ref(program) as Handle)
     }
-
-    fn cuFuncSetAttribute(_function: Handle, _attribute: c_int, _value: c_int) { Ok(()) }
 
     fn cuLaunchKernel(
         function: Handle,
@@ -503,7 +441,6 @@ fn meaning(status: Status) -> &'static CStr {
 }
 
 functions! {
-    fn cuGetErrorName(status: Status, name: *mut *const c_char) { give(name, meaning(status).as_ptr()) }
     fn cuGetErrorString(status: Status, text: *mut *const c_char) { give(text, meaning(status).as_ptr()) }
 }
 
@@ -519,7 +456,7 @@ pub(crate) fn alone() -> MutexGuard<'static, ()> {
 pub(crate) fn upload(values: &[f32]) -> Pointer {
     let size = size_of_val(values);
     let address = device().allocate(size).unwrap();
-    assert_eq!(cuMemcpyHtoD_v2(address, values.as_ptr().cast(), size), SUCCESS);
+    assert_eq!(cuMemcpyHtoDAsync_v2(address, values.as_ptr().cast(), size, 0), SUCCESS);
     address
 }
 
@@ -527,7 +464,7 @@ pub(crate) fn upload(values: &[f32]) -> Pointer {
 #[cfg(test)]
 pub(crate) fn allocated(address: Pointer, count: usize) -> Vec<f32> {
     let mut values = vec![0f32; count];
-    assert_eq!(cuMemcpyDtoH_v2(values.as_mut_ptr().cast(), address, 4 * count), SUCCESS);
+    assert_eq!(cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), address, 4 * count, 0), SUCCESS);
     values
 }
 
@@ -575,14 +512,13 @@ mod tests {
     fn streams_that_nothing_orders() {
         let _alone = alone();
         let (function, x) = (kernel(), upload(&[1.0; 4]));
-        let (mut a, mut b, mut event) = (0, 0, 0);
-        assert_eq!(cuStreamCreate(&raw mut a, 0), SUCCESS);
-        assert_eq!(cuStreamCreate(&raw mut b, 0), SUCCESS);
+        let (a, b, mut event) = (new_handle(), new_handle(), 0);
         assert_eq!(cuEventCreate(&raw mut event, 0), SUCCESS);
         assert_eq!(launch(function, x, 4, a), SUCCESS);
         assert_eq!(launch(function, x, 4, b), INVALID_VALUE);
         assert_eq!(launch(function, x, 4, a), INVALID_VALUE);
-        assert_eq!(cuCtxSynchronize(), SUCCESS);
+        assert_eq!(cuStreamSynchronize(a), SUCCESS);
+        assert_eq!(cuStreamSynchronize(b), SUCCESS);
         assert_eq!(launch(function, x, 4, a), SUCCESS);
         assert_eq!(cuEventRecord(event, a), SUCCESS);
         assert_eq!(cuStreamWaitEvent(b, event, 0), SUCCESS);
@@ -601,9 +537,9 @@ mod tests {
         let mut address = 0;
         assert_eq!(cuMemAlloc_v2(&raw mut address, 12), SUCCESS);
         assert!(allocated(address, 3).iter().all(|x| x.is_nan()));
-        assert_eq!(cuMemsetD8_v2(address, 0, 8), SUCCESS);
+        assert_eq!(cuMemsetD8Async(address, 0, 8, 0), SUCCESS);
         assert_eq!(allocated(address, 2), [0.0, 0.0]);
-        assert_eq!(cuMemsetD8_v2(address, 0, 13), INVALID_VALUE);
+        assert_eq!(cuMemsetD8Async(address, 0, 13, 0), INVALID_VALUE);
         assert_eq!(cuMemAlloc_v2(&raw mut address, 0), INVALID_VALUE);
     }
 }

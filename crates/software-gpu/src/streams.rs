@@ -64,13 +64,6 @@ impl Streams {
         self.events.insert(event, clock);
     }
 
-    /// The host waits for an event.
-    pub(crate) fn wait_for_event(&mut self, event: u64) {
-        if let Some(clock) = self.events.get(&event) {
-            merge(&mut self.host, clock);
-        }
-    }
-
     /// A stream waits for an event.
     pub(crate) fn order(&mut self, event: u64, stream: Stream) {
         if let Some(clock) = self.events.get(&event) {
