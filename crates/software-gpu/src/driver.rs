@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 pub(crate) type Status = c_int;
 /// Of streams, events, modules: a number, or an address of ours.
@@ -220,6 +220,12 @@ fn capability() -> c_int {
     std::env::var("SOFTWARE_GPU").ok().and_then(|text| text.parse().ok()).unwrap_or(90)
 }
 
+/// Whether accesses to memory that nothing puts in order are errors.
+fn looks_for_races() -> bool {
+    static ASKED: OnceLock<bool> = OnceLock::new();
+    *ASKED.get_or_init(|| std::env::var_os("SOFTWARE_GPU_RACES").is_none_or(|asked| asked != "0"))
+}
+
 const NAME: &[u8] = b"a GPU in software\0";
 
 functions! {
@@ -392,6 +398,7 @@ functions! {
             dynamic: shared as usize,
             parameters: &parameters,
             allocations: &allocations,
+            races: looks_for_races(),
         }
         .run()?;
         device.touch(handle, allocations.touched())

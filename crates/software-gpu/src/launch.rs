@@ -8,8 +8,10 @@ use crate::memory::{self, Allocations};
 use crate::ops::{LANES, Lanes};
 use crate::program::{Action, LOCAL, PARAM, Place, Program, SHARED, Shuffle, Special, Step};
 use crate::ptx::Space;
+use crate::races::{Shadow, Who};
 use crate::{Error, Result};
 use rayon::prelude::*;
+use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -23,6 +25,8 @@ pub(crate) struct Launch<'a> {
     /// The kernel's parameters, laid out as it declares them.
     pub(crate) parameters: &'a [u64],
     pub(crate) allocations: &'a Allocations,
+    /// Whether accesses that nothing puts in order are errors.
+    pub(crate) races: bool,
 }
 
 impl Launch<'_> {
@@ -40,7 +44,8 @@ impl Launch<'_> {
         }
         // Each of the processor's threads takes the next block that nobody has.
         let next = AtomicU64::new(0);
-        let shares = blocks.min(rayon::current_num_threads() as u64);
+        // What is known of global memory is for all blocks.
+        let shares = if self.races { 1 } else { blocks.min(rayon::current_num_threads() as u64) };
         (0..shares).into_par_iter().try_for_each(|_| {
             let mut block = Block::new(self, threads);
             loop {
@@ -66,10 +71,15 @@ struct Block<'a> {
     /// For each place of the program, the allocation where it was last.
     last: Vec<(u64, u64)>,
     number: [u64; 3],
+    /// Of the block's shared memory and of allocations, if races are looked for; barriers that the block has passed.
+    shadow: Option<Shadow>,
+    shadows: HashMap<u64, Shadow>,
+    barriers: u32,
 }
 
 /// 32 threads.
 struct Warp {
+    number: usize,
     registers: Vec<Lanes>,
     /// Of each thread, one after the other, in words.
     local: Vec<u64>,
@@ -118,6 +128,7 @@ impl<'a> Block<'a> {
             let threads = (threads - warp * LANES).min(LANES);
             let all = u32::MAX >> (LANES - threads);
             Warp {
+                number: warp,
                 registers,
                 local: vec![0; LANES * program.local.div_ceil(8)],
                 at: [0; LANES],
@@ -128,7 +139,17 @@ impl<'a> Block<'a> {
         });
         let warps = warps.collect();
         let shared = vec![0; (program.shared + launch.dynamic).div_ceil(8)];
-        Self { launch, warps, shared, last: vec![(0, 0); program.places], number: [0; 3] }
+        let last = vec![(0, 0); program.places];
+        Self {
+            launch,
+            warps,
+            shared,
+            last,
+            number: [0; 3],
+            shadow: None,
+            shadows: HashMap::new(),
+            barriers: 0,
+        }
     }
 
     fn run(&mut self, number: u64) -> Result<()> {
@@ -136,6 +157,8 @@ impl<'a> Block<'a> {
         self.number = [number % x, number / x % y, number / x / y];
         // What memory holds at first is no number, so that it shows.
         self.shared.fill(u64::MAX);
+        self.shadow = self.launch.races.then(|| Shadow::new(8 * self.shared.len()));
+        self.barriers = 0;
         let mut warps = std::mem::take(&mut self.warps);
         for warp in &mut warps {
             for &(register, special) in &self.launch.program.specials {
@@ -152,6 +175,7 @@ impl<'a> Block<'a> {
             for warp in warps.iter_mut().filter(|warp| warp.live != 0) {
                 self.warp(warp)?;
             }
+            self.barriers += 1;
         }
         self.warps = warps;
         Ok(())
@@ -253,6 +277,7 @@ impl<'a> Block<'a> {
             Action::Load { at, to, signed } => {
                 for lane in lanes(active) {
                     let address = self.locate(warp, at, lane, step)?;
+                    self.look_for_races(warp, at, lane, address, false, step)?;
                     for (i, &to) in to.iter().enumerate() {
                         // SAFETY: memory of an allocation, of the block or of the thread, and aligned: `locate`.
                         #[allow(unsafe_code)]
@@ -266,6 +291,7 @@ impl<'a> Block<'a> {
             Action::Store { at, from } => {
                 for lane in lanes(active) {
                     let address = self.locate(warp, at, lane, step)?;
+                    self.look_for_races(warp, at, lane, address, true, step)?;
                     for (i, &from) in from.iter().enumerate() {
                         let bits = warp.registers[from as usize][lane];
                         // SAFETY: as above.
@@ -370,6 +396,45 @@ impl<'a> Block<'a> {
     }
 }
 
+impl Block<'_> {
+    /// That an access is in order with all others of the launch.
+    fn look_for_races(
+        &mut self,
+        warp: &Warp,
+        place: &Place,
+        lane: usize,
+        address: u64,
+        writes: bool,
+        step: &Step,
+    ) -> Result<()> {
+        let Some(shared) = &mut self.shadow else { return Ok(()) };
+        let (start, end) = self.last[place.number];
+        let (shadow, at) = if (start..end).contains(&address) {
+            let size = (end - start) as usize;
+            (self.shadows.entry(start).or_insert_with(|| Shadow::new(size)), (address - start) as usize)
+        } else {
+            let start = self.shared.as_ptr() as u64;
+            if !(start..start + 8 * self.shared.len() as u64).contains(&address) {
+                // The thread's own, or parameters, which nobody writes.
+                return Ok(());
+            }
+            (shared, (address - start) as usize)
+        };
+        let [x, y, _] = self.launch.grid.map(u64::from);
+        let block = (self.number[0] + x * (self.number[1] + y * self.number[2])) as u32;
+        let who = Who { block, thread: (warp.number * LANES + lane) as u32, barriers: self.barriers };
+        match shadow.access(at, place.bytes, who, writes) {
+            None => Ok(()),
+            Some(other) => {
+                let what = if writes { "writes" } else { "reads" };
+                let message =
+                    format!("{who:?} {what} at {address:#x} ({:?}) what {other:?} accesses", place.space);
+                Err(self.launch.fail(step.line, message))
+            }
+        }
+    }
+}
+
 /// Writes a register, for the threads in `active`.
 fn put(to: &mut Lanes, found: &Lanes, active: u32) {
     if active == u32::MAX {
@@ -387,6 +452,13 @@ mod tests {
 
     /// Runs the kernel `run` of a body with two parameters, addresses of `input` and of as many words of output.
     fn run(head: &str, body: &str, grid: u32, block: u32, input: &[u32]) -> Result<Vec<u32>> {
+        let found = run_as(head, body, grid, block, input, true)?;
+        assert_eq!(found, run_as(head, body, grid, block, input, false)?);
+        Ok(found)
+    }
+
+    /// [`run`], with or without a look for races.
+    fn run_as(head: &str, body: &str, grid: u32, block: u32, input: &[u32], races: bool) -> Result<Vec<u32>> {
         let text = format!(
             ".version 9.0\n.target sm_75\n.address_size 64\n{head}\n\
              .visible .entry run(.param .u64 run_param_0, .param .u64 run_param_1)\n{{\n{body}\n}}"
@@ -406,6 +478,7 @@ mod tests {
             dynamic: 0,
             parameters: &[from, to],
             allocations: &Allocations::new(bounds.into_iter()),
+            races,
         }
         .run()?;
         Ok(output)
@@ -492,6 +565,30 @@ mod tests {
             $end: ret;"
         );
         assert_eq!(run("", &body, 1, 2, &[1, 2, 30, 4]).unwrap(), [2, 1, 34, 4]);
+    }
+
+    /// Without its barrier, and with a place that two blocks write.
+    #[test]
+    fn races_are_errors() {
+        let shared = |barrier: &str| {
+            let body = format!(
+                "{PLACES} .shared .align 4 .b8 tile[256]; mov.u32 %r6, tile; shl.b32 %r7, %r4, 2; add.s32 %r8, %r6, %r7;
+                st.shared.u32 [%r8], %r4; {barrier} xor.b32 %r7, %r7, 4; add.s32 %r8, %r6, %r7;
+                ld.shared.u32 %r9, [%r8]; st.global.u32 [%rd4], %r9; ret;"
+            );
+            run("", &body, 1, 64, &[0; 64])
+        };
+        assert_eq!(shared("bar.sync 0;").unwrap()[..4], [1, 0, 3, 2]);
+        let error = shared("").unwrap_err().to_string();
+        assert!(error.contains("reads") && error.contains("Shared"), "{error}");
+        let blocks = format!(
+            "{PLACES} mul.wide.u32 %rd6, %r2, 4; add.s64 %rd7, %rd2, %rd6; st.global.u32 [%rd7], %r4; ret;"
+        );
+        assert!(run("", &blocks, 4, 1, &[0; 4]).is_ok());
+        let same = format!("{PLACES} st.global.u32 [%rd2], %r2; ret;");
+        assert_eq!(run_as("", &same, 1, 1, &[0; 4], true).unwrap()[0], 0);
+        let error = run("", &same, 2, 1, &[0; 4]).unwrap_err().to_string();
+        assert!(error.contains("writes"), "{error}");
     }
 
     #[test]

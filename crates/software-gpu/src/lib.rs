@@ -9,12 +9,13 @@
 //!
 //! So the whole of such a program runs on a machine without a GPU: its calls of the driver, the kernels as nvcc compiled
 //! them (Candle's as well as our own), the launches, the products. It is stricter than a GPU: every access to memory is
-//! checked for its allocation and its alignment, new memory holds what is no number, and work on one piece of memory in
-//! two streams that nothing orders is an error. What it can't show: how fast anything is, how tensor cores round, and
-//! errors that come from threads running at the same time.
+//! checked for its allocation, its alignment and its order with those of other threads, new memory holds what is no
+//! number, and work on one piece of memory in two streams that nothing orders is an error. What it can't show: how fast
+//! anything is, and how tensor cores round.
 //!
 //! It knows the calls and the instructions that this project's programs use; of others it says so. `SOFTWARE_GPU=90`
-//! is the compute capability that it claims to have (the default), without its point.
+//! is the compute capability that it claims to have (the default), without its point. With `SOFTWARE_GPU_RACES=0` it
+//! does not look for races between threads (`races`), and takes half of the time.
 //!
 //! `ptx` reads the text of a module, `program` makes a kernel of it ready, `launch` runs it with the operations of `ops`;
 //! `driver`, `blas` and `rand` are the libraries' functions, `streams` the order that a GPU would keep.
@@ -26,6 +27,7 @@ mod memory;
 mod ops;
 mod program;
 mod ptx;
+mod races;
 mod rand;
 mod streams;
 
