@@ -5,7 +5,7 @@
 use candle_core::Device;
 use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
 /// The profile `quick` of one batch: narrower, and as much data as one step takes.
 fn tiny_profile(folder: &Path) {
@@ -46,15 +46,11 @@ fn folder() -> Option<tempfile::TempDir> {
     Some(folder)
 }
 
-/// What a table's program does in a folder.
-fn run(program: &str, folder: &Path, flags: &[&str]) -> Output {
-    let common = ["--config", "tiny.toml", "--data", "synthetic"];
-    Command::new(program).current_dir(folder).args(common).args(flags).output().unwrap()
-}
-
+/// What a table's program prints in a folder; it must succeed.
 #[track_caller]
-fn succeed(program: &str, folder: &Path, flags: &[&str]) -> String {
-    let output = run(program, folder, flags);
+fn run(program: &str, folder: &Path, flags: &[&str]) -> String {
+    let common = ["--config", "tiny.toml", "--data", "synthetic"];
+    let output = Command::new(program).current_dir(folder).args(common).args(flags).output().unwrap();
     assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -63,6 +59,11 @@ fn succeed(program: &str, folder: &Path, flags: &[&str]) -> String {
 fn stages(folder: &Path, out: &str, table: &str) -> Vec<Value> {
     let file = folder.join(out).join(table).join("tiny/stages.json");
     serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+/// The loss of a stage's network on the test images.
+fn loss(stage: &Value) -> f64 {
+    stage["evaluation"]["loss"].as_f64().unwrap()
 }
 
 /// DFQ, both ways of PfQ's fine-tuning, PACT and DSQ give on a GPU what they give on a CPU: losses up to the order of
@@ -75,8 +76,8 @@ fn tables_on_a_gpu_and_on_a_cpu() {
     for (table, program) in tables {
         let rows = ["--only", "mobilenet_v2,a4w4"];
         let flags = |more: &[&'static str]| [&rows[..], more].concat();
-        succeed(program, folder, &flags(&["--device", "cpu", "--store", "cpu", "--out", "on_cpu"]));
-        succeed(program, folder, &flags(&["--device", "cuda", "--store", "gpu", "--out", "on_gpu"]));
+        run(program, folder, &flags(&["--device", "cpu", "--store", "cpu", "--out", "on_cpu"]));
+        run(program, folder, &flags(&["--device", "cuda", "--store", "gpu", "--out", "on_gpu"]));
         let (expected, found) = (stages(folder, "on_cpu", table), stages(folder, "on_gpu", table));
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(&expected) {
@@ -84,7 +85,6 @@ fn tables_on_a_gpu_and_on_a_cpu() {
             assert_eq!(found["key"], expected["key"], "{label}");
             let device = found["provenance"]["device"].as_str().unwrap();
             assert!(device.starts_with("cuda:0 ("), "{device}");
-            let loss = |stage: &Value| stage["evaluation"]["loss"].as_f64().unwrap();
             let first = |stage: &Value| stage["metrics"][0]["train_loss"].as_f64();
             let off = (loss(found) - loss(expected)).abs();
             eprintln!(
@@ -103,7 +103,7 @@ fn tables_on_a_gpu_and_on_a_cpu() {
             }
         }
         // What a GPU has done need not be done again on a CPU.
-        let plan = succeed(program, folder, &flags(&["--device", "cpu", "--store", "gpu", "--plan"]));
+        let plan = run(program, folder, &flags(&["--device", "cpu", "--store", "gpu", "--plan"]));
         let done = plan.lines().find_map(|line| line.split_once(" stages done")).expect("a plan");
         let (done, all) = done.0.split_once(" of ").unwrap();
         assert_eq!(done, all, "{plan}");
@@ -121,9 +121,9 @@ fn other_arithmetics() {
     let losses = |device: &str, arithmetic: &str| -> Vec<f64> {
         let rows = ["--only", "mobilenet_v2,a4w4,ours", "--device", device];
         let flags = ["--arithmetic", arithmetic, "--store", arithmetic, "--out", arithmetic];
-        succeed(env!("CARGO_BIN_EXE_table3"), folder, &[&rows[..], &flags].concat());
+        run(env!("CARGO_BIN_EXE_table3"), folder, &[&rows[..], &flags].concat());
         let stages = stages(folder, arithmetic, "table3");
-        stages.iter().map(|stage| stage["evaluation"]["loss"].as_f64().unwrap()).collect()
+        stages.iter().map(loss).collect()
     };
     let expected = losses("cpu", "f32");
     for arithmetic in ["bf16", "tf32"] {

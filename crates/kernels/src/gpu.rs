@@ -398,6 +398,19 @@ impl Columns {
 /// The block of kernels that add up parts: 8 channels, and 32 threads that share the parts of each.
 pub(crate) const OVER_PARTS: [usize; 2] = [8, 32];
 
+/// The sum over the first dimension of `sums[parts, count]`, `f32`, in the shape `dims`; by the kernel `total` of a module
+/// that has it.
+pub(crate) fn total(module: Module, sums: &Tensor, dims: impl Into<Shape>) -> Result<Tensor> {
+    let (parts, count) = sums.dims2()?;
+    let total = empty(dims, DType::F32, sums.device())?;
+    Launch::new(module, "total", [count.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
+        .read(sums)?
+        .write(&total)?
+        .sizes([parts, count])?
+        .run()?;
+    Ok(total)
+}
+
 /// A feature map as kernels read it: contiguous, floats or levels.
 pub(crate) struct Map {
     pub(crate) tensor: Tensor,

@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 
 pub(crate) type Status = c_int;
 /// Of streams, events, modules: a number, or an address of ours.
@@ -61,28 +61,9 @@ struct Module {
     kernels: Mutex<HashMap<String, &'static Program>>,
 }
 
-static DEVICE: Mutex<Option<Device>> = Mutex::new(None);
-
-fn device() -> DeviceGuard {
-    let mut guard = DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    guard.get_or_insert_default();
-    DeviceGuard(guard)
-}
-
-struct DeviceGuard(MutexGuard<'static, Option<Device>>);
-
-impl std::ops::Deref for DeviceGuard {
-    type Target = Device;
-
-    fn deref(&self) -> &Device {
-        self.0.as_ref().expect("made when it was locked")
-    }
-}
-
-impl std::ops::DerefMut for DeviceGuard {
-    fn deref_mut(&mut self) -> &mut Device {
-        self.0.as_mut().expect("made when it was locked")
-    }
+fn device() -> MutexGuard<'static, Device> {
+    static DEVICE: LazyLock<Mutex<Device>> = LazyLock::new(Mutex::default);
+    DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// A number that no other handle has, nor any that the API gives a meaning.
@@ -222,8 +203,9 @@ fn capability() -> c_int {
 
 /// Whether accesses to memory that nothing puts in order are errors.
 fn looks_for_races() -> bool {
-    static ASKED: OnceLock<bool> = OnceLock::new();
-    *ASKED.get_or_init(|| std::env::var_os("SOFTWARE_GPU_RACES").is_none_or(|asked| asked != "0"))
+    static ASKED: LazyLock<bool> =
+        LazyLock::new(|| std::env::var_os("SOFTWARE_GPU_RACES").is_none_or(|asked| asked != "0"));
+    *ASKED
 }
 
 const NAME: &[u8] = b"a GPU in software\0";

@@ -6,7 +6,7 @@
 
 use crate::memory::{self, Allocations};
 use crate::ops::{LANES, Lanes};
-use crate::program::{Action, LOCAL, PARAM, Place, Program, SHARED, Shuffle, Special, Step};
+use crate::program::{Action, Given, LOCAL, PARAM, Place, Program, SHARED, Shuffle, Step};
 use crate::ptx::Space;
 use crate::races::{Shadow, Who};
 use crate::{Error, Result};
@@ -70,7 +70,8 @@ struct Block<'a> {
     shared: Vec<u64>,
     /// For each place of the program, the allocation where it was last.
     last: Vec<(u64, u64)>,
-    number: [u64; 3],
+    /// Which of the grid's blocks it is.
+    number: u64,
     /// Of the block's shared memory and of allocations, if races are looked for; barriers that the block has passed.
     shadow: Option<Shadow>,
     shadows: HashMap<u64, Shadow>,
@@ -107,21 +108,19 @@ impl<'a> Block<'a> {
         let program = launch.program;
         let warps = (0..threads.div_ceil(LANES)).map(|warp| {
             let mut registers = vec![[0; LANES]; program.registers];
-            for &(register, value) in &program.constants {
-                registers[register as usize] = [value; LANES];
-            }
             let [x, y, _] = launch.block.map(|n| n as usize);
-            for &(register, special) in &program.specials {
+            for (&given, &register) in &program.given {
                 registers[register as usize] = std::array::from_fn(|lane| {
                     let thread = warp * LANES + lane;
-                    match special {
-                        Special::Thread(axis) => [thread % x, thread / x % y, thread / x / y][axis] as u64,
-                        Special::Threads(axis) => launch.block[axis].into(),
-                        Special::Blocks(axis) => launch.grid[axis].into(),
-                        Special::Lane => lane as u64,
-                        Special::Warp => warp as u64,
+                    match given {
+                        Given::Constant(value) => value,
+                        Given::Thread(axis) => [thread % x, thread / x % y, thread / x / y][axis] as u64,
+                        Given::Threads(axis) => launch.block[axis].into(),
+                        Given::Blocks(axis) => launch.grid[axis].into(),
+                        Given::Lane => lane as u64,
+                        Given::Warp => warp as u64,
                         // Of each block.
-                        Special::Block(_) => 0,
+                        Given::Block(_) => 0,
                     }
                 });
             }
@@ -140,30 +139,21 @@ impl<'a> Block<'a> {
         let warps = warps.collect();
         let shared = vec![0; (program.shared + launch.dynamic).div_ceil(8)];
         let last = vec![(0, 0); program.places];
-        Self {
-            launch,
-            warps,
-            shared,
-            last,
-            number: [0; 3],
-            shadow: None,
-            shadows: HashMap::new(),
-            barriers: 0,
-        }
+        Self { launch, warps, shared, last, number: 0, shadow: None, shadows: HashMap::new(), barriers: 0 }
     }
 
     fn run(&mut self, number: u64) -> Result<()> {
-        let [x, y, _] = self.launch.grid.map(u64::from);
-        self.number = [number % x, number / x % y, number / x / y];
+        self.number = number;
+        let place = self.place();
         // What memory holds at first is no number, so that it shows.
         self.shared.fill(u64::MAX);
         self.shadow = self.launch.races.then(|| Shadow::new(8 * self.shared.len()));
         self.barriers = 0;
         let mut warps = std::mem::take(&mut self.warps);
         for warp in &mut warps {
-            for &(register, special) in &self.launch.program.specials {
-                if let Special::Block(axis) = special {
-                    warp.registers[register as usize] = [self.number[axis]; LANES];
+            for (&given, &register) in &self.launch.program.given {
+                if let Given::Block(axis) = given {
+                    warp.registers[register as usize] = [place[axis]; LANES];
                 }
             }
             warp.local.fill(u64::MAX);
@@ -179,6 +169,12 @@ impl<'a> Block<'a> {
         }
         self.warps = warps;
         Ok(())
+    }
+
+    /// Where the block is in the grid.
+    fn place(&self) -> [u64; 3] {
+        let [x, y, _] = self.launch.grid.map(u64::from);
+        [self.number % x, self.number / x % y, self.number / x / y]
     }
 
     /// Runs a warp as far as its next barrier, or to its end.
@@ -230,18 +226,10 @@ impl<'a> Block<'a> {
                     }
                     Action::Exit => {
                         warp.live &= !active;
-                        if active == together {
-                            break;
-                        }
                         lanes(together & !active).for_each(|lane| warp.at[lane] = at);
                         break;
                     }
                     Action::Barrier => {
-                        if together != warp.live {
-                            return Err(self
-                                .launch
-                                .fail(step.line, "not all threads of a warp reach a barrier".into()));
-                        }
                         lanes(together).for_each(|lane| warp.at[lane] = at);
                         return Ok(());
                     }
@@ -388,15 +376,14 @@ impl<'a> Block<'a> {
                 let what = if found.is_some() { "not aligned" } else { "of no allocation" };
                 let message = format!(
                     "block {:?}, lane {lane}: {bytes} bytes at {address:#x} ({:?}), {what}",
-                    self.number, place.space
+                    self.place(),
+                    place.space
                 );
                 Err(self.launch.fail(step.line, message))
             }
         }
     }
-}
 
-impl Block<'_> {
     /// That an access is in order with all others of the launch.
     fn look_for_races(
         &mut self,
@@ -420,9 +407,11 @@ impl Block<'_> {
             }
             (shared, (address - start) as usize)
         };
-        let [x, y, _] = self.launch.grid.map(u64::from);
-        let block = (self.number[0] + x * (self.number[1] + y * self.number[2])) as u32;
-        let who = Who { block, thread: (warp.number * LANES + lane) as u32, barriers: self.barriers };
+        let who = Who {
+            block: self.number as u32,
+            thread: (warp.number * LANES + lane) as u32,
+            barriers: self.barriers,
+        };
         match shadow.access(at, place.bytes, who, writes) {
             None => Ok(()),
             Some(other) => {

@@ -88,61 +88,34 @@ fn three<A: Value, B: Value, C: Value, R: Value>(
     each(move |a, b, c, _| f(A::of(a), B::of(b), C::of(c)).bits())
 }
 
-/// One body for each integer type; the type is `T` in it.
-macro_rules! integers {
-    ($kind:expr, $body:expr) => {
+/// One body for each of some types, by their names; the type is `T` in it.
+macro_rules! typed {
+    ($kind:expr, $body:expr, $($($name:literal)|+ => $type:ty),*) => {
         match $kind {
-            "u8" | "b8" => {
-                type T = u8;
+            $($($name)|+ => {
+                type T = $type;
                 $body
-            }
-            "s8" => {
-                type T = i8;
-                $body
-            }
-            "u16" | "b16" => {
-                type T = u16;
-                $body
-            }
-            "s16" => {
-                type T = i16;
-                $body
-            }
-            "u32" | "b32" => {
-                type T = u32;
-                $body
-            }
-            "s32" => {
-                type T = i32;
-                $body
-            }
-            "u64" | "b64" => {
-                type T = u64;
-                $body
-            }
-            "s64" => {
-                type T = i64;
-                $body
-            }
+            })*
             _ => None,
         }
+    };
+}
+
+/// One body for each integer type.
+macro_rules! integers {
+    ($kind:expr, $body:expr) => {
+        typed!(
+            $kind, $body,
+            "u8" | "b8" => u8, "s8" => i8, "u16" | "b16" => u16, "s16" => i16,
+            "u32" | "b32" => u32, "s32" => i32, "u64" | "b64" => u64, "s64" => i64
+        )
     };
 }
 
 /// One body for both float types.
 macro_rules! floats {
     ($kind:expr, $body:expr) => {
-        match $kind {
-            "f32" => {
-                type T = f32;
-                $body
-            }
-            "f64" => {
-                type T = f64;
-                $body
-            }
-            _ => None,
-        }
+        typed!($kind, $body, "f32" => f32, "f64" => f64)
     };
 }
 

@@ -15,10 +15,9 @@ pub(crate) const LOCAL: u64 = 0x7f << 56;
 pub(crate) struct Program {
     pub(crate) name: String,
     pub(crate) code: Vec<Step>,
-    /// Registers, of which some hold constants, and some what a thread can ask about itself.
+    /// Registers, and those that hold something before the first instruction.
     pub(crate) registers: usize,
-    pub(crate) constants: Vec<(Register, u64)>,
-    pub(crate) specials: Vec<(Register, Special)>,
+    pub(crate) given: HashMap<Given, Register>,
     /// Bytes of a block's shared memory, without what a launch adds behind them.
     pub(crate) shared: usize,
     /// Bytes of a thread's local memory.
@@ -31,9 +30,11 @@ pub(crate) struct Program {
 
 pub(crate) type Register = u32;
 
-/// What a thread can ask about itself (10); the number is x, y or z.
+/// What a register holds from the start: a constant, or what a thread can ask about itself (10), where the number is x, y
+/// or z.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Special {
+pub(crate) enum Given {
+    Constant(u64),
     Thread(usize),
     Threads(usize),
     Block(usize),
@@ -120,15 +121,12 @@ pub(crate) fn link(module: &Module, globals: &HashMap<String, u64>, name: &str) 
             name: name.into(),
             code: Vec::new(),
             registers: 0,
-            constants: Vec::new(),
-            specials: Vec::new(),
+            given: HashMap::new(),
             shared: 0,
             local: 0,
             parameters: Vec::new(),
             places: 0,
         },
-        constants: HashMap::new(),
-        specials: HashMap::new(),
         names: vec![HashMap::new()],
         calls: Vec::new(),
     };
@@ -162,8 +160,6 @@ enum Name {
 struct Linker<'a> {
     module: &'a Module,
     program: Program,
-    constants: HashMap<u64, Register>,
-    specials: HashMap<Special, Register>,
     /// From the module's own to those of the innermost scope.
     names: Vec<HashMap<String, Name>>,
     /// The functions that are being put in, to tell recursion.
@@ -218,24 +214,18 @@ impl Linker<'_> {
         (self.program.registers - 1) as Register
     }
 
-    fn constant(&mut self, value: u64) -> Register {
-        if let Some(&register) = self.constants.get(&value) {
+    /// The register that holds something from the start.
+    fn given(&mut self, given: Given) -> Register {
+        if let Some(&register) = self.program.given.get(&given) {
             return register;
         }
         let register = self.register();
-        self.constants.insert(value, register);
-        self.program.constants.push((register, value));
+        self.program.given.insert(given, register);
         register
     }
 
-    fn special(&mut self, special: Special) -> Register {
-        if let Some(&register) = self.specials.get(&special) {
-            return register;
-        }
-        let register = self.register();
-        self.specials.insert(special, register);
-        self.program.specials.push((register, special));
-        register
+    fn constant(&mut self, value: u64) -> Register {
+        self.given(Given::Constant(value))
     }
 
     fn name(&mut self, name: &str, value: Name) {
@@ -281,7 +271,7 @@ impl Linker<'_> {
                 Some(Name::Register(register)) => Ok(register),
                 Some(Name::Constant(value)) => Ok(self.constant(value)),
                 None => match special(name) {
-                    Some(special) => Ok(self.special(special)),
+                    Some(special) => Ok(self.given(special)),
                     None => Err(Error::NotSupported(format!("the name {name}"))),
                 },
             },
@@ -305,6 +295,17 @@ impl Linker<'_> {
                 _ => Err(Error::NotSupported(format!("{name}, no register"))),
             },
             other => Err(Error::NotSupported(format!("a result in {other:?}"))),
+        }
+    }
+
+    /// The registers of `first|second`, or of the first alone.
+    fn targets(&mut self, operand: &Operand) -> Result<(Register, Option<Register>)> {
+        match operand {
+            Operand::Pair(first, second) => {
+                let [first, second] = [first, second].map(|name| self.target(&Operand::Name(name.clone())));
+                Ok((first?, Some(second?)))
+            }
+            first => Ok((self.target(first)?, None)),
         }
     }
 
@@ -402,13 +403,7 @@ impl Linker<'_> {
                     Some("idx") => Shuffle::Index,
                     _ => return Err(Error::NotSupported("the instruction".into())),
                 };
-                let (to, valid) = match to {
-                    Operand::Pair(to, valid) => {
-                        let valid = self.target(&Operand::Name(valid.clone()))?;
-                        (self.target(&Operand::Name(to.clone()))?, Some(valid))
-                    }
-                    to => (self.target(to)?, None),
-                };
+                let (to, valid) = self.targets(to)?;
                 let [value, lane, clamp, members] =
                     [value, lane, clamp, members].map(|operand| self.source(operand));
                 let (value, lane, clamp, members) = (value?, lane?, clamp?, members?);
@@ -421,19 +416,13 @@ impl Linker<'_> {
                     let op = ops::comparison(&opcode[1..], other);
                     op.ok_or_else(|| Error::NotSupported("the instruction".into()))
                 };
-                let (first, second) = match results {
-                    Operand::Pair(first, second) => {
-                        (Operand::Name(first.clone()), Some(Operand::Name(second.clone())))
-                    }
-                    first => (first.clone(), None),
-                };
-                let first = self.target(&first)?;
+                let (first, second) = self.targets(results)?;
                 let Some(second) = second else {
                     self.step(guard, Action::Compute { op: compare(false)?, to: first, from }, line);
                     return Ok(());
                 };
                 // An operand may be one of both results.
-                let (second, kept) = (self.target(&second)?, self.register());
+                let kept = self.register();
                 self.step(guard, Action::Compute { op: compare(true)?, to: kept, from }, line);
                 self.step(guard, Action::Compute { op: compare(false)?, to: first, from }, line);
                 self.copy(guard, kept, second, line);
@@ -446,8 +435,7 @@ impl Linker<'_> {
                 self.copy(guard, from, kept, line);
                 for (i, to) in to.iter().enumerate() {
                     let (to, by) = (self.target(to)?, self.constant(width * i as u64));
-                    let kind = if width == 32 { "b64" } else { "b32" };
-                    self.compute(guard, &["shr", &kind.replace('b', "u")], to, [kept, by, by, by], line)?;
+                    self.compute(guard, &["shr", "u64"], to, [kept, by, by, by], line)?;
                 }
             }
             ("mov", [to, Operand::Vector(from)]) => {
@@ -569,21 +557,20 @@ impl Linker<'_> {
     }
 }
 
-fn special(name: &str) -> Option<Special> {
-    if let Some(special) = match name {
-        "%laneid" => Some(Special::Lane),
-        "%warpid" => Some(Special::Warp),
-        _ => None,
-    } {
-        return Some(special);
+/// What a special register holds.
+fn special(name: &str) -> Option<Given> {
+    match name {
+        "%laneid" => return Some(Given::Lane),
+        "%warpid" => return Some(Given::Warp),
+        _ => {}
     }
     let (name, axis) = name.split_once('.')?;
     let axis = ["x", "y", "z"].iter().position(|&known| known == axis)?;
     Some(match name {
-        "%tid" => Special::Thread(axis),
-        "%ntid" => Special::Threads(axis),
-        "%ctaid" => Special::Block(axis),
-        "%nctaid" => Special::Blocks(axis),
+        "%tid" => Given::Thread(axis),
+        "%ntid" => Given::Threads(axis),
+        "%ctaid" => Given::Block(axis),
+        "%nctaid" => Given::Blocks(axis),
         _ => return None,
     })
 }

@@ -1,7 +1,7 @@
 //! Launches of bias.cu.
 
 use crate::Result;
-use crate::gpu::{Launch, Module, empty};
+use crate::gpu::{Launch, Module, empty, total};
 use candle_core::{DType, Tensor};
 
 pub(super) fn add(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
@@ -12,17 +12,5 @@ pub(super) fn add(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
 }
 
 pub(super) fn gradient(gy: &Tensor) -> Result<Tensor> {
-    let (n, k) = gy.dims2()?;
-    let gradient = empty(k, DType::F32, gy.device())?;
-    let grid = [k.div_ceil(CLASSES), 1];
-    Launch::new(Module::Bias, "gradient", grid, [CLASSES, ROWS])
-        .read(gy)?
-        .write(&gradient)?
-        .sizes([n, k])?
-        .run()?;
-    Ok(gradient)
+    total(Module::Bias, gy, gy.dims()[1])
 }
-
-/// The block of the kernel that sums: threads along classes and along images (`CLASSES` and `ROWS` in bias.cu).
-const CLASSES: usize = 32;
-const ROWS: usize = 8;

@@ -290,25 +290,4 @@ CORRELATE(u8, f32, u8, float)
 CORRELATE(bf16, bf16, bf16, bf16)
 CORRELATE(u8, bf16, u8, bf16)
 
-struct Total {
-    // [parts, count]
-    const float *sums;
-    // [count]
-    float *total;
-    u32 parts, count;
-};
-
-// The sum over the parts: a block takes blockDim.x elements, threadIdx.y every blockDim.y-th part.
-__device__ inline void total(const Total &a) {
-    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
-    double sum = 0.0;
-    if (i < a.count) {
-        for (u32 part = threadIdx.y; part < a.parts; part += blockDim.y) {
-            sum += (double)a.sums[(size_t)part * a.count + i];
-        }
-    }
-    sum = column_sum(sum);
-    if (threadIdx.y == 0 && i < a.count) a.total[i] = (float)sum;
-}
-
 KERNEL(depthwise_total, Total, total)

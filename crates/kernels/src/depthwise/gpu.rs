@@ -2,7 +2,7 @@
 
 use super::Geometry;
 use crate::cpu::Check;
-use crate::gpu::{Launch, Map, Module, OVER_PARTS, block_of, empty, name, width};
+use crate::gpu::{Launch, Map, Module, block_of, empty, name, total, width};
 use crate::norm::gpu::Partials;
 use crate::{Input, Result};
 use candle_core::{DType, Tensor};
@@ -147,11 +147,5 @@ pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor, stride: usiz
         .sizes([per_part])?
         .floats([x.max_level])
         .run()?;
-    let gw = empty((3, 3, c), DType::F32, gz.device())?;
-    Launch::new(Module::Depthwise, "total", [(9 * c).div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
-        .read(&sums)?
-        .write(&gw)?
-        .sizes([parts, 9 * c])?
-        .run()?;
-    Ok(gw)
+    total(Module::Depthwise, &sums, (3, 3, c))
 }

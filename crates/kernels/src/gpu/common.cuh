@@ -223,3 +223,24 @@ __device__ inline double column_sum(double x) {
     __syncthreads();
     return x;
 }
+
+struct Total {
+    // [parts, count]
+    const float *sums;
+    // [count]
+    float *total;
+    u32 parts, count;
+};
+
+// The sum over the parts: a block takes blockDim.x elements, threadIdx.y every blockDim.y-th part.
+__device__ inline void total(const Total &a) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    double sum = 0.0;
+    if (i < a.count) {
+        for (u32 part = threadIdx.y; part < a.parts; part += blockDim.y) {
+            sum += (double)a.sums[(size_t)part * a.count + i];
+        }
+    }
+    sum = column_sum(sum);
+    if (threadIdx.y == 0 && i < a.count) a.total[i] = (float)sum;
+}
