@@ -4,7 +4,7 @@
 //! Loaded before NVIDIA's libraries, it answers the calls of a program that was built for CUDA:
 //!
 //! ```sh
-//! LD_PRELOAD=target/debug/libsoftware_gpu.so target/debug/table3 --device cuda --profile quick --data synthetic
+//! LD_PRELOAD=target/software-gpu/debug/libsoftware_gpu.so target/debug/table3 --device cuda --profile quick --data synthetic
 //! ```
 //!
 //! So the whole of such a program runs on a machine without a GPU: its calls of the driver, the kernels as nvcc compiled
@@ -40,7 +40,7 @@ type Result<T> = std::result::Result<T, Error>;
 enum Error {
     #[error("line {line} of the PTX: {message}")]
     Ptx { line: usize, message: String },
-    #[error("{0} is not known here; see crates/software-gpu")]
+    #[error("{0} is not known here; see tools/software-gpu")]
     NotSupported(String),
     #[error("the module has no kernel {0}")]
     NoKernel(String),
