@@ -9,7 +9,7 @@ use crate::session::{self, Done, Session};
 use anyhow::{Context as _, Result, bail};
 use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
-use models::{Kernel, MobileNet, Network};
+use models::{MobileNet, Network};
 use report::histogram::{self, Caption, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
 use std::path::Path;
 use std::sync::Arc;
@@ -107,7 +107,7 @@ fn choose(network: &Network) -> Result<Vec<Chosen>> {
         let mut lowest: Option<(usize, Vec<(f32, usize)>)> = None;
         for (i, unit) in network.units.iter().enumerate() {
             let Some(norm) = unit.batch_norm() else { continue };
-            if matches!(unit.kernel, Kernel::Depthwise { .. }) != depthwise {
+            if unit.kernel.is_depthwise() != depthwise {
                 continue;
             }
             let values = norm.variance.to_vec1::<f32>()?;

@@ -19,7 +19,7 @@ use divan::{Bencher, Divan};
 use kernels::augment::Views;
 use kernels::norm::{Epilogue, Gradient, Grads, Normalization};
 use kernels::sgd::{Rule, Update};
-use kernels::{Activation, FeatureMap, Quantizer, Result};
+use kernels::{Activation, FeatureMap, Quantizer, Result, Weight};
 use quant_core::Bits;
 use std::fmt;
 use std::sync::LazyLock;
@@ -249,7 +249,7 @@ mod pointwise {
             None => original.clone(),
         };
         let quantized = M::quantizer().map(|quant| (&original, quant));
-        let w = pointwise::Weight { value: &value, quantized };
+        let w = Weight { value: &value, quantized };
         measure(bencher, ItemsCount::new(layer.macs()), || pointwise::forward_stats(&x, w));
     }
 

@@ -1,115 +1,422 @@
-//! What a network does with a convolution's output while it is in cache.
+//! The convolutions of a network, whatever their [`Kernel`], and how their weights are laid out.
 //!
-//! A [`Convolution`] computes its output a block of rows (positions) at a time. In training the statistics of a
-//! block are taken at once ([`with_stats`]); in evaluation it is normalized and quantized at once and
-//! never written to memory ([`normalized`]).
+//! `z[n,oh,ow,o] = Σ_{kh,kw,i} w[kh,kw,i,o] · x[n, oh·s + kh − p, ow·s + kw − p, i]`, where `x` is 0 outside the image
+//! and the padding is `p = (k − 1)/2`. A depthwise convolution has the terms with `i = o` alone.
+//!
+//! The passes of a network call the functions here; which operation computes a kind, [`crate::pointwise`],
+//! [`crate::depthwise`] or [`crate::im2col`], is decided in this file, and what its weight looks like as well.
 
-use crate::cpu;
-use crate::moments::MomentSums;
-use crate::norm::{Normalizer, Stats};
-use crate::{FeatureMap, Quantizer, Result};
-use candle_core::{Device, Tensor};
-use std::mem::MaybeUninit;
-use std::ops::Range;
+use crate::cpu::Check;
+use crate::norm::{Epilogue, Gradient, OutputGradient, Stats};
+use crate::{Activation, FeatureMap, Input, Quantizer, Result, Weight, depthwise, im2col, pointwise};
+use candle_core::{D, Tensor};
+use serde::{Deserialize, Serialize};
 
-/// A convolution with its operands.
-pub(crate) trait Convolution: Sync {
-    /// Scratch memory of a thread.
-    type Scratch;
-
-    /// The output's dimensions, channels last.
-    fn dims(&self) -> &[usize];
-
-    /// Rows in a block, which is to fit in cache with what it is computed from.
-    fn rows_per_block(&self) -> usize;
-
-    fn scratch(&self) -> Self::Scratch;
-
-    /// Computes some rows of the output. Must write all of them; `rows` begins at a multiple of
-    /// [`Convolution::rows_per_block`].
-    fn compute(&self, scratch: &mut Self::Scratch, rows: Range<usize>, z: &mut [MaybeUninit<f32>]);
+/// The kind of a convolution. Padding is `(k − 1)/2` zeros on every side.
+///
+/// The weight's last dimension is always the filter (the output channel): `[k·k·C_in, C_out]` (full, rows in the order
+/// kh, kw, channel), `[3, 3, C]` (depthwise), `[C_in, C_out]` (pointwise).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kernel {
+    /// Every input channel to every output channel, `size × size`. There is no gradient of its input yet.
+    Full {
+        /// Side of the kernel.
+        size: usize,
+        /// Step between outputs.
+        stride: usize,
+    },
+    /// One 3×3 filter for each channel.
+    Depthwise {
+        /// Step between outputs.
+        stride: usize,
+    },
+    /// 1×1: a matrix product over the channels.
+    Pointwise,
 }
 
-/// Rows and channels of the output.
-fn size(convolution: &impl Convolution) -> (usize, usize) {
-    let dims = convolution.dims();
-    let channels = dims[dims.len() - 1];
-    (dims.iter().product::<usize>() / channels, channels)
+/// What lies below a convolution, which decides what [`backward`] computes for it.
+#[derive(Debug, Clone, Copy)]
+pub enum Below<'a> {
+    /// The image, which nothing trains: its gradient is not computed.
+    Image,
+    /// A feature map: its gradient is computed.
+    Map,
+    /// A feature map that this epilogue made, and whose gradient goes to it unchanged: the sums that it needs of the
+    /// gradient are taken too, while they are in cache. (Not on a GPU, where a kernel of its own takes them.)
+    Epilogue(&'a Epilogue),
 }
 
-/// The elements of a block that was just computed.
-#[allow(unsafe_code)]
-fn written(block: &mut [MaybeUninit<f32>]) -> &[f32] {
-    // SAFETY: by the trait's contract, `compute` has written all of it.
-    unsafe { block.assume_init_ref() }
-}
-
-/// The output.
-pub(crate) fn plain<C: Convolution>(convolution: &C) -> Result<Tensor> {
-    let (per_block, init) = (convolution.rows_per_block(), || convolution.scratch());
-    // SAFETY: the trait's contract.
-    #[allow(unsafe_code)]
-    let (z, _) = unsafe {
-        cpu::blocks(size(convolution), per_block, init, |scratch, rows, z| {
-            convolution.compute(scratch, rows, z)
-        })
-    };
-    Ok(Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?)
-}
-
-/// The output and its statistics. These are summed up in parts of some blocks, whose number depends on the shape alone.
-pub(crate) fn with_stats<C: Convolution>(convolution: &C) -> Result<(Tensor, Stats)> {
-    let (rows, c) = size(convolution);
-    let per_block = convolution.rows_per_block();
-    let per_part = rows.div_ceil(cpu::MAX_PARTS).next_multiple_of(per_block);
-    let part = |scratch: &mut C::Scratch, rows: Range<usize>, z: &mut [MaybeUninit<f32>]| {
-        let mut sums = MomentSums::new(c);
-        for (start, block) in rows.clone().step_by(per_block).zip(z.chunks_mut(per_block * c)) {
-            convolution.compute(scratch, start..rows.end.min(start + per_block), block);
-            sums.add(written(block));
-        }
-        sums.moments(written(z))
-    };
-    // SAFETY: the trait's contract; the blocks cover the part.
-    #[allow(unsafe_code)]
-    let (z, moments) = unsafe { cpu::blocks((rows, c), per_part, || convolution.scratch(), part) };
-    Ok((Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?, Stats::of_parts(moments)?))
-}
-
-/// The output, normalized, activated and quantized.
-pub(crate) fn normalized<C: Convolution>(
-    convolution: &C,
-    normalizer: &Normalizer,
-    quant: Option<Quantizer<'_>>,
-) -> Result<FeatureMap> {
-    let dims = convolution.dims();
-    match quant {
-        None => {
-            let y = each_block(convolution, |z, y| normalizer.floats(z, y));
-            Ok(FeatureMap::Float(Tensor::from_vec(y, dims, &Device::Cpu)?))
-        }
-        Some(quant) => {
-            let y = each_block(convolution, |z, y| normalizer.levels(z, y));
-            FeatureMap::of_levels(y, dims, quant)
-        }
+/// `z[N, Ho, Wo, C_out]` of `x[N, H, W, C_in]`.
+pub fn forward<'a>(kernel: Kernel, x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
+    let (x, w) = (x.into(), w.into());
+    match kernel {
+        Kernel::Full { size, stride } => pointwise::forward(&patches(x, size, stride)?, w),
+        Kernel::Depthwise { stride } => depthwise::forward(x, w.value, stride),
+        Kernel::Pointwise => pointwise::forward(x, w),
     }
 }
 
-/// What `write(z, y)` makes of each block of the output; it must write all of `y`, which is as long as `z`.
-fn each_block<C: Convolution, T: Copy + Send>(
-    convolution: &C,
-    write: impl Fn(&[f32], &mut [MaybeUninit<T>]) + Sync + Send,
-) -> Vec<T> {
-    let (rows, c) = size(convolution);
-    let per_block = convolution.rows_per_block();
-    let init = || (convolution.scratch(), vec![MaybeUninit::uninit(); per_block.min(rows) * c]);
-    let compute = |(scratch, z): &mut (C::Scratch, Vec<MaybeUninit<f32>>), rows, y: &mut [_]| {
-        let z = &mut z[..y.len()];
-        convolution.compute(scratch, rows, z);
-        write(written(z), y);
+/// [`forward`], with the statistics of `z`.
+pub fn forward_stats<'a>(
+    kernel: Kernel,
+    x: impl Into<Input<'a>>,
+    w: impl Into<Weight<'a>>,
+) -> Result<(Tensor, Stats)> {
+    let (x, w) = (x.into(), w.into());
+    match kernel {
+        Kernel::Full { size, stride } => pointwise::forward_stats(&patches(x, size, stride)?, w),
+        Kernel::Depthwise { stride } => depthwise::forward_stats(x, w.value, stride),
+        Kernel::Pointwise => pointwise::forward_stats(x, w),
+    }
+}
+
+/// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C_out]`; `z` is never in memory as a whole.
+pub fn forward_normalized<'a>(
+    kernel: Kernel,
+    x: impl Into<Input<'a>>,
+    w: impl Into<Weight<'a>>,
+    affine: (&Tensor, &Tensor),
+    act: Activation,
+    quant: Option<Quantizer<'_>>,
+) -> Result<FeatureMap> {
+    let (x, w) = (x.into(), w.into());
+    match kernel {
+        Kernel::Full { size, stride } => {
+            pointwise::forward_normalized(&patches(x, size, stride)?, w, affine, act, quant)
+        }
+        Kernel::Depthwise { stride } => depthwise::forward_normalized(x, w.value, stride, affine, act, quant),
+        Kernel::Pointwise => pointwise::forward_normalized(x, w, affine, act, quant),
+    }
+}
+
+/// The gradients of the weight, of its shape, and, unless the image lies `below`, of the input `x[N, H, W, C_in]`.
+///
+/// # Errors
+/// Wrong shapes and dtypes, and a full convolution whose input's gradient is asked for.
+pub fn backward<'a>(
+    kernel: Kernel,
+    x: impl Into<Input<'a>>,
+    w: &Tensor,
+    gz: &OutputGradient,
+    below: Below<'_>,
+) -> Result<(Tensor, Option<Gradient>)> {
+    let x = x.into();
+    let epilogue = match below {
+        Below::Image => return Ok((grad_weight(kernel, x, &gz.tensor()?)?, None)),
+        Below::Map => None,
+        Below::Epilogue(epilogue) => Some(epilogue),
     };
-    // SAFETY: `write` writes all of its block.
-    #[allow(unsafe_code)]
-    let (y, _) = unsafe { cpu::blocks((rows, c), per_block, init, compute) };
-    y
+    let (gw, gx) = match kernel {
+        Kernel::Full { .. } => {
+            let message = "a full convolution has no gradient of its input; only an image can lie below it";
+            return Err(Check("convolution::backward").setting(message.into()));
+        }
+        Kernel::Depthwise { stride } => depthwise::backward(x, w, gz, stride, epilogue)?,
+        Kernel::Pointwise => pointwise::backward(x, w, gz, epilogue)?,
+    };
+    Ok((gw, Some(gx)))
+}
+
+/// The gradient of the weight, of its shape, from that of the output, `gz[N, Ho, Wo, C_out]`.
+pub fn grad_weight<'a>(kernel: Kernel, x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
+    let x = x.into();
+    match kernel {
+        // The patches are gathered again: to keep them from the forward pass would take `k·k` inputs.
+        Kernel::Full { size, stride } => pointwise::grad_weight(&patches(x, size, stride)?, gz),
+        Kernel::Depthwise { stride } => depthwise::grad_weight(x, gz, stride),
+        Kernel::Pointwise => pointwise::grad_weight(x, gz),
+    }
+}
+
+/// The rows that make a full convolution a product.
+fn patches(x: Input<'_>, size: usize, stride: usize) -> Result<Tensor> {
+    im2col::forward(&x.to_float()?, size, stride, (size - 1) / 2)
+}
+
+impl Kernel {
+    /// Side of the kernel.
+    pub fn side(self) -> usize {
+        match self {
+            Self::Full { size, .. } => size,
+            Self::Depthwise { .. } => 3,
+            Self::Pointwise => 1,
+        }
+    }
+
+    /// Positions of the kernel, each of which has weights.
+    pub fn taps(self) -> usize {
+        self.side() * self.side()
+    }
+
+    /// Step between outputs.
+    pub fn stride(self) -> usize {
+        match self {
+            Self::Full { stride, .. } | Self::Depthwise { stride } => stride,
+            Self::Pointwise => 1,
+        }
+    }
+
+    /// Height or width of the output for one of the input.
+    pub fn output_size(self, input: usize) -> usize {
+        (input - 1) / self.stride() + 1
+    }
+
+    /// Whether output channel `c` reads input channel `c` alone.
+    pub fn is_depthwise(self) -> bool {
+        matches!(self, Self::Depthwise { .. })
+    }
+
+    /// The shape of the weight for so many channels; a depthwise one has as many filters as inputs.
+    pub fn weight_dims(self, inputs: usize, filters: usize) -> Vec<usize> {
+        match self {
+            Self::Full { .. } => vec![self.taps() * inputs, filters],
+            Self::Depthwise { .. } => vec![3, 3, filters],
+            Self::Pointwise => vec![inputs, filters],
+        }
+    }
+
+    /// The number of filters of a weight.
+    pub fn filters(self, weight: &Tensor) -> usize {
+        *weight.dims().last().expect("weights have at least two dimensions")
+    }
+
+    /// The number of input channels of a weight.
+    pub fn input_channels(self, weight: &Tensor) -> usize {
+        if self.is_depthwise() { self.filters(weight) } else { weight.dims()[0] / self.taps() }
+    }
+
+    /// The shape of the weight in PyTorch, `[C_out, C_in, k, k]`, where a depthwise one has `C_in = 1`.
+    pub fn pytorch_dims(self, inputs: usize, filters: usize) -> [usize; 4] {
+        [filters, if self.is_depthwise() { 1 } else { inputs }, self.side(), self.side()]
+    }
+
+    /// The weight from the one of PyTorch.
+    pub fn weight_from_pytorch(self, weight: &Tensor) -> Result<Tensor> {
+        let (filters, inputs, ..) = weight.dims4()?;
+        Ok(weight.permute((2, 3, 1, 0))?.reshape(self.weight_dims(inputs, filters))?)
+    }
+
+    /// The weight as `[taps, C_in, C_out]`; of a depthwise one as `[taps, C]`.
+    fn by_taps(self, weight: &Tensor) -> Result<Tensor> {
+        let (taps, filters) = (self.taps(), self.filters(weight));
+        Ok(match self {
+            Self::Depthwise { .. } => weight.reshape((taps, filters))?,
+            _ => weight.reshape((taps, self.input_channels(weight), filters))?,
+        })
+    }
+
+    /// The output `[C_out]` where every position of the input holds the same values `[C_in]` and no tap lies in the
+    /// padding: the response to a constant input, away from the border.
+    pub fn response(self, weight: &Tensor, input: &Tensor) -> Result<Tensor> {
+        let summed = self.by_taps(weight)?.sum(0)?;
+        Ok(match self {
+            Self::Depthwise { .. } => (summed * input)?,
+            _ => summed.broadcast_mul(&input.unsqueeze(D::Minus1)?)?.sum(0)?,
+        })
+    }
+
+    /// The largest |weight| of each filter, `[C_out]`.
+    pub fn filter_ranges(self, weight: &Tensor) -> Result<Tensor> {
+        Ok(weight.abs()?.flatten_to(D::Minus2)?.max(0)?)
+    }
+
+    /// The largest |weight| that reads each input channel, `[C_in]`.
+    pub fn input_ranges(self, weight: &Tensor) -> Result<Tensor> {
+        let largest = self.by_taps(&weight.abs()?)?.max(0)?;
+        Ok(if self.is_depthwise() { largest } else { largest.max(D::Minus1)? })
+    }
+
+    /// The weight with what reads input channel `i` multiplied by `factors[i]`.
+    pub fn scale_inputs(self, weight: &Tensor, factors: &Tensor) -> Result<Tensor> {
+        let factors = if self.is_depthwise() { factors.clone() } else { factors.unsqueeze(D::Minus1)? };
+        Ok(self.by_taps(weight)?.broadcast_mul(&factors)?.reshape(weight.shape())?)
+    }
+
+    /// The weight without the input channels that are not in `channels`, indices `u32`. A depthwise one has none but
+    /// those of its filters.
+    pub fn select_inputs(self, weight: &Tensor, channels: &Tensor) -> Result<Tensor> {
+        if self.is_depthwise() {
+            return self.select_filters(weight, channels);
+        }
+        let dims = self.weight_dims(channels.elem_count(), self.filters(weight));
+        Ok(self.by_taps(weight)?.contiguous()?.index_select(channels, 1)?.reshape(dims)?)
+    }
+
+    /// The weight without the filters that are not in `filters`, indices `u32`.
+    pub fn select_filters(self, weight: &Tensor, filters: &Tensor) -> Result<Tensor> {
+        Ok(weight.contiguous()?.index_select(filters, weight.rank() - 1)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::norm;
+    use crate::testing::*;
+    use candle_core::Device;
+
+    const KERNELS: [Kernel; 6] = [
+        Kernel::Full { size: 3, stride: 1 },
+        Kernel::Full { size: 5, stride: 2 },
+        Kernel::Full { size: 1, stride: 1 },
+        Kernel::Depthwise { stride: 1 },
+        Kernel::Depthwise { stride: 2 },
+        Kernel::Pointwise,
+    ];
+
+    /// Each kernel with its numbers of input channels and filters.
+    fn cases() -> impl Iterator<Item = (Kernel, usize, usize)> {
+        KERNELS.into_iter().map(|kernel| (kernel, if kernel.is_depthwise() { 7 } else { 5 }, 7))
+    }
+
+    /// Candle's convolution, which has PyTorch's layouts, of a map and a weight in ours.
+    fn reference(kernel: Kernel, x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+        let (side, filters, inputs) = (kernel.side(), kernel.filters(weight), x.dim(3)?);
+        let groups = if kernel.is_depthwise() { inputs } else { 1 };
+        let weight =
+            weight.reshape((side, side, inputs / groups, filters))?.permute((3, 2, 0, 1))?.contiguous()?;
+        let x = x.permute((0, 3, 1, 2))?.contiguous()?;
+        let z = x.conv2d(&weight, (side - 1) / 2, kernel.stride(), 1, groups)?;
+        z.permute((0, 2, 3, 1))?.contiguous()
+    }
+
+    /// A convolution is linear in each operand, so `⟨∂operand, d⟩ = ⟨∂z, convolution of d⟩` for any `d` in its place.
+    #[track_caller]
+    fn check_gradient(
+        gradient: &Tensor,
+        gz: &Tensor,
+        of: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+        context: &str,
+    ) {
+        for seed in 10..13 {
+            let direction = random(seed, gradient.dims());
+            let products = |a: &Tensor, b: &Tensor| -> Vec<f64> {
+                elements(a).iter().zip(elements(b)).map(|(a, b)| a * b).collect()
+            };
+            let (found, expected) = (products(gradient, &direction), products(gz, &of(&direction).unwrap()));
+            let size: f64 = expected.iter().map(|product| product.abs()).sum();
+            let difference = found.iter().sum::<f64>() - expected.iter().sum::<f64>();
+            assert!(difference.abs() <= 1e-6 * size + 1e-6, "{context}: off by {difference} of {size}");
+        }
+    }
+
+    #[test]
+    fn every_kind_is_candles_convolution() {
+        for (kernel, inputs, filters) in cases() {
+            let weight = random(1, &kernel.weight_dims(inputs, filters));
+            assert_eq!((kernel.input_channels(&weight), kernel.filters(&weight)), (inputs, filters));
+            let (scale, shift) = (random(2, &[filters]), random(3, &[filters]));
+            for (n, h, w) in MAPS {
+                let context = format!("{kernel:?}, {n}×{h}×{w}");
+                let x = random(4, &[n, h, w, inputs]);
+                let z = forward(kernel, &x, &weight).unwrap();
+                assert_eq!(z.dims(), [n, kernel.output_size(h), kernel.output_size(w), filters], "{context}");
+                assert_close(&z, &reference(kernel, &x, &weight).unwrap(), 1e-5, &context);
+                let (again, stats) = forward_stats(kernel, &x, &weight).unwrap();
+                assert_eq!(elements(&again), elements(&z), "{context}");
+                assert_close(&stats.mean, &norm::channel_stats(&z).unwrap().mean, 1e-6, &context);
+                let (affine, act) = ((&scale, &shift), Activation::Relu);
+                let y = forward_normalized(kernel, &x, &weight, affine, act, None).unwrap();
+                let expected = norm::forward(&z, &scale, &shift, act, None).unwrap();
+                assert_eq!(
+                    elements(&y.to_float().unwrap()),
+                    elements(&expected.to_float().unwrap()),
+                    "{context}"
+                );
+
+                // Through a normalization that changes nothing, so that `gz` is `gy`.
+                let gy = random(5, z.dims());
+                let (ones, zeros) = (scale.ones_like().unwrap(), scale.zeros_like().unwrap());
+                let of_z = Epilogue::affine(&z, &ones, &zeros, Activation::Identity, None).unwrap();
+                let gz = of_z.backward(&gy.clone().into()).unwrap().z;
+                let (gw, no_gx) = backward(kernel, &x, &weight, &gz, Below::Image).unwrap();
+                assert!(no_gx.is_none(), "{context}");
+                check_gradient(&gw, &gy, |weight| reference(kernel, &x, weight), &context);
+                if let Kernel::Full { .. } = kernel {
+                    let error = backward(kernel, &x, &weight, &gz, Below::Map).unwrap_err().to_string();
+                    assert!(error.contains("no gradient of its input"), "{error}");
+                    continue;
+                }
+                let (gw_again, gx) = backward(kernel, &x, &weight, &gz, Below::Map).unwrap();
+                assert_close(&gw_again, &gw, 1e-5, &context);
+                check_gradient(&gx.unwrap().tensor, &gy, |x| reference(kernel, x, &weight), &context);
+                let below = epilogue(x.dims(), None);
+                let (_, gx) = backward(kernel, &x, &weight, &gz, Below::Epilogue(&below)).unwrap();
+                assert_sums(&below, &gx.unwrap(), &context);
+            }
+        }
+    }
+
+    #[test]
+    fn weights_come_from_pytorchs() {
+        for (kernel, inputs, filters) in cases() {
+            let pytorch = random(1, &kernel.pytorch_dims(inputs, filters));
+            let weight = kernel.weight_from_pytorch(&pytorch).unwrap();
+            let x = random(2, &[2, 5, 6, inputs]);
+            let groups = if kernel.is_depthwise() { inputs } else { 1 };
+            let nchw = x.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap();
+            let expected =
+                nchw.conv2d(&pytorch, (kernel.side() - 1) / 2, kernel.stride(), 1, groups).unwrap();
+            let expected = expected.permute((0, 2, 3, 1)).unwrap();
+            assert_close(&forward(kernel, &x, &weight).unwrap(), &expected, 1e-5, &format!("{kernel:?}"));
+        }
+    }
+
+    /// What is done with a weight is the same in PyTorch's layout, where filters are the first dimension and input
+    /// channels the second one, and a depthwise weight has its channels in the first.
+    #[test]
+    fn channels_are_where_pytorch_has_them() {
+        for (kernel, inputs, filters) in cases() {
+            let context = format!("{kernel:?}");
+            let pytorch = random(1, &kernel.pytorch_dims(inputs, filters));
+            let ours = |pytorch: &Tensor| {
+                elements(&kernel.weight_from_pytorch(&pytorch.contiguous().unwrap()).unwrap())
+            };
+            let weight = kernel.weight_from_pytorch(&pytorch).unwrap();
+            let dim = if kernel.is_depthwise() { 0 } else { 1 };
+            let largest = |dim: usize| {
+                let by_channel = pytorch.abs().unwrap().transpose(0, dim).unwrap().flatten_from(1).unwrap();
+                elements(&by_channel.max(1).unwrap())
+            };
+            assert_eq!(elements(&kernel.filter_ranges(&weight).unwrap()), largest(0), "{context}");
+            assert_eq!(elements(&kernel.input_ranges(&weight).unwrap()), largest(dim), "{context}");
+            let factors = random(2, &[inputs]);
+            let mut shape = [1; 4];
+            shape[dim] = inputs;
+            let scaled = pytorch.broadcast_mul(&factors.reshape(&shape).unwrap()).unwrap();
+            assert_eq!(
+                elements(&kernel.scale_inputs(&weight, &factors).unwrap()),
+                ours(&scaled),
+                "{context}"
+            );
+            let some = Tensor::new(&[0u32, 2, 3], &Device::Cpu).unwrap();
+            for (selected, dim) in [
+                (kernel.select_filters(&weight, &some).unwrap(), 0),
+                (kernel.select_inputs(&weight, &some).unwrap(), dim),
+            ] {
+                assert_eq!(
+                    elements(&selected),
+                    ours(&pytorch.index_select(&some, dim).unwrap()),
+                    "{context}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn responses_are_outputs_inside_the_border() {
+        for (kernel, inputs, filters) in cases() {
+            let (weight, input) = (random(1, &kernel.weight_dims(inputs, filters)), random(2, &[inputs]));
+            let z = forward(
+                kernel,
+                &input.broadcast_as((1, 9, 9, inputs)).unwrap().contiguous().unwrap(),
+                &weight,
+            )
+            .unwrap();
+            let middle = z.dims()[1] / 2;
+            let expected = z.get(0).unwrap().get(middle).unwrap().get(middle).unwrap();
+            assert_close(&kernel.response(&weight, &input).unwrap(), &expected, 1e-5, &format!("{kernel:?}"));
+        }
+    }
 }

@@ -16,7 +16,7 @@
 
 mod gpu;
 
-use crate::convolution::{self, Convolution};
+use crate::blockwise::{self, Blockwise};
 use crate::cpu::{self, CHUNK, Check, open, simd};
 use crate::feature::Source;
 use crate::norm::{
@@ -34,7 +34,7 @@ pub fn forward<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> Result
     if crate::gpu::runs(w.device()) {
         return Ok(gpu::forward(&Check("depthwise::forward"), x, w, stride, false)?.0);
     }
-    with_gather("depthwise::forward", x, w, stride, |gather| convolution::plain(gather))
+    with_gather("depthwise::forward", x, w, stride, |gather| blockwise::plain(gather))
 }
 
 /// [`forward`], with the statistics of `z`.
@@ -44,7 +44,7 @@ pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> 
         let (z, partials) = gpu::forward(&Check("depthwise::forward_stats"), x, w, stride, true)?;
         return Ok((z, partials.expect("asked for").merged()?));
     }
-    with_gather("depthwise::forward_stats", x, w, stride, |gather| convolution::with_stats(gather))
+    with_gather("depthwise::forward_stats", x, w, stride, |gather| blockwise::with_stats(gather))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
@@ -64,7 +64,7 @@ pub fn forward_normalized<'a>(
     with_gather("depthwise::forward_normalized", x, w, stride, |gather| {
         let check = Check("depthwise::forward_normalized");
         let normalizer = Normalizer::new(&check, gather.to.2, scale, shift, act, quant)?;
-        convolution::normalized(gather, &normalizer, quant)
+        blockwise::normalized(gather, &normalizer, quant)
     })
 }
 
@@ -84,7 +84,7 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
     let (gz, w) = (open(&gz), open(&w));
     let x = Source::Float(gz.floats()?);
     let _note = profile::note(check.0, 18 * n * ho * wo * c, 4 * n * c * (ho * wo + h * width));
-    convolution::plain(&Gather::new(x, w.floats()?, Direction::Backward, stride, n, (ho, wo), (h, width, c)))
+    blockwise::plain(&Gather::new(x, w.floats()?, Direction::Backward, stride, n, (ho, wo), (h, width, c)))
 }
 
 /// The gradient of the weight, `[3, 3, C]`.
@@ -448,7 +448,7 @@ fn from_row(taps: &[Tap], first: usize, len: usize) -> Vec<Tap> {
     taps.iter().map(|tap| Tap { source: tap.source - first * len, ..*tap }).collect()
 }
 
-impl Convolution for Gather<'_> {
+impl Blockwise for Gather<'_> {
     type Scratch = Window;
 
     fn dims(&self) -> &[usize] {

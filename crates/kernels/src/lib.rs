@@ -18,7 +18,8 @@
 
 pub mod augment;
 pub mod bias;
-mod convolution;
+mod blockwise;
+pub mod convolution;
 mod cpu;
 pub mod depthwise;
 pub mod dorefa;
@@ -99,6 +100,22 @@ pub struct Quantizer<'a> {
     pub range: &'a Tensor,
     /// The bit width.
     pub bits: Bits,
+}
+
+/// The weight of a convolution as an operand: as floats, and, if it is quantized, by what its levels follow from.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight<'a> {
+    /// The weight, in the layout of its [`convolution::Kernel`] (the quantized one, if it is quantized).
+    pub value: &'a Tensor,
+    /// The weight before quantization and its quantizer, so that a product may be one of levels. `value` must be the
+    /// quantized `original`.
+    pub quantized: Option<(&'a Tensor, Quantizer<'a>)>,
+}
+
+impl<'a> From<&'a Tensor> for Weight<'a> {
+    fn from(value: &'a Tensor) -> Self {
+        Self { value, quantized: None }
+    }
 }
 
 /// What can be wrong with a call of an operation.

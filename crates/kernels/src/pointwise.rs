@@ -13,33 +13,18 @@
 
 mod gpu;
 
-use crate::convolution::{self, Convolution};
+use crate::blockwise::{self, Blockwise};
 use crate::cpu::{self, CHUNK, Check, open};
 use crate::feature::{Source, levels};
 use crate::norm::{
     self, Epilogue, Gradient, GradientSums, Normalizer, OpenEpilogue, OutputGradient, Stats, Sums,
 };
 use crate::product::{self, IntegerPanels, LANES, Left, Operands, Panels};
-use crate::{Activation, FeatureMap, Input, Quantizer, Result, profile};
+use crate::{Activation, FeatureMap, Input, Quantizer, Result, Weight, profile};
 use candle_core::{Device, Tensor};
 use quant_core::Grid;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// The weights of a product, as floats and, if they are quantized, by what their levels follow from.
-#[derive(Clone, Copy, Debug)]
-pub struct Weight<'a> {
-    /// The weights `[Cin, Cout]` (quantized, if they are).
-    pub value: &'a Tensor,
-    /// The weights before quantization and their quantizer. `value` must be the quantized `original`.
-    pub quantized: Option<(&'a Tensor, Quantizer<'a>)>,
-}
-
-impl<'a> From<&'a Tensor> for Weight<'a> {
-    fn from(value: &'a Tensor) -> Self {
-        Self { value, quantized: None }
-    }
-}
 
 /// `z = x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
 pub fn forward<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
@@ -47,7 +32,7 @@ pub fn forward<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<
     if crate::gpu::runs(w.value.device()) {
         return gpu::forward(&Check("pointwise::forward"), x, w);
     }
-    with_product("pointwise::forward", x, w, |product| convolution::plain(product))
+    with_product("pointwise::forward", x, w, |product| blockwise::plain(product))
 }
 
 /// [`forward`], with the statistics of `z`.
@@ -58,7 +43,7 @@ pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> R
         let stats = norm::channel_stats(&z)?;
         return Ok((z, stats));
     }
-    with_product("pointwise::forward_stats", x, w, |product| convolution::with_stats(product))
+    with_product("pointwise::forward_stats", x, w, |product| blockwise::with_stats(product))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
@@ -77,7 +62,7 @@ pub fn forward_normalized<'a>(
     with_product("pointwise::forward_normalized", x, w, |product| {
         let check = Check("pointwise::forward_normalized");
         let normalizer = Normalizer::new(&check, product.n, scale, shift, act, quant)?;
-        convolution::normalized(product, &normalizer, quant)
+        blockwise::normalized(product, &normalizer, quant)
     })
 }
 
@@ -98,13 +83,7 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     let panels = Panels::transposed(open(&w).floats()?, n);
     let opened = open(&gz);
     let x = Source::Float(opened.floats()?);
-    convolution::plain(&Product {
-        x,
-        w: Operand::Float(panels),
-        dims: with_channels(gz.dims(), k),
-        k: n,
-        n: k,
-    })
+    blockwise::plain(&Product { x, w: Operand::Float(panels), dims: with_channels(gz.dims(), k), k: n, n: k })
 }
 
 /// The gradient of the weight: `xᵀ · ∂z`, of shape `[Cin, Cout]`.
@@ -242,7 +221,7 @@ fn rows_per_block(k: usize, n: usize) -> usize {
     (4 * CHUNK / (k + n)).max(64).next_multiple_of(8)
 }
 
-impl Convolution for Product<'_> {
+impl Blockwise for Product<'_> {
     type Scratch = Vec<f32>;
 
     fn dims(&self) -> &[usize] {

@@ -4,7 +4,7 @@
 //! description. Strides are not in any tensor; they are those for ImageNet unless something else is said.
 
 use crate::file::STRUCTURE;
-use crate::{Error, Input, Kernel, MobileNet, Network, Norm, Result, Version};
+use crate::{Error, Input, MobileNet, Network, Norm, Result, Version};
 use candle_core::pickle::PthTensors;
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
@@ -199,19 +199,9 @@ impl Import {
         let mut source = Source { tensors, missing: Vec::new(), misfits: Vec::new() };
         for (unit, (convolution, norm)) in network.units.iter_mut().zip(naming.layers(&config)) {
             let (filters, inputs) = (unit.filters(), unit.input_channels());
-            let shape = match unit.kernel {
-                Kernel::Full { size, .. } => [filters, inputs, size, size],
-                Kernel::Depthwise { .. } => [filters, 1, 3, 3],
-                Kernel::Pointwise => [filters, inputs, 1, 1],
-            };
-            // Ours have the output channels last.
+            let shape = unit.kernel.pytorch_dims(inputs, filters);
             if let Some(weight) = source.take(format!("{convolution}.weight"), &shape, device)? {
-                let turned = weight.permute((2, 3, 1, 0))?;
-                unit.weight = match unit.kernel {
-                    Kernel::Full { size, .. } => turned.reshape((size * size * inputs, filters))?,
-                    Kernel::Depthwise { .. } => turned.reshape((3, 3, filters))?,
-                    Kernel::Pointwise => turned.reshape((inputs, filters))?,
-                };
+                unit.weight = unit.kernel.weight_from_pytorch(&weight)?;
             }
             let Norm::Batch(to) = &mut unit.norm else { unreachable!("a new network is normalized") };
             for (field, to) in [

@@ -19,8 +19,9 @@ mod quantization;
 pub use count::Layer;
 pub use file::{Extras, MAX_FILE_BYTES};
 pub use import::{Import, Naming, Origin};
+pub use kernels::convolution::Kernel;
 pub use mobilenet::{Input, MobileNet, Version};
-pub use network::{BatchNorm, Head, Kernel, Network, Norm, Parameter, Residual, Role, Unit};
+pub use network::{BatchNorm, Head, Network, Norm, Parameter, Residual, Role, Unit};
 pub use pass::{Gradients, Step, Tape};
 pub use quantization::{
     ActivationKind, ActivationQuantizer, Fold, Method, Quantization, WeightKind, WeightQuantizer,

@@ -184,12 +184,8 @@ impl Builder<'_> {
         filters: usize,
         activation: Activation,
     ) -> Result<()> {
-        let (shape, taps) = match kernel {
-            Kernel::Full { size, .. } => (vec![size * size * self.channels, filters], size * size),
-            Kernel::Depthwise { .. } => (vec![3, 3, filters], 9),
-            Kernel::Pointwise => (vec![self.channels, filters], 1),
-        };
-        let deviation = (2.0 / (taps * filters) as f64).sqrt();
+        let shape = kernel.weight_dims(self.channels, filters);
+        let deviation = (2.0 / (kernel.taps() * filters) as f64).sqrt();
         self.units.push(Unit {
             name: name.into(),
             kernel,

@@ -1,5 +1,6 @@
 use crate::{ActivationKind, ActivationQuantizer, Error, Result, WeightKind, WeightQuantizer};
 use candle_core::{Device, Tensor};
+use kernels::convolution::Kernel;
 use kernels::{Activation, norm};
 use serde::{Deserialize, Serialize};
 
@@ -32,8 +33,7 @@ pub struct Unit {
     pub name: String,
     /// The kind of convolution.
     pub kernel: Kernel,
-    /// Weights, output channels last: `[k·k·C_in, C_out]` (full, rows in the order kh, kw, c),
-    /// `[3, 3, C]` (depthwise), `[C_in, C_out]` (pointwise).
+    /// Weights, in the layout of the kernel.
     pub weight: Tensor,
     /// Quantizer of the weights.
     pub weight_quantizer: Option<WeightQuantizer>,
@@ -45,41 +45,6 @@ pub struct Unit {
     /// addition itself is not rounded, and whatever reads the sum (the next convolution and a
     /// later shortcut alike) reads the quantized one.
     pub output_quantizer: Option<ActivationQuantizer>,
-}
-
-/// The kind of a unit's convolution. Padding is `(k − 1)/2` zeros on every side.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kernel {
-    /// Every input channel to every output channel, `size × size`; only for the first unit.
-    Full {
-        /// Side of the kernel.
-        size: usize,
-        /// Step between outputs.
-        stride: usize,
-    },
-    /// One 3×3 filter a channel.
-    Depthwise {
-        /// Step between outputs.
-        stride: usize,
-    },
-    /// 1×1: a matrix product over the channels.
-    Pointwise,
-}
-
-impl Kernel {
-    /// Step between outputs.
-    pub fn stride(self) -> usize {
-        match self {
-            Self::Full { stride, .. } | Self::Depthwise { stride } => stride,
-            Self::Pointwise => 1,
-        }
-    }
-
-    /// Height or width of the output for one of the input.
-    pub fn output_size(self, input: usize) -> usize {
-        (input - 1) / self.stride() + 1
-    }
 }
 
 /// What stands between the convolution and the activation.
@@ -165,16 +130,12 @@ pub struct Parameter {
 impl Unit {
     /// Number of filters (output channels).
     pub fn filters(&self) -> usize {
-        *self.weight.dims().last().expect("weights have at least two dimensions")
+        self.kernel.filters(&self.weight)
     }
 
     /// Number of input channels.
     pub fn input_channels(&self) -> usize {
-        match self.kernel {
-            Kernel::Full { size, .. } => self.weight.dims()[0] / (size * size),
-            Kernel::Depthwise { .. } => self.filters(),
-            Kernel::Pointwise => self.weight.dims()[0],
-        }
+        self.kernel.input_channels(&self.weight)
     }
 
     /// The batch normalization, unless it has been folded.

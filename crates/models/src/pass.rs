@@ -6,10 +6,11 @@
 //! always. Nothing in a pass waits for the GPU.
 
 use crate::learned::LearnedGradients;
-use crate::{ActivationQuantizer, BatchNorm, Kernel, Network, Norm, Result, Unit, WeightQuantizer};
+use crate::{ActivationQuantizer, BatchNorm, Network, Norm, Result, Unit, WeightQuantizer};
 use candle_core::{DType, Tensor};
-use kernels::norm::{Epilogue, Gradient, Grads, Running, Stats};
-use kernels::{FeatureMap, Quantizer, bias, depthwise, im2col, norm, pointwise, pool, quantize, residual};
+use kernels::convolution::{self, Below};
+use kernels::norm::{Epilogue, Gradient, Grads, Running};
+use kernels::{FeatureMap, Quantizer, Weight, bias, norm, pointwise, pool, quantize, residual};
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
@@ -92,14 +93,14 @@ impl UsedWeight {
     }
 
     /// As the operand of a product.
-    fn operand(&self, quantizer: &Option<WeightQuantizer>) -> pointwise::Weight<'_> {
+    fn operand(&self, quantizer: &Option<WeightQuantizer>) -> Weight<'_> {
         let quantized = match (&self.quantized, quantizer) {
             (Some((original, range)), Some(WeightQuantizer { bits, .. })) if !self.divided => {
                 Some((original, Quantizer { range, bits: *bits }))
             }
             _ => None,
         };
-        pointwise::Weight { value: &self.value, quantized }
+        Weight { value: &self.value, quantized }
     }
 
     /// The gradient for the network's own `weight`, and those of what its quantizer learns. Uniform: straight
@@ -125,11 +126,6 @@ impl UsedWeight {
     }
 }
 
-/// The rows that make a full convolution a product.
-fn patches(input: &FeatureMap, size: usize, stride: usize) -> Result<Tensor> {
-    Ok(im2col::forward(&input.to_float()?, size, stride, (size - 1) / 2)?)
-}
-
 impl Unit {
     /// The weights as the products see them, quantized if the unit says so; batch normalization's
     /// running statistics give the folding factor.
@@ -139,50 +135,6 @@ impl Unit {
             _ => None,
         };
         UsedWeight::new(&self.weight, &self.weight_quantizer, scale.as_ref())
-    }
-
-    /// The convolution's output `z`.
-    fn convolve(&self, input: &FeatureMap, weight: &UsedWeight) -> Result<Tensor> {
-        let operand = weight.operand(&self.weight_quantizer);
-        Ok(match self.kernel {
-            Kernel::Full { size, stride } => pointwise::forward(&patches(input, size, stride)?, operand)?,
-            Kernel::Depthwise { stride } => depthwise::forward(input, &weight.value, stride)?,
-            Kernel::Pointwise => pointwise::forward(input, operand)?,
-        })
-    }
-
-    /// The convolution's output `z` and its statistics.
-    fn convolve_stats(&self, input: &FeatureMap, weight: &UsedWeight) -> Result<(Tensor, Stats)> {
-        let operand = weight.operand(&self.weight_quantizer);
-        Ok(match self.kernel {
-            // Rows are gathered anew in the backward pass: keeping them would cost nine inputs.
-            Kernel::Full { size, stride } => {
-                pointwise::forward_stats(&patches(input, size, stride)?, operand)?
-            }
-            Kernel::Depthwise { stride } => depthwise::forward_stats(input, &weight.value, stride)?,
-            Kernel::Pointwise => pointwise::forward_stats(input, operand)?,
-        })
-    }
-
-    /// `Q(φ(scale·z + shift))` of the convolution's output, which is never in memory as a whole.
-    fn convolve_normalized(
-        &self,
-        input: &FeatureMap,
-        weight: &UsedWeight,
-        affine: (&Tensor, &Tensor),
-        quantizer: Option<Quantizer<'_>>,
-    ) -> Result<FeatureMap> {
-        let (operand, act) = (weight.operand(&self.weight_quantizer), self.activation);
-        Ok(match self.kernel {
-            Kernel::Full { size, stride } => {
-                let patches = patches(input, size, stride)?;
-                pointwise::forward_normalized(&patches, operand, affine, act, quantizer)?
-            }
-            Kernel::Depthwise { stride } => {
-                depthwise::forward_normalized(input, &weight.value, stride, affine, act, quantizer)?
-            }
-            Kernel::Pointwise => pointwise::forward_normalized(input, operand, affine, act, quantizer)?,
-        })
     }
 
     /// Scale and shift of the running statistics, or of the bias that they were folded into.
@@ -234,17 +186,19 @@ impl Network {
         let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate() {
             let weight = unit.used_weight(self.epsilon)?;
+            let operand = weight.operand(&unit.weight_quantizer);
             let (scale, shift) = unit.running_affine(self.epsilon)?;
             let quantizer = kernel_of(&unit.output_quantizer);
             let shortcut = self.residual_into(i).map(|from| shortcuts[from].take().expect("kept when made"));
             // Where a residual ends, the sum is quantized.
             let of_unit = if shortcut.is_some() { None } else { quantizer };
             let (z, mut y) = if observe.is_some() {
-                let z = unit.convolve(&x, &weight)?;
+                let z = convolution::forward(unit.kernel, &x, operand)?;
                 let y = norm::forward(&z, &scale, &shift, unit.activation, of_unit)?;
                 (Some(z), y)
             } else {
-                (None, unit.convolve_normalized(&x, &weight, (&scale, &shift), of_unit)?)
+                let (affine, act) = ((&scale, &shift), unit.activation);
+                (None, convolution::forward_normalized(unit.kernel, &x, operand, affine, act, of_unit)?)
             };
             if let Some(shortcut) = &shortcut {
                 y = residual::add_quantize(&y.to_float()?, shortcut, quantizer)?;
@@ -281,11 +235,12 @@ impl Network {
                 q.project()?;
             }
             let weight = unit.used_weight(epsilon)?;
+            let operand = weight.operand(&unit.weight_quantizer);
             // With a bias the statistics serve only the range, so they are not taken in float.
             let (z, stats) = match (&unit.norm, &unit.output_quantizer) {
-                (Norm::Bias(_), None) => (unit.convolve(&x, &weight)?, None),
+                (Norm::Bias(_), None) => (convolution::forward(unit.kernel, &x, operand)?, None),
                 _ => {
-                    let (z, stats) = unit.convolve_stats(&x, &weight)?;
+                    let (z, stats) = convolution::forward_stats(unit.kernel, &x, operand)?;
                     (z, Some(stats))
                 }
             };
@@ -394,23 +349,18 @@ impl Network {
             let Grads { z: gz, gamma, shift } = epilogue.backward(&g)?;
             gradients.push(shift);
             gradients.extend(gamma);
-            let below = records.last().filter(|_| shortcuts[i - 1].is_none()).and_then(Record::bare_epilogue);
-            let weight_gradient = match unit.kernel {
-                // The first unit; nothing trains the image.
-                Kernel::Full { size, stride } => {
-                    pointwise::grad_weight(&patches(&input, size, stride)?, &gz.tensor()?)?
-                }
-                Kernel::Depthwise { stride } => {
-                    let (weight, input) = depthwise::backward(&input, &weight.value, &gz, stride, below)?;
-                    g = input;
-                    weight
-                }
-                Kernel::Pointwise => {
-                    let (weight, input) = pointwise::backward(&input, &weight.value, &gz, below)?;
-                    g = input;
-                    weight
-                }
+            let below = match records.last() {
+                None => Below::Image,
+                Some(record) => match record.bare_epilogue() {
+                    Some(epilogue) if shortcuts[i - 1].is_none() => Below::Epilogue(epilogue),
+                    _ => Below::Map,
+                },
             };
+            let (weight_gradient, input_gradient) =
+                convolution::backward(unit.kernel, &input, &weight.value, &gz, below)?;
+            if let Some(gradient) = input_gradient {
+                g = gradient;
+            }
             let weight = weight.gradients(&unit.weight, weight_gradient, &unit.weight_quantizer)?;
             push_gradients(&mut gradients, weight);
         }

@@ -145,11 +145,8 @@ fn names_may_be_wrapped_and_the_first_expansion_there() {
     assert_eq!(names.len(), network.units.len());
     for (unit, (conv, norm)) in network.units.iter().zip(names) {
         let (f, c) = (unit.filters(), unit.input_channels());
-        let weight = match unit.kernel {
-            models::Kernel::Full { .. } => unit.weight.reshape((3, 3, c, f)).unwrap(),
-            models::Kernel::Depthwise { .. } => unit.weight.unsqueeze(2).unwrap(),
-            models::Kernel::Pointwise => unit.weight.reshape((1, 1, c, f)).unwrap(),
-        };
+        let [f, c, k, _] = unit.kernel.pytorch_dims(c, f);
+        let weight = unit.weight.reshape((k, k, c, f)).unwrap();
         let weight = weight.permute((3, 2, 0, 1)).unwrap().contiguous().unwrap();
         tensors.insert(format!("module.{conv}.weight"), weight);
         let Norm::Batch(n) = &unit.norm else { panic!("a new network is normalized") };

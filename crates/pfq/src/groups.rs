@@ -1,6 +1,6 @@
 //! Channel groups: the outputs that share their channels.
 
-use models::{Kernel, Network};
+use models::Network;
 
 /// Units whose outputs have the same channels, so that a channel goes from all of them or from none:
 /// a depthwise layer shares the channels of what it reads, a residual addition those of its summands.
@@ -31,7 +31,7 @@ pub fn groups(network: &Network) -> Vec<Group> {
         }
     };
     for (i, unit) in network.units.iter().enumerate().skip(1) {
-        if matches!(unit.kernel, Kernel::Depthwise { .. }) {
+        if unit.kernel.is_depthwise() {
             join(i - 1, i);
         }
     }
@@ -41,9 +41,7 @@ pub fn groups(network: &Network) -> Vec<Group> {
     let mut all = Vec::new();
     for first in (0..count).filter(|&i| root[i] == i) {
         let units: Vec<usize> = (first..count).filter(|&i| root[i] == first).collect();
-        let outside = |i: usize| {
-            network.units.get(i + 1).is_none_or(|next| !matches!(next.kernel, Kernel::Depthwise { .. }))
-        };
+        let outside = |i: usize| network.units.get(i + 1).is_none_or(|next| !next.kernel.is_depthwise());
         let read = units.iter().copied().filter(|&i| outside(i)).collect();
         let tied = network.residuals.iter().any(|r| root[r.to] == first);
         all.push(Group { units, read, tied });

@@ -76,7 +76,7 @@ fn check(version: Version, planted: &[(&str, usize)], beta: f32, gone: &[(&str, 
     // Behind a depthwise layer a zero has become that layer's own constant, which may be anything.
     let feeds_depthwise = |&(name, _): &(&str, usize)| {
         let next = network.units.iter().skip_while(|u| u.name != name).nth(1);
-        next.is_some_and(|u| matches!(u.kernel, models::Kernel::Depthwise { .. }))
+        next.is_some_and(|u| u.kernel.is_depthwise())
     };
     // Where the constant is zero, the removed terms are exact zeros, and a product's sums are taken in the order
     // of the depth: not a bit changes. Elsewhere, sums of some 1e3 terms of order 1 are rounded in another order.

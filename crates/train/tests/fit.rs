@@ -68,11 +68,8 @@ fn wide_network(last: usize) -> Network {
         usize,
         (&str, Kernel, usize, usize, Activation),
     )| {
-        let (shape, fan_in) = match kernel {
-            Kernel::Full { size, .. } => (vec![size * size * input, filters], size * size * input),
-            Kernel::Depthwise { .. } => (vec![3, 3, filters], 9),
-            Kernel::Pointwise => (vec![input, filters], input),
-        };
+        let shape = kernel.weight_dims(input, filters);
+        let fan_in = shape.iter().product::<usize>() / filters;
         let [zeros, ones] = [0f32, 1.0].map(|x| Tensor::full(x, filters, &Device::Cpu).unwrap());
         Unit {
             name: name.into(),

@@ -211,14 +211,14 @@ impl Layers {
         for unit in &network.units {
             let input_size = [h, w];
             (h, w) = (unit.kernel.output_size(h), unit.kernel.output_size(w));
-            let (kind, size) = match unit.kernel {
-                Kernel::Full { size, .. } => (Kind::Stem, size),
-                Kernel::Depthwise { .. } => (Kind::Depthwise, 3),
-                Kernel::Pointwise => (Kind::Pointwise, 1),
+            let kind = match unit.kernel {
+                Kernel::Full { .. } => Kind::Stem,
+                Kernel::Depthwise { .. } => Kind::Depthwise,
+                Kernel::Pointwise => Kind::Pointwise,
             };
             units.push(Layer {
                 kind,
-                size,
+                size: unit.kernel.side(),
                 stride: unit.kernel.stride(),
                 inputs: unit.input_channels(),
                 outputs: unit.filters(),

@@ -1,6 +1,6 @@
 //! Step 4: absorption of high biases (Nagel et al., section 4.1, "Absorbing high biases").
 
-use super::folded::{Folded, response};
+use super::folded::Folded;
 use crate::Result;
 use candle_core::Tensor;
 use kernels::Activation;
@@ -26,7 +26,7 @@ impl Folded {
             }
             counts[first] = amounts.iter().filter(|&&amount| amount > 0.0).count();
             let amounts = Tensor::new(amounts, self.network.device())?;
-            let gained = response(Kernel::Pointwise, &reader.weight, &amounts)?;
+            let gained = reader.kernel.response(&reader.weight, &amounts)?;
             self.add_to_bias(first, &amounts.neg()?)?;
             self.add_to_bias(first + 1, &gained)?;
         }

@@ -1,6 +1,6 @@
 //! Step 6: analytic bias correction (Nagel et al., section 4.2, appendices B and C).
 
-use super::folded::{Folded, response};
+use super::folded::Folded;
 use crate::Result;
 use candle_core::Tensor;
 use kernels::{Quantizer, quantize};
@@ -51,7 +51,7 @@ fn correction(
         }
         None => weight.clone(),
     };
-    response(kernel, &(weight - quantized)?, input)
+    Ok(kernel.response(&(weight - quantized)?, input)?)
 }
 
 fn mean_abs(tensor: &Tensor) -> Result<f64> {

@@ -2,8 +2,7 @@
 
 use super::folded::{Folded, bias_mut};
 use crate::Result;
-use candle_core::{D, Tensor};
-use models::{Kernel, Unit};
+use candle_core::Tensor;
 
 impl Folded {
     /// Scales every channel between the two units of a pair by
@@ -41,8 +40,7 @@ impl Folded {
     /// The scales of the pair `(first, first + 1)`. A channel that nothing makes or nothing reads is
     /// left alone, and one with a constant output is not made larger.
     fn scales(&self, first: usize) -> Result<Vec<f64>> {
-        let made = filter_ranges(&self.network.units[first])?;
-        let read = input_ranges(&self.network.units[first + 1])?;
+        let (made, read) = self.channel_ranges(first)?;
         let scale = |((made, read), constant): ((f32, f32), bool)| {
             if made == 0.0 || read == 0.0 {
                 return 1.0;
@@ -53,6 +51,14 @@ impl Folded {
         };
         let constant = self.channels[first].iter().map(|c| c.constant);
         Ok(made.into_iter().zip(read).zip(constant).map(scale).collect())
+    }
+
+    /// The largest |weight| that makes each channel between the units of a pair, and the largest that reads it.
+    fn channel_ranges(&self, first: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        let [maker, reader] = [first, first + 1].map(|i| &self.network.units[i]);
+        let made = maker.kernel.filter_ranges(&maker.weight)?;
+        let read = reader.kernel.input_ranges(&reader.weight)?;
+        Ok((made.to_vec1()?, read.to_vec1()?))
     }
 
     fn rescale(&mut self, first: usize, scales: &[f64]) -> Result<()> {
@@ -67,26 +73,8 @@ impl Folded {
         let bias = bias_mut(maker);
         *bias = (&*bias / &scales)?;
         let reader = &mut self.network.units[first + 1];
-        let scales = match reader.kernel {
-            Kernel::Depthwise { .. } => scales,
-            _ => scales.unsqueeze(D::Minus1)?,
-        };
-        reader.weight = reader.weight.broadcast_mul(&scales)?;
+        reader.weight = reader.kernel.scale_inputs(&reader.weight, &scales)?;
         Ok(())
-    }
-}
-
-/// The largest |weight| of every filter.
-fn filter_ranges(unit: &Unit) -> Result<Vec<f32>> {
-    let weight = unit.weight.abs()?.flatten_to(D::Minus2)?;
-    Ok(weight.max(0)?.to_vec1()?)
-}
-
-/// The largest |weight| that reads each input channel, of a unit behind the first.
-fn input_ranges(unit: &Unit) -> Result<Vec<f32>> {
-    match unit.kernel {
-        Kernel::Depthwise { .. } => filter_ranges(unit),
-        _ => Ok(unit.weight.abs()?.max(1)?.to_vec1()?),
     }
 }
 
@@ -95,7 +83,7 @@ mod tests {
     use super::super::testing::{chain, gaussian_images, mobilenet, relative_difference, unbalance};
     use super::*;
     use kernels::Activation::{Identity, Relu};
-    use models::Version;
+    use models::{Kernel, Version};
 
     const TOLERANCE: f64 = 1e-3;
 
@@ -108,8 +96,7 @@ mod tests {
         let (sweeps, remaining) = folded.equalize(TOLERANCE, 1000).unwrap();
         assert!(before > 1.0 && remaining <= TOLERANCE && sweeps > 1, "{before}, {remaining}, {sweeps}");
         for first in folded.pairs() {
-            let made = filter_ranges(&folded.network.units[first]).unwrap();
-            let read = input_ranges(&folded.network.units[first + 1]).unwrap();
+            let (made, read) = folded.channel_ranges(first).unwrap();
             for (made, read) in made.into_iter().zip(read) {
                 let alike = f64::from((made / read).max(read / made)) <= (1.0 + 1.1 * TOLERANCE).powi(2);
                 assert!(made == 0.0 || read == 0.0 || alike, "unit {first}: {made} and {read}");

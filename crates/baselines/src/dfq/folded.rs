@@ -2,9 +2,9 @@
 
 use super::normal::{Moments, clipped};
 use crate::{Error, Result};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use kernels::Activation;
-use models::{Kernel, Network, Norm, Unit};
+use models::{Network, Norm, Unit};
 
 /// A network whose batch normalization has been folded, with the statistics of every unit's channels
 /// before their activation, which DFQ uses in place of data.
@@ -108,26 +108,11 @@ pub(crate) fn bias_mut(unit: &mut Unit) -> &mut Tensor {
     }
 }
 
-/// What weights give, `[C_out]`, where every input position holds the same values `[C_in]` and no tap
-/// lies in the padding: for 1×1 convolutions and the classifier the response to a constant input; for
-/// larger kernels the one inside the border.
-pub(crate) fn response(kernel: Kernel, weight: &Tensor, input: &Tensor) -> Result<Tensor> {
-    let taps = match kernel {
-        Kernel::Full { size, .. } => size * size,
-        Kernel::Depthwise { .. } => return Ok((weight.sum((0, 1))? * input)?),
-        Kernel::Pointwise => 1,
-    };
-    let (rows, filters) = weight.dims2()?;
-    let summed = weight.reshape((taps, rows / taps, filters))?.sum(0)?;
-    Ok(summed.broadcast_mul(&input.unsqueeze(D::Minus1)?)?.sum(0)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::testing::{chain, gaussian_images, mobilenet, relative_difference};
     use super::*;
-    use candle_core::Device;
-    use models::Version;
+    use models::{Kernel, Version};
 
     #[test]
     fn folding_keeps_outputs_and_statistics() {
@@ -149,22 +134,6 @@ mod tests {
             assert_eq!((channel.mean, channel.constant), (mean, constant));
             assert!((channel.deviation - deviation).abs() < 1e-4, "{channel:?}");
         }
-    }
-
-    #[test]
-    fn hand_worked_responses() {
-        let device = &Device::Cpu;
-        let input = Tensor::new(&[1f32, 10.0], device).unwrap();
-        let check = |kernel, weight: &[f32], shape: &[usize], expect: &[f32]| {
-            let weight = Tensor::from_slice(weight, shape, device).unwrap();
-            let got = response(kernel, &weight, &input).unwrap().to_vec1::<f32>().unwrap();
-            assert_eq!(got, expect, "{kernel:?}");
-        };
-        check(Kernel::Pointwise, &[1.0, 2.0, 3.0, 0.5, 0.0, -1.0], &[2, 3], &[6.0, 2.0, -7.0]);
-        // Rows (kh, kw, c): channel 0 counts 1 and channel 1 counts 2 at each of the nine taps.
-        let full: Vec<f32> = (0..9).flat_map(|_| [1.0, 2.0]).collect();
-        check(Kernel::Full { size: 3, stride: 1 }, &full, &[18, 1], &[9.0 + 180.0]);
-        check(Kernel::Depthwise { stride: 1 }, &full, &[3, 3, 2], &[9.0, 180.0]);
     }
 
     #[test]

@@ -28,14 +28,9 @@ pub(crate) fn chain(input_channels: usize, units: &[(Kernel, Activation)], weigh
     let mut channels = input_channels;
     let mut built = Vec::new();
     for (i, ((kernel, activation), weight)) in units.iter().zip(weights).enumerate() {
-        let shape = match kernel {
-            Kernel::Depthwise { .. } => vec![3, 3, channels],
-            Kernel::Pointwise => vec![channels, weight.len() / channels],
-            Kernel::Full { size, .. } => {
-                vec![size * size * channels, weight.len() / (size * size * channels)]
-            }
-        };
-        channels = *shape.last().unwrap();
+        let filters = weight.len() / kernel.taps() / if kernel.is_depthwise() { 1 } else { channels };
+        let shape = kernel.weight_dims(channels, filters);
+        channels = filters;
         let fill = |value: f32| Tensor::full(value, channels, device).unwrap();
         built.push(Unit {
             name: format!("unit{i}"),
@@ -144,11 +139,7 @@ pub(crate) fn unbalance(network: &mut Network, first: usize, mut factor: impl Fn
     norm.gamma = (&norm.gamma * &factors).unwrap();
     norm.beta = (&norm.beta * &factors).unwrap();
     let reader = &mut network.units[first + 1];
-    let factors = match reader.kernel {
-        Kernel::Depthwise { .. } => factors,
-        _ => factors.unsqueeze(1).unwrap(),
-    };
-    reader.weight = reader.weight.broadcast_div(&factors).unwrap();
+    reader.weight = reader.kernel.scale_inputs(&reader.weight, &factors.recip().unwrap()).unwrap();
 }
 
 /// The largest difference, as a share of the largest |value|.

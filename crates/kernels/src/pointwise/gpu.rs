@@ -5,12 +5,12 @@
 //! products of `bf16`, before compute capability 8.0) as the floats that they stand for. With `bf16` maps, levels are whole numbers in `bf16` in every product, which is then multiplied by their step;
 //! floats and weights are rounded to `bf16`. Sums are `f32` always.
 
-use super::{Weight, operands, sizes, with_channels};
+use super::{operands, sizes, with_channels};
 use crate::cpu::Check;
 use crate::feature::gpu::{integers, steps};
 use crate::gpu::product::Factor::{Plain, Transposed};
 use crate::gpu::product::{multiplies_bf16, product};
-use crate::{Input, Result};
+use crate::{Input, Result, Weight};
 use candle_core::{DType, Tensor};
 use quant_core::Bits;
 

@@ -3,9 +3,8 @@
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
 use kernels::norm::{Epilogue, Normalization, Running};
-use kernels::pointwise::Weight;
 use kernels::sgd::{Rule, Update};
-use kernels::{Activation, FeatureMap, Quantizer};
+use kernels::{Activation, FeatureMap, Quantizer, Weight};
 use kernels::{
     bias, depthwise, dorefa, dsq, im2col, loss, norm, pact, pointwise, pool, quantize, residual, sgd,
 };
