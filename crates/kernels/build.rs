@@ -7,24 +7,6 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Folders and names of the `.cu` files.
-const MODULES: [&str; 14] = [
-    "augment",
-    "bias",
-    "depthwise",
-    "dorefa",
-    "dsq",
-    "feature",
-    "im2col",
-    "loss",
-    "norm",
-    "pact",
-    "pool",
-    "quantize",
-    "residual",
-    "sgd",
-];
-
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
@@ -41,17 +23,23 @@ fn main() {
     }
 }
 
-/// Compiles every module, or says what is missing.
+/// Compiles every module, the file `NAME/NAME.cu`, or says what is missing.
 fn compile() -> Result<(), String> {
     let nvcc = nvcc()?;
     let capability = capability()?;
     let source = Path::new("src");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; run cargo")?);
-    for header in ["gpu/common.cuh", "gpu/learned.cuh", "gpu/moments.cuh"] {
-        println!("cargo::rerun-if-changed={}", source.join(header).display());
+    // A new operation, so a new folder, is named there.
+    println!("cargo::rerun-if-changed={}", source.join("lib.rs").display());
+    for header in files(&source.join("gpu"))?.filter(|file| file.extension().is_some_and(|e| e == "cuh")) {
+        println!("cargo::rerun-if-changed={}", header.display());
     }
-    for module in MODULES {
-        let file = source.join(module).join(format!("{module}.cu"));
+    for folder in files(source)?.filter(|file| file.is_dir()) {
+        let name = folder.file_name().ok_or("a folder has no name")?;
+        let file = folder.join(name).with_extension("cu");
+        if !file.is_file() {
+            continue;
+        }
         println!("cargo::rerun-if-changed={}", file.display());
         let output = Command::new(&nvcc)
             // Flags that are to make Candle's many kernels compile fast are not for these few.
@@ -62,7 +50,7 @@ fn compile() -> Result<(), String> {
             .arg("--include-path")
             .arg(source.join("gpu"))
             .arg("--output-file")
-            .arg(out.join(format!("{module}.ptx")))
+            .arg(out.join(name).with_extension("ptx"))
             .arg(&file)
             .output()
             .map_err(|e| format!("{}: {e}", nvcc.display()))?;
@@ -75,6 +63,12 @@ fn compile() -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// What is in a folder.
+fn files(folder: &Path) -> Result<impl Iterator<Item = PathBuf>, String> {
+    let fail = |e| format!("{}: {e}", folder.display());
+    Ok(folder.read_dir().map_err(fail)?.filter_map(|file| Some(file.ok()?.path())))
 }
 
 fn nvcc() -> Result<PathBuf, String> {

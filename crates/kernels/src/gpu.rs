@@ -48,47 +48,32 @@ pub(crate) const THREADS: usize = 256;
 /// Blocks that a kernel with sums is cut into, about: some for each multiprocessor of a large GPU, in any case.
 pub(crate) const BLOCKS: usize = 1024;
 
-/// A `.cu` file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
-pub(crate) enum Module {
-    Augment,
-    Bias,
-    Depthwise,
-    Dorefa,
-    Dsq,
-    Feature,
-    Im2col,
-    Loss,
-    Norm,
-    Pact,
-    Pool,
-    Quantize,
-    Residual,
-    Sgd,
+/// The kernels of an operation: the file `NAME/NAME.cu`, by [`module!`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Module {
+    /// The file's name without its ending, with which the names of its kernels begin.
+    pub(crate) name: &'static str,
+    /// Its text, for the emulation.
+    #[cfg(feature = "emulation")]
+    pub(crate) source: &'static str,
+    /// Its PTX, which the driver compiles for its GPU when the module is first used.
+    #[cfg(feature = "cuda")]
+    pub(crate) ptx: &'static str,
 }
 
-impl Module {
-    /// The file's name without its ending, with which the names of its kernels begin.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Augment => "augment",
-            Self::Bias => "bias",
-            Self::Depthwise => "depthwise",
-            Self::Dorefa => "dorefa",
-            Self::Dsq => "dsq",
-            Self::Feature => "feature",
-            Self::Im2col => "im2col",
-            Self::Loss => "loss",
-            Self::Norm => "norm",
-            Self::Pact => "pact",
-            Self::Pool => "pool",
-            Self::Quantize => "quantize",
-            Self::Residual => "residual",
-            Self::Sgd => "sgd",
+/// The [`Module`] in the folder of the file that calls this; `build.rs` has compiled all there are.
+macro_rules! module {
+    ($name:literal) => {
+        $crate::gpu::Module {
+            name: $name,
+            #[cfg(feature = "emulation")]
+            source: include_str!(concat!($name, ".cu")),
+            #[cfg(feature = "cuda")]
+            ptx: include_str!(concat!(env!("OUT_DIR"), "/", $name, ".ptx")),
         }
-    }
+    };
 }
+pub(crate) use module;
 
 /// A kernel with its grid and its arguments, which are added in the order of the fields of its struct.
 // Without either there is nothing to launch on, and nothing reads a launch.
@@ -106,7 +91,7 @@ pub(crate) struct Launch {
 
 impl Launch {
     pub(crate) fn new(module: Module, kernel: impl AsRef<str>, grid: [usize; 2], block: [usize; 2]) -> Self {
-        let kernel = format!("{}_{}", module.name(), kernel.as_ref());
+        let kernel = format!("{}_{}", module.name, kernel.as_ref());
         Self {
             module,
             kernel,
@@ -165,7 +150,7 @@ impl Launch {
             Some(device) if device.same_device(tensor.device()) => {}
             Some(device) => {
                 return Err(Error::Setting {
-                    op: self.module.name(),
+                    op: self.module.name,
                     message: format!(
                         "tensors on {device:?} and on {:?}; move all to one device",
                         tensor.device()
@@ -180,7 +165,7 @@ impl Launch {
     pub(crate) fn sizes<const N: usize>(mut self, sizes: [usize; N]) -> Result<Self> {
         for size in sizes {
             let size = u32::try_from(size).map_err(|_| Error::Setting {
-                op: self.module.name(),
+                op: self.module.name,
                 message: format!("a size of {size} is too large for a GPU; use smaller batches"),
             })?;
             self.arguments.push(&size.to_ne_bytes());
@@ -201,7 +186,7 @@ impl Launch {
     /// Runs the kernel; on a CUDA device, puts it at the end of the device's stream.
     pub(crate) fn run(mut self) -> Result<()> {
         self.arguments.finish();
-        let fail = |message| Err(Error::Setting { op: self.module.name(), message });
+        let fail = |message| Err(Error::Setting { op: self.module.name, message });
         if self.grid[1] > MOST_BLOCKS_Y {
             return fail(format!("{} blocks are too many for a GPU; use smaller batches", self.grid[1]));
         }

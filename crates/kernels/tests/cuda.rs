@@ -32,18 +32,4 @@ macro_rules! on_a_gpu {
     };
 }
 
-on_a_gpu! {
-    convolutions
-    products
-    normalization
-    statistics_at_every_scale
-    quantizers
-    learned_quantizers
-    residuals_and_pooling
-    losses
-    biases
-    descent
-    patches
-    augmentation
-    finite_differences
-}
+twin::all!(on_a_gpu);

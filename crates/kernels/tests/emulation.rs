@@ -44,18 +44,4 @@ macro_rules! emulated {
     };
 }
 
-emulated! {
-    convolutions
-    products
-    normalization
-    statistics_at_every_scale
-    quantizers
-    learned_quantizers
-    residuals_and_pooling
-    losses
-    biases
-    descent
-    patches
-    augmentation
-    finite_differences
-}
+twin::all!(emulated);

@@ -1,8 +1,10 @@
 //! The launch of augment.cu.
 
 use crate::Result;
-use crate::gpu::{Launch, Module, empty, name};
+use crate::gpu::{Launch, Module, empty, module, name};
 use candle_core::{DType, Tensor};
+
+const MODULE: Module = module!("augment");
 
 pub(super) fn batch(
     images: &Tensor,
@@ -14,7 +16,7 @@ pub(super) fn batch(
     let (count, h, w, c) = images.dims4()?;
     let b = index.elem_count();
     let y = empty((b, h, w, c), dtype, images.device())?;
-    Launch::shared(Module::Augment, format!("batch_{}", name(dtype)), y.elem_count())
+    Launch::shared(MODULE, format!("batch_{}", name(dtype)), y.elem_count())
         .read(images)?
         .read(index)?
         .read(corners)?

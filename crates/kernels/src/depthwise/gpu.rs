@@ -2,10 +2,12 @@
 
 use super::Geometry;
 use crate::cpu::Check;
-use crate::gpu::{Launch, Map, Module, block_of, empty, name, total, width};
+use crate::gpu::{Launch, Map, Module, block_of, empty, module, name, total, width};
 use crate::norm::gpu::Partials;
 use crate::{Input, Result};
 use candle_core::{DType, Tensor};
+
+const MODULE: Module = module!("depthwise");
 
 /// Rows of a strip, at most: few enough for the statistics' sums, and for enough threads on small batches.
 const BAND: usize = 16;
@@ -68,7 +70,7 @@ fn convolve(
     let parts = strips.count().div_ceil(block[1]);
     let partials = stats.then(|| Partials::new(parts, c, device)).transpose()?;
     let kernel = format!("convolve_{}_{}_{stride}_{width}", x.name(), name(dtype));
-    let launch = Launch::new(Module::Depthwise, kernel, [slices, parts], block)
+    let launch = Launch::new(MODULE, kernel, [slices, parts], block)
         .read(&x.tensor)?
         .read(w)?
         .write(&z)?
@@ -112,7 +114,7 @@ pub(super) fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, u
     let strips = Strips::new(n, (ho, wo), size, c, cells, 1);
     let (block, slices) = block_of(c, width);
     let grid = [slices, strips.count().div_ceil(block[1])];
-    Launch::new(Module::Depthwise, format!("spread_{}_{width}", name(gz.dtype())), grid, block)
+    Launch::new(MODULE, format!("spread_{}_{width}", name(gz.dtype())), grid, block)
         .read(gz)?
         .read(w)?
         .write(&gx)?
@@ -138,7 +140,7 @@ pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor, stride: usiz
     let parts = strips.count().div_ceil(per_part);
     let sums = empty((parts, 9 * c), DType::F32, gz.device())?;
     let kernel = format!("correlate_{}_{}_{stride}_{width}", x.name(), name(gz.dtype()));
-    Launch::new(Module::Depthwise, kernel, [slices, parts], block)
+    Launch::new(MODULE, kernel, [slices, parts], block)
         .read(&x.tensor)?
         .read(gz)?
         .read_if(x.range.as_ref())?
@@ -147,5 +149,5 @@ pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor, stride: usiz
         .sizes([per_part])?
         .floats([x.max_level])
         .run()?;
-    total(Module::Depthwise, &sums, (3, 3, c))
+    total(MODULE, &sums, (3, 3, c))
 }

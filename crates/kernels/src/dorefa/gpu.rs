@@ -1,13 +1,15 @@
 //! Launches of dorefa.cu.
 
-use crate::gpu::{Launch, Module, empty};
+use crate::gpu::{Launch, Module, empty, module};
 use crate::{Result, quantize};
 use candle_core::Tensor;
 use quant_core::Bits;
 
+const MODULE: Module = module!("dorefa");
+
 pub(super) fn forward(weight: &Tensor, bits: Bits) -> Result<Tensor> {
     let y = empty(weight.dims(), weight.dtype(), weight.device())?;
-    Launch::shared(Module::Dorefa, "forward", weight.elem_count())
+    Launch::shared(MODULE, "forward", weight.elem_count())
         .read(weight)?
         .read(&quantize::min_max(weight)?)?
         .write(&y)?
@@ -19,7 +21,7 @@ pub(super) fn forward(weight: &Tensor, bits: Bits) -> Result<Tensor> {
 
 pub(super) fn backward(weight: &Tensor, gy: &Tensor) -> Result<Tensor> {
     let gw = empty(weight.dims(), weight.dtype(), weight.device())?;
-    Launch::shared(Module::Dorefa, "backward", weight.elem_count())
+    Launch::shared(MODULE, "backward", weight.elem_count())
         .read(weight)?
         .read(gy)?
         .read(&quantize::min_max(weight)?)?

@@ -2,16 +2,18 @@
 
 use super::{Grads, SOFTNESS};
 use crate::Result;
-use crate::gpu::{Launch, Module, empty, name, width};
+use crate::gpu::{Launch, Module, empty, module, name, width};
 use crate::learned::gpu::{summed, totals};
 use candle_core::Tensor;
 use quant_core::Bits;
+
+const MODULE: Module = module!("dsq");
 
 pub(super) fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
     let y = empty(x.dims(), x.dtype(), x.device())?;
     let width = width(x.elem_count(), [x, &y])?;
     let count = x.elem_count() / width;
-    Launch::shared(Module::Dsq, format!("forward_{}_{width}", name(x.dtype())), count)
+    Launch::shared(MODULE, format!("forward_{}_{width}", name(x.dtype())), count)
         .read(x)?
         .read(bounds)?
         .write(&y)?
@@ -32,7 +34,7 @@ pub(super) fn backward(
     let width = width(x.elem_count(), [x, gy, &gx])?;
     let count = x.elem_count() / width;
     let kernel = format!("backward_{}_{width}", name(x.dtype()));
-    let (launch, parts) = summed(Module::Dsq, kernel, 3, count, x.device())?;
+    let (launch, parts) = summed(MODULE, kernel, 3, count, x.device())?;
     launch
         .read(x)?
         .read(gy)?
@@ -43,12 +45,12 @@ pub(super) fn backward(
         .sizes([count])?
         .floats([bits.max_level() as f32, SOFTNESS.0, SOFTNESS.1])
         .run()?;
-    let sums = totals(Module::Dsq, &parts)?;
+    let sums = totals(MODULE, &parts)?;
     Ok(Grads { x: gx, bounds: sums.narrow(0, 0, 2)?, softness: sums.narrow(0, 2, 1)? })
 }
 
 pub(super) fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {
-    Launch::new(Module::Dsq, "project", [1, 1], [1, 1])
+    Launch::new(MODULE, "project", [1, 1], [1, 1])
         .write(bounds)?
         .write(softness)?
         .floats([SOFTNESS.0, SOFTNESS.1])

@@ -1,16 +1,18 @@
 //! Launches of feature.cu.
 
 use super::{FeatureMap, Levels};
-use crate::gpu::{Launch, Module, empty, name, width};
+use crate::gpu::{Launch, Module, empty, module, name, width};
 use crate::{Quantizer, Result};
 use candle_core::{DType, Tensor};
+
+const MODULE: Module = module!("feature");
 
 /// `y`, of the shape of `x`, from a kernel that takes the elements one by one.
 fn convert(kernel: &str, x: &Tensor, quant: Quantizer<'_>, of: DType, to: DType) -> Result<Tensor> {
     let y = empty(x.dims(), to, x.device())?;
     let width = width(x.elem_count(), [x, &y])?;
     let count = x.elem_count() / width;
-    Launch::shared(Module::Feature, format!("{kernel}_{}_{width}", name(of)), count)
+    Launch::shared(MODULE, format!("{kernel}_{}_{width}", name(of)), count)
         .read(x)?
         .read(quant.range)?
         .write(&y)?
@@ -39,7 +41,7 @@ pub(crate) fn integers(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
 pub(crate) fn steps(a: Quantizer<'_>, b: Option<Quantizer<'_>>) -> Result<Tensor> {
     let factors = empty(2, DType::F32, a.range.device())?;
     let max_level = |quant: Quantizer<'_>| quant.bits.max_level() as f32;
-    Launch::new(Module::Feature, "steps", [1, 1], [1, 1])
+    Launch::new(MODULE, "steps", [1, 1], [1, 1])
         .read(a.range)?
         .read_if(b.map(|b| b.range))?
         .write(&factors)?

@@ -1,43 +1,18 @@
 //! Launches on CUDA devices, through Candle's backend.
 
 use super::product::Factor;
-use super::{Launch, Module, start};
+use super::{Launch, start};
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{DType, Layout, Result, Tensor};
 use std::ffi::c_void;
 
-/// The PTX of a module, which the driver compiles for its GPU when the module is first used.
-fn ptx(module: Module) -> &'static str {
-    macro_rules! built {
-        ($name:literal) => {
-            include_str!(concat!(env!("OUT_DIR"), "/", $name, ".ptx"))
-        };
-    }
-    match module {
-        Module::Augment => built!("augment"),
-        Module::Bias => built!("bias"),
-        Module::Depthwise => built!("depthwise"),
-        Module::Dorefa => built!("dorefa"),
-        Module::Dsq => built!("dsq"),
-        Module::Feature => built!("feature"),
-        Module::Im2col => built!("im2col"),
-        Module::Loss => built!("loss"),
-        Module::Norm => built!("norm"),
-        Module::Pact => built!("pact"),
-        Module::Pool => built!("pool"),
-        Module::Quantize => built!("quantize"),
-        Module::Residual => built!("residual"),
-        Module::Sgd => built!("sgd"),
-    }
-}
-
 /// Puts a kernel at the end of the device's stream.
 pub(super) fn launch(launch: &Launch, device: &CudaDevice) -> Result<()> {
     // With a name of its own, as Candle has modules too.
-    let module = format!("pfq-{}", launch.module.name());
-    let function = device.get_or_load_custom_func(&launch.kernel, &module, ptx(launch.module))?;
+    let module = format!("pfq-{}", launch.module.name);
+    let function = device.get_or_load_custom_func(&launch.kernel, &module, launch.module.ptx)?;
     let config = LaunchConfig {
         grid_dim: (launch.grid[0], launch.grid[1], 1),
         block_dim: (launch.block[0], launch.block[1], 1),

@@ -85,25 +85,6 @@ const HEADERS: [(&str, &str); 4] = [
     ("moments.cuh", include_str!("moments.cuh")),
 ];
 
-fn source(module: Module) -> &'static str {
-    match module {
-        Module::Augment => include_str!("../augment/augment.cu"),
-        Module::Bias => include_str!("../bias/bias.cu"),
-        Module::Depthwise => include_str!("../depthwise/depthwise.cu"),
-        Module::Dorefa => include_str!("../dorefa/dorefa.cu"),
-        Module::Dsq => include_str!("../dsq/dsq.cu"),
-        Module::Feature => include_str!("../feature/feature.cu"),
-        Module::Im2col => include_str!("../im2col/im2col.cu"),
-        Module::Loss => include_str!("../loss/loss.cu"),
-        Module::Norm => include_str!("../norm/norm.cu"),
-        Module::Pact => include_str!("../pact/pact.cu"),
-        Module::Pool => include_str!("../pool/pool.cu"),
-        Module::Quantize => include_str!("../quantize/quantize.cu"),
-        Module::Residual => include_str!("../residual/residual.cu"),
-        Module::Sgd => include_str!("../sgd/sgd.cu"),
-    }
-}
-
 /// The library of a module, compiled unless an earlier test did.
 fn build(module: Module) -> Result<PathBuf, String> {
     let compiler = compiler().as_ref()?;
@@ -124,26 +105,25 @@ fn build(module: Module) -> Result<PathBuf, String> {
     }
     // The library's name says what it was made from.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let texts =
-        HEADERS.map(|(_, text)| text).into_iter().chain([source(module)]).chain(flags.iter().copied());
+    let texts = HEADERS.map(|(_, text)| text).into_iter().chain([module.source]).chain(flags.iter().copied());
     for byte in texts.flat_map(str::bytes).chain(compiler.to_string_lossy().bytes()) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     }
     let program = std::env::current_exe().map_err(|e| format!("the program's own path: {e}"))?;
     let folder = program.parent().unwrap_or(Path::new(".")).join("emulation");
-    let library = folder.join(format!("{}-{hash:016x}.so", module.name()));
+    let library = folder.join(format!("{}-{hash:016x}.so", module.name));
     if library.exists() {
         return Ok(library);
     }
     // Other tests may build the same: each in a folder of its own, the finished library moved to its place.
-    let own = folder.join(format!("{}-{}", std::process::id(), module.name()));
+    let own = folder.join(format!("{}-{}", std::process::id(), module.name));
     let fail = |e: std::io::Error| format!("{}: {e}", own.display());
     std::fs::create_dir_all(&own).map_err(fail)?;
-    let main = own.join(format!("{}.cu", module.name()));
+    let main = own.join(format!("{}.cu", module.name));
     for (name, text) in HEADERS {
         std::fs::write(own.join(name), text).map_err(fail)?;
     }
-    std::fs::write(&main, source(module)).map_err(fail)?;
+    std::fs::write(&main, module.source).map_err(fail)?;
     let made = own.join("made.so");
     let output =
         Command::new(compiler).args(flags).args(["-x", "c++"]).arg(&main).arg("-o").arg(&made).output();
@@ -166,10 +146,10 @@ type Kernel = unsafe extern "C" fn(*const u64, usize, *const u32, i32) -> i32;
 /// The library of a module, loaded for as long as the program runs.
 #[allow(unsafe_code)]
 fn library(module: Module) -> Result<&'static libloading::Library, String> {
-    static LIBRARIES: Mutex<Option<HashMap<Module, &'static libloading::Library>>> = Mutex::new(None);
+    static LIBRARIES: Mutex<Option<HashMap<&str, &'static libloading::Library>>> = Mutex::new(None);
     let mut libraries = LIBRARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let libraries = libraries.get_or_insert_with(HashMap::new);
-    if let Some(library) = libraries.get(&module) {
+    if let Some(library) = libraries.get(module.name) {
         return Ok(library);
     }
     let path = build(module)?;
@@ -177,14 +157,14 @@ fn library(module: Module) -> Result<&'static libloading::Library, String> {
     let library =
         unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
     let library = Box::leak(Box::new(library));
-    libraries.insert(module, library);
+    libraries.insert(module.name, library);
     Ok(library)
 }
 
 /// Runs a kernel over its grid.
 #[allow(unsafe_code)]
 pub(super) fn launch(launch: &Launch) -> crate::Result<()> {
-    let fail = |message: String| Error::Setting { op: launch.module.name(), message };
+    let fail = |message: String| Error::Setting { op: launch.module.name, message };
     let library = library(launch.module).map_err(fail)?;
     // SAFETY: the macro `KERNEL` makes functions of this type.
     let kernel = unsafe { library.get::<Kernel>(launch.kernel.as_bytes()) };

@@ -1,8 +1,10 @@
 //! Launches of loss.cu.
 
 use crate::Result;
-use crate::gpu::{Launch, Module, empty};
+use crate::gpu::{Launch, Module, empty, module};
 use candle_core::{DType, Tensor};
+
+const MODULE: Module = module!("loss");
 
 /// The gradient, then the loss and the number of correct images, `[N·K + 2]`.
 pub(super) fn forward(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Tensor> {
@@ -10,7 +12,7 @@ pub(super) fn forward(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Resul
     let all = empty(n * k + 2, DType::F32, logits.device())?;
     let found = empty((2, n), DType::F64, logits.device())?;
     for (kernel, blocks, threads) in [("images", n, 128), ("batch", 1, 256)] {
-        Launch::new(Module::Loss, kernel, [blocks, 1], [threads, 1])
+        Launch::new(MODULE, kernel, [blocks, 1], [threads, 1])
             .read(logits)?
             .read(labels)?
             .write(&all)?

@@ -2,9 +2,11 @@
 
 use super::{Epilogue, Normalization, Running, Stats};
 use crate::cpu::Check;
-use crate::gpu::{Columns, Launch, Module, OVER_PARTS, empty, name, planes, quantizer, width};
+use crate::gpu::{Columns, Launch, Module, OVER_PARTS, empty, module, name, planes, quantizer, width};
 use crate::{Activation, FeatureMap, Quantizer, Result};
 use candle_core::{DType, Device, Tensor};
+
+const MODULE: Module = module!("norm");
 
 /// Where the blocks of a kernel leave the moments of its parts (`Partials` in moments.cuh).
 pub(crate) struct Partials {
@@ -30,7 +32,7 @@ impl Partials {
     pub(crate) fn merged(&self) -> Result<Stats> {
         let &Self { parts, channels, .. } = self;
         let stats = empty((4, channels), DType::F32, self.sums.device())?;
-        Launch::new(Module::Norm, "merge", [channels.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
+        Launch::new(MODULE, "merge", [channels.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
             .read(&self.sums)?
             .read(&self.extremes)?
             .write(&stats)?
@@ -52,7 +54,7 @@ pub(super) fn channel_stats(z: &Tensor) -> Result<Stats> {
     let width = width(c, [z])?;
     let columns = Columns::long(rows, c, width);
     let partials = Partials::new(columns.parts(), c, z.device())?;
-    let launch = columns.launch(Module::Norm, format!("moments_{}_{width}", name(z.dtype()))).read(z)?;
+    let launch = columns.launch(MODULE, format!("moments_{}_{width}", name(z.dtype()))).read(z)?;
     Partials::fields(Some(&partials), launch)?.sizes(columns.fields())?.run()?;
     partials.merged()
 }
@@ -69,7 +71,7 @@ pub(super) fn prepare(
     let check = Check("norm::prepare");
     let (_, c) = check.rows("stats.mean", &stats.mean)?;
     let out = empty((5, c), DType::F32, stats.mean.device())?;
-    let mut launch = Launch::each(Module::Norm, "prepare", c);
+    let mut launch = Launch::each(MODULE, "prepare", c);
     for (argument, tensor) in [
         ("stats.mean", &stats.mean),
         ("stats.variance", &stats.variance),
@@ -95,7 +97,7 @@ pub(super) fn output_range(
 ) -> Result<Tensor> {
     let extremes = empty(2, DType::F32, min.device())?;
     let (lo, hi) = act.bounds();
-    Launch::each(Module::Norm, "output_range", 1)
+    Launch::each(MODULE, "output_range", 1)
         .read(min)?
         .read(max)?
         .read(scale)?
@@ -124,7 +126,7 @@ pub(super) fn forward(
     let columns = Columns::short(rows, c, width);
     let ((range, max_level), (lo, hi)) = (quantizer(quant), act.bounds());
     columns
-        .launch(Module::Norm, format!("forward_{}_{}_{width}", name(z.dtype()), name(out)))
+        .launch(MODULE, format!("forward_{}_{}_{width}", name(z.dtype()), name(out)))
         .read(z)?
         .read(&scale)?
         .read(&shift)?
@@ -146,7 +148,7 @@ pub(super) fn coefficients(of: &Epilogue, gy: &Tensor) -> Result<[Tensor; 4]> {
     let sums = empty(2 * parts * c, DType::F64, device)?;
     let ((range, max_level), (lo, hi)) = (quantizer(of.quantizer()), of.act.bounds());
     columns
-        .launch(Module::Norm, format!("sums_{}_{width}", name(of.z.dtype())))
+        .launch(MODULE, format!("sums_{}_{width}", name(of.z.dtype())))
         .read(&of.z)?
         .read(gy)?
         .read(&of.scale)?
@@ -158,7 +160,7 @@ pub(super) fn coefficients(of: &Epilogue, gy: &Tensor) -> Result<[Tensor; 4]> {
         .floats([lo, hi, max_level])
         .run()?;
     let out = empty((4, c), DType::F32, device)?;
-    Launch::new(Module::Norm, "coefficients", [c.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
+    Launch::new(MODULE, "coefficients", [c.div_ceil(OVER_PARTS[0]), 1], OVER_PARTS)
         .read(&sums)?
         .read(&of.scale)?
         .read_if(of.inv_std())?
@@ -181,7 +183,7 @@ pub(super) fn gradient(of: &Epilogue, gy: &Tensor, slope: &Tensor, offset: &Tens
     let columns = Columns::short(rows, c, width);
     let ((range, max_level), (lo, hi)) = (quantizer(of.quantizer()), of.act.bounds());
     columns
-        .launch(Module::Norm, format!("gradient_{}_{width}", name(of.z.dtype())))
+        .launch(MODULE, format!("gradient_{}_{width}", name(of.z.dtype())))
         .read(&of.z)?
         .read(gy)?
         .read(&of.scale)?

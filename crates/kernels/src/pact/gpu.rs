@@ -2,16 +2,18 @@
 
 use super::Grads;
 use crate::Result;
-use crate::gpu::{Launch, Module, empty, name, width};
+use crate::gpu::{Launch, Module, empty, module, name, width};
 use crate::learned::gpu::{summed, totals};
 use candle_core::Tensor;
 use quant_core::Bits;
+
+const MODULE: Module = module!("pact");
 
 pub(super) fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let y = empty(x.dims(), x.dtype(), x.device())?;
     let width = width(x.elem_count(), [x, &y])?;
     let count = x.elem_count() / width;
-    Launch::shared(Module::Pact, format!("forward_{}_{width}", name(x.dtype())), count)
+    Launch::shared(MODULE, format!("forward_{}_{width}", name(x.dtype())), count)
         .read(x)?
         .read(alpha)?
         .write(&y)?
@@ -26,7 +28,7 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) ->
     let width = width(x.elem_count(), [x, gy, &gx])?;
     let count = x.elem_count() / width;
     let kernel = format!("backward_{}_{width}", name(x.dtype()));
-    let (launch, parts) = summed(Module::Pact, kernel, 1, count, x.device())?;
+    let (launch, parts) = summed(MODULE, kernel, 1, count, x.device())?;
     launch
         .read(x)?
         .read(gy)?
@@ -35,5 +37,5 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) ->
         .write(&parts)?
         .sizes([count, usize::from(signed)])?
         .run()?;
-    Ok(Grads { x: gx, alpha: totals(Module::Pact, &parts)? })
+    Ok(Grads { x: gx, alpha: totals(MODULE, &parts)? })
 }

@@ -1,16 +1,18 @@
 //! Launches of pool.cu.
 
 use crate::cpu::Check;
-use crate::gpu::{Launch, Map, Module, empty, name, width};
+use crate::gpu::{Launch, Map, Module, empty, module, name, width};
 use crate::{Input, Result};
 use candle_core::{DType, Tensor};
+
+const MODULE: Module = module!("pool");
 
 pub(super) fn global_average(check: &Check, x: Input<'_>) -> Result<Tensor> {
     let (n, h, w, c) = check.map_sizes("x", x.dims())?;
     let x = Map::new(check, "x", x)?;
     let y = empty((n, c), DType::F32, x.tensor.device())?;
     let width = width(c, [&x.tensor, &y])?;
-    Launch::each(Module::Pool, format!("average_{}_{width}", x.name()), n * c / width)
+    Launch::each(MODULE, format!("average_{}_{width}", x.name()), n * c / width)
         .read(&x.tensor)?
         .read_if(x.range.as_ref())?
         .write(&y)?
@@ -24,7 +26,7 @@ pub(super) fn backward(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<
     let (n, c) = gy.dims2()?;
     let gx = empty((n, h, w, c), dtype, gy.device())?;
     let width = width(c, [gy, &gx])?;
-    Launch::shared(Module::Pool, format!("backward_{}_{width}", name(dtype)), n * h * w * c / width)
+    Launch::shared(MODULE, format!("backward_{}_{width}", name(dtype)), n * h * w * c / width)
         .read(gy)?
         .write(&gx)?
         .sizes([n, h * w, c])?

@@ -1,8 +1,10 @@
 //! Launches of quantize.cu.
 
-use crate::gpu::{Launch, Module, empty, name, width};
+use crate::gpu::{Launch, Module, empty, module, name, width};
 use crate::{Quantizer, Result};
 use candle_core::{DType, Tensor};
+
+const MODULE: Module = module!("quantize");
 
 /// Elements below which one block finds the extremes: a second launch would take longer.
 const ONE_BLOCK: usize = 16 * 1024;
@@ -14,7 +16,7 @@ pub(super) fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let y = empty(x.dims(), x.dtype(), x.device())?;
     let width = width(x.elem_count(), [x, &y])?;
     let count = x.elem_count() / width;
-    Launch::shared(Module::Quantize, format!("fake_{}_{width}", name(x.dtype())), count)
+    Launch::shared(MODULE, format!("fake_{}_{width}", name(x.dtype())), count)
         .read(x)?
         .read(quant.range)?
         .write(&y)?
@@ -28,7 +30,7 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<
     let gx = empty(x.dims(), x.dtype(), x.device())?;
     let width = width(x.elem_count(), [x, gy, &gx])?;
     let count = x.elem_count() / width;
-    Launch::shared(Module::Quantize, format!("mask_{}_{width}", name(x.dtype())), count)
+    Launch::shared(MODULE, format!("mask_{}_{width}", name(x.dtype())), count)
         .read(x)?
         .read(gy)?
         .read(quant.range)?
@@ -44,7 +46,7 @@ pub(super) fn min_max(x: &Tensor) -> Result<Tensor> {
     let count = x.elem_count() / width;
     let blocks = if x.elem_count() <= ONE_BLOCK { 1 } else { count.div_ceil(256 * 8).min(MOST_BLOCKS) };
     let parts = empty((2, blocks), DType::F32, x.device())?;
-    Launch::new(Module::Quantize, format!("extremes_{}_{width}", name(x.dtype())), [blocks, 1], [256, 1])
+    Launch::new(MODULE, format!("extremes_{}_{width}", name(x.dtype())), [blocks, 1], [256, 1])
         .read(x)?
         .write(&parts)?
         .sizes([count])?
@@ -59,7 +61,7 @@ pub(crate) fn extremes_of_all(parts: &Tensor) -> Result<Tensor> {
         return Ok(parts.reshape(2)?);
     }
     let extremes = empty(2, DType::F32, parts.device())?;
-    Launch::new(Module::Quantize, "extremes_of_all", [1, 1], [256, 1])
+    Launch::new(MODULE, "extremes_of_all", [1, 1], [256, 1])
         .read(parts)?
         .write(&extremes)?
         .sizes([count])?
@@ -68,9 +70,5 @@ pub(crate) fn extremes_of_all(parts: &Tensor) -> Result<Tensor> {
 }
 
 pub(super) fn update_range(range: &Tensor, batch: &Tensor, momentum: f32) -> Result<()> {
-    Launch::new(Module::Quantize, "update_range", [1, 1], [2, 1])
-        .write(range)?
-        .read(batch)?
-        .floats([momentum])
-        .run()
+    Launch::new(MODULE, "update_range", [1, 1], [2, 1]).write(range)?.read(batch)?.floats([momentum]).run()
 }

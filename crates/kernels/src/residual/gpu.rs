@@ -2,10 +2,12 @@
 
 use super::same_dims;
 use crate::cpu::Check;
-use crate::gpu::{Columns, Launch, Map, Module, empty, name, quantizer, width};
+use crate::gpu::{Columns, Launch, Map, Module, empty, module, name, quantizer, width};
 use crate::quantize::gpu::extremes_of_all;
 use crate::{Error, FeatureMap, Input, Quantizer, Result};
 use candle_core::{DType, Tensor};
+
+const MODULE: Module = module!("residual");
 
 /// The operands, contiguous. Floats have the dtype of `a`, as have those that levels stand for.
 fn operands(check: &Check, a: &Tensor, b: Input<'_>) -> Result<(Tensor, Map)> {
@@ -30,7 +32,7 @@ pub(super) fn add_quantize(
     let count = a.elem_count() / width;
     let (range, max_level) = quantizer(quant);
     let kernel = format!("add_{}_{}_{}_{width}", name(a.dtype()), b.name(), name(out));
-    Launch::shared(Module::Residual, kernel, count)
+    Launch::shared(MODULE, kernel, count)
         .read(&a)?
         .read(&b.tensor)?
         .read_if(b.range.as_ref())?
@@ -57,7 +59,7 @@ pub(super) fn add_normalized(
     let [across, down] = columns.grid();
     let extremes = empty((2, across * down), DType::F32, z.device())?;
     columns
-        .launch(Module::Residual, format!("add_normalized_{}_{}_{width}", name(z.dtype()), b.name()))
+        .launch(MODULE, format!("add_normalized_{}_{}_{width}", name(z.dtype()), b.name()))
         .read(&z)?
         .read(&b.tensor)?
         .read(scale)?

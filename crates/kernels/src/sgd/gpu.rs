@@ -2,7 +2,9 @@
 
 use super::{Rule, Update};
 use crate::Result;
-use crate::gpu::{Launch, Module};
+use crate::gpu::{Launch, Module, module};
+
+const MODULE: Module = module!("sgd");
 
 /// Parameters of a launch, and elements of a block, as the kernel is compiled: its arguments are at most 4 KiB.
 const PARAMETERS: usize = 64;
@@ -13,7 +15,7 @@ pub(super) fn step(updates: &[Update<'_>], rule: Rule) -> Result<()> {
     for updates in updates.chunks(PARAMETERS) {
         let blocks = |update: &Update<'_>| update.param.elem_count().div_ceil(PER_BLOCK);
         let all = updates.iter().map(blocks).sum();
-        let mut launch = Launch::new(Module::Sgd, "step", [all, 1], [256, 1]);
+        let mut launch = Launch::new(MODULE, "step", [all, 1], [256, 1]);
         let mut first = 0;
         for update in updates {
             launch = launch

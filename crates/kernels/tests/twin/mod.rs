@@ -12,6 +12,28 @@ use quant_core::Bits;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// Calls a macro with the names of all tests of this file.
+macro_rules! all {
+    ($of_each:ident) => {
+        $of_each! {
+            convolutions
+            products
+            normalization
+            statistics_at_every_scale
+            quantizers
+            learned_quantizers
+            residuals_and_pooling
+            losses
+            biases
+            descent
+            patches
+            augmentation
+            finite_differences
+        }
+    };
+}
+pub(crate) use all;
+
 /// Where the other twin runs.
 pub trait Other {
     /// A copy there.
