@@ -29,6 +29,7 @@ pub mod gpu;
 pub mod im2col;
 mod learned;
 pub mod loss;
+pub mod lsq;
 mod moments;
 pub mod norm;
 pub mod pact;

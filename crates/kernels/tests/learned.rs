@@ -4,7 +4,7 @@
 //! thousand terms of both signs, to [`SUMS`] of what their terms amount to.
 
 use candle_core::{DType, Device, Tensor};
-use kernels::{dorefa, dsq, pact};
+use kernels::{dorefa, dsq, lsq, pact};
 use quant_core::Bits;
 use std::collections::HashMap;
 
@@ -88,5 +88,34 @@ fn dsq() {
         golden.check(case, "gx", &grads.x, 5.0 * VALUES * golden.largest(case, "gx"));
         golden.check(case, "gbounds", &grads.bounds, SUMS * golden.total(case));
         golden.check(case, "gsoftness", &grads.softness, SUMS * golden.total(case));
+    }
+}
+
+#[test]
+fn lsq() {
+    let golden = Golden::load();
+    for (case, b, signed, with_offset, items) in [
+        ("lsq", 4, false, false, 250),
+        ("lsq8", 8, false, false, 1000),
+        ("lsqw", 3, true, false, 1000),
+        ("lsqw2", 2, true, false, 1000),
+        ("lsqplus", 4, false, true, 125),
+        ("lsqplus3", 3, false, true, 500),
+    ] {
+        let [x, gy, step, offset] = golden.get(case, ["x", "gy", "step", "offset"]);
+        let params = lsq::Params { step, offset: with_offset.then_some(offset), bits: bits(b), signed };
+        golden.check(case, "y", &lsq::forward(x, params).unwrap(), VALUES);
+        let grads = lsq::backward(x, gy, params, items).unwrap();
+        // What passes is not changed.
+        golden.check(case, "gx", &grads.x, 0.0);
+        // A term of the step's gradient is up to the largest level times that of y, before all are scaled.
+        let high = f64::from(bits(b).max_level());
+        let scale = 1.0 / (items as f64).sqrt();
+        golden.check(case, "gstep", &grads.step, SUMS * golden.total(case) * scale * high.sqrt());
+        if let Some(found) = grads.offset {
+            golden.check(case, "goffset", &found, SUMS * golden.total(case) * scale);
+        }
+        let begin = lsq::initial_step(x, bits(b), signed).unwrap();
+        golden.check(case, "begin", &begin, VALUES);
     }
 }

@@ -3,7 +3,7 @@
     python3 -m venv venv && venv/bin/pip install torch==2.11.0 numpy safetensors
     venv/bin/python make_learned.py
 
-PACT, DoReFa and DSQ, stated anew from their papers' formulas in float64, differentiated by autograd. Values that lie
+PACT, DoReFa, DSQ and LSQ(+), stated anew from their papers' formulas in float64, differentiated by autograd. Values that lie
 within rounding of the border between two levels, or of a bound, are drawn again: float32 may see them on the other
 side.
 """
@@ -113,6 +113,41 @@ for name, low, high, alpha, bits in (
     put(f"{name}.softness", alpha)
     put(f"{name}.gsoftness", alpha.grad)
     for what, tensor in (("x", x), ("y", hard), ("gy", gy), ("gx", x.grad)):
+        put(f"{name}.{what}", tensor)
+
+# LSQ, and LSQ+ where there is an offset: division, clip and rounding as they stand in the papers, with the gradients of
+# the step and the offset scaled on their way.
+for name, step, offset, bits, signed, items in (
+    ("lsq", 0.09, None, 4, False, 250),
+    ("lsq8", 0.006, None, 8, False, 1000),
+    ("lsqw", 0.21, None, 3, True, 1000),
+    ("lsqw2", 0.55, None, 2, True, 1000),
+    ("lsqplus", 0.14, -0.9, 4, False, 125),
+    ("lsqplus3", 0.2, 0.15, 3, False, 500),
+):
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    learned = {"step": torch.tensor([step]), "offset": torch.tensor([0.0 if offset is None else offset])}
+    learned = {what: tensor.float().double().requires_grad_() for what, tensor in learned.items()}
+    g = 1 / math.sqrt(items * high)
+    step, offset_ = (through(tensor, tensor * g) for tensor in learned.values())
+    with torch.no_grad():
+        position = lambda x: (x - offset_) / step
+        clear = lambda x: (
+            clear_of_halves(position(x))
+            & ((position(x) - low).abs() > BORDER)
+            & ((position(x) - high).abs() > BORDER)
+        )
+        x = draw(500, -1.8, 2.1, clear)
+    x.requires_grad_()
+    clipped = torch.clamp((x - offset_) / step, low, high)
+    y = through(torch.round(clipped), clipped) * step + offset_
+    gy = torch.randn(500).float().double()
+    y.backward(gy)
+    put(f"{name}.begin", 2 * x.abs().mean().reshape(1) / math.sqrt(high))
+    for what, tensor in learned.items():
+        put(f"{name}.{what}", tensor)
+        put(f"{name}.g{what}", tensor.grad)
+    for what, tensor in (("x", x), ("y", y), ("gy", gy), ("gx", x.grad)):
         put(f"{name}.{what}", tensor)
 
 path = pathlib.Path(__file__).with_name("learned.safetensors")

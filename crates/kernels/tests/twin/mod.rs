@@ -6,7 +6,7 @@ use kernels::norm::{Epilogue, Normalization, Running};
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Weight};
 use kernels::{
-    bias, depthwise, dorefa, dsq, im2col, loss, norm, pact, pointwise, pool, quantize, residual, sgd,
+    bias, depthwise, dorefa, dsq, im2col, loss, lsq, norm, pact, pointwise, pool, quantize, residual, sgd,
 };
 use quant_core::Bits;
 use rand::{Rng, SeedableRng};
@@ -394,6 +394,7 @@ pub fn learned_quantizers(other: &dyn Other) {
     for (b, len) in [(2, 1), (3, 7), (4, 256), (8, 256), (4, 40_001)] {
         pact_quantizer(other, b, len, &[0.6, 0.0, -0.5, 2.0]);
         dsq_quantizer(other, b, len, &[[-0.7, 0.8], [0.0, 0.5], [0.3, 0.3]], &[0.2, 1e-9, 0.9]);
+        lsq_quantizer(other, b, len, &[0.3 / b as f32, 1e-3, 0.0]);
         let (w, gy) = (random(1, &[len]), random(2, &[len]));
         let context = format!("dorefa {len} at {b} bits");
         check_as(other, DType::F32, &context, &[], &[&w, &gy], &[SAME; 2], |_, others| {
@@ -404,6 +405,7 @@ pub fn learned_quantizers(other: &dyn Other) {
     // More shares of a sum than a block has threads.
     pact_quantizer(other, 4, 600_001, &[0.6]);
     dsq_quantizer(other, 4, 200_001, &[[-0.7, 0.8]], &[0.2]);
+    lsq_quantizer(other, 4, 600_001, &[0.1]);
     for (bounds, softness) in [([0.5, -0.1], 0.7), ([-1.0, 2.0], 0.3), ([0.0, 0.0], -1.0)] {
         let (bounds, softness) = (tensor(&bounds), tensor(&[softness]));
         check_as(other, DType::F32, "dsq::project", &[], &[&bounds, &softness], &[SAME; 2], |_, others| {
@@ -445,6 +447,34 @@ fn dsq_quantizer(other: &dyn Other, b: u32, len: usize, bounds: &[[f32; 2]], sof
                 let grads = dsq::backward(&maps[0], &maps[1], &others[0], &others[1], bits(b))?;
                 let y = dsq::forward(&maps[0], &others[0], bits(b))?;
                 Ok(vec![y, grads.x, grads.bounds, grads.softness])
+            });
+        }
+    }
+}
+
+fn lsq_quantizer(other: &dyn Other, b: u32, len: usize, steps: &[f32]) {
+    let (x, gy) = (random(1, &[len]), random(2, &[len]));
+    // With as many items as elements, the scale of the gradients is that of their sums.
+    let of_terms = of_terms(len) * (f64::from(1 << b) / len as f64).sqrt();
+    for step in steps {
+        for (signed, offset) in [(false, None), (true, None), (false, Some(-0.7))] {
+            let context = format!("lsq {len} by {step} at {b} bits, signed: {signed}, offset: {offset:?}");
+            let learned = [&tensor(&[*step]), &tensor(&[offset.unwrap_or(0.0)])];
+            let [float, half] = [SAME, BF16].map(|y| [y, SAME, of_terms, of_terms, SUMS, SAME, SUMS, SAME]);
+            check(other, &context, &[&x, &gy], &learned, [&float, &half], |maps, others| {
+                let params = lsq::Params {
+                    step: &others[0],
+                    offset: offset.map(|_| &others[1]),
+                    bits: bits(b),
+                    signed,
+                };
+                let (y, grads) =
+                    (lsq::forward(&maps[0], params)?, lsq::backward(&maps[0], &maps[1], params, len)?);
+                let by_offset = grads.offset.unwrap_or_else(|| others[1].clone());
+                let begin = lsq::initial_step(&maps[0], bits(b), signed)?;
+                let (step, offset) = lsq::initial_step_and_offset(&maps[0], bits(b))?;
+                lsq::project(&others[0])?;
+                Ok(vec![y, grads.x, grads.step, by_offset, begin, others[0].clone(), step, offset])
             });
         }
     }

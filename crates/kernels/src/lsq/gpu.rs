@@ -1,0 +1,62 @@
+//! Launches of lsq.cu.
+
+use super::{Grads, MIN_STEP, Params};
+use crate::Result;
+use crate::gpu::{Launch, Module, empty, module, name, width};
+use crate::learned::gpu::{summed, totals};
+use candle_core::Tensor;
+
+const MODULE: Module = module!("lsq");
+
+pub(super) fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
+    let y = empty(x.dims(), x.dtype(), x.device())?;
+    let width = width(x.elem_count(), [x, &y])?;
+    let count = x.elem_count() / width;
+    let (low, high) = params.levels();
+    Launch::shared(MODULE, format!("forward_{}_{width}", name(x.dtype())), count)
+        .read(x)?
+        .read(params.step)?
+        .read_if(params.offset)?
+        .write(&y)?
+        .sizes([count])?
+        .floats([low, high, MIN_STEP])
+        .run()?;
+    Ok(y)
+}
+
+pub(super) fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, g: f64) -> Result<Grads> {
+    let gx = empty(x.dims(), x.dtype(), x.device())?;
+    let width = width(x.elem_count(), [x, gy, &gx])?;
+    let count = x.elem_count() / width;
+    let (low, high) = params.levels();
+    let kernel = format!("backward_{}_{width}", name(x.dtype()));
+    let (launch, parts) = summed(MODULE, kernel, 2, count, x.device())?;
+    launch
+        .read(x)?
+        .read(gy)?
+        .read(params.step)?
+        .read_if(params.offset)?
+        .write(&gx)?
+        .write(&parts)?
+        .doubles([g])
+        .sizes([count])?
+        .floats([low, high, MIN_STEP])
+        .run()?;
+    let sums = totals(MODULE, &parts)?;
+    let offset = params.offset.map(|_| sums.narrow(0, 1, 1)).transpose()?;
+    Ok(Grads { x: gx, step: sums.narrow(0, 0, 1)?, offset })
+}
+
+/// The sum of the absolute values, `[1]`.
+pub(super) fn magnitude(x: &Tensor) -> Result<Tensor> {
+    let width = width(x.elem_count(), [x])?;
+    let count = x.elem_count() / width;
+    let kernel = format!("magnitude_{}_{width}", name(x.dtype()));
+    let (launch, parts) = summed(MODULE, kernel, 1, count, x.device())?;
+    launch.read(x)?.write(&parts)?.sizes([count])?.run()?;
+    totals(MODULE, &parts)
+}
+
+pub(super) fn project(step: &Tensor) -> Result<()> {
+    Launch::new(MODULE, "project", [1, 1], [1, 1]).write(step)?.floats([MIN_STEP]).run()
+}

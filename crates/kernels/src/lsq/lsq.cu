@@ -1,0 +1,118 @@
+// Learned step size quantization; the definitions stand in lsq.rs. Elements are taken one after the other, V at a time:
+// `count` counts groups of V.
+#include "learned.cuh"
+
+// A step, at least the smallest; NaN stays NaN.
+__device__ inline float positive(float step, float least) { return step < least ? least : step; }
+
+// The numbers of a quantizer.
+struct Scale {
+    float step, per_step, offset;
+
+    // `offset` may be null.
+    __device__ Scale(const float *step, const float *offset, float least)
+        : step(positive(*step, least)), per_step(1.0f / this->step), offset(offset ? *offset : 0.0f) {}
+
+    __device__ float position(float x) const { return (x - offset) * per_step; }
+};
+
+struct Forward {
+    const void *x;
+    // `offset` may be null.
+    const float *step, *offset;
+    void *y;
+    u32 count;
+    // The lowest and the highest level, and the least step.
+    float low, high, least;
+};
+
+template <typename T, int V> __device__ void forward(const Forward &a) {
+    Scale scale(a.step, a.offset, a.least);
+    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
+        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            float level = clamped(rintf(scale.position(x.at[i])), a.low, a.high);
+            x.at[i] = fmaf(level, scale.step, scale.offset);
+        }
+        store<V>((T *)a.y, (size_t)at * V, x);
+    }
+}
+
+KERNEL(lsq_forward_f32_1, Forward, forward<float, 1>)
+KERNEL(lsq_forward_f32_4, Forward, forward<float, 4>)
+KERNEL(lsq_forward_bf16_1, Forward, forward<bf16, 1>)
+KERNEL(lsq_forward_bf16_4, Forward, forward<bf16, 4>)
+
+struct Backward {
+    const void *x, *gy;
+    // `offset` may be null.
+    const float *step, *offset;
+    void *gx;
+    // [2][gridDim.x]: of each block the gradients of the step and of the offset.
+    double *parts;
+    // What the gradients of the step and of the offset are multiplied by.
+    double g;
+    u32 count;
+    // As in Forward.
+    float low, high, least;
+};
+
+template <typename T, int V> __device__ void backward(const Backward &a) {
+    Scale scale(a.step, a.offset, a.least);
+    double sums[2] = {0.0, 0.0};
+    for (u32 at = blockIdx.x * THREADS + thread(); at < a.count; at += gridDim.x * THREADS) {
+        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V), gy = load<V>((const T *)a.gy, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            float position = scale.position(x.at[i]);
+            bool below = position <= a.low, above = position >= a.high, clipped = below || above;
+            float slope = below ? a.low : above ? a.high : rintf(position) - position;
+            x.at[i] = clipped ? 0.0f : gy.at[i];
+            sums[0] += (double)(gy.at[i] * slope);
+            sums[1] += (double)(clipped ? gy.at[i] : 0.0f);
+        }
+        store<V>((T *)a.gx, (size_t)at * V, x);
+    }
+    for (int n = 0; n < 2; n++) sums[n] *= a.g;
+    write_sums(sums, a.parts);
+}
+
+KERNEL(lsq_backward_f32_1, Backward, backward<float, 1>)
+KERNEL(lsq_backward_f32_4, Backward, backward<float, 4>)
+KERNEL(lsq_backward_bf16_1, Backward, backward<bf16, 1>)
+KERNEL(lsq_backward_bf16_4, Backward, backward<bf16, 4>)
+
+struct Magnitude {
+    const void *x;
+    // [gridDim.x]: of each block the sum of the absolute values.
+    double *parts;
+    u32 count;
+};
+
+template <typename T, int V> __device__ void magnitude(const Magnitude &a) {
+    double sums[1] = {0.0};
+    for (u32 at = blockIdx.x * THREADS + thread(); at < a.count; at += gridDim.x * THREADS) {
+        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) sums[0] += (double)fabsf(x.at[i]);
+    }
+    write_sums(sums, a.parts);
+}
+
+KERNEL(lsq_magnitude_f32_1, Magnitude, magnitude<float, 1>)
+KERNEL(lsq_magnitude_f32_4, Magnitude, magnitude<float, 4>)
+KERNEL(lsq_magnitude_bf16_1, Magnitude, magnitude<bf16, 1>)
+KERNEL(lsq_magnitude_bf16_4, Magnitude, magnitude<bf16, 4>)
+KERNEL(lsq_totals, Totals, totals)
+
+struct Project {
+    // [1]
+    float *step;
+    float least;
+};
+
+// One thread.
+__device__ inline void project(const Project &a) { *a.step = positive(*a.step, a.least); }
+
+KERNEL(lsq_project, Project, project)
