@@ -179,6 +179,19 @@ impl Check {
         }
     }
 
+    /// That a quantizer's range is `f32`, and `[2]` or, with a column for each channel of `x`, `[2, C]`.
+    pub(crate) fn grids(&self, x: &Tensor, quant: Quantizer<'_>) -> Result<()> {
+        match (quant.range.dims(), x.dims()) {
+            ([2, columns], [.., channels]) if columns == channels => {}
+            ([2], _) => {}
+            _ => {
+                let expected = format!("[2], or [2, C] with C the last of {:?}", x.dims());
+                return Err(self.shape("range", quant.range, expected));
+            }
+        }
+        self.float("range", quant.range).map(drop)
+    }
+
     /// That a quantizer's range is `[2]` and `f32`.
     pub(crate) fn quantizer(&self, quant: Option<Quantizer<'_>>) -> Result<()> {
         quant.map_or(Ok(()), |quant| self.dims("range", quant.range, &[2]).map(drop))
@@ -248,10 +261,16 @@ pub(crate) fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
     Ok(open(tensor).floats()?.to_vec())
 }
 
-/// The grid of a quantizer, from its range tensor.
+/// The grid of a quantizer of the whole tensor, from its range tensor.
 pub(crate) fn grid(quant: Quantizer<'_>) -> candle_core::Result<Grid> {
+    Ok(grids(quant)?[0])
+}
+
+/// The grids of a quantizer, from its range tensor: one, or one of each channel.
+pub(crate) fn grids(quant: Quantizer<'_>) -> candle_core::Result<Vec<Grid>> {
     let range = values(quant.range)?;
-    Ok(Grid::spanning(range[0], range[1], quant.bits))
+    let (lo, hi) = range.split_at(range.len() / 2);
+    Ok(lo.iter().zip(hi).map(|(lo, hi)| Grid::spanning(*lo, *hi, quant.bits)).collect())
 }
 
 /// What a kernel returns: its elements and their shape.

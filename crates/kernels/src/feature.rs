@@ -319,13 +319,6 @@ pub(crate) fn byte(level: f32) -> u8 {
     (level + 8_388_608.0).to_bits() as u8
 }
 
-/// The levels of some floats.
-pub(crate) fn levels(x: &[f32], grid: &Grid) -> Vec<u8> {
-    let mut levels = Vec::new();
-    cpu::append(&mut levels, x.len(), |levels| to_levels(x, levels, grid));
-    levels
-}
-
 simd! {
     fn to_levels(x: &[f32], levels: &mut [MaybeUninit<u8>], grid: &Grid) {
         let grid = *grid;

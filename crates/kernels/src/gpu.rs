@@ -424,6 +424,11 @@ impl Map {
     }
 }
 
+/// The number of a quantizer's grids: 1, or that of the channels.
+pub(crate) fn grids(quant: Quantizer<'_>) -> usize {
+    quant.range.elem_count() / 2
+}
+
 /// The range and the largest level of a quantizer, or none.
 pub(crate) fn quantizer<'a>(quant: Option<Quantizer<'a>>) -> (Option<&'a Tensor>, f32) {
     match quant {

@@ -97,7 +97,8 @@ fn clamp(x: f32, (lo, hi): (f32, f32)) -> f32 {
 /// A uniform fake quantizer of a tensor: the grid is [`quant_core::Grid::spanning`] of the range.
 #[derive(Clone, Copy, Debug)]
 pub struct Quantizer<'a> {
-    /// The range, `[2] = (lo, hi)`.
+    /// The range `(lo, hi)`: `[2]` of the whole tensor or, of weights, `[2, C]` with one of each output channel, the last
+    /// dimension.
     pub range: &'a Tensor,
     /// The bit width.
     pub bits: Bits,
@@ -108,8 +109,8 @@ pub struct Quantizer<'a> {
 pub struct Weight<'a> {
     /// The weight, in the layout of its [`convolution::Kernel`] (the quantized one, if it is quantized).
     pub value: &'a Tensor,
-    /// The weight before quantization and its quantizer, so that a product may be one of levels. `value` must be the
-    /// quantized `original`.
+    /// The weight before quantization and its quantizer, of the whole or of each output channel, so that a product may be
+    /// one of levels. `value` must be the quantized `original`.
     pub quantized: Option<(&'a Tensor, Quantizer<'a>)>,
 }
 

@@ -5,7 +5,8 @@
 //! operation.
 //!
 //! Where both operands are levels of quantizers, `x = s·(q − z)` and `w = t·v` with whole numbers `q` of one byte
-//! and `v` of a signed one, the forward product is that of the levels, exact, times `s·t`.
+//! and `v` of a signed one, the forward product is that of the levels, exact, times `s·t`, where `t` may differ from
+//! column to column.
 //!
 //! [`backward`] computes a block of `∂z` and uses it for both gradients while it is in cache; `∂z` as a
 //! whole is never in memory. On a GPU the products are cuBLAS's, so there `∂z` is written once, and statistics are
@@ -14,8 +15,8 @@
 mod gpu;
 
 use crate::blockwise::{self, Blockwise};
-use crate::cpu::{self, CHUNK, Check, open};
-use crate::feature::{Source, levels};
+use crate::cpu::{self, CHUNK, Check, open, simd};
+use crate::feature::{Source, byte};
 use crate::norm::{
     self, Epilogue, Gradient, GradientSums, Normalizer, OpenEpilogue, OutputGradient, Stats, Sums,
 };
@@ -23,6 +24,7 @@ use crate::product::{self, IntegerPanels, LANES, Left, Operands, Panels};
 use crate::{Activation, FeatureMap, Input, Quantizer, Result, Weight, profile};
 use candle_core::{Device, Tensor};
 use quant_core::Grid;
+use std::iter;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -185,26 +187,52 @@ fn with_product<R>(
 
 /// The weights' levels, if each fits a signed byte: so with up to 7 bits.
 fn integers(check: &Check, w: &Tensor, quant: Quantizer<'_>, x: Grid) -> Result<Option<Operand>> {
-    check.quantizer(Some(quant))?;
-    let grid = cpu::grid(quant)?;
-    if grid.max_level() > 127.0 {
+    check.grids(w, quant)?;
+    if quant.bits.max_level() > 127 {
         return Ok(None);
     }
+    let grids = cpu::grids(quant)?;
     let (k, n) = w.dims2()?;
     let w = check.float("w", w)?;
     let w = open(&w);
     let w = w.floats()?;
+    let mut levels = vec![0; k * n];
+    signed_levels(w, &mut levels, &grids);
+    let steps = grids.iter().cycle().take(n).map(|grid| x.step() * grid.step());
     Ok(Some(Operand::Levels {
-        panels: IntegerPanels::new(&levels(w, &grid), grid.zero_point() as u8, k, n),
+        panels: IntegerPanels::new(&levels, k, n),
         zero_point: x.zero_point() as i32,
-        scale: x.step() * grid.step(),
+        scale: steps.chain(iter::repeat(0.0)).take(n.next_multiple_of(LANES)).collect(),
     }))
+}
+
+simd! {
+    /// Levels less their zero point; where each channel has a grid, of whole rows.
+    fn signed_levels(w: &[f32], levels: &mut [i8], grids: &[Grid]) {
+        #[inline(always)]
+        fn signed(grid: &Grid, w: f32) -> i8 {
+            byte(grid.level(w)).wrapping_sub(byte(grid.zero_point())) as i8
+        }
+        if let [grid] = grids {
+            let grid = *grid;
+            for (level, w) in levels.iter_mut().zip(w) {
+                *level = signed(&grid, *w);
+            }
+        } else {
+            let n = grids.len();
+            for (levels, w) in levels.chunks_exact_mut(n).zip(w.chunks_exact(n)) {
+                for ((level, w), grid) in levels.iter_mut().zip(w).zip(grids) {
+                    *level = signed(grid, *w);
+                }
+            }
+        }
+    }
 }
 
 /// The right operand of a forward product.
 enum Operand {
     Float(Panels),
-    Levels { panels: IntegerPanels, zero_point: i32, scale: f32 },
+    Levels { panels: IntegerPanels, zero_point: i32, scale: Vec<f32> },
 }
 
 /// A forward product of `k` by `n` channels.
@@ -242,7 +270,7 @@ impl Blockwise for Product<'_> {
         let x = self.x.part(rows.start * k..rows.end * k);
         match (&self.w, x) {
             (Operand::Levels { panels, zero_point, scale }, Source::Levels(x, _)) => {
-                product::set_levels(x, k, *zero_point, panels, *scale, z);
+                product::set_levels(x, k, *zero_point, panels, scale, z);
             }
             (Operand::Levels { .. }, _) => unreachable!("only levels meet levels"),
             (Operand::Float(panels), x) => {
@@ -350,22 +378,49 @@ mod tests {
         }
     }
 
-    /// Levels of `x[…, inputs]` and of `w[inputs, outputs]`.
+    /// Levels of `x[…, inputs]` and of `w[inputs, outputs]`, in a grid for all and in one for each output channel.
     fn quantized(
         dims: &[usize],
         outputs: usize,
         (x_bits, w_bits): (u32, u32),
         lo: f32,
-        f: impl FnOnce(&FeatureMap, Weight<'_>, &Tensor),
+        f: impl Fn(&FeatureMap, Weight<'_>, &Tensor),
     ) {
         let bits = |bits| Bits::new(bits).unwrap();
-        let (x_range, w_range) = (tensor(&[lo, 0.9]), tensor(&[-0.8, 0.6]));
+        let x_range = tensor(&[lo, 0.9]);
         let quant = Quantizer { range: &x_range, bits: bits(x_bits) };
         let x = FeatureMap::quantize(&random(1, dims), Some(quant)).unwrap();
         let original = random(2, &[dims[dims.len() - 1], outputs]);
-        let quant = Quantizer { range: &w_range, bits: bits(w_bits) };
-        let value = crate::quantize::forward(&original, quant).unwrap();
-        f(&x, Weight { value: &value, quantized: Some((&original, quant)) }, &value);
+        // Of all lengths, on both sides of zero.
+        let ends = [(random(3, &[outputs]) - 0.5).unwrap(), (random(4, &[outputs]) + 0.5).unwrap()];
+        for range in [tensor(&[-0.8, 0.6]), Tensor::stack(&ends, 0).unwrap()] {
+            let quant = Quantizer { range: &range, bits: bits(w_bits) };
+            let value = crate::quantize::forward(&original, quant).unwrap();
+            f(&x, Weight { value: &value, quantized: Some((&original, quant)) }, &value);
+        }
+    }
+
+    /// To the bit: a product with a grid for each channel is that of each channel by itself.
+    #[test]
+    fn products_of_channels_are_those_of_each_by_itself() {
+        for (inputs, outputs) in SHAPES {
+            quantized(&[2, 5, 3, inputs], outputs, (4, 4), -0.3, |x, weight, _| {
+                let Some((original, Quantizer { range, bits })) = weight.quantized else { panic!("levels") };
+                let z = forward(x, weight).unwrap();
+                for c in 0..outputs {
+                    let column = |t: &Tensor| t.narrow(1, c, 1).unwrap().contiguous().unwrap();
+                    let range = match range.rank() {
+                        1 => range.clone(),
+                        _ => column(range).flatten_all().unwrap(),
+                    };
+                    let quant = Quantizer { range: &range, bits };
+                    let (original, value) = (column(original), column(weight.value));
+                    let weight = Weight { value: &value, quantized: Some((&original, quant)) };
+                    let found = z.narrow(3, c, 1).unwrap();
+                    assert_eq!(elements(&found), elements(&forward(x, weight).unwrap()), "column {c}");
+                }
+            });
+        }
     }
 
     /// The levels' product is exact, so what is left is the rounding of the reference.

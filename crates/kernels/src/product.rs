@@ -454,18 +454,17 @@ pub(crate) struct IntegerPanels {
 }
 
 impl IntegerPanels {
-    /// From the levels of `w[depth, columns]`, less the zero point. The differences must fit a signed byte.
-    pub(crate) fn new(levels: &[u8], zero_point: u8, depth: usize, columns: usize) -> Self {
+    /// From `w[depth, columns]`.
+    pub(crate) fn new(w: &[i8], depth: usize, columns: usize) -> Self {
         let groups = depth.div_ceil(GROUP);
         let mut elements = vec![[[0; GROUP]; LANES]; columns.div_ceil(LANES) * groups];
         let mut sums = vec![0; columns.next_multiple_of(LANES)];
-        for (p, row) in levels.chunks_exact(columns).enumerate() {
+        for (p, row) in w.chunks_exact(columns).enumerate() {
             for (panel, (row, sums)) in row.chunks(LANES).zip(sums.chunks_exact_mut(LANES)).enumerate() {
                 let vector = &mut elements[panel * groups + p / GROUP];
-                for ((slot, level), sum) in vector.iter_mut().zip(row).zip(sums) {
-                    let w = level.wrapping_sub(zero_point) as i8;
-                    slot[p % GROUP] = w;
-                    *sum += i32::from(w);
+                for ((slot, w), sum) in vector.iter_mut().zip(row).zip(sums) {
+                    slot[p % GROUP] = *w;
+                    *sum += i32::from(*w);
                 }
             }
         }
@@ -473,17 +472,19 @@ impl IntegerPanels {
     }
 }
 
-/// `c[m, n] = scale · (x[m, k] − zero_point)·w[k, n]`: exact but for the scale and, beyond 2²⁴, the conversion.
+/// `c[m, n] = scale[n] · (x[m, k] − zero_point)·w[k, n]`: exact but for the scale and, beyond 2²⁴, the conversion.
+/// There is a scale for each column, those that are missing in the last vector included.
 pub(crate) fn set_levels(
     x: &[u8],
     k: usize,
     zero_point: i32,
     w: &IntegerPanels,
-    scale: f32,
+    scale: &[f32],
     c: &mut [MaybeUninit<f32>],
 ) {
     let m = c.len() / w.columns;
     assert!(k.div_ceil(GROUP) == w.groups && x.len() == m * k && c.len() == m * w.columns);
+    assert_eq!(scale.len(), w.sums.len());
     let shift: Vec<i32> = w.sums.iter().map(|sum| -zero_point * sum).collect();
     let product = LevelProduct { x, k, w, shift: &shift, scale };
     #[cfg(target_arch = "x86_64")]
@@ -503,15 +504,16 @@ struct LevelProduct<'a> {
     k: usize,
     w: &'a IntegerPanels,
     shift: &'a [i32],
-    scale: f32,
+    scale: &'a [f32],
 }
 
 simd! {
     fn set_levels_plainly(product: &LevelProduct<'_>, c: &mut [MaybeUninit<f32>]) {
         let LevelProduct { x, k, w, shift, scale } = *product;
         for (x, c) in x.chunks_exact(k).zip(c.chunks_exact_mut(w.columns)) {
-            let panels = w.elements.chunks_exact(w.groups).zip(shift.chunks_exact(LANES));
-            for ((panel, shift), c) in panels.zip(c.chunks_mut(LANES)) {
+            let columns = shift.chunks_exact(LANES).zip(scale.chunks_exact(LANES));
+            let panels = w.elements.chunks_exact(w.groups).zip(columns);
+            for ((panel, (shift, scale)), c) in panels.zip(c.chunks_mut(LANES)) {
                 let mut sums = [0i32; LANES];
                 sums.copy_from_slice(shift);
                 for (x, vector) in x.chunks(GROUP).zip(panel) {
@@ -522,7 +524,7 @@ simd! {
                         }
                     }
                 }
-                for (c, sum) in c.iter_mut().zip(&sums) {
+                for ((c, sum), scale) in c.iter_mut().zip(&sums).zip(scale) {
                     c.write(*sum as f32 * scale);
                 }
             }
@@ -607,10 +609,11 @@ mod vnni {
                 }
                 step(whole, rest.map(i32::from_ne_bytes));
             }
-            let scale = _mm512_set1_ps(scale);
+            let scales: [__m512; V] =
+                std::array::from_fn(|j| _mm512_loadu_ps(scale.as_ptr().add((panel + j) * LANES)));
             let n = w.columns;
             for (i, sums) in sums.iter().enumerate() {
-                for (j, sum) in sums.iter().enumerate() {
+                for (j, (sum, scale)) in sums.iter().zip(scales).enumerate() {
                     let column = (panel + j) * LANES;
                     let mask = ((1u32 << (n - column).min(LANES)) - 1) as __mmask16;
                     let c = c.as_mut_ptr().add((row + i) * n + column).cast();

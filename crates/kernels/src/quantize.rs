@@ -2,7 +2,7 @@
 //!
 //! With the [`Grid`] over the range `(lo, hi)`: `y = Q(x)`, the grid's value nearest
 //! to `x`; the straight-through gradient `∂x = ∂y` where `x` rounds to one of the levels without being
-//! clamped, else 0.
+//! clamped, else 0. There is one grid for the whole tensor or, for weights, one for each output channel.
 
 pub(crate) mod gpu;
 
@@ -15,7 +15,7 @@ use quant_core::Grid;
 pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::forward");
     let _note = profile::note(check.0, 0, 8 * x.elem_count());
-    check.quantizer(Some(quant))?;
+    check.grids(x, quant)?;
     let x = check.map_float("x", x)?;
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, quant);
@@ -26,7 +26,7 @@ pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
 /// The straight-through gradient: `gy` where the quantizer does not clamp `x`, else 0.
 pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::backward");
-    check.quantizer(Some(quant))?;
+    check.grids(x, quant)?;
     let _note = profile::note(check.0, 0, 12 * x.elem_count());
     let (x, gy) = (check.map_float("x", x)?, check.map_of("gy", gy, x)?);
     if crate::gpu::runs(x.device()) {
@@ -61,13 +61,27 @@ pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()>
     Ok(range.inplace_op2(&batch, &UpdateRange(momentum as f32))?)
 }
 
+/// Elements of a chunk of whole rows.
+fn whole_rows(channels: usize) -> usize {
+    (CHUNK / channels).max(1) * channels
+}
+
 struct Forward<'a>(Quantizer<'a>);
 
 simd! {
-    fn fake(x: &[f32], y: &mut [f32], grid: &Grid) {
-        let grid = *grid;
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = grid.fake(*x);
+    /// Of whole rows, where each channel has a grid.
+    fn fake(x: &[f32], y: &mut [f32], grids: &[Grid]) {
+        if let [grid] = *grids {
+            for (y, x) in y.iter_mut().zip(x) {
+                *y = grid.fake(*x);
+            }
+        } else {
+            let c = grids.len();
+            for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                for ((y, x), grid) in y.iter_mut().zip(x).zip(grids) {
+                    *y = grid.fake(*x);
+                }
+            }
         }
     }
 }
@@ -79,8 +93,9 @@ impl CustomOp1 for Forward<'_> {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let x = cpu::slice(x, layout)?;
-        let grid = cpu::grid(self.0)?;
-        let y = cpu::fill(x.len(), CHUNK, |i, y| fake(&x[i * CHUNK..][..y.len()], y, &grid));
+        let grids = cpu::grids(self.0)?;
+        let chunk = whole_rows(grids.len());
+        let y = cpu::fill(x.len(), chunk, |i, y| fake(&x[i * chunk..][..y.len()], y, &grids));
         cpu::output(y, layout.shape())
     }
 }
@@ -88,10 +103,19 @@ impl CustomOp1 for Forward<'_> {
 struct Backward<'a>(Quantizer<'a>);
 
 simd! {
-    fn mask(x: &[f32], gy: &[f32], gx: &mut [f32], grid: &Grid) {
-        let grid = *grid;
-        for ((gx, gy), x) in gx.iter_mut().zip(gy).zip(x) {
-            *gx = if grid.passes(*x) { *gy } else { 0.0 };
+    /// Of whole rows, where each channel has a grid.
+    fn mask(x: &[f32], gy: &[f32], gx: &mut [f32], grids: &[Grid]) {
+        if let [grid] = *grids {
+            for ((gx, gy), x) in gx.iter_mut().zip(gy).zip(x) {
+                *gx = if grid.passes(*x) { *gy } else { 0.0 };
+            }
+        } else {
+            let c = grids.len();
+            for ((gx, gy), x) in gx.chunks_exact_mut(c).zip(gy.chunks_exact(c)).zip(x.chunks_exact(c)) {
+                for (((gx, gy), x), grid) in gx.iter_mut().zip(gy).zip(x).zip(grids) {
+                    *gx = if grid.passes(*x) { *gy } else { 0.0 };
+                }
+            }
         }
     }
 }
@@ -109,10 +133,11 @@ impl CustomOp2 for Backward<'_> {
         gy_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, gy) = (cpu::slice(x, layout)?, cpu::slice(gy, gy_layout)?);
-        let grid = cpu::grid(self.0)?;
-        let gx = cpu::fill(x.len(), CHUNK, |i, gx| {
-            let (start, len) = (i * CHUNK, gx.len());
-            mask(&x[start..][..len], &gy[start..][..len], gx, &grid);
+        let grids = cpu::grids(self.0)?;
+        let chunk = whole_rows(grids.len());
+        let gx = cpu::fill(x.len(), chunk, |i, gx| {
+            let (start, len) = (i * chunk, gx.len());
+            mask(&x[start..][..len], &gy[start..][..len], gx, &grids);
         });
         cpu::output(gx, layout.shape())
     }
@@ -233,6 +258,44 @@ mod tests {
         assert_eq!(elements(&forward(&zeros, quant).unwrap()), [0.0; 7]);
     }
 
+    /// To the bit what each channel gives by itself, with ranges on both sides of zero, and one of a constant.
+    #[test]
+    fn grids_of_channels_are_those_of_each_by_itself() {
+        for (rows, channels) in [(1, 1), (9, 3), (1, 7), (27, 33), (5000, 70)] {
+            let scale = (random(3, &[channels]) * 2.0).unwrap();
+            let x = random(1, &[rows, channels]).broadcast_mul(&scale).unwrap();
+            let x = x.broadcast_add(&random(4, &[channels])).unwrap();
+            let gy = random(2, x.dims());
+            let (lo, hi) = (x.min(0).unwrap(), x.max(0).unwrap());
+            // Ranges that clamp on both sides.
+            let range = (Tensor::stack(&[lo, hi], 0).unwrap() * 0.7).unwrap();
+            for b in [2, 4, 8] {
+                let quant = Quantizer { range: &range, bits: bits(b) };
+                let (y, gx) = (forward(&x, quant).unwrap(), backward(&x, &gy, quant).unwrap());
+                for c in 0..channels {
+                    let column = |t: &Tensor| t.narrow(1, c, 1).unwrap().contiguous().unwrap();
+                    let own = column(&range).flatten_all().unwrap();
+                    let quant = Quantizer { range: &own, bits: bits(b) };
+                    let expected = forward(&column(&x), quant).unwrap();
+                    assert_eq!(elements(&column(&y)), elements(&expected), "channel {c} of {channels}");
+                    let expected = backward(&column(&x), &column(&gy), quant).unwrap();
+                    assert_eq!(elements(&column(&gx)), elements(&expected), "channel {c} of {channels}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_of_other_channels_are_errors() {
+        let (x, range) = (random(1, &[4, 3]), random(2, &[2, 4]));
+        let quant = Quantizer { range: &range, bits: bits(4) };
+        let message = forward(&x, quant).unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "quantize::forward: range has shape [2, 4], expected [2], or [2, C] with C the last of [4, 3]"
+        );
+    }
+
     #[test]
     fn extremes() {
         for len in [1, 7, 64, 100, 300_000] {
@@ -259,8 +322,15 @@ mod tests {
     fn same_bits_everywhere() {
         let (x, gy, range) = (random(1, &[300_001]), random(2, &[300_001]), tensor(&[-0.4, 0.7]));
         let quant = Quantizer { range: &range, bits: bits(4) };
+        let rows = |t: &Tensor| t.narrow(0, 0, 300_000).unwrap().reshape((500, 600)).unwrap();
+        let ranges = Tensor::stack(&[(random(3, &[600]) - 1.0).unwrap(), random(4, &[600])], 0).unwrap();
+        let channels = Quantizer { range: &ranges, bits: bits(4) };
         assert_same_everywhere(|| {
-            vec![forward(&x, quant).unwrap(), backward(&x, &gy, quant).unwrap(), min_max(&x).unwrap()]
+            let whole =
+                [forward(&x, quant).unwrap(), backward(&x, &gy, quant).unwrap(), min_max(&x).unwrap()];
+            let (x, gy) = (rows(&x), rows(&gy));
+            let each = [forward(&x, channels).unwrap(), backward(&x, &gy, channels).unwrap()];
+            whole.into_iter().chain(each).collect()
         });
     }
 }

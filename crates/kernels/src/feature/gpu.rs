@@ -1,7 +1,7 @@
 //! Launches of feature.cu.
 
 use super::{FeatureMap, Levels};
-use crate::gpu::{Launch, Module, empty, module, name, width};
+use crate::gpu::{Launch, Module, empty, grids, module, name, width};
 use crate::{Quantizer, Result};
 use candle_core::{DType, Tensor};
 
@@ -16,7 +16,7 @@ fn convert(kernel: &str, x: &Tensor, quant: Quantizer<'_>, of: DType, to: DType)
         .read(x)?
         .read(quant.range)?
         .write(&y)?
-        .sizes([count])?
+        .sizes([count, grids(quant)])?
         .floats([quant.bits.max_level() as f32])
         .run()?;
     Ok(y)
@@ -37,15 +37,33 @@ pub(crate) fn integers(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     convert("integers", x, quant, x.dtype(), DType::BF16)
 }
 
-/// The product of the quantizers' steps, and 0: what [`crate::gpu::product`] multiplies a product of integers by.
+/// The products of the step of `a` with those of the grids of `b`, and 0: for one grid what [`crate::gpu::product`]
+/// multiplies a product of integers by, for one of each column what [`scaled`] does.
 pub(crate) fn steps(a: Quantizer<'_>, b: Option<Quantizer<'_>>) -> Result<Tensor> {
-    let factors = empty(2, DType::F32, a.range.device())?;
+    let grids = b.map_or(1, grids);
+    let factors = empty(grids + 1, DType::F32, a.range.device())?;
     let max_level = |quant: Quantizer<'_>| quant.bits.max_level() as f32;
-    Launch::new(MODULE, "steps", [1, 1], [1, 1])
+    Launch::each(MODULE, "steps", grids + 1)
         .read(a.range)?
         .read_if(b.map(|b| b.range))?
         .write(&factors)?
+        .sizes([grids])?
         .floats([max_level(a), b.map_or(0.0, max_level)])
         .run()?;
     Ok(factors)
+}
+
+/// `sums[rows, columns]`, `f32`, with each column times its factor, in a dtype; `factors` has one of each column at least.
+pub(crate) fn scaled(sums: &Tensor, factors: &Tensor, dtype: DType) -> Result<Tensor> {
+    let (_, channels) = sums.dims2()?;
+    let y = empty(sums.dims(), dtype, sums.device())?;
+    let width = width(sums.elem_count(), [sums, &y])?;
+    let count = sums.elem_count() / width;
+    Launch::shared(MODULE, format!("scale_{}_{width}", name(dtype)), count)
+        .read(sums)?
+        .read(factors)?
+        .write(&y)?
+        .sizes([count, channels])?
+        .run()?;
+    Ok(y)
 }

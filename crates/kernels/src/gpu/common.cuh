@@ -119,14 +119,12 @@ __device__ inline Grid grid_of(const float *range, float max_level) {
     return grid;
 }
 
-// Fake quantization of elements that are taken one after the other, V at a time, by the threads of all blocks along x.
-template <typename T, int V> __device__ inline void fake_all(const void *from, void *to, u32 count, const Grid &grid) {
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)from, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) x.at[i] = grid.value(grid.level(x.at[i]));
-        store<V>((T *)to, (size_t)at * V, x);
-    }
+// The grid of the element at `at`, where `range` is [2, grids]: one grid for all, or one for each channel, which is the
+// last dimension.
+__device__ inline Grid grid_at(const float *range, u32 grids, size_t at, float max_level) {
+    u32 channel = (u32)(at % grids);
+    float own[2] = {range[channel], range[grids + channel]};
+    return grid_of(own, max_level);
 }
 
 // How elements of a feature map are read: floats, or levels of a grid.

@@ -26,7 +26,12 @@ struct Forward {
 template <typename T, int V> __device__ void forward(const Forward &a) {
     float range[2] = {0.0f, bound_of(a.alpha)};
     Grid grid = a.both_signs ? symmetric_grid(range[1], a.max_level) : grid_of(range, a.max_level);
-    fake_all<T, V>(a.x, a.y, a.count, grid);
+    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
+        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) x.at[i] = grid.value(grid.level(x.at[i]));
+        store<V>((T *)a.y, (size_t)at * V, x);
+    }
 }
 
 KERNEL(pact_forward_f32_1, Forward, forward<float, 1>)

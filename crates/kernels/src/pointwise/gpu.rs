@@ -2,12 +2,14 @@
 //!
 //! With `f32` maps, floats are multiplied as floats. Levels by quantized weights are multiplied as whole numbers that
 //! `bf16` holds, which is exact where [`exact`] says so, and levels by anything else (and by anything on a GPU without
-//! products of `bf16`, before compute capability 8.0) as the floats that they stand for. With `bf16` maps, levels are whole numbers in `bf16` in every product, which is then multiplied by their step;
-//! floats and weights are rounded to `bf16`. Sums are `f32` always.
+//! products of `bf16`, before compute capability 8.0) as the floats that they stand for. With `bf16` maps, levels are whole
+//! numbers in `bf16` in every product, which is then multiplied by their step; floats and weights are rounded to `bf16`.
+//! Sums are `f32` always; where the weights have a grid for each column, they are kept until each is multiplied by its step.
 
 use super::{operands, sizes, with_channels};
 use crate::cpu::Check;
-use crate::feature::gpu::{integers, steps};
+use crate::feature::gpu::{integers, scaled, steps};
+use crate::gpu::grids;
 use crate::gpu::product::Factor::{Plain, Transposed};
 use crate::gpu::product::{multiplies_bf16, product};
 use crate::{Input, Result, Weight};
@@ -56,11 +58,15 @@ pub(super) fn forward(check: &Check, x: Input<'_>, w: Weight<'_>) -> Result<Tens
         (Input::Levels(levels), Some((original, quant)))
             if exact(k, levels.bits, quant.bits) && multiplies_bf16(value.device())? =>
         {
-            check.quantizer(Some(quant))?;
+            check.grids(original, quant)?;
             let x = integers(&check.dtype("x", &levels.levels, DType::U8)?, levels.quantizer())?;
             let w = integers(&check.float("w", original)?, quant)?;
-            let alpha = steps(levels.quantizer(), Some(quant))?;
-            product(Plain(&matrix(&x)?), Plain(&w), Some(&alpha), levels.dtype)?
+            let (x, factors) = (matrix(&x)?, steps(levels.quantizer(), Some(quant))?);
+            if grids(quant) == 1 {
+                product(Plain(&x), Plain(&w), Some(&factors), levels.dtype)?
+            } else {
+                scaled(&product(Plain(&x), Plain(&w), None, DType::F32)?, &factors, levels.dtype)?
+            }
         }
         _ => {
             let (x_matrix, alpha) = factor(check, x)?;

@@ -1,6 +1,6 @@
 //! Launches of quantize.cu.
 
-use crate::gpu::{Launch, Module, empty, module, name, width};
+use crate::gpu::{Launch, Module, empty, grids, module, name, width};
 use crate::{Quantizer, Result};
 use candle_core::{DType, Tensor};
 
@@ -20,7 +20,7 @@ pub(super) fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
         .read(x)?
         .read(quant.range)?
         .write(&y)?
-        .sizes([count])?
+        .sizes([count, grids(quant)])?
         .floats([quant.bits.max_level() as f32])
         .run()?;
     Ok(y)
@@ -35,7 +35,7 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<
         .read(gy)?
         .read(quant.range)?
         .write(&gx)?
-        .sizes([count])?
+        .sizes([count, grids(quant)])?
         .floats([quant.bits.max_level() as f32])
         .run()?;
     Ok(gx)

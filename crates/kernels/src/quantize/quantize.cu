@@ -4,14 +4,24 @@
 
 struct Fake {
     const void *x;
+    // [2, grids]: of one grid for all, or of one for each channel.
     const float *range;
     void *y;
-    u32 count;
+    u32 count, grids;
     float max_level;
 };
 
 template <typename T, int V> __device__ void fake(const Fake &a) {
-    fake_all<T, V>(a.x, a.y, a.count, grid_of(a.range, a.max_level));
+    Grid grid = grid_at(a.range, a.grids, 0, a.max_level);
+    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
+        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            if (a.grids > 1) grid = grid_at(a.range, a.grids, (size_t)at * V + i, a.max_level);
+            x.at[i] = grid.value(grid.level(x.at[i]));
+        }
+        store<V>((T *)a.y, (size_t)at * V, x);
+    }
 }
 
 KERNEL(quantize_fake_f32_1, Fake, fake<float, 1>)
@@ -21,18 +31,22 @@ KERNEL(quantize_fake_bf16_4, Fake, fake<bf16, 4>)
 
 struct Mask {
     const void *x, *gy;
+    // As in Fake.
     const float *range;
     void *gx;
-    u32 count;
+    u32 count, grids;
     float max_level;
 };
 
 template <typename T, int V> __device__ void mask(const Mask &a) {
-    Grid grid = grid_of(a.range, a.max_level);
+    Grid grid = grid_at(a.range, a.grids, 0, a.max_level);
     for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
         Vec<V> x = load<V>((const T *)a.x, (size_t)at * V), gy = load<V>((const T *)a.gy, (size_t)at * V);
 #pragma unroll
-        for (int i = 0; i < V; i++) x.at[i] = grid.passes(x.at[i]) ? gy.at[i] : 0.0f;
+        for (int i = 0; i < V; i++) {
+            if (a.grids > 1) grid = grid_at(a.range, a.grids, (size_t)at * V + i, a.max_level);
+            x.at[i] = grid.passes(x.at[i]) ? gy.at[i] : 0.0f;
+        }
         store<V>((T *)a.gx, (size_t)at * V, x);
     }
 }

@@ -218,14 +218,19 @@ pub fn products(other: &dyn Other) {
             ])
         });
         // Levels by levels are exact, and stored exactly in f32; by 8 bits they are floats.
-        for (x_bits, w_bits, exact) in [(4, 4, true), (8, 7, true), (3, 2, true), (4, 8, false)] {
-            let context = format!("{context}, {x_bits} by {w_bits} bits");
+        let ends = [(random(6, &[outputs]) - 0.5).unwrap(), (random(7, &[outputs]) + 0.5).unwrap()];
+        let of_channels = Tensor::stack(&ends, 0).unwrap();
+        let cases = [(4, 4, true), (8, 7, true), (3, 2, true), (4, 8, false)];
+        for ((x_bits, w_bits, exact), w_range) in
+            cases.into_iter().flat_map(|case| [(case, &w_range), (case, &of_channels)])
+        {
+            let context = format!("{context}, {x_bits} by {w_bits} bits, range {:?}", w_range.dims());
             let tolerance = [if exact { SAME } else { SUMS }, SUMS];
             check(
                 other,
                 &context,
                 &[&x, &gz],
-                &[&w, &x_range, &w_range],
+                &[&w, &x_range, w_range],
                 [&tolerance, &[BF16, SUMS]],
                 |maps, others| {
                     let quant = Quantizer { range: &others[1], bits: bits(x_bits) };
@@ -380,6 +385,16 @@ pub fn quantizers(other: &dyn Other) {
                 );
             }
         }
+    }
+    for (rows, channels) in [(1, 1), (9, 3), (5, 16), (700, 70)] {
+        let (x, gy) = (random(1, &[rows, channels]), random(2, &[rows, channels]));
+        let ends = [(random(3, &[channels]) - 0.5).unwrap(), (random(4, &[channels]) + 0.5).unwrap()];
+        let range = Tensor::stack(&ends, 0).unwrap();
+        let context = format!("quantize {rows}×{channels} by channels");
+        check(other, &context, &[&x, &gy], &[&range], [&[SAME; 2], &[BF16, SAME]], |maps, others| {
+            let quant = Quantizer { range: &others[0], bits: bits(4) };
+            Ok(vec![quantize::forward(&maps[0], quant)?, quantize::backward(&maps[0], &maps[1], quant)?])
+        });
     }
     let (range, batch) = (tensor(&[-0.3, 2.0]), tensor(&[-1.7, 4.1]));
     check_as(other, DType::F32, "update_range", &[], &[&range, &batch], &[SAME; 2], |_, others| {
