@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{bits_of, data, images, mobilenet, pretrain, quantization, recipe, run_well, training, values};
 use datasets::Source;
-use models::{ActivationQuantizer, Extras, Network, Unit, Version};
+use models::{Extras, Network, Unit, Version};
 use pfq::PfQ;
 use quant_core::{Bits, Grid};
 use std::collections::BTreeSet;
@@ -30,10 +30,9 @@ fn check_activations(network: &Network, images: &Tensor) -> usize {
     network
         .forward_observed(images, &mut |i, _, y| {
             let Unit { name, output_quantizer, .. } = &network.units[i];
-            let Some(ActivationQuantizer { bits, range, ready: true, .. }) = output_quantizer else {
-                panic!("{name} has no quantizer with a range")
-            };
-            let (grid, y) = (grid(range, *bits), values(y));
+            let quantizer = output_quantizer.as_ref().expect("every output is quantized");
+            let (range, bits) = (quantizer.range().expect("the range has been set"), quantizer.bits);
+            let (grid, y) = (grid(range, bits), values(y));
             let levels = distinct(y.iter().copied());
             assert!(levels <= 1 << bits.get(), "{name} takes {levels} values at {} bits", bits.get());
             let off = y.iter().find(|y| **y != grid.fake(**y));
@@ -68,7 +67,7 @@ fn check_weights(network: &Network, images: &Tensor) {
     let epsilon = stated.epsilon;
     for unit in &mut stated.units {
         let quantizer = unit.weight_quantizer.take().expect("every weight is quantized");
-        assert!(quantizer.folded, "{}", unit.name);
+        assert!(quantizer.folded(), "{}", unit.name);
         let norm = unit.batch_norm().expect("normalization is live");
         // γ/√(V+ε)
         let scale = (&norm.gamma / (&norm.variance + epsilon).unwrap().sqrt().unwrap()).unwrap();

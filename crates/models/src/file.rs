@@ -6,13 +6,10 @@
 //! the file, so the file never names a part that is missing or another, whenever the writer is killed; parts that it
 //! no longer names are removed after it is written.
 
-use crate::{
-    ActivationKind, ActivationQuantizer, BatchNorm, Error, Head, Kernel, Network, Norm, Residual, Result,
-    Unit, WeightKind, WeightQuantizer,
-};
+use crate::quantizer::Entry;
+use crate::{BatchNorm, Error, Head, Kernel, Network, Norm, Quantizer, Residual, Result, Unit};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
-use quant_core::Bits;
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -45,11 +42,11 @@ pub(crate) struct Structure {
     name: String,
     input: [usize; 3],
     epsilon: f64,
-    input_quantizer: Option<QuantizerEntry>,
+    input_quantizer: Option<Entry>,
     units: Vec<UnitEntry>,
     residuals: Vec<Residual>,
-    head_quantizer: Option<QuantizerEntry>,
-    head_weight_quantizer: Option<WeightEntry>,
+    head_quantizer: Option<Entry>,
+    head_weight_quantizer: Option<Entry>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,50 +56,8 @@ struct UnitEntry {
     activation: Activation,
     /// Whether batch normalization is live; a bias otherwise.
     normalized: bool,
-    weight_quantizer: Option<WeightEntry>,
-    output_quantizer: Option<QuantizerEntry>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct QuantizerEntry {
-    bits: Bits,
-    ready: bool,
-    /// Not written where it is uniform, as in the files from before there was anything else.
-    #[serde(default, skip_serializing_if = "is_default")]
-    kind: ActivationEntry,
-}
-
-#[derive(Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum ActivationEntry {
-    #[default]
-    Uniform,
-    Pact {
-        signed: bool,
-    },
-    Dsq,
-}
-
-#[derive(Serialize, Deserialize)]
-struct WeightEntry {
-    bits: Bits,
-    folded: bool,
-    /// As in [`QuantizerEntry`].
-    #[serde(default, skip_serializing_if = "is_default")]
-    kind: WeightKindEntry,
-}
-
-#[derive(Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum WeightKindEntry {
-    #[default]
-    Uniform,
-    Dorefa,
-    Dsq,
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
+    weight_quantizer: Option<Entry>,
+    output_quantizer: Option<Entry>,
 }
 
 /// What a file holds beside the network.
@@ -244,45 +199,27 @@ fn read_tensors(
     Ok(())
 }
 
-fn entry(quantizer: &Option<ActivationQuantizer>) -> Option<QuantizerEntry> {
-    let ActivationQuantizer { bits, ready, kind, .. } = quantizer.as_ref()?;
-    let kind = match kind {
-        ActivationKind::Uniform => ActivationEntry::Uniform,
-        ActivationKind::Pact { signed } => ActivationEntry::Pact { signed: *signed },
-        ActivationKind::Dsq { .. } => ActivationEntry::Dsq,
-    };
-    Some(QuantizerEntry { bits: *bits, ready: *ready, kind })
-}
-
-fn weight_entry(quantizer: &Option<WeightQuantizer>) -> Option<WeightEntry> {
-    let WeightQuantizer { bits, folded, kind } = quantizer.as_ref()?;
-    let kind = match kind {
-        WeightKind::Uniform => WeightKindEntry::Uniform,
-        WeightKind::Dorefa => WeightKindEntry::Dorefa,
-        WeightKind::Dsq { .. } => WeightKindEntry::Dsq,
-    };
-    Some(WeightEntry { bits: *bits, folded: *folded, kind })
-}
-
 impl Network {
     pub(crate) fn structure(&self) -> Structure {
+        let activations = |q: &Option<Quantizer>| q.as_ref().map(Entry::of_activations);
+        let weights = |q: &Option<Quantizer>| q.as_ref().map(Entry::of_weights);
         let units = self.units.iter().map(|unit| UnitEntry {
             name: unit.name.clone(),
             kernel: unit.kernel,
             activation: unit.activation,
             normalized: unit.batch_norm().is_some(),
-            weight_quantizer: weight_entry(&unit.weight_quantizer),
-            output_quantizer: entry(&unit.output_quantizer),
+            weight_quantizer: weights(&unit.weight_quantizer),
+            output_quantizer: activations(&unit.output_quantizer),
         });
         Structure {
             name: self.name.clone(),
             input: self.input,
             epsilon: self.epsilon,
-            input_quantizer: entry(&self.input_quantizer),
+            input_quantizer: activations(&self.input_quantizer),
             units: units.collect(),
             residuals: self.residuals.clone(),
-            head_quantizer: entry(&self.head.input_quantizer),
-            head_weight_quantizer: weight_entry(&self.head.weight_quantizer),
+            head_quantizer: activations(&self.head.input_quantizer),
+            head_weight_quantizer: weights(&self.head.weight_quantizer),
         }
     }
 
@@ -385,55 +322,37 @@ impl Structure {
     /// a GPU has none without elements.
     pub(crate) fn skeleton(self) -> Result<Network> {
         let empty = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
-        let quantizer = |entry: Option<QuantizerEntry>| {
-            entry.map(|QuantizerEntry { bits, ready, kind }| {
-                let kind = match kind {
-                    ActivationEntry::Uniform => ActivationKind::Uniform,
-                    ActivationEntry::Pact { signed } => ActivationKind::Pact { signed },
-                    ActivationEntry::Dsq => ActivationKind::Dsq { softness: empty.clone() },
-                };
-                ActivationQuantizer { bits, range: empty.clone(), ready, kind }
-            })
-        };
-        let weight_quantizer = |entry: Option<WeightEntry>| {
-            entry.map(|WeightEntry { bits, folded, kind }| {
-                let kind = match kind {
-                    WeightKindEntry::Uniform => WeightKind::Uniform,
-                    WeightKindEntry::Dorefa => WeightKind::Dorefa,
-                    WeightKindEntry::Dsq => {
-                        WeightKind::Dsq { bounds: empty.clone(), softness: empty.clone() }
-                    }
-                };
-                WeightQuantizer { bits, folded, kind }
-            })
-        };
+        let problem =
+            |problem| Error::Structure { network: self.name.clone(), place: "quantizers".into(), problem };
+        let quantizer =
+            |entry: Option<Entry>| entry.map(|entry| entry.quantizer(&empty).map_err(problem)).transpose();
         let unit = |entry: UnitEntry| -> Result<Unit> {
             Ok(Unit {
                 name: entry.name,
                 kernel: entry.kernel,
                 weight: empty.clone(),
-                weight_quantizer: weight_quantizer(entry.weight_quantizer),
+                weight_quantizer: quantizer(entry.weight_quantizer)?,
                 norm: match entry.normalized {
                     true => Norm::Batch(BatchNorm::init(0, &Device::Cpu)?),
                     false => Norm::Bias(empty.clone()),
                 },
                 activation: entry.activation,
-                output_quantizer: quantizer(entry.output_quantizer),
+                output_quantizer: quantizer(entry.output_quantizer)?,
             })
         };
         Ok(Network {
-            name: self.name,
             input: self.input,
-            input_quantizer: quantizer(self.input_quantizer),
+            input_quantizer: quantizer(self.input_quantizer)?,
             units: self.units.into_iter().map(unit).collect::<Result<_>>()?,
             residuals: self.residuals,
             head: Head {
-                input_quantizer: quantizer(self.head_quantizer),
+                input_quantizer: quantizer(self.head_quantizer)?,
                 weight: empty.clone(),
-                weight_quantizer: weight_quantizer(self.head_weight_quantizer),
+                weight_quantizer: quantizer(self.head_weight_quantizer)?,
                 bias: empty.clone(),
             },
             epsilon: self.epsilon,
+            name: self.name,
         })
     }
 }

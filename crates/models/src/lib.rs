@@ -10,22 +10,23 @@
 mod count;
 mod file;
 mod import;
-mod learned;
 mod mobilenet;
 mod network;
+mod parameter;
 mod pass;
 mod quantization;
+mod quantizer;
 
 pub use count::Layer;
 pub use file::{Extras, MAX_FILE_BYTES};
 pub use import::{Import, Naming, Origin};
 pub use kernels::convolution::Kernel;
 pub use mobilenet::{Input, MobileNet, Version};
-pub use network::{BatchNorm, Head, Network, Norm, Parameter, Residual, Role, Unit};
-pub use pass::{Gradients, Step, Tape};
-pub use quantization::{
-    ActivationKind, ActivationQuantizer, Fold, Method, Quantization, WeightKind, WeightQuantizer,
-};
+pub use network::{BatchNorm, Head, Network, Norm, Residual, Unit};
+pub use parameter::{Gradients, Parameter, Role};
+pub use pass::{Step, Tape};
+pub use quantization::{Fold, Quantization};
+pub use quantizer::{Method, Quantizer};
 
 /// What can go wrong with a network.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,14 @@ pub enum Error {
         network: String,
         /// The unit or span concerned.
         place: String,
+        /// What was found and what was expected.
+        problem: String,
+    },
+    /// A parameter has no gradient, several, or one of another shape.
+    #[error("parameter {parameter}: {problem}")]
+    Gradient {
+        /// The parameter's name.
+        parameter: String,
         /// What was found and what was expected.
         problem: String,
     },

@@ -1,4 +1,4 @@
-use crate::{ActivationKind, ActivationQuantizer, Error, Result, WeightKind, WeightQuantizer};
+use crate::{Error, Parameter, Quantizer, Result, Role};
 use candle_core::{Device, Tensor};
 use kernels::convolution::Kernel;
 use kernels::{Activation, norm};
@@ -15,7 +15,7 @@ pub struct Network {
     /// Height, width and channels of an input image.
     pub input: [usize; 3],
     /// Quantizer of the input image.
-    pub input_quantizer: Option<ActivationQuantizer>,
+    pub input_quantizer: Option<Quantizer>,
     /// The convolutions in order.
     pub units: Vec<Unit>,
     /// The residual additions, ordered by their end.
@@ -36,7 +36,7 @@ pub struct Unit {
     /// Weights, in the layout of the kernel.
     pub weight: Tensor,
     /// Quantizer of the weights.
-    pub weight_quantizer: Option<WeightQuantizer>,
+    pub weight_quantizer: Option<Quantizer>,
     /// Batch normalization, or the bias that is left after folding it.
     pub norm: Norm,
     /// φ. Must be the identity where a residual ends.
@@ -44,7 +44,7 @@ pub struct Unit {
     /// Quantizer of the unit's output. Where a residual ends it is applied once, to the sum: the
     /// addition itself is not rounded, and whatever reads the sum (the next convolution and a
     /// later shortcut alike) reads the quantized one.
-    pub output_quantizer: Option<ActivationQuantizer>,
+    pub output_quantizer: Option<Quantizer>,
 }
 
 /// What stands between the convolution and the activation.
@@ -83,48 +83,13 @@ pub struct Residual {
 #[derive(Debug)]
 pub struct Head {
     /// Quantizer of the pooled features.
-    pub input_quantizer: Option<ActivationQuantizer>,
+    pub input_quantizer: Option<Quantizer>,
     /// `[C, classes]`.
     pub weight: Tensor,
     /// Quantizer of the weights.
-    pub weight_quantizer: Option<WeightQuantizer>,
+    pub weight_quantizer: Option<Quantizer>,
     /// `[classes]`; float in every setting.
     pub bias: Tensor,
-}
-
-/// What a parameter is, which decides on its weight decay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Convolution or classifier weights.
-    Weight,
-    /// γ, β or a bias: decays if the settings say so.
-    NormOrBias,
-    /// The bound α of PACT: decays as weights do, which is a part of the method.
-    Clip,
-    /// A bound or the softness of DSQ: never decays.
-    Interval,
-}
-
-impl Role {
-    /// Whether the weight decay acts on the parameter; `decay_norm` is the setting for γ, β and biases.
-    pub fn decays(self, decay_norm: bool) -> bool {
-        match self {
-            Self::Weight | Self::Clip => true,
-            Self::NormOrBias => decay_norm,
-            Self::Interval => false,
-        }
-    }
-}
-
-/// One learned tensor. It shares its storage with the network's own, so that an optimizer can
-/// update it in place.
-pub struct Parameter {
-    /// `unit.weight`, `unit.gamma`, …
-    pub name: String,
-    /// The tensor itself.
-    pub tensor: Tensor,
-    /// What it is.
-    pub role: Role,
 }
 
 impl Unit {
@@ -171,45 +136,41 @@ impl BatchNorm {
 /// gradients and copies go by this list and its order. A macro, as it is needed for shared and for `mut`
 /// references.
 macro_rules! slots {
-    ($method:ident $(, $mutable:tt)?) => {
+    ($method:ident, $iter:ident $(, $mutable:tt)?) => {
         pub(crate) fn $method(&$($mutable)? self) -> Vec<(String, Option<Role>, &$($mutable)? Tensor)> {
             let Self { input_quantizer, units, head, .. } = self;
             let mut all = Vec::new();
-            if let Some(q) = input_quantizer {
-                all.push(("input.range".into(), None, &$($mutable)? q.range));
+            let mut push = |name: &str, field: &str, role, tensor| all.push((format!("{name}.{field}"), role, tensor));
+            for (field, role, tensor) in input_quantizer.$iter().flat_map(Quantizer::$method) {
+                push("input", field, role, tensor);
             }
             for Unit { name, weight, weight_quantizer, norm, output_quantizer, .. } in units {
-                let mut push = |field, role, tensor| all.push((format!("{name}.{field}"), role, tensor));
-                push("weight", Some(Role::Weight), weight);
-                if let Some(WeightQuantizer { kind: WeightKind::Dsq { bounds, softness }, .. }) = weight_quantizer {
-                    push("weight_bounds", Some(Role::Interval), bounds);
-                    push("weight_softness", Some(Role::Interval), softness);
+                push(name, "weight", Some(Role::Weight), weight);
+                for (field, role, tensor) in weight_quantizer.$iter().flat_map(Quantizer::$method) {
+                    push(name, &format!("weight_{field}"), role, tensor);
                 }
                 match norm {
                     Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
-                        push("gamma", Some(Role::NormOrBias), gamma);
-                        push("beta", Some(Role::NormOrBias), beta);
-                        push("mean", None, mean);
-                        push("variance", None, variance);
+                        push(name, "gamma", Some(Role::NormOrBias), gamma);
+                        push(name, "beta", Some(Role::NormOrBias), beta);
+                        push(name, "mean", None, mean);
+                        push(name, "variance", None, variance);
                     }
-                    Norm::Bias(bias) => push("bias", Some(Role::NormOrBias), bias),
+                    Norm::Bias(bias) => push(name, "bias", Some(Role::NormOrBias), bias),
                 }
-                if let Some(ActivationQuantizer { range, kind, .. }) = output_quantizer {
-                    match kind {
-                        ActivationKind::Uniform => push("range", None, range),
-                        ActivationKind::Pact { .. } => push("alpha", Some(Role::Clip), range),
-                        ActivationKind::Dsq { softness } => {
-                            push("bounds", Some(Role::Interval), range);
-                            push("softness", Some(Role::Interval), softness);
-                        }
-                    }
+                for (field, role, tensor) in output_quantizer.$iter().flat_map(Quantizer::$method) {
+                    push(name, field, role, tensor);
                 }
             }
-            if let Some(q) = &$($mutable)? head.input_quantizer {
-                all.push(("head.range".into(), None, &$($mutable)? q.range));
+            let Head { input_quantizer, weight, weight_quantizer, bias } = head;
+            for (field, role, tensor) in input_quantizer.$iter().flat_map(Quantizer::$method) {
+                push("head", field, role, tensor);
             }
-            all.push(("head.weight".into(), Some(Role::Weight), &$($mutable)? head.weight));
-            all.push(("head.bias".into(), Some(Role::NormOrBias), &$($mutable)? head.bias));
+            push("head", "weight", Some(Role::Weight), weight);
+            for (field, role, tensor) in weight_quantizer.$iter().flat_map(Quantizer::$method) {
+                push("head", &format!("weight_{field}"), role, tensor);
+            }
+            push("head", "bias", Some(Role::NormOrBias), bias);
             all
         }
     };
@@ -237,7 +198,7 @@ impl Network {
     }
 
     /// Checks what the passes rely on: channels that match, residuals over equal shapes and
-    /// identities, a full convolution only in front, uniform quantizers of the image and the classifier.
+    /// identities, a full convolution only in front, nothing to learn in the image's quantizer.
     pub fn validate(&self) -> Result<()> {
         let mut channels = self.input[2];
         for (i, unit) in self.units.iter().enumerate() {
@@ -272,17 +233,11 @@ impl Network {
                 );
             }
         }
-        let learned =
-            |q: &Option<ActivationQuantizer>| q.as_ref().is_some_and(ActivationQuantizer::is_learned);
-        let uniform = |q: &WeightQuantizer| matches!(q.kind, WeightKind::Uniform);
-        let head = &self.head;
-        for (place, uniform) in [
-            ("input quantizer", !learned(&self.input_quantizer)),
-            ("head", !learned(&head.input_quantizer) && head.weight_quantizer.as_ref().is_none_or(uniform)),
-        ] {
-            if !uniform {
-                return Err(self.structure_error(place, "is learned, but only uniform quantizers work here"));
-            }
+        if self.input_quantizer.as_ref().is_some_and(Quantizer::learns) {
+            return Err(self.structure_error(
+                "input quantizer",
+                "is learned, but the gradient of an image is not computed; a uniform one works here",
+            ));
         }
         if self.head.weight.dims()[0] != channels {
             let found = self.head.weight.dims()[0];
@@ -293,7 +248,7 @@ impl Network {
         Ok(())
     }
 
-    /// Every learned tensor, in a fixed order; gradients come in the same order.
+    /// Every learned tensor, in a fixed order.
     pub fn parameters(&self) -> Vec<Parameter> {
         let parameter = |(name, role, tensor): (_, Option<Role>, &Tensor)| {
             role.map(|role| Parameter { name, tensor: tensor.clone(), role })
@@ -306,8 +261,8 @@ impl Network {
         self.slots().into_iter().map(|(name, _, tensor)| (name, tensor)).collect()
     }
 
-    slots!(slots);
-    slots!(slots_mut, mut);
+    slots!(slots, iter);
+    slots!(slots_mut, iter_mut, mut);
 
     /// The same network with every tensor replaced by `f` of it.
     fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {

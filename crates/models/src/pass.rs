@@ -5,12 +5,12 @@
 //! `BF16`, which takes half of the memory traffic. Parameters, their gradients, statistics and everything from the pooled features on are `F32`
 //! always. Nothing in a pass waits for the GPU.
 
-use crate::learned::LearnedGradients;
-use crate::{ActivationQuantizer, BatchNorm, Network, Norm, Result, Unit, WeightQuantizer};
+use crate::quantizer::Quantized;
+use crate::{BatchNorm, Gradients, Network, Norm, Quantizer, Result, Unit};
 use candle_core::{DType, Tensor};
 use kernels::convolution::{self, Below};
 use kernels::norm::{Epilogue, Gradient, Grads, Running};
-use kernels::{FeatureMap, Quantizer, Weight, bias, norm, pointwise, pool, quantize, residual};
+use kernels::{FeatureMap, Weight, bias, norm, pointwise, pool, quantize, residual};
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
@@ -22,9 +22,6 @@ pub struct Step {
     pub range_momentum: f64,
 }
 
-/// Gradients of the mean loss, in the order of [`Network::parameters`].
-pub type Gradients = Vec<Tensor>;
-
 /// What one unit's backward pass needs.
 struct Record {
     /// The unit's input.
@@ -35,14 +32,14 @@ struct Record {
     epilogue: Epilogue,
     /// Where a residual ends and the sum is quantized: the sum, before its quantizer.
     sum: Option<Tensor>,
-    /// What a learned quantizer of the output read.
-    learned: Option<Tensor>,
+    /// What the output's quantizer made of it, where it is none that the kernels have built in.
+    quantized: Option<Quantized>,
 }
 
 impl Record {
     /// What followed the convolution, if the gradient of the unit's output goes to it as it is.
     fn bare_epilogue(&self) -> Option<&Epilogue> {
-        (self.sum.is_none() && self.learned.is_none()).then_some(&self.epilogue)
+        (self.sum.is_none() && self.quantized.is_none()).then_some(&self.epilogue)
     }
 }
 
@@ -52,8 +49,8 @@ type Observer<'a> = dyn FnMut(usize, &Tensor, &Tensor) -> Result<()> + 'a;
 /// The weights as the products see them.
 struct UsedWeight {
     value: Tensor,
-    /// The tensor that was quantized and its range, if it was.
-    quantized: Option<(Tensor, Tensor)>,
+    /// How they were quantized, if they were.
+    quantized: Option<Quantized>,
     /// Whether `value` is divided by a folding factor after quantization, so that it is no multiple of one step.
     divided: bool,
 }
@@ -63,66 +60,44 @@ pub struct Tape {
     records: Vec<Record>,
     /// Height, width and dtype before pooling.
     pooled_from: (usize, usize, DType),
-    /// The pooled features before and after their quantizer.
-    features: (Tensor, Tensor),
+    /// The pooled features after their quantizer.
+    features: Tensor,
+    /// What it made of them.
+    quantized: Option<Quantized>,
     head_weight: UsedWeight,
 }
 
 impl UsedWeight {
-    /// The weights `[…, C]` after their quantizer; `scale` `[C]` is the folding factor.
-    fn new(weight: &Tensor, quantizer: &Option<WeightQuantizer>, scale: Option<&Tensor>) -> Result<Self> {
-        let as_is = |value| Self { value, quantized: None, divided: false };
-        let Some(quantizer) = quantizer else { return Ok(as_is(weight.clone())) };
-        if let Some(value) = quantizer.apply(weight)? {
-            return Ok(as_is(value));
-        }
-        let bits = quantizer.bits;
-        let scale = scale.filter(|_| quantizer.folded);
-        let original = match scale {
-            Some(scale) => weight.broadcast_mul(scale)?,
-            None => weight.clone(),
+    /// The weights `[…, C]` after their quantizer; `factor` `[C]` is that of the batch normalization behind them.
+    fn new(weight: &Tensor, quantizer: Option<&Quantizer>, factor: Option<&Tensor>) -> Result<Self> {
+        let Some(quantizer) = quantizer else {
+            return Ok(Self { value: weight.clone(), quantized: None, divided: false });
         };
-        let range = quantize::min_max(&original)?;
-        let mut value = quantize::forward(&original, Quantizer { range: &range, bits })?;
-        if let Some(scale) = scale {
-            // A scale of 0 stands for a filter whose γ is 0: its weights are 0 already.
-            let divisor = (scale + scale.eq(0.0)?.to_dtype(scale.dtype())?)?;
-            value = value.broadcast_div(&divisor)?;
-        }
-        Ok(Self { value, quantized: Some((original, range)), divided: scale.is_some() })
+        let Some(factor) = factor.filter(|_| quantizer.folded()) else {
+            let (value, quantized) = quantizer.forward(weight)?;
+            return Ok(Self { value, quantized: Some(quantized), divided: false });
+        };
+        let (value, quantized) = quantizer.forward(&weight.broadcast_mul(factor)?)?;
+        // A factor of 0 stands for a filter whose γ is 0: its weights are 0 already.
+        let divisor = (factor + factor.eq(0.0)?.to_dtype(factor.dtype())?)?;
+        Ok(Self { value: value.broadcast_div(&divisor)?, quantized: Some(quantized), divided: true })
     }
 
     /// As the operand of a product.
-    fn operand(&self, quantizer: &Option<WeightQuantizer>) -> Weight<'_> {
-        let quantized = match (&self.quantized, quantizer) {
-            (Some((original, range)), Some(WeightQuantizer { bits, .. })) if !self.divided => {
-                Some((original, Quantizer { range, bits: *bits }))
-            }
-            _ => None,
-        };
+    fn operand(&self) -> Weight<'_> {
+        let quantized = self.quantized.as_ref().filter(|_| !self.divided).and_then(Quantized::on_grid);
         Weight { value: &self.value, quantized }
     }
 
-    /// The gradient for the network's own `weight`, and those of what its quantizer learns. Uniform: straight
-    /// through, where not clamped; the folding factor is held constant, so it cancels.
-    fn gradients(
-        &self,
-        weight: &Tensor,
-        gradient: Tensor,
-        quantizer: &Option<WeightQuantizer>,
-    ) -> Result<LearnedGradients> {
-        if let Some(gradients) =
-            quantizer.as_ref().map(|q| q.gradients(weight, &gradient)).transpose()?.flatten()
-        {
-            return Ok(gradients);
-        }
-        let input = match (&self.quantized, quantizer) {
-            (Some((original, range)), Some(WeightQuantizer { bits, .. })) => {
-                quantize::backward(original, &gradient, Quantizer { range, bits: *bits })?
-            }
-            _ => gradient,
+    /// Files the gradient of the network's own `weight`, and those of what its quantizer learns. The folding factor
+    /// is held constant, so it cancels.
+    fn backward(&self, weight: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
+        let gradient = match &self.quantized {
+            Some(quantized) => quantized.backward(&gradient, gradients)?,
+            None => gradient,
         };
-        Ok(LearnedGradients { input, parameters: Vec::new() })
+        gradients.set(weight, gradient);
+        Ok(())
     }
 }
 
@@ -130,11 +105,10 @@ impl Unit {
     /// The weights as the products see them, quantized if the unit says so; batch normalization's
     /// running statistics give the folding factor.
     fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
-        let scale = match (&self.weight_quantizer, &self.norm) {
-            (Some(WeightQuantizer { folded: true, .. }), Norm::Batch(norm)) => Some(norm.scale(epsilon)?),
-            _ => None,
-        };
-        UsedWeight::new(&self.weight, &self.weight_quantizer, scale.as_ref())
+        let quantizer = self.weight_quantizer.as_ref();
+        let folded = quantizer.is_some_and(Quantizer::folded);
+        let factor = self.batch_norm().filter(|_| folded).map(|norm| norm.scale(epsilon)).transpose()?;
+        UsedWeight::new(&self.weight, quantizer, factor.as_ref())
     }
 
     /// Scale and shift of the running statistics, or of the bias that they were folded into.
@@ -146,21 +120,9 @@ impl Unit {
     }
 }
 
-/// The uniform quantizer, as the fused kernels take it.
-fn kernel_of(quantizer: &Option<ActivationQuantizer>) -> Option<Quantizer<'_>> {
-    quantizer.as_ref().filter(|q| q.ready && !q.is_learned()).map(ActivationQuantizer::kernel)
-}
-
-/// The learned quantizer, which acts on floats by itself.
-fn learned_of(quantizer: &Option<ActivationQuantizer>) -> Option<&ActivationQuantizer> {
-    quantizer.as_ref().filter(|q| q.ready && q.is_learned())
-}
-
-fn fake_quantize(x: &Tensor, quantizer: &Option<ActivationQuantizer>) -> Result<Tensor> {
-    match kernel_of(quantizer) {
-        Some(q) => Ok(quantize::forward(x, q)?),
-        None => Ok(x.clone()),
-    }
+/// The quantizer, if the kernels have it built in.
+fn grid_of(quantizer: &Option<Quantizer>) -> Option<kernels::Quantizer<'_>> {
+    quantizer.as_ref().and_then(Quantizer::grid)
 }
 
 impl Network {
@@ -181,14 +143,15 @@ impl Network {
     }
 
     fn infer(&self, images: &Tensor, mut observe: Option<&mut Observer<'_>>) -> Result<Tensor> {
-        let mut x = FeatureMap::Float(fake_quantize(images, &self.input_quantizer)?);
+        let images = self.input_quantizer.as_ref().map_or(Ok(images.clone()), |q| q.apply(images))?;
+        let mut x = FeatureMap::Float(images);
         // Only what a residual will still read is kept.
         let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate() {
             let weight = unit.used_weight(self.epsilon)?;
-            let operand = weight.operand(&unit.weight_quantizer);
+            let operand = weight.operand();
             let (scale, shift) = unit.running_affine(self.epsilon)?;
-            let quantizer = kernel_of(&unit.output_quantizer);
+            let quantizer = grid_of(&unit.output_quantizer);
             let shortcut = self.residual_into(i).map(|from| shortcuts[from].take().expect("kept when made"));
             // Where a residual ends, the sum is quantized.
             let of_unit = if shortcut.is_some() { None } else { quantizer };
@@ -203,8 +166,8 @@ impl Network {
             if let Some(shortcut) = &shortcut {
                 y = residual::add_quantize(&y.to_float()?, shortcut, quantizer)?;
             }
-            if let Some(learned) = learned_of(&unit.output_quantizer) {
-                y = FeatureMap::Float(learned.apply(&y.to_float()?)?);
+            if let Some(quantizer) = unit.output_quantizer.as_ref().filter(|q| q.grid().is_none()) {
+                y = FeatureMap::Float(quantizer.apply(&y.to_float()?)?);
             }
             if let (Some(observe), Some(z)) = (&mut observe, &z) {
                 observe(i, z, &y.to_float()?)?;
@@ -214,8 +177,9 @@ impl Network {
             }
             x = y;
         }
-        let features = fake_quantize(&pool::global_average(&x)?, &self.head.input_quantizer)?;
-        let weight = UsedWeight::new(&self.head.weight, &self.head.weight_quantizer, None)?;
+        let pooled = pool::global_average(&x)?;
+        let features = self.head.input_quantizer.as_ref().map_or(Ok(pooled.clone()), |q| q.apply(&pooled))?;
+        let weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer.as_ref(), None)?;
         Ok(bias::add(&pointwise::forward(&features, &weight.value)?, &self.head.bias)?)
     }
 
@@ -223,19 +187,17 @@ impl Network {
     /// statistics and ranges updated. Gives the logits and the tape for [`Network::backward`].
     pub fn forward_train(&mut self, images: &Tensor, step: Step) -> Result<(Tensor, Tape)> {
         let epsilon = self.epsilon;
-        if let Some(q) = &mut self.input_quantizer {
-            q.observe(&quantize::min_max(images)?, step.range_momentum)?;
-        }
-        let mut x = FeatureMap::Float(fake_quantize(images, &self.input_quantizer)?);
+        let (images, _) = quantize_in_training(images, &mut self.input_quantizer, step)?;
+        let mut x = FeatureMap::Float(images);
         let residuals = self.residuals.clone();
         let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
         let mut records = Vec::with_capacity(self.units.len());
         for (i, unit) in self.units.iter_mut().enumerate() {
-            if let Some(q) = &unit.weight_quantizer {
-                q.project()?;
+            if let Some(q) = &mut unit.weight_quantizer {
+                q.settle(&unit.weight, step.range_momentum)?;
             }
             let weight = unit.used_weight(epsilon)?;
-            let operand = weight.operand(&unit.weight_quantizer);
+            let operand = weight.operand();
             // With a bias the statistics serve only the range, so they are not taken in float.
             let (z, stats) = match (&unit.norm, &unit.output_quantizer) {
                 (Norm::Bias(_), None) => (convolution::forward(unit.kernel, &x, operand)?, None),
@@ -265,14 +227,14 @@ impl Network {
                 if let Some(q) = &mut unit.output_quantizer {
                     q.observe(&extremes, step.range_momentum)?;
                 }
-                let quantizer = kernel_of(&unit.output_quantizer);
+                let quantizer = grid_of(&unit.output_quantizer);
                 (FeatureMap::quantize(&sum, quantizer)?, quantizer.map(|_| sum))
             } else {
                 if let (Some(q), Some(stats)) = (&mut unit.output_quantizer, &stats) {
                     let extremes = norm::output_range(stats, &scale, &shift, unit.activation)?;
                     q.observe(&extremes, step.range_momentum)?;
                 }
-                let output = match kernel_of(&unit.output_quantizer) {
+                let output = match grid_of(&unit.output_quantizer) {
                     // A shortcut is read again where it ends.
                     None if !residuals.iter().any(|r| r.from == i) => {
                         FeatureMap::normalized(&z, &scale, &shift, unit.activation)?
@@ -281,74 +243,74 @@ impl Network {
                 };
                 (output, None)
             };
-            let mut learned = None;
-            if let Some(quantizer) = learned_of(&unit.output_quantizer) {
-                let read = output.to_float()?;
-                output = FeatureMap::Float(quantizer.apply(&read)?);
-                learned = Some(read);
+            let mut quantized = None;
+            if unit.output_quantizer.as_ref().is_some_and(|q| q.grid().is_none()) {
+                let (y, record) =
+                    quantize_in_training(&output.to_float()?, &mut unit.output_quantizer, step)?;
+                (output, quantized) = (FeatureMap::Float(y), record);
             }
             if residuals.iter().any(|r| r.from == i) {
                 shortcuts[i] = Some(output.clone());
             }
             // Where a residual ends, it is the sum that is quantized.
             let (act, quantizer) =
-                (unit.activation, kernel_of(&unit.output_quantizer).filter(|_| from.is_none()));
+                (unit.activation, grid_of(&unit.output_quantizer).filter(|_| from.is_none()));
             let epilogue = match &batch {
                 Some(batch) => Epilogue::batch(&z, batch, act, quantizer)?,
                 None => Epilogue::affine(&z, &scale, &shift, act, quantizer)?,
             };
             let input = std::mem::replace(&mut x, output);
-            records.push(Record { input, weight, epilogue, sum, learned });
+            records.push(Record { input, weight, epilogue, sum, quantized });
         }
         let (h, w) = spatial(&x);
         let pooled_from = (h, w, x.dtype());
         let pooled = pool::global_average(&x)?;
-        if let Some(q) = &mut self.head.input_quantizer {
-            q.observe(&quantize::min_max(&pooled)?, step.range_momentum)?;
-        }
-        let features = fake_quantize(&pooled, &self.head.input_quantizer)?;
-        let head_weight = UsedWeight::new(&self.head.weight, &self.head.weight_quantizer, None)?;
+        let (features, quantized) = quantize_in_training(&pooled, &mut self.head.input_quantizer, step)?;
+        let head_weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer.as_ref(), None)?;
         let logits = bias::add(&pointwise::forward(&features, &head_weight.value)?, &self.head.bias)?;
-        Ok((logits, Tape { records, pooled_from, features: (pooled, features), head_weight }))
+        Ok((logits, Tape { records, pooled_from, features, quantized, head_weight }))
     }
 
     /// The gradients of every parameter from that of the logits `[N, classes]`.
     pub fn backward(&self, tape: Tape, logits: &Tensor) -> Result<Gradients> {
-        let Tape { mut records, pooled_from: (h, w, dtype), features: (pooled, features), head_weight } =
-            tape;
-        // Collected from the last parameter to the first.
-        let mut gradients = Vec::new();
-        gradients.push(bias::gradient(logits)?);
-        let weight = pointwise::grad_weight(&features, logits)?;
-        let head = &self.head;
-        push_gradients(&mut gradients, head_weight.gradients(&head.weight, weight, &head.weight_quantizer)?);
+        let Tape { mut records, pooled_from: (h, w, dtype), features, quantized, head_weight } = tape;
+        let mut gradients = Gradients::default();
+        gradients.set(&self.head.bias, bias::gradient(logits)?);
+        head_weight.backward(
+            &self.head.weight,
+            pointwise::grad_weight(&features, logits)?,
+            &mut gradients,
+        )?;
         let mut g = pointwise::grad_input(logits, &head_weight.value)?;
-        if let Some(q) = kernel_of(&self.head.input_quantizer) {
-            g = quantize::backward(&pooled, &g, q)?;
+        if let Some(quantized) = quantized {
+            g = quantized.backward(&g, &mut gradients)?;
         }
         let mut g = Gradient::from(pool::backward_as(&g, h, w, dtype)?);
 
         let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate().rev() {
-            let Record { input, weight, epilogue, sum, learned } =
+            let Record { input, weight, epilogue, sum, quantized } =
                 records.pop().expect("one record for every unit");
             if let Some(shortcut) = shortcuts[i].take() {
                 g = residual::add(&g.tensor, &shortcut)?.into();
             }
-            if let (Some(quantizer), Some(read)) = (&unit.output_quantizer, learned) {
-                let LearnedGradients { input, parameters } = quantizer.gradients(&read, &g.tensor)?;
-                gradients.extend(parameters.into_iter().rev());
-                g = input.into();
+            if let Some(quantized) = quantized {
+                g = quantized.backward(&g.tensor, &mut gradients)?.into();
             }
             if let Some(from) = self.residual_into(i) {
-                if let (Some(sum), Some(quantizer)) = (sum, kernel_of(&unit.output_quantizer)) {
+                if let (Some(sum), Some(quantizer)) = (sum, grid_of(&unit.output_quantizer)) {
                     g = quantize::backward(&sum, &g.tensor, quantizer)?.into();
                 }
                 shortcuts[from] = Some(g.tensor.clone());
             }
             let Grads { z: gz, gamma, shift } = epilogue.backward(&g)?;
-            gradients.push(shift);
-            gradients.extend(gamma);
+            match &unit.norm {
+                Norm::Batch(norm) => {
+                    gamma.into_iter().for_each(|gamma| gradients.set(&norm.gamma, gamma));
+                    gradients.set(&norm.beta, shift);
+                }
+                Norm::Bias(bias) => gradients.set(bias, shift),
+            }
             let below = match records.last() {
                 None => Below::Image,
                 Some(record) => match record.bare_epilogue() {
@@ -361,18 +323,22 @@ impl Network {
             if let Some(gradient) = input_gradient {
                 g = gradient;
             }
-            let weight = weight.gradients(&unit.weight, weight_gradient, &unit.weight_quantizer)?;
-            push_gradients(&mut gradients, weight);
+            weight.backward(&unit.weight, weight_gradient, &mut gradients)?;
         }
-        gradients.reverse();
-        Ok(gradients)
+        gradients.check(self)
     }
 }
 
-/// Adds the gradients of a tensor and of what its quantizer learns, the last parameter first.
-fn push_gradients(gradients: &mut Gradients, more: LearnedGradients) {
-    gradients.extend(more.parameters.into_iter().rev());
-    gradients.push(more.input);
+/// The quantized `x` in a training step, and what its gradient needs; `x` itself without a quantizer.
+fn quantize_in_training(
+    x: &Tensor,
+    quantizer: &mut Option<Quantizer>,
+    step: Step,
+) -> Result<(Tensor, Option<Quantized>)> {
+    let Some(quantizer) = quantizer else { return Ok((x.clone(), None)) };
+    quantizer.settle(x, step.range_momentum)?;
+    let (y, quantized) = quantizer.forward(x)?;
+    Ok((y, Some(quantized)))
 }
 
 /// Height and width of a feature map `[N, H, W, C]`.

@@ -1,118 +1,10 @@
 //! Which tensors of a network are quantized, and how (method section 7).
 
-use crate::{Network, Norm, Result};
-use candle_core::{Device, Tensor};
-use kernels::{Activation, Quantizer};
-use quant_core::{Bits, Precision};
+use crate::{Method, Network, Norm, Quantizer, Result};
+use candle_core::Tensor;
+use kernels::Activation;
+use quant_core::Precision;
 use serde::{Deserialize, Serialize};
-
-/// Quantizer of an activation tensor.
-#[derive(Debug, Clone)]
-pub struct ActivationQuantizer {
-    /// Bit width.
-    pub bits: Bits,
-    /// What the quantizer spans. Uniform: `[2]`, the moving averages of the lowest and the highest value. PACT: `[1]`,
-    /// the learned bound α. DSQ: `[2]`, the learned bounds.
-    pub range: Tensor,
-    /// Whether the range has been set. The first training batch sets it; later ones move it, or training learns it.
-    pub ready: bool,
-    /// How values become levels.
-    pub kind: ActivationKind,
-}
-
-/// How activations become levels.
-#[derive(Debug, Clone)]
-pub enum ActivationKind {
-    /// Uniform levels ([`kernels::quantize`]).
-    Uniform,
-    /// A clip with a learned bound ([`kernels::pact`]).
-    Pact {
-        /// Whether values of both signs come in.
-        signed: bool,
-    },
-    /// Soft steps ([`kernels::dsq`]).
-    Dsq {
-        /// `[1]`: the learned softness.
-        softness: Tensor,
-    },
-}
-
-impl ActivationQuantizer {
-    /// A uniform quantizer without a range.
-    pub(crate) fn unset(bits: Bits, device: &Device) -> Result<Self> {
-        let range = Tensor::zeros(2, candle_core::DType::F32, device)?;
-        Ok(Self { bits, range, ready: false, kind: ActivationKind::Uniform })
-    }
-
-    /// As the kernels of uniform quantization take it.
-    pub(crate) fn kernel(&self) -> Quantizer<'_> {
-        Quantizer { range: &self.range, bits: self.bits }
-    }
-
-    /// What a batch's extremes `[2]` do to the range: a uniform one moves towards them by `momentum` of the distance; a
-    /// learned one is set by the first batch, and from then on only kept within what makes sense.
-    pub(crate) fn observe(&mut self, batch: &Tensor, momentum: f64) -> Result<()> {
-        match self.kind {
-            ActivationKind::Uniform => {
-                let momentum = if self.ready { momentum } else { 1.0 };
-                kernels::quantize::update_range(&self.range, batch, momentum)?;
-            }
-            _ if self.ready => self.project()?,
-            _ => self.set_from(batch)?,
-        }
-        self.ready = true;
-        Ok(())
-    }
-}
-
-/// Quantizer of a weight tensor.
-#[derive(Debug, Clone)]
-pub struct WeightQuantizer {
-    /// Bit width.
-    pub bits: Bits,
-    /// How weights become levels.
-    pub kind: WeightKind,
-    /// Whether the grid is that of the batch-norm-folded filter: each filter is multiplied by
-    /// `γ/√(V+ε)` of the running variance before quantization and divided by it after, so that
-    /// what is deployed (the folded weights) lies on one per-tensor grid while batch normalization
-    /// stays live. Without effect where batch normalization has been folded already.
-    pub folded: bool,
-}
-
-/// How weights become levels.
-#[derive(Debug, Clone)]
-pub enum WeightKind {
-    /// Uniform levels between the weights' own extremes ([`kernels::quantize`]).
-    Uniform,
-    /// Uniform levels of a normalized tanh, which span [−1, 1] whatever the weights' size ([`kernels::dorefa`]).
-    Dorefa,
-    /// Soft steps ([`kernels::dsq`]).
-    Dsq {
-        /// `[2]`: the learned bounds.
-        bounds: Tensor,
-        /// `[1]`: the learned softness.
-        softness: Tensor,
-    },
-}
-
-/// How the tensors between the first and the last layer are quantized.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Method {
-    /// Uniform: activations by moving averages of their extremes, weights by their own.
-    #[default]
-    Uniform,
-    /// PACT: activations by a clip with a learned bound, weights by DoReFa.
-    Pact,
-    /// DSQ: soft steps with learned bounds and softness for both.
-    Dsq,
-}
-
-impl Method {
-    fn is_uniform(&self) -> bool {
-        *self == Self::Uniform
-    }
-}
 
 /// Batch normalization while the weights are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,8 +39,12 @@ pub struct Quantization {
     pub fold: Fold,
     /// How tensors are quantized. The image, the first layer's weights, the pooled features and the classifier's weights
     /// are uniform in every method. (Not written where it is uniform: the keys of stored stages are hashes of this.)
-    #[serde(default, skip_serializing_if = "Method::is_uniform")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub method: Method,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Network {
@@ -165,38 +61,37 @@ impl Network {
                 format!("method {method:?} with fold {fold:?}: the learned methods need \"unfolded\"");
             return Err(self.structure_error("quantization", problem));
         }
-        let device = self.device().clone();
-        let quantized = |precision: Precision| settings.activations.bits().and(precision.bits());
-        let uniform = |old: Option<ActivationQuantizer>, precision: Precision| -> Result<_> {
-            let new = |bits| ActivationQuantizer::carried_over(old, bits, Method::Uniform, false, &device);
-            quantized(precision).map(new).transpose()
-        };
-        let weight = |precision: Precision| {
-            let folded = fold == Fold::BatchStatistics;
-            let new = |bits| WeightQuantizer { bits, kind: WeightKind::Uniform, folded };
-            settings.weights.bits().and(precision.bits()).map(new)
-        };
-        if fold == Fold::Frozen && settings.weights.bits().is_some() {
+        let Quantization { activations, weights, first_layer, last_layer, .. } = *settings;
+        if fold == Fold::Frozen && weights.bits().is_some() {
             self.fold()?;
         }
-        self.input_quantizer = uniform(self.input_quantizer.take(), settings.first_layer)?;
-        for (i, unit) in self.units.iter_mut().enumerate() {
-            unit.weight_quantizer = match (settings.weights.bits(), method) {
-                _ if i == 0 => weight(settings.first_layer),
-                (Some(bits), Method::Pact | Method::Dsq) => {
-                    let old = unit.weight_quantizer.take();
-                    Some(WeightQuantizer::learned(old, bits, method, &unit.weight)?)
-                }
-                _ => weight(settings.weights),
+        let device = self.device().clone();
+        let activation =
+            |place: &mut Option<Quantizer>, precision: Precision, method, signed| -> Result<()> {
+                let bits = activations.bits().and(precision.bits());
+                let new = |bits| Quantizer::of_activations(place.take(), bits, method, signed, &device);
+                *place = bits.map(new).transpose()?;
+                Ok(())
             };
+        let weight =
+            |place: &mut Option<Quantizer>, precision: Precision, method, weight: &Tensor| -> Result<()> {
+                let bits = weights.bits().and(precision.bits());
+                let folded = fold == Fold::BatchStatistics;
+                let new = |bits| Quantizer::of_weights(place.take(), bits, method, folded, weight);
+                *place = bits.map(new).transpose()?;
+                Ok(())
+            };
+        activation(&mut self.input_quantizer, first_layer, Method::Uniform, true)?;
+        for (i, unit) in self.units.iter_mut().enumerate() {
+            let (of_weights, method_of_weights) =
+                if i == 0 { (first_layer, Method::Uniform) } else { (weights, method) };
+            weight(&mut unit.weight_quantizer, of_weights, method_of_weights, &unit.weight)?;
             let signed = unit.activation == Activation::Identity;
-            let old = unit.output_quantizer.take();
-            let new = |bits| ActivationQuantizer::carried_over(old, bits, method, signed, &device);
-            unit.output_quantizer = quantized(settings.activations).map(new).transpose()?;
+            activation(&mut unit.output_quantizer, activations, method, signed)?;
         }
-        self.head.input_quantizer = uniform(self.head.input_quantizer.take(), settings.last_layer)?;
-        self.head.weight_quantizer = weight(settings.last_layer);
-        Ok(())
+        let head = &mut self.head;
+        activation(&mut head.input_quantizer, last_layer, Method::Uniform, true)?;
+        weight(&mut head.weight_quantizer, last_layer, Method::Uniform, &head.weight)
     }
 
     /// Folds every batch normalization into its convolution, with the running statistics:

@@ -71,15 +71,16 @@ fn train(network: &Network, device: &Device, dtype: DType, steps: usize, seed: u
         if first.is_empty() {
             first = parameters
                 .iter()
-                .zip(&gradients)
-                .map(|(p, g)| (p.name.clone(), elements(g)))
+                .map(|p| (p.name.clone(), elements(gradients.of(p).unwrap())))
                 .collect::<Vec<_>>();
         }
         let updates: Vec<Update<'_>> = parameters
             .iter()
-            .zip(&gradients)
             .zip(&velocities)
-            .map(|((p, grad), velocity)| Update { param: &p.tensor, grad, velocity, weight_decay: 1e-4 })
+            .map(|(p, velocity)| {
+                let grad = gradients.of(p).unwrap();
+                Update { param: &p.tensor, grad, velocity, weight_decay: 1e-4 }
+            })
             .collect();
         step_all(&updates, Rule { lr: 0.02, momentum: 0.9 }).unwrap();
         losses.push(elements(&result.loss)[0]);

@@ -2,10 +2,9 @@
 //! `golden.rs`.
 
 use candle_core::{Device, Tensor};
-use kernels::{Activation, loss::softmax_cross_entropy, sgd};
+use kernels::{loss::softmax_cross_entropy, sgd};
 use models::{
-    ActivationKind, Extras, Fold, Input, Method, MobileNet, Network, Quantization, Role, Step, Version,
-    WeightKind,
+    Extras, Fold, Input, Method, MobileNet, Network, Parameter, Quantization, Quantizer, Role, Step, Version,
 };
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
@@ -41,8 +40,8 @@ fn trained(method: Method) -> Network {
         let (logits, tape) = network.forward_train(&images(), STEP).unwrap();
         let loss = softmax_cross_entropy(&logits, &labels, 0.0).unwrap();
         let gradients = network.backward(tape, &loss.grad).unwrap();
-        assert_eq!(gradients.len(), parameters.len());
-        for (parameter, gradient) in parameters.iter().zip(&gradients) {
+        for parameter in &parameters {
+            let gradient = gradients.of(parameter).unwrap();
             let velocity = gradient.zeros_like().unwrap();
             sgd::step(&parameter.tensor, gradient, &velocity, 0.05, 0.0, 0.0).unwrap();
         }
@@ -58,53 +57,131 @@ fn distinct(tensor: &Tensor) -> usize {
     bits(&(tensor + 0.0).unwrap()).into_iter().collect::<BTreeSet<_>>().len()
 }
 
+/// The methods that learn.
+fn learned() -> impl Iterator<Item = Method> {
+    Method::ALL.iter().copied().filter(|method| *method != Method::Uniform)
+}
+
+/// The quantizers of every unit, with what stands before the names of their tensors.
+fn quantizers(network: &Network) -> impl Iterator<Item = (String, &Quantizer)> {
+    network.units.iter().flat_map(|unit| {
+        let weights = unit.weight_quantizer.as_ref().map(|q| (format!("{}.weight_", unit.name), q));
+        let outputs = unit.output_quantizer.as_ref().map(|q| (format!("{}.", unit.name), q));
+        weights.into_iter().chain(outputs)
+    })
+}
+
+/// Whatever a scheme keeps is one of the network's tensors, and a parameter if it is learned; it moves in training, is
+/// in files, and a copy has its own.
 #[test]
-fn every_layer_but_the_first_and_the_last_learns() {
-    for method in [Method::Pact, Method::Dsq] {
+fn every_tensor_of_every_scheme_is_trained_saved_and_copied() {
+    for &method in Method::ALL {
         let network = trained(method);
-        let head = &network.head;
-        for q in [&network.input_quantizer, &head.input_quantizer] {
-            let q = q.as_ref().unwrap();
-            assert!(q.bits.get() == 8 && matches!(q.kind, ActivationKind::Uniform), "{q:?}");
-        }
-        let uniform = [&network.units[0].weight_quantizer, &head.weight_quantizer];
-        for q in uniform.map(|q| q.as_ref().unwrap()) {
-            assert!(q.bits.get() == 8 && matches!(q.kind, WeightKind::Uniform), "{q:?}");
-        }
-        for (i, unit) in network.units.iter().enumerate() {
-            let q = unit.output_quantizer.as_ref().unwrap();
-            let both_signs = unit.activation == Activation::Identity;
-            let fits = match &q.kind {
-                ActivationKind::Uniform => false,
-                ActivationKind::Pact { signed } => method == Method::Pact && *signed == both_signs,
-                ActivationKind::Dsq { .. } => method == Method::Dsq,
-            };
-            assert!(fits && q.ready && q.bits.get() == BITS, "{}: {q:?}", unit.name);
-            let q = unit.weight_quantizer.as_ref().unwrap();
-            let fits = match &q.kind {
-                WeightKind::Uniform => i == 0,
-                WeightKind::Dorefa => i > 0 && method == Method::Pact,
-                WeightKind::Dsq { .. } => i > 0 && method == Method::Dsq,
-            };
-            assert!(fits, "{}: {q:?}", unit.name);
-        }
-        let units = network.units.len();
-        let count = |role: Role| network.parameters().iter().filter(|p| p.role == role).count();
-        let expected = if method == Method::Pact { [units, 0] } else { [0, 2 * units + 2 * (units - 1)] };
-        assert_eq!([Role::Clip, Role::Interval].map(count), expected, "{method:?}");
-        // What the first batch set has moved since.
         let mut started = float();
         started.quantize(&settings(method, Fold::Unfolded)).unwrap();
         started.forward_train(&images(), STEP).unwrap();
-        let (started, learned) = (started.parameters(), network.parameters());
-        let moved = started.iter().zip(&learned).filter(|(a, b)| bits(&a.tensor) != bits(&b.tensor)).count();
-        assert!(moved as f64 > 0.95 * learned.len() as f64, "{moved} of {} parameters moved", learned.len());
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("network.safetensors");
+        network.save(&path, &Extras::default()).unwrap();
+        let (read, copied) = (Network::load(&path, &Device::Cpu).unwrap().0, network.duplicate().unwrap());
+        let find = |network: &Network, name: &str| -> Tensor {
+            let all = network.tensors();
+            let found = all.into_iter().find(|(found, _)| found == name);
+            found.unwrap_or_else(|| panic!("{method:?}: no {name}")).1.clone()
+        };
+        let parameters = network.parameters();
+        let (mut kept, mut moved, mut learn) = (0, 0, 0);
+        for (prefix, quantizer) in quantizers(&network) {
+            for (field, role, tensor) in quantizer.slots() {
+                let name = format!("{prefix}{field}");
+                assert_eq!(find(&network, &name).id(), tensor.id(), "{method:?}: {name}");
+                let is_own = |p: &&Parameter| p.name == name && p.tensor.id() == tensor.id();
+                assert_eq!(parameters.iter().find(is_own).map(|p| p.role), role, "{method:?}: {name}");
+                assert_eq!(bits(&find(&read, &name)), bits(tensor), "{method:?}: {name} in the file");
+                let copy = find(&copied, &name);
+                assert!(
+                    copy.id() != tensor.id() && bits(&copy) == bits(tensor),
+                    "{method:?}: {name}, copied"
+                );
+                kept += 1;
+                learn += usize::from(role.is_some());
+                moved += usize::from(bits(&find(&started, &name)) != bits(tensor));
+            }
+        }
+        assert!(kept >= network.units.len() && (learn > 0) == (method != Method::Uniform), "{method:?}");
+        assert!(moved as f64 > 0.95 * kept as f64, "{method:?}: {moved} of {kept} tensors moved");
     }
 }
 
 #[test]
+fn every_layer_but_the_first_and_the_last_learns() {
+    for method in learned() {
+        let network = trained(method);
+        let head = &network.head;
+        let check = |q: &Option<Quantizer>, bits: u32, uniform: bool| {
+            let q = q.as_ref().unwrap();
+            assert!(q.bits.get() == bits && q.kind().is_null() == uniform, "{method:?}: {q:?}");
+        };
+        for q in [&network.input_quantizer, &head.input_quantizer, &head.weight_quantizer] {
+            check(q, 8, true);
+        }
+        check(&network.units[0].weight_quantizer, 8, true);
+        for (i, unit) in network.units.iter().enumerate() {
+            check(&unit.output_quantizer, BITS, false);
+            if i > 0 {
+                check(&unit.weight_quantizer, BITS, false);
+            }
+        }
+        let units = network.units.len();
+        let count = |role: Role| network.parameters().iter().filter(|p| p.role == role).count();
+        match method {
+            Method::Pact => assert_eq!([Role::Clip, Role::Interval].map(count), [units, 0]),
+            Method::Dsq => {
+                assert_eq!([Role::Clip, Role::Interval].map(count), [0, 2 * units + 2 * (units - 1)]);
+            }
+            _ => (),
+        }
+    }
+}
+
+/// What files say of quantizers is what earlier versions of this program wrote, and read.
+#[test]
+fn entries_in_files_stay_what_they_were() {
+    let check = |method: Method, fold: Fold, unit: usize, entries: &str| {
+        let mut network = float();
+        network.quantize(&settings(method, fold)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("network.safetensors");
+        network.save(&path, &Extras::default()).unwrap();
+        let file = std::fs::read(&path).unwrap();
+        let text = String::from_utf8_lossy(&file).replace('\\', "");
+        let name = &network.units[unit].name;
+        let start = text.find(&format!("{{\"name\":\"{name}\"")).unwrap();
+        let quantizers = text[start..].find("\"weight_quantizer\"").unwrap();
+        assert!(text[start + quantizers..].starts_with(entries), "{}", &text[start + quantizers..][..200]);
+    };
+    let uniform = |folded: bool| {
+        format!(
+            r#""weight_quantizer":{{"bits":4,"folded":{folded}}},"output_quantizer":{{"bits":4,"ready":false}}}}"#
+        )
+    };
+    check(Method::Uniform, Fold::Unfolded, 3, &uniform(false));
+    check(Method::Uniform, Fold::BatchStatistics, 3, &uniform(true));
+    let pact = |signed: bool| {
+        format!(
+            r#""weight_quantizer":{{"bits":4,"folded":false,"kind":"dorefa"}},"output_quantizer":{{"bits":4,"ready":false,"kind":{{"pact":{{"signed":{signed}}}}}}}}}"#
+        )
+    };
+    check(Method::Pact, Fold::Unfolded, 2, &pact(false));
+    // A projection.
+    check(Method::Pact, Fold::Unfolded, 3, &pact(true));
+    let dsq = r#""weight_quantizer":{"bits":4,"folded":false,"kind":"dsq"},"output_quantizer":{"bits":4,"ready":false,"kind":"dsq"}}"#;
+    check(Method::Dsq, Fold::Unfolded, 3, dsq);
+}
+
+#[test]
 fn outputs_take_no_more_values_than_there_are_levels() {
-    for method in [Method::Pact, Method::Dsq] {
+    for method in learned() {
         let network = trained(method);
         let mut most = 0;
         let mut observe = |i: usize, _: &Tensor, y: &Tensor| {
@@ -122,7 +199,7 @@ fn outputs_take_no_more_values_than_there_are_levels() {
 
 #[test]
 fn a_file_gives_the_same_network_back() {
-    for method in [Method::Pact, Method::Dsq] {
+    for method in learned() {
         let mut network = trained(method);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("network.safetensors");
@@ -171,7 +248,7 @@ fn parameters_are_kept_in_their_ranges() {
 
 #[test]
 fn learned_methods_refuse_folded_normalization() {
-    for method in [Method::Pact, Method::Dsq] {
+    for method in learned() {
         for fold in [Fold::Frozen, Fold::BatchStatistics] {
             let message = float().quantize(&settings(method, fold)).unwrap_err().to_string();
             assert!(message.contains("unfolded") && message.contains(&format!("{method:?}")), "{message}");
@@ -180,17 +257,25 @@ fn learned_methods_refuse_folded_normalization() {
 }
 
 #[test]
-fn learned_quantizers_of_the_image_or_the_classifier_are_errors() {
-    for place in ["input quantizer", "head"] {
-        let mut network = trained(Method::Pact);
-        let learned = network.units[1].output_quantizer.clone();
-        match place {
-            "head" => network.head.input_quantizer = learned,
-            _ => network.input_quantizer = learned,
-        }
-        let message = network.validate().unwrap_err().to_string();
-        assert!(message.contains(place) && message.contains("uniform"), "{message}");
-    }
+fn a_learned_quantizer_of_the_image_is_an_error() {
+    let mut network = trained(Method::Pact);
+    network.input_quantizer = network.units[1].output_quantizer.clone();
+    let message = network.validate().unwrap_err().to_string();
+    assert!(message.contains("input quantizer") && message.contains("uniform"), "{message}");
+}
+
+/// Nothing is asked of the head that a unit does not do: its quantizers may learn too.
+#[test]
+fn the_head_takes_learned_quantizers() {
+    let mut network = trained(Method::Pact);
+    network.head.input_quantizer = network.units[1].output_quantizer.clone();
+    network.head.weight_quantizer = network.units[1].weight_quantizer.clone();
+    network = network.duplicate().unwrap();
+    network.validate().unwrap();
+    let (logits, tape) = network.forward_train(&images(), STEP).unwrap();
+    let gradients = network.backward(tape, &logits).unwrap();
+    let alpha = network.parameters().into_iter().find(|p| p.name == "head.alpha").unwrap();
+    assert_eq!(gradients.of(&alpha).unwrap().dims(), [1]);
 }
 
 /// Settings without a method, as they were before there was a choice, are uniform, and are written without it.

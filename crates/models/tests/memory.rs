@@ -20,8 +20,9 @@ fn a_full_width_v2_step_at_batch_64_stays_below_4_gib() {
     let (logits, tape) = network.forward_train(&images, Step { range_momentum: 0.01 }).unwrap();
     let result = softmax_cross_entropy(&logits, &labels, 0.0).unwrap();
     let gradients = network.backward(tape, &result.grad).unwrap();
-    for (parameter, gradient) in network.parameters().iter().zip(&gradients) {
+    for parameter in &network.parameters() {
         let velocity = parameter.tensor.zeros_like().unwrap();
+        let gradient = gradients.of(parameter).unwrap();
         sgd::step(&parameter.tensor, gradient, &velocity, 0.1, 0.9, 1e-4).unwrap();
     }
     match peak() {

@@ -1,9 +1,9 @@
 //! Which channels are constant, and what they are.
 
-use crate::Result;
-use candle_core::Tensor;
-use models::{ActivationKind, ActivationQuantizer, BatchNorm, Kernel, Network};
-use quant_core::{Grid, fold_scale, fold_shift};
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use models::{BatchNorm, Kernel, Network, Quantizer};
+use quant_core::{fold_scale, fold_shift};
 
 /// The running variances of one layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,7 +76,7 @@ impl Constants {
                     *value = value.zip(*shortcut).map(|(a, b)| a + b);
                 }
             }
-            quantize(&mut values, &unit.output_quantizer)?;
+            quantize(&mut values, unit.output_quantizer.as_ref())?;
             low.push(is_low);
             output.push(values);
         }
@@ -84,21 +84,16 @@ impl Constants {
     }
 }
 
-/// Maps constants to the grid of the quantizer that they pass.
-pub(crate) fn quantize(values: &mut [Option<f32>], quantizer: &Option<ActivationQuantizer>) -> Result<()> {
-    let Some(q) = quantizer.as_ref().filter(|q| q.ready) else { return Ok(()) };
-    if let ActivationKind::Uniform = q.kind {
-        let range: Vec<f32> = q.range.to_vec1()?;
-        let grid = Grid::new(range[0], range[1], q.bits)?;
-        for value in values.iter_mut().flatten() {
-            *value = grid.fake(*value);
-        }
-    } else {
-        let constants: Vec<f32> = values.iter().flatten().copied().collect();
-        let quantized = q.apply(&Tensor::new(constants, q.range.device())?)?.to_vec1::<f32>()?;
-        for (value, quantized) in values.iter_mut().flatten().zip(quantized) {
-            *value = quantized;
-        }
+/// Maps constants to the levels of the quantizer that they pass.
+pub(crate) fn quantize(values: &mut [Option<f32>], quantizer: Option<&Quantizer>) -> Result<()> {
+    let constants: Vec<f32> = values.iter().flatten().copied().collect();
+    let Some(quantizer) = quantizer.filter(|_| !constants.is_empty()) else { return Ok(()) };
+    let quantized = quantizer.apply(&Tensor::new(constants, &Device::Cpu)?)?.to_vec1::<f32>()?;
+    if let Some(value) = quantized.iter().find(|value| !value.is_finite()) {
+        return Err(Error::Range(*value));
+    }
+    for (value, quantized) in values.iter_mut().flatten().zip(quantized) {
+        *value = quantized;
     }
     Ok(())
 }

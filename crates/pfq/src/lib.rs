@@ -28,9 +28,9 @@ pub enum Error {
     /// The network is not one that can be read.
     #[error(transparent)]
     Model(#[from] models::Error),
-    /// The activation ranges are not usable.
-    #[error(transparent)]
-    Quantizer(#[from] quant_core::Error),
+    /// An activation quantizer has no usable range.
+    #[error("a quantizer makes {0} of a constant channel: expected finite ranges, as training leaves them")]
+    Range(f32),
     /// Pruning comes before the weights are quantized.
     #[error("unit {0} has quantized weights: prune before weight quantization (Algorithm 1, steps 2 and 4)")]
     QuantizedWeights(String),

@@ -168,7 +168,7 @@ impl PfQ {
             None => {
                 let head = &mut network.head;
                 if self.bias_correction {
-                    quantize(&mut lost, &head.input_quantizer)?;
+                    quantize(&mut lost, head.input_quantizer.as_ref())?;
                     head.bias = (&head.bias + contribution(&head.weight, &lost)?)?;
                 }
                 head.weight = select(&head.weight, keep, 0)?;

@@ -5,8 +5,9 @@ use candle_core::{DType, Tensor};
 use datasets::{Data, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
 use kernels::sgd::{self, Rule, Update};
-use models::{Extras, Network, Step};
+use models::{Extras, Network, Parameter, Step};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -128,10 +129,9 @@ pub fn fit(network: Network, run: &Run, observe: &mut dyn FnMut(Progress)) -> Re
 }
 
 /// One step of training on a batch, at the given learning rate: forward pass, loss, backward pass, update.
-/// `velocities` are the momenta of the parameters, in their order; they begin as zeros.
 pub fn step(
     network: &mut Network,
-    velocities: &[Tensor],
+    velocities: &Velocities,
     images: &Tensor,
     labels: &Tensor,
     training: &Training,
@@ -141,31 +141,47 @@ pub fn step(
     let result = softmax_cross_entropy(&logits, labels, training.label_smoothing)?;
     let gradients = network.backward(tape, &result.grad)?;
     let parameters = network.parameters();
-    let updates: Vec<Update> = (parameters.iter().zip(&gradients).zip(velocities))
-        .map(|((parameter, grad), velocity)| {
-            let decays = parameter.role.decays(training.decay_norm);
-            let weight_decay = if decays { training.weight_decay } else { 0.0 };
-            Update { param: &parameter.tensor, grad, velocity, weight_decay }
-        })
-        .collect();
+    let mut updates = Vec::with_capacity(parameters.len());
+    for parameter in &parameters {
+        let decays = parameter.role.decays(training.decay_norm);
+        updates.push(Update {
+            param: &parameter.tensor,
+            grad: gradients.of(parameter)?,
+            velocity: velocities.of(parameter)?,
+            weight_decay: if decays { training.weight_decay } else { 0.0 },
+        });
+    }
     sgd::step_all(&updates, Rule { lr: rate, momentum: training.momentum })?;
     Ok(result)
+}
+
+/// The momenta of a network's parameters, each found by its parameter's name.
+pub struct Velocities(BTreeMap<String, Tensor>);
+
+impl Velocities {
+    /// Those with which training begins.
+    pub fn zeros(network: &Network) -> Result<Self> {
+        let zeros = |parameter: &Parameter| Ok((parameter.name.clone(), parameter.tensor.zeros_like()?));
+        Ok(Self(network.parameters().iter().map(zeros).collect::<Result<_>>()?))
+    }
+
+    /// The momentum of a parameter.
+    fn of(&self, parameter: &Parameter) -> Result<&Tensor> {
+        self.0.get(&parameter.name).ok_or_else(|| Error::Velocity { parameter: parameter.name.clone() })
+    }
 }
 
 /// What is carried from epoch to epoch. The order and the augmentation of images depend on
 /// (seed, epoch) alone, so there is no random state.
 struct State {
     network: Network,
-    /// Momentum of each parameter, in their order.
-    velocities: Vec<Tensor>,
+    velocities: Velocities,
     metrics: Vec<EpochMetrics>,
 }
 
 impl State {
     fn new(network: Network) -> Result<Self> {
-        let velocities =
-            network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<_, _>>()?;
-        Ok(Self { network, velocities, metrics: Vec::new() })
+        Ok(Self { velocities: Velocities::zeros(&network)?, network, metrics: Vec::new() })
     }
 
     fn epoch(
@@ -229,8 +245,8 @@ impl State {
 
     fn save(&self, run: &Run) -> Result<()> {
         let mut extras = Extras::default();
-        for (parameter, velocity) in self.network.parameters().iter().zip(&self.velocities) {
-            extras.tensors.insert(velocity_name(&parameter.name), velocity.clone());
+        for (parameter, velocity) in &self.velocities.0 {
+            extras.tensors.insert(velocity_name(parameter), velocity.clone());
         }
         let metrics = serde_json::to_string(&self.metrics).expect("metrics are plain numbers");
         extras.metadata.insert("identity".into(), run.identity.into());
@@ -257,13 +273,13 @@ impl State {
         let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
         let metrics = serde_json::from_str(metrics)
             .map_err(|e| fail(format!("its metrics can't be read ({e}); delete the file to begin anew")))?;
-        let mut velocities = Vec::new();
+        let mut velocities = BTreeMap::new();
         for parameter in network.parameters() {
             let name = velocity_name(&parameter.name);
             let missing = || fail(format!("lacks {name}; delete the file to begin the run anew"));
-            velocities.push(extras.tensors.remove(&name).ok_or_else(missing)?);
+            velocities.insert(parameter.name, extras.tensors.remove(&name).ok_or_else(missing)?);
         }
-        Ok(Some(Self { network, velocities, metrics }))
+        Ok(Some(Self { network, velocities: Velocities(velocities), metrics }))
     }
 }
 

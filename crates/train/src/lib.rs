@@ -10,7 +10,7 @@ mod settings;
 mod totals;
 
 pub use evaluate::{Evaluation, evaluate};
-pub use fit::{EpochMetrics, Progress, Run, Trained, fit, step};
+pub use fit::{EpochMetrics, Progress, Run, Trained, Velocities, fit, step};
 pub use limit::TimeLimit;
 pub use settings::{Decay, Training};
 
@@ -38,6 +38,12 @@ pub enum Error {
         found: String,
         /// What is allowed.
         expected: &'static str,
+    },
+    /// The momenta are those of another network.
+    #[error("parameter {parameter} has no velocity: make them anew for this network")]
+    Velocity {
+        /// The parameter's name.
+        parameter: String,
     },
     /// The loss is no longer a number.
     #[error(

@@ -239,9 +239,9 @@ fn an_epoch_is_what_it_says() {
             let (logits, tape) = network.forward_train(&batch.images, Step { range_momentum: 0.1 }).unwrap();
             let result = softmax_cross_entropy(&logits, &batch.labels, 0.1).unwrap();
             let gradients = network.backward(tape, &result.grad).unwrap();
-            for ((p, g), v) in parameters.iter().zip(&gradients).zip(&velocity) {
+            for (p, v) in parameters.iter().zip(&velocity) {
                 let decay = if p.role.decays(decay_norm) { 0.01 } else { 0.0 };
-                sgd::step(&p.tensor, g, v, rate, 0.9, decay).unwrap();
+                sgd::step(&p.tensor, gradients.of(p).unwrap(), v, rate, 0.9, decay).unwrap();
             }
             let images = batch.labels.elem_count() as f64;
             loss += images * f64::from(result.loss.to_scalar::<f32>().unwrap());

@@ -114,9 +114,8 @@ impl Stage {
             Kind::Prune { .. } => format!("{model} PfQ without bias correction"),
             Kind::FineTune { quantization: q, seed, .. } => {
                 let method = match q.method {
-                    Method::Uniform => "",
-                    Method::Pact => "PACT ",
-                    Method::Dsq => "DSQ ",
+                    Method::Uniform => String::new(),
+                    learned => format!("{} ", learned.title()),
                 };
                 format!("{model} fine-tune {method}A{}/W{} seed {seed}", q.activations, q.weights)
             }

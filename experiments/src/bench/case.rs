@@ -205,8 +205,7 @@ impl Layers {
     /// Those of a network.
     pub(super) fn of(network: &Network) -> Self {
         let [mut h, mut w, channels] = network.input;
-        let bits = |bits: Option<Bits>| bits.map(Bits::get);
-        let activation_bits = |q: &Option<models::ActivationQuantizer>| bits(q.as_ref().map(|q| q.bits));
+        let bits = |q: &Option<models::Quantizer>| q.as_ref().map(|q| q.bits.get());
         let mut units = Vec::with_capacity(network.units.len());
         for unit in &network.units {
             let input_size = [h, w];
@@ -225,18 +224,18 @@ impl Layers {
                 input_size,
                 output_size: [h, w],
                 activation: unit.activation,
-                weight_bits: bits(unit.weight_quantizer.as_ref().map(|q| q.bits)),
-                output_bits: activation_bits(&unit.output_quantizer),
+                weight_bits: bits(&unit.weight_quantizer),
+                output_bits: bits(&unit.output_quantizer),
             });
         }
         Self {
             image: [network.input[0], network.input[1], channels],
             classes: network.classes(),
-            input_bits: activation_bits(&network.input_quantizer),
+            input_bits: bits(&network.input_quantizer),
             units,
             residuals: network.residuals.iter().map(|r| [r.from, r.to]).collect(),
-            features_bits: activation_bits(&network.head.input_quantizer),
-            classifier_bits: bits(network.head.weight_quantizer.as_ref().map(|q| q.bits)),
+            features_bits: bits(&network.head.input_quantizer),
+            classifier_bits: bits(&network.head.weight_quantizer),
         }
     }
 

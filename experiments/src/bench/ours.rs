@@ -152,8 +152,7 @@ pub(super) fn network(
             augmentation: Augmentation::none(),
             decay: Decay::Cosine,
         };
-        let velocities =
-            network.parameters().iter().map(|p| p.tensor.zeros_like()).collect::<Result<Vec<_>, _>>()?;
+        let velocities = train::Velocities::zeros(&network)?;
         Box::new(move || Ok(train::step(&mut network, &velocities, &images, &labels, &training, rate)?.loss))
     } else {
         if case.quantized {

@@ -3,8 +3,7 @@
 use super::folded::Folded;
 use crate::Result;
 use candle_core::Tensor;
-use kernels::{Quantizer, quantize};
-use models::{Kernel, WeightQuantizer};
+use models::{Kernel, Quantizer};
 
 impl Folded {
     /// Takes the mean error that quantized weights `W̃` make out of every bias:
@@ -22,7 +21,7 @@ impl Folded {
                 None => vec![0.0; unit.input_channels()],
             };
             let input = Tensor::new(input, &device)?;
-            let change = correction(unit.kernel, &unit.weight, &unit.weight_quantizer, &input)?;
+            let change = correction(unit.kernel, &unit.weight, unit.weight_quantizer.as_ref(), &input)?;
             self.add_to_bias(i, &change)?;
             changes.push(mean_abs(&change)?);
         }
@@ -30,7 +29,7 @@ impl Folded {
         let features: Vec<f32> = outputs.last().into_iter().flatten().map(|x| x.mean as f32).collect();
         let head = &mut self.network.head;
         let features = Tensor::new(features, &device)?;
-        let change = correction(Kernel::Pointwise, &head.weight, &head.weight_quantizer, &features)?;
+        let change = correction(Kernel::Pointwise, &head.weight, head.weight_quantizer.as_ref(), &features)?;
         head.bias = (&head.bias + &change)?;
         changes.push(mean_abs(&change)?);
         Ok(changes)
@@ -41,16 +40,10 @@ impl Folded {
 fn correction(
     kernel: Kernel,
     weight: &Tensor,
-    quantizer: &Option<WeightQuantizer>,
+    quantizer: Option<&Quantizer>,
     input: &Tensor,
 ) -> Result<Tensor> {
-    let quantized = match quantizer {
-        Some(WeightQuantizer { bits, .. }) => {
-            let range = quantize::min_max(weight)?;
-            quantize::forward(weight, Quantizer { range: &range, bits: *bits })?
-        }
-        None => weight.clone(),
-    };
+    let quantized = quantizer.map_or(Ok(weight.clone()), |quantizer| quantizer.apply(weight))?;
     Ok(kernel.response(&(weight - quantized)?, input)?)
 }
 

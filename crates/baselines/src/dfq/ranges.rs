@@ -2,8 +2,7 @@
 
 use super::folded::Folded;
 use crate::Result;
-use candle_core::Tensor;
-use models::ActivationQuantizer;
+use models::Quantizer;
 use quant_core::{Error, Grid};
 
 impl Folded {
@@ -49,11 +48,10 @@ impl Folded {
     }
 }
 
-fn set(quantizer: &mut Option<ActivationQuantizer>, (lo, hi): (f32, f32)) -> Result<()> {
+fn set(quantizer: &mut Option<Quantizer>, (lo, hi): (f32, f32)) -> Result<()> {
     if let Some(quantizer) = quantizer {
         Grid::new(lo, hi, quantizer.bits)?;
-        quantizer.range = Tensor::new(&[lo, hi], quantizer.range.device())?;
-        quantizer.ready = true;
+        quantizer.set_range(lo, hi)?;
     }
     Ok(())
 }
@@ -86,14 +84,11 @@ mod tests {
         let mut folded = folded();
         folded.set_ranges(6.0, (-2.0, 3.0)).unwrap();
         let network = &folded.network;
-        let check = |quantizer: &Option<ActivationQuantizer>, lo: f64, hi: f64| {
+        let check = |quantizer: &Option<Quantizer>, lo: f64, hi: f64| {
             let quantizer = quantizer.as_ref().unwrap();
-            let range = quantizer.range.to_vec1::<f32>().unwrap();
+            let range = quantizer.range().expect("it has been set").to_vec1::<f32>().unwrap();
             let close = |got: f32, want: f64| (f64::from(got) - want).abs() < 1e-3;
-            assert!(
-                quantizer.ready && close(range[0], lo) && close(range[1], hi),
-                "{range:?}, not [{lo}, {hi}]"
-            );
+            assert!(close(range[0], lo) && close(range[1], hi), "{range:?}, not [{lo}, {hi}]");
         };
         check(&network.input_quantizer, -2.0, 3.0);
         check(&network.units[0].output_quantizer, 0.0, 20.0 + 6.0);

@@ -1,0 +1,327 @@
+//! Quantizers: how many bits a tensor of a network has, by which scheme, and what the scheme keeps.
+
+mod dsq;
+mod pact;
+mod uniform;
+
+use crate::{Gradients, Result, Role};
+use candle_core::{DType, Device, Tensor};
+use quant_core::Bits;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::fmt::Debug;
+
+/// Makes the enum of the methods from the list of their schemes.
+macro_rules! methods {
+    ($($(#[$attribute:meta])* $name:ident = $schemes:expr,)*) => {
+        /// How the tensors between the first and the last layer are quantized.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum Method { $($(#[$attribute])* $name,)* }
+
+        impl Method {
+            /// Every method.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+
+            fn schemes(self) -> &'static Schemes {
+                match self { $(Self::$name => &$schemes,)* }
+            }
+        }
+    };
+}
+
+// A new method is a file with its schemes and a line here.
+methods! {
+    /// Uniform: activations by moving averages of their extremes, weights by their own.
+    #[default]
+    Uniform = uniform::SCHEMES,
+    /// PACT: activations by a clip with a learned bound, weights by DoReFa.
+    Pact = pact::SCHEMES,
+    /// DSQ: soft steps with learned bounds and softness for both.
+    Dsq = dsq::SCHEMES,
+}
+
+/// What a method quantizes by.
+struct Schemes {
+    /// The method's name in the literature.
+    title: &'static str,
+    /// For activations that are never negative.
+    unsigned: &'static dyn Scheme,
+    /// For activations of both signs.
+    signed: &'static dyn Scheme,
+    /// For weights; the settings choose by [`Scheme::folded`].
+    weights: &'static [&'static dyn Scheme],
+}
+
+/// How the values of a tensor become levels. Each scheme is a value of a type that implements this, in the file of its
+/// method; everything that networks do with quantizers follows from it.
+///
+/// `own` are the tensors that the scheme keeps, in the order of [`Scheme::tensors`].
+trait Scheme: Debug + Sync {
+    /// What names the scheme, and what it is set to, in a network's file; nothing (`null`) stands for uniform.
+    fn kind(&self) -> Value;
+
+    /// The tensors that the scheme keeps.
+    fn tensors(&self) -> &'static [Slot] {
+        &[]
+    }
+
+    /// For weights: whether they are multiplied by the factor of their batch normalization before, and divided by it
+    /// after they are quantized.
+    fn folded(&self) -> bool {
+        false
+    }
+
+    /// Sets the scheme's tensors, in place, from the first tensor that it quantizes.
+    fn start(&self, _own: &[Tensor], _x: &Tensor, _bits: Bits) -> Result<()> {
+        Ok(())
+    }
+
+    /// Before a later training step quantizes `x`: moves averages by `momentum` of the distance, and brings back what
+    /// a step of the optimizer took out of its range, in place.
+    fn update(&self, _own: &[Tensor], _x: &Tensor, _momentum: f64) -> Result<()> {
+        Ok(())
+    }
+
+    /// The tensors by which `x` is quantized: the scheme's own, unless they follow from `x`.
+    fn by(&self, own: &[Tensor], _x: &Tensor) -> Result<Vec<Tensor>> {
+        Ok(own.to_vec())
+    }
+
+    /// The quantized values of `x`.
+    fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor>;
+
+    /// The gradient of `x` from that of its quantized values; files those of the scheme's learned tensors.
+    fn backward(
+        &self,
+        x: &Tensor,
+        gy: &Tensor,
+        by: &[Tensor],
+        bits: Bits,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor>;
+
+    /// As those kernels take it that have uniform quantization built in; none for any other scheme.
+    fn grid<'a>(&self, _by: &'a [Tensor], _bits: Bits) -> Option<kernels::Quantizer<'a>> {
+        None
+    }
+}
+
+/// A tensor that a scheme keeps.
+struct Slot {
+    /// Its name in files, behind that of its unit; `weight_` stands before it where weights are quantized.
+    name: &'static str,
+    /// Number of elements.
+    len: usize,
+    /// What it is if it is learned by its gradient.
+    role: Option<Role>,
+}
+
+impl Method {
+    /// The method's name in the literature.
+    pub fn title(self) -> &'static str {
+        self.schemes().title
+    }
+}
+
+/// A quantizer of one tensor of a network: how many bits, by which scheme, and the tensors that the scheme keeps.
+#[derive(Debug, Clone)]
+pub struct Quantizer {
+    /// Bit width.
+    pub bits: Bits,
+    scheme: &'static dyn Scheme,
+    /// In the order of [`Scheme::tensors`].
+    tensors: Vec<Tensor>,
+    /// Whether the scheme's tensors have been set.
+    ready: bool,
+}
+
+impl Quantizer {
+    /// A quantizer of activations, of which some are negative if they are `signed`. It is `old` with other bits where
+    /// the scheme is the same, else a new one, to be set by the first training batch.
+    pub(crate) fn of_activations(
+        old: Option<Self>,
+        bits: Bits,
+        method: Method,
+        signed: bool,
+        device: &Device,
+    ) -> Result<Self> {
+        let schemes = method.schemes();
+        Self::carried_over(old, bits, if signed { schemes.signed } else { schemes.unsigned }, device)
+    }
+
+    /// A quantizer of `weight`, likewise; a new one is set by the weights as they are. With `folded` the grid is that
+    /// of the filters times `γ/√(V+ε)` of the running variance, so that what is deployed, the folded weights, lies on
+    /// one grid while batch normalization stays live; only uniform weights have that.
+    pub(crate) fn of_weights(
+        old: Option<Self>,
+        bits: Bits,
+        method: Method,
+        folded: bool,
+        weight: &Tensor,
+    ) -> Result<Self> {
+        let scheme = method.schemes().weights.iter().find(|scheme| scheme.folded() == folded);
+        let scheme = scheme.expect("`Network::quantize` folds uniform weights only");
+        let mut quantizer = Self::carried_over(old, bits, *scheme, weight.device())?;
+        if !quantizer.ready {
+            quantizer.settle(weight, 1.0)?;
+        }
+        Ok(quantizer)
+    }
+
+    fn carried_over(
+        old: Option<Self>,
+        bits: Bits,
+        scheme: &'static dyn Scheme,
+        device: &Device,
+    ) -> Result<Self> {
+        let is_same = |old: &Self| (old.kind(), old.folded()) == (scheme.kind(), scheme.folded());
+        if let Some(old) = old.filter(is_same) {
+            return Ok(Self { bits, ..old });
+        }
+        let zeros = |slot: &Slot| Tensor::zeros(slot.len, DType::F32, device);
+        let tensors = scheme.tensors().iter().map(zeros).collect::<Result<_, _>>()?;
+        Ok(Self { bits, scheme, tensors, ready: false })
+    }
+
+    /// What names the scheme, and what it is set to, in a network's file; nothing (`null`) stands for uniform.
+    pub fn kind(&self) -> Value {
+        self.scheme.kind()
+    }
+
+    /// For weights: whether the grid is that of the folded filters. Without effect where batch normalization has been
+    /// folded already.
+    pub fn folded(&self) -> bool {
+        self.scheme.folded()
+    }
+
+    /// The range `[2]`, the lowest and the highest value, of a uniform quantizer of activations; none while no
+    /// training batch has set it.
+    pub fn range(&self) -> Option<&Tensor> {
+        self.grid().map(|grid| grid.range)
+    }
+
+    /// Sets the range of a uniform quantizer of activations; one that learns its bounds is left as it is.
+    pub fn set_range(&mut self, lo: f32, hi: f32) -> Result<()> {
+        if self.scheme.grid(&self.tensors, self.bits).is_some() {
+            self.tensors[0] = Tensor::new(&[lo, hi], self.tensors[0].device())?;
+            self.ready = true;
+        }
+        Ok(())
+    }
+
+    /// The quantized values of `x`; `x` itself while no training batch has set the scheme's tensors.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        if self.ready { Ok(self.forward(x)?.0) } else { Ok(x.clone()) }
+    }
+
+    /// Whether anything of the quantizer has a gradient.
+    pub(crate) fn learns(&self) -> bool {
+        self.scheme.tensors().iter().any(|slot| slot.role.is_some())
+    }
+
+    /// Names, roles and tensors of what the scheme keeps.
+    pub fn slots(&self) -> impl Iterator<Item = (&'static str, Option<Role>, &Tensor)> {
+        self.scheme.tensors().iter().zip(&self.tensors).map(|(slot, tensor)| (slot.name, slot.role, tensor))
+    }
+
+    /// [`Quantizer::slots`], to be filled.
+    pub(crate) fn slots_mut(&mut self) -> impl Iterator<Item = (&'static str, Option<Role>, &mut Tensor)> {
+        let slots = self.scheme.tensors().iter().zip(&mut self.tensors);
+        slots.map(|(slot, tensor)| (slot.name, slot.role, tensor))
+    }
+
+    /// As those kernels take it that have uniform quantization built in; none while the range has not been set, and
+    /// for any other scheme.
+    pub(crate) fn grid(&self) -> Option<kernels::Quantizer<'_>> {
+        self.scheme.grid(&self.tensors, self.bits).filter(|_| self.ready)
+    }
+
+    /// Before a training step in which a kernel quantizes: moves the range by `momentum` of the distance to the extremes
+    /// `[2]` of the batch. The first batch sets it. Does nothing for schemes that are not built into kernels.
+    pub(crate) fn observe(&mut self, extremes: &Tensor, momentum: f64) -> Result<()> {
+        if let Some(grid) = self.scheme.grid(&self.tensors, self.bits) {
+            kernels::quantize::update_range(grid.range, extremes, if self.ready { momentum } else { 1.0 })?;
+            self.ready = true;
+        }
+        Ok(())
+    }
+
+    /// Before a training step quantizes `x`: sets the scheme's tensors the first time, and updates them from then on.
+    pub(crate) fn settle(&mut self, x: &Tensor, momentum: f64) -> Result<()> {
+        match self.ready {
+            true => self.scheme.update(&self.tensors, x, momentum)?,
+            false => self.scheme.start(&self.tensors, x, self.bits)?,
+        }
+        self.ready = true;
+        Ok(())
+    }
+
+    /// The quantized values of `x`, and what their gradient needs.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<(Tensor, Quantized)> {
+        let &Self { bits, scheme, .. } = self;
+        let by = scheme.by(&self.tensors, x)?;
+        Ok((scheme.forward(x, &by, bits)?, Quantized { x: x.clone(), by, bits, scheme }))
+    }
+}
+
+/// A tensor that has been quantized.
+pub(crate) struct Quantized {
+    x: Tensor,
+    by: Vec<Tensor>,
+    bits: Bits,
+    scheme: &'static dyn Scheme,
+}
+
+impl Quantized {
+    /// The tensor as it was, and the grid that it is on, if the scheme is built into kernels.
+    pub(crate) fn on_grid(&self) -> Option<(&Tensor, kernels::Quantizer<'_>)> {
+        self.scheme.grid(&self.by, self.bits).map(|grid| (&self.x, grid))
+    }
+
+    /// The gradient of the tensor from that of its quantized values; files those of the scheme's learned tensors.
+    pub(crate) fn backward(&self, gy: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
+        self.scheme.backward(&self.x, gy, &self.by, self.bits, gradients)
+    }
+}
+
+/// What a file says of a quantizer beside its tensors: of activations `ready`, of weights `folded`.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Entry {
+    bits: Bits,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ready: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    folded: Option<bool>,
+    /// Not written where it is uniform, as in the files from before there was anything else.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    kind: Value,
+}
+
+impl Entry {
+    pub(crate) fn of_activations(quantizer: &Quantizer) -> Self {
+        let &Quantizer { bits, ready, .. } = quantizer;
+        Self { bits, ready: Some(ready), folded: None, kind: quantizer.kind() }
+    }
+
+    pub(crate) fn of_weights(quantizer: &Quantizer) -> Self {
+        let folded = Some(quantizer.folded());
+        Self { bits: quantizer.bits, ready: None, folded, kind: quantizer.kind() }
+    }
+
+    /// The quantizer, with `empty` in the place of each of its tensors.
+    pub(crate) fn quantizer(self, empty: &Tensor) -> Result<Quantizer, String> {
+        let Self { bits, ready, folded, kind } = self;
+        let all = Method::ALL.iter().map(|method| method.schemes());
+        let scheme = match folded {
+            None => all.flat_map(|all| [all.unsigned, all.signed]).find(|scheme| scheme.kind() == kind),
+            Some(folded) => {
+                let mut weights = all.flat_map(|all| all.weights).copied();
+                weights.find(|scheme| (scheme.kind(), scheme.folded()) == (kind.clone(), folded))
+            }
+        };
+        let scheme = scheme.ok_or_else(|| format!("there is no quantizer of kind {kind} here"))?;
+        let tensors = scheme.tensors().iter().map(|_| empty.clone()).collect();
+        Ok(Quantizer { bits, scheme, tensors, ready: ready.unwrap_or(true) })
+    }
+}

@@ -1,0 +1,58 @@
+//! DSQ: soft steps with learned bounds and softness ([`kernels::dsq`]) for activations and weights.
+
+use super::{Scheme, Schemes, Slot};
+use crate::{Gradients, Result, Role};
+use candle_core::Tensor;
+use kernels::{dsq, quantize};
+use quant_core::Bits;
+use serde_json::Value;
+
+pub(super) const SCHEMES: Schemes =
+    Schemes { title: "DSQ", unsigned: &Soft, signed: &Soft, weights: &[&Soft] };
+
+/// The softness with which training begins, the paper's.
+const FIRST_SOFTNESS: f64 = 0.2;
+
+#[derive(Debug)]
+struct Soft;
+
+impl Scheme for Soft {
+    fn kind(&self) -> Value {
+        "dsq".into()
+    }
+
+    fn tensors(&self) -> &'static [Slot] {
+        &[
+            Slot { name: "bounds", len: 2, role: Some(Role::Interval) },
+            Slot { name: "softness", len: 1, role: Some(Role::Interval) },
+        ]
+    }
+
+    /// The bounds begin as the extremes.
+    fn start(&self, own: &[Tensor], x: &Tensor, _: Bits) -> Result<()> {
+        own[0].slice_set(&quantize::min_max(x)?, 0, 0)?;
+        Ok(own[1].slice_set(&(own[1].zeros_like()? + FIRST_SOFTNESS)?, 0, 0)?)
+    }
+
+    fn update(&self, own: &[Tensor], _: &Tensor, _: f64) -> Result<()> {
+        Ok(dsq::project(&own[0], &own[1])?)
+    }
+
+    fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor> {
+        Ok(dsq::forward(x, &by[0], bits)?)
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        gy: &Tensor,
+        by: &[Tensor],
+        bits: Bits,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
+        let dsq::Grads { x, bounds, softness } = dsq::backward(x, gy, &by[0], &by[1], bits)?;
+        gradients.set(&by[0], bounds);
+        gradients.set(&by[1], softness);
+        Ok(x)
+    }
+}
