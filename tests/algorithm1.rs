@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::{bits_of, data, images, mobilenet, pretrain, quantization, recipe, run_well, training, values};
-use datasets::Source;
+use datasets::DataSource;
 use models::{Extras, Network, Unit, Version};
 use pfq::PfQ;
 use quant_core::{Bits, Grid};
@@ -151,7 +151,7 @@ fn every_real_image_stays_on_the_grid() {
         eprintln!("skipped: PFQ_DATA is not set");
         return;
     };
-    let data = match datasets::load(&Source::Folder(folder.into()), &mut |_| ()) {
+    let data = match datasets::load(&DataSource::Folder(folder.into()), &mut |_| ()) {
         Err(error @ datasets::Error::NoData { .. }) => {
             eprintln!("skipped: {error}");
             return;

@@ -5,7 +5,7 @@ mod common;
 use candle_core::Device;
 use common::{executed, mobilenet, recipe, run_well, training};
 use datasets::imagenet::{self, ImageNet, Limit, Options};
-use datasets::{Augmentation, Data, Source};
+use datasets::{Augmentation, DataSource, Dataset};
 use image::{Rgb, RgbImage};
 use models::{Input, MobileNet, Version};
 use std::path::Path;
@@ -13,7 +13,7 @@ use train::{Training, evaluate};
 use workflow::{Kind, Recipe, Stage, Store};
 
 fn load(folder: &Path, options: &Options) -> ImageNet {
-    imagenet::load(&Source::Folder(folder.into()), options, &mut |_| ()).unwrap()
+    imagenet::load(&DataSource::Folder(folder.into()), options, &mut |_| ()).unwrap()
 }
 
 /// Pre-training, pruning and both fine-tunings, an epoch each, on images of 224 × 224 pixels.

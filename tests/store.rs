@@ -24,7 +24,7 @@ const STORE: &str = "PFQ_TEST_STORE";
 /// What it is to stop at, as [`run`] tells it.
 const HOLD: &str = "PFQ_TEST_HOLD";
 
-fn small() -> Arc<datasets::Dataset> {
+fn small() -> Arc<datasets::InMemoryDataset> {
     data(60, 40, 5)
 }
 

@@ -6,7 +6,7 @@ use crate::progress::{Display, duration};
 use crate::{device, process};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device};
-use datasets::{Data, Dataset, Source, imagenet};
+use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
 use models::Network;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,7 +50,7 @@ pub(crate) struct Session {
     /// All settings.
     pub profile: Profile,
     /// Training and test images.
-    pub data: Box<dyn Data>,
+    pub data: Box<dyn Dataset>,
     /// The command and what it ran on.
     pub provenance: Provenance,
     device: Device,
@@ -199,9 +199,13 @@ impl Session {
 }
 
 /// Loads the data that `--data` and the settings ask for, and takes the part that the settings do.
-pub(crate) fn load(wanted: &str, settings: &profile::Data, display: &mut Display) -> Result<Box<dyn Data>> {
-    let source: Source = wanted.parse().unwrap_or_else(|never| match never {});
-    let data: Box<dyn Data> = match &settings.imagenet {
+pub(crate) fn load(
+    wanted: &str,
+    settings: &profile::Data,
+    display: &mut Display,
+) -> Result<Box<dyn Dataset>> {
+    let source: DataSource = wanted.parse().unwrap_or_else(|never| match never {});
+    let data: Box<dyn Dataset> = match &settings.imagenet {
         Some(options) => {
             let data = imagenet::load(&source, options, &mut |event| display.data(&event))?;
             Box::new(match settings.hold_out {
@@ -220,7 +224,7 @@ pub(crate) fn load(wanted: &str, settings: &profile::Data, display: &mut Display
             let at_most = |wanted: Option<usize>, there: usize| wanted.filter(|&n| n < there);
             let train = at_most(settings.train_images, data.train.len());
             let test = at_most(settings.test_images, data.test.len());
-            Box::new(Arc::<Dataset>::new(data.limit(train, test)?))
+            Box::new(Arc::<InMemoryDataset>::new(data.limit(train, test)?))
         }
     };
     display.clear();

@@ -4,7 +4,7 @@
 
 use baselines::Dfq;
 use candle_core::{DType, Device, Tensor};
-use datasets::{Augmentation, Data, Dataset};
+use datasets::{Augmentation, Dataset, InMemoryDataset};
 use models::{Fold, Input, Method, MobileNet, Network, Quantization, Version};
 use pfq::PfQ;
 use quant_core::Precision;
@@ -14,7 +14,7 @@ use train::{Decay, Training};
 use workflow::{Context, Event, Kind, Outcome, Provenance, Recipe, Result, Stage, Store};
 
 /// Synthetic images; `seed` makes other ones.
-pub fn data(train: usize, test: usize, seed: u64) -> Arc<Dataset> {
+pub fn data(train: usize, test: usize, seed: u64) -> Arc<InMemoryDataset> {
     Arc::new(datasets::synthetic(train, test, seed).unwrap())
 }
 
@@ -75,7 +75,7 @@ pub fn pretrain(version: Version, epochs: usize, seed: u64) -> Arc<Stage> {
 pub fn run(
     store: &Store,
     stage: &Stage,
-    data: &dyn Data,
+    data: &dyn Dataset,
     watch: &mut dyn FnMut(&str, &Event),
 ) -> (Result<Outcome>, Vec<String>) {
     let provenance =
@@ -101,7 +101,7 @@ pub fn run(
 
 /// [`run`] of a stage that succeeds.
 #[track_caller]
-pub fn run_well(store: &Store, stage: &Stage, data: &dyn Data) -> (Outcome, Vec<String>) {
+pub fn run_well(store: &Store, stage: &Stage, data: &dyn Dataset) -> (Outcome, Vec<String>) {
     let (outcome, told) = run(store, stage, data, &mut |_, _| ());
     (outcome.unwrap(), told)
 }
@@ -125,6 +125,6 @@ pub fn values(tensor: &Tensor) -> Vec<f32> {
 }
 
 /// The first `count` test images as a batch.
-pub fn images(data: &Arc<Dataset>, count: usize) -> Tensor {
+pub fn images(data: &Arc<InMemoryDataset>, count: usize) -> Tensor {
     datasets::test_batches(data, count).next().unwrap().unwrap().images
 }

@@ -1,12 +1,12 @@
 //! Times the preparation of ImageNet's batches: reading, decoding, cropping, scaling, normalizing.
 //!
-//! `PFQ_IMAGENET=folder cargo bench -p datasets`. One thread gives images/s per core; the best of several rounds, so that it says what the machine can
-//! do, not what it does under load.
+//! `PFQ_IMAGENET=folder cargo bench -p datasets` gives images/s of one thread and of one for each core: the best of
+//! several rounds, because other work on the machine only slows a round down.
 
 use std::time::Instant;
 
 use datasets::imagenet::{self, ImageNet, Options};
-use datasets::{Augmentation, Batches, Data, Source};
+use datasets::{Augmentation, Batches, DataSource, Dataset};
 
 const BATCH: usize = 64;
 const ROUNDS: usize = 5;
@@ -16,7 +16,7 @@ fn main() {
         eprintln!("skipped: PFQ_IMAGENET does not name a folder with ImageNet");
         return;
     };
-    let source = Source::Folder(folder.into());
+    let source = DataSource::Folder(folder.into());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     for threads in [1, cores] {
         let options = Options { threads: Some(threads), ..Options::default() };

@@ -1,4 +1,4 @@
-//! Augmentation and batches, prepared ahead of their use in a background thread.
+//! Augmentation, and batches that a background thread prepares ahead of their use.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,41 +11,39 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::dataset::{CHANNELS, Dataset, Images};
 use crate::error::{Error, Result, panic_message};
+use crate::memory::{CHANNELS, Images, InMemoryDataset};
 
-/// Batches that wait in the channel; one more is in the making.
+/// The number of batches that wait in the channel while the thread makes another one.
 const AHEAD: usize = 2;
 
 /// How training images are varied.
 ///
 /// An image is padded with `pad` black pixels on every side, a window of the original size is cut out at a
-/// uniformly drawn place, and if `flip` the window is mirrored left to right with probability one half. The
-/// padding is black
-/// *before* normalization, (0 - mean) / std after it, as when a crop of the stored bytes precedes the
-/// conversion to numbers.
+/// uniformly drawn place, and if `flip`, the window is mirrored left to right with probability one half. The
+/// padding is black *before* normalization, that is (0 - mean) / std after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Augmentation {
-    /// Pixels added on every side before the crop; 0 leaves the image in place.
+    /// The number of pixels that are added on every side before the crop; 0 leaves the image in place.
     pub pad: usize,
-    /// Whether half of the images, at random, are mirrored left to right.
+    /// Whether a random half of the images is mirrored left to right.
     pub flip: bool,
 }
 
 impl Augmentation {
-    /// Images as they are.
+    /// No augmentation.
     pub fn none() -> Augmentation {
         Augmentation { pad: 0, flip: false }
     }
 
-    /// The view of training image `index` in `epoch`: a function of the arguments only, so that neither the
-    /// order of the images nor the batch size matters to it.
+    /// The view of training image `index` in `epoch`. It depends on the arguments alone and so neither on the
+    /// order of the images nor on the batch size.
     pub(crate) fn view(self, seed: u64, epoch: usize, index: usize) -> View {
         if self == Augmentation::none() {
             return View::default();
         }
         let mut rng = rng(seed, epoch, Purpose::Augment);
-        // Each image gets a stream of its own under the epoch's key.
+        // Each image has its own stream under the epoch's key.
         rng.set_stream(index as u64);
         let span = 2 * self.pad as u64;
         let mut offset = || rng.random_range(0..=span) as isize - self.pad as isize;
@@ -54,18 +52,18 @@ impl Augmentation {
     }
 }
 
-/// Images ready for a model.
+/// Images for a network, and their labels.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// `[n, height, width, channels]`, f32 unless a [`Feed`](crate::Feed) was asked for another: (x / 255 - mean) / std
-    /// with the data set's statistics.
+    /// (x / 255 - mean) / std with the data set's statistics, `[n, height, width, channels]`; f32 unless a
+    /// [`Feed`](crate::Feed) makes another dtype.
     pub images: Tensor,
-    /// u32 `[n]`: the classes.
+    /// The classes, u32 `[n]`.
     pub labels: Tensor,
 }
 
 impl Batch {
-    /// The same on `device`, the images in `dtype`; what is so already is not copied.
+    /// Moves the batch to `device` and converts the images to `dtype`. Copies nothing that is there already.
     fn to(self, (device, dtype): &(Device, DType)) -> Result<Batch> {
         let images = self.images.to_device(device)?.to_dtype(*dtype)?;
         Ok(Batch { images, labels: self.labels.to_device(device)? })
@@ -74,14 +72,14 @@ impl Batch {
 
 /// The training batches of one epoch, on the CPU; [`Feed`](crate::Feed) makes the same ones on any device.
 ///
-/// The order is a permutation drawn from `(seed, epoch)`, and each image is varied by `(seed, epoch, its
-/// index)` only, so an epoch is the same however often and however fast it is consumed. Every image appears
-/// exactly once; the last batch is short if `batch` does not divide their number, unless
-/// [`Batches::drop_last`] is asked for.
+/// The order is a permutation drawn from `(seed, epoch)`, and the augmentation of an image depends on `(seed,
+/// epoch, its index)` alone, so an epoch is the same however often and however fast it is consumed. Every
+/// image appears exactly once. The last batch is short if `batch` does not divide their number;
+/// [`Batches::drop_last`] leaves it out.
 ///
-/// An unusable `batch` (0) is reported by the first item.
+/// If `batch` is 0, the first item is an error.
 pub fn train_batches(
-    data: &Arc<Dataset>,
+    data: &Arc<InMemoryDataset>,
     batch: usize,
     augmentation: Augmentation,
     seed: u64,
@@ -96,17 +94,17 @@ pub fn train_batches(
     })
 }
 
-/// The order of an epoch's training images.
+/// The order of an epoch's training images: a permutation of `0..images`.
 pub(crate) fn order(images: usize, seed: u64, epoch: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..images).collect();
     order.shuffle(&mut rng(seed, epoch, Purpose::Shuffle));
     order
 }
 
-/// The test images on the CPU, in order and as they are, including the last, possibly short, batch.
+/// The test images on the CPU, in order and without augmentation. The last batch may be short.
 ///
-/// An unusable `batch` (0) is reported by the first item.
-pub fn test_batches(data: &Arc<Dataset>, batch: usize) -> Batches {
+/// If `batch` is 0, the first item is an error.
+pub fn test_batches(data: &Arc<InMemoryDataset>, batch: usize) -> Batches {
     let data = Arc::clone(data);
     let table = Normalization::new(&data);
     Batches::start(data.test.len(), batch, move |range| {
@@ -114,31 +112,32 @@ pub fn test_batches(data: &Arc<Dataset>, batch: usize) -> Batches {
     })
 }
 
-/// Batches in the making. On the CPU a background thread prepares up to three of them ahead, and dropping this
-/// stops the thread. On an accelerator a batch is begun when it is asked for, as the device works in the background
-/// itself.
+/// The batches of an epoch. On the CPU a background thread prepares up to three of them ahead; it stops when
+/// this is dropped. On an accelerator the batch is begun when the caller asks for it, as the device itself
+/// works in the background.
 ///
-/// If the thread fails, the failure is the next item and the last one; an epoch never just ends early.
+/// If the thread fails, the failure is the next item and the last one, so an epoch never ends early without
+/// an error.
 pub struct Batches {
     maker: Maker,
-    /// Where each is copied to and the dtype of its images; `None`: it stays as it was made.
+    /// The device and the dtype that each batch is converted to; `None` leaves it as it was made.
     place: Option<(Device, DType)>,
     remaining: usize,
     last_is_short: bool,
 }
 
-/// Who makes the batches.
+/// What makes the batches.
 enum Maker {
-    /// A thread.
+    /// A background thread.
     Thread { receiver: Receiver<Result<Batch>>, worker: JoinHandle<()> },
-    /// Whoever asks for them.
+    /// The thread that asks for them.
     Caller(Box<dyn FnMut() -> Result<Batch> + Send>),
-    /// Nobody any more; with what went wrong, if that is yet to be told.
+    /// Nothing any more. The error, if there is one, is the next item.
     Stopped(Option<Error>),
 }
 
 impl Batches {
-    /// `images` images in batches of `batch`, each made ahead by `make` from the positions that it covers.
+    /// Batches of `batch` of `images` images. A thread calls `make` with the positions of each batch.
     pub(crate) fn start(
         images: usize,
         batch: usize,
@@ -152,7 +151,7 @@ impl Batches {
             for range in ranges(images, batch) {
                 let made = make(range);
                 let failed = made.is_err();
-                // A failing send means that nobody wants more.
+                // An error of the channel means that nobody wants more batches.
                 if sender.send(made).is_err() || failed {
                     return;
                 }
@@ -164,7 +163,7 @@ impl Batches {
         }
     }
 
-    /// The same, but each is made by whoever asks for it.
+    /// The same without a thread: `make` is called when a batch is asked for.
     pub(crate) fn on_demand(
         images: usize,
         batch: usize,
@@ -183,43 +182,43 @@ impl Batches {
         Batches { maker, place: None, remaining, last_is_short }
     }
 
-    /// The same batches on `device` with images in `dtype`, each copied there when it is asked for.
+    /// The same batches on `device` with images in `dtype`. Each is copied there when it is asked for.
     pub(crate) fn on(mut self, device: &Device, dtype: DType) -> Batches {
         self.place = Some((device.clone(), dtype));
         self
     }
 
-    /// Nothing but one error.
+    /// An error as the only item.
     pub(crate) fn failed(error: Error) -> Batches {
         Batches { maker: Maker::Stopped(Some(error)), place: None, remaining: 1, last_is_short: false }
     }
 
-    /// Leaves out the last batch if it is short. To be called before the first item is taken.
+    /// Leaves out the last batch if it is short. Call this before the first item is taken.
     pub fn drop_last(mut self) -> Batches {
         self.remaining -= usize::from(std::mem::take(&mut self.last_is_short));
         self
     }
 
-    /// The number of batches still to come, if nothing fails and no batch is passed over because none of its
-    /// images could be read.
+    /// The number of remaining batches. Fewer come if one fails, or if one is skipped because none of its
+    /// images can be read.
     pub fn len(&self) -> usize {
         self.remaining
     }
 
-    /// Whether no batch is to come.
+    /// Whether no batch remains.
     pub fn is_empty(&self) -> bool {
         self.remaining == 0
     }
 
-    /// Ends the thread and returns the message of its panic, if it had one.
+    /// Ends the thread and returns the message of its panic, if it panicked.
     fn stop(&mut self) -> Option<String> {
         let Maker::Thread { receiver, worker } = std::mem::replace(&mut self.maker, Maker::Stopped(None))
         else {
             return None;
         };
-        // Before the wait: it is what tells the thread to end.
+        // This tells the thread to end, so it must come before the wait.
         drop(receiver);
-        worker.join().err().map(|payload| panic_message(&*payload))
+        worker.join().err().map(|payload| panic_message(&*payload).into())
     }
 
     /// Ends the iteration with `error`.
@@ -244,7 +243,7 @@ impl Iterator for Batches {
         match made {
             Some(Ok(batch)) => {
                 self.remaining -= 1;
-                // None of its images could be read; whoever left them out tells of it.
+                // None of its images could be read; `Dataset::skipped` names them.
                 if batch.labels.elem_count() == 0 {
                     return self.next();
                 }
@@ -262,7 +261,7 @@ impl Iterator for Batches {
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        // A failure ends the iteration early, and a batch can be passed over.
+        // A failure ends the iteration early, and a batch can be skipped.
         (0, Some(self.remaining))
     }
 }
@@ -273,7 +272,7 @@ impl Drop for Batches {
     }
 }
 
-/// The positions that each batch covers.
+/// The positions of each batch.
 fn ranges(images: usize, batch: usize) -> impl Iterator<Item = Range<usize>> {
     (0..images).step_by(batch).map(move |start| start..images.min(start + batch))
 }
@@ -282,14 +281,14 @@ fn no_images() -> Error {
     Error::Invalid("a batch must hold at least one image".into())
 }
 
-/// What random numbers are for; each purpose has a sequence of its own.
+/// What random numbers are drawn for. Each purpose has its own sequence.
 #[derive(Clone, Copy)]
 pub(crate) enum Purpose {
     Shuffle = 1,
     Augment = 2,
 }
 
-/// The generator of one epoch and purpose.
+/// The random numbers of one epoch and purpose.
 pub(crate) fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -298,8 +297,8 @@ pub(crate) fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(key)
 }
 
-/// Where an output image lies in its source: output pixel (y, x) is source pixel (y + top, x + left), after
-/// which the output is mirrored if `flip`.
+/// Where an output image lies in its source: output pixel (y, x) is source pixel (y + top, x + left). Then
+/// the output is mirrored if `flip`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct View {
     pub(crate) top: isize,
@@ -307,23 +306,23 @@ pub(crate) struct View {
     pub(crate) flip: bool,
 }
 
-/// The normalized value of every byte, per channel: one look-up instead of a conversion, a subtraction and a
-/// division.
+/// The normalized value of every byte for each channel. Looking it up replaces a conversion, a subtraction
+/// and a division.
 pub(crate) struct Normalization(pub(crate) [[f32; 256]; CHANNELS]);
 
 impl Normalization {
-    pub(crate) fn new(data: &Dataset) -> Normalization {
+    pub(crate) fn new(data: &InMemoryDataset) -> Normalization {
         Normalization::of(data.mean, data.std)
     }
 
-    /// The table for this mean and standard deviation, full intensity being 1.
+    /// The table for this mean and standard deviation, where full intensity is 1.
     pub(crate) fn of(mean: [f32; CHANNELS], std: [f32; CHANNELS]) -> Normalization {
         Normalization(std::array::from_fn(|c| {
             std::array::from_fn(|value| (value as f32 / 255.0 - mean[c]) / std[c])
         }))
     }
 
-    /// Writes one pixel.
+    /// Normalizes one pixel.
     #[inline]
     pub(crate) fn pixel(&self, source: &[u8; CHANNELS], target: &mut [f32; CHANNELS]) {
         for c in 0..CHANNELS {
@@ -331,18 +330,18 @@ impl Normalization {
         }
     }
 
-    /// Writes the view of an image of the given width (`[height, width, 3]`, as is `target`).
+    /// Writes the normalized view of an image of the given width to `target`. Both are `[height, width, 3]`.
     fn image(&self, source: &[u8], width: usize, view: View, target: &mut [f32]) {
         let mut black = [0.0; CHANNELS];
         self.pixel(&[0; CHANNELS], &mut black);
         let (source, _) = source.as_chunks::<CHANNELS>();
         let (target, _) = target.as_chunks_mut::<CHANNELS>();
         let height = source.len() / width;
-        // The columns of the output that lie within the source.
+        // The columns of the output that lie inside the source.
         let begin = view.left.min(0).unsigned_abs().min(width);
         let end = width.saturating_sub(view.left.max(0).unsigned_abs()).max(begin);
         for (y, row) in target.chunks_exact_mut(width).enumerate() {
-            // Black first, then the part that lies within the source.
+            // The part outside the source stays black.
             row.fill(black);
             let Some(y) = usize::try_from(y as isize + view.top).ok().filter(|&y| y < height) else {
                 continue;
@@ -357,7 +356,7 @@ impl Normalization {
     }
 }
 
-/// The batch of the given images.
+/// Makes a batch of the views of the given images.
 fn assemble(
     images: &Images,
     table: &Normalization,
@@ -386,8 +385,8 @@ mod tests {
 
     const VARIED: Augmentation = Augmentation { pad: 4, flip: true };
 
-    /// Every training image is told from the others by its pixels.
-    fn data() -> Arc<Dataset> {
+    /// A data set whose training images all differ.
+    fn data() -> Arc<InMemoryDataset> {
         Arc::new(crate::synthetic(230, 70, 1).unwrap())
     }
 
@@ -401,7 +400,7 @@ mod tests {
         batches.map(unpack).collect()
     }
 
-    /// The images of an epoch one by one, by their bits.
+    /// The bits of each image of an epoch.
     fn single_images(batches: Batches) -> Vec<Vec<u32>> {
         let split = |(pixels, _): (Vec<f32>, _)| {
             pixels.chunks(3072).map(|image| image.iter().map(|x| x.to_bits()).collect()).collect::<Vec<_>>()
@@ -417,12 +416,12 @@ mod tests {
         assert_eq!(first, epoch(1, 0));
         assert_ne!(first, epoch(1, 1));
         assert_ne!(first, epoch(2, 0));
-        // A slow consumer sees the same.
+        // A slow consumer receives the same.
         let slowly =
             train_batches(&data, 64, VARIED, 1, 0).inspect(|_| std::thread::sleep(Duration::from_millis(20)));
         let slowly: Vec<Vec<u32>> = slowly.map(|batch| batch.unwrap().labels.to_vec1().unwrap()).collect();
         assert_eq!(slowly, first.iter().map(|(_, labels)| labels.clone()).collect::<Vec<_>>());
-        // So do several at once.
+        // So do several consumers at once.
         std::thread::scope(|scope| {
             let runs: Vec<_> = (0..3).map(|_| scope.spawn(|| epoch(1, 0))).collect();
             runs.into_iter().for_each(|run| assert_eq!(run.join().unwrap(), first));
@@ -505,7 +504,7 @@ mod tests {
     fn views_are_those_worked_out_by_hand() {
         // Two rows of three pixels, whose red channels are 1 2 3 / 4 5 6; green and blue are constant.
         let source: Vec<u8> = (1..=6).flat_map(|red| [red, 10, 20]).collect();
-        // With this table the result shows where each byte went, and black stands out.
+        // With this table the result shows where each byte went, and black differs from all of them.
         let table =
             Normalization(std::array::from_fn(|c| std::array::from_fn(|v| v as f32 - 100.0 * c as f32)));
         let red = |top, left, flip| {
@@ -561,7 +560,7 @@ mod tests {
         });
         batches.next().unwrap().unwrap();
         drop(batches);
-        // Dropping waits for the thread, which holds the other reference.
+        // Dropping waits for the thread, which has the other reference.
         assert_eq!(Arc::strong_count(&made), 1);
         assert!(made.load(Ordering::SeqCst) <= 5);
     }
@@ -587,8 +586,8 @@ mod tests {
         assert_eq!(items.len(), 3);
         assert_eq!(items[2].as_ref().unwrap_err().to_string(), "no more");
 
-        // Fields are public, so a data set can be inconsistent.
-        let mut broken = Dataset::clone(&data);
+        // The fields are public, so a data set can be inconsistent.
+        let mut broken = InMemoryDataset::clone(&data);
         broken.train.pixels.truncate(5 * 3072);
         let items: Vec<_> = train_batches(&Arc::new(broken), 64, VARIED, 0, 0).collect();
         assert!(items.last().unwrap().is_err());

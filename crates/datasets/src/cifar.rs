@@ -1,25 +1,25 @@
-//! What CIFAR-100 is: its official files, and the forms of its records.
+//! CIFAR-100: its official files and the forms of its records.
 
 use md5::{Digest, Md5};
 
-use crate::dataset::{CHANNELS, Dataset, Images, hex};
 use crate::error::{Error, Result};
-use crate::pickle::{self, Value};
-use crate::source::Event;
+use crate::event::Event;
+use crate::memory::{CHANNELS, Images, InMemoryDataset};
+use crate::pickle;
 
-/// Rows and columns of an image.
+/// The number of rows and of columns of an image.
 pub(crate) const SIDE: usize = 32;
-/// Bytes of an image.
+/// The number of bytes of an image.
 pub(crate) const PIXELS: usize = SIDE * SIDE * CHANNELS;
-/// Fine classes, the ones that are learned.
+/// The number of fine classes, which are the ones to learn.
 pub(crate) const CLASSES: usize = 100;
-/// Coarse classes, read only to be checked.
+/// The number of coarse classes. Their labels are checked and not used.
 pub(crate) const COARSE: usize = 20;
 
-/// What is known of an official file.
+/// Length and checksum of an official file.
 #[derive(Clone, Debug)]
 pub(crate) struct Expected {
-    /// Its length, where it is published: a wrong one says more about what went wrong than a wrong sum.
+    /// Its length, if it is published: that a length is wrong says more than that a checksum is.
     pub bytes: Option<u64>,
     /// Its MD5 in lower-case hex.
     pub md5: String,
@@ -42,7 +42,7 @@ impl Expected {
 
     /// Checks the MD5 of `file`.
     pub fn check_md5(&self, file: &str, hash: Md5) -> Result<()> {
-        let found = hex(&hash.finalize());
+        let found = format!("{:x}", hash.finalize());
         match found == self.md5 {
             true => Ok(()),
             false => Err(Error::Checksum { file: file.into(), found, expected: self.md5.clone() }),
@@ -56,21 +56,21 @@ impl Expected {
     }
 }
 
-/// One of the two published forms: the official archive, and its members for training and testing.
+/// A published form: the official archive, and its members for training and testing.
 #[derive(Clone, Debug)]
 pub(crate) struct Release {
     pub archive: Expected,
     pub members: [Expected; 2],
 }
 
-/// What the files of the data set must be. It is a value so that tests can put a small data set in its place.
+/// What the official files are. Tests have one of a small data set.
 #[derive(Clone, Debug)]
 pub(crate) struct Manifest {
-    /// Images for training and testing.
+    /// The numbers of images for training and testing.
     pub records: [usize; 2],
     pub binary: Release,
     pub python: Release,
-    /// [`Dataset::fingerprint`] of the official files.
+    /// [`InMemoryDataset::fingerprint`] of the official files.
     pub fingerprint: String,
 }
 
@@ -97,15 +97,15 @@ impl Manifest {
         }
     }
 
-    /// The data set of the given images. Tells if they are not the official ones in their order, which can
-    /// happen only to files without an official checksum.
+    /// The data set of the given images. Reports [`Event::Unverified`] if they are not the official ones in
+    /// their official order, which is possible only for files without an official checksum.
     pub fn dataset(
         &self,
         source: String,
         [train, test]: [Images; 2],
         on_event: &mut dyn FnMut(Event),
-    ) -> Result<Dataset> {
-        let data = Dataset::new("cifar100", source, CLASSES, train, test)?;
+    ) -> Result<InMemoryDataset> {
+        let data = InMemoryDataset::new("cifar100", source, CLASSES, train, test)?;
         if data.fingerprint != self.fingerprint {
             let why = format!(
                 "{} decodes to fingerprint {}, while the official files have {}: the pictures, the labels or \
@@ -118,7 +118,7 @@ impl Manifest {
     }
 }
 
-/// Images without pixels yet, with room for `n`.
+/// No image yet, with capacity for `n`.
 pub(crate) fn with_capacity(n: usize) -> Images {
     Images {
         pixels: Vec::with_capacity(n * PIXELS),
@@ -140,14 +140,13 @@ pub(crate) fn check_labels(file: &str, i: usize, coarse: i64, fine: i64) -> Resu
     Ok(fine as u16)
 }
 
-/// Appends an image stored as three planes of rows, red, green and blue, with the channels of a pixel
-/// together.
+/// Appends an image that is given as three planes, red, green and blue, each row by row.
 fn push_planes(planes: &[u8], pixels: &mut Vec<u8>) {
     let plane = SIDE * SIDE;
     pixels.extend((0..plane).flat_map(|i| [planes[i], planes[plane + i], planes[2 * plane + i]]));
 }
 
-/// Reads `records` records of the binary form: coarse label, fine label, three planes.
+/// Reads `records` records of the binary form: a coarse label, a fine label, three planes.
 pub(crate) fn parse_binary(file: &str, contents: &[u8], records: usize) -> Result<Images> {
     const RECORD: usize = 2 + PIXELS;
     if contents.len() != records * RECORD {
@@ -162,26 +161,18 @@ pub(crate) fn parse_binary(file: &str, contents: &[u8], records: usize) -> Resul
     Ok(images)
 }
 
-/// Reads the python form, a pickled dictionary whose `data` is a NumPy array `[records, 3072]` of bytes, each
-/// row three planes, with the lists `fine_labels` and `coarse_labels`.
+/// Reads the Python form: a pickled dictionary of the NumPy array `data`, `[records, 3072]`, whose rows are
+/// three planes, and of the lists `fine_labels` and `coarse_labels`.
 pub(crate) fn parse_python(file: &str, contents: &[u8], records: usize) -> Result<Images> {
     let bad = |what: String| Error::malformed(file, what);
-    let root = pickle::read(contents).map_err(bad)?;
-    let get = |key: &str| root.get(key).ok_or_else(|| bad(format!("there is no {key:?} in its dictionary")));
-    let labels = |key: &str| match get(key)? {
-        Value::List(list) if list.len() == records => Ok(list),
-        Value::List(list) => Err(bad(format!("{key} has {} entries instead of {records}", list.len()))),
-        _ => Err(bad(format!("{key} is not a list"))),
-    };
-    let (fine, coarse) = (labels("fine_labels")?, labels("coarse_labels")?);
-    let data = get("data")?.byte_array(records, PIXELS).map_err(|what| bad(format!("data: {what}")))?;
+    let dictionary = pickle::read(contents).map_err(bad)?;
+    let coarse = dictionary.integers("coarse_labels", records).map_err(bad)?;
+    let fine = dictionary.integers("fine_labels", records).map_err(bad)?;
+    let data = dictionary.bytes("data", records, PIXELS).map_err(bad)?;
 
     let mut images = with_capacity(records);
     for (i, planes) in data.chunks_exact(PIXELS).enumerate() {
-        let (Value::Int(coarse), Value::Int(fine)) = (&coarse[i], &fine[i]) else {
-            return Err(bad(format!("a label of record {i} is not an integer")));
-        };
-        images.labels.push(check_labels(file, i, *coarse, *fine)?);
+        images.labels.push(check_labels(file, i, coarse[i], fine[i])?);
         push_planes(planes, &mut images.pixels);
     }
     Ok(images)
@@ -228,15 +219,15 @@ mod tests {
     #[test]
     fn wrong_pickles_are_refused() {
         let refused = |contents: &[u8], n| parse_python("the file", contents, n).unwrap_err().to_string();
-        assert!(refused(PICKLES[0], 2).contains("fine_labels has 3 entries instead of 2"));
-        assert!(refused(b"}.", 2).contains("no \"fine_labels\""));
+        assert!(refused(PICKLES[0], 2).contains("labels has 3 entries instead of 2"));
+        assert!(refused(b"}.", 2).contains("no \"coarse_labels\""));
         assert!(refused(b"junk", 2).contains("not a pickle"));
         let mut contents = PICKLES[0].to_vec();
         let at = contents.windows(4).position(|window| window == [b'K', 5, b'K', 42]).unwrap();
         contents[at + 1] = 100;
         assert!(refused(&contents, 3).contains("record 0 has the fine label 100"));
         contents[at..at + 2].copy_from_slice(b")N");
-        assert!(refused(&contents, 3).contains("fine_labels has 4 entries"));
+        assert!(refused(&contents, 3).contains("fine_labels has 2 entries"));
     }
 
     #[test]

@@ -1,412 +1,116 @@
-//! Images in memory, and a data set of two splits with its statistics and fingerprint.
+//! What training and evaluation need of a data set, whether it is in memory or read from files when it is
+//! used.
 
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
-use sha2::{Digest, Sha256};
+use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::batches::{Augmentation, Batches, test_batches, train_batches};
+use crate::memory::InMemoryDataset;
 
-/// The channels of every image that this crate handles: red, green, blue.
-pub(crate) const CHANNELS: usize = 3;
+/// A data set to train on and to evaluate with: `Arc<InMemoryDataset>`, or
+/// [`ImageNet`](crate::imagenet::ImageNet), which is read from files.
+pub trait Dataset: Send + Sync {
+    /// A short name such as `"cifar100"`. A part of a data set has another name than the whole.
+    fn name(&self) -> &str;
 
-/// Labelled images, all of one size, held as bytes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Images {
-    /// The pixels, `[n, height, width, channels]`, row-major, 0..=255.
-    pub pixels: Vec<u8>,
-    /// The class of each image, `[n]`.
-    pub labels: Vec<u16>,
-    /// Rows of an image.
-    pub height: usize,
-    /// Columns of an image.
-    pub width: usize,
-    /// Channels of a pixel.
-    pub channels: usize,
-}
+    /// Where it comes from and which part of it was taken, for people to read.
+    fn source(&self) -> &str;
 
-impl Images {
-    /// The number of images.
-    pub fn len(&self) -> usize {
-        self.labels.len()
+    /// The number of classes. Labels lie in `0..classes`.
+    fn classes(&self) -> usize;
+
+    /// The number of training images.
+    fn train_images(&self) -> usize;
+
+    /// The number of test images.
+    fn test_images(&self) -> usize;
+
+    /// Rows and columns of the images in a batch.
+    fn side(&self) -> (usize, usize);
+
+    /// The mean of each channel that batches are normalized with. Full intensity is 1.
+    fn mean(&self) -> [f32; 3];
+
+    /// The standard deviation of each channel that batches are normalized with, in the same units.
+    fn std(&self) -> [f32; 3];
+
+    /// Hexadecimal digits that distinguish the images, their labels and their preparation from those of other
+    /// data sets.
+    fn fingerprint(&self) -> &str;
+
+    /// The training batches of one epoch. They hold each training image once, in an order drawn from (seed,
+    /// epoch); what is drawn for its augmentation depends on (seed, epoch, the image's index). A failure is
+    /// the last item.
+    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches;
+
+    /// The test images in order. A failure is the last item.
+    fn test_batches(&self, batch: usize) -> Batches;
+
+    /// The whole set if it is in memory. An accelerator can then keep a copy of it.
+    fn in_memory(&self) -> Option<&InMemoryDataset> {
+        None
     }
 
-    /// Whether there is no image.
-    pub fn is_empty(&self) -> bool {
-        self.labels.is_empty()
-    }
-
-    /// The bytes of image `i`, `[height, width, channels]`.
-    ///
-    /// # Panics
-    ///
-    /// If there is no image `i`.
-    pub fn image(&self, i: usize) -> &[u8] {
-        let size = self.image_size();
-        &self.pixels[i * size..(i + 1) * size]
-    }
-
-    /// Copies of the images with the given indices, in the order of `idx`.
-    ///
-    /// # Panics
-    ///
-    /// If an index is out of range.
-    pub fn subset(&self, idx: &[usize]) -> Images {
-        let mut pixels = Vec::with_capacity(idx.len() * self.image_size());
-        for &i in idx {
-            pixels.extend_from_slice(self.image(i));
-        }
-        Images {
-            pixels,
-            labels: idx.iter().map(|&i| self.labels[i]).collect(),
-            height: self.height,
-            width: self.width,
-            channels: self.channels,
-        }
-    }
-
-    /// Bytes of one image.
-    pub(crate) fn image_size(&self) -> usize {
-        self.height * self.width * self.channels
-    }
-
-    /// Checks that the parts fit together and that the labels lie in `0..classes`.
-    fn check(&self, what: &str, classes: usize) -> Result<()> {
-        let invalid = |why: String| Err(Error::Invalid(format!("the {what} images are inconsistent: {why}")));
-        if self.channels != CHANNELS || self.height == 0 || self.width == 0 {
-            return invalid(format!(
-                "{}x{}x{} pixels each instead of three channels and at least one pixel",
-                self.height, self.width, self.channels
-            ));
-        }
-        if self.pixels.len() != self.len() * self.image_size() {
-            return invalid(format!(
-                "{} bytes of pixels for {} labels and {} bytes an image",
-                self.pixels.len(),
-                self.len(),
-                self.image_size()
-            ));
-        }
-        match self.labels.iter().find(|&&label| usize::from(label) >= classes) {
-            Some(label) => invalid(format!("label {label} of {classes} classes")),
-            None => Ok(()),
-        }
+    /// The images that have been left out so far because they cannot be used. A set in memory has none.
+    fn skipped(&self) -> Vec<Skipped> {
+        Vec::new()
     }
 }
 
-/// A data set: where it came from and what it holds.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Dataset {
-    /// `"cifar100"` or `"synthetic"`.
-    pub name: String,
-    /// For people to read: the folder, the hub's repository and revision, or `synthetic (seed ..)`, and what
-    /// was taken from it.
-    pub source: String,
-    /// The number of classes; labels lie in `0..classes`.
-    pub classes: usize,
-    /// The images to train on.
-    pub train: Images,
-    /// The images to test on.
-    pub test: Images,
-    /// The mean of each channel over all pixels of `train`, black being 0 and full intensity 1.
-    pub mean: [f32; 3],
-    /// The standard deviation of each channel over all pixels of `train` (division by the number of pixels),
-    /// in the same units. A channel without any variation gets 1, so that it normalizes to zero.
-    pub std: [f32; 3],
-    /// What identifies the pictures: the SHA-256, in lower-case hex, over `train` and then `test`, each as
-    /// its number of images (u64), height, width and channels (u32 each), then for every image its label
-    /// (u16) and its pixels row by row, red, green and blue of a pixel together; integers are little-endian.
-    ///
-    /// It is taken over decoded records: the same pictures with the same labels in the same order have the
-    /// same fingerprint from whatever form of file they came.
-    pub fingerprint: String,
+/// An image that is left out of training or of evaluation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// Its file, or its archive and member.
+    pub file: String,
+    /// What is wrong with it.
+    pub why: String,
 }
 
-impl Dataset {
-    /// A data set of the given images; the statistics and the fingerprint are computed.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] if there is no training image, if the images do not have three channels and one
-    /// size, or if a label is not in `0..classes`.
-    pub fn new(
-        name: impl Into<String>,
-        source: impl Into<String>,
-        classes: usize,
-        train: Images,
-        test: Images,
-    ) -> Result<Dataset> {
-        train.check("training", classes)?;
-        test.check("test", classes)?;
-        if train.is_empty() {
-            return Err(Error::Invalid("a data set needs at least one training image".into()));
-        }
-        if (train.height, train.width) != (test.height, test.width) {
-            return Err(Error::Invalid(format!(
-                "the training images have {}x{} pixels and the test images {}x{}",
-                train.height, train.width, test.height, test.width
-            )));
-        }
-        let (mean, std) = channel_statistics(&train.pixels);
-        let fingerprint = fingerprint(&[&train, &test]);
-        Ok(Dataset { name: name.into(), source: source.into(), classes, train, test, mean, std, fingerprint })
+impl Dataset for Arc<InMemoryDataset> {
+    fn name(&self) -> &str {
+        &self.name
     }
 
-    /// For choosing settings without looking at the test set: `test` becomes `n` of the training images,
-    /// drawn with `seed` and spread over the classes as evenly as possible, and `train` becomes the others;
-    /// both keep their order. The real test set is not in the result. The name stays; the statistics (of the
-    /// images that are left to train on) and the fingerprint are new.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] unless `0 < n < train.len()`.
-    pub fn hold_out(&self, n: usize, seed: u64) -> Result<Dataset> {
-        let all = self.train.len();
-        if n == 0 || n >= all {
-            return Err(Error::Invalid(format!(
-                "cannot hold out {n} of {all} training images: choose 1..={}",
-                all - 1
-            )));
-        }
-        let mut order: Vec<usize> = (0..all).collect();
-        order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-        let held = balanced(&order, &self.train.labels, self.classes, n);
-        let mut is_held = vec![false; all];
-        held.iter().for_each(|&i| is_held[i] = true);
-        let kept: Vec<usize> = (0..all).filter(|&i| !is_held[i]).collect();
-        let source = format!("{}; {n} training images held out as test (seed {seed})", self.source);
-        Dataset::new(&self.name, source, self.classes, self.train.subset(&kept), self.train.subset(&held))
+    fn source(&self) -> &str {
+        &self.source
     }
 
-    /// The first `train` training and `test` test images, taken from the classes in turn so that these stay
-    /// as balanced as possible; the order is kept. `None`, or a number that is not below the number of
-    /// images, keeps all of them. If anything is left out, the statistics and the fingerprint are new.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] if a limit is 0.
-    pub fn limit(&self, train: Option<usize>, test: Option<usize>) -> Result<Dataset> {
-        if train == Some(0) || test == Some(0) {
-            return Err(Error::Invalid("a limit on the number of images must be at least 1".into()));
-        }
-        let first = |images: &Images, n: Option<usize>| match n {
-            Some(n) if n < images.len() => {
-                let order: Vec<usize> = (0..images.len()).collect();
-                images.subset(&balanced(&order, &images.labels, self.classes, n))
-            }
-            _ => images.clone(),
-        };
-        let (train, test) = (first(&self.train, train), first(&self.test, test));
-        if (train.len(), test.len()) == (self.train.len(), self.test.len()) {
-            return Ok(self.clone());
-        }
-        let source = format!("{}; limited to {} + {} images", self.source, train.len(), test.len());
-        Dataset::new(&self.name, source, self.classes, train, test)
-    }
-}
-
-/// `n` of the indices in `order`, ascending: the first of every class, then the second of every class, and so
-/// on, so that no class gives more than one image more than another that still has some.
-pub(crate) fn balanced(order: &[usize], labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
-    let mut seen = vec![0usize; classes];
-    let mut ranked: Vec<(usize, usize)> = order
-        .iter()
-        .map(|&i| {
-            let rank = &mut seen[usize::from(labels[i])];
-            *rank += 1;
-            (*rank, i)
-        })
-        .collect();
-    ranked.sort_by_key(|&(rank, _)| rank);
-    let mut taken: Vec<usize> = ranked.into_iter().take(n).map(|(_, i)| i).collect();
-    taken.sort_unstable();
-    taken
-}
-
-/// Mean and standard deviation of each channel of interleaved pixels, in units of full intensity.
-///
-/// The sums are integers, so that the result does not depend on the order of the additions.
-fn channel_statistics(pixels: &[u8]) -> ([f32; 3], [f32; 3]) {
-    let (mut sum, mut squares) = ([0u64; CHANNELS], [0u64; CHANNELS]);
-    for pixel in pixels.chunks_exact(CHANNELS) {
-        for (c, &value) in pixel.iter().enumerate() {
-            let value = u64::from(value);
-            sum[c] += value;
-            squares[c] += value * value;
-        }
-    }
-    let n = (pixels.len() / CHANNELS) as f64;
-    let mean = sum.map(|s| s as f64 / n);
-    let std = std::array::from_fn(|c| {
-        let variance = (squares[c] as f64 / n - mean[c] * mean[c]).max(0.0);
-        if variance > 0.0 { (variance.sqrt() / 255.0) as f32 } else { 1.0 }
-    });
-    (mean.map(|m| (m / 255.0) as f32), std)
-}
-
-/// The fingerprint documented at [`Dataset::fingerprint`].
-fn fingerprint(splits: &[&Images]) -> String {
-    let mut hash = Sha256::new();
-    for images in splits {
-        hash.update((images.len() as u64).to_le_bytes());
-        for size in [images.height, images.width, images.channels] {
-            hash.update((size as u32).to_le_bytes());
-        }
-        for (label, pixels) in images.labels.iter().zip(images.pixels.chunks_exact(images.image_size())) {
-            hash.update(label.to_le_bytes());
-            hash.update(pixels);
-        }
-    }
-    hex(&hash.finalize())
-}
-
-/// Lower-case hex.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// `n` images of 2x1 pixels in `classes` classes in turn; image `i` holds the byte `i` six times.
-    fn numbered(n: usize, classes: usize) -> Images {
-        Images {
-            pixels: (0..n).flat_map(|i| [i as u8; 6]).collect(),
-            labels: (0..n).map(|i| (i % classes) as u16).collect(),
-            height: 2,
-            width: 1,
-            channels: 3,
-        }
+    fn classes(&self) -> usize {
+        self.classes
     }
 
-    fn data(train: usize, test: usize, classes: usize) -> Dataset {
-        Dataset::new("d", "here", classes, numbered(train, classes), numbered(test, classes)).unwrap()
+    fn train_images(&self) -> usize {
+        self.train.len()
     }
 
-    fn numbers(images: &Images) -> Vec<u8> {
-        (0..images.len()).map(|i| images.image(i)[0]).collect()
+    fn test_images(&self) -> usize {
+        self.test.len()
     }
 
-    fn per_class(images: &Images, classes: usize) -> Vec<usize> {
-        let mut counts = vec![0; classes];
-        images.labels.iter().for_each(|&label| counts[usize::from(label)] += 1);
-        counts
+    fn side(&self) -> (usize, usize) {
+        (self.train.height, self.train.width)
     }
 
-    #[test]
-    fn a_subset_keeps_the_order_asked_for() {
-        let subset = numbered(9, 4).subset(&[7, 0, 7]);
-        assert_eq!((subset.len(), subset.is_empty()), (3, false));
-        assert_eq!(numbers(&subset), [7, 0, 7]);
-        assert_eq!(subset.labels, [3, 0, 3]);
-        assert_eq!((subset.height, subset.width, subset.channels), (2, 1, 3));
-        assert!(numbered(9, 4).subset(&[]).is_empty());
+    fn mean(&self) -> [f32; 3] {
+        self.mean
     }
 
-    #[test]
-    fn statistics_are_those_of_the_training_images() {
-        let train = Images { pixels: vec![0, 51, 9, 255, 51, 9, 255, 102, 9, 0, 102, 9], ..numbered(2, 2) };
-        let data = Dataset::new("d", "here", 2, train, numbered(1, 2)).unwrap();
-        assert_eq!(data.mean, [0.5, 0.3, 9.0 / 255.0]);
-        assert_eq!((data.std[0], data.std[2]), (0.5, 1.0));
-        assert!((data.std[1] - 0.1).abs() < 1e-7);
+    fn std(&self) -> [f32; 3] {
+        self.std
     }
 
-    #[test]
-    fn the_fingerprint_is_the_documented_one_and_tells_everything_apart() {
-        let fingerprint =
-            |train: Images, test: Images| Dataset::new("d", "x", 4, train, test).unwrap().fingerprint;
-        let mut bytes = Vec::new();
-        for n in [2u64, 1] {
-            bytes.extend(n.to_le_bytes());
-            [2u32, 1, 3].iter().for_each(|size| bytes.extend(size.to_le_bytes()));
-            (0..n as u8).for_each(|i| bytes.extend([i, 0, i, i, i, i, i, i]));
-        }
-        let base = fingerprint(numbered(2, 4), numbered(1, 4));
-        assert_eq!(base, hex(&Sha256::digest(&bytes)));
-        let mut relabelled = numbered(2, 4);
-        relabelled.labels[1] = 3;
-        let mut repainted = numbered(2, 4);
-        repainted.pixels[11] ^= 1;
-        let reshaped = |images: Images| Images { height: 1, width: 2, ..images };
-        assert_ne!(base, fingerprint(relabelled, numbered(1, 4)));
-        assert_ne!(base, fingerprint(repainted, numbered(1, 4)));
-        assert_ne!(base, fingerprint(numbered(2, 4).subset(&[1, 0]), numbered(1, 4)));
-        assert_ne!(base, fingerprint(reshaped(numbered(2, 4)), reshaped(numbered(1, 4))));
-        assert_ne!(fingerprint(numbered(3, 4), numbered(2, 4)), fingerprint(numbered(2, 4), numbered(3, 4)));
+    fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
-    #[test]
-    fn held_out_images_are_disjoint_balanced_and_drawn() {
-        let data = data(100, 7, 5);
-        let held = data.hold_out(20, 1).unwrap();
-        assert_eq!((held.train.len(), held.test.len()), (80, 20));
-        assert_eq!((per_class(&held.train, 5), per_class(&held.test, 5)), (vec![16; 5], vec![4; 5]));
-        let mut all = [numbers(&held.train), numbers(&held.test)].concat();
-        assert!(
-            held.train.labels.iter().zip(numbers(&held.train)).all(|(&label, i)| label == u16::from(i) % 5)
-        );
-        all.sort_unstable();
-        assert_eq!(all, (0..100).collect::<Vec<u8>>());
-        assert!(numbers(&held.train).is_sorted() && numbers(&held.test).is_sorted());
-
-        assert_eq!(held, data.hold_out(20, 1).unwrap());
-        assert_ne!(held.test, data.hold_out(20, 2).unwrap().test);
-        assert_ne!(held.fingerprint, data.fingerprint);
-        assert_eq!((held.name.as_str(), held.classes), ("d", 5));
-        assert!(held.source.starts_with("here; 20 training images held out"), "{}", held.source);
-        // The statistics are those of what is left.
-        assert_eq!(held.mean, channel_statistics(&held.train.pixels).0);
-
-        let uneven = per_class(&data.hold_out(13, 3).unwrap().test, 5);
-        assert!(
-            uneven.iter().all(|n| (2..=3).contains(n)) && uneven.iter().sum::<usize>() == 13,
-            "{uneven:?}"
-        );
+    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
+        train_batches(self, batch, augmentation, seed, epoch)
     }
 
-    #[test]
-    fn limits_take_the_first_of_every_class() {
-        let data = data(30, 10, 5);
-        let limited = data.limit(Some(10), Some(7)).unwrap();
-        assert_eq!(numbers(&limited.train), (0..10).collect::<Vec<u8>>());
-        assert_eq!(numbers(&limited.test), (0..7).collect::<Vec<u8>>());
-        assert_ne!(limited.fingerprint, data.fingerprint);
-        assert_eq!(data.limit(None, None).unwrap(), data);
-        assert_eq!(data.limit(Some(30), Some(99)).unwrap(), data);
-
-        // Sorted by class, the first images are not a prefix.
-        let mut sorted = numbered(30, 1);
-        sorted.labels = (0..30).map(|i| i / 10).collect();
-        let data = Dataset::new("d", "x", 3, sorted, numbered(1, 1)).unwrap();
-        assert_eq!(numbers(&data.limit(Some(6), None).unwrap().train), [0, 1, 10, 11, 20, 21]);
-        assert_eq!(numbers(&data.limit(Some(4), None).unwrap().train), [0, 1, 10, 20]);
+    fn test_batches(&self, batch: usize) -> Batches {
+        test_batches(self, batch)
     }
 
-    #[test]
-    fn unusable_arguments_are_refused() {
-        let data = data(10, 10, 5);
-        for n in [0, 10, 11] {
-            let error = data.hold_out(n, 0).unwrap_err();
-            assert!(
-                matches!(error, Error::Invalid(_)) && error.to_string().contains("choose 1..=9"),
-                "{error}"
-            );
-        }
-        assert!(matches!(data.limit(Some(0), None), Err(Error::Invalid(_))));
-        assert!(matches!(data.limit(None, Some(0)), Err(Error::Invalid(_))));
-
-        let refused =
-            |train: Images| Dataset::new("d", "x", 5, train, numbered(1, 5)).unwrap_err().to_string();
-        assert!(refused(numbered(0, 5)).contains("at least one training image"));
-        assert!(refused(numbered(6, 6)).contains("label 5 of 5 classes"));
-        assert!(refused(Images { channels: 1, ..numbered(3, 5) }).contains("three channels"));
-        assert!(refused(Images { height: 0, ..numbered(3, 5) }).contains("at least one pixel"));
-        assert!(refused(Images { width: 2, ..numbered(3, 5) }).contains("18 bytes of pixels for 3 labels"));
-        assert!(
-            refused(Images { width: 2, height: 1, ..numbered(3, 5) })
-                .contains("1x2 pixels and the test images 2x1")
-        );
+    fn in_memory(&self) -> Option<&InMemoryDataset> {
+        Some(self)
     }
 }

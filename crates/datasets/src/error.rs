@@ -1,17 +1,19 @@
 //! What can go wrong while loading or batching a data set.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
-/// The result of everything fallible in this crate.
+/// The result of every function of this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong. Each message names the file or argument, what was found, what was expected and,
-/// where there is something to do about it, what to do.
+/// What went wrong. A message names the file or the argument, what was found, what was expected and, if there
+/// is a remedy, what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A folder does not exist or holds none of the forms of CIFAR-100 that
-    /// [`Source::Folder`](crate::Source::Folder) reads.
+    /// A folder does not exist, or has CIFAR-100 in none of the forms that
+    /// [`DataSource::Folder`](crate::DataSource::Folder) reads.
     #[error(
         "no CIFAR-100 in {folder}: {what}; unpack cifar-100-binary.tar.gz from \
          https://www.cs.toronto.edu/~kriz/cifar.html there"
@@ -19,10 +21,10 @@ pub enum Error {
     NoData {
         /// The folder that was searched.
         folder: PathBuf,
-        /// That it does not exist, or what was looked for.
+        /// What it lacks.
         what: String,
     },
-    /// A folder holds no form of ImageNet.
+    /// A folder does not exist, or has ImageNet in none of the forms that are read.
     #[error(
         "no ImageNet in {folder}: {what}; it needs train/ and val/ with a folder for each class, \
          ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or the parquet files of ILSVRC/imagenet-1k"
@@ -30,10 +32,10 @@ pub enum Error {
     NoImageNet {
         /// The folder that was searched.
         folder: PathBuf,
-        /// That it does not exist, or what was looked for.
+        /// What it lacks.
         what: String,
     },
-    /// A file that gives classes or labels cannot be used.
+    /// A file does not give the classes or the labels that it should.
     #[error("{file} does not give the labels: {what}")]
     Labels {
         /// The file.
@@ -41,7 +43,7 @@ pub enum Error {
         /// What was found and what was expected.
         what: String,
     },
-    /// More images are damaged than is tolerated.
+    /// More images cannot be used than `bad_percent` permits.
     #[error(
         "{bad} of {images} {split} images cannot be used, more than the {limit_percent} % that are tolerated \
          (bad_percent): the first is {first}; restore the files, or raise the limit"
@@ -49,26 +51,26 @@ pub enum Error {
     TooManyBad {
         /// `"training"` or `"test"`.
         split: &'static str,
-        /// How many were found damaged so far.
+        /// The number of images that have been found unusable so far.
         bad: usize,
         /// The number of images in the split.
         images: usize,
-        /// The percentage that is tolerated.
+        /// The permitted percentage.
         limit_percent: f64,
-        /// The first of them, with what is wrong with it.
+        /// The first unusable image and what is wrong with it.
         first: String,
     },
-    /// One file of a form is there and the other one is not.
+    /// Only one of two files that belong together exists.
     #[error(
         "{path} is missing, although {beside} is there: unpack the archive again so that both are present"
     )]
     MissingFile {
         /// The file that is missing.
         path: PathBuf,
-        /// The file whose presence says that `path` belongs there.
+        /// The file that exists.
         beside: PathBuf,
     },
-    /// An official file, or a member of an official archive, has the wrong length.
+    /// The length of a file, or of an archive's member, is not that of the official one.
     #[error(
         "{file} has {found} bytes instead of {expected}: it is truncated or not the official file; \
          delete it and download it again"
@@ -81,7 +83,7 @@ pub enum Error {
         /// The length of the official file in bytes.
         expected: u64,
     },
-    /// An official file, or a member of an official archive, has the wrong contents.
+    /// The contents of a file, or of an archive's member, are not those of the official one.
     #[error(
         "{file} has MD5 {found} instead of {expected}: it is corrupted or not the official file; \
          delete it and download it again"
@@ -94,7 +96,7 @@ pub enum Error {
         /// The MD5 of the official file in lower-case hex.
         expected: String,
     },
-    /// A file cannot be decoded, or decodes to something that is not the data set.
+    /// A file cannot be decoded, or what it decodes to is not the data set.
     #[error("{file} cannot be used: {what}; delete it and download it again")]
     Malformed {
         /// The file, or `archive: member`.
@@ -102,23 +104,23 @@ pub enum Error {
         /// What was found and what was expected.
         what: String,
     },
-    /// The operating system refused to read or write.
+    /// The operating system could not read a file.
     #[error("cannot read {path}: {source}")]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// The reason given.
+        /// The operating system's reason.
         source: std::io::Error,
     },
-    /// The operating system refused to write.
+    /// The operating system could not write a file.
     #[error("cannot write {path}: {source}; make room there, or choose another folder")]
     Write {
         /// The file.
         path: PathBuf,
-        /// The reason given.
+        /// The operating system's reason.
         source: std::io::Error,
     },
-    /// Offline mode is on and the file is not in the cache.
+    /// The file is not in the cache, and offline mode forbids downloading it.
     #[error(
         "{file} of {repo} is not in the cache {cache} and HF_HUB_OFFLINE forbids downloading it: unset \
          HF_HUB_OFFLINE, or point HF_HOME at a cache that holds the file"
@@ -131,7 +133,7 @@ pub enum Error {
         /// The cache directory that was searched.
         cache: PathBuf,
     },
-    /// The hub did not deliver a file.
+    /// The hub did not send a file.
     #[error(
         "cannot download {file} of {repo} from {endpoint}: {what}; check the network, or put the files into a \
          folder"
@@ -143,10 +145,10 @@ pub enum Error {
         repo: String,
         /// The base address of the hub.
         endpoint: String,
-        /// What happened.
+        /// What happened instead.
         what: String,
     },
-    /// The hub refused a file for want of a token, or of access for its account.
+    /// The hub refuses to send a file without a token, or to the token's account.
     #[error(
         "{endpoint} refused {file} of {repo} ({what}): if that data set is given only to those who have accepted \
          its terms, do so at {endpoint}/datasets/{repo}; then make a token for reading at \
@@ -160,44 +162,51 @@ pub enum Error {
         repo: String,
         /// The base address of the hub.
         endpoint: String,
-        /// Whether there was no valid token or one without access, and the hub's own words.
+        /// Whether a valid token or the account's access is missing, and the hub's own words.
         what: String,
     },
-    /// An argument, or data handed to the library, is unusable.
+    /// An argument is unusable.
     #[error("{0}")]
     Invalid(String),
-    /// The background thread that prepares batches could not start or stopped unexpectedly.
+    /// The background thread that prepares batches did not start, or stopped unexpectedly.
     #[error("the batch loader stopped: {0}")]
     Loader(String),
-    /// A tensor could not be made.
+    /// Candle could not make a tensor.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// A batch could not be cut out of the images.
+    /// A kernel could not cut a batch out of the images.
     #[error(transparent)]
     Kernel(#[from] kernels::Error),
 }
 
 impl Error {
-    /// For `map_err`: an input/output error on `path`.
+    /// For `map_err`: an error while reading `path`.
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { path, source }
     }
 
-    /// For `map_err`: an output error on `path`.
+    /// For `map_err`: an error while writing `path`.
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Write { path, source }
     }
 
-    /// Undecodable contents of `file`.
+    /// `file` cannot be decoded, or is not the data set.
     pub(crate) fn malformed(file: impl Into<String>, what: impl Into<String>) -> Error {
         Error::Malformed { file: file.into(), what: what.into() }
     }
 }
 
-/// The message of a panic caught at a thread's or call's boundary.
-pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
+/// Runs `decode` on what may be damaged. Decoders have been seen to panic on damaged input, so a panic
+/// becomes an error too.
+pub(crate) fn catch_panic<T>(decode: impl FnOnce() -> T) -> Result<T, String> {
+    let message = |payload: Box<dyn Any + Send>| format!("decoding failed: {}", panic_message(&*payload));
+    catch_unwind(AssertUnwindSafe(decode)).map_err(message)
+}
+
+/// The message of a panic, given its payload.
+pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
-    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic").to_string()
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic")
 }

@@ -1,23 +1,26 @@
-//! Batches where the network is. On the CPU those of [`Data::train_batches`] and [`Data::test_batches`]; on an
-//! accelerator the same ones, of a set in memory made there from a copy of the images.
+//! Batches on the device of the network. On the CPU they are those of [`Dataset::train_batches`] and
+//! [`Dataset::test_batches`]. On an accelerator they are the same ones; those of a set in memory are made
+//! there from a copy of the images.
 
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
 
-use crate::batches::{View, order};
-use crate::dataset::CHANNELS;
-use crate::{Augmentation, Batch, Batches, Data, Dataset, Error, Images, Result};
+use crate::batches::{Augmentation, Batch, Batches, View, order};
+use crate::dataset::Dataset;
+use crate::error::{Error, Result};
+use crate::memory::{CHANNELS, Images, InMemoryDataset};
 
 /// The batches of a data set on a device.
 ///
-/// On an accelerator each split of a set in memory is copied there as bytes when its first batch is asked for, and an
-/// epoch's choices (which image, which part of it, mirrored or not) when the epoch begins. So a step copies nothing from
-/// the host and waits for nothing. The choices are those of the CPU, and so are the normalized values, up to the rounding
-/// of the device's division. Batches of images that are read from files are copied one by one.
+/// On an accelerator, the first batch of a split copies all of its images there as bytes, if the set is in
+/// memory, and the beginning of an epoch copies the epoch's choices: which image, which part of it, mirrored
+/// or not. So a step copies nothing from the host and waits for nothing. The choices are those of the CPU,
+/// and so are the normalized values, up to the rounding of the device's division. Batches of images that are
+/// read from files are copied one by one.
 pub struct Feed<'a> {
-    data: &'a dyn Data,
+    data: &'a dyn Dataset,
     device: Device,
     dtype: DType,
     train: Option<Resident>,
@@ -25,26 +28,27 @@ pub struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    /// For batches on `device` of images in `dtype`: `F32`, on an accelerator also `BF16`. Nothing is copied yet.
-    pub fn new(data: &'a dyn Data, device: &Device, dtype: DType) -> Self {
+    /// A feed of batches on `device` of images in `dtype`: `F32`, or on an accelerator `BF16`. Copies nothing
+    /// yet.
+    pub fn new(data: &'a dyn Dataset, device: &Device, dtype: DType) -> Self {
         Feed { data, device: device.clone(), dtype, train: None, test: None }
     }
 
     /// The data set.
-    pub fn data(&self) -> &'a dyn Data {
+    pub fn data(&self) -> &'a dyn Dataset {
         self.data
     }
 
-    /// The set, where batches are made of a copy of it on the device.
-    fn copied(&self) -> Option<&'a Dataset> {
+    /// The data set, if its batches are made from a copy on the device.
+    fn copied(&self) -> Option<&'a InMemoryDataset> {
         self.data.in_memory().filter(|_| !self.device.is_cpu())
     }
 
-    /// The training batches of one epoch, the images and the order being those of [`Data::train_batches`].
+    /// The training batches of one epoch, with the images and the order of [`Dataset::train_batches`].
     ///
     /// # Errors
-    /// [`Error::Candle`] if the images do not fit the device's memory, [`Error::Invalid`] if there are more pixels than
-    /// a u32 counts.
+    /// [`Error::Candle`] if the images do not fit into the device's memory, [`Error::Invalid`] if there are
+    /// more pixels than a u32 counts.
     pub fn train(
         &mut self,
         batch: usize,
@@ -61,7 +65,7 @@ impl<'a> Feed<'a> {
         resident.epoch(&order, batch, augmentation.pad, self.dtype, |i| augmentation.view(seed, epoch, i))
     }
 
-    /// The test images in order, those of [`Data::test_batches`].
+    /// The test images in order, as those of [`Dataset::test_batches`].
     ///
     /// # Errors
     /// As for [`Feed::train`].
@@ -74,10 +78,10 @@ impl<'a> Feed<'a> {
     }
 }
 
-/// The split's copy on the device, made if it is not there yet.
+/// The split's copy on the device. Makes it if it does not exist yet.
 fn stay<'a>(
     place: &'a mut Option<Resident>,
-    data: &Dataset,
+    data: &InMemoryDataset,
     images: &Images,
     device: &Device,
 ) -> Result<&'a Resident> {
@@ -90,30 +94,31 @@ fn stay<'a>(
 /// The images of a split in a device's memory.
 #[derive(Clone)]
 struct Resident {
-    /// u8 `[n, height, width, channels]`.
+    /// u8, `[n, height, width, channels]`.
     images: Tensor,
-    /// u32 `[n]`.
+    /// u32, `[n]`.
     labels: Tensor,
-    /// f32 `[channels]`, full intensity being 1.
+    /// f32, `[channels]`, where full intensity is 1.
     mean: Tensor,
-    /// f32 `[channels]`.
+    /// f32, `[channels]`, in the same units.
     std: Tensor,
 }
 
-/// What an epoch shows, image by image in its order, on the device.
+/// The choices of an epoch for each image in its order, on the device.
 struct Choices {
-    /// u32 `[n]`: the image.
+    /// The index of the image, u32, `[n]`.
     index: Tensor,
-    /// u32 `[n, 2]`: the row and the column of the padded image where the window begins, 0 to twice the padding.
+    /// The row and the column of the padded image where the window begins, from 0 to twice the padding, u32,
+    /// `[n, 2]`.
     corners: Tensor,
-    /// u8 `[n]`: 1 where the window is mirrored, else 0.
+    /// 1 where the window is mirrored, else 0; u8, `[n]`.
     flip: Tensor,
-    /// Pixels of the padding.
+    /// The number of pixels of the padding.
     pad: usize,
 }
 
 impl Resident {
-    fn new(data: &Dataset, images: &Images, device: &Device) -> Result<Resident> {
+    fn new(data: &InMemoryDataset, images: &Images, device: &Device) -> Result<Resident> {
         let (n, height, width) = (images.len(), images.height, images.width);
         let pixels = n * height * width;
         if u32::try_from(pixels).is_err() || images.pixels.len() != pixels * CHANNELS {
@@ -132,7 +137,8 @@ impl Resident {
         })
     }
 
-    /// The images in the given order, each as `view` says by its index; no view reaches further out than `pad`.
+    /// The images in the given order. `view` gives the view of an index, which must lie inside the padding
+    /// `pad`.
     fn epoch(
         &self,
         order: &[usize],
@@ -166,7 +172,7 @@ impl Resident {
 }
 
 impl Choices {
-    /// Those of the given positions.
+    /// The choices of the given positions.
     fn part(&self, range: Range<usize>) -> Result<Choices> {
         let part = |values: &Tensor| values.narrow(0, range.start, range.len());
         Ok(Choices {
@@ -181,7 +187,7 @@ impl Choices {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{test_batches, train_batches};
+    use crate::batches::{test_batches, train_batches};
     use std::sync::Arc;
 
     /// The bits of every image and the labels, batch by batch.
@@ -195,7 +201,8 @@ mod tests {
         batches.map(unpack).collect()
     }
 
-    /// What a device makes of its copy, here on the CPU, has the bits of the background thread's batches.
+    /// The batches that are made from a copy (on the CPU, in this test) have the bits of the background
+    /// thread's.
     #[test]
     fn copies_on_a_device_give_the_same_bits() {
         let data = Arc::new(crate::synthetic(230, 70, 1).unwrap());
@@ -204,7 +211,7 @@ mod tests {
             Augmentation::none(),
             Augmentation { pad: 4, flip: true },
             Augmentation { pad: 4, flip: false },
-            // Whole images beyond the border.
+            // Windows that lie completely in the padding.
             Augmentation { pad: 40, flip: true },
         ] {
             for (batch, seed, epoch) in [(64, 1, 0), (7, 1, 3), (500, 2, 0)] {
@@ -241,7 +248,7 @@ mod tests {
         let train = Resident::new(&data, &data.train, &Device::Cpu).unwrap();
         let items = Vec::from_iter(train.epoch(&[0, 1], 0, 0, DType::F32, |_| View::default()).unwrap());
         assert!(matches!(items.as_slice(), [Err(Error::Invalid(_))]));
-        let mut broken = Dataset::clone(&data);
+        let mut broken = InMemoryDataset::clone(&data);
         broken.train.pixels.truncate(5 * 3072);
         let error = Resident::new(&data, &broken.train, &Device::Cpu).err().unwrap();
         assert!(error.to_string().contains("15360 bytes of 30 images"), "{error}");

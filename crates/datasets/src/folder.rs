@@ -8,18 +8,18 @@ use flate2::read::GzDecoder;
 use md5::{Digest, Md5};
 
 use crate::cifar::{Expected, Manifest, Release, parse_binary, parse_python};
-use crate::dataset::{Dataset, Images};
 use crate::error::{Error, Result};
-use crate::source::Event;
+use crate::event::Event;
+use crate::memory::{Images, InMemoryDataset};
 use crate::table;
 
-/// Makes images of the contents of a file: its name for messages, its bytes, the number of records it must
-/// have.
+/// Parses a file. The arguments are its name for messages, its contents, and the number of records that it
+/// must have.
 type Parse = fn(&str, &[u8], usize) -> Result<Images>;
 
-/// The files of one published form.
+/// The files of a published form.
 struct Form<'a> {
-    /// The folder that the archive unpacks to.
+    /// The folder in the archive.
     folder: &'static str,
     archive: &'static str,
     /// For training and testing.
@@ -28,14 +28,19 @@ struct Form<'a> {
     release: &'a Release,
 }
 
-/// The parquet files of the hub, and their folder there.
+/// The hub's parquet files and their folder there.
 pub(crate) const TABLES: [&str; 2] = ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"];
 pub(crate) const TABLES_FOLDER: &str = "cifar100";
 
-/// Loads whichever form the folder holds; the order is documented at `Source::Folder`.
+/// Loads the first form that the folder holds, in the order that `DataSource::Folder` documents.
 ///
-/// Contents are verified in memory after they were read, so what is parsed is what was checked.
-pub(crate) fn load(folder: &Path, manifest: &Manifest, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
+/// Files are verified in memory after they have been read, so the bytes that are parsed are those that were
+/// checked.
+pub(crate) fn load(
+    folder: &Path,
+    manifest: &Manifest,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<InMemoryDataset> {
     on_event(Event::Trying { place: format!("the folder {}", folder.display()) });
     if !folder.is_dir() {
         return Err(Error::NoData { folder: folder.into(), what: "there is no such folder".into() });
@@ -59,7 +64,7 @@ pub(crate) fn load(folder: &Path, manifest: &Manifest, on_event: &mut dyn FnMut(
     let [binary, python] = &forms;
     let mut found = |source: &Path, images| manifest.dataset(source.display().to_string(), images, on_event);
 
-    // Only these two names are telling enough to count wherever they are.
+    // The names of the other forms are too common to count outside their folder.
     if let Some(paths) = pair(folder, binary.files)? {
         return found(folder, binary.read(&paths, manifest)?);
     }
@@ -93,7 +98,7 @@ pub(crate) fn load(folder: &Path, manifest: &Manifest, on_event: &mut dyn FnMut(
     Err(Error::NoData { folder: folder.into(), what })
 }
 
-/// The two files in `folder`, if either is there.
+/// The two files in `folder`; `None` if neither exists.
 fn pair(folder: &Path, names: [&str; 2]) -> Result<Option<[PathBuf; 2]>> {
     let [train, test] = names.map(|name| folder.join(name));
     match (train.is_file(), test.is_file()) {
@@ -110,7 +115,7 @@ impl Form<'_> {
         let read = |split: usize| {
             let (path, expected) = (&paths[split], &self.release.members[split]);
             let name = path.display().to_string();
-            // The length first: there is no point in reading a file that cannot be right.
+            // The length comes first, because a file of another length need not be read.
             expected.check_size(&name, fs::metadata(path).map_err(Error::io(path))?.len())?;
             let contents = fs::read(path).map_err(Error::io(path))?;
             expected.check(&name, &contents)?;
@@ -119,7 +124,7 @@ impl Form<'_> {
         Ok([read(0)?, read(1)?])
     }
 
-    /// Reads the files out of the archive, without unpacking it to the disk.
+    /// Reads the files in the archive without unpacking it to the disk.
     fn unpack(&self, archive: &Path, manifest: &Manifest) -> Result<[Images; 2]> {
         let name = archive.display().to_string();
         check_file(archive, &name, &self.release.archive)?;
@@ -152,7 +157,7 @@ impl Form<'_> {
     }
 }
 
-/// Checks a file that is too large to be kept in memory.
+/// Checks a file that is too large to keep in memory.
 fn check_file(path: &Path, name: &str, expected: &Expected) -> Result<()> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     expected.check_size(name, file.metadata().map_err(Error::io(path))?.len())?;
@@ -166,7 +171,7 @@ mod tests {
     use super::*;
     use crate::testing::{PICKLES, binary, images, manifest, parquet, tar_gz, write};
 
-    fn quietly(folder: &Path, manifest: &Manifest) -> Result<Dataset> {
+    fn quietly(folder: &Path, manifest: &Manifest) -> Result<InMemoryDataset> {
         load(folder, manifest, &mut |_| {})
     }
 
@@ -220,7 +225,7 @@ mod tests {
         let absent = dir.path().join("absent");
         assert!(matches!(quietly(&absent, &manifest), Err(Error::NoData { .. })));
         assert!(message(&absent, &manifest).contains("there is no such folder"));
-        // Names as common as these mean nothing by themselves.
+        // Names as common as these do not count by themselves.
         for name in ["train", "test", "train-00000-of-00001.parquet"] {
             write(&dir.path().join(name), b"something else");
         }
@@ -270,7 +275,7 @@ mod tests {
         damaged[40] ^= 1;
         write(&archive, &damaged);
         assert!(matches!(quietly(dir.path(), &manifest(&good, b"")), Err(Error::Checksum { .. })));
-        // From here on the archive's own sum is right, so that the checks behind it are reached.
+        // From here on the archive's own checksum is right, so the checks after it are reached.
         assert!(matches!(quietly(dir.path(), &manifest(&damaged, b"")), Err(Error::Malformed { .. })));
         let check = |contents: &[u8]| {
             write(&archive, contents);
@@ -318,7 +323,7 @@ mod tests {
         let mut labels = images(3);
         labels.labels[2] = 100;
         assert!(check(&parquet(&labels, "png")).contains("record 2 has the fine label 100"));
-        // Whatever else is damaged, the result is an error or the right pictures, and never a panic.
+        // Wherever else a byte is wrong, the result is an error or the right pictures, and never a panic.
         for at in (0..good.len()).step_by(61) {
             let mut damaged = good.clone();
             damaged[at] ^= 0x55;

@@ -1,4 +1,4 @@
-//! Files of data sets from the Hugging Face hub, and CIFAR-100 from there.
+//! Files of data sets on the Hugging Face hub, and CIFAR-100 from there.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,13 +10,13 @@ use hf_hub::repository::RepoTreeEntry;
 use hf_hub::{HFClient, HFClientSync, HFError};
 
 use crate::cifar::Manifest;
-use crate::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::folder::{TABLES, TABLES_FOLDER};
-use crate::source::Event;
+use crate::memory::InMemoryDataset;
 use crate::table;
 
-/// A repository of a data set.
+/// A data set's repository.
 #[derive(Clone, Copy)]
 pub(crate) struct Repo {
     pub owner: &'static str,
@@ -37,23 +37,23 @@ pub(crate) const REVISION: &str = "main";
 pub struct Hub {
     /// The base address. `None`: `HF_ENDPOINT`, or else <https://huggingface.co>.
     pub endpoint: Option<String>,
-    /// The cache directory, in the layout that all tools of the hub share. `None`: `HF_HUB_CACHE`, or else
+    /// The cache's folder, in the layout that all tools of the hub share. `None`: `HF_HUB_CACHE`, or else
     /// `hub` under `HF_HOME`, or else `huggingface/hub` under `XDG_CACHE_HOME` or `~/.cache`.
     pub cache: Option<PathBuf>,
-    /// The token that is sent. `None`: `HF_TOKEN`, or else the file that `HF_TOKEN_PATH` names, or else the file
-    /// `token` under `HF_HOME`, if there is one.
+    /// The token that is sent. `None`: `HF_TOKEN`, or else the file that `HF_TOKEN_PATH` names, or else the
+    /// file `token` under `HF_HOME`, if there is one.
     pub token: Option<String>,
-    /// Whether to do with what is in the cache.
+    /// Whether only the cache is used and nothing is requested.
     pub offline: bool,
-    /// How long to wait for the first answer to a request for a file.
+    /// How long to wait for the first answer to the request for a file.
     pub answer_timeout: Duration,
-    /// How long a download may stand still.
+    /// How long a download may make no progress.
     pub stall_timeout: Duration,
 }
 
 impl Hub {
-    /// As the environment says: endpoint, cache and token as described at the fields, and offline if `HF_HUB_OFFLINE` is 1, true, yes or on.
-    /// The first answer may take 10 seconds, a pause 60.
+    /// The hub as the environment describes it: endpoint, cache and token as the fields document, and offline
+    /// if `HF_HUB_OFFLINE` is 1, true, yes or on. The first answer may take 10 seconds, a pause 60.
     pub fn from_env() -> Hub {
         let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
         Hub {
@@ -67,7 +67,7 @@ impl Hub {
     }
 
     fn client(&self) -> Result<HFClient, HFError> {
-        // One retry: someone is waiting, and can start again.
+        // One retry is enough: somebody is waiting, and can start again.
         let mut builder = HFClient::builder().retry_max_attempts(1);
         if let Some(endpoint) = &self.endpoint {
             builder = builder.endpoint(endpoint);
@@ -81,7 +81,7 @@ impl Hub {
         builder.build()
     }
 
-    /// The path of a file of the repository, from the cache or downloaded to it.
+    /// The path of a file of the repository in the cache. Downloads it if it is not there.
     pub(crate) fn fetch(
         &self,
         repo: Repo,
@@ -107,7 +107,7 @@ impl Hub {
                 let request =
                     files.download_file().filename(name).revision(revision).progress(Reporter(sender));
                 match request.clone().send() {
-                    // The link in the cache is still there, but what it points to was deleted.
+                    // The link in the cache exists, but the file that it points to was deleted.
                     Ok(path) if !path.exists() => request.force_download(true).send(),
                     done => done,
                 }
@@ -116,7 +116,7 @@ impl Hub {
         )
     }
 
-    /// The files in a folder of the repository, as the hub lists them now: their paths in the repository.
+    /// The paths of the files in a folder of the repository, as the hub lists them now.
     pub(crate) fn list(&self, repo: Repo, folder: &str, revision: &str) -> Result<Vec<String>> {
         let access = Access::new(self, repo, folder)?;
         if self.offline {
@@ -138,7 +138,7 @@ impl Hub {
     }
 }
 
-/// A client, and what messages about a file tell.
+/// A client, and what messages about a file name.
 struct Access {
     client: HFClientSync,
     file: String,
@@ -168,12 +168,12 @@ impl Access {
 
     fn refused(&self, what: String) -> Error {
         let (file, repo, endpoint) = (self.file.clone(), self.repo.clone(), self.endpoint.clone());
-        // Not the trailing slash that an endpoint may have: people will follow these addresses.
+        // An endpoint may end with a slash, but people follow the addresses in the message.
         Error::Gated { file, repo, endpoint: endpoint.trim_end_matches('/').into(), what }
     }
 
-    /// Does `work` in a thread of its own, for a request has no time limit for connecting: where packets vanish
-    /// it would last minutes. After a time-out the thread is left to end by itself.
+    /// Does `work` in another thread, because the client has no time limit for connecting: where packets are
+    /// lost, it would wait for minutes. After a timeout the thread is left to end by itself.
     fn patiently<T: Send + 'static>(
         &self,
         hub: &Hub,
@@ -184,7 +184,7 @@ impl Access {
         let client = self.client.clone();
         let spawned = std::thread::Builder::new().name("download".into()).spawn(move || {
             let done = work(client, sender.clone());
-            // A failing send means that nobody waits any more.
+            // An error means that nobody waits any more.
             let _ = sender.send(Message::Done(done));
         });
         spawned.map_err(|error| self.failed(format!("no thread: {error}")))?;
@@ -213,7 +213,7 @@ impl Access {
         let (whose, context) = match error {
             HFError::AuthRequired { context } => (UNKNOWN, context),
             HFError::Forbidden { context } => (NO_ACCESS, context),
-            // Listings of files are refused so.
+            // The client reports them so when it lists files.
             HFError::Http { context } if context.status == 401 => (UNKNOWN, context),
             HFError::Http { context } if context.status == 403 => (NO_ACCESS, context),
             _ => return self.failed(chain(error)),
@@ -224,21 +224,25 @@ impl Access {
     }
 }
 
-/// Loads CIFAR-100 from the hub's repository `uoft-cs/cifar100`, from its cache or downloaded to it.
+/// Loads CIFAR-100 from the hub's repository `uoft-cs/cifar100`. Downloads files that are not in the cache.
 ///
-/// What is in the cache is used without asking the hub whether there is something newer. The number of
-/// records, the form of every picture and the range of every label are checked. [`Event::Unverified`] tells
-/// if the pictures differ from those of the official files.
+/// What is in the cache is used without asking the hub for something newer. The number of records, the form
+/// of every picture and the range of every label are checked. [`Event::Unverified`] reports that the pictures
+/// differ from those of the official files.
 ///
 /// # Errors
 ///
-/// [`Error::Hub`] if a file cannot be downloaded, [`Error::Offline`] if it must not be, [`Error::Malformed`]
-/// if one in the cache is damaged (deleting the file that it names mends that).
-pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
+/// [`Error::Hub`] and [`Error::Gated`] if a file cannot be downloaded, [`Error::Offline`] if it must not be,
+/// [`Error::Malformed`] if a file in the cache is damaged (deleting the named file mends that).
+pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<InMemoryDataset> {
     load_with(hub, &Manifest::official(), on_event)
 }
 
-pub(crate) fn load_with(hub: &Hub, manifest: &Manifest, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
+pub(crate) fn load_with(
+    hub: &Hub,
+    manifest: &Manifest,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<InMemoryDataset> {
     on_event(Event::Trying { place: format!("the Hugging Face hub ({CIFAR})") });
     let [train, test] = TABLES.map(|table| format!("{TABLES_FOLDER}/{table}"));
     let train = hub.fetch(CIFAR, &train, REVISION, on_event)?;
@@ -246,25 +250,25 @@ pub(crate) fn load_with(hub: &Hub, manifest: &Manifest, on_event: &mut dyn FnMut
     let commit = commit(&train);
     let test = hub.fetch(CIFAR, &test, &commit, on_event)?;
     let source = format!("hub {CIFAR} @ {commit}");
-    // Links are resolved so that an error names the file to delete, not a link to it.
+    // Links are resolved so that an error names the file to delete and not a link to it.
     let [train, test] = [train, test].map(|path| path.canonicalize().unwrap_or(path));
     let [n_train, n_test] = manifest.records;
     manifest.dataset(source, [table::read(&train, n_train)?, table::read(&test, n_test)?], on_event)
 }
 
-/// The commit that a file in the cache is of: it lies under `snapshots/<commit>/<folder>/<file>`.
+/// The commit of a file in the cache, which is `snapshots/<commit>/<folder>/<file>`.
 pub(crate) fn commit(cached: &Path) -> String {
     let commit = cached.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
     commit.unwrap_or(REVISION).to_string()
 }
 
-/// What the thread that asks the hub has to tell.
+/// A message from the thread that asks the hub.
 enum Message<T> {
     Progress { done: u64, total: u64 },
     Done(Result<T, HFError>),
 }
 
-/// Passes the progress of the one file on.
+/// Passes on the progress of a download.
 struct Reporter<T>(Sender<Message<T>>);
 
 impl<T: Send + 'static> ProgressHandler for Reporter<T> {
@@ -281,16 +285,16 @@ impl<T: Send + 'static> ProgressHandler for Reporter<T> {
             },
             DownloadEvent::Complete => return,
         };
-        // A failing send means that nobody waits any more.
+        // An error means that nobody waits any more.
         let _ = self.0.send(Message::Progress { done, total });
     }
 }
 
-/// An error with its causes, which is where a failed connection says why.
+/// An error with its causes: those of a failed connection say why it failed.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
-    // Some errors repeat their cause in their own text.
+    // The texts of some errors repeat their cause.
     texts.dedup_by(|later, earlier| earlier.contains(later.as_str()));
     texts.join(": ")
 }
@@ -305,22 +309,15 @@ mod tests {
     /// An empty cache and a hub to fill it from.
     fn setup() -> (Server, tempfile::TempDir, Hub) {
         let (server, home) = (Server::start(), tempfile::tempdir().unwrap());
-        let hub = Hub {
-            endpoint: Some(server.endpoint.clone()),
-            cache: Some(home.path().join("hub")),
-            token: None,
-            offline: false,
-            answer_timeout: Duration::from_secs(10),
-            stall_timeout: Duration::from_secs(10),
-        };
+        let hub = server.hub(home.path());
         (server, home, hub)
     }
 
-    fn quietly(hub: &Hub) -> Result<Dataset> {
+    fn quietly(hub: &Hub) -> Result<InMemoryDataset> {
         load_with(hub, &manifest(b"", b""), &mut |_| {})
     }
 
-    fn check(data: &Dataset) {
+    fn check(data: &InMemoryDataset) {
         assert_eq!((&data.train, &data.test), (&images(3), &images(2)));
         assert_eq!(data.fingerprint, manifest(b"", b"").fingerprint);
         assert_eq!(data.source, format!("hub uoft-cs/cifar100 @ {COMMIT}"));
@@ -381,7 +378,7 @@ mod tests {
             assert!(text.contains(&server.endpoint) && text.contains("cifar100/train-00000"), "{text}");
             assert!(text.to_lowercase().contains(reason), "{text}");
         }
-        // Nothing of that stays behind.
+        // These failures leave nothing behind.
         server.set(Mood::Good);
         check(&quietly(&hub).unwrap());
     }
@@ -422,7 +419,7 @@ mod tests {
         let train = named(&hub);
         assert!(train.starts_with(home.path().canonicalize().unwrap()), "{train:?}");
         server.set(Mood::Good);
-        // It stays an error until the files are deleted, as the message asks for.
+        // It stays an error until the files are deleted, as the message asks.
         assert_eq!(named(&hub), train);
         fs::remove_file(&train).unwrap();
         let test = named(&hub);

@@ -1,8 +1,8 @@
-//! ImageNet-1000, read and decoded as it is used.
+//! ImageNet-1000, read and decoded when it is used.
 //!
-//! [`load`] finds the pictures of a folder (in class folders, in the official tar files, or in the hub's parquet
-//! files) or of the hub, and their classes. What it gives holds where each picture is, and makes batches:
-//! threads of its own read, decode, crop and scale pictures ahead of their use.
+//! [`load`] finds the pictures and their classes in a folder (class folders, the official tar files, or the
+//! hub's parquet files) or on the hub. The result knows where each picture is, and makes batches: its own
+//! threads read, decode, crop and scale pictures ahead of their use.
 
 mod archive;
 mod classes;
@@ -11,7 +11,7 @@ mod files;
 mod labels;
 mod options;
 mod table;
-mod view;
+mod transform;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,48 +20,48 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 use fast_image_resize::Resizer;
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use sha2::{Digest, Sha256};
 
-use crate::batches::{Augmentation, Batch, Batches, Normalization, Purpose, rng};
-use crate::data::{Data, Skipped};
-use crate::dataset::{CHANNELS, balanced, hex};
+use crate::batches::{Augmentation, Batch, Batches, Normalization, order};
+use crate::dataset::{Dataset, Skipped};
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::hub::{Hub, REVISION, Repo};
-use crate::source::{Event, Source};
+use crate::memory::CHANNELS;
+use crate::source::DataSource;
+use crate::subset;
 
 use classes::Classes;
 use files::Stored;
 use labels::ValidationLabels;
-use view::View;
+use transform::Transform;
 
 pub use classes::ClassChoice;
 pub use options::{Limit, Options};
 
-/// The hub's repository. It is gated.
+/// The hub's repository, which is gated.
 const REPO: Repo = Repo { owner: "ILSVRC", name: "imagenet-1k" };
 /// The folder of its parquet files.
 const TABLES: &str = "data";
-/// The folder that [`Source::Auto`] takes if `PFQ_IMAGENET` is not set.
+/// The folder of [`DataSource::Auto`] if `PFQ_IMAGENET` is not set.
 const FOLDER: &str = "imagenet";
-/// Images of the official data set, for training and validation.
+/// The official numbers of images for training and validation.
 const OFFICIAL: [usize; 2] = [1_281_167, 50_000];
-/// The mean and standard deviation of the channels over ImageNet that nearly everybody uses.
+/// The mean and the standard deviation of ImageNet's channels that are generally used.
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const STD: [f32; 3] = [0.229, 0.224, 0.225];
 
-/// Loads ImageNet: finds every picture and its class. No picture is read yet.
+/// Loads ImageNet: finds every picture and its class. Reads no picture yet.
 ///
-/// [`Source::Auto`] is the folder that the environment variable `PFQ_IMAGENET` names, or else `./imagenet`;
-/// the hub (150 GB) must be asked for. A folder can hold, for each of training and validation, the first of:
+/// [`DataSource::Auto`] is the folder that the environment variable `PFQ_IMAGENET` names, or else
+/// `./imagenet`; it never is the hub (150 GB). A folder can hold, for each of training and validation, the
+/// first of:
 ///
 /// 1. `train/<class>/*` and `val/<class>/*`, or flat `val/*` (also under `ILSVRC/Data/CLS-LOC`);
-/// 2. `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which stay as they are: the positions of their
-///    members are kept in `.index` files beside them;
+/// 2. `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which stay as they are: `.index` files beside
+///    them keep the positions of their members;
 /// 3. the hub's `train-*.parquet` and `validation-*.parquet`, directly or in `data/`, which are unpacked once
 ///    into tar files ([`Options::unpacked`]).
 ///
@@ -70,25 +70,24 @@ const STD: [f32; 3] = [0.229, 0.224, 0.225];
 /// `ILSVRC2012_validation_ground_truth.txt` (with `map_clsloc.txt` or `synsets.txt` for the order of its
 /// numbers), `imagenet_2012_validation_synset_labels.txt`, `val.txt` and `val_labels.txt`.
 ///
-/// Labels are the official numbers 0 to 999, those of the sorted names, if all folders are among the
-/// official 1000 classes, however few of them are there. `class_index.tsv` in the folder (lines of a number, a
-/// tab, a name) gives other classes. Where no folder is an official class, the folders in sorted order are the
-/// classes.
+/// If all class folders are among the official 1000, however few they are, labels are the official numbers 0
+/// to 999, which follow the sorted names. `class_index.tsv` in the folder (lines of a number, a tab, a name)
+/// gives other classes. If no folder is an official class, the sorted folders are the classes.
 ///
 /// # Errors
 ///
-/// [`Error::NoImageNet`] if there is nothing, [`Error::Labels`] if a picture has no class or a file of labels
-/// is wrong, [`Error::Malformed`] if an archive or table is, [`Error::Gated`], [`Error::Hub`] or
+/// [`Error::NoImageNet`] if nothing is found, [`Error::Labels`] if a picture has no class or a file of labels
+/// is wrong, [`Error::Malformed`] if an archive or a table is, [`Error::Gated`], [`Error::Hub`] or
 /// [`Error::Offline`] if the hub does not give a file, [`Error::Invalid`] for impossible options.
-pub fn load(source: &Source, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
+pub fn load(source: &DataSource, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
     match source {
-        Source::Auto => {
+        DataSource::Auto => {
             let named = std::env::var_os("PFQ_IMAGENET").filter(|value| !value.is_empty());
             load_folder(&named.map_or(FOLDER.into(), PathBuf::from), options, on_event)
         }
-        Source::Folder(folder) => load_folder(folder, options, on_event),
-        Source::Hub => load_hub(&Hub::from_env(), options, on_event),
-        Source::Synthetic => Err(Error::Invalid(
+        DataSource::Folder(folder) => load_folder(folder, options, on_event),
+        DataSource::Hub => load_hub(&Hub::from_env(), options, on_event),
+        DataSource::Synthetic => Err(Error::Invalid(
             "there is no synthetic stand-in for ImageNet: name a folder that has it, or `hub`".into(),
         )),
     }
@@ -101,7 +100,7 @@ fn load_folder(folder: &Path, options: &Options, on_event: &mut dyn FnMut(Event)
     if !folder.is_dir() {
         return Err(none("there is no such folder"));
     }
-    let kaggle = folder.join("ILSVRC/Data/CLS-LOC");
+    let kaggle = folder.join("ILSVRC/Dataset/CLS-LOC");
     let root = if kaggle.is_dir() { kaggle.as_path() } else { folder };
     let classes = given_classes(folder)?;
     let tabled = classes.clone().unwrap_or_else(Classes::official);
@@ -142,7 +141,7 @@ fn load_folder(folder: &Path, options: &Options, on_event: &mut dyn FnMut(Event)
     ImageNet::new(source, classes, [train, test], &labels, options, on_event)
 }
 
-/// The classes in the folder's file of them, if it has one.
+/// The classes of the folder's `class_index.tsv`, if it has one.
 fn given_classes(folder: &Path) -> Result<Option<Classes>> {
     let path = folder.join(classes::FILE);
     path.is_file().then(|| Classes::read(&path)).transpose()
@@ -160,7 +159,7 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
     let mut splits = [Vec::new(), Vec::new()];
     let mut listed = None;
     for (split, prefix) in splits.iter_mut().zip(["train", "validation"]) {
-        // What was unpacked needs no network.
+        // Unpacked tables need no network.
         let archives = match complete(&folder, prefix, options.tables)? {
             Some(archives) => archives,
             None => {
@@ -194,14 +193,14 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
     ImageNet::new(source, Some(classes), splits, &[], options, on_event)
 }
 
-/// The folder that the hub's files are unpacked to.
+/// The folder that the hub's tables are unpacked to by default.
 fn cache() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
     Some(base.join("pfq/imagenet"))
 }
 
-/// The names of the files in a folder; none if there is no such folder.
+/// The names of the files in a folder, which need not exist.
 fn names(folder: &Path) -> Result<Vec<String>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
@@ -212,7 +211,7 @@ fn names(folder: &Path) -> Result<Vec<String>> {
         .collect()
 }
 
-/// Those of the names that are of tables of the split, sorted, and the first `limit` of them.
+/// The names of the split's tables among `names`, sorted, and at most `limit` of them.
 fn tables_of(split: &str, names: &[String], limit: Option<usize>) -> Vec<String> {
     let mut tables: Vec<String> = names
         .iter()
@@ -226,8 +225,8 @@ fn tables_of(split: &str, names: &[String], limit: Option<usize>) -> Vec<String>
     tables
 }
 
-/// The archives of the split in a folder, if all of them, or the first `limit`, are there. Their names,
-/// `<split>-<number>-of-<all>.tar`, tell how many there are to be.
+/// The archives of the split in a folder, `<split>-<number>-of-<all>.tar`; `None` unless all of them, or the
+/// first `limit`, exist.
 fn complete(folder: &Path, split: &str, limit: Option<usize>) -> Result<Option<Vec<PathBuf>>> {
     let names = names(folder)?;
     let all = names.iter().find_map(|name| {
@@ -241,7 +240,7 @@ fn complete(folder: &Path, split: &str, limit: Option<usize>) -> Result<Option<V
     Ok(archives.iter().all(|path| path.is_file()).then_some(archives))
 }
 
-/// The archive of the table `name` in `folder`, unpacked from the file that `fetch` gives if it is not there.
+/// The archive of the table `name` in `folder`. If it does not exist, unpacks the table that `fetch` returns.
 fn unpack(
     name: &str,
     folder: &Path,
@@ -251,7 +250,7 @@ fn unpack(
 ) -> Result<PathBuf> {
     let archive = folder.join(name).with_extension("tar");
     if !archive.is_file() {
-        // Links are resolved so that an error names the file to delete, not a link to it.
+        // Links are resolved so that an error names the file to delete and not a link to it.
         let table = fetch(on_event)?;
         table::unpack(&table.canonicalize().unwrap_or(table), &archive, classes, on_event)?;
     }
@@ -273,21 +272,21 @@ struct Item {
     label: u16,
 }
 
-/// The splits, as they are numbered here.
+/// The numbers of the splits, and their names.
 const TRAIN: usize = 0;
 const TEST: usize = 1;
 const SPLITS: [&str; 2] = ["training", "test"];
 
-/// ImageNet-1000, or a part of it: where the pictures are, and their classes. Cloning is cheap and shares
+/// ImageNet-1000 or a part of it: the places of the pictures and their classes. Clones are cheap and share
 /// everything.
 ///
-/// Pictures are decoded as `PIL.Image.open(..).convert("RGB")` does (orientation in EXIF is ignored), in
-/// training cropped and scaled as torchvision's `RandomResizedCrop` and mirrored if
-/// [`Augmentation::flip`], in evaluation as its `Resize` and `CenterCrop`, and normalized with the usual mean and
-/// standard deviation. [`Augmentation::pad`] must be 0.
+/// Pictures are decoded as `PIL.Image.open(..).convert("RGB")` does (the orientation in EXIF is ignored). For
+/// training they are cropped and scaled as by torchvision's `RandomResizedCrop`, and mirrored if
+/// [`Augmentation::flip`]; for evaluation, scaled and cropped as by its `Resize` and `CenterCrop`. They are
+/// normalized with the usual mean and standard deviation. [`Augmentation::pad`] must be 0.
 ///
-/// A picture that cannot be read or decoded is left out, so its batch is smaller, and named by
-/// [`Data::skipped`]. If there are more of them than [`Options::bad_percent`], that ends the epoch as
+/// A picture that cannot be read or decoded is left out, so its batch is smaller, and [`Dataset::skipped`]
+/// names it. If there are more of them than [`Options::bad_percent`] permits, the epoch ends with
 /// [`Error::TooManyBad`].
 #[derive(Clone)]
 pub struct ImageNet(Arc<Inner>);
@@ -300,10 +299,9 @@ struct Inner {
     splits: [Vec<Item>; 2],
     fingerprint: String,
     table: Normalization,
-    /// Its threads read and decode. They are others than those that compute, or whichever came second would
-    /// wait for the first.
+    /// The threads that read and decode. If they computed too, one kind of work would wait for the other.
     pool: Arc<ThreadPool>,
-    /// For each split, what is wrong with the image of an index.
+    /// For each split, the indices of unusable images and what is wrong with each.
     skipped: Mutex<[BTreeMap<usize, String>; 2]>,
 }
 
@@ -319,7 +317,7 @@ impl fmt::Debug for ImageNet {
 }
 
 impl ImageNet {
-    /// The data set of the pictures found. `folders` are searched for the labels of flat validation images.
+    /// The data set of the pictures in `found`. Searches `folders` for the labels of flat validation images.
     fn new(
         source: String,
         given: Option<Classes>,
@@ -362,15 +360,12 @@ impl ImageNet {
         for (items, limit) in splits.iter_mut().zip([options.train_limit, options.test_limit]) {
             let Some(limit) = limit else { continue };
             source += &format!("; limited to {limit}");
-            let labels: Vec<u16> = items.iter().map(|item| item.label).collect();
+            let labels = labels_of(items);
             let kept = match limit {
-                Limit::Total(n) => {
-                    let order: Vec<usize> = (0..labels.len()).collect();
-                    balanced(&order, &labels, classes.len(), n)
-                }
+                Limit::Total(n) => subset::first(&labels, classes.len(), n),
+                // They are sorted by class, so an image is one of the first n if that n places before has
+                // another class.
                 Limit::PerClass(n) => {
-                    // They are sorted by class, so the first ones are those without one of their class so far
-                    // before them.
                     (0..labels.len()).filter(|&i| i < n || labels[i - n] != labels[i]).collect()
                 }
             };
@@ -382,7 +377,7 @@ impl ImageNet {
             .thread_name(|i| format!("decode-{i}"))
             .build()
             .map_err(|error| Error::Loader(error.to_string()))?;
-        // A figure on a part must not pass for one on the whole.
+        // Nobody must take a figure on a part for one on the whole.
         let whole = splits.iter().zip(OFFICIAL).all(|(items, official)| items.len() == official);
         let name = if whole && classes == Classes::official() { "imagenet1000" } else { "imagenet_part" };
         Ok(ImageNet::of(name, source, classes, options.clone(), splits, Arc::new(pool)))
@@ -412,9 +407,9 @@ impl ImageNet {
         }))
     }
 
-    /// For choosing settings without looking at the test set: the test images become `n` of the training
-    /// images, drawn with `seed` and spread over the classes as evenly as possible, and the training images the
-    /// others, as [`Dataset::hold_out`](crate::Dataset::hold_out) does.
+    /// For choosing settings without looking at the test set: `n` training images, drawn with `seed` and
+    /// spread over the classes as evenly as possible, become the test images, and the others stay training
+    /// images, as in [`InMemoryDataset::hold_out`](crate::InMemoryDataset::hold_out).
     ///
     /// # Errors
     ///
@@ -422,37 +417,19 @@ impl ImageNet {
     pub fn hold_out(&self, n: usize, seed: u64) -> Result<ImageNet> {
         let Inner { source, classes, options, splits, pool, .. } = &*self.0;
         let all = &splits[TRAIN];
-        if n == 0 || n >= all.len() {
-            let most = all.len().saturating_sub(1);
-            let text = format!("cannot hold out {n} of {} training images: choose 1..={most}", all.len());
-            return Err(Error::Invalid(text));
-        }
-        let labels: Vec<u16> = all.iter().map(|item| item.label).collect();
-        let mut order: Vec<usize> = (0..all.len()).collect();
-        order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-        let held = balanced(&order, &labels, classes.len(), n);
-        let mut is_held = vec![false; all.len()];
-        held.iter().for_each(|&i| is_held[i] = true);
-        let part =
-            |held: bool| (0..all.len()).filter(|&i| is_held[i] == held).map(|i| all[i].clone()).collect();
+        let parts = subset::hold_out(&labels_of(all), classes.len(), n, seed)?;
+        let splits = parts.map(|part| part.into_iter().map(|i| all[i].clone()).collect());
         let source = format!("{source}; {n} training images held out as test (seed {seed})");
-        let splits = [part(false), part(true)];
-        Ok(ImageNet::of(
-            "imagenet_holdout",
-            source,
-            classes.clone(),
-            options.clone(),
-            splits,
-            Arc::clone(pool),
-        ))
+        let (classes, options, pool) = (classes.clone(), options.clone(), Arc::clone(pool));
+        Ok(ImageNet::of("imagenet_holdout", source, classes, options, splits, pool))
     }
 
-    /// The batch of the images with these indices; `view` says how each is to be seen.
+    /// The batch of the images with these indices; `transform` gives the transform of an index.
     fn assemble(
         &self,
         split: usize,
         indices: &[usize],
-        view: impl Fn(usize) -> View + Sync,
+        transform: impl Fn(usize) -> Transform + Sync,
     ) -> Result<Batch> {
         let Inner { options, splits, table, pool, .. } = &*self.0;
         let (side, items) = (options.side, &splits[split]);
@@ -460,7 +437,7 @@ impl ImageNet {
         let mut pixels = vec![0f32; indices.len() * size];
         let prepare = |resizer: &mut Resizer, (target, &index): (&mut [f32], &usize)| {
             let bytes = items[index].stored.read().map_err(|error| format!("it cannot be read: {error}"))?;
-            view(index).write(&decode::decode(&bytes)?, options, table, resizer, target)
+            transform(index).write(&decode::decode(&bytes)?, options, table, resizer, target)
         };
         let prepared: Vec<Result<(), String>> = pool.install(|| {
             pixels.par_chunks_exact_mut(size).zip(indices).map_init(Resizer::new, prepare).collect()
@@ -469,7 +446,7 @@ impl ImageNet {
         for (position, (&index, prepared)) in indices.iter().zip(prepared).enumerate() {
             match prepared {
                 Ok(()) => {
-                    // Closes the gaps of those that are left out.
+                    // This closes the gaps of images that are left out.
                     pixels.copy_within(position * size..(position + 1) * size, labels.len() * size);
                     labels.push(u32::from(items[index].label));
                 }
@@ -484,7 +461,7 @@ impl ImageNet {
         })
     }
 
-    /// Notes that an image is left out; an error if those are too many.
+    /// Records that an image is left out. Returns an error if they are too many.
     fn skip(&self, split: usize, index: usize, why: String) -> Result<()> {
         let Inner { options, splits, skipped, .. } = &*self.0;
         let mut skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
@@ -505,7 +482,7 @@ impl ImageNet {
     }
 }
 
-impl Data for ImageNet {
+impl Dataset for ImageNet {
     fn name(&self) -> &str {
         self.0.name
     }
@@ -550,14 +527,13 @@ impl Data for ImageNet {
                  random anyway"
             )));
         }
-        let mut order: Vec<usize> = (0..self.train_images()).collect();
+        let order = order(self.train_images(), seed, epoch);
         if order.is_empty() {
             return self.none(TRAIN);
         }
-        order.shuffle(&mut rng(seed, epoch, Purpose::Shuffle));
         let data = self.clone();
         Batches::start(order.len(), batch, move |range| {
-            data.assemble(TRAIN, &order[range], |index| View::Train { seed, epoch, index, flip })
+            data.assemble(TRAIN, &order[range], |index| Transform::Train { seed, epoch, index, flip })
         })
     }
 
@@ -567,7 +543,9 @@ impl Data for ImageNet {
             return self.none(TEST);
         }
         let data = self.clone();
-        Batches::start(order.len(), batch, move |range| data.assemble(TEST, &order[range], |_| View::Test))
+        Batches::start(order.len(), batch, move |range| {
+            data.assemble(TEST, &order[range], |_| Transform::Test)
+        })
     }
 
     fn skipped(&self) -> Vec<Skipped> {
@@ -584,8 +562,12 @@ impl Data for ImageNet {
     }
 }
 
-/// The classes of pictures that lie in folders: the official ones if all folders are among them, and the
-/// folders in sorted order if none is.
+fn labels_of(items: &[Item]) -> Vec<u16> {
+    items.iter().map(|item| item.label).collect()
+}
+
+/// The classes of pictures that lie in folders: the official ones if all folders are among them, or the
+/// sorted folders if none is.
 fn classes_of(found: &[Vec<Stored>; 2]) -> Result<Classes> {
     let folders: BTreeSet<&str> = found.iter().flatten().filter_map(Stored::folder).collect();
     let official = Classes::official();
@@ -605,8 +587,8 @@ fn classes_of(found: &[Vec<Stored>; 2]) -> Result<Classes> {
     }
 }
 
-/// Gives every picture its class, by its folder or else by its name in `labels`, and sorts them by class and
-/// name, so that they come in the same order from whatever form of the data.
+/// Gives every picture the class of its folder, or else that of its name in `labels`, and sorts the pictures
+/// by class and name, so that their order is the same in every form of the data.
 fn label(found: Vec<Stored>, classes: &Classes, labels: Option<&ValidationLabels>) -> Result<Vec<Item>> {
     let mut items = Vec::with_capacity(found.len());
     for stored in found {
@@ -628,9 +610,10 @@ fn label(found: Vec<Stored>, classes: &Classes, labels: Option<&ValidationLabels
     Ok(items)
 }
 
-/// The SHA-256, in lower-case hex, over how pictures are prepared, and for each split the number of pictures
-/// (u64) and for each its label (u16), its file's length (u64), the length of its name (u64) and its name;
-/// integers are little-endian. Their contents would take minutes to read.
+/// A SHA-256 in lower-case hex. It covers the options that determine the preparation of pictures, and for
+/// each split the number of pictures (u64) and for each picture its label (u16), its file's length (u64), the
+/// length of its name (u64) and its name. Integers are little-endian. The contents are left out, as reading
+/// them takes minutes.
 fn fingerprint(options: &Options, splits: &[Vec<Item>; 2]) -> String {
     let mut hash = Sha256::new();
     let Options { side, resize, scale, ratio, .. } = options;
@@ -645,7 +628,7 @@ fn fingerprint(options: &Options, splits: &[Vec<Item>; 2]) -> String {
             hash.update(name);
         }
     }
-    hex(&hash.finalize())
+    format!("{:x}", hash.finalize())
 }
 
 #[cfg(test)]

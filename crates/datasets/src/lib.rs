@@ -1,10 +1,11 @@
 //! CIFAR-100, a synthetic stand-in, and ImageNet: loading, verification, augmentation, batches.
 //!
-//! [`load`] takes a data set from a folder, from the Hugging Face hub, or draws a synthetic one, and verifies
-//! all of it before any of it is used. [`train_batches`] and [`test_batches`] turn it into normalized
-//! tensors, prepared ahead in a background thread and yet a function of their arguments alone; a [`Feed`] makes the
-//! same ones where the network is, on an accelerator from a copy of the images in its memory.
-//! [`imagenet`] is read from files as it is used; [`Data`] is what it and the sets in memory have in common.
+//! [`load`] takes CIFAR-100 from a folder or from the Hugging Face hub, or draws a synthetic set, and
+//! verifies all of it before any of it is used. [`train_batches`] and [`test_batches`] turn it into
+//! normalized tensors. A background thread prepares them, yet they depend on the arguments alone. A [`Feed`]
+//! gives the same batches on the device where the network is; on an accelerator it makes them from a copy of
+//! the images in the device's memory. [`imagenet`] reads its pictures from files when they are used.
+//! [`Dataset`] is what all of these have in common.
 //!
 //! ```
 //! # fn main() -> datasets::Result<()> {
@@ -22,25 +23,28 @@
 
 mod batches;
 mod cifar;
-mod data;
 mod dataset;
 mod error;
+mod event;
 mod feed;
 mod folder;
 mod hub;
 pub mod imagenet;
+mod memory;
 mod pickle;
 mod source;
+mod subset;
 mod synthetic;
 mod table;
 #[cfg(test)]
 mod testing;
 
 pub use batches::{Augmentation, Batch, Batches, test_batches, train_batches};
-pub use data::{Data, Skipped};
-pub use dataset::{Dataset, Images};
+pub use dataset::{Dataset, Skipped};
 pub use error::{Error, Result};
+pub use event::Event;
 pub use feed::Feed;
 pub use hub::{Hub, load as load_hub};
-pub use source::{Event, Source, load};
+pub use memory::{Images, InMemoryDataset};
+pub use source::{DataSource, load};
 pub use synthetic::synthetic;

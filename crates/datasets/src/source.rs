@@ -1,4 +1,4 @@
-//! Where data come from, and what loading has to tell.
+//! The places that CIFAR-100 can be loaded from.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -8,36 +8,37 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::cifar::Manifest;
-use crate::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::folder;
 use crate::hub::{self, Hub};
+use crate::memory::InMemoryDataset;
 use crate::synthetic;
 
-/// The folder that [`Source::Auto`] searches if `PFQ_DATA` is not set.
+/// The folder that [`DataSource::Auto`] searches if `PFQ_DATA` is not set.
 const FOLDER: &str = "data";
 
-/// Where to take a data set from. Read from text (`"auto"`, `"synthetic"`, `"hub"`, anything else is a
-/// folder) and written as the same text.
+/// Where to take a data set from. It is read from text (`"auto"`, `"synthetic"`, `"hub"`; everything else
+/// names a folder) and written as the same text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
-pub enum Source {
+pub enum DataSource {
     /// The first of:
     ///
-    /// 1. the folder named by the environment variable `PFQ_DATA`, if it is set and not empty; it must then
-    ///    hold CIFAR-100, for a wrong setting should not go unnoticed;
-    /// 2. `./data`, in any form that [`Source::Folder`] reads (so `./data/cifar-100-binary/train.bin`
-    ///    counts);
-    /// 3. the hub, as [`Source::Hub`];
-    /// 4. the synthetic data, announced by [`Event::FellBack`].
+    /// 1. the folder that the environment variable `PFQ_DATA` names, if it is set and not empty; the folder
+    ///    must then hold CIFAR-100, so that a wrong setting is noticed;
+    /// 2. `./data`, in any form that [`DataSource::Folder`] reads (for example
+    ///    `./data/cifar-100-binary/train.bin`);
+    /// 3. the hub, as [`DataSource::Hub`];
+    /// 4. the synthetic data, which [`Event::FellBack`] reports.
     ///
-    /// A folder that holds a broken form of CIFAR-100 is an error, never a reason to look further, and so is
-    /// a broken file in the hub's cache.
+    /// A folder with a broken form of CIFAR-100 is an error and no reason to search on, and so is a broken
+    /// file in the hub's cache.
     #[default]
     Auto,
-    /// The procedurally drawn stand-in, see [`synthetic`](crate::synthetic()).
+    /// The drawn stand-in, see [`synthetic`](crate::synthetic()).
     Synthetic,
-    /// CIFAR-100 in this folder, in the first form that is there:
+    /// CIFAR-100 in this folder, in the first of these forms:
     ///
     /// 1. `train.bin` and `test.bin`, in the folder or in `cifar-100-binary/` under it;
     /// 2. the pickles `cifar-100-python/train` and `cifar-100-python/test`;
@@ -46,143 +47,66 @@ pub enum Source {
     ///
     /// The folder may also be `cifar-100-python` or `cifar100` itself.
     ///
-    /// Forms 1 to 3 are checked against the sizes and MD5 sums of the official files, archives and their
-    /// members alike. Nothing is written.
+    /// Forms 1 to 3 must have the sizes and MD5 sums of the official files, archives as well as their
+    /// members. Nothing is written.
     Folder(PathBuf),
-    /// `uoft-cs/cifar100` on the Hugging Face hub, from its cache or downloaded to it, see [`Hub::from_env`].
+    /// `uoft-cs/cifar100` on the Hugging Face hub, downloaded unless it is in the cache, see
+    /// [`Hub::from_env`].
     Hub,
 }
 
-impl FromStr for Source {
+impl FromStr for DataSource {
     type Err = Infallible;
 
-    fn from_str(text: &str) -> std::result::Result<Source, Infallible> {
-        Ok(Source::from(text.to_string()))
+    fn from_str(text: &str) -> std::result::Result<DataSource, Infallible> {
+        Ok(DataSource::from(text.to_string()))
     }
 }
 
-impl From<String> for Source {
-    fn from(text: String) -> Source {
+impl From<String> for DataSource {
+    fn from(text: String) -> DataSource {
         match text.as_str() {
-            "auto" => Source::Auto,
-            "synthetic" => Source::Synthetic,
-            "hub" => Source::Hub,
-            _ => Source::Folder(text.into()),
+            "auto" => DataSource::Auto,
+            "synthetic" => DataSource::Synthetic,
+            "hub" => DataSource::Hub,
+            _ => DataSource::Folder(text.into()),
         }
     }
 }
 
-impl From<Source> for String {
-    fn from(source: Source) -> String {
+impl From<DataSource> for String {
+    fn from(source: DataSource) -> String {
         source.to_string()
     }
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for DataSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Source::Auto => f.write_str("auto"),
-            Source::Synthetic => f.write_str("synthetic"),
-            Source::Hub => f.write_str("hub"),
-            Source::Folder(folder) => write!(f, "{}", folder.display()),
+            DataSource::Auto => f.write_str("auto"),
+            DataSource::Synthetic => f.write_str("synthetic"),
+            DataSource::Hub => f.write_str("hub"),
+            DataSource::Folder(folder) => write!(f, "{}", folder.display()),
         }
     }
 }
 
-/// What loading has to tell while it is at work. The text of `Display` is fit to be shown.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Event {
-    /// A place is being read or asked.
-    Trying {
-        /// The place.
-        place: String,
-    },
-    /// A place has no data, and the next one is tried.
-    Skipped {
-        /// The place.
-        place: String,
-        /// Why it was left.
-        why: String,
-    },
-    /// A download moves on. There can be many of these, several a second.
-    Download {
-        /// The file within the repository.
-        file: String,
-        /// Bytes that have arrived.
-        done: u64,
-        /// Bytes to arrive; 0 if unknown.
-        total: u64,
-    },
-    /// The data decode well and have the right form, but cannot be shown to be the official pictures in their
-    /// order.
-    Unverified {
-        /// Why not.
-        why: String,
-    },
-    /// An archive is gone through for the positions of its members, which can take minutes.
-    Indexing {
-        /// The archive.
-        archive: String,
-    },
-    /// A table is unpacked into an archive.
-    Unpacking {
-        /// The parquet file.
-        table: String,
-        /// The tar file.
-        archive: String,
-    },
-    /// A file that would save time could not be written.
-    NotKept {
-        /// The file.
-        file: String,
-        /// Why not.
-        why: String,
-    },
-    /// No real data were found and synthetic data are used instead: results say nothing about CIFAR-100. Show
-    /// this one loudly.
-    FellBack {
-        /// What was tried.
-        why: String,
-    },
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Event::Trying { place } => write!(f, "looking for data in {place}"),
-            Event::Skipped { place, why } => write!(f, "not using {place}: {why}"),
-            Event::Download { file, done, total: 0 } => write!(f, "downloading {file}: {done} bytes"),
-            Event::Download { file, done, total } => write!(f, "downloading {file}: {done} of {total} bytes"),
-            Event::Unverified { why } => write!(f, "the data could not be verified: {why}"),
-            Event::Indexing { archive } => write!(f, "finding the images in {archive}"),
-            Event::Unpacking { table, archive } => write!(f, "unpacking {table} to {archive}"),
-            Event::NotKept { file, why } => {
-                write!(f, "{file} could not be written, so that it will be made again: {why}")
-            }
-            Event::FellBack { why } => {
-                write!(f, "NOT CIFAR-100: using SYNTHETIC data, since no real data were found ({why})")
-            }
-        }
-    }
-}
-
-/// Loads a data set. `on_event` is told what happens on the way; nothing is printed.
+/// Loads CIFAR-100 or its stand-in. `on_event` receives the events of the way; nothing is printed.
 ///
 /// # Errors
 ///
-/// Whatever keeps the asked-for source from being read completely and correctly; see [`Error`].
-/// [`Source::Auto`] moves on only from places that hold no data at all.
-pub fn load(source: &Source, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
+/// Every reason why the source cannot be read completely and correctly; see [`Error`]. [`DataSource::Auto`]
+/// goes on to the next place only from one that holds no data at all.
+pub fn load(source: &DataSource, on_event: &mut dyn FnMut(Event)) -> Result<InMemoryDataset> {
     match source {
-        Source::Auto => Search::from_env().run(on_event),
-        Source::Synthetic => synthetic::default(),
-        Source::Folder(folder) => folder::load(folder, &Manifest::official(), on_event),
-        Source::Hub => hub::load(&Hub::from_env(), on_event),
+        DataSource::Auto => Search::from_env().run(on_event),
+        DataSource::Synthetic => synthetic::default(),
+        DataSource::Folder(folder) => folder::load(folder, &Manifest::official(), on_event),
+        DataSource::Hub => hub::load(&Hub::from_env(), on_event),
     }
 }
 
-/// The places of [`Source::Auto`], apart from the environment so that tests can choose them.
+/// The places of [`DataSource::Auto`]. Tests choose others than the environment does.
 struct Search {
     /// The folder that must hold data.
     required: Option<PathBuf>,
@@ -202,7 +126,7 @@ impl Search {
         }
     }
 
-    fn run(&self, on_event: &mut dyn FnMut(Event)) -> Result<Dataset> {
+    fn run(&self, on_event: &mut dyn FnMut(Event)) -> Result<InMemoryDataset> {
         if let Some(folder) = &self.required {
             return folder::load(folder, &self.manifest, on_event);
         }
@@ -225,9 +149,9 @@ impl Search {
     }
 }
 
-/// Tells that a place has no data.
+/// Reports that a place has no data.
 fn skip(place: impl fmt::Display, error: Error, on_event: &mut dyn FnMut(Event)) {
-    on_event(Event::Skipped { place: place.to_string(), why: error.to_string() });
+    on_event(Event::NoData { place: place.to_string(), why: error.to_string() });
 }
 
 #[cfg(test)]
@@ -235,38 +159,30 @@ mod tests {
     use super::*;
     use crate::testing::{Mood, Server, binary, images, manifest, write};
     use std::path::Path;
-    use std::time::Duration;
 
     #[test]
     fn sources_are_read_and_written() {
         for text in ["auto", "synthetic", "hub", "some/folder"] {
-            let source: Source = text.parse().unwrap();
+            let source: DataSource = text.parse().unwrap();
             assert_eq!(source.to_string(), text);
             let json = serde_json::to_string(&source).unwrap();
             assert_eq!(json, format!("{text:?}"));
-            assert_eq!(serde_json::from_str::<Source>(&json).unwrap(), source);
+            assert_eq!(serde_json::from_str::<DataSource>(&json).unwrap(), source);
         }
-        assert_eq!("auto".parse(), Ok(Source::Auto));
-        assert_eq!("./hub".parse(), Ok(Source::Folder("./hub".into())));
+        assert_eq!("auto".parse(), Ok(DataSource::Auto));
+        assert_eq!("./hub".parse(), Ok(DataSource::Folder("./hub".into())));
     }
 
     fn search(root: &Path, server: &Server) -> Search {
         Search {
             required: None,
             folder: root.join("data"),
-            hub: Hub {
-                endpoint: Some(server.endpoint.clone()),
-                cache: Some(root.join("cache")),
-                token: None,
-                offline: false,
-                answer_timeout: Duration::from_secs(10),
-                stall_timeout: Duration::from_secs(10),
-            },
+            hub: server.hub(root),
             manifest: manifest(b"", b""),
         }
     }
 
-    fn run(search: &Search) -> (Result<Dataset>, Vec<Event>) {
+    fn run(search: &Search) -> (Result<InMemoryDataset>, Vec<Event>) {
         let mut events = Vec::new();
         let data = search.run(&mut |event| events.push(event));
         (data, events)
@@ -287,12 +203,12 @@ mod tests {
         assert_eq!(data.unwrap().name, "synthetic");
         assert!(matches!(events.last(), Some(Event::FellBack { .. })), "{events:?}");
         assert!(events.last().unwrap().to_string().starts_with("NOT CIFAR-100: using SYNTHETIC data"));
-        assert_eq!(events.iter().filter(|event| matches!(event, Event::Skipped { .. })).count(), 2);
+        assert_eq!(events.iter().filter(|event| matches!(event, Event::NoData { .. })).count(), 2);
 
         server.set(Mood::Good);
         let (data, events) = run(&search);
         assert_eq!(data.unwrap().train, images(3));
-        assert_eq!(events.iter().filter(|event| matches!(event, Event::Skipped { .. })).count(), 1);
+        assert_eq!(events.iter().filter(|event| matches!(event, Event::NoData { .. })).count(), 1);
 
         write_data(&search.folder);
         server.requests();
@@ -314,7 +230,7 @@ mod tests {
         write_data(&search.folder);
         write(&search.folder.join("cifar-100-binary/test.bin"), &binary(1));
         assert!(matches!(run(&search).0, Err(Error::WrongSize { .. })));
-        // A wrong PFQ_DATA is an error too, even though there would be other places.
+        // A wrong PFQ_DATA is an error too, although there are other places.
         search.required = Some(root.path().join("absent"));
         assert!(matches!(run(&search).0, Err(Error::NoData { .. })));
         assert!(server.requests().is_empty());
@@ -323,16 +239,16 @@ mod tests {
         search.folder = root.path().join("absent");
         server.set(Mood::Corrupting);
         assert!(matches!(run(&search).0, Err(Error::Malformed { .. })));
-        // Offline without a cache, there is nothing but synthetic data.
+        // Offline and without a cache, only synthetic data remain.
         search.hub = Hub { offline: true, cache: Some(root.path().join("empty")), ..search.hub };
         assert_eq!(run(&search).0.unwrap().name, "synthetic");
     }
 
     #[test]
     fn load_goes_where_it_is_told() {
-        let data = load(&Source::Synthetic, &mut |_| {}).unwrap();
+        let data = load(&DataSource::Synthetic, &mut |_| {}).unwrap();
         assert_eq!((data.name.as_str(), data.train.len(), data.test.len()), ("synthetic", 10_000, 2_000));
-        let absent = Source::Folder("no/such/folder".into());
+        let absent = DataSource::Folder("no/such/folder".into());
         assert!(matches!(load(&absent, &mut |_| {}), Err(Error::NoData { .. })));
     }
 }

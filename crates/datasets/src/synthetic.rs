@@ -1,52 +1,52 @@
-//! A stand-in for CIFAR-100: drawn pictures, for machines and tests without the real ones.
+//! A stand-in for CIFAR-100: drawn pictures, for machines and for tests without the real ones.
 
 use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cifar::{CLASSES, PIXELS, SIDE, with_capacity};
-use crate::dataset::{Dataset, Images};
 use crate::error::Result;
+use crate::memory::{Images, InMemoryDataset};
 
-/// What `Source::Synthetic` draws.
+/// The numbers of pictures and the seed of `DataSource::Synthetic`.
 const TRAIN: usize = 10_000;
 const TEST: usize = 2_000;
 const SEED: u64 = 100;
 
-/// A class is a shape, a texture and a range of colours.
+/// A class has a shape, a texture, and a range of colours.
 const SHAPES: usize = 10;
 const TEXTURES: usize = 5;
 
 /// Coordinates are in sixteenths of a pixel.
 const UNIT: i32 = 16;
-/// The radius that shapes are described in.
+/// The radius that `inside` describes shapes with.
 const RADIUS: i32 = 256;
-/// Hues go around the circle in this many steps, starting at red.
+/// The number of steps of the circle of hues, which begins at red.
 const HUES: i32 = 6 * 256;
 
-/// The data of `Source::Synthetic`.
-pub(crate) fn default() -> Result<Dataset> {
+/// The data set of `DataSource::Synthetic`.
+pub(crate) fn default() -> Result<InMemoryDataset> {
     synthetic(TRAIN, TEST, SEED)
 }
 
-/// Draws `train` + `test` pictures of 32x32 RGB pixels in 100 classes, which come in turn.
+/// Draws `train` + `test` pictures of 32x32 RGB pixels. Their labels go through 100 classes in turn.
 ///
 /// A class is one of 10 shapes with one of 5 textures in warm or in cold colours. Each picture places the
-/// shape elsewhere in another size and shade, on a gradient of any colour with clutter around it, partly
-/// covered, under noise. So a small convolutional network learns the classes in a few epochs, yet not
+/// shape elsewhere, in another size and shade, on a gradient of any colours, with clutter around it, partly
+/// covered and under noise. So a small convolutional network learns the classes in a few epochs, yet not
 /// perfectly, and colours alone tell little. Every class is symmetric under mirroring left to right.
 ///
-/// All arithmetic is in integers and all random numbers are ChaCha8's, so that a seed gives the same bytes
-/// everywhere. `Source::Synthetic` is 10,000 + 2,000 pictures with seed 100.
+/// All arithmetic is done in integers, and all random numbers are ChaCha8's, so a seed gives the same bytes
+/// everywhere. `DataSource::Synthetic` is 10,000 + 2,000 pictures with seed 100.
 ///
 /// # Errors
 ///
 /// [`Error::Invalid`](crate::Error::Invalid) if `train` is 0.
-pub fn synthetic(train: usize, test: usize, seed: u64) -> Result<Dataset> {
+pub fn synthetic(train: usize, test: usize, seed: u64) -> Result<InMemoryDataset> {
     let source = format!("synthetic (seed {seed}, {train} + {test} images)");
-    Dataset::new("synthetic", source, CLASSES, draw_all(train, seed, 0), draw_all(test, seed, 1))
+    InMemoryDataset::new("synthetic", source, CLASSES, draw_all(train, seed, 0), draw_all(test, seed, 1))
 }
 
-/// `n` pictures of the split, each from a stream of random numbers of its own.
+/// `n` pictures of the split, each from its own stream of random numbers.
 fn draw_all(n: usize, seed: u64, split: u8) -> Images {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -65,7 +65,7 @@ fn draw_all(n: usize, seed: u64, split: u8) -> Images {
 
 type Color = [i32; 3];
 
-/// A picture of the class.
+/// Draws a picture of the class.
 fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     let shape = class % SHAPES;
     let texture = class / SHAPES % TEXTURES;
@@ -80,7 +80,7 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     let clutter: [Blot; 4] = std::array::from_fn(|_| Blot::random(rng, 2..5));
     let cover = Blot::random(rng, 2..6);
 
-    // Warm hues lie around orange, cold ones opposite.
+    // Warm hues are around orange, cold ones are opposite.
     let hue = 128 + cold as i32 * HUES / 2 + rng.random_range(-340..=340);
     let light = rng.random_range(150..=255);
     let bright = color(hue, light, rng.random_range(120..=230));
@@ -128,7 +128,7 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     pixels
 }
 
-/// Whether the point lies in the shape, which fills about the disc of `RADIUS` around the origin; v points
+/// Whether the point is inside the shape, which covers about the disc of `RADIUS` around the origin; v points
 /// down.
 fn inside(shape: usize, u: i32, v: i32) -> bool {
     let (au, av) = (u.abs(), v.abs());
@@ -153,13 +153,13 @@ fn inside(shape: usize, u: i32, v: i32) -> bool {
     }
 }
 
-/// The texture of a shape: where it is dark.
+/// The texture of a shape: it tells where the shape is dark.
 struct Weave {
     texture: usize,
-    /// Of a stripe.
+    /// The width of a stripe.
     width: i32,
     phase: [i32; 2],
-    /// Which way diagonals lean.
+    /// The direction of diagonals.
     lean: bool,
 }
 
@@ -172,7 +172,7 @@ impl Weave {
             1 => stripe(x),
             2 => stripe(y),
             3 => stripe(x) != stripe(y),
-            // A diagonal stripe is narrower across than along an axis, by about 5/7.
+            // Across a diagonal stripe the distance is about 5/7 of that along an axis.
             _ => stripe((if self.lean { x + y } else { x - y }) * 5 / 7),
         }
     }
@@ -188,7 +188,7 @@ struct Blot {
 }
 
 impl Blot {
-    /// Anywhere in the picture, with half an edge or a radius in the range of pixels.
+    /// A blot anywhere in the picture. `pixels` is the range of its radius, or of half its edge.
     fn random(rng: &mut ChaCha8Rng, pixels: std::ops::Range<i32>) -> Blot {
         let side = SIDE as i32 * UNIT;
         let (x, y) = (rng.random_range(0..side), rng.random_range(0..side));
@@ -207,11 +207,11 @@ impl Blot {
     }
 }
 
-/// The colour of a hue (any integer; the circle has `HUES` steps), with `light` (0..=255) as its largest
-/// channel, as far from grey as `strength` (0..=256) says.
+/// The colour of a hue (any integer; the circle has `HUES` steps). `light` (0 to 255) is its largest channel,
+/// and `strength` (0 to 256) is its distance from grey.
 fn color(hue: i32, light: i32, strength: i32) -> Color {
-    // A channel is full within a sixth of the circle of its own hue, empty beyond a third, and falls off in
-    // between.
+    // A channel is full up to a sixth of the circle away from its own hue, empty from a third on, and linear
+    // in between.
     [0, HUES / 3, 2 * HUES / 3].map(|own| {
         let away = (hue - own).rem_euclid(HUES);
         let pure = (2 * HUES / 6 - away.min(HUES - away)).clamp(0, 256);
@@ -229,7 +229,7 @@ mod tests {
         assert_eq!(data.fingerprint, "09216edc0a6aae28a37759729f6c0fd096ecd22ddb97798fb88ca512a6a13d3f");
         assert_eq!(data, synthetic(200, 100, 3).unwrap());
         assert_ne!(data.train, synthetic(200, 100, 4).unwrap().train);
-        // Training and test pictures differ, and more of them leave the first ones alone.
+        // Training and test pictures differ, and the first ones do not depend on the number of pictures.
         assert_ne!(data.train.image(0), data.test.image(0));
         assert_eq!(data.train.pixels, synthetic(300, 1, 3).unwrap().train.pixels[..data.train.pixels.len()]);
     }
@@ -281,9 +281,8 @@ mod tests {
         assert_eq!(color(0, 200, 128), [200, 100, 100]);
     }
 
-    /// The share of test pictures that are nearest to the mean training picture of their own class, by the
-    /// features that `features` makes of a picture.
-    fn nearest_mean(data: &Dataset, features: fn(&[u8]) -> Vec<f32>) -> f32 {
+    /// The share of test pictures whose `features` are nearest to the mean of their own class.
+    fn nearest_mean(data: &InMemoryDataset, features: fn(&[u8]) -> Vec<f32>) -> f32 {
         let mut means =
             vec![features(data.train.image(0)).iter().map(|_| 0.0).collect::<Vec<f32>>(); CLASSES];
         let share = CLASSES as f32 / data.train.len() as f32;

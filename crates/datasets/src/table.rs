@@ -1,10 +1,9 @@
-//! CIFAR-100 from the parquet files of the hub.
+//! CIFAR-100 from the parquet files of the hub, and the columns of such files.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-// The trait comes from here so that reader and trait are those of one version of parquet.
+// This trait and the reader below must be of the same version of parquet.
 use candle_datasets::hub::FileReader;
 use image::{ColorType, ImageFormat};
 use parquet::data_type::ByteArray;
@@ -13,18 +12,15 @@ use parquet::record::{Field, Row};
 use rayon::prelude::*;
 
 use crate::cifar::{PIXELS, SIDE, check_labels, with_capacity};
-use crate::dataset::Images;
-use crate::error::{Error, Result, panic_message};
+use crate::error::{Error, Result, catch_panic};
+use crate::memory::Images;
 
 /// Reads a table of exactly `records` rows with the columns `img` (a group whose `bytes` are a PNG of 32x32
-/// RGB pixels), `fine_label` and `coarse_label`. Anything else is [`Error::Malformed`].
+/// RGB pixels), `fine_label` and `coarse_label`. Everything else is [`Error::Malformed`].
 pub(crate) fn read(path: &Path, records: usize) -> Result<Images> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(Error::io(path))?;
-    // Decoders of damaged input have been seen to panic; that is one more way for the file to be damaged.
-    catch_unwind(AssertUnwindSafe(|| decode(file, &name, records))).unwrap_or_else(|panic| {
-        Err(Error::malformed(&name, format!("decoding failed: {}", panic_message(&*panic))))
-    })
+    catch_panic(|| decode(file, &name, records)).unwrap_or_else(|what| Err(Error::malformed(&name, what)))
 }
 
 fn decode(file: File, name: &str, records: usize) -> Result<Images> {
@@ -70,7 +66,7 @@ fn column<'a>(row: &'a Row, name: &str) -> Option<&'a Field> {
     row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field)
 }
 
-/// The integer in a column.
+/// The integer in the column `name`.
 pub(crate) fn integer(row: &Row, name: &str) -> Option<i64> {
     match column(row, name)? {
         Field::Long(value) => Some(*value),
@@ -79,7 +75,7 @@ pub(crate) fn integer(row: &Row, name: &str) -> Option<i64> {
     }
 }
 
-/// The `bytes` in the group of a column.
+/// The `bytes` in the column `name`, which is a group.
 pub(crate) fn bytes(row: &Row, name: &str) -> Option<ByteArray> {
     let Field::Group(group) = column(row, name)? else { return None };
     match column(group, "bytes")? {
@@ -88,7 +84,7 @@ pub(crate) fn bytes(row: &Row, name: &str) -> Option<ByteArray> {
     }
 }
 
-/// The text `inner` in the group of a column.
+/// The text called `inner` in the column `name`, which is a group.
 pub(crate) fn text(row: &Row, name: &str, inner: &str) -> Option<String> {
     let Field::Group(group) = column(row, name)? else { return None };
     match column(group, inner)? {

@@ -1,10 +1,11 @@
-//! A data set of three and two images in every form, for the tests of this crate.
+//! A data set of three training and two test images in every form, for the tests of this crate.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Cursor, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -15,9 +16,10 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
 use crate::cifar::{CLASSES, Expected, Manifest, Release};
-use crate::dataset::{Dataset, Images, hex};
+use crate::hub::Hub;
+use crate::memory::{Images, InMemoryDataset};
 
-/// The python form of `images(3)` and `images(2)`, written by `make.py` beside them.
+/// The Python form of `images(3)` and `images(2)`, written by `make.py` beside them.
 pub const PICKLES: [&[u8]; 2] =
     [include_bytes!("../tests/fixtures/train"), include_bytes!("../tests/fixtures/test")];
 
@@ -41,7 +43,7 @@ pub fn binary(n: usize) -> Vec<u8> {
 }
 
 fn expected(contents: &[u8]) -> Expected {
-    Expected { bytes: Some(contents.len() as u64), md5: hex(&Md5::digest(contents)) }
+    Expected { bytes: Some(contents.len() as u64), md5: format!("{:x}", Md5::digest(contents)) }
 }
 
 pub fn manifest(binary_archive: &[u8], python_archive: &[u8]) -> Manifest {
@@ -49,7 +51,7 @@ pub fn manifest(binary_archive: &[u8], python_archive: &[u8]) -> Manifest {
         records: [3, 2],
         binary: Release { archive: expected(binary_archive), members: [3, 2].map(|n| expected(&binary(n))) },
         python: Release { archive: expected(python_archive), members: PICKLES.map(expected) },
-        fingerprint: Dataset::new("cifar100", "", CLASSES, images(3), images(2)).unwrap().fingerprint,
+        fingerprint: InMemoryDataset::new("cifar100", "", CLASSES, images(3), images(2)).unwrap().fingerprint,
     }
 }
 
@@ -72,7 +74,7 @@ pub fn tar_gz(folder: &str, names: &[&str], contents: &[Vec<u8>]) -> Vec<u8> {
     tar.into_inner().unwrap().finish().unwrap()
 }
 
-/// A parquet file as the hub has it. `flaw` is `"png"` for none, or says what is wrong with the pictures.
+/// A parquet file as the hub has it. `flaw` names what is wrong with the pictures; `"png"` is without a flaw.
 pub fn parquet(images: &Images, flaw: &str) -> Vec<u8> {
     let schema = "message schema {
         optional group img { optional binary bytes; optional binary path (UTF8); }
@@ -81,24 +83,28 @@ pub fn parquet(images: &Images, flaw: &str) -> Vec<u8> {
     }";
     let schema =
         if flaw == "no column" { schema.replace("binary bytes", "binary other") } else { schema.into() };
-    let schema = Arc::new(parse_message_type(&schema).unwrap());
+    let n = images.len();
+    let pngs = (0..n).map(|i| png(images.image(i), flaw)).collect();
+    let paths = (0..n).map(|i| format!("drawing_{i}.png").into_bytes()).collect();
+    let fine = images.labels.iter().map(|&label| label.into()).collect();
+    write_parquet(&schema, [pngs, paths], &[fine, (0..n as i64).map(|i| i % 20).collect()])
+}
+
+/// A parquet file of two columns of bytes in a group and of columns of integers.
+pub fn write_parquet(schema: &str, bytes: [Vec<Vec<u8>>; 2], integers: &[Vec<i64>]) -> Vec<u8> {
+    let schema = Arc::new(parse_message_type(schema).unwrap());
     let mut writer = SerializedFileWriter::new(Vec::new(), schema, Default::default()).unwrap();
     let mut group = writer.next_row_group().unwrap();
-    let n = images.len();
-    let bytes = (0..n).map(|i| png(images.image(i), flaw).into()).collect();
-    let paths = (0..n).map(|i| format!("drawing_{i}.png").into_bytes().into()).collect();
-    for column in [bytes, paths] {
-        let column: Vec<ByteArray> = column;
+    // The numbers tell that no value is missing, neither in its group nor the group.
+    for column in bytes {
+        let column: Vec<ByteArray> = column.into_iter().map(ByteArray::from).collect();
         let mut writer = group.next_column().unwrap().unwrap();
-        writer.typed::<ByteArrayType>().write_batch(&column, Some(&vec![2; n]), None).unwrap();
+        writer.typed::<ByteArrayType>().write_batch(&column, Some(&vec![2; column.len()]), None).unwrap();
         writer.close().unwrap();
     }
-    let fine = images.labels.iter().map(|&label| label.into()).collect();
-    let coarse = (0..n as i64).map(|i| i % 20).collect();
-    for column in [fine, coarse] {
-        let column: Vec<i64> = column;
+    for column in integers {
         let mut writer = group.next_column().unwrap().unwrap();
-        writer.typed::<Int64Type>().write_batch(&column, Some(&vec![1; n]), None).unwrap();
+        writer.typed::<Int64Type>().write_batch(column, Some(&vec![1; column.len()]), None).unwrap();
         writer.close().unwrap();
     }
     group.close().unwrap();
@@ -128,21 +134,21 @@ pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 #[derive(Clone, Copy, PartialEq)]
 pub enum Mood {
     Good,
-    /// Knows no file.
+    /// Has no file.
     Empty,
     /// Accepts connections and never answers.
     Silent,
     /// Begins to send a file and never ends.
     Stalling,
-    /// Ends in the middle of a file.
+    /// Ends a connection in the middle of a file.
     Truncating,
-    /// Sends a file of the right length with a byte changed.
+    /// Sends a file of the right length with a wrong byte.
     Corrupting,
     /// Answers every request with an internal error.
     Failing,
-    /// Says that there is no token, or no valid one.
+    /// Answers that the token is missing or invalid.
     Unauthorized,
-    /// Says that the token's account has no access.
+    /// Answers that the token's account has no access.
     Forbidden,
 }
 
@@ -150,11 +156,11 @@ pub enum Mood {
 pub struct Server {
     pub endpoint: String,
     pub mood: Arc<Mutex<Mood>>,
-    /// The requests so far: method and path.
+    /// The methods and paths of the requests so far.
     pub log: Arc<Mutex<Vec<String>>>,
 }
 
-/// The files of a repository, by their paths in it.
+/// The files of a repository by their paths.
 type Files = HashMap<String, Vec<u8>>;
 
 impl Server {
@@ -167,7 +173,7 @@ impl Server {
         Server::of("uoft-cs/cifar100", None, files.map(|(name, contents)| (name.into(), contents)).into())
     }
 
-    /// Serves files of a data set's repository, to everybody or to those who send the token.
+    /// Serves the files of a data set's repository, to everybody or only to those who send the token.
     pub fn of(repo: &'static str, token: Option<&'static str>, files: Files) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -182,6 +188,18 @@ impl Server {
             }
         });
         server
+    }
+
+    /// A client for this hub, with its cache in the folder `home`.
+    pub fn hub(&self, home: &Path) -> Hub {
+        Hub {
+            endpoint: Some(self.endpoint.clone()),
+            cache: Some(home.join("hub")),
+            token: None,
+            offline: false,
+            answer_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(10),
+        }
     }
 
     pub fn set(&self, mood: Mood) {
@@ -234,11 +252,11 @@ fn serve(
         format!("[{}]", inside.map(entry).collect::<Vec<_>>().join(",")).into_bytes()
     });
     let body = file.and_then(|file| files.get(file)).or(list.as_ref()).filter(|_| mood != Mood::Empty);
-    let etag = body.map(|body| hex(&Md5::digest(body))).unwrap_or_default();
+    let etag = body.map(|body| format!("{:x}", Md5::digest(body))).unwrap_or_default();
     let known = value("if-none-match").is_some_and(|value| value.trim_matches('"') == etag);
     let status = match (mood, body) {
         (Mood::Silent, _) => {
-            std::thread::sleep(std::time::Duration::from_secs(5));
+            std::thread::sleep(Duration::from_secs(5));
             return Ok(());
         }
         (Mood::Failing, _) => "500 Internal Server Error",
@@ -267,7 +285,7 @@ fn serve(
     stream.write_all(&body)?;
     stream.flush()?;
     if mood == Mood::Stalling {
-        std::thread::sleep(std::time::Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(5));
     }
     Ok(())
 }

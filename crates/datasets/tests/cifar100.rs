@@ -1,6 +1,6 @@
-//! The real CIFAR-100, where the environment variable `PFQ_DATA` names its folder.
+//! The real CIFAR-100, if the environment variable `PFQ_DATA` names its folder.
 
-use datasets::{Error, Event, Source, load};
+use datasets::{DataSource, Error, Event, load};
 
 #[test]
 fn the_real_data_are_read_correctly() {
@@ -9,7 +9,7 @@ fn the_real_data_are_read_correctly() {
         return;
     };
     let mut events = Vec::new();
-    let data = match load(&Source::Folder(folder.into()), &mut |event| events.push(event)) {
+    let data = match load(&DataSource::Folder(folder.into()), &mut |event| events.push(event)) {
         Err(error @ Error::NoData { .. }) => {
             eprintln!("skipped: {error}");
             return;
@@ -26,7 +26,7 @@ fn the_real_data_are_read_correctly() {
         images.labels.iter().for_each(|&label| counts[usize::from(label)] += 1);
         assert_eq!(counts, [per_class; 100]);
     }
-    // As published for this data set in many places.
+    // Many publications give these values.
     for (found, known) in [(data.mean, [0.5071, 0.4865, 0.4409]), (data.std, [0.2673, 0.2564, 0.2762])] {
         assert!(
             found.iter().zip(known).all(|(found, known): (&f32, f32)| (found - known).abs() < 1e-4),
@@ -36,8 +36,7 @@ fn the_real_data_are_read_correctly() {
     // The first training picture shows cattle, the first test picture a mountain.
     assert_eq!((data.train.labels[0], data.test.labels[0]), (19, 49));
 
-    // In pictures, neighbouring pixels resemble each other; a mix-up of rows, columns and channels would end
-    // that.
+    // Neighbouring pixels of a picture resemble each other, unless rows, columns or channels are mixed up.
     let image = |i: usize| data.train.image(i);
     let (mut along, mut across) = (0u64, 0u64);
     for i in (0..data.train.len()).step_by(97) {

@@ -1,7 +1,7 @@
-//! Real ImageNet, or a part of it, where the environment variable `PFQ_IMAGENET` names its folder.
+//! Real ImageNet or a part of it, if the environment variable `PFQ_IMAGENET` names its folder.
 
 use datasets::imagenet::{self, Limit, Options};
-use datasets::{Augmentation, Batches, Data, Source};
+use datasets::{Augmentation, Batches, DataSource, Dataset};
 
 #[test]
 fn real_pictures_are_read_correctly() {
@@ -9,10 +9,11 @@ fn real_pictures_are_read_correctly() {
         eprintln!("skipped: PFQ_IMAGENET is not set");
         return;
     };
-    // At most so many, for the whole set would take an hour.
+    // The whole set would take an hour.
     let limit = Some(Limit::Total(1000));
     let options = Options { train_limit: limit, test_limit: limit, ..Options::default() };
-    let data = imagenet::load(&Source::Folder(folder.into()), &options, &mut |event| eprintln!("{event}"));
+    let data =
+        imagenet::load(&DataSource::Folder(folder.into()), &options, &mut |event| eprintln!("{event}"));
     let data = data.unwrap();
     println!("{data:?}");
 
@@ -33,7 +34,7 @@ fn real_pictures_are_read_correctly() {
         }
         assert!(found + data.skipped().len() >= images && found > 0);
         if images >= 100 {
-            // The usual mean and standard deviation are those of this very data set.
+            // The usual mean and standard deviation are those of this data set.
             let (mean, square) = (sum / values, squares / values);
             assert!(mean.abs() < 0.3 && (0.6..1.6).contains(&square), "{mean} {square}");
         }

@@ -1,7 +1,7 @@
 use crate::Result;
 use crate::totals::{Means, Totals};
 use candle_core::DType;
-use datasets::{Data, Feed};
+use datasets::{Dataset, Feed};
 use models::Network;
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +19,7 @@ const IMAGES: usize = 250;
 const PIXELS: usize = 32 * 224 * 224;
 
 /// Evaluates `network`, on its device, on the test images of `data`.
-pub fn evaluate(network: &Network, data: &dyn Data) -> Result<Evaluation> {
+pub fn evaluate(network: &Network, data: &dyn Dataset) -> Result<Evaluation> {
     evaluate_on(network, &mut Feed::new(data, network.device(), DType::F32))
 }
 

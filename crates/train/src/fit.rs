@@ -2,7 +2,7 @@ use crate::evaluate::evaluate_on;
 use crate::totals::Totals;
 use crate::{Error, Evaluation, Result, TimeLimit, Training};
 use candle_core::{DType, Tensor};
-use datasets::{Data, Feed};
+use datasets::{Dataset, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
 use kernels::sgd::{self, Rule, Update};
 use models::{Extras, Network, Parameter, Step};
@@ -14,7 +14,7 @@ use std::time::Instant;
 /// One training run.
 pub struct Run<'a> {
     /// Training and test images.
-    pub data: &'a dyn Data,
+    pub data: &'a dyn Dataset,
     /// Rates, lengths and the rest.
     pub training: &'a Training,
     /// Seed of the order and the augmentation of the training images.

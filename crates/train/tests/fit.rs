@@ -4,7 +4,7 @@
 //! the middle of an epoch.
 
 use candle_core::{DType, Device, Tensor};
-use datasets::{Augmentation, Dataset, Images, train_batches};
+use datasets::{Augmentation, Images, InMemoryDataset, train_batches};
 use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
 use models::{BatchNorm, Extras, Head, Kernel, Network, Norm, Residual, Step, Unit};
@@ -26,12 +26,12 @@ const EPOCHS: usize = 3;
 const FOLDER: &str = "PFQ_TEST_KILLED_RUN";
 
 /// Synthetic images, the shapes put together to one class.
-fn data(train: usize, test: usize) -> Arc<Dataset> {
+fn data(train: usize, test: usize) -> Arc<InMemoryDataset> {
     let whole = datasets::synthetic(train, test, 5).unwrap();
     let merge =
         |images: Images| Images { labels: images.labels.iter().map(|label| label / 10).collect(), ..images };
     let (train, test) = (merge(whole.train), merge(whole.test));
-    Arc::new(Dataset::new("synthetic", whole.source, CLASSES, train, test).unwrap())
+    Arc::new(InMemoryDataset::new("synthetic", whole.source, CLASSES, train, test).unwrap())
 }
 
 /// Numbers in −1…1 that depend on the seed alone (SplitMix64).
@@ -132,14 +132,14 @@ fn training() -> Training {
 }
 
 /// The run of these tests: of seed 3, in float32, without a limit.
-fn the_run<'a>(data: &'a Arc<Dataset>, training: &'a Training, folder: &'a Path) -> Run<'a> {
+fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &'a Path) -> Run<'a> {
     Run { data, training, seed: 3, folder, identity: "the-run", dtype: DType::F32, limit: None }
 }
 
 /// A run in `folder` from its beginning or its checkpoint.
 fn run(
     network: Network,
-    data: &Arc<Dataset>,
+    data: &Arc<InMemoryDataset>,
     training: &Training,
     seed: u64,
     folder: &Path,

@@ -1,6 +1,6 @@
 use crate::{Error, Kind, Result, Stage};
 use candle_core::{DType, Device};
-use datasets::Data;
+use datasets::Dataset;
 use models::{Extras, Network};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -19,7 +19,7 @@ pub struct Store {
 /// What a stage runs on.
 pub struct Context<'a> {
     /// Training and test images.
-    pub data: &'a dyn Data,
+    pub data: &'a dyn Dataset,
     /// Where tensors live.
     pub device: &'a Device,
     /// In which feature maps are kept while a stage trains: `F32`, on a GPU also `BF16`.
@@ -291,7 +291,7 @@ fn network_file(folder: &Path) -> PathBuf {
 
 /// Lowest and highest value of a normalized image: black and white in the channel where they lie
 /// farthest out.
-fn image_range(data: &dyn Data) -> (f32, f32) {
+fn image_range(data: &dyn Dataset) -> (f32, f32) {
     let ends =
         |pixel: f32| data.mean().into_iter().zip(data.std()).map(move |(mean, std)| (pixel - mean) / std);
     (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))

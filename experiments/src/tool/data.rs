@@ -3,7 +3,7 @@
 use crate::progress::Display;
 use crate::{profile, session};
 use anyhow::{Context as _, Result, bail};
-use datasets::Data;
+use datasets::Dataset;
 use datasets::imagenet::{Limit, Options};
 use models::Network;
 
@@ -11,7 +11,7 @@ use models::Network;
 const LARGE: usize = 64;
 
 /// The test images that `--data` asks for, of the data set that the network's input is laid out for.
-pub(super) fn load(wanted: &str, limit: Option<usize>, network: &Network) -> Result<Box<dyn Data>> {
+pub(super) fn load(wanted: &str, limit: Option<usize>, network: &Network) -> Result<Box<dyn Dataset>> {
     let [height, width, _] = network.input;
     let imagenet = (height >= LARGE).then(|| Options {
         side: height,

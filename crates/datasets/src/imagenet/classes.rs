@@ -1,4 +1,4 @@
-//! Which classes there are, and their numbers.
+//! The classes of a data set and their numbers.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The names of ImageNet-1000's classes, sorted: line `i` is class `i`.
+/// The names of ImageNet-1000's classes, sorted. Line `i`, from 0, is class `i`.
 const OFFICIAL: &str = include_str!("wnids.txt");
 
-/// The file that may give other classes, or another order.
+/// The file that can give other classes or another order.
 pub(super) const FILE: &str = "class_index.tsv";
 
 /// The classes of a data set: their names (ids of WordNet, `n01440764`) in the order of their numbers.
@@ -23,12 +23,12 @@ pub(super) struct Classes {
 }
 
 impl Classes {
-    /// The 1000 classes in their usual order, that of the sorted names.
+    /// The 1000 classes in their usual order, which is that of the sorted names.
     pub fn official() -> Classes {
         Classes::of(OFFICIAL.lines().map(String::from).collect())
     }
 
-    /// Whatever the names are, numbered in their sorted order.
+    /// Any names, numbered in their sorted order.
     pub fn sorted(mut names: Vec<String>) -> Result<Classes> {
         names.sort_unstable();
         names.dedup();
@@ -43,8 +43,8 @@ impl Classes {
         Classes { names, numbers }
     }
 
-    /// Reads lines of a number, a name and whatever else, divided by tabs, after an optional heading. The
-    /// numbers must be 0 to n-1, in any order.
+    /// Reads lines of a number, a name and more, separated by tabs, after an optional heading. The numbers
+    /// must be 0 to n-1, in any order.
     pub fn read(path: &Path) -> Result<Classes> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
         let wrong = |what: String| Error::Labels { file: path.into(), what };
@@ -97,18 +97,18 @@ impl Classes {
     }
 }
 
-/// Which classes' images are taken. Written as text: `100` (the first so many) or `n01440764,n01443537`.
+/// The classes whose images are taken. As text it is `100` (the first hundred) or `n01440764,n01443537`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ClassChoice {
-    /// Those with the numbers 0 to n-1.
+    /// The classes with the numbers 0 to n-1.
     First(usize),
-    /// Those with these names.
+    /// The classes with these names.
     Named(Vec<String>),
 }
 
 impl ClassChoice {
-    /// Whether each class is taken.
+    /// For each class whether it is taken.
     pub(super) fn taken(&self, classes: &Classes) -> Result<Vec<bool>> {
         let mut taken = vec![false; classes.len()];
         match self {
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(classes.len(), 1000);
         assert!(classes.names.is_sorted() && classes.numbers.len() == 1000);
         assert!(classes.names.iter().all(|name| name.len() == 9 && name.starts_with('n')));
-        // Tench, Chihuahua, toilet paper: as published with many networks.
+        // Tench, Chihuahua and toilet paper have these numbers in many published networks.
         for (number, name) in [(0, "n01440764"), (151, "n02085620"), (999, "n15075141")] {
             assert_eq!(
                 (classes.name(number.into()), classes.number(name)),

@@ -1,15 +1,13 @@
 //! Pictures from the bytes of their files.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use image::ImageFormat;
 use zune_core::bytestream::ZCursor;
 use zune_core::colorspace::ColorSpace;
 use zune_core::options::DecoderOptions;
 use zune_jpeg::JpegDecoder;
 
-use crate::dataset::CHANNELS;
-use crate::error::panic_message;
+use crate::error::catch_panic;
+use crate::memory::CHANNELS;
 
 /// A decoded picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,11 +20,12 @@ pub(super) struct Picture {
     pub pixels: Vec<u8>,
 }
 
-/// Decodes a JPEG or PNG, told apart by their first bytes, into red, green and blue.
+/// Decodes a JPEG or a PNG, which their first bytes distinguish, into red, green and blue.
 ///
-/// As `PIL.Image.open(..).convert("RGB")` does: greys become three equal channels, CMYK and YCCK are taken
-/// as Adobe writes them (inverted), an alpha channel is dropped, of 16 bits the upper 8 count, the orientation
-/// in EXIF is ignored, and a JPEG that ends before its picture does is refused. The error says what is wrong.
+/// The result is that of `PIL.Image.open(..).convert("RGB")`: grey becomes three equal channels, CMYK and
+/// YCCK are taken as Adobe writes them (inverted), an alpha channel is dropped, of 16 bits the upper 8 count,
+/// and the orientation in EXIF is ignored. A JPEG that ends before its picture does is refused. The error
+/// says what is wrong.
 pub(super) fn decode(bytes: &[u8]) -> Result<Picture, String> {
     let format = match bytes {
         [0xff, 0xd8, 0xff, ..] => jpeg,
@@ -37,9 +36,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, String> {
             return Err(format!("it is neither a JPEG nor a PNG: it begins with the bytes {begin:02x?}"));
         }
     };
-    // Decoders of damaged input have been seen to panic; that is one more way for a picture to be damaged.
-    let picture = catch_unwind(AssertUnwindSafe(|| format(bytes)))
-        .unwrap_or_else(|panic| Err(format!("decoding failed: {}", panic_message(&*panic))))?;
+    let picture = catch_panic(|| format(bytes))??;
     let Picture { width, height, pixels } = &picture;
     if pixels.is_empty() || pixels.len() != width * height * CHANNELS {
         return Err(format!("it decodes to {} bytes for {width}x{height} pixels", pixels.len()));
@@ -49,8 +46,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, String> {
 
 fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
     match jpeg_with(bytes, true) {
-        // Oddities that libjpeg only warns of should not lose a picture that is all there. But where the mark of
-        // the end is missing, the decoder would make up the rest.
+        // A complete picture should not be lost for what libjpeg only warns of. But if the marker of the end
+        // is missing, the decoder would make up the rest.
         Err(_) if ends_with_its_mark(bytes) => jpeg_with(bytes, false),
         Err(what) => Err(format!("the JPEG is truncated or damaged: {what}")),
         done => done,
@@ -65,7 +62,7 @@ fn jpeg_with(bytes: &[u8], strict: bool) -> Result<Picture, String> {
     Ok(Picture { width, height, pixels })
 }
 
-/// Whether the mark of a JPEG's end stands near the end; some programs append a few bytes.
+/// Whether the marker of a JPEG's end is near the end of the file; some programs append a few bytes.
 fn ends_with_its_mark(bytes: &[u8]) -> bool {
     const NEAR: usize = 1024;
     bytes[bytes.len().saturating_sub(NEAR)..].windows(2).any(|pair| pair == [0xff, 0xd9])
@@ -84,9 +81,9 @@ mod tests {
     use crate::imagenet::tests::{jpeg_of, png_of, scene};
     use image::{DynamicImage, ImageBuffer, Luma, Rgb, RgbaImage};
 
-    /// Compares with what PIL makes of the same file: no value may differ by more than `most`, and they may
-    /// not by more than `mean` on average. Decoders may round differently, and interpolate colours of less
-    /// resolution differently.
+    /// Compares with PIL's pixels of the same file: no value may differ by more than `most`, and the average
+    /// difference must be at most `mean`. Decoders may round differently, and may interpolate subsampled
+    /// colours differently.
     fn check(jpeg: &[u8], by_pil: &[u8], mean: f64, most: u8) {
         let picture = decode(jpeg).unwrap();
         assert_eq!((picture.width, picture.height, picture.pixels.len()), (32, 24, by_pil.len()));
@@ -111,7 +108,7 @@ mod tests {
         check(jpeg, rgb, 0.1, 1);
         let (jpeg, rgb) = beside_pil!("progressive");
         check(jpeg, rgb, 0.5, 4);
-        // EXIF asks for turning it by a quarter.
+        // Its EXIF asks to turn it by a quarter.
         let (jpeg, rgb) = beside_pil!("turned");
         check(jpeg, rgb, 0.5, 4);
         let (jpeg, rgb) = beside_pil!("cmyk");
@@ -144,14 +141,14 @@ mod tests {
         let whole = jpeg_of(&scene(100, 80, 1));
         let size = decode(&whole).unwrap().pixels.len();
         assert_eq!(size, 100 * 80 * 3);
-        // Wherever it is cut before its last pixels, that is noticed.
+        // A cut anywhere before its last pixels is noticed.
         for end in (3..whole.len() - 40).step_by(17) {
             let error = decode(&whole[..end]).unwrap_err();
             assert!(error.contains("truncated or damaged"), "{end}: {error}");
         }
         let progressive = beside_pil!("progressive").0;
         assert!(decode(&progressive[..progressive.len() / 2]).is_err());
-        // What some programs append does not matter.
+        // Appended bytes do not matter.
         assert_eq!(decode(&[&whole[..], &[0; 50]].concat()).unwrap().pixels.len(), size);
         let png = png_of(&DynamicImage::ImageRgb8(scene(100, 80, 1)));
         assert!(decode(&png[..png.len() / 2]).unwrap_err().contains("PNG"));

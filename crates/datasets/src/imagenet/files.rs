@@ -1,4 +1,4 @@
-//! Where the bytes of pictures are: files of their own, or sections of an archive.
+//! The places of pictures: a file for each, or a section of an archive.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -10,17 +10,17 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
-/// What folders of a whole split are called.
+/// The names of folders of a whole split.
 const SPLITS: [&str; 3] = ["train", "val", "validation"];
 
-/// A picture's file, or the section of an archive that holds it.
+/// A picture's file, or its section of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stored {
     /// The folder of the split, or the archive.
     pub container: Arc<Path>,
-    /// Its path in there, with `/`. In an archive it can have the name of an archive in that one.
+    /// Its path in the container, with `/`. The path can lead through an archive in the archive.
     pub name: Box<str>,
-    /// Where it begins in the archive; `None`: it is a file of its own.
+    /// Where it begins in the archive, in bytes; `None` if it is a file.
     pub offset: Option<u64>,
     /// Its length in bytes.
     pub size: u64,
@@ -32,18 +32,18 @@ impl Stored {
         self.name.rsplit('/').next().unwrap_or(&self.name)
     }
 
-    /// The name of the innermost folder that it is in, or of the archive in the archive: that of its class, if
-    /// pictures are sorted so. A folder of a whole split is none.
+    /// The name of its innermost folder, or of its archive in the archive. Where pictures are sorted by
+    /// class, this is the class. It is `None` for the folder of a whole split.
     pub fn folder(&self) -> Option<&str> {
         let (folders, _) = self.name.rsplit_once('/')?;
         let folder = folders.rsplit('/').next()?;
         Some(folder.strip_suffix(".tar").unwrap_or(folder)).filter(|folder| !SPLITS.contains(folder))
     }
 
-    /// Its bytes.
+    /// Reads its bytes.
     pub fn read(&self) -> io::Result<Vec<u8>> {
         let Some(offset) = self.offset else { return fs::read(self.container.join(&*self.name)) };
-        // Opened anew each time: cheap beside decoding, and a position of its own for every thread.
+        // Opening the file each time is cheap beside decoding and gives every thread its own position.
         let mut file = File::open(&self.container)?;
         file.seek(SeekFrom::Start(offset))?;
         let mut bytes = vec![0; self.size as usize];
@@ -61,13 +61,13 @@ impl fmt::Display for Stored {
     }
 }
 
-/// Whether a file of this name is taken for a picture. What it really is, its bytes say.
+/// Whether a file of this name counts as a picture. Its first bytes tell what it really is.
 pub(super) fn is_picture(name: &str) -> bool {
     let extension = name.rsplit_once('.').map_or("", |(_, extension)| extension);
     !name.starts_with('.') && ["jpeg", "jpg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
-/// The pictures in a folder and in the folders directly in it, in no order that matters. Links are followed.
+/// The pictures in a folder and in its folders, in any order. Links are followed.
 pub(super) fn scan(folder: &Path) -> Result<Vec<Stored>> {
     let container: Arc<Path> = folder.into();
     let (mut found, folders) = list(&container, "")?;

@@ -1,4 +1,6 @@
-//! The classes of validation images that do not lie in folders named after their class.
+//! The classes of validation images that do not lie in folders of their class.
+//!
+//! Every publisher has another form. A form takes a few lines here, and no crate reads them.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -7,7 +9,7 @@ use crate::error::{Error, Result};
 
 use super::classes::Classes;
 
-/// The names under which the mapping is looked for, first to last.
+/// The files that can give the classes. The first one that exists counts.
 const FILES: [&str; 6] = [
     "LOC_val_solution.csv",
     "ILSVRC2012_validation_ground_truth.txt",
@@ -17,20 +19,19 @@ const FILES: [&str; 6] = [
     "val_labels.txt",
 ];
 
-/// The names of the file that says which class has which number in the development kit.
+/// The files that can give the classes of the development kit's numbers.
 const ORDERS: [&str; 2] = ["map_clsloc.txt", "synsets.txt"];
 
-/// The class of each validation image, by the name of its file without folder and extension.
+/// The class of each validation image by its file's name without folder and extension.
 #[derive(Debug)]
 pub(super) struct ValidationLabels {
-    /// Where they come from.
+    /// The file that gives them.
     pub file: PathBuf,
     classes: HashMap<String, u16>,
 }
 
 impl ValidationLabels {
-    /// Those of the file that is `asked` for, else of the first known one in the folders; `None` if there is
-    /// none.
+    /// The labels of the file `asked`, or else of the first known file in the folders; `None` if none exists.
     pub fn find(asked: Option<&Path>, folders: &[&Path], classes: &Classes) -> Result<Option<Self>> {
         let known = || folders.iter().flat_map(|folder| FILES.map(|name| folder.join(name)));
         match asked.map(PathBuf::from).or_else(|| known().find(|path| path.is_file())) {
@@ -41,11 +42,11 @@ impl ValidationLabels {
 
     /// Reads a file in any of these forms:
     ///
-    /// - `image,n01440764 x y x y ...` after a heading, as `LOC_val_solution.csv` has it;
-    /// - `image.JPEG class`, the class by name, or by number from 0 in the order of `classes`;
-    /// - the name of a class alone: line `i`, from 1, is that of `ILSVRC2012_val_<i>`;
-    /// - the development kit's number alone, likewise. It is not the usual number of the class, so one of
-    ///   [`ORDERS`] must lie beside it or in one of the folders.
+    /// - `image,n01440764 x y x y ...` after a heading, as in `LOC_val_solution.csv`;
+    /// - `image.JPEG class`, with the class by name, or by number from 0 in the order of `classes`;
+    /// - a class's name alone: line `i`, from 1, is that of `ILSVRC2012_val_<i>`;
+    /// - the development kit's number alone, likewise. It differs from the class's usual number, so one of
+    ///   [`ORDERS`] must lie beside the file or in one of the folders.
     fn read(path: &Path, folders: &[&Path], classes: &Classes) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
         let mut order = None;
@@ -83,10 +84,10 @@ impl ValidationLabels {
     }
 }
 
-/// The class of each number of the development kit, for the labels in `labels`.
+/// The class of each number of the development kit.
 ///
-/// The file has lines of a class's name, its number and whatever else, as `map_clsloc.txt`, or of a name
-/// (and whatever else) alone, where line `i`, from 1, is number `i`.
+/// The file has lines of a class's name, its number and more, as `map_clsloc.txt`, or of a name (and more)
+/// alone, where line `i`, from 1, is number `i`.
 fn read_order(labels: &Path, folders: &[&Path], classes: &Classes) -> Result<HashMap<usize, u16>> {
     let beside = labels.parent().into_iter().chain(folders.iter().copied());
     let known = beside.flat_map(|folder| ORDERS.map(|name| folder.join(name)));
@@ -108,7 +109,7 @@ fn read_order(labels: &Path, folders: &[&Path], classes: &Classes) -> Result<Has
             classes.number(name).ok_or_else(|| wrong(format!("line {number}: there is no class {name}")))?;
         order.insert(words.next().and_then(|word| word.parse().ok()).unwrap_or(number), label);
     }
-    // The kit's numbers and the usual ones differ, so this is another list, and every label would be wrong.
+    // The kit's numbers differ from the usual ones, so with this list every label would be wrong.
     if order.len() > 1 && order.iter().all(|(&number, &label)| number == usize::from(label) + 1) {
         return Err(wrong(
             "it has the classes in the usual, sorted order, not in the development kit's".into(),
@@ -117,7 +118,7 @@ fn read_order(labels: &Path, folders: &[&Path], classes: &Classes) -> Result<Has
     Ok(order)
 }
 
-/// A file's name without folders and extension.
+/// The name of a file without folders and extension.
 fn stem(name: &str) -> &str {
     let name = name.rsplit('/').next().unwrap_or(name);
     name.rsplit_once('.').map_or(name, |(stem, _)| stem)
@@ -128,7 +129,7 @@ mod tests {
     use super::*;
     use crate::testing::write;
 
-    /// The classes of validation images 1 and 2 that the file gives, with other files beside it.
+    /// The classes that the first of the files gives to validation images 1 and 2, with the others beside it.
     fn check(files: &[(&str, &str)]) -> Result<[Option<u16>; 2]> {
         let dir = tempfile::tempdir().unwrap();
         files.iter().for_each(|(name, text)| write(&dir.path().join(name), text.as_bytes()));

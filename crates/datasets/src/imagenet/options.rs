@@ -1,4 +1,4 @@
-//! What is taken of ImageNet, and how it is prepared.
+//! Which part of ImageNet is taken, and how pictures are prepared.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -10,37 +10,37 @@ use crate::error::{Error, Result};
 
 use super::classes::ClassChoice;
 
-/// What is taken of the data set, and how its pictures are prepared.
+/// Which part of the data set is taken, and how its pictures are prepared.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
-    /// Rows and columns of what a network sees. Default: 224.
+    /// The number of rows and of columns of a network's input. Default: 224.
     pub side: usize,
-    /// What the shorter side is scaled to before the middle is cut out for evaluation; at least `side`.
+    /// The length of a picture's shorter side for evaluation, before the middle is cut out; at least `side`.
     /// Default: 256.
     pub resize: usize,
-    /// The smallest and the largest share of a picture's area that a crop for training has, of 0 to 1.
-    /// Default: 0.08 and 1.
+    /// The smallest and the largest share of a picture's area for a training crop, from 0 to 1. Default: 0.08
+    /// and 1.
     pub scale: [f64; 2],
-    /// The smallest and the largest ratio of width to height of a crop for training. Default: 3/4 and 4/3.
+    /// The smallest and the largest ratio of width to height of a training crop. Default: 3/4 and 4/3.
     pub ratio: [f64; 2],
-    /// The classes whose images are taken; `None`: all. Labels and the number of classes stay as they are.
+    /// The classes whose images are taken; `None` takes all. Labels and the number of classes do not change.
     pub classes: Option<ClassChoice>,
-    /// How many training images are taken; `None`: all.
+    /// How many training images are taken; `None` takes all.
     pub train_limit: Option<Limit>,
-    /// How many test images are taken; `None`: all.
+    /// How many test images are taken; `None` takes all.
     pub test_limit: Option<Limit>,
-    /// The file with the classes of validation images; `None`: looked for in the folder.
+    /// The file with the classes of validation images; `None` searches the folder for one.
     pub labels: Option<PathBuf>,
-    /// Of the parquet files, how many of each split are taken; `None`: all.
+    /// How many parquet files of each split are taken; `None` takes all.
     pub tables: Option<usize>,
-    /// The folder that parquet files are unpacked to. `None`: the folder that they are in; for the hub's,
+    /// The folder that parquet files are unpacked to; `None` is their own folder, or for the hub's files
     /// `pfq/imagenet` under `XDG_CACHE_HOME` or `~/.cache`.
     pub unpacked: Option<PathBuf>,
-    /// Threads that read and decode; `None`: as many as there are processor cores.
+    /// The number of threads that read and decode; `None` is one for each processor core.
     pub threads: Option<usize>,
-    /// The percentage of a split's images that may be damaged, and are then left out, before that is an error.
-    /// Default: 1.
+    /// The percentage of a split's images that may be left out because they cannot be used. More are an
+    /// error. Default: 1.
     pub bad_percent: f64,
 }
 
@@ -80,13 +80,13 @@ impl Options {
     }
 }
 
-/// How many images are taken. Written as text: `500` or `50/class`.
+/// A number of images. As text it is `500` or `50/class`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Limit {
-    /// So many in all, from the classes in turn, so that these stay as balanced as possible.
+    /// This number in all, taken from the classes in turn, which keeps these as balanced as possible.
     Total(usize),
-    /// The first so many of every class.
+    /// The first images of every class, this number of each.
     PerClass(usize),
 }
 

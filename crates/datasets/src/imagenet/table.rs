@@ -1,26 +1,25 @@
-//! The hub's parquet files, unpacked once into tar files that can be read in place.
+//! The hub's parquet files, unpacked once into tar files, where pictures are read in place.
 //!
-//! A parquet file compresses a hundred pictures or more together, so that reading one would mean reading
-//! them all, while training reads them in an order drawn anew for every epoch.
+//! A parquet file compresses a hundred pictures or more together, so reading one means reading all of them.
+//! Training reads them in a new random order in every epoch.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-// The trait comes from here so that reader and trait are those of one version of parquet.
+// This trait and the reader below must be of the same version of parquet.
 use candle_datasets::hub::FileReader;
 use parquet::file::reader::SerializedFileReader;
 
-use crate::error::{Error, Result, panic_message};
-use crate::source::Event;
+use crate::error::{Error, Result, catch_panic};
+use crate::event::Event;
 use crate::table::{bytes, integer, text};
 
 use super::classes::Classes;
 use super::files::is_picture;
 
-/// Writes the pictures of a parquet file (columns `image`, a group with the `bytes` and `path` of a file, and
-/// `label`) to a tar file, each as `<class>/<name>`. The tar file appears whole or not at all.
+/// Writes the pictures of a parquet file to a tar file, each as `<class>/<name>`. The columns are `image`, a
+/// group with the `bytes` and the `path` of a file, and `label`. The tar file appears whole or not at all.
 pub(super) fn unpack(
     table: &Path,
     archive: &Path,
@@ -33,10 +32,8 @@ pub(super) fn unpack(
         archive,
         |error| Error::write(archive)(error),
         |temporary| {
-            // Decoders of damaged input have been seen to panic; that is one more way for the file to be damaged.
-            catch_unwind(AssertUnwindSafe(|| write(table, &name, temporary, classes))).unwrap_or_else(
-                |panic| Err(Error::malformed(&name, format!("decoding failed: {}", panic_message(&*panic)))),
-            )
+            catch_panic(|| write(table, &name, temporary, classes))
+                .unwrap_or_else(|what| Err(Error::malformed(&name, what)))
         },
     )
 }

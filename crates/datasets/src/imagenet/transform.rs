@@ -1,4 +1,4 @@
-//! What a network sees of a picture: the crop, the scaling, the mirroring, the normalization.
+//! The transforms of a picture into a network's input: crop, scaling, mirroring, normalization.
 
 use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
@@ -6,12 +6,12 @@ use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use rand::Rng;
 
 use crate::batches::{Normalization, Purpose, rng};
-use crate::dataset::CHANNELS;
+use crate::memory::CHANNELS;
 
-use super::Options;
 use super::decode::Picture;
+use super::options::Options;
 
-/// Attempts to draw a crop that fits before the fallback, as in torchvision.
+/// How often a crop is drawn before the fallback, as in torchvision.
 const ATTEMPTS: usize = 10;
 
 /// A part of a picture.
@@ -23,11 +23,11 @@ pub(super) struct Crop {
     pub width: usize,
 }
 
-/// The whole numbers of torchvision's `RandomResizedCrop` for a picture of `height` x `width`: a share of the
-/// area is drawn evenly from `scale`, a ratio of width to height evenly in its logarithm from `ratio`, then
-/// a place; after ten draws that do not fit, the largest crop in the middle within `ratio`.
+/// The crop of torchvision's `RandomResizedCrop` for a picture of `height` x `width`: it draws a share of the
+/// area evenly from `scale`, the logarithm of a ratio of width to height evenly from that of `ratio`, and a
+/// place. After ten draws that do not fit, it takes the largest crop in the middle whose ratio is in `ratio`.
 ///
-/// `uniform` gives numbers from 0 up to, not including, 1.
+/// `uniform` draws numbers in `0..1`.
 pub(super) fn random_crop(
     height: usize,
     width: usize,
@@ -56,22 +56,22 @@ pub(super) fn random_crop(
     } else {
         (height, width)
     };
-    // A picture of one row or column still gives a pixel, and none gives more than it has.
+    // Rounding must give at least a pixel and at most the picture.
     let (h, w) = (h.clamp(1, height), w.clamp(1, width));
     Crop { top: (height - h) / 2, left: (width - w) / 2, height: h, width: w }
 }
 
-/// How a picture becomes the `[side, side, 3]` numbers that a network sees.
-pub(super) enum View {
-    /// Of training: a random crop, scaled; half of them mirrored if `flip`. What is drawn is a function of these
-    /// numbers alone, not of the order of images.
+/// How a picture becomes a network's input, `[side, side, 3]`.
+pub(super) enum Transform {
+    /// For training: a random crop, scaled, and mirrored with probability one half if `flip`. The random
+    /// numbers depend on these fields alone and not on the order of images.
     Train { seed: u64, epoch: usize, index: usize, flip: bool },
-    /// Of evaluation: the shorter side scaled to `resize`, then the middle.
+    /// For evaluation: the picture with its shorter side scaled to `resize`, of which the middle is taken.
     Test,
 }
 
-impl View {
-    /// Writes what the network sees of the picture to `target`, `[side, side, 3]`.
+impl Transform {
+    /// Writes the network's input to `target`, `[side, side, 3]`.
     pub fn write(
         &self,
         picture: &Picture,
@@ -83,9 +83,9 @@ impl View {
         let side = options.side;
         let Picture { width, height, .. } = *picture;
         let (pixels, crop, flip) = match *self {
-            View::Train { seed, epoch, index, flip } => {
+            Transform::Train { seed, epoch, index, flip } => {
                 let mut rng = rng(seed, epoch, Purpose::Augment);
-                // Each image gets a stream of its own under the epoch's key.
+                // Each image has its own stream under the epoch's key.
                 rng.set_stream(index as u64);
                 let crop = random_crop(height, width, options.scale, options.ratio, || rng.random());
                 let flip = flip && rng.random();
@@ -93,7 +93,7 @@ impl View {
                 let all = Crop { top: 0, left: 0, height: side, width: side };
                 (Picture { width: side, height: side, pixels }, all, flip)
             }
-            View::Test => {
+            Transform::Test => {
                 let all = Crop { top: 0, left: 0, height, width };
                 let [h, w] = shorter_side_to(height, width, options.resize);
                 let pixels = resize(resizer, picture, all, h, w)?;
@@ -113,8 +113,8 @@ impl View {
     }
 }
 
-/// The size of a picture whose shorter side becomes `side`, as torchvision's `Resize` computes it: height and
-/// width.
+/// The height and width of a picture whose shorter side is scaled to `side`, as torchvision's `Resize`
+/// computes them.
 fn shorter_side_to(height: usize, width: usize, side: usize) -> [usize; 2] {
     match height <= width {
         true => [side, side * width / height],
@@ -128,8 +128,8 @@ fn middle(height: usize, width: usize, side: usize) -> Crop {
     Crop { top: half(height - side), left: half(width - side), height: side, width: side }
 }
 
-/// Cuts `crop` out of the picture, then scales it to `height` x `width`: bilinear, over the support of the
-/// smaller picture where it becomes smaller ("antialias"), as PIL and torchvision do.
+/// Cuts `crop` out of the picture and scales it to `height` x `width`: bilinear, and where it becomes
+/// smaller, averaged over the support of the smaller picture ("antialias"), as PIL and torchvision do.
 pub(super) fn resize(
     resizer: &mut Resizer,
     picture: &Picture,
@@ -142,7 +142,7 @@ pub(super) fn resize(
     }
     let Picture { width: w, height: h, ref pixels } = *picture;
     let source = TypedImageRef::<U8x3>::from_buffer(w as u32, h as u32, pixels).map_err(failed)?;
-    // A view, so that nothing beyond the crop's border enters, as a crop before the scaling demands.
+    // The crop precedes the scaling, so no pixel outside the crop may contribute.
     let [left, top, w, h] = [crop.left, crop.top, crop.width, crop.height].map(|x| x as u32);
     let source = TypedCroppedImage::from_ref(&source, left, top, w, h).map_err(failed)?;
     let mut scaled = vec![0; height * width * CHANNELS];
@@ -150,7 +150,7 @@ pub(super) fn resize(
         TypedImage::<U8x3>::from_buffer(width as u32, height as u32, &mut scaled).map_err(failed)?;
     let options =
         ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
-    // Not `resize`, which is compiled for every type of pixel.
+    // `resize` would be compiled for every type of pixel.
     resizer.resize_typed(&source, &mut target, &options).map_err(failed)?;
     Ok(scaled)
 }
@@ -175,7 +175,7 @@ mod tests {
             let scaled = resize(&mut Resizer::new(), &source(), crop, h, w).unwrap();
             let byte = |i: usize| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap();
             assert_eq!((scaled.len(), hex.len()), (w * h * 3, w * h * 6));
-            // Both round twice to whole numbers, after scaling columns and rows.
+            // Both round to whole numbers twice, after scaling columns and after scaling rows.
             let most = scaled.iter().enumerate().map(|(i, &found)| found.abs_diff(byte(i))).max().unwrap();
             assert!(most <= 1, "{most} for {numbers:?}");
             cases += 1;
@@ -193,10 +193,12 @@ mod tests {
 
     #[test]
     fn random_crops_are_those_worked_out_by_hand() {
-        // Share 0.54 of 400 x 300, ratio 1 (the middle between the logarithms): 64,800 pixels, a square of 254.6,
-        // hence 255. Places 0 to 45 downwards and 0 to 145 to the right: 0.5 * 46 = 23, 0.25 * 146 = 36.5.
+        // Share 0.54 of 400 x 300, ratio 1 (the middle between the logarithms): 64,800 pixels, a square of
+        // 254.6, hence 255. Places 0 to 45 downwards and 0 to 145 to the right: 0.5 * 46 = 23, 0.25 * 146 =
+        // 36.5.
         check(300, 400, &[0.5, 0.5, 0.5, 0.25], [23, 36, 255, 255]);
-        // The smallest share and ratio: 9,600 pixels, sqrt(9600 * 3/4) = 84.9 wide, sqrt(9600 * 4/3) = 113.1 high.
+        // The smallest share and ratio: 9,600 pixels, sqrt(9600 * 3/4) = 84.9 wide, sqrt(9600 * 4/3) = 113.1
+        // high.
         check(300, 400, &[0.0, 0.0, 0.0, 0.999999], [0, 315, 113, 85]);
         // Share 0.99 at ratio 1 is 345 squared, which 300 rows do not hold; the next draw does.
         check(300, 400, &[0.99, 0.5, 0.0, 0.0, 0.0, 0.0], [0, 0, 113, 85]);
@@ -213,7 +215,7 @@ mod tests {
         // A ratio that is allowed, yet a share too large for it: the whole picture.
         check(100, 130, &[1.0, 0.0].repeat(10), [0, 0, 100, 130]);
         check(1, 1000, &never, [0, 499, 1, 1]);
-        // Nothing lies outside, however small and long the picture is.
+        // The crop is inside the picture, whatever the picture's shape is.
         let mut rng = rng(1, 2, Purpose::Augment);
         for (height, width) in [(1, 1), (1, 7), (300, 2), (5, 4), (333, 500)] {
             for _ in 0..200 {
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn random_crops_are_spread_as_they_should() {
+    fn random_crops_are_uniformly_distributed() {
         // With a ratio of 1 every share of the area fits a square picture and is equally likely.
         let mut rng = rng(3, 0, Purpose::Augment);
         let crops: Vec<Crop> =
@@ -252,20 +254,20 @@ mod tests {
         let options = Options { side: 8, resize: 10, ..Options::default() };
         let (mean, std) = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]);
         let table = Normalization::of(mean, std);
-        let seen = |view: View| {
+        let seen = |view: Transform| {
             let mut target = vec![f32::NAN; 8 * 8 * 3];
             view.write(&source(), &options, &table, &mut Resizer::new(), &mut target).unwrap();
             target
         };
         let all = Crop { top: 0, left: 0, height: 48, width: 64 };
         let scaled = resize(&mut Resizer::new(), &source(), all, 10, 13).unwrap();
-        let test = seen(View::Test);
+        let test = seen(Transform::Test);
         for (p, &found) in test.iter().enumerate() {
             let (y, x, c) = (p / 24 + 1, p / 3 % 8 + 2, p % 3); // the middle of 10 x 13
             let expected = (f32::from(scaled[(y * 13 + x) * 3 + c]) / 255.0 - mean[c]) / std[c];
             assert!((found - expected).abs() < 1e-6, "{p}: {found} {expected}");
         }
-        let train = |index, flip| seen(View::Train { seed: 1, epoch: 2, index, flip });
+        let train = |index, flip| seen(Transform::Train { seed: 1, epoch: 2, index, flip });
         let mirrored = |pixels: &[f32]| -> Vec<f32> {
             let row = |row: &[f32]| row.chunks(3).rev().flatten().copied().collect::<Vec<f32>>();
             pixels.chunks(24).flat_map(row).collect()
@@ -280,7 +282,7 @@ mod tests {
         assert!((30..70).contains(&turned), "{turned}");
         assert_eq!(train(5, true), train(5, true));
         assert_ne!(train(5, false), train(6, false));
-        assert_ne!(train(5, false), seen(View::Train { seed: 1, epoch: 3, index: 5, flip: false }));
-        assert_ne!(train(5, false), seen(View::Train { seed: 2, epoch: 2, index: 5, flip: false }));
+        assert_ne!(train(5, false), seen(Transform::Train { seed: 1, epoch: 3, index: 5, flip: false }));
+        assert_ne!(train(5, false), seen(Transform::Train { seed: 2, epoch: 2, index: 5, flip: false }));
     }
 }

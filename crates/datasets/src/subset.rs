@@ -1,0 +1,52 @@
+//! Which images of a split are taken where not all of them are.
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use crate::error::{Error, Result};
+
+/// The first `n` images, ascending, taken from the classes in turn.
+pub(crate) fn first(labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
+    balanced(&Vec::from_iter(0..labels.len()), labels, classes, n)
+}
+
+/// Divides the images into those to train on and `n` held-out ones, both ascending. `seed` determines which
+/// ones are held out; they are spread over the classes as evenly as possible.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] unless `0 < n < labels.len()`.
+pub(crate) fn hold_out(labels: &[u16], classes: usize, n: usize, seed: u64) -> Result<[Vec<usize>; 2]> {
+    let all = labels.len();
+    if n == 0 || n >= all {
+        let most = all.saturating_sub(1);
+        return Err(Error::Invalid(format!(
+            "cannot hold out {n} of {all} training images: choose 1..={most}"
+        )));
+    }
+    let mut order = Vec::from_iter(0..all);
+    order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    let held = balanced(&order, labels, classes, n);
+    let kept = (0..all).filter(|i| held.binary_search(i).is_err()).collect();
+    Ok([kept, held])
+}
+
+/// `n` of the indices in `order`, ascending: the first one of every class, then the second one of every
+/// class, and so on. So the numbers of images of two classes differ by at most one, unless a class has no
+/// more images.
+fn balanced(order: &[usize], labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
+    let mut seen = vec![0usize; classes];
+    let mut ranked: Vec<(usize, usize)> = order
+        .iter()
+        .map(|&i| {
+            let rank = &mut seen[usize::from(labels[i])];
+            *rank += 1;
+            (*rank, i)
+        })
+        .collect();
+    ranked.sort_by_key(|&(rank, _)| rank);
+    let mut taken: Vec<usize> = ranked.into_iter().take(n).map(|(_, i)| i).collect();
+    taken.sort_unstable();
+    taken
+}
