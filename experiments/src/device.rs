@@ -122,7 +122,7 @@ fn gpu(number: usize) -> Result<(Device, String)> {
     })?;
     let (major, minor) = context.compute_capability()?;
     let name = format!("cuda:{number} ({}, compute capability {major}.{minor})", context.name()?);
-    keep_memory(&context);
+    kernels::memory::keep_gpu_memory(&context);
     let device = works(number).with_context(|| {
         format!(
             "{name} can't run this program's kernels, which were built for compute capability {}; build it for this \
@@ -143,23 +143,6 @@ fn works(number: usize) -> Result<Device> {
         bail!("a sum of 3000 came out as {sum}");
     }
     Ok(device)
-}
-
-/// Lets the driver keep the memory that a step gives back, as the next step needs the same: by default it goes back to
-/// the system whenever the host waits for the device. If that can't be set, all is as it was.
-#[cfg(feature = "cuda")]
-#[allow(unsafe_code)]
-fn keep_memory(context: &candle_core::cuda::cudarc::driver::CudaContext) {
-    use candle_core::cuda::cudarc::driver::{result, sys};
-    let mut threshold = u64::MAX;
-    // SAFETY: the device is one that the context was made for, its default pool lives as long as the process, and the
-    // attribute is a u64, which is read before the call returns.
-    unsafe {
-        if let Ok(pool) = result::device::get_default_mem_pool(context.cu_device()) {
-            let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-            result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).ok();
-        }
-    }
 }
 
 #[cfg(test)]

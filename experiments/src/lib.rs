@@ -4,6 +4,8 @@
 //! networks in files [`mod@tool`], the benchmark beside PyTorch [`mod@bench`], the page of all results
 //! [`report_page`]. Only this crate parses flags and prints.
 
+#![forbid(unsafe_code)]
+
 pub mod bench;
 mod device;
 pub mod figure3;

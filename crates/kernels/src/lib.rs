@@ -30,6 +30,7 @@ pub mod im2col;
 mod learned;
 pub mod loss;
 pub mod lsq;
+pub mod memory;
 mod moments;
 pub mod norm;
 pub mod pact;

@@ -13,6 +13,8 @@
 //! assert_eq!((theirs.top1_percent, theirs.mac_millions), (72.70, 92.4));
 //! ```
 
+#![forbid(unsafe_code)]
+
 pub mod bench;
 mod canvas;
 mod claims;
