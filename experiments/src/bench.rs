@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail};
 use case::{Case, Filter, Layers};
 use clap::Parser;
 use machine::Ticks;
-use report::bench::{IMPLEMENTATIONS, Implementation, Place, Speed, Spread};
+use report::bench::{IMPLEMENTATIONS, Implementation, OURS, Place, Speed, Spread};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::sleep;
@@ -63,12 +63,17 @@ struct Flags {
           value_parser = clap::value_parser!(u16).range(2..=4096))]
     batches: Vec<u16>,
 
+    /// PyTorch's modes to measure beside ours: eager, channels_last, compile; or none, which needs no Python
+    #[arg(long, value_name = "MODES", value_delimiter = ',', value_parser = MODES,
+          default_value = "eager,channels_last,compile")]
+    modes: Vec<String>,
+
     /// Measure these cases only, e.g. mobilenet_v2,1.0,64,train,a4w4 or depthwise: a case is measured if it
     /// fits a term of every kind given (network, width, batch, bits, what). Nothing is written without --out
     #[arg(long, value_name = "TERMS", value_delimiter = ',')]
     only: Vec<String>,
 
-    /// Folder for the results; results/bench if every case is measured
+    /// Folder for the results, which are written after each case; results/bench if everything is measured
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 
@@ -76,6 +81,9 @@ struct Flags {
     #[arg(long, hide = true)]
     worker: bool,
 }
+
+/// What `--modes` may name: the labels of PyTorch's implementations.
+const MODES: [&str; 4] = ["none", "eager", "channels_last", "compile"];
 
 /// Settings of the training steps.
 const SETTINGS: Settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
@@ -154,8 +162,18 @@ pub fn main() -> Result<()> {
     if place == Place::Gpu {
         machine.insert(0, ("GPU".into(), device_name));
     }
+    let everything = flags.only.is_empty() && MODES[1..].iter().all(|mode| flags.modes.iter().any(|m| m == mode));
+    let folder = flags.out.clone().or_else(|| everything.then(|| PathBuf::from("results/bench")));
+    let compared = |i: &Implementation| i.id == OURS || flags.modes.iter().any(|mode| mode == i.label);
+    let implementations: Vec<_> = IMPLEMENTATIONS.into_iter().filter(compared).collect();
+    let python = match &flags.python {
+        _ if implementations.len() == 1 => None,
+        Some(python) => Some(python.clone()),
+        None => Some(pytorch::environment(place)?),
+    };
     let bench = Bench {
-        python: flags.python.clone().map_or_else(|| pytorch::environment(place), Ok)?,
+        implementations,
+        python,
         device: flags.device.clone(),
         arithmetic: flags.arithmetic,
         place,
@@ -164,7 +182,21 @@ pub fn main() -> Result<()> {
         seconds: flags.seconds,
         compiled_batch: batches[0],
     };
-    machine.push(("PyTorch".into(), bench.pytorch_version()?));
+    if let Some(version) = bench.pytorch_version()? {
+        machine.push(("PyTorch".into(), version));
+    }
+    let context = |others: &[f64]| {
+        let mut machine = machine.clone();
+        if let Some(Spread { median, max, .. }) = Spread::of(others.iter().map(|share| 100.0 * share)) {
+            let text = format!("{median:.0} % of the cores in the median case, {max:.0} % in the worst");
+            machine.push(("other programs during the rounds".into(), text));
+        }
+        let notes = match place {
+            Place::Cpu => NOTES.map(String::from).into(),
+            Place::Gpu => NOTES_GPU.map(String::from).into(),
+        };
+        report::bench::Context { command: command_line(std::env::args().skip(1)), notes, machine, place }
+    };
     let (mut rows, mut others) = (Vec::new(), Vec::new());
     for (index, case) in cases.iter().enumerate() {
         println!("[{}/{}] {}", index + 1, cases.len(), case.name());
@@ -172,24 +204,13 @@ pub fn main() -> Result<()> {
         println!("    {}", summary(&measured));
         rows.extend(measured);
         others.extend(of_others);
+        // A run that is stopped keeps what it has measured.
+        if let Some(folder) = &folder {
+            report::bench::write(&rows, &context(&others), folder)?;
+        }
     }
-    if let Some(Spread { median, max, .. }) = Spread::of(others.into_iter().map(|share| 100.0 * share)) {
-        let text = format!("{median:.0} % of the cores in the median case, {max:.0} % in the worst");
-        machine.push(("other programs during the rounds".into(), text));
-    }
-    let context = report::bench::Context {
-        command: command_line(std::env::args().skip(1)),
-        notes: match place {
-            Place::Cpu => NOTES.map(String::from).into(),
-            Place::Gpu => NOTES_GPU.map(String::from).into(),
-        },
-        machine,
-        place,
-    };
-    println!("\n{}", report::bench::terminal(&rows, &context));
-    let everything = flags.only.is_empty().then(|| PathBuf::from("results/bench"));
-    if let Some(folder) = flags.out.or(everything) {
-        report::bench::write(&rows, &context, &folder)?;
+    println!("\n{}", report::bench::terminal(&rows, &context(&others)));
+    if let Some(folder) = folder {
         println!("Written to {}.", folder.display());
     }
     Ok(())
@@ -217,7 +238,10 @@ fn own_program() -> Result<PathBuf> {
 
 /// How to measure.
 struct Bench {
-    python: PathBuf,
+    /// Those that are compared, ours first.
+    implementations: Vec<Implementation>,
+    /// An interpreter that has PyTorch, if any of its modes is compared.
+    python: Option<PathBuf>,
     /// As given.
     device: String,
     arithmetic: Arithmetic,
@@ -245,24 +269,25 @@ struct Runner {
 }
 
 impl Bench {
-    /// Checks that PyTorch is there.
-    fn pytorch_version(&self) -> Result<String> {
-        let mut worker = self.start(&IMPLEMENTATIONS[1])?;
+    /// Checks that PyTorch is there, if it is needed.
+    fn pytorch_version(&self) -> Result<Option<String>> {
+        let Some(python) = &self.python else { return Ok(None) };
+        let mut worker = self.start(&self.implementations[1])?;
         let Hello { version, threads } = worker.answer().with_context(|| {
-            format!("{} can't run PyTorch; install torch there, or leave --python out", self.python.display())
+            format!("{} can't run PyTorch; install torch there, or leave --python out", python.display())
         })?;
         if threads != self.threads {
             bail!("PyTorch computes with {threads} threads, not with {}", self.threads);
         }
-        Ok(version)
+        Ok(Some(version))
     }
 
     fn start(&self, implementation: &Implementation) -> Result<Worker> {
         let logs = pytorch::target()?.join("bench-logs");
         std::fs::create_dir_all(&logs).with_context(|| format!("{} could not be made", logs.display()))?;
-        let command = match pytorch::flags(implementation.id, self.place) {
-            Some(flags) => pytorch::worker(&self.python, &logs, flags, &self.device, self.threads)?,
-            None => {
+        let command = match (pytorch::flags(implementation.id, self.place), &self.python) {
+            (Some(flags), Some(python)) => pytorch::worker(python, &logs, flags, &self.device, self.threads)?,
+            _ => {
                 let mut command = Command::new(own_program()?);
                 command.args(["--worker", "--device", &self.device, "--arithmetic", &self.arithmetic.name()]);
                 command.env("RAYON_NUM_THREADS", self.threads.to_string());
@@ -280,7 +305,7 @@ impl Bench {
     /// A row for each implementation that takes part, ours first, and the share of the cores that other
     /// programs took. A mode of PyTorch that fails has a row that says why; if ours fails, that is an error.
     fn measure(&self, case: &Case) -> Result<(Vec<Speed>, Option<f64>)> {
-        let taking_part = IMPLEMENTATIONS.iter().filter(|i| self.takes_part(i, case));
+        let taking_part = self.implementations.iter().filter(|i| self.takes_part(i, case));
         // All are started before the first is asked: what takes long, loading PyTorch, is done at once.
         let mut runners: Vec<Slot> = Vec::new();
         for &implementation in taking_part {

@@ -33,7 +33,8 @@ pub const IMPLEMENTATIONS: [Implementation; 4] = [
     Implementation { id: "pytorch_compile", label: "compile", colour: PURPLE },
 ];
 
-const OURS: &str = "ours";
+/// The name of our own implementation.
+pub const OURS: &str = "ours";
 
 /// What one implementation did in one case: a row of the CSV file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
