@@ -162,7 +162,8 @@ pub fn main() -> Result<()> {
     if place == Place::Gpu {
         machine.insert(0, ("GPU".into(), device_name));
     }
-    let everything = flags.only.is_empty() && MODES[1..].iter().all(|mode| flags.modes.iter().any(|m| m == mode));
+    let everything =
+        flags.only.is_empty() && MODES[1..].iter().all(|mode| flags.modes.iter().any(|m| m == mode));
     let folder = flags.out.clone().or_else(|| everything.then(|| PathBuf::from("results/bench")));
     let compared = |i: &Implementation| i.id == OURS || flags.modes.iter().any(|mode| mode == i.label);
     let implementations: Vec<_> = IMPLEMENTATIONS.into_iter().filter(compared).collect();
