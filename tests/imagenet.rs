@@ -10,7 +10,7 @@ use image::{Rgb, RgbImage};
 use models::{Input, MobileNet, Version};
 use std::path::Path;
 use train::{Training, evaluate};
-use workflow::{Kind, Recipe, Stage, Store};
+use workflow::{Purpose, Stage, StageKind, Store};
 
 fn load(folder: &Path, options: &Options) -> ImageNet {
     imagenet::load(&DataSource::Folder(folder.into()), options, &mut |_| ()).unwrap()
@@ -20,8 +20,10 @@ fn load(folder: &Path, options: &Options) -> ImageNet {
 fn check_algorithm1(data: &ImageNet) {
     let training = Training { augmentation: Augmentation { pad: 0, flip: true }, batch: 10, ..training(1) };
     let network = MobileNet { input: Input::Imagenet, classes: data.classes(), ..mobilenet(Version::V2) };
-    let recipe = Recipe { activation_training: training, weight_training: training, ..recipe(4) };
-    let end = recipe.algorithm1(&Stage::root(Kind::Pretrain { network, training, seed: 3 }));
+    let mut recipe = recipe(4);
+    recipe.trainings.set(Purpose::Activations, training);
+    recipe.trainings.set(Purpose::Weights, training);
+    let end = recipe.algorithm1(&Stage::root(StageKind::Pretrain { network, training, seed: 3 })).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let store = Store::new(folder.path());
     let (outcome, told) = run_well(&store, &end, data);

@@ -8,10 +8,10 @@ use models::{Fold, Method, Network, Quantization, Version};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use train::{Progress, Run, Trained, Training, evaluate, fit};
-use workflow::{Recipe, Stage, Store};
+use train::{Progress, Trained, Training, TrainingRun, evaluate, fit};
+use workflow::{Purpose, Recipe, Stage, Store};
 
-type Workflow = fn(&Recipe, &Arc<Stage>) -> Arc<Stage>;
+type Workflow = fn(&Recipe, &Arc<Stage>) -> workflow::Result<Arc<Stage>>;
 
 const METHODS: [(Method, Workflow, &str); 2] =
     [(Method::Pact, Recipe::pact, "PACT"), (Method::Dsq, Recipe::dsq, "DSQ")];
@@ -28,9 +28,10 @@ fn a_network_is_fine_tuned_once_and_its_loss_falls() {
     let (store, data) = (Store::new(folder.path()), data(300, 100, 5));
     let root = pretrain(Version::V2, 1, 0);
     for (_, workflow, name) in METHODS {
-        let training = training(5);
-        let recipe = Recipe { pact_training: training, dsq_training: training, ..recipe(4) };
-        let end = workflow(&recipe, &root);
+        let mut recipe = recipe(4);
+        recipe.trainings.set(Purpose::Pact, training(5));
+        recipe.trainings.set(Purpose::Dsq, training(5));
+        let end = workflow(&recipe, &root).unwrap();
         assert_eq!(end.lineage().len(), 2, "{name}: nothing but fine-tuning after the float network");
         let (outcome, _) = run_well(&store, &end, &data);
         assert!(outcome.label.contains(&format!("fine-tune {name} A4/W4")), "{}", outcome.label);
@@ -59,7 +60,7 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
         let go = |folder: &Path, observe: &mut dyn FnMut(Progress)| -> Trained {
             fit(
                 network(),
-                &Run {
+                &TrainingRun {
                     data: &data,
                     training: &training,
                     seed: 2,

@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::Device;
 use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
-use models::{Fold, Method, Network, Version};
+use models::{Network, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeSet;
@@ -16,8 +16,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
-use train::{TimeLimit, Training};
-use workflow::{Error, Event, Kind, Recipe, Stage, Store};
+use train::TimeLimit;
+use workflow::{Error, Event, Purpose, Recipe, Stage, StageKind, Store};
 
 /// Names the store to another process.
 const STORE: &str = "PFQ_TEST_STORE";
@@ -31,9 +31,9 @@ fn small() -> Arc<datasets::InMemoryDataset> {
 /// Pre-training, pruning, fine-tuning in two epochs.
 fn short_workflow() -> Arc<Stage> {
     let recipe = recipe(4);
-    let pruned = pretrain(Version::V1, 1, 0).then(Kind::Prune { pfq: recipe.pfq });
-    let training = recipe.activation_training;
-    pruned.then(Kind::FineTune { quantization: recipe.quantization, training, seed: 1 })
+    let pruned = pretrain(Version::V1, 1, 0).then(StageKind::Prune { pfq: recipe.pfq });
+    let training = recipe.trainings.get(Purpose::Activations).unwrap();
+    pruned.then(StageKind::FineTune { quantization: recipe.quantization, training, seed: 1 })
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn a_stage_runs_once() {
         labels.iter().flat_map(|label| [format!("started {label}"), format!("finished {label}")]).collect();
     assert_eq!(told, expected);
     for stage in end.lineage() {
-        let folder = store.folder(&stage, &data.fingerprint);
+        let folder = store.folder(&stage, &data.fingerprint).unwrap();
         for (file, there) in
             [("outcome.json", true), ("network.safetensors", true), ("checkpoint.safetensors", false)]
         {
@@ -66,17 +66,17 @@ fn a_stage_runs_once() {
         );
     }
     // Only what is missing runs.
-    std::fs::remove_dir_all(store.folder(&end.lineage()[1], &data.fingerprint)).unwrap();
+    std::fs::remove_dir_all(store.folder(&end.lineage()[1], &data.fingerprint).unwrap()).unwrap();
     let (_, told) = run_well(&store, &end, &data);
     assert_eq!(told, [format!("found {}", labels[2])], "what is before a finished stage is not needed");
-    std::fs::remove_dir_all(store.folder(&end, &data.fingerprint)).unwrap();
+    std::fs::remove_dir_all(store.folder(&end, &data.fingerprint).unwrap()).unwrap();
     let (_, told) = run_well(&store, &end, &data);
     assert_eq!(executed(&told), [&labels[1], &labels[2]]);
 }
 
 /// The keys of a workflow's stages.
 fn keys(end: &Arc<Stage>) -> Vec<String> {
-    end.lineage().iter().map(|stage| stage.key("some data")).collect()
+    end.lineage().iter().map(|stage| stage.key("some data").unwrap()).collect()
 }
 
 /// The number of stages that two workflows share; checks that they are the first ones.
@@ -91,116 +91,39 @@ fn check_shared(a: &Arc<Stage>, b: &Arc<Stage>, expected: usize, what: &str) {
 #[test]
 fn recipes_share_what_they_have_in_common() {
     let root = pretrain(Version::V1, 1, 0);
-    let one = recipe(4).algorithm1(&root);
+    let one = recipe(4).algorithm1(&root).unwrap();
     let check = |expected: usize, what: &str, change: &dyn Fn(&mut Recipe)| {
         let mut other = recipe(4);
         change(&mut other);
-        check_shared(&one, &other.algorithm1(&root), expected, what);
+        check_shared(&one, &other.algorithm1(&root).unwrap(), expected, what);
     };
     check(5, "the same", &|_| ());
-    check(5, "what only DFQ needs", &|r| (r.dfq.equalize, r.dfq_training) = (false, training(9)));
-    check(4, "weight training", &|r| r.weight_training = training(2));
+    check(5, "what only DFQ needs", &|r| {
+        r.dfq.equalize = false;
+        r.trainings.set(Purpose::Dfq, training(9));
+    });
+    check(4, "weight training", &|r| r.trainings.set(Purpose::Weights, training(2)));
     check(4, "weight bits", &|r| r.quantization.weights = Precision::try_from(3).unwrap());
     check(2, "activation bits", &|r| r.quantization.activations = Precision::try_from(3).unwrap());
-    check(2, "activation training", &|r| r.activation_training = training(3));
+    check(2, "activation training", &|r| r.trainings.set(Purpose::Activations, training(3)));
     check(2, "seed", &|r| r.seed = 2);
     check(1, "τ", &|r| r.pfq.threshold = Some(1e-4));
     check(1, "bias correction", &|r| r.pfq.bias_correction = false);
     let other = recipe(4);
-    check_shared(&one, &other.dfq_with_fine_tune(&root), 1, "DFQ");
-    check_shared(&one, &other.fine_tune_once(&root), 2, "fine-tuning once, from PfQ");
-    check_shared(&one, &other.pfq(&root), 3, "PfQ of Table 1, up to the activations");
-    check_shared(&one, &other.pfq_without_bias_correction(&root), 1, "PfQ without bias correction");
-    check_shared(&one, &other.activations_only(&root), 1, "no pruning");
-    check_shared(&one, &other.pact(&root), 1, "PACT");
-    check_shared(&one, &other.dsq(&root), 1, "DSQ");
-    check_shared(&other.pact(&root), &other.dsq(&root), 1, "PACT and DSQ");
-    check_shared(&one, &recipe(4).algorithm1(&pretrain(Version::V1, 1, 1)), 0, "another pre-training");
-}
-
-/// Every single setting is in the key of its stage, and so are the data and whatever came before.
-#[test]
-fn any_change_gives_another_key() {
-    let Kind::Pretrain { network, training, .. } = pretrain(Version::V1, 1, 0).kind else { unreachable!() };
-    let recipe = recipe(4);
-    let mut kinds = Vec::new();
-    let mut networks = vec![network; 7];
-    networks[1].version = Version::V2;
-    networks[2].input = models::Input::Imagenet;
-    networks[3].classes += 1;
-    networks[4].width = 0.011;
-    networks[5].first_expansion = false;
-    networks[6].activation = kernels::Activation::Relu;
-    kinds.extend(networks.into_iter().map(|network| Kind::Pretrain { network, training, seed: 0 }));
-    kinds.push(Kind::Pretrain { network, training, seed: 1 });
-
-    let changes: [fn(&mut Training); 11] = [
-        |t| t.warmup_epochs += 1.0,
-        |t| t.cosine_epochs += 1.0,
-        |t| t.learning_rate += 1e-12,
-        |t| t.batch += 1,
-        |t| t.momentum = 0.91,
-        |t| t.weight_decay = 1.1e-3,
-        |t| t.decay_norm ^= true,
-        |t| t.label_smoothing = 0.01,
-        |t| t.range_momentum = 0.11,
-        |t| t.augmentation.pad += 1,
-        |t| t.augmentation.flip ^= true,
-    ];
-    let quantization = recipe.quantization;
-    for change in changes {
-        let mut training = training;
-        change(&mut training);
-        kinds.push(Kind::Pretrain { network, training, seed: 0 });
-        kinds.push(Kind::FineTune { quantization, training, seed: 0 });
-    }
-    kinds.push(Kind::FineTune { quantization, training, seed: 0 });
-    kinds.push(Kind::FineTune { quantization, training, seed: 1 });
-    let three = Precision::try_from(3).unwrap();
-    let mut quantizations = vec![quantization; 8];
-    quantizations[0].activations = three;
-    quantizations[1].weights = three;
-    quantizations[2].first_layer = three;
-    quantizations[3].last_layer = three;
-    quantizations[4].fold = Fold::Frozen;
-    quantizations[5].fold = Fold::Unfolded;
-    quantizations[6].method = Method::Pact;
-    quantizations[7].method = Method::Dsq;
-    kinds.extend(quantizations.into_iter().map(|quantization| Kind::FineTune {
-        quantization,
-        training,
-        seed: 0,
-    }));
-    for threshold in [None, Some(1e-5), Some(1.1e-5)] {
-        kinds.extend(
-            [true, false].map(|bias_correction| Kind::Prune { pfq: PfQ { threshold, bias_correction } }),
-        );
-    }
-    let mut dfqs = vec![recipe.dfq; 8];
-    dfqs[1].equalize ^= true;
-    dfqs[2].absorb ^= true;
-    dfqs[3].correct_bias ^= true;
-    dfqs[4].range_sigmas += 1.0;
-    dfqs[5].absorb_sigmas += 1.0;
-    dfqs[6].tolerance *= 2.0;
-    dfqs[7].max_sweeps += 1;
-    kinds.extend(dfqs.into_iter().map(|dfq| Kind::Equalize { dfq, quantization }));
-
-    let parents = [pretrain(Version::V1, 1, 0), pretrain(Version::V1, 1, 1)];
-    let mut seen = BTreeSet::new();
-    let mut stages = 0;
-    for kind in kinds {
-        for stage in [Stage::root(kind), parents[0].then(kind), parents[1].then(kind)] {
-            for data in ["some data", "other data"] {
-                let key = stage.key(data);
-                assert!(key.len() == 16 && key.chars().all(|c| c.is_ascii_hexdigit()), "{key}");
-                assert_eq!(key, stage.key(data), "a key must not change");
-                assert!(seen.insert(key), "{stage:?} on {data} has the key of another stage");
-                stages += 1;
-            }
-        }
-    }
-    assert_eq!(seen.len(), stages);
+    check_shared(&one, &other.dfq_with_fine_tune(&root).unwrap(), 1, "DFQ");
+    check_shared(&one, &other.fine_tune_once(&root).unwrap(), 2, "fine-tuning once, from PfQ");
+    check_shared(&one, &other.pfq(&root).unwrap(), 3, "PfQ of Table 1, up to the activations");
+    check_shared(&one, &other.pfq_without_bias_correction(&root).unwrap(), 1, "PfQ without bias correction");
+    check_shared(&one, &other.activations_only(&root).unwrap(), 1, "no pruning");
+    check_shared(&one, &other.pact(&root).unwrap(), 1, "PACT");
+    check_shared(&one, &other.dsq(&root).unwrap(), 1, "DSQ");
+    check_shared(&other.pact(&root).unwrap(), &other.dsq(&root).unwrap(), 1, "PACT and DSQ");
+    check_shared(
+        &one,
+        &recipe(4).algorithm1(&pretrain(Version::V1, 1, 1)).unwrap(),
+        0,
+        "another pre-training",
+    );
 }
 
 #[test]
@@ -221,10 +144,10 @@ fn a_plan_names_each_stage_once() {
     let (store, data) = (Store::new(folder.path()), small());
     let root = pretrain(Version::V1, 1, 0);
     let ends = [
-        recipe(4).algorithm1(&root),
-        recipe(3).algorithm1(&root),
-        recipe(4).dfq_with_fine_tune(&root),
-        recipe(4).algorithm1(&root),
+        recipe(4).algorithm1(&root).unwrap(),
+        recipe(3).algorithm1(&root).unwrap(),
+        recipe(4).dfq_with_fine_tune(&root).unwrap(),
+        recipe(4).algorithm1(&root).unwrap(),
     ];
     let plan = store.plan(&ends, &data.fingerprint).unwrap();
     // The root and the first pruning are shared: 5 + 3 + 2.
@@ -232,10 +155,10 @@ fn a_plan_names_each_stage_once() {
     let keys: Vec<&str> = plan.iter().map(|planned| planned.key.as_str()).collect();
     assert_eq!(keys.iter().collect::<BTreeSet<_>>().len(), 10, "a stage is planned twice: {keys:?}");
     for (i, planned) in plan.iter().enumerate() {
-        assert_eq!(planned.key, planned.stage.key(&data.fingerprint));
+        assert_eq!(planned.key, planned.stage.key(&data.fingerprint).unwrap());
         assert!(planned.outcome.is_none() && planned.epochs_done == 0);
         if let Some(parent) = &planned.stage.parent {
-            let parent = parent.key(&data.fingerprint);
+            let parent = parent.key(&data.fingerprint).unwrap();
             assert!(
                 keys[..i].contains(&parent.as_str()),
                 "{} comes before its parent",
@@ -293,7 +216,7 @@ fn a_workflow_in_pieces_gives_the_bits_of_one() {
     );
     assert_eq!((outcome.evaluation, outcome.metrics.len()), (expected.evaluation, 2));
     let folder_of =
-        |root: &Path| Store::new(root).folder(&end, &data.fingerprint).join("network.safetensors");
+        |root: &Path| Store::new(root).folder(&end, &data.fingerprint).unwrap().join("network.safetensors");
     let network = |root: &Path| Network::load(&folder_of(root), &Device::Cpu).unwrap().0;
     assert!(bits(&network(folder.path())) == bits(&network(whole_folder.path())));
     // What is done needs no time.
@@ -405,7 +328,7 @@ fn two_processes_run_a_stage_once() {
     let mut answers = process.child.stdin.take().unwrap();
     let (outcome, told) = run(&store, stage, &data, &mut |told, _| {
         if told.starts_with("waiting") {
-            assert!(!store.folder(stage, &data.fingerprint).join("outcome.json").exists());
+            assert!(!store.folder(stage, &data.fingerprint).unwrap().join("outcome.json").exists());
             answers.write_all(b"go on\n").unwrap();
         }
     });
@@ -471,7 +394,7 @@ fn a_failed_stage_is_named_and_what_came_before_stays() {
     let (store, data) = (Store::new(folder.path()), small());
     let end = short_workflow();
     // Weights are quantized by now, so this can't be pruned.
-    let impossible = end.then(Kind::Prune { pfq: PfQ::default() });
+    let impossible = end.then(StageKind::Prune { pfq: PfQ::default() });
     let (outcome, _) = run(&store, &impossible, &data, &mut |_, _| ());
     let error = outcome.unwrap_err();
     assert!(matches!(&error, Error::Stage { label, .. } if *label == impossible.label()), "{error:?}");
@@ -486,9 +409,9 @@ fn damaged_files_of_the_store_are_errors_that_name_them() {
     let folder = tempfile::tempdir().unwrap();
     let (store, data) = (Store::new(folder.path()), small());
     let root = pretrain(Version::V1, 1, 0);
-    let next = root.then(Kind::Prune { pfq: PfQ::default() });
+    let next = root.then(StageKind::Prune { pfq: PfQ::default() });
     run_well(&store, &root, &data);
-    let root_folder = store.folder(&root, &data.fingerprint);
+    let root_folder = store.folder(&root, &data.fingerprint).unwrap();
     for (file, stage) in [("network.safetensors", &next), ("outcome.json", &root)] {
         let path = root_folder.join(file);
         let whole = std::fs::read(&path).unwrap();

@@ -196,7 +196,7 @@ pub fn main() -> Result<()> {
             Place::Cpu => NOTES.map(String::from).into(),
             Place::Gpu => NOTES_GPU.map(String::from).into(),
         };
-        report::bench::Context { command: command_line(std::env::args().skip(1)), notes, machine, place }
+        report::bench::About { command: command_line(std::env::args().skip(1)), notes, machine, place }
     };
     let (mut rows, mut others) = (Vec::new(), Vec::new());
     for (index, case) in cases.iter().enumerate() {

@@ -21,5 +21,5 @@ pub mod tool;
 
 pub use device::Arithmetic;
 pub use flags::{Flags, Only};
-pub use profile::{Data, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings, Trainings};
-pub use table::{Cell, Method, Table, all, main};
+pub use profile::{DataSettings, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings};
+pub use table::{Method, RowPlan, Table, all, main};

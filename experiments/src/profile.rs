@@ -5,11 +5,12 @@ use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, Version};
 use pfq::PfQ;
 use quant_core::Precision;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 use train::Training;
-use workflow::Recipe;
+use workflow::{Purpose, Recipe, Trainings};
 
 /// All settings of a run. Every value stands in the profile's TOML file; nothing is a constant of the
 /// code.
@@ -24,7 +25,7 @@ pub struct Profile {
     /// pairs; without it every seed pre-trains its own.
     pub pretraining_seed: Option<u64>,
     /// Which data is used, and how much of it.
-    pub data: Data,
+    pub data: DataSettings,
     /// The networks, by model.
     pub networks: BTreeMap<ModelName, NetworkSettings>,
     /// Bits of the layers with special treatment, and batch normalization.
@@ -33,7 +34,8 @@ pub struct Profile {
     pub pfq: Pruning,
     /// The baseline.
     pub dfq: Dfq,
-    /// The kinds of training.
+    /// The trainings. In a file each may be `like = "another"` and say only what differs from it.
+    #[serde(deserialize_with = "trainings")]
     pub training: Trainings,
 }
 
@@ -50,7 +52,7 @@ pub enum ModelName {
 /// Which data is used, and how much of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Data {
+pub struct DataSettings {
     /// Training images, balanced over the classes; all if not given.
     pub train_images: Option<usize>,
     /// Test images, likewise.
@@ -93,24 +95,35 @@ pub struct Pruning {
     pub threshold: Option<f64>,
 }
 
-/// The kinds of training.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Trainings {
-    /// In float, from scratch.
-    pub pretraining: Training,
-    /// Activations quantized (Algorithm 1, step 3).
-    pub activations: Training,
-    /// Activations and weights quantized (Algorithm 1, step 5).
-    pub weights: Training,
-    /// Activations and weights quantized at once, from the float network (Table 2's "fine-tune once").
-    pub once: Training,
-    /// After DFQ.
-    pub dfq: Training,
-    /// With PACT, from the float network.
-    pub pact: Training,
-    /// With DSQ, from the float network.
-    pub dsq: Training,
+/// Reads trainings, of which each may be `like = "another"` and say only what differs from it.
+fn trainings<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Trainings, D::Error> {
+    let given = BTreeMap::deserialize(deserializer)?;
+    let whole = given.keys().map(|purpose| Ok((*purpose, training(*purpose, &given)?)));
+    whole.collect::<Result<_>>().map(Trainings).map_err(|error| D::Error::custom(format!("{error:#}")))
+}
+
+/// The whole of a training: what it says, and the rest from the one that it is like.
+fn training(purpose: Purpose, given: &BTreeMap<Purpose, toml::Table>) -> Result<Training> {
+    let mut whole = toml::Table::new();
+    let mut seen = Vec::new();
+    let mut next = Some(purpose);
+    while let Some(name) = next {
+        if seen.contains(&name) {
+            bail!(
+                "training.{purpose} is like itself: expected one in its chain that says all of its settings"
+            );
+        }
+        seen.push(name);
+        let Some(mut settings) = given.get(&name).cloned() else {
+            bail!("training.{purpose} is like {name}, but there is no [training.{name}]");
+        };
+        let like = settings.remove("like").map(toml::Value::try_into);
+        next = like.transpose().with_context(|| format!("training.{name}.like"))?;
+        for (key, value) in settings {
+            whole.entry(key).or_insert(value);
+        }
+    }
+    whole.try_into().with_context(|| format!("training.{purpose}"))
 }
 
 /// Rows and columns of the images that the networks for ImageNet see.
@@ -179,17 +192,8 @@ impl Profile {
                 );
             }
         }
-        let t = &self.training;
-        for (key, training) in [
-            ("pretraining", t.pretraining),
-            ("activations", t.activations),
-            ("weights", t.weights),
-            ("once", t.once),
-            ("dfq", t.dfq),
-            ("pact", t.pact),
-            ("dsq", t.dsq),
-        ] {
-            training.validate().with_context(|| format!("training.{key}"))?;
+        for (purpose, training) in &self.training.0 {
+            training.validate().with_context(|| format!("training.{purpose}"))?;
         }
         Ok(())
     }
@@ -213,12 +217,7 @@ impl Profile {
             quantization: Quantization { activations, weights, first_layer, last_layer, fold, method },
             pfq: PfQ { threshold: self.pfq.threshold, bias_correction: true },
             dfq: self.dfq,
-            activation_training: self.training.activations,
-            weight_training: self.training.weights,
-            once_training: self.training.once,
-            dfq_training: self.training.dfq,
-            pact_training: self.training.pact,
-            dsq_training: self.training.dsq,
+            trainings: self.training.clone(),
             seed,
         }
     }
@@ -245,6 +244,22 @@ mod tests {
         }
     }
 
+    /// A training is that which it is like, but for what it says itself.
+    #[test]
+    fn a_training_may_be_like_another() {
+        let trainings = Profile::named("quick").unwrap().training;
+        let get = |purpose| trainings.get(purpose).unwrap();
+        let dfq = Training { learning_rate: 0.001, batch: 128, ..get(Purpose::Once) };
+        assert_eq!(get(Purpose::Dfq), dfq);
+        assert_eq!(get(Purpose::Pact), get(Purpose::Once));
+        // Of a chain of them the nearest counts.
+        let once = Training { cosine_epochs: 2.0, ..get(Purpose::Activations) };
+        assert_eq!(get(Purpose::Once), once);
+        // Written out, it is the same.
+        let profile = Profile::named("quick").unwrap();
+        assert_eq!(Profile::parse(&toml::to_string(&profile).unwrap()).unwrap(), profile);
+    }
+
     /// The built-in quick profile with one piece replaced must fail with a message holding `parts`.
     fn check(from: &str, to: &str, parts: &[&str]) {
         assert!(QUICK.contains(from), "the profile has no {from:?}");
@@ -261,6 +276,9 @@ mod tests {
         check("first_layer = 8", "first_layer = 9", &["9", "2 to 8"]);
         check("batch = ", "batch = 0 # ", &["batch", "1 to 65536"]);
         check("width = ", "width = 0 # ", &["width", "more than 0"]);
+        check("like = \"once\"", "like = \"twice\"", &["training.dfq.like", "twice", "once"]);
+        check("like = \"activations\"", "like = \"weights\"", &["training.weights is like itself"]);
+        check("[training.once]", "[training.onces]", &["onces", "once"]);
         check("[data]", "[data]\nimagenet = { side = 192 }", &["data.imagenet.train_limit"]);
         check("[data]", "[data]\nimagenet = { sides = 192 }", &["sides", "side"]);
     }

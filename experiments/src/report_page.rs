@@ -1,8 +1,9 @@
 //! The page of all results: finds what lies under `results/` and writes `results/index.html`.
 
+use crate::tables;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use report::{Claim, Deviation, Exhibit, Page, Run};
+use report::{Claim, Deviation, Exhibit, Page, TableEntry, TableResults};
 use std::path::{Path, PathBuf};
 
 const CLAIMS: &str = include_str!("../claims.toml");
@@ -43,10 +44,16 @@ pub fn deviations() -> report::Result<Vec<Deviation>> {
     Deviation::parse(DEVIATIONS, "experiments/deviations.toml")
 }
 
-/// Everything that a folder of results holds: `tableN/<profile>/` are tables, `bench/` is speed, and whatever else
-/// has pictures or CSV files (`figure3/<profile>/`, ablations) is shown as it is.
+/// Everything that a folder of results holds: `<table>/<profile>/<table>.csv` are a table's rows, `bench/` is speed, and
+/// whatever else has pictures or CSV files, as `figure3/<profile>/`, is shown as it is.
 pub fn read(results: &Path) -> Result<Page> {
-    let mut page = Page { claims: claims()?, deviations: deviations()?, ..Page::default() };
+    let tables = tables::ALL.iter().chain(&tables::ABLATIONS).map(|table| TableEntry {
+        name: table.name.into(),
+        title: table.title.into(),
+        chooses: table.chooses,
+    });
+    let mut page =
+        Page { tables: tables.collect(), claims: claims()?, deviations: deviations()?, ..Page::default() };
     if !results.is_dir() {
         bail!("{} is not a folder: run a table first, or name the folder with --results", results.display());
     }
@@ -60,14 +67,14 @@ pub fn read(results: &Path) -> Result<Page> {
             }
             continue;
         }
-        let table = is_table(&name);
+        let file = format!("{name}.csv");
         for profile in entries(&folder, Path::is_dir)? {
             let title = format!("{}, profile {profile}", title(&name));
-            let rows = folder.join(&profile).join(format!("{name}.csv"));
-            if table && rows.is_file() {
-                let exhibit = exhibit(results, &[&name, &profile], &title, &[&format!("{name}.csv")])?;
+            let exhibit = exhibit(results, &[&name, &profile], &title, &[&file])?;
+            let rows = folder.join(&profile).join(&file);
+            if rows.is_file() {
                 let stages = folder.join(&profile).join("stages.json");
-                page.runs.push(Run {
+                page.runs.push(TableResults {
                     table: name.clone(),
                     profile,
                     rows: report::read_csv(&rows)?,
@@ -75,21 +82,13 @@ pub fn read(results: &Path) -> Result<Page> {
                     exhibit,
                 });
             } else {
-                page.exhibits.push(exhibit(results, &[&name, &profile], &title, &[])?);
+                page.exhibits.push(exhibit);
             }
         }
-        if !table {
-            let own = exhibit(results, &[&name], &title(&name), &[])?;
-            page.exhibits.extend((!own.is_empty()).then_some(own));
-        }
+        page.exhibits.push(exhibit(results, &[&name], &title(&name), &[])?);
     }
     page.exhibits.retain(|exhibit| !exhibit.is_empty());
     Ok(page)
-}
-
-fn is_table(name: &str) -> bool {
-    name.strip_prefix("table")
-        .is_some_and(|number| number.parse::<usize>().is_ok_and(|number| (1..=5).contains(&number)))
 }
 
 /// "figure3" is "Figure 3", "ablation" is "Ablation".
@@ -159,7 +158,5 @@ mod tests {
         {
             assert_eq!(title(name), expect);
         }
-        assert!(is_table("table1") && is_table("table5"));
-        assert!(!is_table("table6") && !is_table("tables") && !is_table("figure3"));
     }
 }

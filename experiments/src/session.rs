@@ -11,7 +11,7 @@ use models::Network;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use train::TimeLimit;
-use workflow::{Context, Kind, Outcome, Planned, Provenance, Stage, Store};
+use workflow::{Outcome, Planned, Provenance, Purpose, Resources, Stage, StageKind, Store};
 
 /// Training images that stand in for the test set where a table chooses settings.
 const HOLD_OUT: usize = 5000;
@@ -110,9 +110,9 @@ impl Session {
 
     /// The stage that every workflow of this model and seed begins with.
     pub fn pretraining(&self, model: ModelName, seed: u64) -> Result<Arc<Stage>> {
-        Ok(Stage::root(Kind::Pretrain {
+        Ok(Stage::root(StageKind::Pretrain {
             network: self.profile.network(model, self.data.classes())?,
-            training: self.profile.training.pretraining,
+            training: self.profile.training.get(Purpose::Pretraining)?,
             seed: self.profile.pretraining_seed.unwrap_or(seed),
         }))
     }
@@ -120,8 +120,8 @@ impl Session {
     /// What the stage gives, run if it has not been; `None` where the time limit ended it.
     pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
         let Self { data, device, dtype, provenance, store, display, .. } = self;
-        let context = Context { data: &**data, device, dtype: *dtype, provenance };
-        match store.run(stage, &context, &mut |event| display.stage(event)) {
+        let resources = Resources { data: &**data, device, dtype: *dtype, provenance };
+        match store.run(stage, &resources, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();
                 display.line(&format!("{:#}", anyhow::Error::from(error)));
@@ -180,7 +180,7 @@ impl Session {
                 (None, None) => "to do: seconds".into(),
                 (None, Some(training)) => {
                     // Pruning makes later stages cheaper; how much is not known before.
-                    let Kind::Pretrain { network, .. } = &planned.stage.origin().kind else {
+                    let StageKind::Pretrain { network, .. } = &planned.stage.origin().kind else {
                         bail!("stage {label} does not begin with pre-training");
                     };
                     let epochs = training.epochs().saturating_sub(planned.epochs_done);
@@ -201,7 +201,7 @@ impl Session {
 /// Loads the data that `--data` and the settings ask for, and takes the part that the settings do.
 pub(crate) fn load(
     wanted: &str,
-    settings: &profile::Data,
+    settings: &profile::DataSettings,
     display: &mut Display,
 ) -> Result<Box<dyn Dataset>> {
     let source: DataSource = wanted.parse().unwrap_or_else(|never| match never {});

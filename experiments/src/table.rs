@@ -36,11 +36,11 @@ pub struct Method {
     /// Its name in the paper's CSV files and ours.
     pub name: &'static str,
     /// The workflow that it stands for, on a pre-trained network.
-    pub workflow: fn(&Recipe, &Arc<Stage>) -> Arc<Stage>,
+    pub workflow: fn(&Recipe, &Arc<Stage>) -> workflow::Result<Arc<Stage>>,
 }
 
 /// One result to be had: a row of the CSV file.
-pub struct Cell {
+pub struct RowPlan {
     /// The model.
     pub model: ModelName,
     /// Bits of activations and weights.
@@ -81,8 +81,8 @@ pub(crate) fn run(tables: &[&Table], session: &mut Session, flags: &Flags) -> Re
     let only = Only::parse(&flags.only, &names(tables, Table::models), &names(tables, Table::methods))?;
     let seeds = flags.seeds.clone().unwrap_or_else(|| session.profile.seeds.clone());
     let cells =
-        tables.iter().map(|table| table.cells(session, &seeds)).collect::<Result<Vec<Vec<Cell>>>>()?;
-    let picked: Vec<&Cell> =
+        tables.iter().map(|table| table.cells(session, &seeds)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
+    let picked: Vec<&RowPlan> =
         cells.iter().flatten().filter(|c| only.picks(c.model.version().name(), c.bits, c.method)).collect();
     if picked.is_empty() {
         bail!(
@@ -135,7 +135,7 @@ impl Table {
     }
 
     /// Every cell of the table, in the paper's order, for every seed.
-    fn cells(&self, session: &Session, seeds: &[u64]) -> Result<Vec<Cell>> {
+    fn cells(&self, session: &Session, seeds: &[u64]) -> Result<Vec<RowPlan>> {
         let mut cells = Vec::new();
         for &model in self.models {
             for &bits in self.bits {
@@ -143,8 +143,8 @@ impl Table {
                 for method in self.methods {
                     for &seed in seeds {
                         let recipe = session.profile.recipe(a, w, seed);
-                        let stage = (method.workflow)(&recipe, &session.pretraining(model, seed)?);
-                        cells.push(Cell { model, bits, method: method.name, seed, stage });
+                        let stage = (method.workflow)(&recipe, &session.pretraining(model, seed)?)?;
+                        cells.push(RowPlan { model, bits, method: method.name, seed, stage });
                     }
                 }
             }
@@ -154,7 +154,7 @@ impl Table {
 
     /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from those
     /// cells that have been run; gives the table as text. `None`, and nothing written, where none has.
-    fn write(&self, session: &Session, cells: &[Cell], folder: &Path) -> Result<Option<String>> {
+    fn write(&self, session: &Session, cells: &[RowPlan], folder: &Path) -> Result<Option<String>> {
         let Session { profile, data, provenance, .. } = session;
         let ends: Vec<Arc<Stage>> = cells.iter().map(|cell| cell.stage.clone()).collect();
         let plan = session.plan(&ends)?;
@@ -164,9 +164,11 @@ impl Table {
         let mut outcomes: Vec<&Outcome> = Vec::new();
         for cell in cells {
             let keys = cell.stage.lineage().into_iter().map(|stage| stage.key(data.fingerprint()));
-            let lineage: Vec<&Outcome> = keys.filter_map(|key| done.get(key.as_str()).copied()).collect();
+            let keys = keys.collect::<workflow::Result<Vec<String>>>()?;
+            let lineage: Vec<&Outcome> =
+                keys.iter().filter_map(|key| done.get(key.as_str()).copied()).collect();
             // A cell that `--only` left out, now or in earlier runs, is not in the table.
-            if lineage.last().is_some_and(|end| end.key == cell.stage.key(data.fingerprint())) {
+            if lineage.last().map(|end| &end.key) == keys.last() {
                 rows.push(self.row(session, cell, &lineage)?.compare(Paper::published()));
                 for outcome in lineage {
                     if !outcomes.iter().any(|known| known.key == outcome.key) {
@@ -178,7 +180,7 @@ impl Table {
         if rows.is_empty() {
             return Ok(None);
         }
-        let context = report::Context {
+        let about = report::About {
             title: self.title.into(),
             command: provenance.command.clone(),
             profile: profile.name.clone(),
@@ -199,14 +201,14 @@ impl Table {
         };
         let path = |extension: &str| folder.join(format!("{}.{extension}", self.name));
         report::write_csv(&rows, &path("csv"))?;
-        report::write_text(&report::markdown(&rows, &context), &path("md"))?;
-        report::plot(&rows, &context, &path("svg"), &path("png"))?;
+        report::write_text(&report::markdown(&rows, &about), &path("md"))?;
+        report::plot(&rows, &about, &path("svg"), &path("png"))?;
         report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
         report::write_text(&serde_json::to_string_pretty(&outcomes)?, &folder.join("stages.json"))?;
-        Ok(Some(report::terminal(&rows, &context)))
+        Ok(Some(report::terminal(&rows, &about)))
     }
 
-    fn row(&self, session: &Session, cell: &Cell, lineage: &[&Outcome]) -> Result<Row> {
+    fn row(&self, session: &Session, cell: &RowPlan, lineage: &[&Outcome]) -> Result<Row> {
         let Session { profile, data, .. } = session;
         let (Some(first), Some(last)) = (lineage.first(), lineage.last()) else {
             bail!("a workflow without stages: {}", cell.method);

@@ -6,8 +6,8 @@ use models::{Fold, Quantization};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::sync::Arc;
-use train::{Decay, Training};
-use workflow::{Kind, Recipe, Stage};
+use train::Decay;
+use workflow::{Recipe, Result, Stage, StageKind};
 
 const BOTH: &[ModelName] = &[ModelName::MobilenetV1, ModelName::MobilenetV2];
 
@@ -84,13 +84,11 @@ pub const TABLE5: Table = Table {
 
 /// The recipe with the learning rate of Table 5.
 fn by_accuracy_drop(recipe: &Recipe) -> Recipe {
-    let decayed = |training: Training| Training { decay: Decay::AccuracyDrop, ..training };
-    Recipe {
-        activation_training: decayed(recipe.activation_training),
-        weight_training: decayed(recipe.weight_training),
-        dfq_training: decayed(recipe.dfq_training),
-        ..*recipe
+    let mut recipe = recipe.clone();
+    for training in recipe.trainings.0.values_mut() {
+        training.decay = Decay::AccuracyDrop;
     }
+    recipe
 }
 
 /// Every table of the paper, in the order that brings the main result first.
@@ -155,16 +153,16 @@ const fn ablation(name: &'static str, title: &'static str, methods: &'static [Me
     Table { name, title, models: &[ModelName::MobilenetV2], bits: &[(4, 4)], methods, chooses: true }
 }
 
-fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: f64) -> Arc<Stage> {
+fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: f64) -> Result<Arc<Stage>> {
     let pfq = PfQ { threshold: Some(threshold), ..recipe.pfq };
-    Recipe { pfq, ..*recipe }.algorithm1(pretrained)
+    Recipe { pfq, ..recipe.clone() }.algorithm1(pretrained)
 }
 
-fn fold(recipe: &Recipe, pretrained: &Arc<Stage>, fold: Fold) -> Arc<Stage> {
+fn fold(recipe: &Recipe, pretrained: &Arc<Stage>, fold: Fold) -> Result<Arc<Stage>> {
     with_quantization(recipe, pretrained, Quantization { fold, ..recipe.quantization })
 }
 
-fn end_layers(recipe: &Recipe, pretrained: &Arc<Stage>, precision: Option<Precision>) -> Arc<Stage> {
+fn end_layers(recipe: &Recipe, pretrained: &Arc<Stage>, precision: Option<Precision>) -> Result<Arc<Stage>> {
     let Quantization { activations, weights, .. } = recipe.quantization;
     debug_assert_eq!(activations, weights, "one precision for image, features and weights of these layers");
     let ends = precision.unwrap_or(activations);
@@ -172,28 +170,36 @@ fn end_layers(recipe: &Recipe, pretrained: &Arc<Stage>, precision: Option<Precis
     with_quantization(recipe, pretrained, quantization)
 }
 
-fn with_quantization(recipe: &Recipe, pretrained: &Arc<Stage>, quantization: Quantization) -> Arc<Stage> {
-    Recipe { quantization, ..*recipe }.algorithm1(pretrained)
+fn with_quantization(
+    recipe: &Recipe,
+    pretrained: &Arc<Stage>,
+    quantization: Quantization,
+) -> Result<Arc<Stage>> {
+    Recipe { quantization, ..recipe.clone() }.algorithm1(pretrained)
 }
 
-fn activation(recipe: &Recipe, pretrained: &Arc<Stage>, activation: Activation) -> Arc<Stage> {
+fn activation(recipe: &Recipe, pretrained: &Arc<Stage>, activation: Activation) -> Result<Arc<Stage>> {
     repretrained(recipe, pretrained, |kind| {
-        if let Kind::Pretrain { network, .. } = kind {
+        if let StageKind::Pretrain { network, .. } = kind {
             network.activation = activation;
         }
     })
 }
 
-fn weight_decay(recipe: &Recipe, pretrained: &Arc<Stage>, weight_decay: f64) -> Arc<Stage> {
+fn weight_decay(recipe: &Recipe, pretrained: &Arc<Stage>, weight_decay: f64) -> Result<Arc<Stage>> {
     repretrained(recipe, pretrained, |kind| {
-        if let Kind::Pretrain { training, .. } = kind {
+        if let StageKind::Pretrain { training, .. } = kind {
             training.weight_decay = weight_decay;
         }
     })
 }
 
 /// Algorithm 1 on a network that was pre-trained otherwise.
-fn repretrained(recipe: &Recipe, pretrained: &Arc<Stage>, change: impl FnOnce(&mut Kind)) -> Arc<Stage> {
+fn repretrained(
+    recipe: &Recipe,
+    pretrained: &Arc<Stage>,
+    change: impl FnOnce(&mut StageKind),
+) -> Result<Arc<Stage>> {
     let mut kind = pretrained.kind;
     change(&mut kind);
     recipe.algorithm1(&Stage::root(kind))

@@ -14,7 +14,7 @@ fn tiny_profile(folder: &Path) {
     let mut set = |path: &[&str], value: toml::Value| {
         let (name, tables) = path.split_last().unwrap();
         let table = tables.iter().fold(&mut profile, |table, name| table[*name].as_table_mut().unwrap());
-        *table.get_mut(*name).unwrap() = value;
+        table.insert(name.to_string(), value);
     };
     set(&["name"], "tiny".into());
     set(&["data", "train_images"], 16.into());
@@ -22,10 +22,12 @@ fn tiny_profile(folder: &Path) {
     for network in ["mobilenet_v1", "mobilenet_v2"] {
         set(&["networks", network, "width"], 0.1.into());
     }
-    for training in ["pretraining", "activations", "weights", "once", "dfq", "pact", "dsq"] {
-        set(&["training", training, "warmup_epochs"], 0.into());
-        set(&["training", training, "cosine_epochs"], 1.into());
-        set(&["training", training, "batch"], 16.into());
+    let trainings = profile["training"].as_table_mut().unwrap();
+    for training in trainings.iter_mut().map(|(_, training)| training.as_table_mut().unwrap()) {
+        training.extend(
+            [("warmup_epochs", 0), ("cosine_epochs", 1), ("batch", 16)]
+                .map(|(key, value)| (key.to_string(), value.into())),
+        );
     }
     // After one step the variances are little below those at the start, 1: some filters are removed, not all.
     profile["pfq"].as_table_mut().unwrap().insert("threshold".into(), THRESHOLD.into());

@@ -75,11 +75,10 @@ fn look(browser: &Path, html: &str, width: u32) -> Seen {
 
 /// Results of every table with three seeds, long names included, written as the tables' binaries do.
 fn all_tables(folder: &Path) {
-    for number in 1..=5 {
-        let table = format!("table{number}");
+    for table in Paper::published().tables() {
         let row = |of: &report::PaperRow, seed: u64| {
             Row {
-                table: table.clone(),
+                table: table.into(),
                 profile: "reduced".into(),
                 dataset: "cifar100".into(),
                 model: of.model.clone(),
@@ -103,14 +102,14 @@ fn all_tables(folder: &Path) {
             .compare(Paper::published())
         };
         let rows: Vec<Row> = Paper::published()
-            .table(number)
+            .table(table)
             .iter()
             .flat_map(|of| (0..3).map(move |seed| row(of, seed)))
             .collect();
-        let folder = folder.join(&table).join("reduced");
-        let context = report::Context { title: format!("Table {number}"), ..report::Context::default() };
+        let folder = folder.join(table).join("reduced");
+        let about = report::About { title: table.into(), ..report::About::default() };
         report::write_csv(&rows, &folder.join(format!("{table}.csv"))).unwrap();
-        report::plot(&rows, &context, &folder.join("a.svg"), &folder.join("a.png")).unwrap();
+        report::plot(&rows, &about, &folder.join("a.svg"), &folder.join("a.png")).unwrap();
     }
     report::write_text(
         "layer,variance\nblocks.0.depthwise,1.23456789e-7\n",
@@ -172,9 +171,8 @@ fn the_claims_that_the_paper_contradicts_are_flagged() {
     let flagged = claims.iter().filter(|claim| claim.paper == report::PaperSays::Contradicts);
     let flagged: Vec<&str> = flagged.map(|claim| claim.id.as_str()).collect();
     assert_eq!(flagged, ["pfq-gains-more-at-fewer-bits", "algorithm1-beats-once"]);
-    for number in 1..=5 {
-        let table = format!("table{number}");
-        assert!(claims.iter().any(|claim| claim.table.as_deref() == Some(&table)), "{table}");
+    for table in Paper::published().tables() {
+        assert!(claims.iter().any(|claim| claim.table.as_deref() == Some(table)), "{table}");
     }
     assert!(!experiments::report_page::deviations().unwrap().is_empty());
 }

@@ -2,7 +2,6 @@
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
-use baselines::Dfq;
 use candle_core::{DType, Device, Tensor};
 use datasets::{Augmentation, Dataset, InMemoryDataset};
 use models::{Fold, Input, Method, MobileNet, Network, Quantization, Version};
@@ -11,7 +10,9 @@ use quant_core::Precision;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use train::{Decay, Training};
-use workflow::{Context, Event, Kind, Outcome, Provenance, Recipe, Result, Stage, Store};
+use workflow::{
+    Event, Outcome, Provenance, Purpose, Recipe, Resources, Result, Stage, StageKind, Store, Trainings,
+};
 
 /// Synthetic images; `seed` makes other ones.
 pub fn data(train: usize, test: usize, seed: u64) -> Arc<InMemoryDataset> {
@@ -52,22 +53,19 @@ pub fn quantization(bits: u32) -> Quantization {
 }
 
 pub fn recipe(bits: u32) -> Recipe {
+    use Purpose::{Dfq, Dsq, Once, Pact, Weights};
+    let others = [Weights, Once, Dfq, Pact, Dsq].map(|purpose| (purpose, training(1)));
     Recipe {
         quantization: quantization(bits),
         pfq: PfQ::default(),
-        dfq: Dfq::default(),
-        activation_training: training(2),
-        weight_training: training(1),
-        once_training: training(1),
-        dfq_training: training(1),
-        pact_training: training(1),
-        dsq_training: training(1),
+        dfq: baselines::Dfq::default(),
+        trainings: Trainings([(Purpose::Activations, training(2))].into_iter().chain(others).collect()),
         seed: 1,
     }
 }
 
 pub fn pretrain(version: Version, epochs: usize, seed: u64) -> Arc<Stage> {
-    Stage::root(Kind::Pretrain { network: mobilenet(version), training: training(epochs), seed })
+    Stage::root(StageKind::Pretrain { network: mobilenet(version), training: training(epochs), seed })
 }
 
 /// Runs a stage and gives its outcome with what the store told, as `found LABEL`, `started LABEL`,
@@ -80,9 +78,9 @@ pub fn run(
 ) -> (Result<Outcome>, Vec<String>) {
     let provenance =
         Provenance { command: "test".into(), git_commit: "none".into(), device: "processor".into() };
-    let context = Context { data, device: &Device::Cpu, dtype: DType::F32, provenance: &provenance };
+    let resources = Resources { data, device: &Device::Cpu, dtype: DType::F32, provenance: &provenance };
     let mut told = Vec::new();
-    let outcome = store.run(stage, &context, &mut |event| {
+    let outcome = store.run(stage, &resources, &mut |event| {
         let text = match &event {
             Event::Found(outcome) => format!("found {}", outcome.label),
             Event::Started(stage) => format!("started {}", stage.label()),

@@ -1,12 +1,14 @@
 //! Multiply–accumulates and weights, counted as the paper counts them (method section 5).
 
-use crate::Network;
+use crate::{Kernel, Network};
 
 /// Counts of one convolution or of the classifier.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layer {
     /// Name of the unit, or `head`.
     pub name: String,
+    /// What kind of convolution it is: `full`, `depthwise` or `pointwise`.
+    pub kind: &'static str,
     /// Filters (output channels).
     pub filters: usize,
     /// Weights, without biases and normalization.
@@ -25,10 +27,21 @@ impl Network {
             // Every weight is used once for every position of the output.
             let weights = unit.weight.elem_count() as u64;
             let macs = weights * (h * w) as u64;
-            layers.push(Layer { name: unit.name.clone(), filters: unit.filters(), weights, macs });
+            let kind = match unit.kernel {
+                Kernel::Full { .. } => "full",
+                Kernel::Depthwise { .. } => "depthwise",
+                Kernel::Pointwise => "pointwise",
+            };
+            layers.push(Layer { name: unit.name.clone(), kind, filters: unit.filters(), weights, macs });
         }
         let weights = self.head.weight.elem_count() as u64;
-        layers.push(Layer { name: "head".into(), filters: self.classes(), weights, macs: weights });
+        layers.push(Layer {
+            name: "head".into(),
+            kind: "pointwise",
+            filters: self.classes(),
+            weights,
+            macs: weights,
+        });
         layers
     }
 

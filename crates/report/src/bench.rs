@@ -21,7 +21,7 @@ pub struct Implementation {
     pub id: &'static str,
     /// The name for people.
     pub label: &'static str,
-    /// Its colour in plots, of the palette of [`METHODS`](crate::METHODS).
+    /// Its colour in plots, of the palette of Okabe and Ito.
     pub colour: (u8, u8, u8),
 }
 
@@ -184,7 +184,7 @@ impl Place {
 
 /// What a report says besides the rows.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Context {
+pub struct About {
     /// The command that made the rows.
     pub command: String,
     /// What the reader should know.
@@ -196,11 +196,11 @@ pub struct Context {
 }
 
 /// Writes `pytorch.csv`, `.md`, `.svg` and `.png` to a folder; `cuda.…` of what was measured on a GPU.
-pub fn write(rows: &[Speed], context: &Context, folder: &Path) -> Result<()> {
-    let path = |extension: &str| folder.join(format!("{}.{extension}", context.place.stem()));
+pub fn write(rows: &[Speed], about: &About, folder: &Path) -> Result<()> {
+    let path = |extension: &str| folder.join(format!("{}.{extension}", about.place.stem()));
     write_table(rows, &path("csv"))?;
-    write_text(&markdown(rows, context), &path("md"))?;
-    chart::plot(rows, context, &path("svg"), &path("png"))
+    write_text(&markdown(rows, about), &path("md"))?;
+    chart::plot(rows, about, &path("svg"), &path("png"))
 }
 
 /// Reads the rows of a `pytorch.csv`.
@@ -209,22 +209,22 @@ pub fn read_csv(path: &Path) -> Result<Vec<Speed>> {
 }
 
 /// The report as Markdown.
-pub fn markdown(rows: &[Speed], context: &Context) -> String {
-    let mut blocks = vec![format!("# {}", context.place.title()), READING.into()];
+pub fn markdown(rows: &[Speed], about: &About) -> String {
+    let mut blocks = vec![format!("# {}", about.place.title()), READING.into()];
     for (heading, table) in tables(rows) {
         blocks.extend([format!("## {heading}"), table.markdown()]);
     }
-    blocks.extend(["## Notes".into(), list(&notes(rows, context)), "## How it was made".into()]);
-    blocks.push(format!("```sh\n{}\n```", context.command));
-    blocks.push(list(&machine(context)));
+    blocks.extend(["## Notes".into(), list(&notes(rows, about)), "## How it was made".into()]);
+    blocks.push(format!("```sh\n{}\n```", about.command));
+    blocks.push(list(&machine(about)));
     blocks.join("\n\n") + "\n"
 }
 
 /// The report as plain text.
-pub fn terminal(rows: &[Speed], context: &Context) -> String {
+pub fn terminal(rows: &[Speed], about: &About) -> String {
     let mut blocks = vec![wrap(READING, "", "")];
     blocks.extend(tables(rows).into_iter().map(|(heading, table)| format!("{heading}\n\n{}", table.plain())));
-    let lines = notes(rows, context).into_iter().chain(machine(context));
+    let lines = notes(rows, about).into_iter().chain(machine(about));
     blocks.push(lines.map(|line| wrap(&line, "- ", "")).collect::<Vec<_>>().join("\n"));
     blocks.join("\n\n") + "\n"
 }
@@ -233,13 +233,13 @@ pub(crate) const READING: &str = "×2 means that ours does twice as many images 
                        in which every implementation had its turn, with the lowest and the highest round; \
                        PyTorch's best is its mode with the highest median.";
 
-fn machine(context: &Context) -> Vec<String> {
-    context.machine.iter().map(|(name, value)| format!("{name}: {value}")).collect()
+fn machine(about: &About) -> Vec<String> {
+    about.machine.iter().map(|(name, value)| format!("{name}: {value}")).collect()
 }
 
-/// The context's notes, and what did not run.
-fn notes(rows: &[Speed], context: &Context) -> Vec<String> {
-    let mut notes = context.notes.clone();
+/// The notes, and what did not run.
+fn notes(rows: &[Speed], about: &About) -> Vec<String> {
+    let mut notes = about.notes.clone();
     for row in rows {
         if let Some(problem) = &row.problem {
             let Speed { network, width, batch, what, precision, implementation, .. } = row;
@@ -471,13 +471,13 @@ pub(crate) mod tests {
             (row.peak_mib, row.before_mib) = (None, None);
         }
         (rows[0].step_mib, rows[0].share_of_copy_percent) = (Some(812.4), Some(43.6));
-        let context = Context { place: Place::Gpu, ..Context::default() };
-        let text = markdown(&rows, &context);
+        let about = About { place: Place::Gpu, ..About::default() };
+        let text = markdown(&rows, &about);
         assert!(text.contains("# Speed beside PyTorch on a GPU"), "{text}");
         assert!(text.contains("| MobileNetV2 | train | A4/W4 | 64 | 200 | 812 | 44 % |"), "{text}");
         assert!(!text.contains("Memory, MiB"), "{text}");
         let folder = tempfile::tempdir().unwrap();
-        write(&rows, &context, folder.path()).unwrap();
+        write(&rows, &about, folder.path()).unwrap();
         for extension in ["csv", "md", "svg", "png"] {
             assert!(folder.path().join(format!("cuda.{extension}")).exists(), "{extension}");
         }
@@ -490,7 +490,7 @@ pub(crate) mod tests {
             case("mobilenet_v2", 1.0, "depthwise s1 32@32x32", "float"),
         ]
         .concat();
-        let text = markdown(&rows, &Context { command: "a command".into(), ..Context::default() });
+        let text = markdown(&rows, &About { command: "a command".into(), ..About::default() });
         for part in [
             "| MobileNetV2 ×0.25 | train | A4/W4 | 64 | 200 | 180 (channels_last) | ×1.11 (1.00–1.67) | ×2.22 | ×1.11 | – |",
             "| depthwise s1 32@32x32 | 320 | 356 (channels_last) | ×1.11 (1.00–1.67) |",

@@ -10,7 +10,7 @@ use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::file::{Error, Result, replace, write_text};
-use crate::names::METHODS;
+use crate::names::PALETTE;
 use crate::scale::ticks;
 
 /// The picture's size in its own units.
@@ -277,7 +277,7 @@ pub(crate) fn themed(svg: &str) -> Option<String> {
         paint(&hex(GRID), "line");
         // White text stands on a band of alarm, which stays.
         paint(if text { &alarm } else { &white }, if text { "alarm" } else { "card" });
-        let bars = METHODS.iter().map(|method| rgb(method.colour));
+        let bars = PALETTE.map(rgb).into_iter();
         bars.chain([SOFT]).for_each(|colour| paint(&hex(faint(colour)), "card"));
         Some(format!("{inside}>{rest}"))
     };

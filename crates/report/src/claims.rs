@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::entries::{self, Entry};
 use crate::file::Result;
 use crate::names::{bits_label, method_label, model_label};
-use crate::paper::{Paper, PaperRow};
+use crate::paper::{Paper, PaperPruned, PaperRow, distinct};
 use crate::row::Row;
 use crate::stage::{StageRecord, Traced, trace};
 use crate::stats::{Estimate, Quantity, Range, Verdict, by_seed, differences};
@@ -149,13 +149,13 @@ struct Sample {
 
 /// A network at some bits.
 #[derive(Clone, Copy, PartialEq)]
-struct Cell<'a> {
+struct Condition<'a> {
     model: &'a str,
     activation_bits: u32,
     weight_bits: u32,
 }
 
-impl Cell<'_> {
+impl Condition<'_> {
     /// "a4w4".
     fn bits(&self) -> String {
         format!("a{}w{}", self.activation_bits, self.weight_bits)
@@ -166,7 +166,7 @@ impl Cell<'_> {
     }
 }
 
-impl<'a> From<&'a PaperRow> for Cell<'a> {
+impl<'a> From<&'a PaperRow> for Condition<'a> {
     fn from(row: &'a PaperRow) -> Self {
         Self { model: &row.model, activation_bits: row.activation_bits, weight_bits: row.weight_bits }
     }
@@ -175,7 +175,7 @@ impl<'a> From<&'a PaperRow> for Cell<'a> {
 /// Where the arithmetic of a claim takes its values from.
 trait Values {
     /// A quantity of a method in a cell, by seed; only of the paper's networks and data if `absolute`.
-    fn get(&self, cell: Cell, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64>;
+    fn get(&self, cell: Condition, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64>;
 
     /// Something about the first pruning of a network, by seed of its pre-training.
     fn first_pruning(&self, model: &str, of: PruningQuantity) -> BTreeMap<u64, f64>;
@@ -188,7 +188,7 @@ struct Ours<'a> {
 }
 
 impl Values for Ours<'_> {
-    fn get(&self, cell: Cell, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64> {
+    fn get(&self, cell: Condition, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64> {
         let rows = if absolute {
             self.rows.iter().filter(|row| row.comparable()).cloned().collect()
         } else {
@@ -209,8 +209,7 @@ impl Values for Ours<'_> {
                 PruningQuantity::LowInDepthwise => {
                     let layers = stage.pruning()?.layers;
                     let low = |depthwise: bool| -> usize {
-                        let of =
-                            layers.iter().filter(|layer| layer.name.ends_with("depthwise") || !depthwise);
+                        let of = layers.iter().filter(|layer| stage.is_depthwise(layer) || !depthwise);
                         of.map(|layer| layer.low).sum()
                     };
                     // Where no filter is low there is no share.
@@ -227,15 +226,14 @@ impl Values for Ours<'_> {
 struct Published<'a>(&'a str);
 
 impl Values for Published<'_> {
-    fn get(&self, cell: Cell, method: &str, of: Quantity, _: bool) -> BTreeMap<u64, f64> {
+    fn get(&self, cell: Condition, method: &str, of: Quantity, _: bool) -> BTreeMap<u64, f64> {
         let paper = Paper::published();
         let row = paper.lookup(self.0, cell.model, cell.activation_bits, cell.weight_bits, method);
         let value = row.and_then(|row| match of {
             Quantity::Top1 => Some(row.top1_percent),
             Quantity::Macs => Some(row.mac_millions),
             Quantity::WeightsPruned => {
-                let same =
-                    |of: &&crate::paper::PaperPruned| of.model == row.model && of.dataset == row.dataset;
+                let same = |of: &&PaperPruned| of.model == row.model && of.dataset == row.dataset;
                 paper.pruned_weights().iter().find(same).map(|of| of.weights_pruned_percent)
             }
         });
@@ -307,14 +305,14 @@ impl Claim {
 
     /// The values of every comparison, the same ones in the same order for all sources.
     fn samples(&self, values: &dyn Values) -> Vec<Sample> {
-        let difference = |cell: Cell, a: &str, b: &str, of: Quantity| {
+        let difference = |cell: Condition, a: &str, b: &str, of: Quantity| {
             differences(&values.get(cell, a, of, false), &values.get(cell, b, of, false))
         };
         let minus = |a: &str, b: &str| format!("{} − {}", method_label(a), method_label(b));
         let cells = self.cells();
         match &self.expect {
             Expect::Rising { of, methods, or_equal } => {
-                let pair = |cell: Cell, pair: &[String]| Sample {
+                let pair = |cell: Condition, pair: &[String]| Sample {
                     cell: cell.label(),
                     what: minus(&pair[1], &pair[0]),
                     range: if *or_equal { Range::NOT_NEGATIVE } else { Range::POSITIVE },
@@ -326,10 +324,10 @@ impl Claim {
                 let find = |model: &str, bits: &str| {
                     cells.iter().copied().find(|cell| cell.model == model && cell.bits() == bits)
                 };
-                let gain = |cell: Cell| difference(cell, method, over, Quantity::Top1);
-                let sample = |cell: &Cell| {
+                let gain = |cell: Condition| difference(cell, method, over, Quantity::Top1);
+                let sample = |cell: &Condition| {
                     let (at, than) = find(cell.model, at).zip(find(cell.model, than))?;
-                    let bits = |of: Cell| bits_label(of.activation_bits, of.weight_bits);
+                    let bits = |of: Condition| bits_label(of.activation_bits, of.weight_bits);
                     (*cell == at).then(|| Sample {
                         cell: model_label(cell.model, 1.0),
                         what: format!("({}) at {} − at {}", minus(method, over), bits(at), bits(than)),
@@ -340,7 +338,7 @@ impl Claim {
                 cells.iter().filter_map(sample).collect()
             }
             Expect::Between { of, method, from, to } => {
-                let sample = |cell: &Cell| Sample {
+                let sample = |cell: &Condition| Sample {
                     cell: cell.label(),
                     what: method_label(method).into(),
                     range: Range::between(*from, *to),
@@ -350,7 +348,7 @@ impl Claim {
             }
             Expect::Published { of, method, within } => {
                 let published = Published(self.table.as_deref().unwrap_or_default());
-                let sample = |cell: &Cell| {
+                let sample = |cell: &Condition| {
                     let theirs = published.get(*cell, method, *of, true).into_values().next();
                     let theirs = theirs.unwrap_or(f64::NAN);
                     Sample {
@@ -373,7 +371,7 @@ impl Claim {
                     range: Range::between(*from, *to),
                     values: values.first_pruning(model, *of),
                 };
-                MODELS.iter().filter(|model| self.about(model)).map(sample).collect()
+                Paper::published().models().iter().filter(|model| self.about(model)).map(sample).collect()
             }
         }
     }
@@ -383,21 +381,19 @@ impl Claim {
     }
 
     /// The cells of the paper's table that it is about, in the paper's order.
-    fn cells(&self) -> Vec<Cell<'_>> {
-        let mut cells: Vec<Cell> = Vec::new();
-        for row in Paper::published().table_named(self.table.as_deref().unwrap_or_default()) {
-            let cell = Cell::from(row);
-            let bits = self.bits.is_empty() || self.bits.contains(&cell.bits());
-            if bits && self.about(cell.model) && !cells.contains(&cell) {
-                cells.push(cell);
-            }
-        }
-        cells
+    fn cells(&self) -> Vec<Condition<'_>> {
+        let cells = distinct(self.published().iter().map(Condition::from));
+        let about = |cell: &Condition| {
+            self.about(cell.model) && (self.bits.is_empty() || self.bits.contains(&cell.bits()))
+        };
+        cells.into_iter().filter(about).collect()
+    }
+
+    /// The rows of the paper's table that it is about.
+    fn published(&self) -> &'static [PaperRow] {
+        Paper::published().table(self.table.as_deref().unwrap_or_default())
     }
 }
-
-/// The paper's networks.
-const MODELS: [&str; 2] = ["mobilenet_v1", "mobilenet_v2"];
 
 impl Entry for Claim {
     fn id(&self) -> &str {
@@ -405,7 +401,7 @@ impl Entry for Claim {
     }
 
     fn check(&self) -> std::result::Result<(), String> {
-        let rows = Paper::published().table_named(self.table.as_deref().unwrap_or_default());
+        let rows = self.published();
         match (&self.expect, &self.table) {
             (Expect::FirstPruning { .. }, Some(table)) => {
                 return Err(format!(
@@ -419,7 +415,8 @@ impl Entry for Claim {
             }
             (Expect::FirstPruning { .. }, None) => {}
             (_, table) if rows.is_empty() => {
-                return Err(format!("table = {table:?}: expected one of the paper's, table1 to table5"));
+                let tables: Vec<&str> = Paper::published().tables().collect();
+                return Err(format!("table = {table:?}: expected one of the paper's, {}", tables.join(", ")));
             }
             _ => {}
         }
@@ -428,23 +425,15 @@ impl Entry for Claim {
                 Some(unknown) => Err(format!("{key} has {unknown:?}: expected some of {}", all.join(", "))),
                 None => Ok(()),
             };
-        let distinct = |value: fn(&PaperRow) -> String| {
-            let mut all: Vec<String> = Vec::new();
-            for row in rows {
-                if !all.contains(&value(row)) {
-                    all.push(value(row));
-                }
-            }
-            all
-        };
+        let all = |value: fn(&PaperRow) -> String| distinct(rows.iter().map(value));
         let models = if rows.is_empty() {
-            MODELS.map(String::from).to_vec()
+            Paper::published().models().into_iter().map(String::from).collect()
         } else {
-            distinct(|row| row.model.clone())
+            all(|row| row.model.clone())
         };
         known("models", &self.models, models)?;
-        known("bits", &self.bits, distinct(|row| Cell::from(row).bits()))?;
-        let methods = |found: &[String]| known("expect", found, distinct(|row| row.method.clone()));
+        known("bits", &self.bits, all(|row| Condition::from(row).bits()))?;
+        let methods = |found: &[String]| known("expect", found, all(|row| row.method.clone()));
         let ordered = |from: f64, to: f64| match from <= to {
             true => Ok(()),
             false => Err(format!("expect: from = {from}, to = {to}: expected from ≤ to")),
@@ -456,7 +445,7 @@ impl Entry for Claim {
             Expect::Rising { methods: found, .. } => methods(found)?,
             Expect::LargerGain { method, over, at, than } => {
                 methods(&[method.clone(), over.clone()])?;
-                let bits: Vec<String> = self.cells().iter().map(Cell::bits).collect();
+                let bits: Vec<String> = self.cells().iter().map(Condition::bits).collect();
                 known("expect", &[at.clone(), than.clone()], bits)?;
             }
             Expect::Between { method, from, to, .. } => {

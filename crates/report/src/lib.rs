@@ -3,7 +3,7 @@
 //! Plain values go in, files and text come out: [`Row`]s to and from CSV, [`Paper`] with the published
 //! figures, [`summarize`] and [`paired`] over seeds, [`Claim`]s with a [`Verdict`] each, [`markdown`] and
 //! [`terminal`] for the report of a table, [`plot`] for its picture, [`Page`] for all of them. Nothing here knows
-//! one table from another; what they differ in is data: the paper's CSV files and the table of [`METHODS`].
+//! one table from another; what they differ in is data: the paper's CSV files.
 //! Measurements of speed have a module of their own, [`mod@bench`].
 //!
 //! ```
@@ -35,13 +35,13 @@ mod text;
 pub use claims::{Claim, Comparison, Expect, PaperSays, PruningQuantity};
 pub use deviations::Deviation;
 pub use file::{Error, Result, write_text};
-pub use names::{METHODS, Method};
-pub use page::{Exhibit, Page, Run};
+pub use page::{Exhibit, Page, TableEntry, TableResults};
 pub use paper::{Paper, PaperPruned, PaperRow};
 pub use plot::plot;
 pub use row::{Row, read_csv, write_csv};
 pub use stage::{
-    Data, Epoch, Evaluation, LayerRecord, Provenance, PruningRecord, StageRecord, Traced, read_stages, trace,
+    DataRecord, Epoch, Evaluation, LayerRecord, Provenance, PruningRecord, StageRecord, Traced, read_stages,
+    trace,
 };
 pub use stats::{Estimate, Quantity, Range, Summary, Verdict, by_seed, differences, paired, summarize};
-pub use text::{Context, markdown, terminal};
+pub use text::{About, markdown, terminal};

@@ -1,53 +1,57 @@
 //! How models, data and methods are called in front of people.
 
-/// A method of the paper: its name in the CSV files, its name for people, and its colour.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Method {
-    /// The name in the CSV files.
-    pub id: &'static str,
-    /// The name for people.
-    pub label: &'static str,
-    /// Its colour in plots, of the palette of Okabe and Ito, which the colour-blind can tell apart.
-    pub colour: (u8, u8, u8),
+use crate::paper::Paper;
+
+/// A colour of plots as red, green and blue.
+pub(crate) type Colour = (u8, u8, u8);
+
+pub(crate) const ORANGE: Colour = (230, 159, 0);
+pub(crate) const SKY: Colour = (86, 180, 233);
+pub(crate) const GREEN: Colour = (0, 158, 115);
+pub(crate) const BLUE: Colour = (0, 114, 178);
+pub(crate) const PURPLE: Colour = (204, 121, 167);
+pub(crate) const GREY: Colour = (128, 128, 128);
+
+/// The colours of methods, of the palette of Okabe and Ito, which the colour-blind can tell apart.
+pub(crate) const PALETTE: [Colour; 5] = [ORANGE, SKY, GREEN, PURPLE, BLUE];
+
+/// The name for people, and the colour in plots, of a method of the paper's tables.
+fn published(method: &str) -> Option<(&'static str, Colour)> {
+    Some(match method {
+        "original" => ("No pruning", ORANGE),
+        "pfq_without_bias_correction" => ("PfQ w/o bias corr.", SKY),
+        "pfq" => ("PfQ", BLUE),
+        "fine_tune_once_with_pfq" => ("Tune once w/ PfQ", ORANGE),
+        "algorithm1" => ("Algorithm 1", BLUE),
+        "dfq" => ("DFQ", ORANGE),
+        "dfq_with_fine_tune" => ("DFQ + fine-tune", ORANGE),
+        "pact" => ("PACT", PURPLE),
+        "dsq" => ("DSQ", GREEN),
+        "ours" => ("Ours", BLUE),
+        _ => return None,
+    })
 }
 
-/// Every method, in the order of the paper's tables: within a table the proposed one is the last.
-pub const METHODS: [Method; 10] = [
-    Method { id: "original", label: "No pruning", colour: ORANGE },
-    Method { id: "pfq_without_bias_correction", label: "PfQ w/o bias corr.", colour: SKY },
-    Method { id: "pfq", label: "PfQ", colour: BLUE },
-    Method { id: "fine_tune_once_with_pfq", label: "Tune once w/ PfQ", colour: ORANGE },
-    Method { id: "algorithm1", label: "Algorithm 1", colour: BLUE },
-    Method { id: "dfq", label: "DFQ", colour: ORANGE },
-    Method { id: "dfq_with_fine_tune", label: "DFQ + fine-tune", colour: ORANGE },
-    Method { id: "pact", label: "PACT", colour: PURPLE },
-    Method { id: "dsq", label: "DSQ", colour: GREEN },
-    Method { id: "ours", label: "Ours", colour: BLUE },
-];
-
-pub(crate) const ORANGE: (u8, u8, u8) = (230, 159, 0);
-pub(crate) const SKY: (u8, u8, u8) = (86, 180, 233);
-pub(crate) const GREEN: (u8, u8, u8) = (0, 158, 115);
-pub(crate) const BLUE: (u8, u8, u8) = (0, 114, 178);
-pub(crate) const PURPLE: (u8, u8, u8) = (204, 121, 167);
-pub(crate) const GREY: (u8, u8, u8) = (128, 128, 128);
-
-/// The colours of methods that are not the paper's, one after the other.
-const OTHERS: [(u8, u8, u8); 5] = [ORANGE, SKY, GREEN, PURPLE, BLUE];
-
-/// The method's place in [`METHODS`]; methods that are not the paper's come after all of them.
-pub(crate) fn rank(method: &str) -> usize {
-    METHODS.iter().position(|known| known.id == method).unwrap_or(METHODS.len())
+/// The method's place in the paper's table; methods that are not in it come after all of them.
+pub(crate) fn rank(table: &str, method: &str) -> usize {
+    let methods = Paper::published().methods(table);
+    methods.iter().position(|known| *known == method).unwrap_or(methods.len())
 }
 
+/// A method's name for people; methods that are not the paper's are called by their names.
 pub(crate) fn method_label(method: &str) -> &str {
-    METHODS.get(rank(method)).map_or(method, |known| known.label)
+    published(method).map_or(method, |(label, _)| label)
 }
 
-/// The colour of a method among those of a plot.
-pub(crate) fn colour(method: &str, methods: &[&str]) -> (u8, u8, u8) {
-    let place = || methods.iter().position(|other| *other == method).unwrap_or(0);
-    METHODS.get(rank(method)).map_or_else(|| OTHERS[place() % OTHERS.len()], |known| known.colour)
+/// A colour for each of a plot's methods: the paper's have their own, and the others take the rest in turn.
+pub(crate) fn colours(methods: &[&str]) -> Vec<Colour> {
+    let own: Vec<Option<Colour>> = methods.iter().map(|method| Some(published(method)?.1)).collect();
+    let mut rest: Vec<Colour> = PALETTE.into_iter().filter(|colour| !own.contains(&Some(*colour))).collect();
+    if rest.is_empty() {
+        rest = PALETTE.into();
+    }
+    let mut rest = rest.into_iter().cycle();
+    own.into_iter().map(|own| own.or_else(|| rest.next()).unwrap_or(GREY)).collect()
 }
 
 /// "MobileNetV2", and what its width is multiplied by where that is not 1.
@@ -93,14 +97,27 @@ pub(crate) fn table_label(table: &str) -> String {
     }
 }
 
-/// What a table of the paper compares.
-pub(crate) fn table_subject(table: &str) -> &'static str {
-    match table {
-        "table1" => "quantized activations, without pruning, without bias correction, and with PfQ",
-        "table2" => "fine-tuning once after PfQ, and Algorithm 1",
-        "table3" => "DFQ with fine-tuning, and ours",
-        "table4" => "DFQ with fine-tuning, PACT, DSQ, and ours",
-        "table5" => "DFQ and ours, “using accuracy drop”",
-        _ => "",
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_method_and_network_of_the_paper_has_a_name_for_people() {
+        let paper = Paper::published();
+        let methods: Vec<&str> = paper.tables().flat_map(|table| paper.methods(table)).collect();
+        assert!(methods.len() > 10);
+        for method in methods {
+            assert!(published(method).is_some(), "{method}");
+        }
+        for model in paper.models() {
+            assert_ne!(model_label(model, 1.0), model);
+        }
+    }
+
+    #[test]
+    fn methods_of_a_plot_have_different_colours() {
+        assert_eq!(colours(&["dfq_with_fine_tune", "ours"]), [ORANGE, BLUE]);
+        assert_eq!(colours(&["pact", "dsq", "LSQ", "ours"]), [PURPLE, GREEN, ORANGE, BLUE]);
+        assert_eq!(colours(&["a", "b", "c", "d", "e", "f"]), [&PALETTE[..], &[ORANGE]].concat());
     }
 }

@@ -12,20 +12,31 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use crate::bench::{self, Speed};
 use crate::claims::Claim;
 use crate::deviations::Deviation;
-use crate::names::{FLOAT, bits_label, dataset_label, method_label, model_label, table_label, table_subject};
-use crate::paper::Paper;
+use crate::names::{FLOAT, bits_label, dataset_label, method_label, model_label, table_label};
+use crate::paper::{Paper, PaperRow, distinct};
 use crate::row::Row;
 use crate::stage::{StageRecord, trace};
 use crate::stats::{seeds_label, summarize};
-use crate::text::{Cell, Column, Context, Document, Table, duration};
+use crate::text::{About, Cell, Column, Document, Table, duration};
 
 pub use exhibit::Exhibit;
 use judged::Judged;
 
-/// One table's results in one profile: what a folder `tableN/<profile>/` holds.
+/// A table that can be run.
 #[derive(Clone, Debug, Default)]
-pub struct Run {
-    /// The paper's table, as "table3".
+pub struct TableEntry {
+    /// Its name in the results, as "table3".
+    pub name: String,
+    /// Its heading.
+    pub title: String,
+    /// Whether settings are chosen by it, on training images held out for that: an ablation.
+    pub chooses: bool,
+}
+
+/// One table's results in one profile: what a folder `<table>/<profile>/` holds.
+#[derive(Clone, Debug, Default)]
+pub struct TableResults {
+    /// The table's name, as "table3".
     pub table: String,
     /// The profile of settings.
     pub profile: String,
@@ -40,9 +51,11 @@ pub struct Run {
 /// What the page is made of.
 #[derive(Clone, Debug, Default)]
 pub struct Page {
+    /// The tables that there are, run or not.
+    pub tables: Vec<TableEntry>,
     /// The tables that were run.
-    pub runs: Vec<Run>,
-    /// The paper's figures, ablations and whatever else was run, a folder each.
+    pub runs: Vec<TableResults>,
+    /// The paper's figures and whatever else was made, a folder each.
     pub exhibits: Vec<Exhibit>,
     /// Speeds beside PyTorch.
     pub speeds: Vec<Speed>,
@@ -140,57 +153,87 @@ impl Page {
         self.judged().iter().map(|of| line(of).trim_end().to_string()).collect::<Vec<_>>().join("\n")
     }
 
+    /// The results on the test set; by the others settings are chosen.
+    fn tested(&self) -> impl Iterator<Item = &TableResults> {
+        self.runs.iter().filter(|run| !self.chooses(&run.table))
+    }
+
+    fn chooses(&self, table: &str) -> bool {
+        self.entry(table).is_some_and(|entry| entry.chooses)
+    }
+
+    fn entry(&self, table: &str) -> Option<&TableEntry> {
+        self.tables.iter().find(|entry| entry.name == table)
+    }
+
+    fn title(&self, table: &str) -> String {
+        self.entry(table).map_or_else(|| table_label(table), |entry| entry.title.clone())
+    }
+
+    /// What a table is called in captions.
+    fn label(&self, table: &str) -> String {
+        if Paper::published().table(table).is_empty() { self.title(table) } else { table_label(table) }
+    }
+
     /// The profiles that were run, the paper's own first.
     fn profiles(&self) -> Vec<&str> {
         const KNOWN: [&str; 3] = ["paper", "reduced", "quick"];
-        let found: BTreeSet<&str> = self.runs.iter().map(|run| run.profile.as_str()).collect();
+        let found: BTreeSet<&str> = self.tested().map(|run| run.profile.as_str()).collect();
         let mut found: Vec<&str> = found.into_iter().collect();
         found.sort_by_key(|profile| KNOWN.iter().position(|known| known == profile).unwrap_or(KNOWN.len()));
         found
     }
 
     fn rows(&self, profile: &str) -> Vec<Row> {
-        let runs = self.runs.iter().filter(|run| run.profile == profile);
+        let runs = self.tested().filter(|run| run.profile == profile);
         runs.flat_map(|run| run.rows.iter().cloned()).collect()
     }
 
     /// The stages behind all tables of a profile, each once: tables share them.
     fn stages(&self, profile: &str) -> Vec<StageRecord> {
-        let runs = self.runs.iter().filter(|run| run.profile == profile);
+        let runs = self.tested().filter(|run| run.profile == profile);
         let all: BTreeMap<&str, &StageRecord> =
             runs.flat_map(|run| &run.stages).map(|stage| (stage.key.as_str(), stage)).collect();
         all.into_values().cloned().collect()
     }
 
+    /// The paper's tables, run or not, and then our own that were run.
     fn tables(&self, judged: &[Judged]) -> Markup {
         let profiles = self.profiles();
         let of = |table: &str| {
-            let mut runs: Vec<&Run> = self.runs.iter().filter(|run| run.table == table).collect();
+            let mut runs: Vec<&TableResults> = self.tested().filter(|run| run.table == table).collect();
             runs.sort_by_key(|run| profiles.iter().position(|profile| *profile == run.profile));
             runs
         };
+        let own = self.tested().map(|run| run.table.as_str());
         html! {
-            @for number in 1..=5 {
-                @let table = format!("table{number}");
+            @for table in distinct(Paper::published().tables().map(|name: &str| name).chain(own)) {
                 article #(table) {
-                    h3 { (table_label(&table)) ": " (table_subject(&table)) }
-                    @for run in of(&table) { (run.results()) }
-                    @if of(&table).is_empty() { (not_run(&table)) }
-                    (judged::links(judged, &table))
+                    h3 { (self.title(table)) }
+                    @for run in of(table) { (run.results(&self.label(table))) }
+                    @if of(table).is_empty() { (not_run(table)) }
+                    (judged::links(judged, table))
                 }
             }
         }
     }
 
     fn figures(&self) -> Markup {
+        let choosing: Vec<&TableResults> = self.runs.iter().filter(|run| self.chooses(&run.table)).collect();
         html! {
-            @if self.exhibits.is_empty() { p { "None has been made yet." } }
+            @if self.exhibits.is_empty() && choosing.is_empty() { p { "None has been made yet." } }
             @for exhibit in &self.exhibits {
                 article {
                     h3 { (exhibit.title) }
                     (exhibit.pictures(None))
                     (exhibit.sheets())
                     (exhibit.links())
+                }
+            }
+            @for table in distinct(choosing.iter().map(|run| run.table.as_str())) {
+                article #(table) {
+                    h3 { "Ablation: " (self.title(table)) }
+                    @for run in choosing.iter().filter(|run| run.table == table) { (run.results(&self.label(table))) }
                 }
             }
         }
@@ -203,7 +246,7 @@ impl Page {
                 h3 { "Profile " (profile) }
                 (curves::of(&self.stages(profile)))
             }
-            @if self.runs.is_empty() { p { "Nothing has been run yet." } }
+            @if self.tested().next().is_none() { p { "Nothing has been run yet." } }
         }
     }
 
@@ -226,7 +269,7 @@ impl Page {
     fn provenance(&self) -> Markup {
         let total = |stages: &[StageRecord]| stages.iter().map(|stage| stage.seconds).sum::<f64>();
         html! {
-            @if self.runs.is_empty() { p { "Nothing has been run yet." } }
+            @if self.tested().next().is_none() { p { "Nothing has been run yet." } }
             @for profile in self.profiles() {
                 @let stages = self.stages(profile);
                 h3 { "Profile " (profile) }
@@ -234,7 +277,7 @@ impl Page {
                     (stages.len()) " stages, each counted once though tables share them: "
                     (duration(total(&stages))) " of wall time."
                 }
-                @for run in self.runs.iter().filter(|run| run.profile == profile) { (run.made()) }
+                @for run in self.tested().filter(|run| run.profile == profile) { (run.made()) }
                 details {
                     summary { "Every stage of profile " (profile) }
                     (stage_table(profile, &stages))
@@ -260,14 +303,14 @@ impl Page {
     }
 }
 
-impl Run {
+impl TableResults {
     fn document(&self) -> Document {
         let dataset = self.rows.first().map(|row| row.dataset.clone()).unwrap_or_default();
-        Document::new(&self.rows, &Context { profile: self.profile.clone(), dataset, ..Context::default() })
+        Document::new(&self.rows, &About { profile: self.profile.clone(), dataset, ..About::default() })
     }
 
-    /// The table beside the paper's, and its picture.
-    fn results(&self) -> Markup {
+    /// The table beside the paper's or, where there is none, with its differences; and its picture.
+    fn results(&self, label: &str) -> Markup {
         const HEAD: [&str; 9] = [
             "network",
             "bits",
@@ -280,17 +323,30 @@ impl Run {
             "weights pruned, %",
         ];
         let document = self.document();
+        // Beside a table of our own nothing is published.
+        let about_paper = |name: &&str| name.starts_with("paper") || name.starts_with("difference");
+        let head = HEAD.into_iter().filter(|name| document.published || !about_paper(name));
         let numbers = document.results.head.iter().map(|(_, number)| *number);
-        let table = Table { head: HEAD.into_iter().zip(numbers).collect(), rows: document.results.rows };
-        let label = table_label(&self.table);
+        let table = Table { head: head.zip(numbers).collect(), rows: document.results.rows };
+        let description = match document.published {
+            true => {
+                "Our mean top-1 accuracy beside the paper's for each method: the figures are those of the table above."
+            }
+            false => {
+                "Our mean top-1 accuracy for each alternative: the figures are those of the table above."
+            }
+        };
         let dataset = self.rows.first().map_or("", |row| dataset_label(&row.dataset));
         let caption = format!("{label}, profile {}, {dataset}: {}", self.profile, self.spread());
         html! {
             h4 { "Profile " (self.profile) }
             @for caveat in &document.caveats { p.caveat { (caveat) } }
             (table_html(&caption, &table))
-            (self.exhibit.pictures(Some("Our mean top-1 accuracy beside the paper's for each method: the figures are those \
-                                         of the table above.")))
+            @if !document.published && !document.orderings.rows.is_empty() {
+                (table_html(&format!("{label}, profile {}: {}", self.profile, document.question), &document.orderings))
+                p { (document.verdict) }
+            }
+            (self.exhibit.pictures(Some(description)))
             @for remark in &document.remarks { p { (remark) } }
             (self.exhibit.sheets())
             (self.exhibit.links())
@@ -339,8 +395,8 @@ fn not_run(table: &str) -> Markup {
         ("paper’s top-1, %", true),
         ("paper’s MACs, M", true),
     ];
-    let rows = Paper::published().table_named(table);
-    let cells = |row: &crate::paper::PaperRow| {
+    let rows = Paper::published().table(table);
+    let cells = |row: &PaperRow| {
         [
             model_label(&row.model, 1.0),
             bits_label(row.activation_bits, row.weight_bits),

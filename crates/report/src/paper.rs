@@ -1,5 +1,6 @@
 //! The published figures, compiled in from `paper/*.csv`.
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use serde::Deserialize;
@@ -16,7 +17,7 @@ pub struct PaperRow {
     pub activation_bits: u32,
     /// Bits of the weights; 32 is float.
     pub weight_bits: u32,
-    /// The method, by its name in [`METHODS`](crate::METHODS).
+    /// The method's name.
     pub method: String,
     /// Top-1 accuracy in percent.
     pub top1_percent: f64,
@@ -38,21 +39,18 @@ pub struct PaperPruned {
     pub source: String,
 }
 
-/// Tables 1 to 5 of Nishikawa and Ikegaya, arXiv:2011.06751.
+/// The tables of Nishikawa and Ikegaya, arXiv:2011.06751.
 #[derive(Clone, Debug)]
 pub struct Paper {
-    tables: [Vec<PaperRow>; 5],
+    tables: BTreeMap<&'static str, Vec<PaperRow>>,
     pruned: Vec<PaperPruned>,
 }
 
+/// Name and text of every CSV file in `paper/` that is a table.
+const TABLES: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/tables.rs"));
+
 static PUBLISHED: LazyLock<Paper> = LazyLock::new(|| Paper {
-    tables: [
-        parse(include_str!("../paper/table1.csv")),
-        parse(include_str!("../paper/table2.csv")),
-        parse(include_str!("../paper/table3.csv")),
-        parse(include_str!("../paper/table4.csv")),
-        parse(include_str!("../paper/table5.csv")),
-    ],
+    tables: TABLES.iter().map(|(name, text)| (*name, parse(text))).collect(),
     pruned: parse(include_str!("../paper/pruned_weights.csv")),
 });
 
@@ -67,16 +65,24 @@ impl Paper {
         &PUBLISHED
     }
 
-    /// The rows of Table `number`, in the paper's order; none where the paper has no such table of results.
-    pub fn table(&self, number: usize) -> &[PaperRow] {
-        number.checked_sub(1).and_then(|index| self.tables.get(index)).map_or(&[], Vec::as_slice)
+    /// The names of the paper's tables: "table1" and so on.
+    pub fn tables(&self) -> impl Iterator<Item = &'static str> {
+        self.tables.keys().copied()
     }
 
-    /// The rows of a table by its name in the CSV files, as "table3".
-    pub fn table_named(&self, name: &str) -> &[PaperRow] {
-        name.strip_prefix("table")
-            .and_then(|number| number.parse().ok())
-            .map_or(&[], |number| self.table(number))
+    /// The rows of a table, in the paper's order; none where the paper has no table of that name.
+    pub fn table(&self, name: &str) -> &[PaperRow] {
+        self.tables.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    /// The networks of all tables, each once.
+    pub fn models(&self) -> Vec<&str> {
+        distinct(self.tables.values().flatten().map(|row| row.model.as_str()))
+    }
+
+    /// The methods of a table, each once, in the paper's order: the proposed one is the last.
+    pub fn methods(&self, table: &str) -> Vec<&str> {
+        distinct(self.table(table).iter().map(|row| row.method.as_str()))
     }
 
     /// The row of the table called `table` with these bits and this method. Each table has its own data, so
@@ -91,16 +97,27 @@ impl Paper {
     ) -> Option<&PaperRow> {
         let wanted = (model, activation_bits, weight_bits, method);
         let key = |row: &PaperRow| wanted == (&row.model, row.activation_bits, row.weight_bits, &row.method);
-        self.table_named(table).iter().find(|row| key(row))
+        self.table(table).iter().find(|row| key(row))
     }
 
     /// The data of the table called `table`.
     pub fn dataset(&self, table: &str) -> Option<&str> {
-        self.table_named(table).first().map(|row| row.dataset.as_str())
+        self.table(table).first().map(|row| row.dataset.as_str())
     }
 
     /// The shares of weights that the paper's pruning removes.
     pub fn pruned_weights(&self) -> &[PaperPruned] {
         &self.pruned
     }
+}
+
+/// Every value once, where it comes up first.
+pub(crate) fn distinct<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut found = Vec::new();
+    for value in values {
+        if !found.contains(&value) {
+            found.push(value);
+        }
+    }
+    found
 }

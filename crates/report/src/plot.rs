@@ -10,30 +10,33 @@ use crate::canvas::{
     ALARM, Canvas, Drawn, Frame, HEIGHT, INK_BOLD, LEFT, Picture, SOFT_PLAIN, Sign, Style, WIDTH, rgb,
 };
 use crate::file::Result;
-use crate::names::{self, FLOAT, bits_label, colour, dataset_label, method_label, model_label, table_label};
+use crate::names::{
+    self, Colour, FLOAT, GREY, bits_label, colours, dataset_label, method_label, model_label, table_label,
+};
+use crate::paper::distinct;
 use crate::row::Row;
 use crate::stats::{Summary, seeds_label, summarize};
-use crate::text::{Context, caveats};
+use crate::text::{About, caveats};
 
 /// Draws the rows as grouped bars, as SVG and as PNG (2400×1440).
 ///
 /// A group is a network and its bits. A filled bar is our mean, with each seed and the standard deviation
 /// where there are several; a hollow one is the paper's figure.
-pub fn plot(rows: &[Row], context: &Context, svg: &Path, png: &Path) -> Result<()> {
-    Chart { summaries: summarize(rows), caveats: caveats(rows), context }.write(svg, png)
+pub fn plot(rows: &[Row], about: &About, svg: &Path, png: &Path) -> Result<()> {
+    Chart { summaries: summarize(rows), caveats: caveats(rows), about }.write(svg, png)
 }
 
 /// What the picture is made of.
 struct Chart<'a> {
     summaries: Vec<Summary>,
     caveats: Vec<String>,
-    context: &'a Context,
+    about: &'a About,
 }
 
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
         let mut y = 54.0;
-        let title = &self.context.title;
+        let title = &self.about.title;
         let fitting = (WIDTH - 2.0 * LEFT) / INK_BOLD.sized(1.0).width(title);
         canvas.text(title, (LEFT, y), &INK_BOLD.sized(fitting.min(25.0)))?;
         y += 28.0;
@@ -62,8 +65,8 @@ impl Picture for Chart<'_> {
 impl Chart<'_> {
     fn subtitle(&self) -> String {
         let seeds = seeds_label(&self.summaries);
-        let profile = format!("profile {}", self.context.profile);
-        [dataset_label(&self.context.dataset), &profile, &seeds].join("  ·  ")
+        let profile = format!("profile {}", self.about.profile);
+        [dataset_label(&self.about.dataset), &profile, &seeds].join("  ·  ")
     }
 
     /// The caveats on a dark band, and what follows from them beside it.
@@ -81,24 +84,19 @@ impl Chart<'_> {
         canvas.text(rest, (end + 12.0, y), &Style { colour: ALARM, ..INK_BOLD.sized(15.0) })
     }
 
-    /// Every method, in the order of the paper's tables.
-    fn methods(&self) -> Vec<&str> {
-        let mut methods: Vec<&str> = Vec::new();
-        for summary in &self.summaries {
-            if !methods.contains(&summary.method.as_str()) {
-                methods.push(&summary.method);
-            }
-        }
-        methods.sort_by_key(|method| names::rank(method));
-        methods
+    /// Every method with its colour, in the order of the paper's table.
+    fn methods(&self) -> Vec<(&str, Colour)> {
+        let mut methods = self.summaries.iter().collect::<Vec<_>>();
+        methods.sort_by_key(|summary| names::rank(&summary.table, &summary.method));
+        let methods = distinct(methods.into_iter().map(|summary| summary.method.as_str()));
+        let colours = colours(&methods);
+        methods.into_iter().zip(colours).collect()
     }
 
     fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
         let methods = self.methods();
-        let mut entries: Vec<(&str, Sign)> = methods
-            .iter()
-            .map(|method| (method_label(method), Sign::Filled(colour(method, &methods))))
-            .collect();
+        let mut entries: Vec<(&str, Sign)> =
+            methods.iter().map(|(method, colour)| (method_label(method), Sign::Filled(*colour))).collect();
         if self.summaries.iter().any(|summary| summary.paper_top1_percent.is_some()) {
             entries.push(("the paper's figure", Sign::Hollow));
         }
@@ -143,7 +141,9 @@ impl Chart<'_> {
         frame: &Frame,
     ) -> Drawn {
         let (bottom, height) = (frame.bottom, |value: f64| frame.height(value));
-        let colour = rgb(colour(&summary.method, &self.methods()));
+        let methods = self.methods();
+        let own = methods.iter().find(|(method, _)| *method == summary.method);
+        let colour = rgb(own.map_or(GREY, |(_, colour)| *colour));
         let size = (slot * 0.15).min(14.0);
         let macs = SOFT_PLAIN.sized(size.min(12.0)).held(HPos::Center);
 

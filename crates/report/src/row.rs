@@ -11,7 +11,7 @@ use crate::paper::Paper;
 /// One run's result: one line of `tableN.csv`.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct Row {
-    /// The paper's table that the run belongs to, as "table3".
+    /// The table that the run belongs to, as "table3".
     pub table: String,
     /// The profile of settings.
     pub profile: String,
@@ -25,7 +25,7 @@ pub struct Row {
     pub activation_bits: u32,
     /// Bits of the weights; 32 is float.
     pub weight_bits: u32,
-    /// The method, by its name in [`METHODS`](crate::METHODS).
+    /// The method's name.
     pub method: String,
     /// The seed of everything random in the run.
     pub seed: u64,

@@ -17,12 +17,17 @@ pub struct StageRecord {
     pub key: String,
     /// What it is, as "mobilenet_v2 fine-tune A4/W4 seed 0".
     pub label: String,
+    /// What it does, as "fine-tune A4/W4"; older results say so in the label alone.
+    pub step: Option<String>,
+    /// What each of the layers in its report is, as "depthwise"; older results say so in the layers' names alone.
+    #[serde(default)]
+    pub layers: BTreeMap<String, String>,
     /// The key of the stage whose network it began from; none for pre-training.
     pub parent: Option<String>,
     /// Kind and settings.
     pub stage: BTreeMap<String, serde_json::Value>,
     /// The data.
-    pub data: Data,
+    pub data: DataRecord,
     /// The resulting network on the test set.
     pub evaluation: Evaluation,
     /// Multiply-accumulates of the resulting network for one image.
@@ -41,7 +46,7 @@ pub struct StageRecord {
 
 /// Which data a stage has seen.
 #[derive(Deserialize, Clone, Debug, PartialEq, Eq)]
-pub struct Data {
+pub struct DataRecord {
     /// The name, as "cifar100".
     pub name: String,
     /// Where it came from.
@@ -160,8 +165,16 @@ impl StageRecord {
 
     /// What it does without network and seed, as "fine-tune A4/W4".
     fn step(&self, model: &str) -> &str {
-        let step = self.label.strip_prefix(model).unwrap_or(&self.label).trim_start();
-        step.rsplit_once(" seed ").map_or(step, |(step, _)| step)
+        self.step.as_deref().unwrap_or_else(|| {
+            let step = self.label.strip_prefix(model).unwrap_or(&self.label).trim_start();
+            let seed = self.seed().map(|seed| format!(" seed {seed}")).unwrap_or_default();
+            step.strip_suffix(&seed).unwrap_or(step)
+        })
+    }
+
+    /// Whether a layer of its report is a depthwise convolution.
+    pub fn is_depthwise(&self, layer: &LayerRecord) -> bool {
+        self.layers.get(&layer.name).map_or(layer.name.ends_with("depthwise"), |kind| kind == "depthwise")
     }
 }
 

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use statrs::distribution::{ContinuousCDF, StudentsT};
 
 use crate::names;
 use crate::row::{Row, comparable};
@@ -23,7 +24,7 @@ pub struct Summary {
     pub activation_bits: u32,
     /// Bits of the weights; 32 is float.
     pub weight_bits: u32,
-    /// The method, by its name in [`METHODS`](crate::METHODS).
+    /// The method's name.
     pub method: String,
     /// How many seeds.
     pub seeds: usize,
@@ -68,7 +69,7 @@ pub fn summarize(rows: &[Row]) -> Vec<Summary> {
         let key = (
             (&row.table, &row.dataset, &row.model, Reverse(row.width.to_bits())),
             (Reverse(row.activation_bits), Reverse(row.weight_bits)),
-            (names::rank(&row.method), first(&row.method)),
+            (names::rank(&row.table, &row.method), first(&row.method)),
         );
         groups.entry(key).or_default().insert(row.seed, row);
     }
@@ -282,16 +283,11 @@ fn deviation(values: &[f64]) -> Option<f64> {
     (values.len() > 1).then(|| (squares / (values.len() - 1) as f64).sqrt())
 }
 
-/// The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom, at least 1: from the
-/// usual table up to 10, beyond by the Cornish-Fisher expansion, which is right to three decimals there.
-pub(crate) fn student_t(freedom: usize) -> f64 {
-    const TABLE: [f64; 10] = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228];
-    let (z, n) = (1.959_964_f64, freedom as f64);
-    TABLE.get(freedom - 1).copied().unwrap_or_else(|| {
-        z + (z.powi(3) + z) / (4.0 * n)
-            + (5.0 * z.powi(5) + 16.0 * z.powi(3) + 3.0 * z) / (96.0 * n.powi(2))
-            + (3.0 * z.powi(7) + 19.0 * z.powi(5) + 17.0 * z.powi(3) - 15.0 * z) / (384.0 * n.powi(3))
-    })
+/// The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom, at least 1, to the three decimals
+/// of printed tables, with which the results kept with the code were made.
+fn student_t(freedom: usize) -> f64 {
+    let t = StudentsT::new(0.0, 1.0, freedom as f64).expect("degrees of freedom are positive");
+    (1000.0 * t.inverse_cdf(0.975)).round() / 1000.0
 }
 
 #[cfg(test)]

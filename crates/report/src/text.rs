@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use crate::names::{FLOAT, bits_label, dataset_label, is_synthetic, method_label, model_label, table_label};
-use crate::paper::Paper;
+use crate::paper::{Paper, PaperPruned};
 use crate::row::Row;
 use crate::stats::{Estimate, Range, Summary, Verdict, paired, summarize};
 
 /// What a report says about its rows besides the rows.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Context {
+pub struct About {
     /// The heading.
     pub title: String,
     /// The exact command that made the rows.
@@ -25,8 +25,8 @@ pub struct Context {
 }
 
 /// The report as Markdown: the results in the paper's layout, the paper's orderings, and how it was made.
-pub fn markdown(rows: &[Row], context: &Context) -> String {
-    let document = Document::new(rows, context);
+pub fn markdown(rows: &[Row], about: &About) -> String {
+    let document = Document::new(rows, about);
     let mut blocks = vec![format!("# {}", document.title)];
     blocks.extend(document.caveats.iter().map(|line| format!("> **{line}**")));
     blocks.push(document.results.markdown());
@@ -47,8 +47,8 @@ pub fn markdown(rows: &[Row], context: &Context) -> String {
 }
 
 /// The report as aligned plain text, at most 100 columns wide.
-pub fn terminal(rows: &[Row], context: &Context) -> String {
-    let document = Document::new(rows, context);
+pub fn terminal(rows: &[Row], about: &About) -> String {
+    let document = Document::new(rows, about);
     let mut blocks = vec![wrap(&document.title, "", "")];
     blocks.extend(document.caveats.iter().map(|line| wrap(line, "! ", "")));
     blocks.push(format!("{}\n* the best of its group", document.results.plain()));
@@ -87,22 +87,24 @@ pub(crate) struct Document {
     pub(crate) caveats: Vec<String>,
     pub(crate) results: Table<'static>,
     pub(crate) remarks: Vec<String>,
-    question: &'static str,
-    orderings: Table<'static>,
-    verdict: String,
+    /// Whether the paper has figures for any of it.
+    pub(crate) published: bool,
+    pub(crate) question: &'static str,
+    pub(crate) orderings: Table<'static>,
+    pub(crate) verdict: String,
     notes: Vec<String>,
     command: String,
     pub(crate) made: Vec<String>,
 }
 
 impl Document {
-    pub(crate) fn new(rows: &[Row], context: &Context) -> Self {
+    pub(crate) fn new(rows: &[Row], about: &About) -> Self {
         let summaries = summarize(rows);
         let groups: Vec<_> = summaries.chunk_by(|a, b| a.group() == b.group()).collect();
         let orderings: Vec<_> = groups.iter().flat_map(|group| orderings(rows, group)).collect();
         let reasons = caveats(rows).join("; ");
         // Tables of our own, ablations, have nothing published beside them.
-        let published = rows.iter().any(|row| !Paper::published().table_named(&row.table).is_empty());
+        let published = rows.iter().any(|row| !Paper::published().table(&row.table).is_empty());
         let (comparable, question, verdict, absent): (_, _, _, [&[&str]; 2]) = if published {
             (
                 "these figures cannot be compared with the paper's in absolute terms, only in their order. Differences \
@@ -127,16 +129,17 @@ impl Document {
         let compared =
             Table { head: ORDERINGS.to_vec(), rows: orderings.iter().map(Ordering::cells).collect() };
         Document {
-            title: context.title.clone(),
+            title: about.title.clone(),
             caveats: (!reasons.is_empty()).then_some(caveat).into_iter().collect(),
             results: found.without(absent[0]),
             remarks: remarks(&summaries),
+            published,
             question,
             verdict,
             orderings: compared.without(absent[1]),
-            notes: context.notes.clone(),
-            command: context.command.clone(),
-            made: made(rows, context),
+            notes: about.notes.clone(),
+            command: about.command.clone(),
+            made: made(rows, about),
         }
     }
 }
@@ -269,7 +272,7 @@ fn remarks(summaries: &[Summary]) -> Vec<String> {
     let by_model = || models().map(|of| &of[0]);
     let mut began: Vec<String> = models().flat_map(began).collect();
     began.dedup();
-    let theirs = |pruned: &&crate::paper::PaperPruned| {
+    let theirs = |pruned: &&PaperPruned| {
         by_model().any(|first| {
             first.model == pruned.model && Paper::published().dataset(&first.table) == Some(&pruned.dataset)
         })
@@ -306,7 +309,7 @@ fn began(of: &[Summary]) -> Vec<String> {
     of.iter().map(|row| format!("{label} {} ({})", float(row), method_label(&row.method))).collect()
 }
 
-fn made(rows: &[Row], context: &Context) -> Vec<String> {
+fn made(rows: &[Row], about: &About) -> Vec<String> {
     let distinct = |value: fn(&Row) -> String| {
         let values: BTreeSet<String> = rows.iter().map(value).collect();
         match values.len() {
@@ -318,8 +321,8 @@ fn made(rows: &[Row], context: &Context) -> Vec<String> {
     let seeds: Vec<String> = seeds.iter().map(u64::to_string).collect();
     let longest = rows.iter().map(|row| row.wall_seconds).fold(0.0, f64::max);
     let facts = [
-        ("profile", context.profile.clone()),
-        ("data", dataset_label(&context.dataset).into()),
+        ("profile", about.profile.clone()),
+        ("data", dataset_label(&about.dataset).into()),
         ("seeds", seeds.join(", ")),
         ("device", distinct(|row| row.device.clone())),
         ("code", distinct(|row| row.git_commit.clone())),
@@ -328,12 +331,12 @@ fn made(rows: &[Row], context: &Context) -> Vec<String> {
         ("paper's figures", citation(rows)),
     ];
     let facts = facts.into_iter().map(|(name, value)| (name.to_string(), value));
-    let all = facts.chain(context.provenance.iter().cloned());
+    let all = facts.chain(about.provenance.iter().cloned());
     all.filter(|(_, value)| !value.is_empty()).map(|(name, value)| format!("{name}: {value}")).collect()
 }
 
 fn citation(rows: &[Row]) -> String {
-    let known = rows.iter().filter(|row| !Paper::published().table_named(&row.table).is_empty());
+    let known = rows.iter().filter(|row| !Paper::published().table(&row.table).is_empty());
     let tables: BTreeSet<String> = known.map(|row| table_label(&row.table)).collect();
     let tables = tables.into_iter().collect::<Vec<_>>().join(", ");
     if tables.is_empty() { tables } else { format!("{tables} of Nishikawa and Ikegaya, arXiv:2011.06751") }

@@ -291,7 +291,7 @@ fn errors_name_the_entry_and_what_is_expected() {
     check("kind = \"rising\",", "kind = \"rising\", strictly = true,", &["(good)", "strictly", "or_equal"]);
     check("\"rising\"", "\"falling\"", &["falling", "larger_gain", "first_pruning"]);
     check("\"top1\"", "\"top5\"", &["top5", "top1"]);
-    check("table3", "table9", &["table9", "table1 to table5"]);
+    check("table3", "table9", &["table9", "table1, table2, table3, table4, table5"]);
     check("\"ours\"", "\"hours\"", &["hours", "dfq_with_fine_tune, ours"]);
     check("[\"dfq_with_fine_tune\", \"ours\"]", "[\"ours\"]", &["two or more"]);
     check("table = ", "models = [\"resnet\"]\ntable = ", &["models", "resnet", "mobilenet_v1, mobilenet_v2"]);

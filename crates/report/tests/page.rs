@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use report::{Claim, Deviation, Exhibit, Page, Paper, Row, Run};
+use report::{Claim, Deviation, Exhibit, Page, Paper, Row, TableEntry, TableResults};
 
 const CLAIMS: &str = "
 [[claim]]
@@ -20,7 +20,7 @@ expect = { kind = \"larger_gain\", method = \"pfq\", over = \"original\", at = \
 ";
 
 /// A run of every row of a table of the paper, with its accuracy, for each seed.
-fn run(number: usize, seeds: u64) -> Run {
+fn run(number: usize, seeds: u64) -> TableResults {
     let table = format!("table{number}");
     let row = |of: &report::PaperRow, seed: u64| {
         Row {
@@ -48,11 +48,11 @@ fn run(number: usize, seeds: u64) -> Run {
         .compare(Paper::published())
     };
     let rows =
-        Paper::published().table(number).iter().flat_map(|of| (0..seeds).map(move |seed| row(of, seed)));
-    Run { rows: rows.collect(), table, profile: "reduced".into(), ..Run::default() }
+        Paper::published().table(&table).iter().flat_map(|of| (0..seeds).map(move |seed| row(of, seed)));
+    TableResults { rows: rows.collect(), table, profile: "reduced".into(), ..TableResults::default() }
 }
 
-fn page(runs: Vec<Run>) -> Page {
+fn page(runs: Vec<TableResults>) -> Page {
     Page { runs, claims: Claim::parse(CLAIMS, "claims.toml").unwrap(), ..Page::default() }
 }
 
@@ -60,6 +60,12 @@ fn page(runs: Vec<Run>) -> Page {
 fn values<'a>(html: &'a str, attribute: &str) -> Vec<&'a str> {
     let start = format!(" {attribute}=\"");
     html.split(&start).skip(1).map(|rest| rest.split_once('"').unwrap().0).collect()
+}
+
+/// The part of the page about a table.
+fn part<'a>(html: &'a str, table: &str) -> &'a str {
+    let (_, rest) = html.split_once(&format!("id=\"{table}\"")).unwrap();
+    rest.split_once("</article>").unwrap().0
 }
 
 /// What must be so on every page.
@@ -97,17 +103,16 @@ fn check_form(html: &str) {
 
 #[test]
 fn every_table_is_there_whatever_has_been_run() {
-    fn check(runs: Vec<Run>, expect: &[&str], missing: &[&str]) {
+    fn check(runs: Vec<TableResults>, expect: &[&str], missing: &[&str]) {
         let page = page(runs);
         let html = page.html();
         check_form(&html);
-        for number in 1..=5 {
-            let part = html.split_once(&format!("id=\"table{number}\"")).unwrap().1;
-            let part = part.split_once("</article>").unwrap().0;
-            let rows = Paper::published().table(number).len();
-            assert!(part.matches("<tr").count() > rows && part.contains("<table"), "table {number}");
-            for row in Paper::published().table(number) {
-                assert!(part.contains(&format!("{:.2}", row.top1_percent)), "table {number}");
+        for table in Paper::published().tables() {
+            let part = part(&html, table);
+            let rows = Paper::published().table(table);
+            assert!(part.matches("<tr").count() > rows.len() && part.contains("<table"), "{table}");
+            for row in rows {
+                assert!(part.contains(&format!("{:.2}", row.top1_percent)), "{table}");
             }
         }
         for text in expect {
@@ -138,6 +143,38 @@ fn every_table_is_there_whatever_has_been_run() {
         ],
         &["Not run yet."],
     );
+}
+
+/// An ablation and a table of our own are shown by their means and differences; settings chosen by the one are no
+/// evidence for the paper's claims, and its profile has no verdicts.
+#[test]
+fn tables_of_our_own_are_shown_by_their_differences() {
+    let own = |table: &str, profile: &str| {
+        let mut run = run(3, 3);
+        (run.table, run.profile) = (table.into(), profile.into());
+        run.rows.iter_mut().for_each(|row| row.table = table.into());
+        run.rows = run.rows.into_iter().map(|row| row.compare(Paper::published())).collect();
+        run
+    };
+    let entry =
+        |name: &str, title: &str, chooses| TableEntry { name: name.into(), title: title.into(), chooses };
+    let page = Page {
+        tables: vec![entry("beyond", "Beyond the paper", false), entry("ablation_x", "The setting x", true)],
+        ..page(vec![run(3, 3), own("beyond", "reduced"), own("ablation_x", "short")])
+    };
+    let html = page.html();
+    check_form(&html);
+    for (table, heading) in [("beyond", "Beyond the paper"), ("ablation_x", "Ablation: The setting x")] {
+        let part = part(&html, table);
+        for text in
+            [heading, "Do the alternatives differ?", "Ours − DFQ + fine-tune", ">+9.27<", "75.32 ± 0.01"]
+        {
+            assert!(part.contains(text), "{table}: no {text} in {part}");
+        }
+        assert!(!part.contains("paper’s top-1"), "{part}");
+    }
+    assert!(!part(&html, "table3").contains("Do the alternatives differ?"));
+    assert!(!page.verdicts().contains("short"), "{}", page.verdicts());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// One training run.
-pub struct Run<'a> {
+pub struct TrainingRun<'a> {
     /// Training and test images.
     pub data: &'a dyn Dataset,
     /// Rates, lengths and the rest.
@@ -101,7 +101,7 @@ const STEPS_PER_REPORT: usize = 20;
 /// # Errors
 /// Beside what can go wrong, [`Error::TimeLimit`] where the run's limit does not allow for another epoch: the
 /// checkpoint is on the disk, and the same call goes on from it.
-pub fn fit(network: Network, run: &Run, observe: &mut dyn FnMut(Progress)) -> Result<Trained> {
+pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress)) -> Result<Trained> {
     run.training.validate()?;
     let mut state = match State::load(&network, run)? {
         Some(state) => {
@@ -187,11 +187,11 @@ impl State {
     fn epoch(
         &mut self,
         epoch: usize,
-        run: &Run,
+        run: &TrainingRun,
         feed: &mut Feed,
         observe: &mut dyn FnMut(Progress),
     ) -> Result<EpochMetrics> {
-        let Run { training, seed, .. } = *run;
+        let TrainingRun { training, seed, .. } = *run;
         let started = Instant::now();
         let batches = feed.train(training.batch, training.augmentation, seed, epoch)?;
         let steps = batches.len();
@@ -239,11 +239,11 @@ impl State {
         })
     }
 
-    fn checkpoint(run: &Run) -> PathBuf {
+    fn checkpoint(run: &TrainingRun) -> PathBuf {
         run.folder.join("checkpoint.safetensors")
     }
 
-    fn save(&self, run: &Run) -> Result<()> {
+    fn save(&self, run: &TrainingRun) -> Result<()> {
         let mut extras = Extras::default();
         for (parameter, velocity) in &self.velocities.0 {
             extras.tensors.insert(velocity_name(parameter), velocity.clone());
@@ -255,7 +255,7 @@ impl State {
     }
 
     /// The state that the run's checkpoint holds; `None` if there is none yet.
-    fn load(start: &Network, run: &Run) -> Result<Option<Self>> {
+    fn load(start: &Network, run: &TrainingRun) -> Result<Option<Self>> {
         let path = Self::checkpoint(run);
         if !path.exists() {
             return Ok(None);

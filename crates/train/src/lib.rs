@@ -10,7 +10,7 @@ mod settings;
 mod totals;
 
 pub use evaluate::{Evaluation, evaluate};
-pub use fit::{EpochMetrics, Progress, Run, Trained, Velocities, fit, step};
+pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, Velocities, fit, step};
 pub use limit::TimeLimit;
 pub use settings::{Decay, Training};
 

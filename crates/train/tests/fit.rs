@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
-use train::{Decay, EpochMetrics, Error, Progress, Run, TimeLimit, Trained, Training, evaluate, fit};
+use train::{Decay, EpochMetrics, Error, Progress, TimeLimit, Trained, Training, TrainingRun, evaluate, fit};
 
 /// Classes of [`data`]: five textures, in warm or in cold colours.
 const CLASSES: usize = 10;
@@ -132,8 +132,8 @@ fn training() -> Training {
 }
 
 /// The run of these tests: of seed 3, in float32, without a limit.
-fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &'a Path) -> Run<'a> {
-    Run { data, training, seed: 3, folder, identity: "the-run", dtype: DType::F32, limit: None }
+fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &'a Path) -> TrainingRun<'a> {
+    TrainingRun { data, training, seed: 3, folder, identity: "the-run", dtype: DType::F32, limit: None }
 }
 
 /// A run in `folder` from its beginning or its checkpoint.
@@ -145,7 +145,7 @@ fn run(
     folder: &Path,
     observe: &mut dyn FnMut(Progress),
 ) -> train::Result<Trained> {
-    fit(network, &Run { seed, ..the_run(data, training, folder) }, observe)
+    fit(network, &TrainingRun { seed, ..the_run(data, training, folder) }, observe)
 }
 
 /// A run in a folder of its own that nothing interrupts.
@@ -367,7 +367,7 @@ fn run_in_pieces(network: impl Fn() -> Network, folder: &Path, limit: Duration) 
     let mut pieces = Vec::new();
     loop {
         let limit = TimeLimit::after(limit);
-        let run = Run { limit: Some(&limit), ..the_run(&data, &training, folder) };
+        let run = TrainingRun { limit: Some(&limit), ..the_run(&data, &training, folder) };
         let mut epochs = 0;
         let result =
             fit(network(), &run, &mut |p| epochs += usize::from(matches!(p, Progress::Epoch { .. })));
@@ -416,7 +416,7 @@ fn a_run_goes_on_from_device_to_device() {
         let limit = TimeLimit::after(Duration::ZERO);
         let limit = Some(&limit);
         let network = network().to_device(device).unwrap();
-        let run = Run { dtype, limit, ..the_run(&data, &training, folder) };
+        let run = TrainingRun { dtype, limit, ..the_run(&data, &training, folder) };
         fit(network, &run, &mut |_| ())
     };
     let check = |place: &str, dtype: DType, elsewhere: &dyn Fn(&Path) -> train::Result<Trained>| {
@@ -454,7 +454,7 @@ fn a_run_goes_on_from_device_to_device() {
 fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
     let (data, training) = (data(16, 8), Training { cosine_epochs: 1.0, ..training() });
     let fit_in = |folder: &Path, limit| {
-        let run = Run { limit, ..the_run(&data, &training, folder) };
+        let run = TrainingRun { limit, ..the_run(&data, &training, folder) };
         fit(large(), &run, &mut |_| ())
     };
     let whole_folder = tempfile::tempdir().unwrap();
@@ -494,7 +494,7 @@ fn a_checkpoint_of_another_run_is_refused() {
     let (data, training) = (data(40, 20), Training { cosine_epochs: 1.0, ..training() });
     let folder = tempfile::tempdir().unwrap();
     run(network(), &data, &training, 3, folder.path(), &mut |_| ()).unwrap();
-    let other = Run { identity: "another-run", ..the_run(&data, &training, folder.path()) };
+    let other = TrainingRun { identity: "another-run", ..the_run(&data, &training, folder.path()) };
     let message = fit(network(), &other, &mut |_| ()).unwrap_err().to_string();
     for part in ["the-run", "another-run", "checkpoint.safetensors"] {
         assert!(message.contains(part), "{message:?} does not name {part}");

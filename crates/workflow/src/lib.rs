@@ -7,13 +7,14 @@
 
 #![forbid(unsafe_code)]
 
+mod key;
 mod recipe;
 mod stage;
 mod store;
 
-pub use recipe::Recipe;
-pub use stage::{Kind, Stage};
-pub use store::{Context, DataOrigin, Event, Outcome, Planned, Provenance, Store};
+pub use recipe::{Purpose, Recipe, Trainings};
+pub use stage::{Stage, StageKind};
+pub use store::{DataOrigin, Event, Outcome, Planned, Provenance, Resources, Store};
 
 /// What can go wrong while running stages.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,17 @@ pub enum Error {
         /// What was found and what to do.
         problem: String,
     },
+    /// A setting has no place in a key.
+    #[error("setting {setting} = {value}: expected a finite number")]
+    NotFinite {
+        /// Its name.
+        setting: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// The settings lack a training that a workflow needs.
+    #[error("the settings have no [training.{0}]; add it, e.g. with `like = \"once\"` and what differs")]
+    NoTraining(Purpose),
     /// Not a failure: the time is up before the stage was begun.
     #[error("not begun, as it would end after the time limit; the same command goes on from here")]
     TimeLimit,

@@ -1,15 +1,63 @@
 //! The paper's workflows, as values made of stages.
 
-use crate::{Kind, Stage};
+use crate::{Error, Result, Stage, StageKind};
 use baselines::Dfq;
 use models::{Fold, Method, Quantization};
 use pfq::PfQ;
 use quant_core::Precision;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use train::Training;
 
-/// The settings from which the workflows of one table cell are made.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// What a training is for; in a profile, the name of its settings: `[training.once]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Purpose {
+    /// The float network, from scratch.
+    Pretraining,
+    /// Activations quantized (Algorithm 1, step 3).
+    Activations,
+    /// Activations and weights quantized (Algorithm 1, step 5).
+    Weights,
+    /// Activations and weights quantized at once, from the float network (Table 2's "fine-tune once").
+    Once,
+    /// After DFQ.
+    Dfq,
+    /// With PACT, from the float network.
+    Pact,
+    /// With DSQ, from the float network.
+    Dsq,
+}
+
+impl std::fmt::Display for Purpose {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&format!("{self:?}").to_lowercase())
+    }
+}
+
+/// The trainings of a profile, each by what it is for.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Trainings(pub BTreeMap<Purpose, Training>);
+
+impl Trainings {
+    /// The training for `purpose`.
+    ///
+    /// # Errors
+    /// When the settings have none.
+    pub fn get(&self, purpose: Purpose) -> Result<Training> {
+        self.0.get(&purpose).copied().ok_or(Error::NoTraining(purpose))
+    }
+
+    /// Sets the training for `purpose`.
+    pub fn set(&mut self, purpose: Purpose, training: Training) {
+        self.0.insert(purpose, training);
+    }
+}
+
+/// The settings from which the workflows of one table cell are made. A workflow is an error where the settings lack a
+/// training that it needs.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
     /// Bits, and batch normalization under quantized weights.
     pub quantization: Quantization,
@@ -17,86 +65,73 @@ pub struct Recipe {
     pub pfq: PfQ,
     /// The baseline's preparation.
     pub dfq: Dfq,
-    /// Training with only the activations quantized (Algorithm 1, step 3).
-    pub activation_training: Training,
-    /// Training with activations and weights quantized (Algorithm 1, step 5).
-    pub weight_training: Training,
-    /// Training with activations and weights quantized at once, from the float network ("fine-tune once").
-    pub once_training: Training,
-    /// Training of the network that DFQ prepared.
-    pub dfq_training: Training,
-    /// Training with PACT, from the float network.
-    pub pact_training: Training,
-    /// Training with DSQ, from the float network.
-    pub dsq_training: Training,
+    /// Every training that a workflow may need.
+    pub trainings: Trainings,
     /// Seed of the fine-tuning stages.
     pub seed: u64,
 }
 
 impl Recipe {
     /// "Original" of Table 1: fine-tuning with only the activations quantized, of the network as it is.
-    pub fn activations_only(&self, network: &Arc<Stage>) -> Arc<Stage> {
+    pub fn activations_only(&self, network: &Arc<Stage>) -> Result<Arc<Stage>> {
         // How batch normalization is folded says nothing while the weights are float, and must not make
         // another stage.
         let quantization =
             Quantization { weights: Precision::Float, fold: Fold::Unfolded, ..self.quantization };
-        network.then(self.fine_tune(quantization, self.activation_training))
+        Ok(network.then(self.fine_tune(quantization, Purpose::Activations)?))
     }
 
     /// "PfQ" of Table 1, which is Algorithm 1 up to step 3: prune, then fine-tune with only the activations
     /// quantized.
-    pub fn pfq(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
-        self.activations_only(&pretrained.then(Kind::Prune { pfq: self.pfq }))
+    pub fn pfq(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
+        self.activations_only(&pretrained.then(StageKind::Prune { pfq: self.pfq }))
     }
 
     /// "PfQ (w/o bias correction)" of Table 1: the same, but the constants of removed filters are lost.
-    pub fn pfq_without_bias_correction(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+    pub fn pfq_without_bias_correction(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let pfq = PfQ { bias_correction: false, ..self.pfq };
-        self.activations_only(&pretrained.then(Kind::Prune { pfq }))
+        self.activations_only(&pretrained.then(StageKind::Prune { pfq }))
     }
 
     /// "Fine-tune once (w/ PfQ)" of Table 2: prune, then fine-tune with activations and weights quantized at
     /// once.
-    pub fn fine_tune_once(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
-        pretrained
-            .then(Kind::Prune { pfq: self.pfq })
-            .then(self.fine_tune(self.quantization, self.once_training))
+    pub fn fine_tune_once(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
+        let tuned = self.fine_tune(self.quantization, Purpose::Once)?;
+        Ok(pretrained.then(StageKind::Prune { pfq: self.pfq }).then(tuned))
     }
 
     /// Algorithm 1 of the paper (method section 3) on a pre-trained network: prune, fine-tune with
     /// quantized activations, prune again, fine-tune with quantized activations and weights.
-    pub fn algorithm1(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
-        self.pfq(pretrained)
-            .then(Kind::Prune { pfq: self.pfq })
-            .then(self.fine_tune(self.quantization, self.weight_training))
+    pub fn algorithm1(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
+        let tuned = self.fine_tune(self.quantization, Purpose::Weights)?;
+        Ok(self.pfq(pretrained)?.then(StageKind::Prune { pfq: self.pfq }).then(tuned))
     }
 
     /// "DFQ + fine-tune" of Table 3.
-    pub fn dfq_with_fine_tune(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+    pub fn dfq_with_fine_tune(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         // DFQ is defined on the folded network.
         let quantization = Quantization { fold: Fold::Frozen, ..self.quantization };
-        pretrained
-            .then(Kind::Equalize { dfq: self.dfq, quantization })
-            .then(self.fine_tune(quantization, self.dfq_training))
+        let tuned = self.fine_tune(quantization, Purpose::Dfq)?;
+        Ok(pretrained.then(StageKind::Equalize { dfq: self.dfq, quantization }).then(tuned))
     }
 
     /// "PACT" of Table 4: fine-tuning once with activations and weights quantized by PACT and DoReFa; nothing is pruned.
-    pub fn pact(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
-        self.learned(pretrained, Method::Pact, self.pact_training)
+    pub fn pact(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
+        self.learned(pretrained, Method::Pact, Purpose::Pact)
     }
 
     /// "DSQ" of Table 4: the same with differentiable soft quantization.
-    pub fn dsq(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
-        self.learned(pretrained, Method::Dsq, self.dsq_training)
+    pub fn dsq(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
+        self.learned(pretrained, Method::Dsq, Purpose::Dsq)
     }
 
-    fn learned(&self, pretrained: &Arc<Stage>, method: Method, training: Training) -> Arc<Stage> {
+    fn learned(&self, pretrained: &Arc<Stage>, method: Method, purpose: Purpose) -> Result<Arc<Stage>> {
         // Both methods leave batch normalization as it is; PACT's weights even need it, as they are rescaled.
         let quantization = Quantization { method, fold: Fold::Unfolded, ..self.quantization };
-        pretrained.then(self.fine_tune(quantization, training))
+        Ok(pretrained.then(self.fine_tune(quantization, purpose)?))
     }
 
-    fn fine_tune(&self, quantization: Quantization, training: Training) -> Kind {
-        Kind::FineTune { quantization, training, seed: self.seed }
+    fn fine_tune(&self, quantization: Quantization, purpose: Purpose) -> Result<StageKind> {
+        Ok(StageKind::FineTune { quantization, training: self.trainings.get(purpose)?, seed: self.seed })
     }
 }

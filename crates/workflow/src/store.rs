@@ -1,13 +1,14 @@
-use crate::{Error, Kind, Result, Stage};
+use crate::{Error, Result, Stage, StageKind, key};
 use candle_core::{DType, Device};
 use datasets::Dataset;
 use models::{Extras, Network};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use train::{EpochMetrics, Evaluation, Progress, Run, TimeLimit, evaluate, fit};
+use train::{EpochMetrics, Evaluation, Progress, TimeLimit, TrainingRun, evaluate, fit};
 
 /// A folder of finished and unfinished stages, one folder each.
 #[derive(Debug, Clone)]
@@ -17,7 +18,7 @@ pub struct Store {
 }
 
 /// What a stage runs on.
-pub struct Context<'a> {
+pub struct Resources<'a> {
     /// Training and test images.
     pub data: &'a dyn Dataset,
     /// Where tensors live.
@@ -46,8 +47,11 @@ pub struct Outcome {
     pub key: String,
     /// [`Stage::label`].
     pub label: String,
-    /// Its settings.
-    pub stage: Kind,
+    /// [`Stage::step`].
+    #[serde(default)]
+    pub step: String,
+    /// What it does, with its settings as they entered the key.
+    pub stage: serde_json::Value,
     /// Key of the stage whose network it began from.
     pub parent: Option<String>,
     /// The data set's name, source and fingerprint.
@@ -64,6 +68,9 @@ pub struct Outcome {
     pub metrics: Vec<EpochMetrics>,
     /// What a stage without training reports about its work.
     pub report: Option<serde_json::Value>,
+    /// What each layer of its report is: `full`, `depthwise` or `pointwise`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub layers: BTreeMap<String, String>,
     /// Who made it.
     pub provenance: Provenance,
 }
@@ -120,26 +127,33 @@ impl Store {
     }
 
     /// The folder of a stage.
-    pub fn folder(&self, stage: &Stage, data_fingerprint: &str) -> PathBuf {
+    ///
+    /// # Errors
+    /// When a setting is not finite.
+    pub fn folder(&self, stage: &Stage, data_fingerprint: &str) -> Result<PathBuf> {
         let kind = match stage.kind {
-            Kind::Pretrain { .. } => "pretrain",
-            Kind::Prune { .. } => "prune",
-            Kind::FineTune { .. } => "finetune",
-            Kind::Equalize { .. } => "dfq",
+            StageKind::Pretrain { .. } => "pretrain",
+            StageKind::Prune { .. } => "prune",
+            StageKind::FineTune { .. } => "finetune",
+            StageKind::Equalize { .. } => "dfq",
         };
-        self.root.join(format!("{}-{kind}-{}", stage.model(), stage.key(data_fingerprint)))
+        Ok(self.root.join(format!("{}-{kind}-{}", stage.model(), stage.key(data_fingerprint)?)))
     }
 
     /// What the stage gave, if it has been run.
     pub fn outcome(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
-        let path = self.folder(stage, data_fingerprint).join("outcome.json");
+        let path = self.folder(stage, data_fingerprint)?.join("outcome.json");
         match std::fs::read_to_string(&path) {
-            Ok(text) => serde_json::from_str(&text).map(Some).map_err(|e| {
-                file_error(
-                    &path,
-                    format!("can't be understood ({e}); delete its folder to run the stage again"),
-                )
-            }),
+            Ok(text) => {
+                let outcome: Outcome = serde_json::from_str(&text).map_err(|e| {
+                    file_error(
+                        &path,
+                        format!("can't be understood ({e}); delete its folder to run the stage again"),
+                    )
+                })?;
+                // Outcomes that were written before it was a field lack it.
+                Ok(Some(Outcome { step: stage.step(), ..outcome }))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(file_error(&path, e)),
         }
@@ -147,7 +161,7 @@ impl Store {
 
     /// The network that a finished stage gave.
     pub fn network(&self, stage: &Stage, data_fingerprint: &str, device: &Device) -> Result<Network> {
-        let path = network_file(&self.folder(stage, data_fingerprint));
+        let path = network_file(&self.folder(stage, data_fingerprint)?);
         Ok(Network::load(&path, device)?.0)
     }
 
@@ -155,13 +169,13 @@ impl Store {
     pub fn plan(&self, ends: &[Arc<Stage>], data_fingerprint: &str) -> Result<Vec<Planned>> {
         let mut plan: Vec<Planned> = Vec::new();
         for stage in ends.iter().flat_map(Stage::lineage) {
-            let key = stage.key(data_fingerprint);
+            let key = stage.key(data_fingerprint)?;
             if plan.iter().any(|p| p.key == key) {
                 continue;
             }
             let outcome = self.outcome(&stage, data_fingerprint)?;
             // The metrics file has a heading and a line for every epoch.
-            let metrics = self.folder(&stage, data_fingerprint).join("metrics.csv");
+            let metrics = self.folder(&stage, data_fingerprint)?.join("metrics.csv");
             let epochs_done =
                 std::fs::read_to_string(metrics).map_or(0, |text| text.lines().count().saturating_sub(1));
             plan.push(Planned { stage, key, outcome, epochs_done });
@@ -171,16 +185,21 @@ impl Store {
 
     /// The outcome of `stage`: from the store if it has been run, else by running it and whatever it
     /// needs before it.
-    pub fn run(&self, stage: &Stage, context: &Context, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
-        let fingerprint = context.data.fingerprint();
+    pub fn run(
+        &self,
+        stage: &Stage,
+        resources: &Resources,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<Outcome> {
+        let fingerprint = resources.data.fingerprint();
         if let Some(outcome) = self.outcome(stage, fingerprint)? {
             observe(Event::Found(&outcome));
             return Ok(outcome);
         }
         if let Some(parent) = &stage.parent {
-            self.run(parent, context, observe)?;
+            self.run(parent, resources, observe)?;
         }
-        let folder = self.folder(stage, fingerprint);
+        let folder = self.folder(stage, fingerprint)?;
         let named = |source: Error| Error::Stage {
             label: stage.label(),
             folder: folder.display().to_string(),
@@ -198,7 +217,7 @@ impl Store {
                     return Err(named(Error::TimeLimit));
                 }
                 observe(Event::Started(stage));
-                let outcome = self.execute(stage, &folder, context, observe).map_err(named)?;
+                let outcome = self.execute(stage, &folder, resources, observe).map_err(named)?;
                 observe(Event::Finished(&outcome));
                 outcome
             }
@@ -211,12 +230,12 @@ impl Store {
         &self,
         stage: &Stage,
         folder: &Path,
-        context: &Context,
+        resources: &Resources,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
-        let Context { data, device, dtype, provenance } = *context;
+        let Resources { data, device, dtype, provenance } = *resources;
         let started = Instant::now();
-        let key = stage.key(data.fingerprint());
+        let key = stage.key(data.fingerprint())?;
         let input = |device: &Device| -> Result<Network> {
             let parent = stage.parent.as_ref().ok_or_else(|| {
                 file_error(folder, format!("stage {} has no parent to take a network from", stage.label()))
@@ -225,26 +244,26 @@ impl Store {
         };
         let mut train = |network, training: &train::Training, seed| {
             let limit = self.limit.as_deref();
-            let run = Run { data, training, seed, folder, identity: &key, dtype, limit };
+            let run = TrainingRun { data, training, seed, folder, identity: &key, dtype, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {
-            Kind::Pretrain { network, training, seed } => {
+            StageKind::Pretrain { network, training, seed } => {
                 let trained = train(network.init(*seed, device)?, training, *seed)?;
                 (trained.network, trained.metrics, None)
             }
-            Kind::FineTune { quantization, training, seed } => {
+            StageKind::FineTune { quantization, training, seed } => {
                 let mut network = input(device)?;
                 network.quantize(quantization)?;
                 let trained = train(network, training, *seed)?;
                 (trained.network, trained.metrics, None)
             }
             // Many small results of weights alone, each of which decides on the next: on a CPU wherever images are.
-            Kind::Prune { pfq } => {
+            StageKind::Prune { pfq } => {
                 let (network, report) = pfq.apply(&input(&Device::Cpu)?)?;
                 (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
             }
-            Kind::Equalize { dfq, quantization } => {
+            StageKind::Equalize { dfq, quantization } => {
                 let (network, report) = dfq.apply(&input(&Device::Cpu)?, quantization, image_range(data))?;
                 (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
             }
@@ -259,8 +278,9 @@ impl Store {
         let outcome = Outcome {
             key,
             label: stage.label(),
-            stage: stage.kind,
-            parent: stage.parent.as_ref().map(|p| p.key(data.fingerprint())),
+            step: stage.step(),
+            stage: key::settings(&stage.kind)?,
+            parent: stage.parent.as_ref().map(|p| p.key(data.fingerprint())).transpose()?,
             data: DataOrigin {
                 name: data.name().into(),
                 source: data.source().into(),
@@ -271,6 +291,12 @@ impl Store {
             weights: network.weights(),
             seconds,
             metrics,
+            layers: match report {
+                Some(_) => {
+                    network.layers().into_iter().map(|layer| (layer.name, layer.kind.into())).collect()
+                }
+                None => BTreeMap::new(),
+            },
             report: report.transpose().map_err(|e| file_error(folder, e))?,
             provenance: provenance.clone(),
         };

@@ -21,7 +21,7 @@ pub(super) fn load(wanted: &str, limit: Option<usize>, network: &Network) -> Res
     });
     let of_imagenet = imagenet.is_some();
     let test_images = limit.filter(|_| !of_imagenet);
-    let settings = profile::Data { train_images: None, test_images, hold_out: None, imagenet };
+    let settings = profile::DataSettings { train_images: None, test_images, hold_out: None, imagenet };
     let mut data = session::load(wanted, &settings, &mut Display::new());
     if of_imagenet {
         data = data.with_context(|| {

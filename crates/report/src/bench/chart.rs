@@ -5,7 +5,7 @@ use std::path::Path;
 use plotters::prelude::DrawingBackend;
 use plotters::style::text_anchor::HPos;
 
-use super::{Case, Context, IMPLEMENTATIONS, OURS, Speed, precision_label};
+use super::{About, Case, IMPLEMENTATIONS, OURS, Speed, precision_label};
 use crate::canvas::{
     Canvas, Drawn, Frame, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT_PLAIN, Sign, WIDTH, rgb,
 };
@@ -13,21 +13,21 @@ use crate::file::Result;
 use crate::names::model_label;
 
 /// Draws the whole networks at the first batch size that the rows have, as SVG and as PNG.
-pub(super) fn plot(rows: &[Speed], context: &Context, svg: &Path, png: &Path) -> Result<()> {
+pub(super) fn plot(rows: &[Speed], about: &About, svg: &Path, png: &Path) -> Result<()> {
     let batch = rows.iter().find(|row| row.of_network()).map_or(0, |row| row.batch);
     let cases = Case::all(rows).filter(|case| case.first().of_network() && case.first().batch == batch);
-    Chart { cases: cases.collect(), batch, context }.write(svg, png)
+    Chart { cases: cases.collect(), batch, about }.write(svg, png)
 }
 
 struct Chart<'a> {
     cases: Vec<Case<'a>>,
     batch: usize,
-    context: &'a Context,
+    about: &'a About,
 }
 
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
-        canvas.text(self.context.place.title(), (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
+        canvas.text(self.about.place.title(), (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
         canvas.text(&self.subtitle(), (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
         self.legend(canvas, 118.0)?;
         let mut columns: Vec<(&str, f64)> = Vec::new();
@@ -70,7 +70,7 @@ impl Chart<'_> {
         let threads = self.cases.first().map_or(0, |case| case.first().threads);
         let threads = format!("{threads} thread{}", if threads == 1 { "" } else { "s" });
         let fact = |name: &str| {
-            self.context.machine.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+            self.about.machine.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
         };
         // On a GPU, threads and processor matter little.
         let (threads, processor) = match fact("GPU") {
@@ -160,13 +160,13 @@ mod tests {
         }
         rows.extend(case("mobilenet_v2", 1.0, "stem 3-32@32x32", "float"));
         let (svg, png) = (folder.path().join("a.svg"), folder.path().join("a.png"));
-        plot(&rows, &Context::default(), &svg, &png).unwrap();
+        plot(&rows, &About::default(), &svg, &png).unwrap();
         let svg = std::fs::read_to_string(svg).unwrap();
         for text in ["MobileNetV1", "MobileNetV2 ×0.25", "training", "evaluation", "A4/W4", "×1.11", "n/a"]
         {
             assert!(svg.contains(text), "no {text}");
         }
         assert!(!svg.contains("stem"));
-        plot(&[], &Context::default(), &folder.path().join("b.svg"), &png).unwrap();
+        plot(&[], &About::default(), &folder.path().join("b.svg"), &png).unwrap();
     }
 }

@@ -1,0 +1,18 @@
+//! Lists the paper's tables, so that a table of published figures is its CSV file in `paper/` and nothing else.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+fn main() {
+    println!("cargo::rerun-if-changed=paper");
+    let folder = Path::new(&env::var("CARGO_MANIFEST_DIR").unwrap()).join("paper");
+    let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let stem = |path: &PathBuf| path.file_stem().unwrap().to_str().unwrap().to_string();
+    let mut tables: Vec<PathBuf> =
+        files.filter(|path| path.extension().is_some_and(|e| e == "csv")).collect();
+    tables.retain(|path| stem(path) != "pruned_weights");
+    tables.sort();
+    let entries = tables.iter().map(|path| format!("({:?}, include_str!({path:?})), ", stem(path)));
+    let list = Path::new(&env::var("OUT_DIR").unwrap()).join("tables.rs");
+    fs::write(list, format!("[{}]", entries.collect::<String>())).unwrap();
+}

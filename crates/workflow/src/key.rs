@@ -1,0 +1,382 @@
+//! What enters a stage's key, written out.
+//!
+//! A key names a result for good: a store keeps the work of hours under it. So all of it stands here and follows from
+//! nothing else, however the types of the settings change. The settings are taken apart without `..`, so that a new one
+//! does not compile before it is here too; it then stays out of the key where it has the value that went without saying
+//! before, and the keys of stored stages stay what they are.
+
+use crate::{Error, Result, Stage, StageKind};
+use baselines::Dfq;
+use datasets::Augmentation;
+use kernels::Activation;
+use models::{Fold, Input, Method, MobileNet, Quantization};
+use pfq::PfQ;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use train::{Decay, Training};
+
+/// The version of what a kind of stage gives. To be raised when a change makes stages of this kind give other results
+/// from the same inputs, so that stored results of older versions are not taken for new ones. The keys of the stages
+/// that come after one change with its own; those before it stay.
+fn version(kind: &StageKind) -> u32 {
+    match kind {
+        StageKind::Pretrain { .. } => 3,
+        StageKind::Prune { .. } => 3,
+        StageKind::FineTune { .. } => 3,
+        StageKind::Equalize { .. } => 3,
+    }
+}
+
+impl Stage {
+    /// The key under which the stage's result is stored: the first 16 hexadecimal digits of the SHA-256 of its
+    /// settings, seed and version, its parent's key and the data's fingerprint.
+    ///
+    /// # Errors
+    /// When a setting is NaN or infinite, which JSON can't tell from a setting that is not given.
+    pub fn key(&self, data_fingerprint: &str) -> Result<String> {
+        self.key_by(version, data_fingerprint)
+    }
+
+    fn key_by(&self, version: fn(&StageKind) -> u32, data_fingerprint: &str) -> Result<String> {
+        let parent = self.parent.as_ref().map(|parent| parent.key_by(version, data_fingerprint));
+        let inputs = json!({
+            "version": version(&self.kind),
+            "stage": settings(&self.kind)?,
+            "parent": parent.transpose()?,
+            "data": data_fingerprint,
+        });
+        // Objects are written with their names in order, numbers as serde_json writes them.
+        let hash = Sha256::digest(inputs.to_string());
+        Ok(hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+/// What a stage does with all of its settings, as they enter its key and stand in its outcome.
+pub(crate) fn settings(kind: &StageKind) -> Result<Value> {
+    Ok(match kind {
+        StageKind::Pretrain { network, training, seed } => json!({
+            "pretrain": { "network": network_settings(network)?, "training": training_settings(training)?, "seed": seed },
+        }),
+        StageKind::Prune { pfq: PfQ { threshold, bias_correction } } => json!({
+            "prune": { "pfq": {
+                "threshold": threshold.map(|threshold| finite("threshold", threshold)).transpose()?,
+                "bias_correction": bias_correction,
+            } },
+        }),
+        StageKind::FineTune { quantization, training, seed } => json!({
+            "fine_tune": {
+                "quantization": quantization_settings(quantization),
+                "training": training_settings(training)?,
+                "seed": seed,
+            },
+        }),
+        StageKind::Equalize { dfq, quantization } => json!({
+            "equalize": { "dfq": dfq_settings(dfq)?, "quantization": quantization_settings(quantization) },
+        }),
+    })
+}
+
+fn network_settings(network: &MobileNet) -> Result<Value> {
+    let MobileNet { version, input, classes, width, first_expansion, activation } = network;
+    Ok(json!({
+        "version": version.name(),
+        "input": match input {
+            Input::Cifar => "cifar",
+            Input::Imagenet => "imagenet",
+        },
+        "classes": classes,
+        "width": finite("width", *width)?,
+        "first_expansion": first_expansion,
+        "activation": match activation {
+            Activation::Identity => "identity",
+            Activation::Relu => "relu",
+            Activation::Relu6 => "relu6",
+        },
+    }))
+}
+
+fn training_settings(training: &Training) -> Result<Value> {
+    let Training {
+        warmup_epochs,
+        cosine_epochs,
+        learning_rate,
+        batch,
+        momentum,
+        weight_decay,
+        decay_norm,
+        label_smoothing,
+        range_momentum,
+        augmentation: Augmentation { pad, flip },
+        decay,
+    } = training;
+    let mut settings = json!({
+        "warmup_epochs": finite("warmup_epochs", *warmup_epochs)?,
+        "cosine_epochs": finite("cosine_epochs", *cosine_epochs)?,
+        "learning_rate": finite("learning_rate", *learning_rate)?,
+        "batch": batch,
+        "momentum": finite("momentum", *momentum)?,
+        "weight_decay": finite("weight_decay", *weight_decay)?,
+        "decay_norm": decay_norm,
+        "label_smoothing": finite("label_smoothing", *label_smoothing)?,
+        "range_momentum": finite("range_momentum", *range_momentum)?,
+        "augmentation": { "pad": pad, "flip": flip },
+    });
+    match decay {
+        Decay::Cosine => {}
+        Decay::AccuracyDrop => settings["decay"] = "accuracy_drop".into(),
+    }
+    Ok(settings)
+}
+
+fn quantization_settings(quantization: &Quantization) -> Value {
+    let Quantization { activations, weights, first_layer, last_layer, fold, method } = *quantization;
+    let mut settings = json!({
+        "activations": u32::from(activations),
+        "weights": u32::from(weights),
+        "first_layer": u32::from(first_layer),
+        "last_layer": u32::from(last_layer),
+        "fold": match fold {
+            Fold::Unfolded => "unfolded",
+            Fold::BatchStatistics => "batch_statistics",
+            Fold::Frozen => "frozen",
+        },
+    });
+    match method {
+        Method::Uniform => {}
+        Method::Pact => settings["method"] = "pact".into(),
+        Method::Dsq => settings["method"] = "dsq".into(),
+    }
+    settings
+}
+
+fn dfq_settings(dfq: &Dfq) -> Result<Value> {
+    let Dfq { equalize, absorb, correct_bias, range_sigmas, absorb_sigmas, tolerance, max_sweeps } = dfq;
+    Ok(json!({
+        "equalize": equalize,
+        "absorb": absorb,
+        "correct_bias": correct_bias,
+        "range_sigmas": finite("range_sigmas", *range_sigmas)?,
+        "absorb_sigmas": finite("absorb_sigmas", *absorb_sigmas)?,
+        "tolerance": finite("tolerance", *tolerance)?,
+        "max_sweeps": max_sweeps,
+    }))
+}
+
+/// A number of a key.
+fn finite(setting: &'static str, value: f64) -> Result<f64> {
+    if value.is_finite() { Ok(value) } else { Err(Error::NotFinite { setting, value }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quant_core::Precision;
+    use std::sync::Arc;
+
+    fn pretrain(network: MobileNet, training: Training, seed: u64) -> StageKind {
+        StageKind::Pretrain { network, training, seed }
+    }
+
+    fn prune(threshold: Option<f64>, bias_correction: bool) -> StageKind {
+        StageKind::Prune { pfq: PfQ { threshold, bias_correction } }
+    }
+
+    fn tune(quantization: Quantization, training: Training, seed: u64) -> StageKind {
+        StageKind::FineTune { quantization, training, seed }
+    }
+
+    fn equalize(dfq: Dfq, quantization: Quantization) -> StageKind {
+        StageKind::Equalize { dfq, quantization }
+    }
+
+    fn network() -> MobileNet {
+        MobileNet { width: 0.25, ..MobileNet::new(models::Version::V1, Input::Cifar, 100) }
+    }
+
+    fn training() -> Training {
+        Training {
+            warmup_epochs: 1.0,
+            cosine_epochs: 15.0,
+            learning_rate: 0.1,
+            batch: 64,
+            momentum: 0.9,
+            weight_decay: 5e-4,
+            decay_norm: true,
+            label_smoothing: 0.0,
+            range_momentum: 0.01,
+            augmentation: Augmentation { pad: 4, flip: true },
+            decay: Decay::Cosine,
+        }
+    }
+
+    fn precision(bits: u32) -> Precision {
+        Precision::try_from(bits).unwrap()
+    }
+
+    fn quantization(weights: u32) -> Quantization {
+        let (four, eight) = (precision(4), precision(8));
+        let fold = Fold::Unfolded;
+        Quantization {
+            activations: four,
+            weights: precision(weights),
+            first_layer: eight,
+            last_layer: eight,
+            fold,
+            method: Method::Uniform,
+        }
+    }
+
+    #[track_caller]
+    fn check(stage: &Stage, data: &str, expected: &str) {
+        assert_eq!(stage.key(data).unwrap(), expected, "{stage:?}");
+    }
+
+    /// Each kind of stage, and each of its settings changed alone. Found by a program that knows JSON and SHA-256 only.
+    #[test]
+    fn every_setting_is_in_the_key() {
+        use models::Version;
+        let (network, training, quantization, three) = (network(), training(), quantization(4), precision(3));
+        let dfq = Dfq::default();
+        let keys = [
+            (pretrain(network, training, 0), "6bde133e0811c12a"),
+            (pretrain(MobileNet { version: Version::V2, ..network }, training, 0), "3ef7754008a8fd81"),
+            (pretrain(MobileNet { input: Input::Imagenet, ..network }, training, 0), "4cd0bb7ddc589324"),
+            (pretrain(MobileNet { classes: 10, ..network }, training, 0), "cbe9b3d523374535"),
+            (pretrain(MobileNet { width: 1.0, ..network }, training, 0), "2633ba8bc4f9cf9a"),
+            (pretrain(MobileNet { first_expansion: false, ..network }, training, 0), "e51ffa20f87130d1"),
+            (
+                pretrain(MobileNet { activation: Activation::Relu, ..network }, training, 0),
+                "3824af7964df3c5b",
+            ),
+            (pretrain(network, training, 1), "bc61b19353eb7a15"),
+            (pretrain(network, Training { warmup_epochs: 0.0, ..training }, 0), "2a0ce4315561a842"),
+            (pretrain(network, Training { cosine_epochs: 7.0, ..training }, 0), "28e16a2136bb60b9"),
+            (pretrain(network, Training { learning_rate: 1e-5, ..training }, 0), "d5e0b7baf80d0848"),
+            (pretrain(network, Training { batch: 32, ..training }, 0), "ad085c7e84734d97"),
+            (pretrain(network, Training { momentum: 0.0, ..training }, 0), "db55b05ee7af62e3"),
+            (pretrain(network, Training { weight_decay: 0.0, ..training }, 0), "4a16ca62246764f0"),
+            (pretrain(network, Training { decay_norm: false, ..training }, 0), "ec4cc8d479f8291e"),
+            (pretrain(network, Training { label_smoothing: 0.1, ..training }, 0), "82dff30b5e67eed9"),
+            (pretrain(network, Training { range_momentum: 0.1, ..training }, 0), "c3b3096ffcae9365"),
+            (
+                pretrain(
+                    network,
+                    Training { augmentation: Augmentation { pad: 0, flip: true }, ..training },
+                    0,
+                ),
+                "27132041fb0aca0c",
+            ),
+            (
+                pretrain(
+                    network,
+                    Training { augmentation: Augmentation { pad: 4, flip: false }, ..training },
+                    0,
+                ),
+                "25adc9815d529178",
+            ),
+            (pretrain(network, Training { decay: Decay::AccuracyDrop, ..training }, 0), "aeac80adf73a079a"),
+            (tune(quantization, training, 0), "ff279a61187eec70"),
+            (tune(quantization, Training { learning_rate: 1e-5, ..training }, 0), "6a8a4276110668ac"),
+            (tune(quantization, training, 1), "c44c97671ed11dba"),
+            (tune(Quantization { activations: three, ..quantization }, training, 0), "d3d0da65eeeef42b"),
+            (
+                tune(Quantization { activations: Precision::Float, ..quantization }, training, 0),
+                "35dff0834bf04796",
+            ),
+            (tune(Quantization { weights: three, ..quantization }, training, 0), "d9229a27c1526c67"),
+            (tune(Quantization { first_layer: three, ..quantization }, training, 0), "c3f63e398389bf83"),
+            (tune(Quantization { last_layer: three, ..quantization }, training, 0), "8288a3ad17c73c79"),
+            (tune(Quantization { fold: Fold::Frozen, ..quantization }, training, 0), "89dda74bea1aeb9e"),
+            (
+                tune(Quantization { fold: Fold::BatchStatistics, ..quantization }, training, 0),
+                "73adf2617a75a94d",
+            ),
+            (tune(Quantization { method: Method::Pact, ..quantization }, training, 0), "df0b1660001a168d"),
+            (tune(Quantization { method: Method::Dsq, ..quantization }, training, 0), "142b6e84e8c5e81a"),
+            (prune(None, true), "92f2478f57882147"),
+            (prune(None, false), "8744005203065d98"),
+            (prune(Some(1e-5), true), "bb6fa6202767ac5b"),
+            (prune(Some(1e-5), false), "1b988b3394e3007e"),
+            (prune(Some(0.01), true), "a346b57ab71799b2"),
+            (prune(Some(0.01), false), "cf659e615224c90a"),
+            (equalize(dfq, quantization), "318efb97f695a427"),
+            (equalize(Dfq { equalize: false, ..dfq }, quantization), "7b1792c95995d273"),
+            (equalize(Dfq { absorb: false, ..dfq }, quantization), "b9224843d3d1831a"),
+            (equalize(Dfq { correct_bias: false, ..dfq }, quantization), "9cc6f01aaa1e7c75"),
+            (equalize(Dfq { range_sigmas: 4.5, ..dfq }, quantization), "eedd947bdf70a406"),
+            (equalize(Dfq { absorb_sigmas: 2.0, ..dfq }, quantization), "b7ddbbef2fa71e39"),
+            (equalize(Dfq { tolerance: 1e-6, ..dfq }, quantization), "d396aadbe53d91b9"),
+            (equalize(Dfq { max_sweeps: 1, ..dfq }, quantization), "053af0c33afd2452"),
+            (equalize(dfq, Quantization { fold: Fold::Frozen, ..quantization }), "27c697b6882fdd37"),
+        ];
+        for (kind, key) in keys {
+            check(&Stage::root(kind), "data", key);
+        }
+    }
+
+    #[test]
+    fn the_data_and_what_came_before_are_in_the_key() {
+        let root = Stage::root(pretrain(network(), training(), 0));
+        let pruned = root.then(prune(None, true));
+        let tuned = pruned.then(tune(quantization(4), training(), 0));
+        check(&root, "data", "6bde133e0811c12a");
+        check(&pruned, "data", "aa297aaa1e8d9177");
+        check(&tuned, "data", "26055da6fbcd39e5");
+        check(&tuned, "other", "ef051805e0ac5051");
+    }
+
+    /// A new version of one kind of stage leaves what came before as it is.
+    #[test]
+    fn kinds_of_stages_have_versions_of_their_own() {
+        let root = Stage::root(pretrain(network(), training(), 0));
+        let tuned = root.then(tune(quantization(4), training(), 0));
+        let next = tuned.then(prune(None, true));
+        let newer = |kind: &StageKind| version(kind) + u32::from(matches!(kind, StageKind::FineTune { .. }));
+        let same = [&root, &tuned, &next]
+            .map(|stage| stage.key("data").unwrap() == stage.key_by(newer, "data").unwrap());
+        assert_eq!(same, [true, false, false]);
+    }
+
+    /// The stages of MobileNetV2, A4/W4, ours, in results/table3/reduced, which were run at version 2.
+    #[test]
+    fn keys_of_stored_stages_stay_what_they_were() {
+        let data = "1465f6dce7af2ddf02526af1c2774137ae118fdb11dc8d28a714b4fd619a771e";
+        let network = MobileNet { version: models::Version::V2, ..network() };
+        let tune = |weights: u32, learning_rate: f64| {
+            let training = Training { warmup_epochs: 0.0, cosine_epochs: 1.0, learning_rate, ..training() };
+            tune(quantization(weights), training, 0)
+        };
+        let mut parent = None;
+        for (kind, key) in [
+            (pretrain(network, training(), 0), "20c9dec823f353e6"),
+            (prune(None, true), "39c7080382015ffe"),
+            (tune(32, 0.01), "c2e576991450d12b"),
+            (prune(None, true), "e14dc7877acc4e5a"),
+            (tune(4, 0.001), "5b487442a8fa4314"),
+        ] {
+            let stage = Stage { kind, parent };
+            assert_eq!(stage.key_by(|_| 2, data).unwrap(), key, "{}", stage.label());
+            parent = Some(Arc::new(stage));
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_has_no_key() {
+        let check = |kind: StageKind, setting: &str| {
+            let stage = Stage::root(pretrain(network(), training(), 0)).then(kind);
+            let error = stage.then(prune(None, true)).key("data").unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("setting {setting} = ")) && error.contains("finite"),
+                "{error}"
+            );
+        };
+        check(prune(Some(f64::INFINITY), true), "threshold");
+        check(prune(Some(f64::NAN), true), "threshold");
+        check(pretrain(MobileNet { width: f64::NAN, ..network() }, training(), 0), "width");
+        check(equalize(Dfq { absorb_sigmas: f64::NAN, ..Dfq::default() }, quantization(4)), "absorb_sigmas");
+        check(
+            tune(quantization(4), Training { weight_decay: f64::INFINITY, ..training() }, 0),
+            "weight_decay",
+        );
+    }
+}
