@@ -2,7 +2,7 @@ use anyhow::{Context, Result, bail};
 use baselines::Dfq;
 use datasets::imagenet::Options;
 use kernels::Activation;
-use models::{Fold, Input, Method, MobileNet, Quantization, Version};
+use models::{Fold, Input, Method, MobileNet, Quantization, Version, WeightGrid};
 use pfq::PfQ;
 use quant_core::Precision;
 use serde::de::Error as _;
@@ -85,6 +85,10 @@ pub struct QuantizationSettings {
     pub last_layer: Precision,
     /// Batch normalization under quantized weights, for our method; DFQ's is always `frozen`.
     pub fold: Fold,
+    /// Grids of uniform weights: `tensor`, one for each layer, or `channel`, one for each output channel. One for each
+    /// layer if not given.
+    #[serde(default)]
+    pub weight_grid: WeightGrid,
 }
 
 /// Pruning.
@@ -210,11 +214,19 @@ impl Profile {
 
     /// The settings of one table cell's workflows.
     pub fn recipe(&self, activations: Precision, weights: Precision, seed: u64) -> Recipe {
-        let QuantizationSettings { first_layer, last_layer, fold } = self.quantization;
+        let QuantizationSettings { first_layer, last_layer, fold, weight_grid } = self.quantization;
         // Recipes that need another one say so.
         let method = Method::Uniform;
         Recipe {
-            quantization: Quantization { activations, weights, first_layer, last_layer, fold, method },
+            quantization: Quantization {
+                activations,
+                weights,
+                first_layer,
+                last_layer,
+                fold,
+                method,
+                weight_grid,
+            },
             pfq: PfQ { threshold: self.pfq.threshold, bias_correction: true },
             dfq: self.dfq,
             trainings: self.training.clone(),
@@ -273,6 +285,7 @@ mod tests {
     fn wrong_settings_are_named_with_what_is_allowed() {
         check("[pfq]", "[pfq]\nthreshhold = 1e-5", &["threshhold", "threshold"]);
         check("fold = \"unfolded\"", "fold = \"melted\"", &["melted", "frozen", "batch_statistics"]);
+        check("weight_grid = \"tensor\"", "weight_grid = \"row\"", &["row", "tensor", "channel"]);
         check("first_layer = 8", "first_layer = 9", &["9", "2 to 8"]);
         check("batch = ", "batch = 0 # ", &["batch", "1 to 65536"]);
         check("width = ", "width = 0 # ", &["width", "more than 0"]);

@@ -2,7 +2,7 @@
 
 use crate::{Method, ModelName, Table};
 use kernels::Activation;
-use models::{Fold, Quantization};
+use models::{Fold, Quantization, WeightGrid};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::sync::Arc;
@@ -96,7 +96,7 @@ pub const ALL: [&Table; 5] = [&TABLE3, &TABLE1, &TABLE2, &TABLE4, &TABLE5];
 
 /// One table for each point that the paper leaves open: Algorithm 1 with the setting's alternatives, its default
 /// last, on MobileNetV2 at 4 bits.
-pub const ABLATIONS: [&Table; 5] = [
+pub const ABLATIONS: [&Table; 6] = [
     &ablation(
         "ablation_threshold",
         "The threshold τ",
@@ -118,6 +118,20 @@ pub const ABLATIONS: [&Table; 5] = [
                 workflow: |r, network| fold(r, network, Fold::BatchStatistics),
             },
             Method { name: "unfolded", workflow: |r, network| fold(r, network, Fold::Unfolded) },
+        ],
+    ),
+    &ablation(
+        "ablation_weight_grid",
+        "Grids of the weights",
+        &[
+            Method {
+                name: "one for each output channel",
+                workflow: |r, network| weight_grid(r, network, WeightGrid::Channel),
+            },
+            Method {
+                name: "one for each layer",
+                workflow: |r, network| weight_grid(r, network, WeightGrid::Tensor),
+            },
         ],
     ),
     &ablation(
@@ -160,6 +174,10 @@ fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: f64) -> Result
 
 fn fold(recipe: &Recipe, pretrained: &Arc<Stage>, fold: Fold) -> Result<Arc<Stage>> {
     with_quantization(recipe, pretrained, Quantization { fold, ..recipe.quantization })
+}
+
+fn weight_grid(recipe: &Recipe, pretrained: &Arc<Stage>, weight_grid: WeightGrid) -> Result<Arc<Stage>> {
+    with_quantization(recipe, pretrained, Quantization { weight_grid, ..recipe.quantization })
 }
 
 fn end_layers(recipe: &Recipe, pretrained: &Arc<Stage>, precision: Option<Precision>) -> Result<Arc<Stage>> {

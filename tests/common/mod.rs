@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use datasets::{Augmentation, Dataset, InMemoryDataset};
-use models::{Fold, Input, Method, MobileNet, Network, Quantization, Version};
+use models::{Fold, Input, MobileNet, Network, Quantization, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeMap;
@@ -48,7 +48,7 @@ pub fn quantization(bits: u32) -> Quantization {
         first_layer: precision(8),
         last_layer: precision(8),
         fold: Fold::BatchStatistics,
-        method: Method::Uniform,
+        ..Quantization::default()
     }
 }
 

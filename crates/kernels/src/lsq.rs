@@ -19,7 +19,8 @@
 //!
 //! `s` begins as `2·mean|x|/√Q_P` ([`initial_step`]), with an offset such that the levels span the extremes
 //! ([`initial_step_and_offset`], the plain initialization that LSQ+ states before its search for the least squared
-//! error). A step below [`MIN_STEP`] counts as that.
+//! error, with room of 2⁻¹⁰ of a step on both sides, so that rounding does not decide whether the extremes count as
+//! clipped). A step below [`MIN_STEP`] counts as that.
 
 mod gpu;
 
@@ -120,14 +121,17 @@ pub fn initial_step(x: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     Ok(step)
 }
 
+/// What lies beyond the extremes at first, as a share of the step.
+const ROOM: f64 = 1.0 / 1024.0;
+
 /// The step and the offset, `[1]` each, with which unsigned levels span the extremes of `x`.
 pub fn initial_step_and_offset(x: &Tensor, bits: Bits) -> Result<(Tensor, Tensor)> {
     let extremes = quantize::min_max(x)?;
     let (low, high) = (extremes.narrow(0, 0, 1)?, extremes.narrow(0, 1, 1)?);
-    let step = ((high - &low)? * (1.0 / f64::from(levels(bits, false).1)))?;
+    let step = ((high - &low)? * (1.0 / (f64::from(levels(bits, false).1) - 2.0 * ROOM)))?;
     project(&step)?;
-    // A copy, as both are parameters that change in place.
-    Ok((step, low.copy()?))
+    let offset = (low - (&step * ROOM)?)?;
+    Ok((step, offset))
 }
 
 /// Brings a step `[1]` that has fallen below [`MIN_STEP`] back to it, in place, after a step of the optimizer.
@@ -421,7 +425,12 @@ mod tests {
             "unsigned",
         );
         let (step, offset) = initial_step_and_offset(&x, bits(2)).unwrap();
-        assert_eq!((elements(&step), elements(&offset)), (vec![3.0], vec![-3.0]));
+        // Three steps and the room on both sides.
+        let expected = 9.0 / (3.0 - 1.0 / 512.0);
+        assert_close(&step, &tensor(&[expected]), 1e-6, "step");
+        assert_close(&offset, &tensor(&[-3.0 - expected / 1024.0]), 1e-6, "offset");
+        let params = Params { step: &step, offset: Some(&offset), bits: bits(2), signed: false };
+        assert_eq!(elements(&backward(&x, &x, params, 1).unwrap().x), elements(&x), "nothing is clipped");
         // More than a part of a sum.
         let x = random(1, &[300_001]);
         let mean = elements(&x).iter().map(|x| x.abs()).sum::<f64>() / 300_001.0;

@@ -25,7 +25,7 @@ pub use mobilenet::{Input, MobileNet, Version};
 pub use network::{BatchNorm, Head, Network, Norm, Residual, Unit};
 pub use parameter::{Gradients, Parameter, Role};
 pub use pass::{Step, Tape};
-pub use quantization::{Fold, Quantization};
+pub use quantization::{Fold, Quantization, WeightGrid};
 pub use quantizer::{Method, Quantizer};
 
 /// What can go wrong with a network.

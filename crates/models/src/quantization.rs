@@ -7,10 +7,11 @@ use quant_core::Precision;
 use serde::{Deserialize, Serialize};
 
 /// Batch normalization while the weights are quantized.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fold {
     /// The weights are quantized as they are; normalization stays live.
+    #[default]
     Unfolded,
     /// The grid is that of the folded filter; normalization stays live, with batch statistics.
     ///
@@ -22,8 +23,20 @@ pub enum Fold {
     Frozen,
 }
 
-/// What a fine-tuning stage quantizes. Bit widths are 2…8, or 32 for float.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// How many grids uniformly quantized weights have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightGrid {
+    /// One for the whole tensor, between its extremes.
+    #[default]
+    Tensor,
+    /// One for each output channel, between the extremes of its filter. Sums of products stay exact: a channel's step is
+    /// a factor of the whole sum.
+    Channel,
+}
+
+/// What a fine-tuning stage quantizes; by default nothing. Bit widths are 2…8, or 32 for float.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Quantization {
     /// Bits of every activation tensor but the two below.
@@ -41,6 +54,9 @@ pub struct Quantization {
     /// are uniform in every method. (Not written where it is uniform: the keys of stored stages are hashes of this.)
     #[serde(default, skip_serializing_if = "is_default")]
     pub method: Method,
+    /// How many grids a weight tensor has where it is uniform. (Not written where it is one, likewise.)
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub weight_grid: WeightGrid,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -76,8 +92,7 @@ impl Network {
         let weight =
             |place: &mut Option<Quantizer>, precision: Precision, method, weight: &Tensor| -> Result<()> {
                 let bits = weights.bits().and(precision.bits());
-                let folded = fold == Fold::BatchStatistics;
-                let new = |bits| Quantizer::of_weights(place.take(), bits, method, folded, weight);
+                let new = |bits| Quantizer::of_weights(place.take(), bits, method, settings, weight);
                 *place = bits.map(new).transpose()?;
                 Ok(())
             };

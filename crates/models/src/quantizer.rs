@@ -4,7 +4,7 @@ mod dsq;
 mod pact;
 mod uniform;
 
-use crate::{Gradients, Result, Role};
+use crate::{Fold, Gradients, Quantization, Result, Role, WeightGrid};
 use candle_core::{DType, Device, Tensor};
 use quant_core::Bits;
 use serde::{Deserialize, Serialize};
@@ -49,7 +49,7 @@ struct Schemes {
     unsigned: &'static dyn Scheme,
     /// For activations of both signs.
     signed: &'static dyn Scheme,
-    /// For weights; the settings choose by [`Scheme::folded`].
+    /// For weights; the settings choose by [`Scheme::folded`] and [`Scheme::weight_grid`] where there are several.
     weights: &'static [&'static dyn Scheme],
 }
 
@@ -70,6 +70,11 @@ trait Scheme: Debug + Sync {
     /// after they are quantized.
     fn folded(&self) -> bool {
         false
+    }
+
+    /// For weights: how many grids they have.
+    fn weight_grid(&self) -> WeightGrid {
+        WeightGrid::Tensor
     }
 
     /// Sets the scheme's tensors, in place, from the first tensor that it quantizes.
@@ -150,19 +155,27 @@ impl Quantizer {
         Self::carried_over(old, bits, if signed { schemes.signed } else { schemes.unsigned }, device)
     }
 
-    /// A quantizer of `weight`, likewise; a new one is set by the weights as they are. With `folded` the grid is that
-    /// of the filters times `γ/√(V+ε)` of the running variance, so that what is deployed, the folded weights, lies on
-    /// one grid while batch normalization stays live; only uniform weights have that.
+    /// A quantizer of `weight`, likewise; a new one is set by the weights as they are. With
+    /// [`Fold::BatchStatistics`] the grid is that of the filters times `γ/√(V+ε)` of the
+    /// running variance, so that what is deployed, the folded weights, lies on one grid while batch normalization stays
+    /// live. Only uniform weights have that, and the choice of grids.
     pub(crate) fn of_weights(
         old: Option<Self>,
         bits: Bits,
         method: Method,
-        folded: bool,
+        settings: &Quantization,
         weight: &Tensor,
     ) -> Result<Self> {
-        let scheme = method.schemes().weights.iter().find(|scheme| scheme.folded() == folded);
-        let scheme = scheme.expect("`Network::quantize` folds uniform weights only");
-        let mut quantizer = Self::carried_over(old, bits, *scheme, weight.device())?;
+        let scheme = match method.schemes().weights {
+            [only] => *only,
+            all => {
+                let wanted = (settings.fold == Fold::BatchStatistics, settings.weight_grid);
+                *all.iter()
+                    .find(|scheme| (scheme.folded(), scheme.weight_grid()) == wanted)
+                    .expect("all there are")
+            }
+        };
+        let mut quantizer = Self::carried_over(old, bits, scheme, weight.device())?;
         if !quantizer.ready {
             quantizer.settle(weight, 1.0)?;
         }

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use kernels::gpu::emulation::{self, Order};
 use kernels::loss::softmax_cross_entropy;
 use kernels::sgd::{Rule, Update, step_all};
-use models::{Fold, Input, Method, MobileNet, Network, Quantization, Step, Version};
+use models::{Fold, Input, Method, MobileNet, Network, Quantization, Step, Version, WeightGrid};
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -19,14 +19,13 @@ fn random(shape: &[usize], seed: u64) -> Tensor {
 fn quantization(activations: u32, weights: u32, fold: Fold) -> Quantization {
     let precision = |bits| Precision::try_from(bits).unwrap();
     let (first_layer, last_layer) = (precision(8), precision(8));
-    let method = Method::Uniform;
     Quantization {
         activations: precision(activations),
         weights: precision(weights),
         first_layer,
         last_layer,
         fold,
-        method,
+        ..Quantization::default()
     }
 }
 
@@ -230,6 +229,14 @@ fn quantized_steps_with_folded_weights() {
         1,
         &LEVELS,
     );
+}
+
+#[test]
+fn quantized_steps_with_grids_of_channels() {
+    let settings = Quantization { weight_grid: WeightGrid::Channel, ..quantization(4, 4, Fold::Unfolded) };
+    let quantize = |network: &mut Network| network.quantize(&settings).unwrap();
+    check("A4/W4, grids of channels", deep(), quantize, DType::F32, 1, &LEVELS);
+    check("A4/W4, grids of channels", shallow(), quantize, DType::BF16, 1, &HALF_LEVELS);
 }
 
 #[test]

@@ -7,7 +7,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
-use models::{BatchNorm, Fold, Head, Kernel, Method, Network, Norm, Quantization, Residual, Step, Unit};
+use models::{
+    BatchNorm, Fold, Head, Kernel, Method, Network, Norm, Quantization, Residual, Step, Unit, WeightGrid,
+};
 use quant_core::Precision;
 use std::collections::{HashMap, HashSet};
 
@@ -131,14 +133,15 @@ impl Golden {
 
 /// Runs a case: `[activations, weights, first layer, last layer]` in bits, 32 for float.
 fn check(case: &'static str, bits: [u32; 4], fold: Fold, decay_norm: bool) {
-    check_method(case, bits, fold, decay_norm, Method::Uniform);
+    check_as(case, bits, decay_norm, Quantization { fold, ..Quantization::default() });
 }
 
-fn check_method(case: &'static str, bits: [u32; 4], fold: Fold, decay_norm: bool, method: Method) {
+/// [`check`] with the other settings of a quantization.
+fn check_as(case: &'static str, bits: [u32; 4], decay_norm: bool, settings: Quantization) {
     let golden = Golden::load(case);
     let [activations, weights, first_layer, last_layer] = bits.map(|bits| Precision::try_from(bits).unwrap());
     let mut network = golden.network();
-    network.quantize(&Quantization { activations, weights, first_layer, last_layer, fold, method }).unwrap();
+    network.quantize(&Quantization { activations, weights, first_layer, last_layer, ..settings }).unwrap();
 
     let parameters = network.parameters();
     let names: HashSet<_> = parameters.iter().map(|p| p.name.clone()).collect();
@@ -197,16 +200,23 @@ fn quantized_weights_with_normalization_folded() {
     check("frozen", [4, 4, 5, 6], Fold::Frozen, false);
 }
 
+/// Each output channel has a grid, in the first layer and the classifier too.
+#[test]
+fn quantized_weights_by_channels() {
+    let settings = Quantization { weight_grid: WeightGrid::Channel, ..Quantization::default() };
+    check_as("channels", [4, 4, 5, 6], false, settings);
+}
+
 /// α decays with the weights, although γ, β and biases do not here.
 #[test]
 fn pact() {
-    check_method("pact", [4, 4, 5, 6], Fold::Unfolded, false, Method::Pact);
+    check_as("pact", [4, 4, 5, 6], false, Quantization { method: Method::Pact, ..Quantization::default() });
 }
 
 /// Neither bounds nor softness decay, although γ, β and biases do here.
 #[test]
 fn dsq() {
-    check_method("dsq", [4, 4, 5, 6], Fold::Unfolded, true, Method::Dsq);
+    check_as("dsq", [4, 4, 5, 6], true, Quantization { method: Method::Dsq, ..Quantization::default() });
 }
 
 /// The cases differ where they should: if quantizers did nothing, all of the above would compare the same.
@@ -221,8 +231,7 @@ fn cases_are_told_apart() {
             weights: precision(4),
             first_layer: precision(5),
             last_layer: precision(6),
-            fold: Fold::Unfolded,
-            method: Method::Uniform,
+            ..Quantization::default()
         })
         .unwrap();
     let (logits, _) =

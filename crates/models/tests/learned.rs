@@ -5,6 +5,7 @@ use candle_core::{Device, Tensor};
 use kernels::{loss::softmax_cross_entropy, sgd};
 use models::{
     Extras, Fold, Input, Method, MobileNet, Network, Parameter, Quantization, Quantizer, Role, Step, Version,
+    WeightGrid,
 };
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
@@ -16,7 +17,14 @@ const BITS: u32 = 4;
 
 fn settings(method: Method, fold: Fold) -> Quantization {
     let [few, eight] = [BITS, 8].map(|bits| Precision::try_from(bits).unwrap());
-    Quantization { activations: few, weights: few, first_layer: eight, last_layer: eight, fold, method }
+    let bits = Quantization {
+        activations: few,
+        weights: few,
+        first_layer: eight,
+        last_layer: eight,
+        ..Quantization::default()
+    };
+    Quantization { fold, method, ..bits }
 }
 
 fn float() -> Network {
@@ -179,6 +187,46 @@ fn entries_in_files_stay_what_they_were() {
     check(Method::Dsq, Fold::Unfolded, 3, dsq);
 }
 
+/// With a grid for each output channel, each filter has as many values as there are levels, and its own; a file keeps
+/// that, and a network with one grid for each tensor becomes another.
+#[test]
+fn channels_have_grids_of_their_own() {
+    for fold in [Fold::Unfolded, Fold::BatchStatistics] {
+        let [tensor, channel] = [WeightGrid::Tensor, WeightGrid::Channel].map(|weight_grid| {
+            let mut network = float();
+            network.quantize(&Quantization { weight_grid, ..settings(Method::Uniform, fold) }).unwrap();
+            network
+        });
+        for (a, b) in tensor.units.iter().zip(&channel.units) {
+            let [of_tensor, of_channel] = [a, b].map(|unit| {
+                let quantizer = unit.weight_quantizer.as_ref().unwrap();
+                assert_eq!(quantizer.folded(), fold == Fold::BatchStatistics);
+                quantizer.apply(&unit.weight).unwrap()
+            });
+            let filters = |t: &Tensor| t.flatten_to(t.rank() - 2).unwrap().t().unwrap().contiguous().unwrap();
+            let most = 1 << b.weight_quantizer.as_ref().unwrap().bits.get();
+            for filter in filters(&of_channel).chunk(b.filters(), 0).unwrap() {
+                assert!(distinct(&filter) <= most, "{}: {} levels", b.name, distinct(&filter));
+            }
+            let values = [&of_tensor, &of_channel].map(distinct);
+            assert!(values[0] <= most && values[0] < values[1], "{}: {values:?} values", b.name);
+            // The ends of each filter are levels.
+            let (original, found) = (filters(&b.weight), filters(&of_channel));
+            let size = |t: &Tensor| t.abs().unwrap().max(1).unwrap();
+            let (size, found) = (size(&original), size(&found));
+            let off = ((&found - &size).unwrap().abs().unwrap() / &size).unwrap().max_all().unwrap();
+            assert!(off.to_scalar::<f32>().unwrap() < 0.1, "{}: {off}", b.name);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("network.safetensors");
+        channel.save(&path, &Extras::default()).unwrap();
+        let (read, _) = Network::load(&path, &Device::Cpu).unwrap();
+        let outputs = [&channel, &read].map(|network| bits(&network.forward(&images()).unwrap()));
+        assert_eq!(outputs[0], outputs[1]);
+        assert_ne!(outputs[0], bits(&tensor.forward(&images()).unwrap()));
+    }
+}
+
 #[test]
 fn outputs_take_no_more_values_than_there_are_levels() {
     for method in learned() {
@@ -285,6 +333,10 @@ fn the_method_goes_without_saying_where_it_is_uniform() {
     let read: Quantization = serde_json::from_str(text).unwrap();
     assert_eq!(read, settings(Method::Uniform, Fold::Unfolded));
     assert_eq!(serde_json::to_string(&read).unwrap(), text);
+    let channels =
+        Quantization { weight_grid: WeightGrid::Channel, ..settings(Method::Uniform, Fold::Unfolded) };
+    let channels = serde_json::to_string(&channels).unwrap();
+    assert!(channels.ends_with(r#""fold":"unfolded","weight_grid":"channel"}"#), "{channels}");
     let pact = serde_json::to_string(&settings(Method::Pact, Fold::Unfolded)).unwrap();
     assert!(pact.ends_with(r#""fold":"unfolded","method":"pact"}"#), "{pact}");
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::loss::softmax_cross_entropy;
-use models::{Extras, Fold, Input, Method, MobileNet, Network, Norm, Quantization, Step, Version};
+use models::{Extras, Fold, Input, MobileNet, Network, Norm, Quantization, Step, Version};
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -32,7 +32,7 @@ fn quantization(activations: u32, weights: u32, fold: Fold) -> Quantization {
         first_layer: precision(8),
         last_layer: precision(8),
         fold,
-        method: Method::Uniform,
+        ..Quantization::default()
     }
 }
 

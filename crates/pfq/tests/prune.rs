@@ -182,11 +182,11 @@ fn constants_are_those_of_the_quantized_network() {
         let precision = |bits| Precision::try_from(bits).unwrap();
         let settings = Quantization {
             activations: precision(bits),
-            weights: Precision::Float,
             first_layer: precision(8),
             last_layer: precision(8),
             fold,
             method,
+            ..Quantization::default()
         };
         network.quantize(&settings).unwrap();
         network.forward_train(&images(), Step { range_momentum: 0.1 }).unwrap();

@@ -39,10 +39,11 @@ impl From<Bits> for u32 {
 
 /// How precisely a tensor is held: quantized to some bits, or in float. Written as a number in
 /// settings, 32 meaning float, as the paper's tables do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum Precision {
     /// Not quantized.
+    #[default]
     Float,
     /// Quantized to that many bits.
     Quantized(Bits),

@@ -9,7 +9,7 @@ use crate::{Error, Result, Stage, StageKind};
 use baselines::Dfq;
 use datasets::Augmentation;
 use kernels::Activation;
-use models::{Fold, Input, Method, MobileNet, Quantization};
+use models::{Fold, Input, Method, MobileNet, Quantization, WeightGrid};
 use pfq::PfQ;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -129,7 +129,8 @@ fn training_settings(training: &Training) -> Result<Value> {
 }
 
 fn quantization_settings(quantization: &Quantization) -> Value {
-    let Quantization { activations, weights, first_layer, last_layer, fold, method } = *quantization;
+    let Quantization { activations, weights, first_layer, last_layer, fold, method, weight_grid } =
+        *quantization;
     let mut settings = json!({
         "activations": u32::from(activations),
         "weights": u32::from(weights),
@@ -145,6 +146,10 @@ fn quantization_settings(quantization: &Quantization) -> Value {
         Method::Uniform => {}
         Method::Pact => settings["method"] = "pact".into(),
         Method::Dsq => settings["method"] = "dsq".into(),
+    }
+    match weight_grid {
+        WeightGrid::Tensor => {}
+        WeightGrid::Channel => settings["weight_grid"] = "channel".into(),
     }
     settings
 }
@@ -215,14 +220,12 @@ mod tests {
 
     fn quantization(weights: u32) -> Quantization {
         let (four, eight) = (precision(4), precision(8));
-        let fold = Fold::Unfolded;
         Quantization {
             activations: four,
             weights: precision(weights),
             first_layer: eight,
             last_layer: eight,
-            fold,
-            method: Method::Uniform,
+            ..Quantization::default()
         }
     }
 
@@ -293,6 +296,10 @@ mod tests {
             ),
             (tune(Quantization { method: Method::Pact, ..quantization }, training, 0), "df0b1660001a168d"),
             (tune(Quantization { method: Method::Dsq, ..quantization }, training, 0), "142b6e84e8c5e81a"),
+            (
+                tune(Quantization { weight_grid: WeightGrid::Channel, ..quantization }, training, 0),
+                "c083a52cd20e03d5",
+            ),
             (prune(None, true), "92f2478f57882147"),
             (prune(None, false), "8744005203065d98"),
             (prune(Some(1e-5), true), "bb6fa6202767ac5b"),

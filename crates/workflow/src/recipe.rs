@@ -2,7 +2,7 @@
 
 use crate::{Error, Result, Stage, StageKind};
 use baselines::Dfq;
-use models::{Fold, Method, Quantization};
+use models::{Fold, Method, Quantization, WeightGrid};
 use pfq::PfQ;
 use quant_core::Precision;
 use serde::{Deserialize, Serialize};
@@ -74,10 +74,14 @@ pub struct Recipe {
 impl Recipe {
     /// "Original" of Table 1: fine-tuning with only the activations quantized, of the network as it is.
     pub fn activations_only(&self, network: &Arc<Stage>) -> Result<Arc<Stage>> {
-        // How batch normalization is folded says nothing while the weights are float, and must not make
-        // another stage.
-        let quantization =
-            Quantization { weights: Precision::Float, fold: Fold::Unfolded, ..self.quantization };
+        // How batch normalization is folded, and how many grids weights have, says nothing while they are float, and
+        // must not make another stage.
+        let quantization = Quantization {
+            weights: Precision::Float,
+            fold: Fold::Unfolded,
+            weight_grid: WeightGrid::Tensor,
+            ..self.quantization
+        };
         Ok(network.then(self.fine_tune(quantization, Purpose::Activations)?))
     }
 

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use kernels::Activation;
-use models::{Fold, Input, Kernel, Method, MobileNet, Network, Quantization, Version};
+use models::{Fold, Input, Kernel, MobileNet, Network, Quantization, Version};
 use quant_core::{Bits, Precision};
 use serde::{Deserialize, Serialize};
 
@@ -115,7 +115,7 @@ impl Case {
                 first_layer: bits(8)?,
                 last_layer: bits(8)?,
                 fold: Fold::Unfolded,
-                method: Method::Uniform,
+                ..Quantization::default()
             })?;
         }
         Ok(network)

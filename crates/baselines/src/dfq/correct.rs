@@ -57,7 +57,7 @@ mod tests {
     use super::super::testing::{chain, channel_means, gaussian_images, mobilenet, quantization};
     use super::*;
     use kernels::Activation::{self, Identity, Relu};
-    use models::{Network, Quantization, Version};
+    use models::{Network, Quantization, Version, WeightGrid};
     use quant_core::Precision;
 
     const UNITS: [(Kernel, Activation); 2] = [(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)];
@@ -82,6 +82,21 @@ mod tests {
         assert!((changes[1] - 0.1).abs() < 1e-6, "{changes:?}");
         // 0 and 1 are levels of the classifier too, and those of the first layer (γ = 0).
         assert_eq!((changes[0], changes[2]), (0.0, 0.0));
+    }
+
+    /// With a grid for each channel the error is that of the channel's own levels.
+    #[test]
+    fn hand_worked_layer_with_grids_of_channels() {
+        // Two inputs of mean 2 and 1, two outputs: 1.1 lies between 0, 1, 2, 3, and 0.4 between 0, 0.3, 0.6, 0.9.
+        let units = chain(1, &UNITS, &[&[1.0, 1.0], &[1.1, 0.4, 3.0, 0.9]]);
+        let mut network = units.norm(0, &[[0.0, 2.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]).network;
+        network.epsilon = 0.0;
+        let mut folded = Folded::new(&network).unwrap();
+        let settings = Quantization { weight_grid: WeightGrid::Channel, ..weights_only(2) };
+        folded.network.quantize(&settings).unwrap();
+        folded.correct_bias().unwrap();
+        let bias = bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        assert!((bias[0] - 0.2).abs() < 1e-6 && (bias[1] - 0.2).abs() < 1e-6, "{bias:?}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use kernels::Activation;
 use models::{
-    BatchNorm, Fold, Head, Input, Kernel, Method, MobileNet, Network, Norm, Quantization, Step, Unit, Version,
+    BatchNorm, Fold, Head, Input, Kernel, MobileNet, Network, Norm, Quantization, Step, Unit, Version,
 };
 use quant_core::{Bits, Precision};
 use rand::{Rng, SeedableRng};
@@ -12,8 +12,14 @@ use rand_chacha::ChaCha8Rng;
 /// Everything at `bits` bits.
 pub(crate) fn quantization(bits: u32) -> Quantization {
     let bits = Precision::Quantized(Bits::new(bits).unwrap());
-    let (fold, method) = (Fold::Frozen, Method::Uniform);
-    Quantization { activations: bits, weights: bits, first_layer: bits, last_layer: bits, fold, method }
+    Quantization {
+        activations: bits,
+        weights: bits,
+        first_layer: bits,
+        last_layer: bits,
+        fold: Fold::Frozen,
+        ..Quantization::default()
+    }
 }
 
 /// A network of hand-written units; see [`chain`].

@@ -2,9 +2,9 @@
 //! their own.
 
 use super::{Scheme, Schemes, Slot};
-use crate::{Gradients, Result};
+use crate::{Gradients, Result, WeightGrid};
 use candle_core::Tensor;
-use kernels::quantize;
+use kernels::{norm, quantize};
 use quant_core::Bits;
 use serde_json::Value;
 
@@ -12,7 +12,12 @@ pub(super) const SCHEMES: Schemes = Schemes {
     title: "uniform",
     unsigned: &Uniform::Tracked,
     signed: &Uniform::Tracked,
-    weights: &[&Uniform::Extremes { folded: false }, &Uniform::Extremes { folded: true }],
+    weights: &[
+        &Uniform::Extremes { grid: WeightGrid::Tensor, folded: false },
+        &Uniform::Extremes { grid: WeightGrid::Tensor, folded: true },
+        &Uniform::Extremes { grid: WeightGrid::Channel, folded: false },
+        &Uniform::Extremes { grid: WeightGrid::Channel, folded: true },
+    ],
 };
 
 /// Where the range comes from.
@@ -20,13 +25,16 @@ pub(super) const SCHEMES: Schemes = Schemes {
 enum Uniform {
     /// Moving averages of the batches' extremes.
     Tracked,
-    /// The tensor's own extremes.
-    Extremes { folded: bool },
+    /// The weights' own extremes.
+    Extremes { grid: WeightGrid, folded: bool },
 }
 
 impl Scheme for Uniform {
     fn kind(&self) -> Value {
-        Value::Null
+        match self {
+            Self::Extremes { grid: WeightGrid::Channel, .. } => "channels".into(),
+            _ => Value::Null,
+        }
     }
 
     fn tensors(&self) -> &'static [Slot] {
@@ -37,7 +45,14 @@ impl Scheme for Uniform {
     }
 
     fn folded(&self) -> bool {
-        matches!(self, Self::Extremes { folded: true })
+        matches!(self, Self::Extremes { folded: true, .. })
+    }
+
+    fn weight_grid(&self) -> WeightGrid {
+        match self {
+            Self::Tracked => WeightGrid::Tensor,
+            Self::Extremes { grid, .. } => *grid,
+        }
     }
 
     fn start(&self, own: &[Tensor], x: &Tensor, _: Bits) -> Result<()> {
@@ -54,7 +69,11 @@ impl Scheme for Uniform {
     fn by(&self, own: &[Tensor], x: &Tensor) -> Result<Vec<Tensor>> {
         match self {
             Self::Tracked => Ok(own.to_vec()),
-            Self::Extremes { .. } => Ok(vec![quantize::min_max(x)?]),
+            Self::Extremes { grid: WeightGrid::Tensor, .. } => Ok(vec![quantize::min_max(x)?]),
+            Self::Extremes { grid: WeightGrid::Channel, .. } => {
+                let stats = norm::channel_stats(x)?;
+                Ok(vec![Tensor::stack(&[stats.min, stats.max], 0)?])
+            }
         }
     }
 

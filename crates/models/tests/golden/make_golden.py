@@ -48,7 +48,8 @@ UNITS = [
 # activations, weights, first layer, last layer: bits, or None for float
 FLOAT = (None, None, None, None)
 CASES = {
-    # bits, normalization under quantized weights, whether the weight decay acts on γ, β and biases too, method
+    # bits, normalization under quantized weights, whether the weight decay acts on γ, β and biases too, method ("channels":
+    # uniform, with a grid for each output channel of a weight)
     "float": (FLOAT, "unfolded", True, "uniform"),
     "activations": ((4, None, 5, 6), "unfolded", True, "uniform"),
     "unfolded": ((4, 4, 5, 6), "unfolded", False, "uniform"),
@@ -56,6 +57,7 @@ CASES = {
     "frozen": ((4, 4, 5, 6), "frozen", False, "uniform"),
     "pact": ((4, 4, 5, 6), "unfolded", False, "pact"),
     "dsq": ((4, 4, 5, 6), "unfolded", True, "dsq"),
+    "channels": ((4, 4, 5, 6), "unfolded", False, "channels"),
 }
 
 
@@ -87,6 +89,11 @@ def fake_quantize(x, lo, hi, bits):
     for value in (x.detach() / step, torch.tensor(-lo / step)):
         check_margin((value - value.floor() - 0.5).abs(), BORDER)
     return torch.fake_quantize_per_tensor_affine(x, step, zero_point, 0, levels)
+
+
+def fake_quantize_channels(weight, bits):
+    """Each output channel over its own extremes."""
+    return torch.stack([fake_quantize(w, w.detach().min(), w.detach().max(), bits) for w in weight])
 
 
 class Activations(torch.nn.Module):
@@ -238,6 +245,8 @@ class Unit(torch.nn.Module):
             return dorefa(weight, self.bits)
         if self.method == "dsq":
             return self.soft(weight)
+        if self.channels:
+            return fake_quantize_channels(weight, self.bits)
         scale = torch.ones(len(weight))
         if self.folded_grid and self.norm is not None:
             scale = self.scale()
@@ -270,14 +279,15 @@ class Network(torch.nn.Module):
                 unit.freeze()
         for i, unit in enumerate(self.units):
             unit.bits = weights and (first if i == 0 else weights)
-            unit.folded_grid = fold == "batch_statistics"
+            unit.folded_grid, unit.channels = fold == "batch_statistics", method == "channels"
             if i > 0:
                 unit.method = method
                 unit.soft = Dsq(weights, "weight_") if method == "dsq" else None
-        self.head_bits = weights and last
+        self.head_bits, self.channels = weights and last, method == "channels"
         self.image_quantizer = Activations(activations and first)
         kinds = {
             "uniform": lambda activation: Activations(activations),
+            "channels": lambda activation: Activations(activations),
             "pact": lambda activation: Pact(activations, activation == "identity"),
             "dsq": lambda activation: Dsq(activations),
         }
@@ -294,7 +304,9 @@ class Network(torch.nn.Module):
             x = outputs[name] = quantizer(x)
         features = self.head_quantizer(x.mean((2, 3)))
         weight = self.head.weight
-        if self.head_bits is not None:
+        if self.head_bits is not None and self.channels:
+            weight = fake_quantize_channels(weight, self.head_bits)
+        elif self.head_bits is not None:
             weight = fake_quantize(weight, weight.detach().min(), weight.detach().max(), self.head_bits)
         return F.linear(features, weight, self.head.bias)
 
