@@ -11,7 +11,7 @@ pub enum Role {
     NormOrBias,
     /// The bound α of PACT: decays as weights do, which is a part of the method.
     Clip,
-    /// A bound or the softness of DSQ: never decays.
+    /// What the levels of a quantizer follow from, as the bounds and the softness of DSQ: never decays.
     Interval,
 }
 

@@ -77,6 +77,11 @@ trait Scheme: Debug + Sync {
         WeightGrid::Tensor
     }
 
+    /// Whether the scheme's tensors stay what they are at other bits; if not, they are set anew.
+    fn spans_any_bits(&self) -> bool {
+        true
+    }
+
     /// Sets the scheme's tensors, in place, from the first tensor that it quantizes.
     fn start(&self, _own: &[Tensor], _x: &Tensor, _bits: Bits) -> Result<()> {
         Ok(())
@@ -143,7 +148,7 @@ pub struct Quantizer {
 
 impl Quantizer {
     /// A quantizer of activations, of which some are negative if they are `signed`. It is `old` with other bits where
-    /// the scheme is the same, else a new one, to be set by the first training batch.
+    /// the scheme is the same and allows it, else a new one, to be set by the first training batch.
     pub(crate) fn of_activations(
         old: Option<Self>,
         bits: Bits,
@@ -188,7 +193,10 @@ impl Quantizer {
         scheme: &'static dyn Scheme,
         device: &Device,
     ) -> Result<Self> {
-        let is_same = |old: &Self| (old.kind(), old.folded()) == (scheme.kind(), scheme.folded());
+        let is_same = |old: &Self| {
+            let fits = old.bits == bits || scheme.spans_any_bits();
+            fits && (old.kind(), old.folded()) == (scheme.kind(), scheme.folded())
+        };
         if let Some(old) = old.filter(is_same) {
             return Ok(Self { bits, ..old });
         }
