@@ -16,6 +16,10 @@ table4 *flags:
 table5 *flags:
     cargo run --release --bin table5 -- {{flags}}
 
+# Beyond the paper: quantizers that learn, LSQ among them, beside ours
+beyond *flags:
+    cargo run --release --bin beyond -- {{flags}}
+
 # Every table of the paper and Figure 3, from one set of stages
 all *flags:
     cargo run --release --bin all -- {{flags}}

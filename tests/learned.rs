@@ -1,25 +1,24 @@
-//! PACT and DSQ from end to end: fine-tuned from a float network as Table 4 does it; interrupted and resumed.
+//! Methods that learn from end to end: fine-tuned from a float network as Table 4 does it; interrupted and resumed.
 
 mod common;
 
 use candle_core::{DType, Device};
 use common::{bits, data, pretrain, quantization, recipe, run_well, training};
-use models::{Fold, Method, Network, Quantization, Version};
+use models::{Fold, Method, Network, Quantization, Role, Version};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
 use train::{Progress, Trained, Training, TrainingRun, evaluate, fit};
-use workflow::{Purpose, Recipe, Stage, Store};
-
-type Workflow = fn(&Recipe, &Arc<Stage>) -> workflow::Result<Arc<Stage>>;
-
-const METHODS: [(Method, Workflow, &str); 2] =
-    [(Method::Pact, Recipe::pact, "PACT"), (Method::Dsq, Recipe::dsq, "DSQ")];
+use workflow::{Purpose, Store};
 
 /// The bits of what a method learns beside the usual parameters.
 fn learned(network: &Network) -> Vec<(String, Vec<u32>)> {
-    let own = |name: &str| ["alpha", "bounds", "softness"].iter().any(|field| name.ends_with(field));
-    bits(network).into_iter().filter(|(name, _)| own(name)).collect()
+    let own: Vec<String> = network
+        .parameters()
+        .into_iter()
+        .filter(|parameter| matches!(parameter.role, Role::Clip | Role::Interval))
+        .map(|parameter| parameter.name)
+        .collect();
+    bits(network).into_iter().filter(|(name, _)| own.contains(name)).collect()
 }
 
 #[test]
@@ -27,11 +26,11 @@ fn a_network_is_fine_tuned_once_and_its_loss_falls() {
     let folder = tempfile::tempdir().unwrap();
     let (store, data) = (Store::new(folder.path()), data(300, 100, 5));
     let root = pretrain(Version::V2, 1, 0);
-    for (_, workflow, name) in METHODS {
+    for method in Method::learned() {
+        let name = method.title();
         let mut recipe = recipe(4);
-        recipe.trainings.set(Purpose::Pact, training(5));
-        recipe.trainings.set(Purpose::Dsq, training(5));
-        let end = workflow(&recipe, &root).unwrap();
+        recipe.trainings.set(Purpose::Learned(method), training(5));
+        let end = recipe.learned(&root, method).unwrap();
         assert_eq!(end.lineage().len(), 2, "{name}: nothing but fine-tuning after the float network");
         let (outcome, _) = run_well(&store, &end, &data);
         assert!(outcome.label.contains(&format!("fine-tune {name} A4/W4")), "{}", outcome.label);
@@ -50,7 +49,8 @@ fn a_network_is_fine_tuned_once_and_its_loss_falls() {
 fn an_interrupted_run_goes_on_with_the_same_bits() {
     let data = data(80, 40, 5);
     let training: Training = training(3);
-    for (method, _, name) in METHODS {
+    for method in Method::learned() {
+        let name = method.title();
         let network = || {
             let mut network = common::mobilenet(Version::V2).init(3, &Device::Cpu).unwrap();
             let settings = Quantization { fold: Fold::Unfolded, method, ..quantization(4) };

@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::Device;
 use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
-use models::{Network, Version};
+use models::{Method, Network, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeSet;
@@ -115,9 +115,10 @@ fn recipes_share_what_they_have_in_common() {
     check_shared(&one, &other.pfq(&root).unwrap(), 3, "PfQ of Table 1, up to the activations");
     check_shared(&one, &other.pfq_without_bias_correction(&root).unwrap(), 1, "PfQ without bias correction");
     check_shared(&one, &other.activations_only(&root).unwrap(), 1, "no pruning");
-    check_shared(&one, &other.pact(&root).unwrap(), 1, "PACT");
-    check_shared(&one, &other.dsq(&root).unwrap(), 1, "DSQ");
-    check_shared(&other.pact(&root).unwrap(), &other.dsq(&root).unwrap(), 1, "PACT and DSQ");
+    let [pact, dsq] = [Method::Pact, Method::Dsq].map(|method| other.learned(&root, method).unwrap());
+    check_shared(&one, &pact, 1, "PACT");
+    check_shared(&one, &dsq, 1, "DSQ");
+    check_shared(&pact, &dsq, 1, "PACT and DSQ");
     check_shared(
         &one,
         &recipe(4).algorithm1(&pretrain(Version::V1, 1, 1)).unwrap(),

@@ -263,7 +263,8 @@ mod tests {
         let get = |purpose| trainings.get(purpose).unwrap();
         let dfq = Training { learning_rate: 0.001, batch: 128, ..get(Purpose::Once) };
         assert_eq!(get(Purpose::Dfq), dfq);
-        assert_eq!(get(Purpose::Pact), get(Purpose::Once));
+        // A method that learns needs no training of its own.
+        assert_eq!(get(Purpose::Learned(Method::Pact)), get(Purpose::Once));
         // Of a chain of them the nearest counts.
         let once = Training { cosine_epochs: 2.0, ..get(Purpose::Activations) };
         assert_eq!(get(Purpose::Once), once);

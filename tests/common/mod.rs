@@ -53,8 +53,8 @@ pub fn quantization(bits: u32) -> Quantization {
 }
 
 pub fn recipe(bits: u32) -> Recipe {
-    use Purpose::{Dfq, Dsq, Once, Pact, Weights};
-    let others = [Weights, Once, Dfq, Pact, Dsq].map(|purpose| (purpose, training(1)));
+    use Purpose::{Dfq, Once, Weights};
+    let others = [Weights, Once, Dfq].map(|purpose| (purpose, training(1)));
     Recipe {
         quantization: quantization(bits),
         pfq: PfQ::default(),

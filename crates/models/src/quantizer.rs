@@ -15,7 +15,7 @@ use std::fmt::Debug;
 macro_rules! methods {
     ($($(#[$attribute:meta])* $name:ident = $schemes:expr,)*) => {
         /// How the tensors between the first and the last layer are quantized.
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(rename_all = "snake_case")]
         pub enum Method { $($(#[$attribute])* $name,)* }
 
@@ -43,6 +43,8 @@ methods! {
 
 /// What a method quantizes by.
 struct Schemes {
+    /// What settings and the keys of stored stages call the method: never to be changed.
+    name: &'static str,
     /// The method's name in the literature.
     title: &'static str,
     /// For activations that are never negative.
@@ -128,6 +130,16 @@ struct Slot {
 }
 
 impl Method {
+    /// What settings and the keys of stored stages call the method.
+    pub fn name(self) -> &'static str {
+        self.schemes().name
+    }
+
+    /// The methods whose quantizers learn.
+    pub fn learned() -> impl Iterator<Item = Self> {
+        Self::ALL.iter().copied().filter(|method| *method != Self::Uniform)
+    }
+
     /// The method's name in the literature.
     pub fn title(self) -> &'static str {
         self.schemes().title

@@ -241,7 +241,7 @@ fn quantized_steps_with_grids_of_channels() {
 
 #[test]
 fn steps_with_learned_quantizers() {
-    for method in [Method::Pact, Method::Dsq] {
+    for method in Method::learned() {
         let quantize = |network: &mut Network| {
             network.quantize(&Quantization { method, ..quantization(4, 4, Fold::Unfolded) }).unwrap();
             // The first batch sets the bounds.

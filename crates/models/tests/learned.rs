@@ -65,11 +65,6 @@ fn distinct(tensor: &Tensor) -> usize {
     bits(&(tensor + 0.0).unwrap()).into_iter().collect::<BTreeSet<_>>().len()
 }
 
-/// The methods that learn.
-fn learned() -> impl Iterator<Item = Method> {
-    Method::ALL.iter().copied().filter(|method| *method != Method::Uniform)
-}
-
 /// The quantizers of every unit, with what stands before the names of their tensors.
 fn quantizers(network: &Network) -> impl Iterator<Item = (String, &Quantizer)> {
     network.units.iter().flat_map(|unit| {
@@ -123,7 +118,7 @@ fn every_tensor_of_every_scheme_is_trained_saved_and_copied() {
 
 #[test]
 fn every_layer_but_the_first_and_the_last_learns() {
-    for method in learned() {
+    for method in Method::learned() {
         let network = trained(method);
         let head = &network.head;
         let check = |q: &Option<Quantizer>, bits: u32, uniform: bool| {
@@ -229,7 +224,7 @@ fn channels_have_grids_of_their_own() {
 
 #[test]
 fn outputs_take_no_more_values_than_there_are_levels() {
-    for method in learned() {
+    for method in Method::learned() {
         let network = trained(method);
         let mut most = 0;
         let mut observe = |i: usize, _: &Tensor, y: &Tensor| {
@@ -247,7 +242,7 @@ fn outputs_take_no_more_values_than_there_are_levels() {
 
 #[test]
 fn a_file_gives_the_same_network_back() {
-    for method in learned() {
+    for method in Method::learned() {
         let mut network = trained(method);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("network.safetensors");
@@ -296,7 +291,7 @@ fn parameters_are_kept_in_their_ranges() {
 
 #[test]
 fn learned_methods_refuse_folded_normalization() {
-    for method in learned() {
+    for method in Method::learned() {
         for fold in [Fold::Frozen, Fold::BatchStatistics] {
             let message = float().quantize(&settings(method, fold)).unwrap_err().to_string();
             assert!(message.contains("unfolded") && message.contains(&format!("{method:?}")), "{message}");

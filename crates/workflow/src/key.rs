@@ -142,10 +142,8 @@ fn quantization_settings(quantization: &Quantization) -> Value {
             Fold::Frozen => "frozen",
         },
     });
-    match method {
-        Method::Uniform => {}
-        Method::Pact => settings["method"] = "pact".into(),
-        Method::Dsq => settings["method"] = "dsq".into(),
+    if method != Method::Uniform {
+        settings["method"] = method.name().into();
     }
     match weight_grid {
         WeightGrid::Tensor => {}

@@ -12,7 +12,7 @@ use train::Training;
 
 /// What a training is for; in a profile, the name of its settings: `[training.once]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(try_from = "String", into = "String")]
 pub enum Purpose {
     /// The float network, from scratch.
     Pretraining,
@@ -24,15 +24,45 @@ pub enum Purpose {
     Once,
     /// After DFQ.
     Dfq,
-    /// With PACT, from the float network.
-    Pact,
-    /// With DSQ, from the float network.
-    Dsq,
+    /// With a method that learns, from the float network. Settings that have none for it mean that of
+    /// [`Purpose::Once`].
+    Learned(Method),
+}
+
+impl Purpose {
+    fn all() -> impl Iterator<Item = Self> {
+        let fixed = [Self::Pretraining, Self::Activations, Self::Weights, Self::Once, Self::Dfq];
+        fixed.into_iter().chain(Method::learned().map(Self::Learned))
+    }
 }
 
 impl std::fmt::Display for Purpose {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(&format!("{self:?}").to_lowercase())
+        f.write_str(match self {
+            Self::Pretraining => "pretraining",
+            Self::Activations => "activations",
+            Self::Weights => "weights",
+            Self::Once => "once",
+            Self::Dfq => "dfq",
+            Self::Learned(method) => method.name(),
+        })
+    }
+}
+
+impl From<Purpose> for String {
+    fn from(purpose: Purpose) -> Self {
+        purpose.to_string()
+    }
+}
+
+impl TryFrom<String> for Purpose {
+    type Error = String;
+
+    fn try_from(name: String) -> std::result::Result<Self, String> {
+        Self::all().find(|purpose| purpose.to_string() == name).ok_or_else(|| {
+            let all: Vec<String> = Self::all().map(String::from).collect();
+            format!("there is no training {name:?}: expected one of {}", all.join(", "))
+        })
     }
 }
 
@@ -46,7 +76,12 @@ impl Trainings {
     /// # Errors
     /// When the settings have none.
     pub fn get(&self, purpose: Purpose) -> Result<Training> {
-        self.0.get(&purpose).copied().ok_or(Error::NoTraining(purpose))
+        let given = self.0.get(&purpose);
+        let given = match purpose {
+            Purpose::Learned(_) => given.or_else(|| self.0.get(&Purpose::Once)),
+            _ => given,
+        };
+        given.copied().ok_or(Error::NoTraining(purpose))
     }
 
     /// Sets the training for `purpose`.
@@ -119,20 +154,12 @@ impl Recipe {
         Ok(pretrained.then(StageKind::Equalize { dfq: self.dfq, quantization }).then(tuned))
     }
 
-    /// "PACT" of Table 4: fine-tuning once with activations and weights quantized by PACT and DoReFa; nothing is pruned.
-    pub fn pact(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
-        self.learned(pretrained, Method::Pact, Purpose::Pact)
-    }
-
-    /// "DSQ" of Table 4: the same with differentiable soft quantization.
-    pub fn dsq(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
-        self.learned(pretrained, Method::Dsq, Purpose::Dsq)
-    }
-
-    fn learned(&self, pretrained: &Arc<Stage>, method: Method, purpose: Purpose) -> Result<Arc<Stage>> {
-        // Both methods leave batch normalization as it is; PACT's weights even need it, as they are rescaled.
+    /// A method that learns, such as "PACT" and "DSQ" of Table 4: fine-tuning once with activations and weights
+    /// quantized by it; nothing is pruned.
+    pub fn learned(&self, pretrained: &Arc<Stage>, method: Method) -> Result<Arc<Stage>> {
+        // These methods leave batch normalization as it is; PACT's weights even need it, as they are rescaled.
         let quantization = Quantization { method, fold: Fold::Unfolded, ..self.quantization };
-        Ok(pretrained.then(self.fine_tune(quantization, purpose)?))
+        Ok(pretrained.then(self.fine_tune(quantization, Purpose::Learned(method))?))
     }
 
     fn fine_tune(&self, quantization: Quantization, purpose: Purpose) -> Result<StageKind> {

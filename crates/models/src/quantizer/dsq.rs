@@ -8,7 +8,7 @@ use quant_core::Bits;
 use serde_json::Value;
 
 pub(super) const SCHEMES: Schemes =
-    Schemes { title: "DSQ", unsigned: &Soft, signed: &Soft, weights: &[&Soft] };
+    Schemes { name: "dsq", title: "DSQ", unsigned: &Soft, signed: &Soft, weights: &[&Soft] };
 
 /// The softness with which training begins, the paper's.
 const FIRST_SOFTNESS: f64 = 0.2;

@@ -8,6 +8,7 @@ use quant_core::Bits;
 use serde_json::{Value, json};
 
 pub(super) const SCHEMES: Schemes = Schemes {
+    name: "pact",
     title: "PACT",
     unsigned: &Clip { signed: false },
     signed: &Clip { signed: true },

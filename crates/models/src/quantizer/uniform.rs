@@ -9,6 +9,7 @@ use quant_core::Bits;
 use serde_json::Value;
 
 pub(super) const SCHEMES: Schemes = Schemes {
+    name: "uniform",
     title: "uniform",
     unsigned: &Uniform::Tracked,
     signed: &Uniform::Tracked,
