@@ -100,6 +100,7 @@ pub const BEYOND: Table = Table {
     methods: &[
         Method { name: "pact", workflow: |r, network| r.learned(network, Quantizers::Pact) },
         Method { name: "dsq", workflow: |r, network| r.learned(network, Quantizers::Dsq) },
+        Method { name: "LSQ", workflow: |r, network| r.learned(network, Quantizers::Lsq) },
         Method { name: "ours", workflow: Recipe::algorithm1 },
     ],
     chooses: false,

@@ -1,6 +1,7 @@
 //! Quantizers: how many bits a tensor of a network has, by which scheme, and what the scheme keeps.
 
 mod dsq;
+mod lsq;
 mod pact;
 mod uniform;
 
@@ -39,6 +40,8 @@ methods! {
     Pact = pact::SCHEMES,
     /// DSQ: soft steps with learned bounds and softness for both.
     Dsq = dsq::SCHEMES,
+    /// LSQ: learned steps for both, and for activations of both signs a learned offset (LSQ+).
+    Lsq = lsq::SCHEMES,
 }
 
 /// What a method quantizes by.

@@ -219,6 +219,12 @@ fn dsq() {
     check_as("dsq", [4, 4, 5, 6], true, Quantization { method: Method::Dsq, ..Quantization::default() });
 }
 
+/// Neither steps nor offsets decay, although γ, β and biases do here.
+#[test]
+fn lsq() {
+    check_as("lsq", [4, 4, 5, 6], true, Quantization { method: Method::Lsq, ..Quantization::default() });
+}
+
 /// The cases differ where they should: if quantizers did nothing, all of the above would compare the same.
 #[test]
 fn cases_are_told_apart() {

@@ -180,6 +180,13 @@ fn entries_in_files_stay_what_they_were() {
     check(Method::Pact, Fold::Unfolded, 3, &pact(true));
     let dsq = r#""weight_quantizer":{"bits":4,"folded":false,"kind":"dsq"},"output_quantizer":{"bits":4,"ready":false,"kind":"dsq"}}"#;
     check(Method::Dsq, Fold::Unfolded, 3, dsq);
+    let lsq = |kind: &str| {
+        format!(
+            r#""weight_quantizer":{{"bits":4,"folded":false,"kind":"lsq"}},"output_quantizer":{{"bits":4,"ready":false,"kind":"{kind}"}}}}"#
+        )
+    };
+    check(Method::Lsq, Fold::Unfolded, 2, &lsq("lsq"));
+    check(Method::Lsq, Fold::Unfolded, 3, &lsq("lsq_plus"));
 }
 
 /// With a grid for each output channel, each filter has as many values as there are levels, and its own; a file keeps
@@ -287,6 +294,31 @@ fn parameters_are_kept_in_their_ranges() {
     let alpha = set(&network, &format!("{unit}.alpha"), &[-2.0]);
     network.forward_train(&images(), STEP).unwrap();
     assert_eq!(values(&alpha), [0.0]);
+
+    let mut network = trained(Method::Lsq);
+    let step = set(&network, &format!("{unit}.step"), &[-0.3]);
+    let weights = set(&network, &format!("{unit}.weight_step"), &[0.0]);
+    network.forward_train(&images(), STEP).unwrap();
+    assert_eq!([step, weights].map(|step| values(&step)), [[f32::EPSILON], [f32::EPSILON]]);
+}
+
+/// Bounds stay what they are at other bits; the steps of so many levels do not.
+#[test]
+fn steps_start_anew_at_other_bits() {
+    for method in learned() {
+        let mut network = trained(method);
+        let all = |network: &Network| -> Vec<Vec<u32>> {
+            quantizers(network)
+                .flat_map(|(_, q)| q.slots().map(|slot| bits(slot.2)).collect::<Vec<_>>())
+                .collect()
+        };
+        let before = all(&network);
+        let three = Precision::try_from(3).unwrap();
+        let settings = settings(method, Fold::Unfolded);
+        network.quantize(&Quantization { activations: three, weights: three, ..settings }).unwrap();
+        let kept = before.iter().zip(all(&network)).filter(|(a, b)| **a == *b).count();
+        assert_eq!(kept, if method == Method::Lsq { 0 } else { before.len() }, "{method:?}");
+    }
 }
 
 #[test]

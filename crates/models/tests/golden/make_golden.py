@@ -58,6 +58,7 @@ CASES = {
     "pact": ((4, 4, 5, 6), "unfolded", False, "pact"),
     "dsq": ((4, 4, 5, 6), "unfolded", True, "dsq"),
     "channels": ((4, 4, 5, 6), "unfolded", False, "channels"),
+    "lsq": ((4, 4, 5, 6), "unfolded", True, "lsq"),
 }
 
 
@@ -199,6 +200,47 @@ class Dsq(torch.nn.Module):
         return through(level(torch.where(phi < 0, -1.0, 1.0)), level(phi))
 
 
+class Lsq(torch.nn.Module):
+    """LSQ of weights (signed levels) and of activations, LSQ+ where these have an offset; the first tensor sets both."""
+
+    def __init__(self, bits, of_weights, has_offset):
+        super().__init__()
+        self.of_weights, self.ready, self.range = of_weights, False, None
+        self.low, self.high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if of_weights else (0, 2**bits - 1)
+        self.step = torch.nn.Parameter(torch.zeros(1))
+        self.offset = torch.nn.Parameter(torch.zeros(1)) if has_offset else None
+
+    def learned(self):
+        prefix = "weight_" if self.of_weights else ""
+        own = [(f"{prefix}step", self.step, "never"), (f"{prefix}offset", self.offset, "never")]
+        return own if self.offset is not None else own[:1]
+
+    def forward(self, x):
+        if self.training and not self.ready:
+            with torch.no_grad():
+                if self.offset is None:
+                    self.step.fill_(2 * x.abs().mean() / self.high**0.5)
+                else:
+                    # The extremes lie a 1024th of a step inside.
+                    self.step.fill_((x.max() - x.min()) / (self.high - 2 / 1024))
+                    self.offset.fill_(x.min() - self.step.item() / 1024)
+            self.ready = True
+        assert self.step > 1e-3
+        # The gradients are scaled by the number of weights, or of features of one image.
+        g = 1 / ((x.numel() if self.of_weights else x[0].numel()) * self.high) ** 0.5
+        step = through(self.step, self.step * g)
+        offset = 0.0 if self.offset is None else through(self.offset, self.offset * g)
+        position = (x - offset) / step
+        for end in (self.low, self.high):
+            distance = (position - end).detach().abs()
+            check_margin(distance[distance > 0], BORDER)
+        below, above = position <= self.low, position >= self.high
+        check_levels(position[~(below | above)])
+        ends = torch.tensor([float(self.low), float(self.high)])
+        clipped = torch.where(below, ends[0], torch.where(above, ends[1], position))
+        return through(torch.round(clipped), clipped) * step + offset
+
+
 def dorefa(weight, bits):
     """DoReFa's weights; the maximum is a constant."""
     t, steps = weight.tanh(), 2**bits - 1
@@ -243,7 +285,7 @@ class Unit(torch.nn.Module):
             return weight
         if self.method == "pact":
             return dorefa(weight, self.bits)
-        if self.method == "dsq":
+        if self.soft is not None:
             return self.soft(weight)
         if self.channels:
             return fake_quantize_channels(weight, self.bits)
@@ -282,7 +324,10 @@ class Network(torch.nn.Module):
             unit.folded_grid, unit.channels = fold == "batch_statistics", method == "channels"
             if i > 0:
                 unit.method = method
-                unit.soft = Dsq(weights, "weight_") if method == "dsq" else None
+                unit.soft = {
+                    "dsq": lambda: Dsq(weights, "weight_"),
+                    "lsq": lambda: Lsq(weights, of_weights=True, has_offset=False),
+                }.get(method, lambda: None)()
         self.head_bits, self.channels = weights and last, method == "channels"
         self.image_quantizer = Activations(activations and first)
         kinds = {
@@ -290,6 +335,7 @@ class Network(torch.nn.Module):
             "channels": lambda activation: Activations(activations),
             "pact": lambda activation: Pact(activations, activation == "identity"),
             "dsq": lambda activation: Dsq(activations),
+            "lsq": lambda activation: Lsq(activations, False, has_offset=activation == "identity"),
         }
         self.quantizers = torch.nn.ModuleList([kinds[method](activation) for *_, activation, _ in UNITS])
         self.head_quantizer = Activations(activations and last)

@@ -1,0 +1,97 @@
+//! LSQ: learned steps for activations and weights, and for activations of both signs LSQ+, which learns an offset too
+//! ([`kernels::lsq`]).
+
+use super::{Scheme, Schemes, Slot};
+use crate::{Gradients, Result, Role};
+use candle_core::Tensor;
+use kernels::lsq;
+use quant_core::Bits;
+use serde_json::Value;
+
+pub(super) const SCHEMES: Schemes = Schemes {
+    name: "lsq",
+    title: "LSQ",
+    unsigned: &Lsq::Unsigned,
+    signed: &Lsq::Offset,
+    weights: &[&Lsq::Weights],
+};
+
+/// What is quantized, on which levels.
+#[derive(Debug)]
+enum Lsq {
+    /// Activations that are never negative, on unsigned levels.
+    Unsigned,
+    /// Activations of both signs, on unsigned levels from an offset on.
+    Offset,
+    /// Weights, on signed levels.
+    Weights,
+}
+
+impl Lsq {
+    fn signed(&self) -> bool {
+        matches!(self, Self::Weights)
+    }
+
+    fn params<'a>(&self, by: &'a [Tensor], bits: Bits) -> lsq::Params<'a> {
+        lsq::Params { step: &by[0], offset: by.get(1), bits, signed: self.signed() }
+    }
+}
+
+impl Scheme for Lsq {
+    fn kind(&self) -> Value {
+        match self {
+            Self::Unsigned | Self::Weights => "lsq".into(),
+            Self::Offset => "lsq_plus".into(),
+        }
+    }
+
+    fn tensors(&self) -> &'static [Slot] {
+        const STEP: Slot = Slot { name: "step", len: 1, role: Some(Role::Interval) };
+        const OFFSET: Slot = Slot { name: "offset", len: 1, role: Some(Role::Interval) };
+        match self {
+            Self::Unsigned | Self::Weights => &[STEP],
+            Self::Offset => &[STEP, OFFSET],
+        }
+    }
+
+    /// A step is that of so many levels.
+    fn spans_any_bits(&self) -> bool {
+        false
+    }
+
+    fn start(&self, own: &[Tensor], x: &Tensor, bits: Bits) -> Result<()> {
+        match own {
+            [step] => step.slice_set(&lsq::initial_step(x, bits, self.signed())?, 0, 0)?,
+            _ => {
+                let (step, offset) = lsq::initial_step_and_offset(x, bits)?;
+                own[0].slice_set(&step, 0, 0)?;
+                own[1].slice_set(&offset, 0, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn update(&self, own: &[Tensor], _: &Tensor, _: f64) -> Result<()> {
+        Ok(lsq::project(&own[0])?)
+    }
+
+    fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor> {
+        Ok(lsq::forward(x, self.params(by, bits))?)
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        gy: &Tensor,
+        by: &[Tensor],
+        bits: Bits,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
+        // Of weights all, of activations those of one image.
+        let items = if self.signed() { x.elem_count() } else { x.elem_count() / x.dims()[0] };
+        let lsq::Grads { x, step, offset } = lsq::backward(x, gy, self.params(by, bits), items)?;
+        gradients.set(&by[0], step);
+        offset.into_iter().for_each(|offset| gradients.set(&by[1], offset));
+        Ok(x)
+    }
+}
