@@ -17,7 +17,7 @@ use candle_core::{DType, Device, Tensor};
 use divan::counter::{BytesCount, IntoCounter, ItemsCount};
 use divan::{Bencher, Divan};
 use kernels::augment::Views;
-use kernels::norm::{Epilogue, Gradient, Grads, Normalization};
+use kernels::norm::{BatchNormalization, Epilogue, Gradients, MapGradient};
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Result, Weight};
 use quant_core::Bits;
@@ -294,15 +294,15 @@ mod norm {
     /// Maps with their normalization, and a gradient of what comes out.
     pub struct Normalized {
         z: Tensor,
-        gy: Gradient,
-        norm: Normalization,
+        gy: MapGradient,
+        norm: BatchNormalization,
     }
 
     impl Normalized {
         pub fn new(dims: [usize; 4]) -> Self {
             let (z, gamma, beta) = (random(dims), random([dims[3]]), random([dims[3]]));
             let stats = norm::channel_stats(&z).expect("statistics");
-            let norm = Normalization::new(&stats, &gamma, &beta, 1e-5).expect("a normalization");
+            let norm = BatchNormalization::new(&stats, &gamma, &beta, 1e-5).expect("a normalization");
             Self { z, gy: random(dims).into(), norm }
         }
 
@@ -310,7 +310,7 @@ mod norm {
             Epilogue::batch(&self.z, &self.norm, ACTIVATION, M::quantizer())
         }
 
-        pub fn backward<M: Maps>(&self) -> Result<Grads> {
+        pub fn backward<M: Maps>(&self) -> Result<Gradients> {
             self.epilogue::<M>()?.backward(&self.gy)
         }
     }
@@ -318,7 +318,8 @@ mod norm {
     /// Floats read, floats or levels written.
     #[divan::bench(types = [Floats, Levels], args = MAPS)]
     fn forward<M: Maps>(bencher: Bencher, layer: Layer) {
-        let Normalized { z, norm: Normalization { scale, shift, .. }, .. } = Normalized::new(layer.input());
+        let Normalized { z, norm: BatchNormalization { scale, shift, .. }, .. } =
+            Normalized::new(layer.input());
         measure(bencher, layer.moving(Floats::BYTES + M::BYTES), || {
             norm::forward(&z, &scale, &shift, ACTIVATION, M::quantizer())
         });

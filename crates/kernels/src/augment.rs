@@ -8,9 +8,11 @@
 
 mod gpu;
 
-use crate::cpu::{self, Check};
-use crate::{Result, profile};
-use candle_core::{DType, Device, Tensor};
+use crate::check::Check;
+use crate::cpu::{self, open};
+use crate::work::fill;
+use crate::{Result, profiler};
+use candle_core::{DType, Tensor};
 
 /// How the images of a batch follow from those of the data set.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +48,7 @@ pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dty
     let corners = shaped("corners", views.corners, &[b, 2], DType::U32)?;
     let flip = shaped("flip", views.flip, &[b], DType::U8)?;
     let (mean, std) = (check.dims("mean", mean, &[c])?, check.dims("std", std, &[c])?);
-    let _note = profile::note(check.0, 0, b * h * w * c * (1 + dtype.size_in_bytes()));
+    let _note = profiler::note(check.0, 0, b * h * w * c * (1 + dtype.size_in_bytes()));
     if crate::gpu::runs(images.device()) {
         return gpu::batch(&images, [&index, &corners, &flip], views.pad, [&mean, &std], dtype);
     }
@@ -65,9 +67,10 @@ pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dty
     // The normalized value of every byte.
     let values: Vec<f32> =
         (0..256 * c).map(|i| ((i / c) as f32 / 255.0 - mean[i % c]) / std[i % c]).collect();
-    let opened = cpu::open(&images);
-    let (images, pad) = (opened.bytes()?, views.pad);
-    let y = cpu::fill(b * h * w * c, h * w * c, |b, y| {
+    let opened = open(&images);
+    let (images, pad) = (opened.elements::<u8>()?, views.pad);
+    let y = fill(b * h * w * c, h * w * c, |range, y| {
+        let b = range.start / (h * w * c);
         let image = &images[index[b] as usize * h * w * c..][..h * w * c];
         let (top, left) = (corners[b][0] as usize, corners[b][1] as usize);
         for (row, y) in y.chunks_exact_mut(w * c).enumerate() {
@@ -85,13 +88,14 @@ pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dty
             }
         }
     });
-    Ok(Tensor::from_vec(y, (b, h, w, c), &Device::Cpu)?)
+    cpu::tensor(y, (b, h, w, c))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::*;
+    use candle_core::Device;
 
     fn images() -> Tensor {
         let bytes: Vec<u8> = (0..2 * 3 * 4 * 2).map(|i| (i * 37 % 256) as u8).collect();

@@ -5,8 +5,8 @@
 
 mod gpu;
 
-use crate::cpu::Check;
-use crate::{Result, profile};
+use crate::check::Check;
+use crate::{Result, profiler};
 use candle_core::{D, Tensor};
 
 /// `x[N, K]` with `bias[K]` added to each row.
@@ -22,7 +22,7 @@ pub fn add(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if bias.dims() != [classes] {
         return Err(check.shape("bias", bias, format!("[{classes}]")));
     }
-    let _note = profile::note(check.0, 0, 8 * x.elem_count() + 4 * classes);
+    let _note = profiler::note(check.0, 0, 8 * x.elem_count() + 4 * classes);
     let (x, bias) = (check.float("x", x)?, check.float("bias", bias)?);
     if crate::gpu::runs(x.device()) { gpu::add(&x, &bias) } else { Ok(x.broadcast_add(&bias)?) }
 }
@@ -36,7 +36,7 @@ pub fn gradient(gy: &Tensor) -> Result<Tensor> {
     if gy.rank() != 2 || gy.elem_count() == 0 {
         return Err(check.shape("gy", gy, "[images, classes]"));
     }
-    let _note = profile::note(check.0, 0, 4 * gy.elem_count() + 4 * gy.dim(D::Minus1)?);
+    let _note = profiler::note(check.0, 0, 4 * gy.elem_count() + 4 * gy.dim(D::Minus1)?);
     let gy = check.float("gy", gy)?;
     if crate::gpu::runs(gy.device()) { gpu::gradient(&gy) } else { Ok(gy.sum(0)?) }
 }

@@ -3,11 +3,13 @@
 //! A block is some rows (positions) of the output. In training its statistics are taken at once ([`with_stats`]); in
 //! evaluation it is normalized and quantized at once and never written to memory ([`normalized`]).
 
+use crate::affine::AffineActivation;
 use crate::cpu;
-use crate::moments::MomentSums;
-use crate::norm::{Normalizer, Stats};
+use crate::moments::MomentAccumulator;
+use crate::norm::Stats;
+use crate::work::{MAX_PARTS, Progress, Written, append, blocks};
 use crate::{FeatureMap, Quantizer, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -24,9 +26,13 @@ pub(crate) trait Blockwise: Sync {
 
     fn scratch(&self) -> Self::Scratch;
 
-    /// Computes some rows of the output. Must write all of them; `rows` begins at a multiple of
-    /// [`Blockwise::rows_per_block`].
-    fn compute(&self, scratch: &mut Self::Scratch, rows: Range<usize>, z: &mut [MaybeUninit<f32>]);
+    /// Writes some rows of the output, which begin at a multiple of [`Blockwise::rows_per_block`].
+    fn compute<'z>(
+        &self,
+        scratch: &mut Self::Scratch,
+        rows: Range<usize>,
+        z: &'z mut [MaybeUninit<f32>],
+    ) -> Written<'z>;
 }
 
 /// Rows and channels of the output.
@@ -36,79 +42,50 @@ fn size(convolution: &impl Blockwise) -> (usize, usize) {
     (dims.iter().product::<usize>() / channels, channels)
 }
 
-/// The elements of a block that was just computed.
-#[allow(unsafe_code)]
-fn written(block: &mut [MaybeUninit<f32>]) -> &[f32] {
-    // SAFETY: by the trait's contract, `compute` has written all of it.
-    unsafe { block.assume_init_ref() }
-}
-
 /// The output.
-pub(crate) fn plain<C: Blockwise>(convolution: &C) -> Result<Tensor> {
+pub(crate) fn plain(convolution: &impl Blockwise) -> Result<Tensor> {
     let (per_block, init) = (convolution.rows_per_block(), || convolution.scratch());
-    // SAFETY: the trait's contract.
-    #[allow(unsafe_code)]
-    let (z, _) = unsafe {
-        cpu::blocks(size(convolution), per_block, init, |scratch, rows, z| {
-            convolution.compute(scratch, rows, z)
-        })
-    };
-    Ok(Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?)
+    let (z, _) = blocks(size(convolution), per_block, init, |scratch, rows, z| {
+        (convolution.compute(scratch, rows, z), ())
+    });
+    cpu::tensor(z, convolution.dims())
 }
 
 /// The output and its statistics. These are summed up in parts of some blocks, whose number depends on the shape alone.
-pub(crate) fn with_stats<C: Blockwise>(convolution: &C) -> Result<(Tensor, Stats)> {
+pub(crate) fn with_stats(convolution: &impl Blockwise) -> Result<(Tensor, Stats)> {
     let (rows, c) = size(convolution);
     let per_block = convolution.rows_per_block();
-    let per_part = rows.div_ceil(cpu::MAX_PARTS).next_multiple_of(per_block);
-    let part = |scratch: &mut C::Scratch, rows: Range<usize>, z: &mut [MaybeUninit<f32>]| {
-        let mut sums = MomentSums::new(c);
-        for (start, block) in rows.clone().step_by(per_block).zip(z.chunks_mut(per_block * c)) {
-            convolution.compute(scratch, start..rows.end.min(start + per_block), block);
-            sums.add(written(block));
-        }
-        sums.moments(written(z))
-    };
-    // SAFETY: the trait's contract; the blocks cover the part.
-    #[allow(unsafe_code)]
-    let (z, moments) = unsafe { cpu::blocks((rows, c), per_part, || convolution.scratch(), part) };
-    Ok((Tensor::from_vec(z, convolution.dims(), &Device::Cpu)?, Stats::of_parts(moments)?))
+    let per_part = rows.div_ceil(MAX_PARTS).next_multiple_of(per_block);
+    let (z, moments) = blocks(
+        (rows, c),
+        per_part,
+        || convolution.scratch(),
+        |scratch, rows, z| {
+            let mut moments = MomentAccumulator::new(c);
+            let mut part = Progress::new(z);
+            for start in rows.clone().step_by(per_block) {
+                let rows = start..rows.end.min(start + per_block);
+                moments.add(part.next(rows.len() * c, |z| convolution.compute(scratch, rows, z)));
+            }
+            let z = &*part.finish();
+            (z.into(), moments.finish(z))
+        },
+    );
+    Ok((cpu::tensor(z, convolution.dims())?, Stats::of_parts(moments)?))
 }
 
 /// The output, normalized, activated and quantized.
 pub(crate) fn normalized<C: Blockwise>(
     convolution: &C,
-    normalizer: &Normalizer,
+    affine: &AffineActivation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let dims = convolution.dims();
-    match quant {
-        None => {
-            let y = each_block(convolution, |z, y| normalizer.floats(z, y));
-            Ok(FeatureMap::Float(Tensor::from_vec(y, dims, &Device::Cpu)?))
-        }
-        Some(quant) => {
-            let y = each_block(convolution, |z, y| normalizer.levels(z, y));
-            FeatureMap::of_levels(y, dims, quant)
-        }
-    }
-}
-
-/// What `write(z, y)` makes of each block of the output; it must write all of `y`, which is as long as `z`.
-fn each_block<C: Blockwise, T: Copy + Send>(
-    convolution: &C,
-    write: impl Fn(&[f32], &mut [MaybeUninit<T>]) + Sync + Send,
-) -> Vec<T> {
     let (rows, c) = size(convolution);
+    let init = || (convolution.scratch(), Vec::new());
     let per_block = convolution.rows_per_block();
-    let init = || (convolution.scratch(), vec![MaybeUninit::uninit(); per_block.min(rows) * c]);
-    let compute = |(scratch, z): &mut (C::Scratch, Vec<MaybeUninit<f32>>), rows, y: &mut [_]| {
-        let z = &mut z[..y.len()];
-        convolution.compute(scratch, rows, z);
-        write(written(z), y);
-    };
-    // SAFETY: `write` writes all of its block.
-    #[allow(unsafe_code)]
-    let (y, _) = unsafe { cpu::blocks((rows, c), per_block, init, compute) };
-    y
+    FeatureMap::write(convolution.dims(), (rows, c), quant, per_block, init, |(scratch, z), rows, y| {
+        z.clear();
+        let z = append(z, rows.len() * c, |z| convolution.compute(scratch, rows, z));
+        affine.write(z, y)
+    })
 }

@@ -6,9 +6,9 @@
 //! The passes of a network call the functions here; which operation computes a kind, [`crate::pointwise`],
 //! [`crate::depthwise`] or [`crate::im2col`], is decided in this file, and what its weight looks like as well.
 
-use crate::cpu::Check;
-use crate::norm::{Epilogue, Gradient, OutputGradient, Stats};
-use crate::{Activation, FeatureMap, Input, Quantizer, Result, Weight, depthwise, im2col, pointwise};
+use crate::check::Check;
+use crate::norm::{DeferredGradient, Epilogue, MapGradient, Stats};
+use crate::{Activation, FeatureMap, Quantizer, Result, Weight, depthwise, im2col, pointwise};
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -48,10 +48,10 @@ pub enum Below<'a> {
 }
 
 /// `z[N, Ho, Wo, C_out]` of `x[N, H, W, C_in]`.
-pub fn forward<'a>(kernel: Kernel, x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
+pub fn forward<'a>(kernel: Kernel, x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
     let (x, w) = (x.into(), w.into());
     match kernel {
-        Kernel::Full { size, stride } => pointwise::forward(&patches(x, size, stride)?, w),
+        Kernel::Full { size, stride } => pointwise::forward(&patches(&x, size, stride)?, w),
         Kernel::Depthwise { stride } => depthwise::forward(x, w.value, stride),
         Kernel::Pointwise => pointwise::forward(x, w),
     }
@@ -60,12 +60,12 @@ pub fn forward<'a>(kernel: Kernel, x: impl Into<Input<'a>>, w: impl Into<Weight<
 /// [`forward`], with the statistics of `z`.
 pub fn forward_stats<'a>(
     kernel: Kernel,
-    x: impl Into<Input<'a>>,
+    x: impl Into<FeatureMap>,
     w: impl Into<Weight<'a>>,
 ) -> Result<(Tensor, Stats)> {
     let (x, w) = (x.into(), w.into());
     match kernel {
-        Kernel::Full { size, stride } => pointwise::forward_stats(&patches(x, size, stride)?, w),
+        Kernel::Full { size, stride } => pointwise::forward_stats(&patches(&x, size, stride)?, w),
         Kernel::Depthwise { stride } => depthwise::forward_stats(x, w.value, stride),
         Kernel::Pointwise => pointwise::forward_stats(x, w),
     }
@@ -74,7 +74,7 @@ pub fn forward_stats<'a>(
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C_out]`; `z` is never in memory as a whole.
 pub fn forward_normalized<'a>(
     kernel: Kernel,
-    x: impl Into<Input<'a>>,
+    x: impl Into<FeatureMap>,
     w: impl Into<Weight<'a>>,
     affine: (&Tensor, &Tensor),
     act: Activation,
@@ -83,7 +83,7 @@ pub fn forward_normalized<'a>(
     let (x, w) = (x.into(), w.into());
     match kernel {
         Kernel::Full { size, stride } => {
-            pointwise::forward_normalized(&patches(x, size, stride)?, w, affine, act, quant)
+            pointwise::forward_normalized(&patches(&x, size, stride)?, w, affine, act, quant)
         }
         Kernel::Depthwise { stride } => depthwise::forward_normalized(x, w.value, stride, affine, act, quant),
         Kernel::Pointwise => pointwise::forward_normalized(x, w, affine, act, quant),
@@ -94,13 +94,13 @@ pub fn forward_normalized<'a>(
 ///
 /// # Errors
 /// Wrong shapes and dtypes, and a full convolution whose input's gradient is asked for.
-pub fn backward<'a>(
+pub fn backward(
     kernel: Kernel,
-    x: impl Into<Input<'a>>,
+    x: impl Into<FeatureMap>,
     w: &Tensor,
-    gz: &OutputGradient,
+    gz: &DeferredGradient,
     below: Below<'_>,
-) -> Result<(Tensor, Option<Gradient>)> {
+) -> Result<(Tensor, Option<MapGradient>)> {
     let x = x.into();
     let epilogue = match below {
         Below::Image => return Ok((grad_weight(kernel, x, &gz.tensor()?)?, None)),
@@ -119,18 +119,18 @@ pub fn backward<'a>(
 }
 
 /// The gradient of the weight, of its shape, from that of the output, `gz[N, Ho, Wo, C_out]`.
-pub fn grad_weight<'a>(kernel: Kernel, x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
+pub fn grad_weight(kernel: Kernel, x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
     let x = x.into();
     match kernel {
         // The patches are gathered again: to keep them from the forward pass would take `k·k` inputs.
-        Kernel::Full { size, stride } => pointwise::grad_weight(&patches(x, size, stride)?, gz),
+        Kernel::Full { size, stride } => pointwise::grad_weight(&patches(&x, size, stride)?, gz),
         Kernel::Depthwise { stride } => depthwise::grad_weight(x, gz, stride),
         Kernel::Pointwise => pointwise::grad_weight(x, gz),
     }
 }
 
 /// The rows that make a full convolution a product.
-fn patches(x: Input<'_>, size: usize, stride: usize) -> Result<Tensor> {
+fn patches(x: &FeatureMap, size: usize, stride: usize) -> Result<Tensor> {
     im2col::forward(&x.to_float()?, size, stride, (size - 1) / 2)
 }
 

@@ -16,55 +16,57 @@
 
 mod gpu;
 
+use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
-use crate::cpu::{self, CHUNK, Check, open, simd};
-use crate::feature::Source;
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
+use crate::elements::Stored;
+use crate::feature::Operand;
 use crate::norm::{
-    self, Epilogue, Gradient, GradientSums, Normalizer, OpenEpilogue, OpenGradient, OutputGradient, Stats,
-    Sums,
+    self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue,
+    OpenGradient, Stats,
 };
-use crate::{Activation, FeatureMap, Input, Quantizer, Result, clamp, profile};
-use candle_core::{Device, Tensor};
+use crate::work::{CHUNK, Progress, Written, append, parts, parts_writing};
+use crate::{Activation, FeatureMap, Quantizer, Result, clamp, profiler};
+use candle_core::Tensor;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// `z[N, Ho, Wo, C]` of `x[N, H, W, C]` and `w[3, 3, C]`.
-pub fn forward<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> Result<Tensor> {
-    let x = x.into();
+pub fn forward(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<Tensor> {
+    let (check, x) = (Check("depthwise::forward"), x.into());
     if crate::gpu::runs(w.device()) {
-        return Ok(gpu::forward(&Check("depthwise::forward"), x, w, stride, false)?.0);
+        return gpu::forward(&check, &x, w, stride);
     }
-    with_gather("depthwise::forward", x, w, stride, |gather| blockwise::plain(gather))
+    with_gather(&check, &x, w, stride, |gather| blockwise::plain(gather))
 }
 
 /// [`forward`], with the statistics of `z`.
-pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
-    let x = x.into();
+pub fn forward_stats(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
+    let (check, x) = (Check("depthwise::forward_stats"), x.into());
     if crate::gpu::runs(w.device()) {
-        let (z, partials) = gpu::forward(&Check("depthwise::forward_stats"), x, w, stride, true)?;
-        return Ok((z, partials.expect("asked for").merged()?));
+        return gpu::forward_stats(&check, &x, w, stride);
     }
-    with_gather("depthwise::forward_stats", x, w, stride, |gather| blockwise::with_stats(gather))
+    with_gather(&check, &x, w, stride, |gather| blockwise::with_stats(gather))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
-pub fn forward_normalized<'a>(
-    x: impl Into<Input<'a>>,
+pub fn forward_normalized(
+    x: impl Into<FeatureMap>,
     w: &Tensor,
     stride: usize,
     (scale, shift): (&Tensor, &Tensor),
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let x = x.into();
+    let (check, x) = (Check("depthwise::forward_normalized"), x.into());
     if crate::gpu::runs(w.device()) {
-        let (z, _) = gpu::forward(&Check("depthwise::forward_normalized"), x, w, stride, false)?;
-        return norm::forward(&z, scale, shift, act, quant);
+        return norm::forward(&gpu::forward(&check, &x, w, stride)?, scale, shift, act, quant);
     }
-    with_gather("depthwise::forward_normalized", x, w, stride, |gather| {
-        let check = Check("depthwise::forward_normalized");
-        let normalizer = Normalizer::new(&check, gather.to.2, scale, shift, act, quant)?;
-        blockwise::normalized(gather, &normalizer, quant)
+    check.quantizer(quant)?;
+    with_gather(&check, &x, w, stride, |gather| {
+        let affine = AffineActivation::new(&check, gather.to.2, scale, shift, act)?;
+        blockwise::normalized(gather, &affine, quant)
     })
 }
 
@@ -78,80 +80,80 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
     geometry.check_output(&check, n, gz)?;
     let Geometry { h, w: width, ho, wo, .. } = geometry;
     let gz = check.map_float("gz", gz)?;
+    let _note = profiler::note(check.0, 18 * n * ho * wo * c, 4 * n * c * (ho * wo + h * width));
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w, stride, size);
     }
     let (gz, w) = (open(&gz), open(&w));
-    let x = Source::Float(gz.floats()?);
-    let _note = profile::note(check.0, 18 * n * ho * wo * c, 4 * n * c * (ho * wo + h * width));
-    blockwise::plain(&Gather::new(x, w.floats()?, Direction::Backward, stride, n, (ho, wo), (h, width, c)))
+    let x = Operand::Stored(Stored::Float(gz.floats()?));
+    let to = (h, width, c);
+    blockwise::plain(&Gather::new(x, w.floats()?, Direction::Backward, stride, n, (ho, wo), to))
 }
 
 /// The gradient of the weight, `[3, 3, C]`.
-pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor, stride: usize) -> Result<Tensor> {
-    let check = Check("depthwise::grad_weight");
-    let x = x.into();
+pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor, stride: usize) -> Result<Tensor> {
+    let (check, x) = (Check("depthwise::grad_weight"), x.into());
     let (n, height, width, c) = check.map_sizes("x", x.dims())?;
     let geometry = Geometry::new(&check, height, width, c, stride)?;
-    let _note = profile::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
+    let _note = profiler::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
     geometry.check_output(&check, n, gz)?;
     let gz = check.map_float("gz", gz)?;
     if crate::gpu::runs(gz.device()) {
-        return gpu::grad_weight(&check, x, &gz, stride);
+        return gpu::grad_weight(&check, &x, &gz, stride);
     }
-    let x = x.open(&check, "x")?;
-    let (x, gz) = (x.opened(), open(&gz));
-    let gw = weight_gradient(Source::new(&x)?, gz.floats()?, n, &geometry);
-    Ok(Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?)
+    let gw = x.read(&check, "x", |x| Ok(weight_gradient(x, open(&gz).floats()?, n, &geometry)))?;
+    cpu::tensor(gw, (3, 3, c))
 }
 
 /// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([3, 3, C], [N, H, W, C])`. `below` is what
 /// made `x`, as in [`crate::pointwise::backward`].
-pub fn backward<'a>(
-    x: impl Into<Input<'a>>,
+pub fn backward(
+    x: impl Into<FeatureMap>,
     w: &Tensor,
-    gz: &OutputGradient,
+    gz: &DeferredGradient,
     stride: usize,
     below: Option<&Epilogue>,
-) -> Result<(Tensor, Gradient)> {
-    let check = Check("depthwise::backward");
-    let x = x.into();
-    let (n, height, width, c) = check.map_sizes("x", x.dims())?;
+) -> Result<(Tensor, MapGradient)> {
+    let (check, x) = (Check("depthwise::backward"), x.into());
+    let dims = x.dims();
+    let (n, height, width, c) = check.map_sizes("x", dims)?;
     if crate::gpu::runs(w.device()) {
         let gz = gz.tensor()?;
-        return Ok((grad_weight(x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?.into()));
+        return Ok((grad_weight(&x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?.into()));
     }
     let geometry = Geometry::new(&check, height, width, c, stride)?;
     let outputs = gz.z().elem_count();
-    let _note =
-        profile::note(check.0, 36 * outputs, x.bytes_with(below) + 4 * n * height * width * c + 8 * outputs);
+    let bytes = norm::bytes_with(&x, below) + 4 * n * height * width * c + 8 * outputs;
+    let _note = profiler::note(check.0, 36 * outputs, bytes);
     geometry.check_output(&check, n, gz.z())?;
     let w = check.dims("w", w, &[3, 3, c])?;
-    let (dims, x) = (x.dims(), x.open(&check, "x")?);
-    let (x, w, gz) = (x.opened(), open(&w), gz.open()?);
-    let below = below.map(|below| below.open_below(&check, dims)).transpose()?;
-    let (gw, gx, sums) = gradients(Source::new(&x)?, w.floats()?, &gz, below.as_ref(), n, &geometry);
-    let gx = Gradient { tensor: Tensor::from_vec(gx, dims, &Device::Cpu)?, sums };
-    Ok((Tensor::from_vec(gw, (3, 3, c), &Device::Cpu)?, gx))
+    let w = open(&w);
+    let w = w.floats()?;
+    let (gw, gx, sums) = x.read(&check, "x", |x| {
+        gz.read(|gz| {
+            Epilogue::read_below(below, &check, dims, |below| Ok(gradients(x, w, gz, below, n, &geometry)))
+        })
+    })?;
+    Ok((cpu::tensor(gw, (3, 3, c))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
 }
 
-/// Checks the operands and calls `f` with the forward convolution.
+/// Checks the operands, and calls `f` with the forward convolution.
 fn with_gather<R>(
-    name: &'static str,
-    x: Input<'_>,
+    check: &Check,
+    x: &FeatureMap,
     w: &Tensor,
     stride: usize,
     f: impl FnOnce(&Gather<'_>) -> Result<R>,
 ) -> Result<R> {
-    let check = Check(name);
     let (n, height, width, c) = check.map_sizes("x", x.dims())?;
     let w = check.dims("w", w, &[3, 3, c])?;
-    let Geometry { h, w: width, ho, wo, .. } = Geometry::new(&check, height, width, c, stride)?;
+    let Geometry { h, w: width, ho, wo, .. } = Geometry::new(check, height, width, c, stride)?;
     let outputs = n * ho * wo * c;
-    let _note = profile::note(name, 18 * outputs, x.bytes() + 4 * outputs);
-    let x = x.open(&check, "x")?;
-    let (x, w) = (x.opened(), open(&w));
-    f(&Gather::new(Source::new(&x)?, w.floats()?, Direction::Forward, stride, n, (h, width), (ho, wo, c)))
+    let _note = profiler::note(check.0, 18 * outputs, x.bytes() + 4 * outputs);
+    x.read(check, "x", |x| {
+        let w = open(&w);
+        f(&Gather::new(x, w.floats()?, Direction::Forward, stride, n, (h, width), (ho, wo, c)))
+    })
 }
 
 /// The sizes of one convolution.
@@ -173,7 +175,7 @@ impl Geometry {
         Ok(Self { h, w, ho: (h - 1) / stride + 1, wo: (w - 1) / stride + 1, c, stride })
     }
 
-    /// That a gradient is one of the output for `n` images.
+    /// Checks that a gradient has the shape of the output of `n` images.
     fn check_output(&self, check: &Check, n: usize, gz: &Tensor) -> Result<()> {
         let expected = [n, self.ho, self.wo, self.c];
         if gz.dims() != expected {
@@ -317,22 +319,31 @@ fn several<T: Copy, const L: usize, const P: usize>(
 }
 
 simd! {
-    /// One row of positions, `y[columns][c]`, from an image.
-    fn gather_row(
-        x: Source<'_>,
+    /// Writes one row of positions, `y[columns][c]`, from an image.
+    fn gather_row<'y>(
+        x: Stored<'_>,
         w: &[f32],
-        y: &mut [MaybeUninit<f32>],
+        y: &'y mut [MaybeUninit<f32>],
         c: usize,
         stride: usize,
         rows: &[Tap],
         columns: &[Vec<Tap>],
-    ) {
+    ) -> Written<'y> {
+        assert_eq!(y.len(), columns.len() * c);
+        if cfg!(debug_assertions) {
+            // So that tests see what is not written.
+            y.fill(MaybeUninit::new(f32::NAN));
+        }
         match x {
-            Source::Float(x) => gather_positions(x, |x| x, w, y, c, stride, rows, columns),
-            Source::Levels(x, grid) => {
+            Stored::Float(x) => gather_positions(x, |x| x, w, y, c, stride, rows, columns),
+            Stored::Levels(x, grid) => {
                 gather_positions(x, |q| grid.value(f32::from(q)), w, y, c, stride, rows, columns);
             }
-            Source::Normalized(..) => unreachable!("computed in a window"),
+        }
+        // SAFETY: `gather_positions` visits all columns, and `cover!` all channels of each.
+        #[allow(unsafe_code)]
+        unsafe {
+            y.assume_init_ref().into()
         }
     }
 }
@@ -369,7 +380,7 @@ fn gather_positions<T: Copy>(
 
 /// What the taps gather for each position of the maps of a batch: the convolution, or its input's gradient.
 struct Gather<'a> {
-    x: Source<'a>,
+    x: Operand<'a>,
     w: &'a [f32],
     stride: usize,
     dims: [usize; 4],
@@ -384,7 +395,7 @@ struct Gather<'a> {
 
 impl<'a> Gather<'a> {
     fn new(
-        x: Source<'a>,
+        x: Operand<'a>,
         w: &'a [f32],
         direction: Direction,
         stride: usize,
@@ -465,24 +476,33 @@ impl Blockwise for Gather<'_> {
         Window::default()
     }
 
-    fn compute(&self, window: &mut Window, rows: Range<usize>, z: &mut [MaybeUninit<f32>]) {
-        // `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
+    fn compute<'z>(
+        &self,
+        window: &mut Window,
+        rows: Range<usize>,
+        z: &'z mut [MaybeUninit<f32>],
+    ) -> Written<'z> {
         let (h, w, c) = self.to;
-        for (row, z) in (rows.start / w..).zip(z.chunks_exact_mut(w * c)) {
+        let mut z = Progress::new(z);
+        for row in rows.start / w..rows.end / w {
             let (image, taps) = (row / h, &self.rows[row % h]);
-            let x = self.x.part(image * self.from..(image + 1) * self.from);
-            if let Source::Normalized(..) = x {
-                let len = self.from_row;
-                let needed = reached(taps, len);
-                let taps = from_row(taps, needed.start, len);
-                let x = window.get(image, needed, len, |rows, floats| {
-                    x.part(rows.start * len..rows.end * len).append_to(floats);
-                });
-                gather_row(Source::Float(x), self.w, z, c, self.stride, &taps, &self.columns);
-            } else {
-                gather_row(x, self.w, z, c, self.stride, taps, &self.columns);
+            match self.x.part(image * self.from..(image + 1) * self.from) {
+                Operand::Stored(x) => {
+                    z.next(w * c, |z| gather_row(x, self.w, z, c, self.stride, taps, &self.columns));
+                }
+                x @ Operand::Deferred(..) => {
+                    let len = self.from_row;
+                    let needed = reached(taps, len);
+                    let taps = from_row(taps, needed.start, len);
+                    let x = window.get(image, needed, len, |rows, floats| {
+                        x.part(rows.start * len..rows.end * len).append_to(floats);
+                    });
+                    let x = Stored::Float(x);
+                    z.next(w * c, |z| gather_row(x, self.w, z, c, self.stride, &taps, &self.columns));
+                }
             }
         }
+        z.finish().into()
     }
 }
 
@@ -558,7 +578,7 @@ simd! {
     /// image give. One block of channels at a time is copied to `block`, which stays in cache, with a
     /// border of zeros: so all positions have all taps, and their sums stay in registers.
     fn correlate(
-        image: Source<'_>,
+        image: Operand<'_>,
         gy: &[f32],
         sums: &mut [[Lanes; 9]],
         geometry: &Geometry,
@@ -571,14 +591,16 @@ simd! {
         for (b, sums) in sums.iter_mut().enumerate() {
             let channels = b * LANES..c.min((b + 1) * LANES);
             match image {
-                Source::Float(image) => pack(block, image, |_, x| x, w, c, &channels, oh * stride),
-                Source::Levels(image, grid) => {
+                Operand::Stored(Stored::Float(image)) => {
+                    pack(block, image, |_, x| x, w, c, &channels, oh * stride);
+                }
+                Operand::Stored(Stored::Levels(image, grid)) => {
                     pack(block, image, |_, q| grid.value(f32::from(q)), w, c, &channels, oh * stride);
                 }
-                Source::Normalized(image, normalizer) => {
+                Operand::Deferred(image, affine) => {
                     let [scale, shift] =
-                        normalizer.affine().map(|all| Lanes::load(&all[channels.clone()], |_, x| x).0);
-                    let bounds = normalizer.bounds();
+                        affine.coefficients().map(|all| Lanes::load(&all[channels.clone()], |_, x| x).0);
+                    let bounds = affine.bounds();
                     let value = |i: usize, z: f32| clamp(z.mul_add(scale[i], shift[i]), bounds);
                     pack(block, image, value, w, c, &channels, oh * stride);
                 }
@@ -631,9 +653,9 @@ impl Geometry {
 }
 
 /// The gradient of the weight from a batch of `n` images.
-fn weight_gradient(x: Source<'_>, gz: &[f32], n: usize, geometry: &Geometry) -> Vec<f32> {
+fn weight_gradient(x: Operand<'_>, gz: &[f32], n: usize, geometry: &Geometry) -> Vec<f32> {
     let &Geometry { ho, wo, c, .. } = geometry;
-    let parts = cpu::parts(n * ho, wo * c, |rows| {
+    let sums = parts(n * ho, wo * c, |rows| {
         let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
         let mut block = Vec::new();
         for (image, oh, rows) in bands(rows, ho, geometry.rows_per_band()) {
@@ -649,36 +671,36 @@ fn weight_gradient(x: Source<'_>, gz: &[f32], n: usize, geometry: &Geometry) -> 
         }
         sums
     });
-    sum_of_parts(&parts, c)
+    sum_of_parts(&sums, c)
 }
 
 /// Both gradients from a batch of `n` images, and the sums of what made the input: each row of `∂z` is computed once,
 /// and used while it is in cache.
 fn gradients(
-    x: Source<'_>,
+    x: Operand<'_>,
     w: &[f32],
     gz: &OpenGradient<'_>,
     below: Option<&OpenEpilogue<'_>>,
     n: usize,
     geometry: &Geometry,
-) -> (Vec<f32>, Vec<f32>, Option<Sums>) {
+) -> (Vec<f32>, Vec<f32>, Option<GradientSums>) {
     let &Geometry { h, w: width, ho, wo, c, stride } = geometry;
     let len = wo * c;
     let row_taps = reach(Direction::Backward, stride, (h, ho), (len, 3 * c));
     let column_taps = reach(Direction::Backward, stride, (width, wo), (c, c));
-    // The rows of the input that belong to some of the output.
+    // Where the rows of the input begin that belong to the output from a row on.
     let inputs = |row: usize| (row / ho * h + (row % ho * stride).min(h)) * width * c;
-    let part = |rows: Range<usize>, mut gx: &mut [MaybeUninit<f32>]| {
+    let (gx, parts) = parts_writing((n * ho, len), inputs, |rows, gx| {
         let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
-        let mut sums_below = below.map(GradientSums::new);
-        let (mut block, mut window) = (Vec::new(), Window::default());
+        let mut sums_below = below.map(GradientAccumulator::new);
+        let (mut block, mut window, mut gx) = (Vec::new(), Window::default(), Progress::new(gx));
         for (image, oh, rows) in bands(rows, ho, geometry.rows_per_band()) {
             // The rows beside the band reach its inputs, too.
             let first = oh.saturating_sub(1);
             let gz = window.get(image, first..(oh + rows + 1).min(ho), len, |rows, floats| {
-                cpu::append(floats, rows.len() * len, |block| {
-                    let row = image * ho * wo;
-                    gz.rows(row + rows.start * wo..row + rows.end * wo, block);
+                let row = image * ho * wo;
+                append(floats, rows.len() * len, |block| {
+                    gz.rows(row + rows.start * wo..row + rows.end * wo, block)
                 });
             });
             let of_band = &gz[(oh - first) * len..][..rows * len];
@@ -686,23 +708,17 @@ fn gradients(
             let last = if oh + rows == ho { h } else { (oh + rows) * stride };
             for ih in oh * stride..last {
                 let taps = from_row(&row_taps[ih], first, len);
-                let (row, rest) = gx.split_at_mut(width * c);
-                gather_row(Source::Float(gz), w, row, c, stride, &taps, &column_taps);
+                let gz = Stored::Float(gz);
+                let row = gx.next(width * c, |row| gather_row(gz, w, row, c, stride, &taps, &column_taps));
                 if let Some(sums) = &mut sums_below {
-                    // SAFETY: `gather_row` writes all columns of a row, and by `cover!` all channels of a column.
-                    #[allow(unsafe_code)]
-                    sums.add((image * h + ih) * width, unsafe { row.assume_init_ref() });
+                    sums.add((image * h + ih) * width, row);
                 }
-                gx = rest;
             }
         }
-        (sums, sums_below.map(GradientSums::finish))
-    };
-    // SAFETY: a part writes the rows of the input that belong to its bands, so all of its block.
-    #[allow(unsafe_code)]
-    let (gx, parts) = unsafe { cpu::parts_writing((n * ho, len), n * h * width * c, inputs, part) };
+        (gx.finish().into(), (sums, sums_below.map(GradientAccumulator::finish)))
+    });
     let (of_weight, of_below): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
-    (sum_of_parts(&of_weight, c), gx, Sums::of_parts(of_below.into_iter().flatten()))
+    (sum_of_parts(&of_weight, c), gx, GradientSums::of_parts(of_below.into_iter().flatten()))
 }
 
 /// The gradient of the weight, `[3, 3, C]`, from those of the parts of a batch.
@@ -836,17 +852,17 @@ mod tests {
             let context = format!("{n}×{h}×{w}×{c}, stride {stride}");
             let (x, weight) = (random(1, &[n, h, w, c]), random(2, &[3, 3, c]));
             let (gamma, beta) = (random(3, &[c]), random(4, &[c]));
-            let lazy = FeatureMap::normalized(&x, &gamma, &beta, Activation::Relu).unwrap();
+            let deferred = norm::deferred(&x, &gamma, &beta, Activation::Relu).unwrap();
             let z = forward(&x, &weight, stride).unwrap();
             let stats = norm::channel_stats(&z).unwrap();
-            let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
+            let of_batch = norm::BatchNormalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
             let gy = random(5, z.dims());
             let of_z = Epilogue::batch(&z, &of_batch, Activation::Relu6, None).unwrap();
             let gz = of_z.backward(&gy.into()).unwrap().z;
             let below = epilogue(x.dims(), None);
             let whole = gz.tensor().unwrap();
             let gx = elements(&grad_input(&whole, &weight, stride, (h, w)).unwrap());
-            for x in [&FeatureMap::Float(x), &lazy] {
+            for x in [&FeatureMap::Float(x), &deferred] {
                 let found = backward(x, &weight, &gz, stride, Some(&below)).unwrap();
                 assert_sums(&below, &found.1, &context);
                 assert_eq!(
@@ -858,7 +874,7 @@ mod tests {
             }
             if n > 3 {
                 assert_same_everywhere(|| {
-                    let (gw, gx) = backward(&lazy, &weight, &gz, stride, Some(&below)).unwrap();
+                    let (gw, gx) = backward(&deferred, &weight, &gz, stride, Some(&below)).unwrap();
                     let of_below = below.backward(&gx).unwrap();
                     vec![gw, gx.tensor, of_below.gamma.unwrap(), of_below.shift]
                 });

@@ -9,46 +9,44 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, simd};
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
 use crate::tanh::tanh;
-use crate::{Result, profile, quantize};
-use candle_core::{Device, Tensor};
+use crate::work::{CHUNK, fill};
+use crate::{Result, profiler, quantize};
+use candle_core::Tensor;
 use quant_core::Bits;
 
 /// The quantized weights, of the shape of `weight`.
 pub fn forward(weight: &Tensor, bits: Bits) -> Result<Tensor> {
     let check = Check("dorefa::forward");
-    let _note = profile::note(check.0, 0, 8 * weight.elem_count());
+    let _note = profiler::note(check.0, 0, 8 * weight.elem_count());
     let weight = check.float("weight", weight)?;
     if crate::gpu::runs(weight.device()) {
         return gpu::forward(&weight, bits);
     }
     let maximum = maximum(&weight)?;
-    let opened = cpu::open(&weight);
+    let opened = open(&weight);
     let w = opened.floats()?;
     let (half, steps) = (0.5 / maximum, bits.max_level() as f32);
-    let y = cpu::fill(w.len(), CHUNK, |i, y| levels(&w[i * CHUNK..][..y.len()], y, half, steps));
-    Ok(Tensor::from_vec(y, opened.dims(), &Device::Cpu)?)
+    cpu::tensor(fill(w.len(), CHUNK, |part, y| levels(&w[part], y, half, steps)), opened.dims())
 }
 
 /// The gradient of the weights. It does not depend on the bits.
 pub fn backward(weight: &Tensor, gy: &Tensor) -> Result<Tensor> {
     let check = Check("dorefa::backward");
-    let _note = profile::note(check.0, 0, 12 * weight.elem_count());
+    let _note = profiler::note(check.0, 0, 12 * weight.elem_count());
     let weight = check.float("weight", weight)?;
     let gy = check.dims("gy", gy, weight.dims())?;
     if crate::gpu::runs(weight.device()) {
         return gpu::backward(&weight, &gy);
     }
     let maximum = maximum(&weight)?;
-    let (opened, gy) = (cpu::open(&weight), cpu::open(&gy));
+    let (opened, gy) = (open(&weight), open(&gy));
     let (w, gy) = (opened.floats()?, gy.floats()?);
     let scale = 1.0 / maximum;
-    let gw = cpu::fill(w.len(), CHUNK, |i, gw| {
-        let (start, len) = (i * CHUNK, gw.len());
-        slopes(&w[start..][..len], &gy[start..][..len], gw, scale);
-    });
-    Ok(Tensor::from_vec(gw, opened.dims(), &Device::Cpu)?)
+    let gw = fill(w.len(), CHUNK, |part, gw| slopes(&w[part.clone()], &gy[part], gw, scale));
+    cpu::tensor(gw, opened.dims())
 }
 
 /// `M = max|tanh w|`, which is that of the largest weight.

@@ -21,18 +21,20 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, simd};
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
 use crate::learned::{LANES, Lanes, map_and_sum};
 use crate::tanh::tanh;
-use crate::{Result, clamp, profile};
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
+use crate::work::{CHUNK, fill};
+use crate::{Result, clamp, profiler};
+use candle_core::Tensor;
 use quant_core::Bits;
 
 /// The range of `α`. The paper's ends at ½; from 0 it keeps such a distance that all is finite (`κ` is 9.9 there).
 pub const SOFTNESS: (f32, f32) = (1e-4, 0.5);
 
 /// The gradients of the soft function.
-pub struct Grads {
+pub struct Gradients {
     /// Of the input, of its shape.
     pub x: Tensor,
     /// Of `(l, u)`, `[2]`.
@@ -44,22 +46,27 @@ pub struct Grads {
 /// The nearest level of each element: the hard value; `bounds` is `[2] = (l, u)`.
 pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
     let check = Check("dsq::forward");
-    let _note = profile::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
     let (x, bounds) = (check.map_float("x", x)?, check.dims("bounds", bounds, &[2])?);
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, &bounds, bits);
     }
     let intervals = Intervals::of(&bounds, bits)?;
-    let opened = cpu::open(&x);
-    let elements = opened.floats()?;
-    let y = cpu::fill(elements.len(), CHUNK, |i, y| hard(&elements[i * CHUNK..][..y.len()], y, &intervals));
-    Ok(Tensor::from_vec(y, opened.dims(), &Device::Cpu)?)
+    let opened = open(&x);
+    let x = opened.floats()?;
+    cpu::tensor(fill(x.len(), CHUNK, |part, y| hard(&x[part], y, &intervals)), opened.dims())
 }
 
 /// The gradients of the soft value; `softness` is `[1] = α`, and counts as the nearest of the values in [`SOFTNESS`].
-pub fn backward(x: &Tensor, gy: &Tensor, bounds: &Tensor, softness: &Tensor, bits: Bits) -> Result<Grads> {
+pub fn backward(
+    x: &Tensor,
+    gy: &Tensor,
+    bounds: &Tensor,
+    softness: &Tensor,
+    bits: Bits,
+) -> Result<Gradients> {
     let check = Check("dsq::backward");
-    let _note = profile::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
     let (x, bounds) = (check.map_float("x", x)?, check.dims("bounds", bounds, &[2])?);
     let softness = check.dims("softness", softness, &[1])?;
     let gy = check.map_of("gy", gy, &x)?;
@@ -67,16 +74,15 @@ pub fn backward(x: &Tensor, gy: &Tensor, bounds: &Tensor, softness: &Tensor, bit
         return gpu::backward(&x, &gy, &bounds, &softness, bits);
     }
     let (intervals, softness) = (Intervals::of(&bounds, bits)?, cpu::values(&softness)?[0]);
-    let (x, gy) = (cpu::open(&x), cpu::open(&gy));
-    let (elements, gy) = (x.floats()?, gy.floats()?);
+    let (opened, gy) = (open(&x), open(&gy));
+    let (x, gy) = (opened.floats()?, gy.floats()?);
     let soft = Soft::new(intervals, softness);
-    let (gx, sums) =
-        map_and_sum(elements.len(), |part, gx| slopes(&elements[part.clone()], &gy[part], gx, &soft));
+    let (gx, sums) = map_and_sum(x.len(), |part, gx| slopes(&x[part.clone()], &gy[part], gx, &soft));
     let [low, high, softness] = sums.map(|sum| sum as f32);
-    Ok(Grads {
-        x: Tensor::from_vec(gx, x.dims(), &Device::Cpu)?,
-        bounds: Tensor::new(&[low, high], &Device::Cpu)?,
-        softness: Tensor::new(&[softness], &Device::Cpu)?,
+    Ok(Gradients {
+        x: cpu::tensor(gx, opened.dims())?,
+        bounds: cpu::tensor(vec![low, high], 2)?,
+        softness: cpu::tensor(vec![softness], 1)?,
     })
 }
 
@@ -89,41 +95,13 @@ pub fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {
     if crate::gpu::runs(bounds.device()) {
         return gpu::project(bounds, softness);
     }
-    bounds.inplace_op1(&InOrder)?;
-    Ok(softness.inplace_op1(&InRange)?)
-}
-
-struct InOrder;
-
-impl InplaceOp1 for InOrder {
-    fn name(&self) -> &'static str {
-        "dsq-in-order"
-    }
-
-    fn cpu_fwd(&self, bounds: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        if let [low, high] = cpu::slice_mut(bounds, layout)?
-            && *low > *high
-        {
-            let middle = 0.5 * (*low + *high);
-            (*low, *high) = (middle, middle);
+    cpu::update(&check, "bounds", bounds, [], |bounds, []| {
+        let (low, high) = (bounds[0], bounds[1]);
+        if low > high {
+            bounds.fill(0.5 * (low + high));
         }
-        Ok(())
-    }
-}
-
-struct InRange;
-
-impl InplaceOp1 for InRange {
-    fn name(&self) -> &'static str {
-        "dsq-in-range"
-    }
-
-    fn cpu_fwd(&self, softness: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        for softness in cpu::slice_mut(softness, layout)? {
-            *softness = clamp(*softness, SOFTNESS);
-        }
-        Ok(())
-    }
+    })?;
+    cpu::update(&check, "softness", softness, [], |softness, []| softness[0] = clamp(softness[0], SOFTNESS))
 }
 
 /// The intervals between the bounds.

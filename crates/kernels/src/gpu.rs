@@ -22,8 +22,7 @@ pub(crate) mod product;
 
 pub use product::set_tf32;
 
-use crate::cpu::Check;
-use crate::{Error, Input, Quantizer, Result};
+use crate::{Error, Quantizer, Result};
 use candle_core::{CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor};
 use std::cell::Cell;
 
@@ -322,6 +321,30 @@ pub(crate) fn width<'a>(len: usize, tensors: impl IntoIterator<Item = &'a Tensor
     Ok(4)
 }
 
+/// A factor of a product: a matrix, or one that is stored transposed.
+#[derive(Clone, Copy)]
+pub(crate) enum Factor<'a> {
+    Plain(&'a Tensor),
+    Transposed(&'a Tensor),
+}
+
+impl Factor<'_> {
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Plain(tensor) | Self::Transposed(tensor) => tensor,
+        }
+    }
+
+    /// Rows and columns of the matrix.
+    fn size(&self) -> Result<(usize, usize)> {
+        let (rows, columns) = self.tensor().dims2()?;
+        Ok(match self {
+            Self::Plain(_) => (rows, columns),
+            Self::Transposed(_) => (columns, rows),
+        })
+    }
+}
+
 /// How the rows and channels of a map are cut (`Columns` in common.cuh).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Columns {
@@ -394,34 +417,6 @@ pub(crate) fn total(module: Module, sums: &Tensor, dims: impl Into<Shape>) -> Re
         .sizes([parts, count])?
         .run()?;
     Ok(total)
-}
-
-/// A feature map as kernels read it: contiguous, floats or levels.
-pub(crate) struct Map {
-    pub(crate) tensor: Tensor,
-    /// Of levels: their range, and the largest level.
-    pub(crate) range: Option<Tensor>,
-    pub(crate) max_level: f32,
-}
-
-impl Map {
-    pub(crate) fn new(check: &Check, argument: &'static str, x: Input<'_>) -> Result<Self> {
-        Ok(match x {
-            Input::Float(tensor) => {
-                Self { tensor: check.map_float(argument, tensor)?, range: None, max_level: 0.0 }
-            }
-            Input::Normalized(_) => unreachable!("made on the CPU alone"),
-            Input::Levels(levels) => Self {
-                tensor: check.dtype(argument, &levels.levels, DType::U8)?,
-                range: Some(levels.range.clone()),
-                max_level: levels.bits.max_level() as f32,
-            },
-        })
-    }
-
-    pub(crate) fn name(&self) -> &'static str {
-        name(self.tensor.dtype())
-    }
 }
 
 /// The number of a quantizer's grids: 1, or that of the channels.

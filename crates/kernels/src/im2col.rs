@@ -7,71 +7,56 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check};
-use crate::{Result, profile};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use crate::check::Check;
+use crate::cpu::{self, open};
+use crate::work::{CHUNK, fill};
+use crate::{Result, profiler};
+use candle_core::Tensor;
 
 /// The `kernel × kernel` patches of `x[N, H, W, C]`, `[N, Ho, Wo, kernel·kernel·C]`, with
 /// `Ho = (H + 2·padding − kernel) / stride + 1`.
 pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
     let check = Check("im2col::forward");
-    let (_, h, w, _) = check.map("x", x)?;
+    let (n, h, w, c) = check.map("x", x)?;
     if kernel == 0 || stride == 0 || h + 2 * padding < kernel || w + 2 * padding < kernel {
         return Err(check.setting(format!(
             "a kernel of {kernel} with stride {stride} and padding {padding} does not fit {h}×{w} images"
         )));
     }
-    let _note = profile::note(check.0, 0, 4 * (1 + kernel * kernel / (stride * stride)) * x.elem_count());
+    let _note = profiler::note(check.0, 0, 4 * (1 + kernel * kernel / (stride * stride)) * x.elem_count());
     let x = check.map_float("x", x)?;
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, kernel, stride, padding);
     }
-    Ok(x.apply_op1_no_bwd(&Forward { kernel, stride, padding })?)
-}
-
-struct Forward {
-    kernel: usize,
-    stride: usize,
-    padding: usize,
-}
-
-impl CustomOp1 for Forward {
-    fn name(&self) -> &'static str {
-        "im2col-forward"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let &Self { kernel, stride, padding } = self;
-        let (n, h, w, c) = layout.shape().dims4()?;
-        let x = cpu::slice(x, layout)?;
-        let out = |size: usize| (size + 2 * padding - kernel) / stride + 1;
-        let (ho, wo, patch) = (out(h), out(w), kernel * kernel * c);
-        let rows_per_chunk = (CHUNK / (wo * patch)).max(1);
-        let y = cpu::fill(n * ho * wo * patch, rows_per_chunk * wo * patch, |i, chunk| {
-            for (row, y) in chunk.chunks_exact_mut(wo * patch).enumerate() {
-                let (image, oh) = ((i * rows_per_chunk + row) / ho, (i * rows_per_chunk + row) % ho);
-                for (ow, y) in y.chunks_exact_mut(patch).enumerate() {
-                    // The columns of the patch that lie in the image are contiguous in both.
-                    let first = (ow * stride).max(padding);
-                    let end = (ow * stride + kernel).min(w + padding);
-                    if first >= end {
+    let opened = open(&x);
+    let x = opened.floats()?;
+    let out = |size: usize| (size + 2 * padding - kernel) / stride + 1;
+    let (ho, wo, patch) = (out(h), out(w), kernel * kernel * c);
+    let row_len = wo * patch;
+    let y = fill(n * ho * row_len, (CHUNK / row_len).max(1) * row_len, |range, rows| {
+        for (row, y) in (range.start / row_len..).zip(rows.chunks_exact_mut(row_len)) {
+            let (image, oh) = (row / ho, row % ho);
+            for (ow, y) in y.chunks_exact_mut(patch).enumerate() {
+                // The columns of the patch that lie in the image are contiguous in both.
+                let first = (ow * stride).max(padding);
+                let end = (ow * stride + kernel).min(w + padding);
+                if first >= end {
+                    continue;
+                }
+                let skipped = first - ow * stride;
+                let len = (end - first) * c;
+                for (kh, y) in y.chunks_exact_mut(kernel * c).enumerate() {
+                    let ih = oh * stride + kh;
+                    if ih < padding || ih >= h + padding {
                         continue;
                     }
-                    let skipped = first - ow * stride;
-                    let len = (end - first) * c;
-                    for (kh, y) in y.chunks_exact_mut(kernel * c).enumerate() {
-                        let ih = oh * stride + kh;
-                        if ih < padding || ih >= h + padding {
-                            continue;
-                        }
-                        let start = ((image * h + ih - padding) * w + first - padding) * c;
-                        y[skipped * c..][..len].copy_from_slice(&x[start..][..len]);
-                    }
+                    let start = ((image * h + ih - padding) * w + first - padding) * c;
+                    y[skipped * c..][..len].copy_from_slice(&x[start..][..len]);
                 }
             }
-        });
-        cpu::output(y, (n, ho, wo, patch))
-    }
+        }
+    });
+    cpu::tensor(y, (n, ho, wo, patch))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 pub(crate) mod gpu;
 
-use crate::cpu::{self, CHUNK};
+use crate::work::{CHUNK, generate};
 use std::ops::Range;
 
 /// Independent sums that a loop keeps, so that it vectorizes.
@@ -17,11 +17,7 @@ pub(crate) fn map_and_sum<const N: usize>(
     len: usize,
     f: impl Fn(Range<usize>, &mut [f32]) -> [f64; N] + Sync + Send,
 ) -> (Vec<f32>, [f64; N]) {
-    let chunk = |(): &mut (), i: usize, elements: &mut [f32]| {
-        let start = i * CHUNK;
-        f(start..start + elements.len(), elements)
-    };
-    let (elements, shares) = cpu::generate(len, 0, CHUNK, || (), chunk);
+    let (elements, shares) = generate(len, CHUNK, || (), |(), range, elements| f(range, elements));
     let mut sums = [0.0; N];
     for share in shares {
         for (sum, share) in sums.iter_mut().zip(share) {

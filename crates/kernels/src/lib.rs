@@ -16,14 +16,17 @@
 //! An operation runs where its tensors are. On a GPU (feature `cuda`) feature maps may be `bf16`; everything else is
 //! `f32` there too ([`gpu`] says how the kernels are launched and tested).
 
+mod affine;
 pub mod augment;
 pub mod bias;
 mod blockwise;
+mod check;
 pub mod convolution;
 mod cpu;
 pub mod depthwise;
 pub mod dorefa;
 pub mod dsq;
+mod elements;
 mod feature;
 pub mod gpu;
 pub mod im2col;
@@ -37,15 +40,17 @@ pub mod pact;
 pub mod pointwise;
 pub mod pool;
 mod product;
-pub mod profile;
+pub mod profiler;
 pub mod quantize;
 pub mod residual;
 pub mod sgd;
 mod tanh;
 #[cfg(test)]
 mod testing;
+mod tile;
+mod work;
 
-pub use feature::{FeatureMap, Input, Levels};
+pub use feature::{Deferred, FeatureMap, Levels};
 
 use candle_core::{DType, Shape, Tensor};
 use quant_core::Bits;
@@ -118,6 +123,21 @@ pub struct Weight<'a> {
 impl<'a> From<&'a Tensor> for Weight<'a> {
     fn from(value: &'a Tensor) -> Self {
         Self { value, quantized: None }
+    }
+}
+
+/// The sizes of a matrix product `c[rows, columns] = a[rows, depth]·b[depth, columns]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProductSizes {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) depth: usize,
+}
+
+impl ProductSizes {
+    /// Multiplications and additions.
+    pub(crate) fn operations(self) -> usize {
+        2 * self.rows * self.columns * self.depth
     }
 }
 

@@ -6,9 +6,12 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check};
-use crate::{Result, profile};
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
+use crate::check::Check;
+use crate::cpu::{self, open};
+use crate::work::{CHUNK, generate};
+use crate::{Result, profiler};
+use candle_core::{DType, Tensor};
+use std::ops::Range;
 
 /// What [`softmax_cross_entropy`] finds.
 #[derive(Clone, Debug)]
@@ -37,24 +40,39 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -
     if labels.dims() != [n] {
         return Err(check.shape("labels", labels, format!("[{n}]")));
     }
-    let _note = profile::note(check.0, 0, 8 * logits.elem_count());
+    let _note = profiler::note(check.0, 0, 8 * logits.elem_count());
     let labels = check.dtype("labels", labels, DType::U32)?;
-    // One tensor comes out of an operation: the gradient, then the loss and the number of correct ones.
     let logits = check.float("logits", logits)?;
-    let all = if crate::gpu::runs(logits.device()) {
-        gpu::forward(&logits, &labels, smoothing)?
-    } else {
-        logits.apply_op2_no_bwd(&labels, &Forward { smoothing })?
-    };
+    if crate::gpu::runs(logits.device()) {
+        return gpu::forward(&logits, &labels, smoothing);
+    }
+    let (logits, labels) = (open(&logits), open(&labels));
+    let (logits, labels) = (logits.floats()?, labels.elements::<u32>()?);
+    if let Some(label) = labels.iter().find(|label| **label as usize >= k) {
+        return Err(check.setting(format!("label {label} is outside the {k} classes")));
+    }
+    let images = (CHUNK / 8 / k).max(1);
+    let (grad, found) = generate(
+        n * k,
+        images * k,
+        || (),
+        |(), range: Range<usize>, grad| {
+            let (mut loss, mut correct) = (0.0, 0usize);
+            for (row, grad) in (range.start / k..).zip(grad.chunks_exact_mut(k)) {
+                let logits = &logits[row * k..][..k];
+                let (l, c) = image(logits, labels[row] as usize, smoothing, 1.0 / n as f64, grad);
+                loss += l;
+                correct += usize::from(c);
+            }
+            (loss, correct)
+        },
+    );
+    let (loss, correct) = found.into_iter().fold((0.0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
     Ok(Loss {
-        loss: all.narrow(0, n * k, 1)?.reshape(())?,
-        grad: all.narrow(0, 0, n * k)?.reshape((n, k))?,
-        correct: all.narrow(0, n * k + 1, 1)?.reshape(())?,
+        loss: cpu::tensor(vec![(loss / n as f64) as f32], ())?,
+        grad: cpu::tensor(grad, (n, k))?,
+        correct: cpu::tensor(vec![correct as f32], ())?,
     })
-}
-
-struct Forward {
-    smoothing: f64,
 }
 
 /// Writes the gradient of one image's loss (`scale` times it), and gives the loss and whether the image
@@ -82,50 +100,6 @@ fn image(logits: &[f32], label: usize, smoothing: f64, scale: f64, grad: &mut [f
     // −Σ t·(shifted − ln sum), where the targets sum to 1.
     let at_label = f64::from(logits[label]) - max;
     (sum.ln() - (1.0 - smoothing) * at_label - spread * total, best == label)
-}
-
-impl CustomOp2 for Forward {
-    fn name(&self) -> &'static str {
-        "softmax-cross-entropy"
-    }
-
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        layout: &Layout,
-        labels: &CpuStorage,
-        labels_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (n, k) = layout.shape().dims2()?;
-        let logits = cpu::slice(logits, layout)?;
-        let labels = &labels.as_slice::<u32>()?[labels_layout.start_offset()..][..n];
-        if let Some(label) = labels.iter().find(|label| **label as usize >= k) {
-            candle_core::bail!("label {label} is outside the {k} classes");
-        }
-        let images = (CHUNK / 8 / k).max(1);
-        let (mut all, found) = cpu::generate(
-            n * k,
-            2,
-            images * k,
-            || (),
-            |(), i, grad| {
-                let first = i * images;
-                let (mut loss, mut correct) = (0.0, 0usize);
-                for (j, grad) in grad.chunks_exact_mut(k).enumerate() {
-                    let row = first + j;
-                    let logits = &logits[row * k..][..k];
-                    let (l, c) = image(logits, labels[row] as usize, self.smoothing, 1.0 / n as f64, grad);
-                    loss += l;
-                    correct += usize::from(c);
-                }
-                (loss, correct)
-            },
-        );
-        let (loss, correct) = found.into_iter().fold((0.0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
-        all.extend([(loss / n as f64) as f32, correct as f32]);
-        let len = all.len();
-        cpu::output(all, len)
-    }
 }
 
 #[cfg(test)]

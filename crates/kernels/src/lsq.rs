@@ -24,10 +24,12 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, simd};
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
 use crate::learned::{LANES, Lanes, map_and_sum};
-use crate::{Result, clamp, profile, quantize};
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
+use crate::work::{CHUNK, fill, parts};
+use crate::{Result, clamp, profiler, quantize};
+use candle_core::Tensor;
 use quant_core::Bits;
 
 /// The least step, that of PyTorch's own learned quantizer: its reciprocal is finite.
@@ -47,7 +49,7 @@ pub struct Params<'a> {
 }
 
 /// The gradients, those of the step and the offset times `g`.
-pub struct Grads {
+pub struct Gradients {
     /// Of the input, of its shape.
     pub x: Tensor,
     /// Of `s`, `[1]`.
@@ -59,23 +61,22 @@ pub struct Grads {
 /// The quantized values, of the shape of `x`.
 pub fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
     let check = Check("lsq::forward");
-    let _note = profile::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
     let x = check.map_float("x", x)?;
     params.check(&check)?;
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, params);
     }
     let scale = Scale::of(params)?;
-    let opened = cpu::open(&x);
-    let elements = opened.floats()?;
-    let y = cpu::fill(elements.len(), CHUNK, |i, y| quantize(&elements[i * CHUNK..][..y.len()], y, &scale));
-    Ok(Tensor::from_vec(y, opened.dims(), &Device::Cpu)?)
+    let opened = open(&x);
+    let x = opened.floats()?;
+    cpu::tensor(fill(x.len(), CHUNK, |part, y| quantize(&x[part], y, &scale)), opened.dims())
 }
 
 /// The gradients, with `items` the `N` of `g`: the number of weights, or of the features of one image.
-pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Result<Grads> {
+pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Result<Gradients> {
     let check = Check("lsq::backward");
-    let _note = profile::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
     let x = check.map_float("x", x)?;
     let gy = check.map_of("gy", gy, &x)?;
     params.check(&check)?;
@@ -87,13 +88,12 @@ pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Re
         return gpu::backward(&x, &gy, params, g);
     }
     let scale = Scale::of(params)?;
-    let (x, gy) = (cpu::open(&x), cpu::open(&gy));
-    let (elements, gy) = (x.floats()?, gy.floats()?);
-    let (gx, sums) =
-        map_and_sum(elements.len(), |part, gx| slopes(&elements[part.clone()], &gy[part], gx, &scale));
-    let sum = |sum: f64| Tensor::new(&[(g * sum) as f32], &Device::Cpu);
-    Ok(Grads {
-        x: Tensor::from_vec(gx, x.dims(), &Device::Cpu)?,
+    let (opened, gy) = (open(&x), open(&gy));
+    let (x, gy) = (opened.floats()?, gy.floats()?);
+    let (gx, sums) = map_and_sum(x.len(), |part, gx| slopes(&x[part.clone()], &gy[part], gx, &scale));
+    let sum = |sum: f64| cpu::tensor(vec![(g * sum) as f32], 1);
+    Ok(Gradients {
+        x: cpu::tensor(gx, opened.dims())?,
         step: sum(sums[0])?,
         offset: params.offset.map(|_| sum(sums[1])).transpose()?,
     })
@@ -102,7 +102,7 @@ pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Re
 /// The step that LSQ begins with, `2·mean|x|/√Q_P`, `[1]`.
 pub fn initial_step(x: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let check = Check("lsq::initial_step");
-    let _note = profile::note(check.0, 0, 4 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 4 * x.elem_count());
     if x.elem_count() == 0 {
         return Err(check.shape("x", x, "at least one element"));
     }
@@ -110,10 +110,10 @@ pub fn initial_step(x: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let total = if crate::gpu::runs(x.device()) {
         gpu::magnitude(&x)?
     } else {
-        let opened = cpu::open(&x);
-        let elements = opened.floats()?;
-        let total: f64 = cpu::parts(elements.len(), 1, |part| magnitude(&elements[part])).iter().sum();
-        Tensor::new(&[total as f32], &Device::Cpu)?
+        let opened = open(&x);
+        let x = opened.floats()?;
+        let total: f64 = parts(x.len(), 1, |part| magnitude(&x[part])).iter().sum();
+        cpu::tensor(vec![total as f32], 1)?
     };
     let high = f64::from(levels(bits, signed).1);
     let step = (total * (2.0 / (x.elem_count() as f64 * high.sqrt())))?;
@@ -136,24 +136,12 @@ pub fn initial_step_and_offset(x: &Tensor, bits: Bits) -> Result<(Tensor, Tensor
 
 /// Brings a step `[1]` that has fallen below [`MIN_STEP`] back to it, in place, after a step of the optimizer.
 pub fn project(step: &Tensor) -> Result<()> {
-    Check("lsq::project").dims("step", step, &[1])?;
+    let check = Check("lsq::project");
+    check.dims("step", step, &[1])?;
     if crate::gpu::runs(step.device()) {
         return gpu::project(step);
     }
-    Ok(step.inplace_op1(&AtLeast)?)
-}
-
-struct AtLeast;
-
-impl InplaceOp1 for AtLeast {
-    fn name(&self) -> &'static str {
-        "lsq-project"
-    }
-
-    fn cpu_fwd(&self, step: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        cpu::slice_mut(step, layout)?.iter_mut().for_each(|step| *step = positive(*step));
-        Ok(())
-    }
+    cpu::update(&check, "step", step, [], |step, []| step[0] = positive(step[0]))
 }
 
 /// A step, at least [`MIN_STEP`]; NaN stays NaN.

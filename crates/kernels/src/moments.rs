@@ -5,7 +5,7 @@
 //! the range of `f32`, is computed again, alone.
 
 use crate::cpu::simd;
-use crate::norm::{TILES, fold, tile_rows};
+use crate::tile::{TILES, fold, tile_rows};
 
 /// Rows whose mean is the pivot, at least; fewer only where there are fewer.
 const PIVOT_ROWS: usize = 32;
@@ -27,7 +27,7 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
-    /// Those of all parts of the rows together, by the rule of Chan, Golub and LeVeque (1983).
+    /// The moments of all parts of the rows together, by the rule of Chan, Golub and LeVeque (1983).
     pub(crate) fn merged(parts: Vec<Self>) -> Option<Self> {
         parts.into_iter().reduce(|mut all, more| {
             let rows = all.rows + more.rows;
@@ -51,8 +51,8 @@ impl Moments {
     }
 }
 
-/// Sums over rows as they come, from which their [`Moments`] follow.
-pub(crate) struct MomentSums {
+/// Adds up what the [`Moments`] of rows follow from, block by block.
+pub(crate) struct MomentAccumulator {
     rows: usize,
     /// These five have one element for each position of a tile.
     pivot: Vec<f32>,
@@ -65,7 +65,7 @@ pub(crate) struct MomentSums {
     all_squares: Vec<f64>,
 }
 
-impl MomentSums {
+impl MomentAccumulator {
     pub(crate) fn new(channels: usize) -> Self {
         let tile = |value| vec![value; tile_rows(channels) * channels];
         Self {
@@ -91,8 +91,8 @@ impl MomentSums {
         self.rows += z.len() / channels;
     }
 
-    /// The moments of all rows that were added, which are `z`.
-    pub(crate) fn moments(self, z: &[f32]) -> Moments {
+    /// Returns the moments of all rows that were added, which are `z`.
+    pub(crate) fn finish(self, z: &[f32]) -> Moments {
         let Self { rows, pivot, mut min, mut max, sums, all_squares, .. } = self;
         let channels = sums.len();
         debug_assert_eq!(z.len(), rows * channels);
@@ -155,8 +155,8 @@ fn add_tiles<const N: usize>(
 
 simd! {
     /// Adds rows to the sums, in `f32` over up to [`TILES`] tiles.
-    fn add_rows(z: &[f32], sums: &mut MomentSums) {
-        let MomentSums { pivot, sum, squares, min, max, sums, all_squares, .. } = sums;
+    fn add_rows(z: &[f32], sums: &mut MomentAccumulator) {
+        let MomentAccumulator { pivot, sum, squares, min, max, sums, all_squares, .. } = sums;
         let tile = pivot.len();
         for z in z.chunks(TILES * tile) {
             let tiles = z.chunks_exact(4 * tile);
@@ -176,8 +176,8 @@ simd! {
 
 simd! {
     /// Sets the pivot to the mean of some rows; exactly, where a channel is constant.
-    fn find_pivot(z: &[f32], sums: &mut MomentSums) {
-        let MomentSums { pivot, sum, sums, .. } = sums;
+    fn find_pivot(z: &[f32], sums: &mut MomentAccumulator) {
+        let MomentAccumulator { pivot, sum, sums, .. } = sums;
         let (c, tile) = (sums.len(), pivot.len());
         for row in pivot.chunks_exact_mut(c) {
             row.copy_from_slice(&z[..c]);

@@ -17,11 +17,14 @@
 
 pub(crate) mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, simd, values};
-use crate::feature::byte;
-use crate::moments::{MomentSums, Moments};
-use crate::{Activation, FeatureMap, Quantizer, Result, clamp, profile};
-use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Tensor};
+use crate::affine::AffineActivation;
+use crate::check::Check;
+use crate::cpu::{self, open, simd, values};
+use crate::moments::{MomentAccumulator, Moments};
+use crate::tile::{TILES, block_rows, fold, tiled};
+use crate::work::{Written, blocks, parts, write_tiles};
+use crate::{Activation, FeatureMap, Quantizer, Result, profiler};
+use candle_core::Tensor;
 use quant_core::{Bits, Grid};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -41,7 +44,7 @@ pub struct Stats {
 
 /// A batch normalization as the forward pass applies it with the statistics of a batch; each `[C]`.
 #[derive(Clone, Debug)]
-pub struct Normalization {
+pub struct BatchNormalization {
     /// The mean `μ`.
     pub mean: Tensor,
     /// `1/√(V + ε)`.
@@ -67,21 +70,20 @@ pub struct Running {
 /// smallest numbers there are; that of a constant channel is exactly 0.
 pub fn channel_stats(z: &Tensor) -> Result<Stats> {
     let check = Check("norm::channel_stats");
-    check.rows("z", z)?;
-    let _note = profile::note(check.0, 0, 4 * z.elem_count());
+    let (rows, c) = check.rows("z", z)?;
+    let _note = profiler::note(check.0, 0, 4 * z.elem_count());
     let z = check.map_float("z", z)?;
     if crate::gpu::runs(z.device()) {
         return gpu::channel_stats(&z);
     }
-    let opened = cpu::open(&z);
-    let (z, c) = (opened.floats()?, opened.dims()[opened.dims().len() - 1]);
-    let parts = cpu::parts(z.len() / c, c, |part| {
+    let opened = open(&z);
+    let z = opened.floats()?;
+    Stats::of_parts(parts(rows, c, |part| {
         let z = &z[part.start * c..part.end * c];
-        let mut sums = MomentSums::new(c);
-        z.chunks(chunk_len(c)).for_each(|z| sums.add(z));
-        sums.moments(z)
-    });
-    Stats::of_parts(parts)
+        let mut moments = MomentAccumulator::new(c);
+        z.chunks(block_rows(c) * c).for_each(|z| moments.add(z));
+        moments.finish(z)
+    }))
 }
 
 /// `1 / √(variance + epsilon)`.
@@ -96,7 +98,7 @@ pub fn affine(gamma: &Tensor, beta: &Tensor, mean: &Tensor, inv_std: &Tensor) ->
     Ok((scale, shift))
 }
 
-impl Normalization {
+impl BatchNormalization {
     /// With the statistics of a batch.
     pub fn new(stats: &Stats, gamma: &Tensor, beta: &Tensor, epsilon: f64) -> Result<Self> {
         let inv_std = inv_std(&stats.variance, epsilon)?;
@@ -114,7 +116,7 @@ impl Normalization {
     }
 }
 
-/// What a training step needs of a batch normalization: [`Normalization::new`], and the running statistics after
+/// What a training step needs of a batch normalization: [`BatchNormalization::new`], and the running statistics after
 /// this batch of `rows` rows, moved towards it by `momentum`.
 pub fn prepare(
     stats: &Stats,
@@ -124,7 +126,7 @@ pub fn prepare(
     running: &Running,
     momentum: f64,
     rows: usize,
-) -> Result<(Normalization, Running)> {
+) -> Result<(BatchNormalization, Running)> {
     // From the biased variance to the unbiased one.
     let unbias = rows as f64 / (rows.max(2) - 1) as f64;
     if crate::gpu::runs(stats.mean.device()) {
@@ -135,7 +137,7 @@ pub fn prepare(
         mean: moved(&running.mean, &stats.mean)?,
         variance: moved(&running.variance, &(&stats.variance * unbias)?)?,
     };
-    Ok((Normalization::new(stats, gamma, beta, epsilon)?, running))
+    Ok((BatchNormalization::new(stats, gamma, beta, epsilon)?, running))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
@@ -149,32 +151,31 @@ pub fn forward(
     let check = Check("norm::forward");
     let (rows, c) = check.rows("z", z)?;
     let written = if quant.is_some() { 1 } else { 4 };
-    let _note = profile::note(check.0, 0, (4 + written) * rows * c);
+    let _note = profiler::note(check.0, 0, (4 + written) * rows * c);
     let tensor = check.map_float("z", z)?;
     if crate::gpu::runs(z.device()) {
         return gpu::forward(&check, &tensor, scale, shift, act, quant);
     }
-    let normalizer = Normalizer::new(&check, c, scale, shift, act, quant)?;
-    let opened = cpu::open(&tensor);
+    check.quantizer(quant)?;
+    let affine = AffineActivation::new(&check, c, scale, shift, act)?;
+    let opened = open(&tensor);
     let z = opened.floats()?;
-    let part = |rows: Range<usize>| &z[rows.start * c..rows.end * c];
-    let per_block = chunk_len(c) / c;
-    // SAFETY: the normalizer writes all of `y`, which is as long as its part of `z`.
-    #[allow(unsafe_code)]
-    unsafe {
-        match quant {
-            None => {
-                let fill = |(): &mut (), rows, y: &mut [_]| normalizer.floats(part(rows), y);
-                let (y, _) = cpu::blocks((rows, c), per_block, || (), fill);
-                Ok(FeatureMap::Float(Tensor::from_vec(y, tensor.dims(), &Device::Cpu)?))
-            }
-            Some(quant) => {
-                let fill = |(): &mut (), rows, y: &mut [_]| normalizer.levels(part(rows), y);
-                let (y, _) = cpu::blocks((rows, c), per_block, || (), fill);
-                FeatureMap::of_levels(y, tensor.dims(), quant)
-            }
-        }
+    FeatureMap::write(
+        opened.dims(),
+        (rows, c),
+        quant,
+        block_rows(c),
+        || (),
+        |(), rows, y| affine.write(&z[rows.start * c..rows.end * c], y),
+    )
+}
+
+/// [`forward`] without a quantizer, on the CPU left to its readers ([`FeatureMap::Deferred`]).
+pub fn deferred(z: &Tensor, scale: &Tensor, shift: &Tensor, act: Activation) -> Result<FeatureMap> {
+    if crate::gpu::runs(z.device()) {
+        return forward(z, scale, shift, act, None);
     }
+    FeatureMap::deferred(&Check("norm::deferred"), z, scale, shift, act)
 }
 
 /// The smallest and the largest element of `φ(scale·z + shift)`, `[2]`, without a pass over `z`: exactly
@@ -187,7 +188,16 @@ pub fn output_range(stats: &Stats, scale: &Tensor, shift: &Tensor, act: Activati
     if crate::gpu::runs(min.device()) {
         return gpu::output_range(&min, &max, &scale, &shift, act);
     }
-    Ok(min.apply_op2_no_bwd(&max, &OutputRange { scale: &scale, shift: &shift, act })?)
+    let (scale, shift) = (values(&scale)?, values(&shift)?);
+    let (mut lo, mut hi) = (f32::INFINITY, f32::NEG_INFINITY);
+    for extremes in [values(&min)?, values(&max)?] {
+        for ((z, scale), shift) in extremes.iter().zip(&scale).zip(&shift) {
+            let y = act.apply(z.mul_add(*scale, *shift));
+            lo = lo.min(y);
+            hi = hi.max(y);
+        }
+    }
+    cpu::tensor(vec![lo, hi], 2)
 }
 
 /// What follows a convolution's output `z[…, C]` in a training step, `y = Q(φ(scale·z + shift))`, as its gradients need
@@ -206,31 +216,31 @@ pub struct Epilogue {
 
 /// The gradient of a feature map `y[…, C]`.
 #[derive(Clone, Debug)]
-pub struct Gradient {
+pub struct MapGradient {
     /// `∂y`.
     pub tensor: Tensor,
     /// What the [`Epilogue`] that made `y` needs of it, if it was summed up while it was in cache; of use to no other.
-    pub(crate) sums: Option<Sums>,
+    pub(crate) sums: Option<GradientSums>,
 }
 
 /// `Σg` and `Σg·(z − mean)` of each channel.
 #[derive(Clone, Debug)]
-pub(crate) struct Sums {
+pub(crate) struct GradientSums {
     g: Vec<f64>,
     products: Vec<f64>,
 }
 
 /// The gradients of an [`Epilogue`].
-pub struct Grads {
-    /// Of the convolution's output, not computed yet.
-    pub z: OutputGradient,
+pub struct Gradients {
+    /// Of the convolution's output, computed where it is read.
+    pub z: DeferredGradient,
     /// Of `γ`, `[C]`, where normalization has the statistics of the batch.
     pub gamma: Option<Tensor>,
     /// Of `β` or the shift, `[C]`.
     pub shift: Tensor,
 }
 
-impl From<Tensor> for Gradient {
+impl From<Tensor> for MapGradient {
     fn from(tensor: Tensor) -> Self {
         Self { tensor, sums: None }
     }
@@ -240,13 +250,13 @@ impl Epilogue {
     /// Where `norm` has the statistics of this batch `z`: `Q(φ(γ·x̂ + β))`.
     pub fn batch(
         z: &Tensor,
-        norm: &Normalization,
+        norm: &BatchNormalization,
         act: Activation,
         quant: Option<Quantizer<'_>>,
     ) -> Result<Self> {
         let check = Check("norm::Epilogue::batch");
         let (_, c) = check.rows("z", z)?;
-        let Normalization { mean, inv_std, scale, shift } = norm.checked(&check, c)?;
+        let BatchNormalization { mean, inv_std, scale, shift } = norm.checked(&check, c)?;
         Self::new(&check, z, [scale, shift], Some([mean, inv_std]), act, quant)
     }
 
@@ -290,34 +300,34 @@ impl Epilogue {
     }
 
     /// The gradients from that of `y`.
-    pub fn backward(&self, gradient: &Gradient) -> Result<Grads> {
+    pub fn backward(&self, gradient: &MapGradient) -> Result<Gradients> {
         let check = Check("norm::backward");
         let gy = check.map_of("gradient", &gradient.tensor, &self.z)?;
-        let grads = |[slope, offset]: [Tensor; 2], gamma, shift| Grads {
-            z: OutputGradient { of: self.clone(), gy: gy.clone(), slope, offset },
+        let gradients = |[slope, offset]: [Tensor; 2], gamma, shift| Gradients {
+            z: DeferredGradient { of: self.clone(), gy: gy.clone(), slope, offset },
             gamma,
             shift,
         };
         if crate::gpu::runs(self.z.device()) {
             let _note = self.note_sums();
             let [gamma, shift, slope, offset] = gpu::coefficients(self, &gy)?;
-            return Ok(grads([slope, offset], self.batch.as_ref().map(|_| gamma), shift));
+            return Ok(gradients([slope, offset], self.batch.as_ref().map(|_| gamma), shift));
         }
         let found;
-        let Sums { g, products } = match &gradient.sums {
+        let GradientSums { g, products } = match &gradient.sums {
             Some(sums) => sums,
             None => {
                 let _note = self.note_sums();
-                found = self.open()?.sums(cpu::open(&gy).floats()?);
+                found = self.read(|of| Ok(of.sums(open(&gy).floats()?)))?;
                 &found
             }
         };
         let c = g.len();
-        let tensor = |values: Vec<f32>| Tensor::from_vec(values, c, &Device::Cpu);
+        let tensor = |values: Vec<f32>| cpu::tensor(values, c);
         let shift: Vec<f32> = g.iter().map(|sum| *sum as f32).collect();
         let Some(inv_std) = self.inv_std() else {
             let zeros = self.scale.zeros_like()?;
-            return Ok(grads([zeros.clone(), zeros], None, tensor(shift)?));
+            return Ok(gradients([zeros.clone(), zeros], None, tensor(shift)?));
         };
         let (inv_std, scale) = (values(inv_std)?, values(&self.scale)?);
         let gamma: Vec<f32> = products
@@ -328,38 +338,52 @@ impl Epilogue {
         let rows = (gy.elem_count() / c) as f32;
         let slope = (0..c).map(|i| -scale[i] * inv_std[i] * (gamma[i] / rows)).collect();
         let offset = (0..c).map(|i| -scale[i] * (shift[i] / rows)).collect();
-        Ok(grads([tensor(slope)?, tensor(offset)?], Some(tensor(gamma)?), tensor(shift)?))
+        Ok(gradients([tensor(slope)?, tensor(offset)?], Some(tensor(gamma)?), tensor(shift)?))
     }
 
-    fn note_sums(&self) -> profile::Note {
-        profile::note("norm::backward: sums", 0, 8 * self.z.elem_count())
+    fn note_sums(&self) -> profiler::Note {
+        profiler::note("norm::backward: sums", 0, 8 * self.z.elem_count())
     }
 
-    /// Opens what made an operation's input of dimensions `x`.
-    pub(crate) fn open_below(&self, check: &Check, x: &[usize]) -> Result<OpenEpilogue<'_>> {
-        if self.z.dims() != x {
-            return Err(check.shape("below.z", &self.z, format!("{x:?}")));
-        }
-        self.open()
-    }
-
-    fn open(&self) -> Result<OpenEpilogue<'_>> {
-        let channels = self.z.dims()[self.z.dims().len() - 1];
-        let z = cpu::open(&self.z);
-        z.floats()?;
+    /// Opens the epilogue, and calls `f` with it.
+    fn read<R>(&self, f: impl FnOnce(&OpenEpilogue<'_>) -> Result<R>) -> Result<R> {
+        let opened = open(&self.z);
         let (scale, shift) = (tiled(&self.scale)?, tiled(&self.shift)?);
         let mean = match self.mean() {
             Some(mean) => tiled(mean)?,
             None => vec![0.0; scale.len()],
         };
+        let channels = self.scale.elem_count();
         let gate = Gate { bounds: self.act.bounds(), grid: self.quantizer().map(cpu::grid).transpose()? };
-        Ok(OpenEpilogue { z, channels, scale, shift, mean, gate })
+        f(&OpenEpilogue { z: opened.floats()?, channels, scale, shift, mean, gate })
+    }
+
+    /// Opens what made an operation's input of dimensions `x`, if anything is known of it, and calls `f` with it.
+    pub(crate) fn read_below<R>(
+        below: Option<&Self>,
+        check: &Check,
+        x: &[usize],
+        f: impl FnOnce(Option<&OpenEpilogue<'_>>) -> Result<R>,
+    ) -> Result<R> {
+        match below {
+            None => f(None),
+            Some(below) if below.z.dims() == x => below.read(|below| f(Some(below))),
+            Some(below) => Err(check.shape("below.z", &below.z, format!("{x:?}"))),
+        }
+    }
+}
+
+/// The size in memory of an operation's input, and of what it was made of, if that is read too.
+pub(crate) fn bytes_with(x: &FeatureMap, below: Option<&Epilogue>) -> usize {
+    match (x, below) {
+        (FeatureMap::Deferred(_), _) | (_, None) => x.bytes(),
+        (_, Some(below)) => x.bytes() + 4 * below.z.elem_count(),
     }
 }
 
 /// An [`Epilogue`] open for reading, the values of channels repeated over the rows of a tile.
 pub(crate) struct OpenEpilogue<'a> {
-    z: cpu::Opened<'a>,
+    z: &'a [f32],
     channels: usize,
     scale: Vec<f32>,
     shift: Vec<f32>,
@@ -368,29 +392,27 @@ pub(crate) struct OpenEpilogue<'a> {
 }
 
 impl OpenEpilogue<'_> {
-    /// Some rows of `z`.
-    fn z(&self, rows: Range<usize>) -> &[f32] {
-        let z = self.z.floats().expect("checked when it was opened");
-        &z[rows.start * self.channels..rows.end * self.channels]
+    /// The elements of some rows.
+    fn part(&self, rows: Range<usize>) -> Range<usize> {
+        rows.start * self.channels..rows.end * self.channels
     }
 
     /// The sums over the whole of `gy`.
-    fn sums(&self, gy: &[f32]) -> Sums {
-        let c = self.channels;
-        let parts = cpu::parts(gy.len() / c, c, |part| {
-            let mut sums = GradientSums::new(self);
-            let rows = part.clone().step_by(chunk_len(c) / c);
-            for (row, gy) in rows.zip(gy[part.start * c..part.end * c].chunks(chunk_len(c))) {
-                sums.add(row, gy);
+    fn sums(&self, gy: &[f32]) -> GradientSums {
+        let (c, per_block) = (self.channels, block_rows(self.channels));
+        let found = parts(gy.len() / c, c, |part| {
+            let mut sums = GradientAccumulator::new(self);
+            for start in part.clone().step_by(per_block) {
+                sums.add(start, &gy[self.part(start..part.end.min(start + per_block))]);
             }
             sums.finish()
         });
-        Sums::of_parts(parts).expect("no map is empty")
+        GradientSums::of_parts(found).expect("no map is empty")
     }
 }
 
-impl Sums {
-    /// Of the parts of the rows together.
+impl GradientSums {
+    /// The sums over all parts of the rows together.
     pub(crate) fn of_parts(parts: impl IntoIterator<Item = Self>) -> Option<Self> {
         parts.into_iter().reduce(|mut all, more| {
             for (all, more) in all.g.iter_mut().zip(more.g) {
@@ -404,28 +426,28 @@ impl Sums {
     }
 }
 
-/// [`Sums`] over rows as they come.
-pub(crate) struct GradientSums<'a> {
+/// Adds up the [`GradientSums`] of rows, block by block.
+pub(crate) struct GradientAccumulator<'a> {
     of: &'a OpenEpilogue<'a>,
     /// Tiles in the next two, which have one element for each position of a tile. They are folded after the block
     /// that brings them to [`TILES`].
     tiles: usize,
     g: Vec<f32>,
     products: Vec<f32>,
-    sums: Sums,
+    sums: GradientSums,
 }
 
-impl<'a> GradientSums<'a> {
+impl<'a> GradientAccumulator<'a> {
     pub(crate) fn new(of: &'a OpenEpilogue<'a>) -> Self {
         let tile = || vec![0.0; of.scale.len()];
         let sums = || vec![0.0; of.channels];
-        Self { of, tiles: 0, g: tile(), products: tile(), sums: Sums { g: sums(), products: sums() } }
+        Self { of, tiles: 0, g: tile(), products: tile(), sums: GradientSums { g: sums(), products: sums() } }
     }
 
     /// Adds rows of `∂y`, from row `first` on.
     pub(crate) fn add(&mut self, first: usize, gy: &[f32]) {
-        let OpenEpilogue { channels, scale, shift, mean, gate, .. } = self.of;
-        let z = self.of.z(first..first + gy.len() / channels);
+        let OpenEpilogue { z, channels, scale, shift, mean, gate } = self.of;
+        let z = &z[self.of.part(first..first + gy.len() / channels)];
         add_batch_sums(z, gy, scale, shift, mean, *gate, &mut self.g, &mut self.products);
         self.tiles += gy.len().div_ceil(scale.len());
         if self.tiles >= TILES {
@@ -439,22 +461,22 @@ impl<'a> GradientSums<'a> {
         self.tiles = 0;
     }
 
-    pub(crate) fn finish(mut self) -> Sums {
+    pub(crate) fn finish(mut self) -> GradientSums {
         self.fold();
         self.sums
     }
 }
 
-/// The gradient `∂z` of a convolution's output, computed block by block where it is used
-/// ([`crate::pointwise::backward`]), or as a whole: `scale·g + slope·(z − mean) + offset`.
-pub struct OutputGradient {
+/// The gradient `∂z` of a convolution's output, `scale·g + slope·(z − mean) + offset`, which is computed block by block
+/// where it is read ([`crate::convolution::backward`]), or as a whole.
+pub struct DeferredGradient {
     of: Epilogue,
     gy: Tensor,
     slope: Tensor,
     offset: Tensor,
 }
 
-impl OutputGradient {
+impl DeferredGradient {
     /// The convolution's output, whose gradient this is.
     pub fn z(&self) -> &Tensor {
         &self.of.z
@@ -463,77 +485,41 @@ impl OutputGradient {
     /// The whole gradient, of the shape of `z`.
     pub fn tensor(&self) -> Result<Tensor> {
         let z = &self.of.z;
-        let _note = profile::note("norm::backward: gradient", 0, 12 * z.elem_count());
+        let _note = profiler::note("norm::backward: gradient", 0, 12 * z.elem_count());
         if crate::gpu::runs(z.device()) {
             return gpu::gradient(&self.of, &self.gy, &self.slope, &self.offset);
         }
-        let opened = self.open()?;
-        let c = opened.of.channels;
-        let size = (z.elem_count() / c, c);
-        // SAFETY: `rows` writes all of its block.
-        #[allow(unsafe_code)]
-        let (gz, _) =
-            unsafe { cpu::blocks(size, chunk_len(c) / c, || (), |(), rows, gz| opened.rows(rows, gz)) };
-        Ok(Tensor::from_vec(gz, z.dims(), &Device::Cpu)?)
+        self.read(|gradient| {
+            let c = gradient.of.channels;
+            let size = (z.elem_count() / c, c);
+            let (gz, _) = blocks(size, block_rows(c), || (), |(), rows, gz| (gradient.rows(rows, gz), ()));
+            cpu::tensor(gz, z.dims())
+        })
     }
 
-    pub(crate) fn open(&self) -> Result<OpenGradient<'_>> {
-        let gy = cpu::open(&self.gy);
-        gy.floats()?;
-        Ok(OpenGradient { of: self.of.open()?, gy, slope: tiled(&self.slope)?, offset: tiled(&self.offset)? })
+    /// Opens the gradient, and calls `f` with it.
+    pub(crate) fn read<R>(&self, f: impl FnOnce(&OpenGradient<'_>) -> Result<R>) -> Result<R> {
+        let gy = open(&self.gy);
+        let (gy, slope, offset) = (gy.floats()?, tiled(&self.slope)?, tiled(&self.offset)?);
+        self.of.read(|of| f(&OpenGradient { of, gy, slope, offset }))
     }
 }
 
-/// An [`OutputGradient`] with its tensors open for reading.
+/// A [`DeferredGradient`] with its tensors open for reading.
 pub(crate) struct OpenGradient<'a> {
-    of: OpenEpilogue<'a>,
-    gy: cpu::Opened<'a>,
+    of: &'a OpenEpilogue<'a>,
+    gy: &'a [f32],
     slope: Vec<f32>,
     offset: Vec<f32>,
 }
 
 impl OpenGradient<'_> {
     /// Writes the gradient of some rows.
-    pub(crate) fn rows(&self, rows: Range<usize>, gz: &mut [MaybeUninit<f32>]) {
-        let OpenEpilogue { channels: c, scale, shift, mean, gate, .. } = &self.of;
-        let gy = &self.gy.floats().expect("checked when it was opened")[rows.start * c..rows.end * c];
-        let z = self.of.z(rows);
-        batch_grad_z(z, gy, gz, scale, shift, mean, &self.slope, &self.offset, *gate);
-    }
-}
-
-/// Elements of a tile, at least: small numbers of channels are repeated over several rows up to this
-/// length, so that the inner loops are long whatever `C` is.
-const TILE: usize = 256;
-
-/// After so many tiles, sums in `f32` are added to those in `f64`.
-pub(crate) const TILES: usize = 32;
-
-/// The rows of a tile.
-pub(crate) fn tile_rows(c: usize) -> usize {
-    TILE.div_ceil(c)
-}
-
-/// Elements of a chunk: whole tiles.
-fn chunk_len(c: usize) -> usize {
-    let tile = tile_rows(c) * c;
-    (CHUNK / tile).max(1) * tile
-}
-
-/// Per-channel values, repeated over the rows of a tile.
-pub(crate) fn tiled(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    let channels = values(tensor)?;
-    Ok(channels.repeat(tile_rows(channels.len())))
-}
-
-/// The sums over a tile's rows, added to those of the channels, and the tile's sums set back to 0.
-#[inline(always)]
-pub(crate) fn fold(tile: &mut [f32], channels: &mut [f64]) {
-    for row in tile.chunks_mut(channels.len()) {
-        for (channel, sum) in channels.iter_mut().zip(row) {
-            *channel += f64::from(*sum);
-            *sum = 0.0;
-        }
+    pub(crate) fn rows<'z>(&self, rows: Range<usize>, gz: &'z mut [MaybeUninit<f32>]) -> Written<'z> {
+        let OpenEpilogue { z, scale, shift, mean, gate, .. } = self.of;
+        let part = self.of.part(rows);
+        let (z, gy) = (&z[part.clone()], &self.gy[part]);
+        gradient(z, gy, gz, scale, shift, mean, &self.slope, &self.offset, *gate)
     }
 }
 
@@ -541,130 +527,14 @@ impl Stats {
     /// Of the parts of the rows together, of which there must be one.
     pub(crate) fn of_parts(parts: Vec<Moments>) -> Result<Self> {
         let all = Moments::merged(parts).expect("no map is empty");
-        let tensor = |values: Vec<f32>| {
-            let c = values.len();
-            Tensor::from_vec(values, c, &Device::Cpu)
-        };
+        let c = all.mean.len();
+        let tensor = |values: Vec<f32>| cpu::tensor(values, c);
         Ok(Self {
             mean: tensor(all.mean.iter().map(|mean| *mean as f32).collect())?,
             variance: tensor(all.variance().map(|variance| variance as f32).collect())?,
             min: tensor(all.min)?,
             max: tensor(all.max)?,
         })
-    }
-}
-
-/// `Q(φ(scale·z + shift))` of some rows, as floats or as levels.
-pub(crate) struct Normalizer {
-    scale: Vec<f32>,
-    shift: Vec<f32>,
-    bounds: (f32, f32),
-    grid: Option<Grid>,
-}
-
-impl Normalizer {
-    pub(crate) fn new(
-        check: &Check,
-        c: usize,
-        scale: &Tensor,
-        shift: &Tensor,
-        act: Activation,
-        quant: Option<Quantizer<'_>>,
-    ) -> Result<Self> {
-        check.quantizer(quant)?;
-        let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-        let grid = quant.map(cpu::grid).transpose()?;
-        Ok(Self { scale: tiled(&scale)?, shift: tiled(&shift)?, bounds: act.bounds(), grid })
-    }
-
-    /// Scale and shift, each of at least as many elements as there are channels.
-    pub(crate) fn affine(&self) -> [&[f32]; 2] {
-        [&self.scale, &self.shift]
-    }
-
-    /// The bounds of the activation.
-    pub(crate) fn bounds(&self) -> (f32, f32) {
-        self.bounds
-    }
-
-    /// Writes all of `y`, which must be as long as `z`, both whole rows; without a quantizer.
-    pub(crate) fn floats(&self, z: &[f32], y: &mut [MaybeUninit<f32>]) {
-        debug_assert!(self.grid.is_none(), "quantized feature maps are written as levels");
-        normalize(z, y, &self.scale, &self.shift, self.bounds);
-    }
-
-    /// Writes all of `y`, which must be as long as `z`; with a quantizer.
-    pub(crate) fn levels(&self, z: &[f32], y: &mut [MaybeUninit<u8>]) {
-        let grid = self.grid.as_ref().expect("levels are those of a quantizer");
-        normalize_levels(z, y, &self.scale, &self.shift, self.bounds, grid);
-    }
-}
-
-/// Writes `f(scale·z + shift)`.
-#[inline(always)]
-fn normalize_tiles<T>(
-    z: &[f32],
-    y: &mut [MaybeUninit<T>],
-    scale: &[f32],
-    shift: &[f32],
-    f: impl Fn(f32) -> T,
-) {
-    assert_eq!(z.len(), y.len());
-    for (z, y) in z.chunks(scale.len()).zip(y.chunks_mut(scale.len())) {
-        for (((y, z), scale), shift) in y.iter_mut().zip(z).zip(scale).zip(shift) {
-            y.write(f(z.mul_add(*scale, *shift)));
-        }
-    }
-}
-
-simd! {
-    fn normalize(z: &[f32], y: &mut [MaybeUninit<f32>], scale: &[f32], shift: &[f32], bounds: (f32, f32)) {
-        normalize_tiles(z, y, scale, shift, |u| clamp(u, bounds));
-    }
-}
-
-simd! {
-    fn normalize_levels(
-        z: &[f32],
-        y: &mut [MaybeUninit<u8>],
-        scale: &[f32],
-        shift: &[f32],
-        bounds: (f32, f32),
-        grid: &Grid,
-    ) {
-        let grid = *grid;
-        normalize_tiles(z, y, scale, shift, |u| byte(grid.level(clamp(u, bounds))));
-    }
-}
-
-struct OutputRange<'a> {
-    scale: &'a Tensor,
-    shift: &'a Tensor,
-    act: Activation,
-}
-
-impl CustomOp2 for OutputRange<'_> {
-    fn name(&self) -> &'static str {
-        "norm-output-range"
-    }
-
-    fn cpu_fwd(
-        &self,
-        min: &CpuStorage,
-        min_layout: &Layout,
-        max: &CpuStorage,
-        max_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (scale, shift) = (values(self.scale)?, values(self.shift)?);
-        let (mut lo, mut hi) = (f32::INFINITY, f32::NEG_INFINITY);
-        for extremes in [cpu::slice(min, min_layout)?, cpu::slice(max, max_layout)?] {
-            for ((z, scale), shift) in extremes.iter().zip(&scale).zip(&shift) {
-                let y = self.act.apply(z.mul_add(*scale, *shift));
-                lo = lo.min(y);
-                hi = hi.max(y);
-            }
-        }
-        cpu::output(vec![lo, hi], 2)
     }
 }
 
@@ -752,42 +622,41 @@ fn add_products<const N: usize>(
 
 simd! {
     /// `∂z = scale·g + slope·(z − mean) + offset`.
-    fn batch_grad_z(
+    fn gradient<'z>(
         z: &[f32],
         gy: &[f32],
-        gz: &mut [MaybeUninit<f32>],
+        gz: &'z mut [MaybeUninit<f32>],
         scale: &[f32],
         shift: &[f32],
         mean: &[f32],
         slope: &[f32],
         offset: &[f32],
         gate: Gate,
-    ) {
+    ) -> Written<'z> {
         #[inline(always)]
-        fn tiles(
+        fn tiles<'z>(
             z: &[f32],
             gy: &[f32],
-            gz: &mut [MaybeUninit<f32>],
+            gz: &'z mut [MaybeUninit<f32>],
             [scale, shift, mean, slope, offset]: [&[f32]; 5],
-            g: impl Fn(f32, f32) -> f32,
-        ) {
+            g: impl Fn(f32, f32) -> f32 + Copy,
+        ) -> Written<'z> {
             assert!(z.len() == gy.len() && z.len() == gz.len());
-            let tile = scale.len();
-            for ((z, gy), gz) in z.chunks(tile).zip(gy.chunks(tile)).zip(gz.chunks_mut(tile)) {
-                let n = z.len();
-                let (gy, gz) = (&gy[..n], &mut gz[..n]);
+            let gz = write_tiles(gz, scale.len(), |start, n| {
+                let (z, gy) = (&z[start..][..n], &gy[start..][..n]);
                 let (scale, shift, mean) = (&scale[..n], &shift[..n], &mean[..n]);
                 let (slope, offset) = (&slope[..n], &offset[..n]);
-                for i in 0..n {
+                move |i| {
                     let g = g(z[i].mul_add(scale[i], shift[i]), gy[i]);
-                    gz[i].write(scale[i].mul_add(g, slope[i].mul_add(z[i] - mean[i], offset[i])));
+                    scale[i].mul_add(g, slope[i].mul_add(z[i] - mean[i], offset[i]))
                 }
-            }
+            });
+            gz.into()
         }
         let (channels, bounds) = ([scale, shift, mean, slope, offset], gate.bounds);
         match gate.grid {
             None => tiles(z, gy, gz, channels, |u, gy| gated(u, gy, bounds, |_| true)),
-            Some(grid) => tiles(z, gy, gz, channels, |u, gy| gated(u, gy, bounds, |u| grid.passes(u))),
+            Some(grid) => tiles(z, gy, gz, channels, move |u, gy| gated(u, gy, bounds, |u| grid.passes(u))),
         }
     }
 }
@@ -797,6 +666,7 @@ mod tests {
     use super::*;
     use crate::quantize;
     use crate::testing::*;
+    use candle_core::Device;
     use quant_core::Bits;
 
     const ACTIVATIONS: [Activation; 3] = [Activation::Identity, Activation::Relu, Activation::Relu6];
@@ -906,12 +776,12 @@ mod tests {
             let (z, gy) = (random(1, dims), random(4, dims));
             let (scale, shift) = (channels(2, dims[3], 3.0), channels(3, dims[3], 1.0));
             let mask = mask(&normalized(&z, &scale, &shift, act, None), quant);
-            let grads = Epilogue::affine(&z, &scale, &shift, act, quant)
+            let gradients = Epilogue::affine(&z, &scale, &shift, act, quant)
                 .unwrap()
                 .backward(&gy.clone().into())
                 .unwrap();
-            assert!(grads.gamma.is_none(), "the scale is not trained");
-            let (gz, gshift) = (grads.z.tensor().unwrap(), grads.shift);
+            assert!(gradients.gamma.is_none(), "the scale is not trained");
+            let (gz, gshift) = (gradients.z.tensor().unwrap(), gradients.shift);
             let gy = (gy * mask).unwrap();
             let wide = scale.to_dtype(candle_core::DType::F64).unwrap();
             let reference = |inputs: &[Tensor]| reference(&inputs[0], &wide, &inputs[1], act);
@@ -929,14 +799,15 @@ mod tests {
             let (z, gy) = (random(1, dims), random(4, dims));
             let (gamma, beta) = (channels(2, dims[3], 2.0), channels(3, dims[3], 1.0));
             let stats = channel_stats(&z).unwrap();
-            let norm = Normalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
+            let norm = BatchNormalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
             let y = normalized(&z, &norm.scale, &norm.shift, act, None);
             assert_close(&y, &batch_reference(&z, &gamma, &beta, act).unwrap(), 1e-5, context);
-            let grads = Epilogue::batch(&z, &norm, act, quant).unwrap().backward(&gy.clone().into()).unwrap();
+            let gradients =
+                Epilogue::batch(&z, &norm, act, quant).unwrap().backward(&gy.clone().into()).unwrap();
             let gy = (gy * mask(&y, quant)).unwrap();
             let reference = |inputs: &[Tensor]| batch_reference(&inputs[0], &inputs[1], &inputs[2], act);
-            let (gz, gamma_found) = (grads.z.tensor().unwrap(), grads.gamma.unwrap());
-            let found = [&gz, &gamma_found, &grads.shift];
+            let (gz, gamma_found) = (gradients.z.tensor().unwrap(), gradients.gamma.unwrap());
+            let found = [&gz, &gamma_found, &gradients.shift];
             assert_gradients(&[&z, &gamma, &beta], &gy, reference, &found, context);
         });
     }
@@ -1018,12 +889,12 @@ mod tests {
             for quant in [None, Some(quant)] {
                 assert_same_everywhere(|| {
                     let stats = channel_stats(&z).unwrap();
-                    let norm = Normalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
+                    let norm = BatchNormalization::new(&stats, &gamma, &beta, EPSILON).unwrap();
                     let act = Activation::Relu6;
                     let y = normalized(&z, &norm.scale, &norm.shift, act, quant);
                     let backward = |of: Epilogue| {
-                        let grads = of.backward(&gy.clone().into()).unwrap();
-                        (grads.z.tensor().unwrap(), grads.gamma, grads.shift)
+                        let gradients = of.backward(&gy.clone().into()).unwrap();
+                        (gradients.z.tensor().unwrap(), gradients.gamma, gradients.shift)
                     };
                     let (batch_gz, ggamma, gbeta) = backward(Epilogue::batch(&z, &norm, act, quant).unwrap());
                     let (gz, _, gshift) =

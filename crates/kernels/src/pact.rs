@@ -11,14 +11,16 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, simd};
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
 use crate::learned::{LANES, Lanes, map_and_sum};
-use crate::{Result, profile};
-use candle_core::{Device, Tensor};
+use crate::work::{CHUNK, fill};
+use crate::{Result, profiler};
+use candle_core::Tensor;
 use quant_core::{Bits, Grid};
 
 /// The gradients of [`forward`].
-pub struct Grads {
+pub struct Gradients {
     /// Of the input, of its shape.
     pub x: Tensor,
     /// Of `α`, `[1]`.
@@ -28,39 +30,34 @@ pub struct Grads {
 /// `x`, clipped to `[0, α]`, or to `[−α, α]` if `signed`, and rounded to the levels; `alpha` is `[1]`.
 pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let check = Check("pact::forward");
-    let _note = profile::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
     let (x, alpha) = (check.map_float("x", x)?, check.dims("alpha", alpha, &[1])?);
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, &alpha, bits, signed);
     }
     let alpha = bound(&alpha)?;
     let grid = if signed { Grid::symmetric(alpha, bits) } else { Grid::spanning(0.0, alpha, bits) };
-    let opened = cpu::open(&x);
-    let elements = opened.floats()?;
-    let y = cpu::fill(elements.len(), CHUNK, |i, y| quantize(&elements[i * CHUNK..][..y.len()], y, &grid));
-    Ok(Tensor::from_vec(y, opened.dims(), &Device::Cpu)?)
+    let opened = open(&x);
+    let x = opened.floats()?;
+    cpu::tensor(fill(x.len(), CHUNK, |part, y| quantize(&x[part], y, &grid)), opened.dims())
 }
 
 /// The gradients of `x` and of `α`. They do not depend on the bits.
-pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result<Grads> {
+pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result<Gradients> {
     let check = Check("pact::backward");
-    let _note = profile::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
     let (x, alpha) = (check.map_float("x", x)?, check.dims("alpha", alpha, &[1])?);
     let gy = check.map_of("gy", gy, &x)?;
     if crate::gpu::runs(x.device()) {
         return gpu::backward(&x, &gy, &alpha, signed);
     }
     let alpha = bound(&alpha)?;
-    let (x, gy) = (cpu::open(&x), cpu::open(&gy));
-    let (elements, gy) = (x.floats()?, gy.floats()?);
+    let (opened, gy) = (open(&x), open(&gy));
+    let (x, gy) = (opened.floats()?, gy.floats()?);
     let low = if signed { -alpha } else { 0.0 };
-    let (gx, [sum]) = map_and_sum(elements.len(), |part, gx| {
-        [pass(&elements[part.clone()], &gy[part], gx, low, alpha, signed)]
-    });
-    Ok(Grads {
-        x: Tensor::from_vec(gx, x.dims(), &Device::Cpu)?,
-        alpha: Tensor::new(&[sum as f32], &Device::Cpu)?,
-    })
+    let (gx, [sum]) =
+        map_and_sum(x.len(), |part, gx| [pass(&x[part.clone()], &gy[part], gx, low, alpha, signed)]);
+    Ok(Gradients { x: cpu::tensor(gx, opened.dims())?, alpha: cpu::tensor(vec![sum as f32], 1)? })
 }
 
 /// The value of `α`, where one below 0 stands for 0; NaN stays NaN.

@@ -14,239 +14,230 @@
 
 mod gpu;
 
+use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
-use crate::cpu::{self, CHUNK, Check, open, simd};
-use crate::feature::{Source, byte};
+use crate::check::Check;
+use crate::cpu::{self, open};
+use crate::elements::{Stored, signed_levels};
+use crate::feature::Operand;
 use crate::norm::{
-    self, Epilogue, Gradient, GradientSums, Normalizer, OpenEpilogue, OutputGradient, Stats, Sums,
+    self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue, Stats,
 };
 use crate::product::{self, IntegerPanels, LANES, Left, Operands, Panels};
-use crate::{Activation, FeatureMap, Input, Quantizer, Result, Weight, profile};
-use candle_core::{Device, Tensor};
+use crate::work::{CHUNK, Progress, Written, append, blocks, fill};
+use crate::{Activation, FeatureMap, ProductSizes, Quantizer, Result, Weight, profiler};
+use candle_core::Tensor;
 use quant_core::Grid;
 use std::iter;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// `z = x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
-pub fn forward<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
-    let (x, w) = (x.into(), w.into());
+pub fn forward<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
+    let (check, x, w) = (Check("pointwise::forward"), x.into(), w.into());
     if crate::gpu::runs(w.value.device()) {
-        return gpu::forward(&Check("pointwise::forward"), x, w);
+        return gpu::forward(&check, &x, w);
     }
-    with_product("pointwise::forward", x, w, |product| blockwise::plain(product))
+    with_product(&check, &x, w, |product| blockwise::plain(product))
 }
 
 /// [`forward`], with the statistics of `z`.
-pub fn forward_stats<'a>(x: impl Into<Input<'a>>, w: impl Into<Weight<'a>>) -> Result<(Tensor, Stats)> {
-    let (x, w) = (x.into(), w.into());
+pub fn forward_stats<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<(Tensor, Stats)> {
+    let (check, x, w) = (Check("pointwise::forward_stats"), x.into(), w.into());
     if crate::gpu::runs(w.value.device()) {
-        let z = gpu::forward(&Check("pointwise::forward_stats"), x, w)?;
+        let z = gpu::forward(&check, &x, w)?;
         let stats = norm::channel_stats(&z)?;
         return Ok((z, stats));
     }
-    with_product("pointwise::forward_stats", x, w, |product| blockwise::with_stats(product))
+    with_product(&check, &x, w, |product| blockwise::with_stats(product))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
 pub fn forward_normalized<'a>(
-    x: impl Into<Input<'a>>,
+    x: impl Into<FeatureMap>,
     w: impl Into<Weight<'a>>,
     (scale, shift): (&Tensor, &Tensor),
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let (x, w) = (x.into(), w.into());
+    let (check, x, w) = (Check("pointwise::forward_normalized"), x.into(), w.into());
     if crate::gpu::runs(w.value.device()) {
-        let z = gpu::forward(&Check("pointwise::forward_normalized"), x, w)?;
+        let z = gpu::forward(&check, &x, w)?;
         return norm::forward(&z, scale, shift, act, quant);
     }
-    with_product("pointwise::forward_normalized", x, w, |product| {
-        let check = Check("pointwise::forward_normalized");
-        let normalizer = Normalizer::new(&check, product.n, scale, shift, act, quant)?;
-        blockwise::normalized(product, &normalizer, quant)
+    check.quantizer(quant)?;
+    with_product(&check, &x, w, |product| {
+        let affine = AffineActivation::new(&check, product.sizes.columns, scale, shift, act)?;
+        blockwise::normalized(product, &affine, quant)
     })
 }
 
 /// The gradient of the input: `∂z[…, Cout] · wᵀ`, of shape `[…, Cin]`.
 pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     let check = Check("pointwise::grad_input");
-    let (_, n) = check.rows("gz", gz)?;
-    let k = match w.dims() {
-        &[k, found] if found == n => k,
-        _ => return Err(check.shape("w", w, format!("[input channels, {n}]"))),
+    let (rows, depth) = check.rows("gz", gz)?;
+    let columns = match w.dims() {
+        &[columns, found] if found == depth => columns,
+        _ => return Err(check.shape("w", w, format!("[input channels, {depth}]"))),
     };
-    let rows = gz.elem_count() / n;
-    let _note = profile::note(check.0, 2 * rows * k * n, 4 * (rows * (k + n) + k * n));
+    let sizes = ProductSizes { rows, columns, depth };
+    let _note = profiler::note(check.0, sizes.operations(), 4 * (rows * (depth + columns) + depth * columns));
     let (gz, w) = (check.map_float("gz", gz)?, check.float("w", w)?);
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w);
     }
-    let panels = Panels::transposed(open(&w).floats()?, n);
+    let panels = Panels::transposed(open(&w).floats()?, depth);
     let opened = open(&gz);
-    let x = Source::Float(opened.floats()?);
-    blockwise::plain(&Product { x, w: Operand::Float(panels), dims: with_channels(gz.dims(), k), k: n, n: k })
+    let factors = Factors::Floats(Operand::Stored(Stored::Float(opened.floats()?)), panels);
+    blockwise::plain(&Product { factors, dims: with_channels(gz.dims(), columns), sizes })
 }
 
 /// The gradient of the weight: `xᵀ · ∂z`, of shape `[Cin, Cout]`.
-pub fn grad_weight<'a>(x: impl Into<Input<'a>>, gz: &Tensor) -> Result<Tensor> {
-    let check = Check("pointwise::grad_weight");
-    let x = x.into();
-    let (rows, k, n) = sizes(&check, x, gz)?;
-    let _note = profile::note(check.0, 2 * rows * k * n, x.bytes() + 4 * (rows * n + k * n));
+pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
+    let (check, x) = (Check("pointwise::grad_weight"), x.into());
+    let sizes = sizes(&check, &x, gz)?;
+    let ProductSizes { rows, columns, depth } = sizes;
+    let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (rows + depth) * columns);
     if crate::gpu::runs(gz.device()) {
-        return gpu::grad_weight(&check, x, gz);
+        return gpu::grad_weight(&check, &x, gz);
     }
-    let (x, gz) = (x.open(&check, "x")?, check.float("gz", gz)?);
-    let (x, gz) = (x.opened(), open(&gz));
-    let (x, gz) = (Source::new(&x)?, gz.floats()?);
-    let gradient = |rows: Range<usize>, block: &mut [MaybeUninit<f32>]| {
-        block.write_copy_of_slice(&gz[rows.start * n..rows.end * n]);
-    };
-    let (gw, ..) = gradients(x, gradient, None, (rows, k, n));
-    Ok(Tensor::from_vec(gw, (k, n), &Device::Cpu)?)
+    x.read(&check, "x", |x| {
+        let gz = check.float("gz", gz)?;
+        let gz = open(&gz);
+        let gz = gz.floats()?;
+        let of_rows = |rows: Range<usize>, block: &mut Vec<f32>| {
+            block.extend_from_slice(&gz[rows.start * columns..rows.end * columns]);
+        };
+        let (gw, ..) = gradients(x, of_rows, None, sizes);
+        cpu::tensor(gw, (depth, columns))
+    })
 }
 
 /// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([Cin, Cout], […, Cin])`. `below` is what
 /// made `x`, if its gradient is what is found here as it is: then its sums are taken of what is in cache. (Not on a
 /// GPU.)
-pub fn backward<'a>(
-    x: impl Into<Input<'a>>,
+pub fn backward(
+    x: impl Into<FeatureMap>,
     w: &Tensor,
-    gz: &OutputGradient,
+    gz: &DeferredGradient,
     below: Option<&Epilogue>,
-) -> Result<(Tensor, Gradient)> {
-    let check = Check("pointwise::backward");
-    let x = x.into();
-    let (rows, k, n) = sizes(&check, x, gz.z())?;
-    let w = check.dims("w", w, &[k, n])?;
-    let bytes = x.bytes_with(below) + 4 * (rows * (k + 2 * n) + 2 * k * n);
-    let _note = profile::note(check.0, 4 * rows * k * n, bytes);
-    let dims = x.dims().to_vec();
+) -> Result<(Tensor, MapGradient)> {
+    let (check, x) = (Check("pointwise::backward"), x.into());
+    let sizes = sizes(&check, &x, gz.z())?;
+    let ProductSizes { rows, columns, depth } = sizes;
+    let w = check.dims("w", w, &[depth, columns])?;
+    let bytes = norm::bytes_with(&x, below) + 4 * (rows * (depth + 2 * columns) + 2 * depth * columns);
+    let _note = profiler::note(check.0, 2 * sizes.operations(), bytes);
+    let dims = x.dims();
     if crate::gpu::runs(w.device()) {
         let gz = gz.tensor()?;
-        return Ok((gpu::grad_weight(&check, x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?.into()));
+        return Ok((gpu::grad_weight(&check, &x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?.into()));
     }
-    let x = x.open(&check, "x")?;
-    let x = x.opened();
-    let gz = gz.open()?;
-    let below = below.map(|below| below.open_below(&check, &dims)).transpose()?;
-    let to = Some((&Panels::transposed(open(&w).floats()?, n), below.as_ref()));
-    let (gw, gx, sums) = gradients(Source::new(&x)?, |rows, block| gz.rows(rows, block), to, (rows, k, n));
-    let gx = Gradient { tensor: Tensor::from_vec(gx, dims, &Device::Cpu)?, sums };
-    Ok((Tensor::from_vec(gw, (k, n), &Device::Cpu)?, gx))
+    let transposed = Panels::transposed(open(&w).floats()?, columns);
+    let (gw, gx, sums) = x.read(&check, "x", |x| {
+        gz.read(|gz| {
+            Epilogue::read_below(below, &check, dims, |below| {
+                let of_rows = |rows: Range<usize>, block: &mut Vec<f32>| {
+                    append(block, rows.len() * columns, |block| gz.rows(rows, block));
+                };
+                Ok(gradients(x, of_rows, Some((&transposed, below)), sizes))
+            })
+        })
+    })?;
+    Ok((cpu::tensor(gw, (depth, columns))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
 }
 
-/// Rows, input and output channels of a backward product of `x[…, k]` and `gz[…, n]`.
-fn sizes(check: &Check, x: Input<'_>, gz: &Tensor) -> Result<(usize, usize, usize)> {
-    let (rows, n) = check.rows("gz", gz)?;
+/// The sizes of the forward product, from `x[…, depth]` and `gz[…, columns]`.
+fn sizes(check: &Check, x: &FeatureMap, gz: &Tensor) -> Result<ProductSizes> {
+    let (rows, columns) = check.rows("gz", gz)?;
     match x.dims() {
-        [positions @ .., k] if *k > 0 && positions.iter().product::<usize>() == rows => Ok((rows, *k, n)),
+        &[ref positions @ .., depth] if depth > 0 && positions.iter().product::<usize>() == rows => {
+            Ok(ProductSizes { rows, columns, depth })
+        }
         dims => Err(check.shape("gz", gz, format!("the rows of {dims:?}"))),
     }
 }
 
-/// Input and output channels of a forward product.
-fn operands(check: &Check, x: Input<'_>, w: Weight<'_>) -> Result<(usize, usize)> {
-    let k = match x.dims().last() {
-        Some(&k) if !x.dims().contains(&0) => k,
-        _ => return Err(check.sizes("x", x.dims(), "[…, channels], not empty")),
+/// The sizes of the forward product, from its operands.
+fn forward_sizes(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<ProductSizes> {
+    let (rows, depth) = match x.dims() {
+        &[ref positions @ .., depth] if !x.dims().contains(&0) => (positions.iter().product(), depth),
+        dims => return Err(check.sizes("x", dims, "[…, channels], not empty")),
     };
     match w.value.dims() {
-        &[found, n] if found == k => Ok((k, n)),
-        _ => Err(check.shape("w", w.value, format!("[{k}, output channels]"))),
+        &[found, columns] if found == depth => Ok(ProductSizes { rows, columns, depth }),
+        _ => Err(check.shape("w", w.value, format!("[{depth}, output channels]"))),
     }
 }
 
-/// Checks the operands and calls `f` with the product.
+/// Checks the operands of a forward product, and calls `f` with it.
 fn with_product<R>(
-    name: &'static str,
-    x: Input<'_>,
+    check: &Check,
+    x: &FeatureMap,
     w: Weight<'_>,
     f: impl FnOnce(&Product<'_>) -> Result<R>,
 ) -> Result<R> {
-    let check = Check(name);
-    let (k, n) = operands(&check, x, w)?;
-    let dims = with_channels(x.dims(), n);
-    let outputs = dims.iter().product::<usize>();
-    let _note = profile::note(name, 2 * outputs * k, x.bytes() + 4 * (k * n + outputs));
-    let x = x.open(&check, "x")?;
-    let x = x.opened();
-    let x = Source::new(&x)?;
+    let sizes = forward_sizes(check, x, w)?;
+    let ProductSizes { rows, columns, depth } = sizes;
+    let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (depth + rows) * columns);
+    let dims = with_channels(x.dims(), columns);
     let value = check.float("w", w.value)?;
-    let levels = match (x, w.quantized) {
-        (Source::Levels(_, grid), Some((original, quant))) => integers(&check, original, quant, grid)?,
-        _ => None,
-    };
-    let w = match levels {
-        Some(operand) => operand,
-        None => Operand::Float(Panels::new(open(&value).floats()?, n)),
-    };
-    f(&Product { x, w, dims, k, n })
+    x.read(check, "x", |x| {
+        let of_levels = match (x, w.quantized) {
+            (Operand::Stored(Stored::Levels(x, grid)), Some((original, quant))) => {
+                level_factors(check, (x, grid), original, quant)?
+            }
+            _ => None,
+        };
+        let factors = match of_levels {
+            Some(factors) => factors,
+            None => Factors::Floats(x, Panels::new(open(&value).floats()?, columns)),
+        };
+        f(&Product { factors, dims, sizes })
+    })
 }
 
-/// The weights' levels, if each fits a signed byte: so with up to 7 bits.
-fn integers(check: &Check, w: &Tensor, quant: Quantizer<'_>, x: Grid) -> Result<Option<Operand>> {
+/// The levels of both operands, if each of the weights fits a signed byte: so with up to 7 bits.
+fn level_factors<'a>(
+    check: &Check,
+    (x, x_grid): (&'a [u8], Grid),
+    w: &Tensor,
+    quant: Quantizer<'_>,
+) -> Result<Option<Factors<'a>>> {
     check.grids(w, quant)?;
     if quant.bits.max_level() > 127 {
         return Ok(None);
     }
     let grids = cpu::grids(quant)?;
-    let (k, n) = w.dims2()?;
+    let (depth, columns) = w.dims2()?;
     let w = check.float("w", w)?;
-    let w = open(&w);
-    let w = w.floats()?;
-    let mut levels = vec![0; k * n];
-    signed_levels(w, &mut levels, &grids);
-    let steps = grids.iter().cycle().take(n).map(|grid| x.step() * grid.step());
-    Ok(Some(Operand::Levels {
-        panels: IntegerPanels::new(&levels, k, n),
-        zero_point: x.zero_point() as i32,
-        scale: steps.chain(iter::repeat(0.0)).take(n.next_multiple_of(LANES)).collect(),
+    let mut levels = vec![0; depth * columns];
+    signed_levels(open(&w).floats()?, &mut levels, &grids);
+    let scale = grids.iter().cycle().take(columns).map(|grid| x_grid.step() * grid.step());
+    Ok(Some(Factors::Levels {
+        x,
+        zero_point: x_grid.zero_point() as i32,
+        w: IntegerPanels::new(&levels, depth, columns),
+        scale: scale.chain(iter::repeat(0.0)).take(columns.next_multiple_of(LANES)).collect(),
     }))
 }
 
-simd! {
-    /// Levels less their zero point; where each channel has a grid, of whole rows.
-    fn signed_levels(w: &[f32], levels: &mut [i8], grids: &[Grid]) {
-        #[inline(always)]
-        fn signed(grid: &Grid, w: f32) -> i8 {
-            byte(grid.level(w)).wrapping_sub(byte(grid.zero_point())) as i8
-        }
-        if let [grid] = grids {
-            let grid = *grid;
-            for (level, w) in levels.iter_mut().zip(w) {
-                *level = signed(&grid, *w);
-            }
-        } else {
-            let n = grids.len();
-            for (levels, w) in levels.chunks_exact_mut(n).zip(w.chunks_exact(n)) {
-                for ((level, w), grid) in levels.iter_mut().zip(w).zip(grids) {
-                    *level = signed(grid, *w);
-                }
-            }
-        }
-    }
+/// The operands of a forward product.
+enum Factors<'a> {
+    Floats(Operand<'a>, Panels),
+    Levels { x: &'a [u8], zero_point: i32, w: IntegerPanels, scale: Vec<f32> },
 }
 
-/// The right operand of a forward product.
-enum Operand {
-    Float(Panels),
-    Levels { panels: IntegerPanels, zero_point: i32, scale: Vec<f32> },
-}
-
-/// A forward product of `k` by `n` channels.
+/// A forward product, whose result has the dimensions `dims`.
 struct Product<'a> {
-    x: Source<'a>,
-    w: Operand,
+    factors: Factors<'a>,
     dims: Vec<usize>,
-    k: usize,
-    n: usize,
+    sizes: ProductSizes,
 }
 
 /// Rows of a block: what they read and write takes about half of a small second-level cache.
-fn rows_per_block(k: usize, n: usize) -> usize {
-    (4 * CHUNK / (k + n)).max(64).next_multiple_of(8)
+fn rows_per_block(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
+    (4 * CHUNK / (depth + columns)).max(64).next_multiple_of(8)
 }
 
 impl Blockwise for Product<'_> {
@@ -257,25 +248,28 @@ impl Blockwise for Product<'_> {
     }
 
     fn rows_per_block(&self) -> usize {
-        rows_per_block(self.k, self.n)
+        rows_per_block(self.sizes)
     }
 
     fn scratch(&self) -> Vec<f32> {
         Vec::new()
     }
 
-    fn compute(&self, scratch: &mut Vec<f32>, rows: Range<usize>, z: &mut [MaybeUninit<f32>]) {
-        let &Self { k, n, .. } = self;
-        let m = rows.len();
-        let x = self.x.part(rows.start * k..rows.end * k);
-        match (&self.w, x) {
-            (Operand::Levels { panels, zero_point, scale }, Source::Levels(x, _)) => {
-                product::set_levels(x, k, *zero_point, panels, scale, z);
+    fn compute<'z>(
+        &self,
+        scratch: &mut Vec<f32>,
+        rows: Range<usize>,
+        z: &'z mut [MaybeUninit<f32>],
+    ) -> Written<'z> {
+        let depth = self.sizes.depth;
+        let part = rows.start * depth..rows.end * depth;
+        match &self.factors {
+            Factors::Levels { x, zero_point, w, scale } => {
+                product::set_levels(&x[part], depth, *zero_point, w, scale, z)
             }
-            (Operand::Levels { .. }, _) => unreachable!("only levels meet levels"),
-            (Operand::Float(panels), x) => {
-                let x = Left::rows(x.floats(scratch), k);
-                product::set(x, panels.right(), (m, n, k), z);
+            Factors::Floats(x, panels) => {
+                let x = Left::rows(x.part(part).floats(scratch), depth);
+                product::set(x, panels.right(), ProductSizes { rows: rows.len(), ..self.sizes }, z)
             }
         }
     }
@@ -284,65 +278,60 @@ impl Blockwise for Product<'_> {
 /// The most memory that the parts of a weight's gradient may take, in elements.
 const PARTIAL_SUMS: usize = 1 << 20;
 
-/// The gradients of a product of `rows` by `k` by `n`, where `gz(rows, block)` writes a block of `∂z`: of the
-/// weight, and, if asked for, of the input from the transposed weight, with the sums of what made it. The weight's
-/// and these are summed up in parts, whose number depends on the shape alone.
+/// The gradients of a forward product, where `gz(rows, block)` appends these rows of `∂z`: of the weight, and, if the
+/// transposed weight is given, of the input, with the sums of what made it. The weight's and these are summed up in
+/// parts, whose number depends on the shape alone.
 fn gradients(
-    x: Source<'_>,
-    gz: impl Fn(Range<usize>, &mut [MaybeUninit<f32>]) + Sync + Send,
+    x: Operand<'_>,
+    gz: impl Fn(Range<usize>, &mut Vec<f32>) + Sync + Send,
     input: Option<(&Panels, Option<&OpenEpilogue<'_>>)>,
-    (rows, k, n): (usize, usize, usize),
-) -> (Vec<f32>, Vec<f32>, Option<Sums>) {
-    let per_block = rows_per_block(k, n);
-    let parts = (PARTIAL_SUMS / (k * n)).clamp(4, 16);
+    sizes: ProductSizes,
+) -> (Vec<f32>, Vec<f32>, Option<GradientSums>) {
+    let ProductSizes { rows, columns, depth } = sizes;
+    let per_block = rows_per_block(sizes);
+    let parts = (PARTIAL_SUMS / (depth * columns)).clamp(4, 16);
     let per_part = rows.div_ceil(parts).next_multiple_of(per_block);
-    let width = if input.is_some() { k } else { 0 };
-    let init =
-        || (vec![MaybeUninit::uninit(); per_block.min(rows) * n + LANES], Vec::new(), Operands::default());
-    type Scratch = (Vec<MaybeUninit<f32>>, Vec<f32>, Operands);
-    let part = |(block, floats, operands): &mut Scratch, rows: Range<usize>, gx: &mut [MaybeUninit<f32>]| {
-        let mut gw = vec![0.0; k * n];
-        let mut sums = input.and_then(|(_, below)| below).map(GradientSums::new);
-        let mut gx = gx.chunks_mut((per_block * width).max(1));
+    let width = if input.is_some() { depth } else { 0 };
+    let room = per_block.min(rows) * columns + LANES;
+    let init = || (Vec::with_capacity(room), Vec::new(), Operands::default());
+    let (gx, parts) = blocks((rows, width), per_part, init, |(block, floats, operands), rows, gx| {
+        let mut gw = vec![0.0; depth * columns];
+        let mut sums = input.and_then(|(_, below)| below).map(GradientAccumulator::new);
+        let mut gx = Progress::new(gx);
         for start in rows.clone().step_by(per_block) {
             let rows = start..rows.end.min(start + per_block);
             let m = rows.len();
-            gz(rows.clone(), &mut block[..m * n]);
+            block.clear();
+            gz(rows.clone(), block);
             // What is read beyond the last row.
-            block[m * n..m * n + LANES].fill(MaybeUninit::new(0.0));
-            // SAFETY: `gz` writes all of its block.
-            #[allow(unsafe_code)]
-            let block = unsafe { block[..m * n + LANES].assume_init_ref() };
+            block.extend_from_slice(&[0.0; LANES]);
             if let Some((w, _)) = input {
-                let gx = gx.next().expect("as many blocks as of rows");
-                product::set(Left::rows(&block[..m * n], n), w.right(), (m, k, n), gx);
+                let sizes = ProductSizes { rows: m, columns: depth, depth: columns };
+                let gz = Left::rows(&block[..m * columns], columns);
+                let gx = gx.next(m * depth, |gx| product::set(gz, w.right(), sizes, gx));
                 if let Some(sums) = &mut sums {
-                    // SAFETY: `product::set` writes all of its block.
-                    #[allow(unsafe_code)]
-                    sums.add(start, unsafe { gx.assume_init_ref() });
+                    sums.add(start, gx);
                 }
             }
-            let x = x.part(rows.start * k..rows.end * k).floats(floats);
-            product::add_transposed(x, block, (m, k, n), operands, &mut gw);
+            let x = x.part(rows.start * depth..rows.end * depth).floats(floats);
+            let sizes = ProductSizes { rows: depth, columns, depth: m };
+            product::add_transposed(x, block, sizes, operands, &mut gw);
         }
-        (gw, sums.map(GradientSums::finish))
-    };
-    // SAFETY: `product::set` writes all of each block of the gradient.
-    #[allow(unsafe_code)]
-    let (gx, parts) = unsafe { cpu::blocks((rows, width), per_part, init, part) };
-    let (of_weight, of_below): (Vec<Vec<f32>>, Vec<_>) = parts.into_iter().unzip();
+        (gx.finish().into(), (gw, sums.map(GradientAccumulator::finish)))
+    });
+    let (mut of_weight, of_below): (Vec<Vec<f32>>, Vec<_>) = parts.into_iter().unzip();
     let gw = if of_weight.len() == 1 {
-        of_weight.into_iter().next().expect("one")
+        of_weight.remove(0)
     } else {
-        cpu::fill(k * n, CHUNK / 4, |i, gw| {
+        fill(depth * columns, CHUNK / 4, |range, gw| {
             for sum in &of_weight {
-                for (gw, sum) in gw.iter_mut().zip(&sum[i * (CHUNK / 4)..]) {
+                for (gw, sum) in gw.iter_mut().zip(&sum[range.clone()]) {
                     *gw += sum;
                 }
             }
         })
     };
-    (gw, gx, Sums::of_parts(of_below.into_iter().flatten()))
+    (gw, gx, GradientSums::of_parts(of_below.into_iter().flatten()))
 }
 
 /// The dimensions of a tensor with another number of channels.
@@ -480,7 +469,7 @@ mod tests {
                     let [found, expected] = [found, expected].map(|y| elements(&y.to_float().unwrap()));
                     assert_eq!(found, expected, "{context}");
                 }
-                let of_batch = norm::Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
+                let of_batch = norm::BatchNormalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
                 let gy = random(5, z.dims());
                 let of_z = Epilogue::batch(&z, &of_batch, act, Some(quant)).unwrap();
                 let gz = of_z.backward(&gy.into()).unwrap().z;

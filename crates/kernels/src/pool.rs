@@ -2,32 +2,31 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, simd};
-use crate::feature::Source;
-use crate::{Input, Result, profile};
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
+use crate::work::{CHUNK, fill, generate};
+use crate::{FeatureMap, Result, profiler};
+use candle_core::{DType, Tensor};
+use std::ops::Range;
 
 /// The mean over the positions of `x[N, H, W, C]`, `[N, C]`, in `f32`.
-pub fn global_average<'a>(x: impl Into<Input<'a>>) -> Result<Tensor> {
-    let check = Check("pool::global_average");
-    let x = x.into();
+pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
+    let (check, x) = (Check("pool::global_average"), x.into());
     let (n, h, w, c) = check.map_sizes("x", x.dims())?;
-    let _note = profile::note(check.0, 0, x.bytes() + 4 * n * c);
+    let _note = profiler::note(check.0, 0, x.bytes() + 4 * n * c);
     if crate::gpu::runs(x.device()) {
-        return gpu::global_average(&check, x);
+        return gpu::global_average(&check, &x);
     }
-    let x = x.open(&check, "x")?;
-    let x = x.opened();
-    let x = Source::new(&x)?;
     let image = h * w * c;
     let images = (CHUNK / image).max(1);
-    let fill = |floats: &mut Vec<f32>, i: usize, y: &mut [f32]| {
-        for (image_at, y) in (i * images..).zip(y.chunks_exact_mut(c)) {
-            mean_rows(x.part(image_at * image..(image_at + 1) * image).floats(floats), h * w, y);
-        }
-    };
-    let (means, _) = cpu::generate(n * c, 0, images * c, Vec::new, fill);
-    Ok(Tensor::from_vec(means, (n, c), &Device::Cpu)?)
+    x.read(&check, "x", |x| {
+        let mean = |floats: &mut Vec<f32>, range: Range<usize>, y: &mut [f32]| {
+            for (at, y) in (range.start / c..).zip(y.chunks_exact_mut(c)) {
+                mean_rows(x.part(at * image..(at + 1) * image).floats(floats), h * w, y);
+            }
+        };
+        cpu::tensor(generate(n * c, images * c, Vec::new, mean).0, (n, c))
+    })
 }
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the means, `[N, C]`.
@@ -41,7 +40,7 @@ pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tens
     if gy.rank() != 2 || gy.elem_count() == 0 {
         return Err(check.shape("gy", gy, "[images, channels]"));
     }
-    let _note = profile::note(check.0, 0, 4 * gy.elem_count() * (h * w + 1));
+    let _note = profiler::note(check.0, 0, 4 * gy.elem_count() * (h * w + 1));
     let gy = check.float("gy", gy)?;
     if crate::gpu::runs(gy.device()) {
         return gpu::backward(&gy, h, w, dtype);
@@ -49,7 +48,19 @@ pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tens
     if dtype != DType::F32 {
         return Err(check.setting(format!("a gradient in {dtype:?} on the CPU, which has F32")));
     }
-    Ok(gy.apply_op1_no_bwd(&Backward { h, w })?)
+    let (n, c) = gy.dims2()?;
+    let opened = open(&gy);
+    let gy = opened.floats()?;
+    let share = 1.0 / (h * w) as f32;
+    let gx = fill(n * h * w * c, h * w * c, |range, gx| {
+        let gy = &gy[range.start / (h * w)..][..c];
+        for gx in gx.chunks_exact_mut(c) {
+            for (gx, gy) in gx.iter_mut().zip(gy) {
+                *gx = gy * share;
+            }
+        }
+    });
+    cpu::tensor(gx, (n, h, w, c))
 }
 
 simd! {
@@ -63,32 +74,6 @@ simd! {
         for y in y {
             *y /= rows as f32;
         }
-    }
-}
-
-struct Backward {
-    h: usize,
-    w: usize,
-}
-
-impl CustomOp1 for Backward {
-    fn name(&self) -> &'static str {
-        "global-average-backward"
-    }
-
-    fn cpu_fwd(&self, gy: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let &Self { h, w } = self;
-        let (n, c) = layout.shape().dims2()?;
-        let gy = cpu::slice(gy, layout)?;
-        let share = 1.0 / (h * w) as f32;
-        let gx = cpu::fill(n * h * w * c, h * w * c, |i, gx| {
-            for gx in gx.chunks_exact_mut(c) {
-                for (gx, gy) in gx.iter_mut().zip(&gy[i * c..]) {
-                    *gx = gy * share;
-                }
-            }
-        });
-        cpu::output(gx, (n, h, w, c))
     }
 }
 

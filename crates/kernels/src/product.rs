@@ -10,7 +10,9 @@
 //! Integer products are exact, so they have the same bits by their nature. AVX-512 VNNI multiplies unsigned by
 //! signed bytes and adds up four products at a time.
 
-use crate::cpu::{Level, simd};
+use crate::ProductSizes;
+use crate::cpu::{Instructions, simd};
+use crate::work::Written;
 use std::mem::MaybeUninit;
 
 /// Columns of a vector: one register of AVX-512, two of AVX2.
@@ -163,9 +165,14 @@ impl Panels {
     }
 }
 
-/// `c[m, n] = a[m, k]·b[k, n]`, all of `c`.
-pub(crate) fn set(a: Left, b: Right, sizes: (usize, usize, usize), c: &mut [MaybeUninit<f32>]) {
+/// Writes `c = a·b`.
+pub(crate) fn set<'c>(a: Left, b: Right, sizes: ProductSizes, c: &'c mut [MaybeUninit<f32>]) -> Written<'c> {
     product(a, b, sizes, c, false, DEPTH);
+    // SAFETY: without `add`, `product` writes all of `c`.
+    #[allow(unsafe_code)]
+    unsafe {
+        c.assume_init_ref().into()
+    }
 }
 
 /// Memory for the operands of [`add_transposed`].
@@ -175,26 +182,27 @@ pub(crate) struct Operands {
     right: Packed<LANES>,
 }
 
-/// `c[k, n] += aᵀ·b` of `a[m, k]` and of `b[m, n]`, after whose last row [`LANES`] elements must follow; what
+/// `c += aᵀ·b` of `a[depth, rows]` and `b[depth, columns]`, after whose last row [`LANES`] elements must follow; what
 /// they are has no effect.
 ///
-/// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A
-/// row costs `k + n` copies for `k·n` products, so narrow ones are not.
+/// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A row
+/// of theirs costs `rows + columns` copies for `rows·columns` products, so narrow ones are not.
 pub(crate) fn add_transposed(
     a: &[f32],
     b: &[f32],
-    (m, k, n): (usize, usize, usize),
+    sizes: ProductSizes,
     operands: &mut Operands,
     c: &mut [f32],
 ) {
-    assert!(a.len() == m * k && b.len() == m * n + LANES);
-    // SAFETY: `product` writes numbers only.
+    let ProductSizes { rows, columns, depth } = sizes;
+    assert!(a.len() == depth * rows && b.len() == depth * columns + LANES);
+    // SAFETY: `product` writes nothing but floats.
     #[allow(unsafe_code)]
     let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
-    if k * n < PACKED * (k + n) {
-        product(Left::columns(a, k), Right::rows(b, n), (k, n, m), c, true, DEPTH / 2);
+    if rows * columns < PACKED * (rows + columns) {
+        product(Left::columns(a, rows), Right::rows(b, columns), sizes, c, true, DEPTH / 2);
     } else {
-        add_packed(a, &b[..m * n], (k, n), operands, c);
+        add_packed(a, &b[..depth * columns], sizes, operands, c);
     }
 }
 
@@ -208,16 +216,17 @@ simd! {
     fn add_packed(
         a: &[f32],
         b: &[f32],
-        sizes: (usize, usize),
+        sizes: ProductSizes,
         operands: &mut Operands,
         c: &mut [MaybeUninit<f32>],
     ) {
-        let (k, n) = sizes;
-        let depth = equal_steps(a.len() / k, PACKED_DEPTH);
-        for (a, b) in a.chunks(depth * k).zip(b.chunks(depth * n)) {
-            operands.left.pack(a, k);
-            operands.right.pack(b, n);
-            product(operands.left.left(), operands.right.right(), (k, n, a.len() / k), c, true, DEPTH);
+        let ProductSizes { rows, columns, depth } = sizes;
+        let step = equal_steps(depth, PACKED_DEPTH);
+        for (a, b) in a.chunks(step * rows).zip(b.chunks(step * columns)) {
+            operands.left.pack(a, rows);
+            operands.right.pack(b, columns);
+            let sizes = ProductSizes { depth: a.len() / rows, ..sizes };
+            product(operands.left.left(), operands.right.right(), sizes, c, true, DEPTH);
         }
     }
 }
@@ -228,73 +237,80 @@ fn equal_steps(depth: usize, step: usize) -> usize {
 }
 
 simd! {
+    /// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
     fn product(
         a: Left,
         b: Right,
-        sizes: (usize, usize, usize),
+        sizes: ProductSizes,
         c: &mut [MaybeUninit<f32>],
         add: bool,
-        depth: usize,
+        most: usize,
     ) {
-        let (m, n, k) = sizes;
-        assert_eq!(c.len(), m * n);
-        if m == 0 || n == 0 || k == 0 {
-            if !add {
-                c.fill(MaybeUninit::new(0.0));
-            }
+        let ProductSizes { rows, columns, depth } = sizes;
+        assert_eq!(c.len(), rows * columns);
+        if !add && (cfg!(debug_assertions) || depth == 0) {
+            // Where the product writes all of it: NaN, so that tests see what it does not write.
+            c.fill(MaybeUninit::new(if depth == 0 { 0.0 } else { f32::NAN }));
+        }
+        if rows == 0 || columns == 0 || depth == 0 {
             return;
         }
-        assert!(a.position(m - 1, k - 1) < a.elements.len());
-        assert!(b.position(n - 1, k - 1) + LANES <= b.elements.len());
+        assert!(a.position(rows - 1, depth - 1) < a.elements.len());
+        assert!(b.position(columns - 1, depth - 1) + LANES <= b.elements.len());
         let c = c.as_mut_ptr().cast();
-        let step = equal_steps(k, depth);
-        // SAFETY: the assertions.
+        let step = equal_steps(depth, most);
+        // SAFETY: by the assertions, all that is read lies in the operands and all that is written in `c`.
         #[allow(unsafe_code)]
         unsafe {
-            if Level::current() >= Level::WIDE {
-                tiles::<3>(a, b, (m, n, k), step, c, add);
+            if Instructions::current() >= Instructions::WIDE {
+                tiles::<3>(a, b, sizes, step, c, add);
             } else {
-                tiles::<1>(a, b, (m, n, k), step, c, add);
+                tiles::<1>(a, b, sizes, step, c, add);
             }
         }
     }
 }
 
-/// All tiles of a product, of up to `V` vectors and `step` of the depth. What is read of the right operand for
+/// Computes all tiles of a product, of up to `V` vectors and `step` of the depth. What is read of the right operand for
 /// a column of tiles stays in cache while the rows pass.
+///
+/// # Safety
+/// The operands must hold the elements of their last row and column at the last step of the depth, and `c` be `rows`
+/// rows of `columns` floats; if `add`, initialized.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn tiles<const V: usize>(
     a: Left,
     b: Right,
-    (m, n, k): (usize, usize, usize),
+    ProductSizes { rows, columns, depth }: ProductSizes,
     step: usize,
     c: *mut f32,
     add: bool,
 ) {
     let mut j = 0;
-    while j < n {
-        let left = (n - j).div_ceil(LANES);
+    while j < columns {
+        let left = (columns - j).div_ceil(LANES);
         // Where one vector would be left over, two narrower tiles: one vector is bound by the loads.
         let vectors = if left == V + 1 { left.div_ceil(2) } else { left.min(V) };
-        let columns = (n - j).min(vectors * LANES);
+        let width = (columns - j).min(vectors * LANES);
         // Each row of tiles, for each step of the depth.
         let (mut i, mut p) = (0, 0);
-        while p < k {
-            // SAFETY: the caller's.
+        while p < depth {
+            // SAFETY: the tile begins in the operands and in the result, and its sizes end where they do, by what the
+            // caller guarantees.
             unsafe {
                 let tile = Tile {
                     a: a.elements.as_ptr().add(a.position(i, p)),
                     a_steps: (a.row, a.depth),
                     b: b.elements.as_ptr().add(b.position(j, p)),
                     b_steps: (b.panel, b.depth),
-                    depth: step.min(k - p),
-                    c: c.add(i * n + j),
-                    n,
-                    columns,
+                    depth: step.min(depth - p),
+                    c: c.add(i * columns + j),
+                    c_step: columns,
+                    columns: width,
                     add: add || p > 0,
                 };
-                i += match (m - i, columns.div_ceil(LANES)) {
+                i += match (rows - i, width.div_ceil(LANES)) {
                     (ROWS.., 3) if V >= 3 => tile.sum::<ROWS, 3>(),
                     (ROWS.., 2) if V >= 2 => tile.sum::<ROWS, 2>(),
                     (ROWS.., _) if V >= 2 => tile.sum::<ROWS, 1>(),
@@ -306,15 +322,15 @@ unsafe fn tiles<const V: usize>(
                     _ => tile.sum::<1, 1>(),
                 };
             }
-            if i == m {
+            if i == rows {
                 (i, p) = (0, p + step);
             }
         }
-        j += columns;
+        j += width;
     }
 }
 
-/// A tile of the result: where its operands begin, and the steps in them (rows or panels, depth).
+/// A tile of the result: where it and its operands begin, and the steps in them (rows or panels, depth).
 struct Tile {
     a: *const f32,
     a_steps: (usize, usize),
@@ -323,42 +339,48 @@ struct Tile {
     depth: usize,
     c: *mut f32,
     /// Columns of the whole result.
-    n: usize,
+    c_step: usize,
     /// Columns of the tile.
     columns: usize,
     add: bool,
 }
 
 impl Tile {
-    /// Sums up `R` rows by `V` vectors; gives `R`.
+    /// Sums up `R` rows by `V` vectors, and returns `R`.
+    ///
+    /// # Safety
+    /// The operands and the result must have so many rows, and `V` vectors hold the tile's columns.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn sum<const R: usize, const V: usize>(&self) -> usize {
-        // SAFETY: `c` has `R` rows of `columns`, the buffer `R` rows of `V` vectors.
+        // SAFETY: the caller has made sure of `R` rows of `columns` in `c`; the buffer has `R` rows of `V` vectors.
         unsafe {
             if self.columns == V * LANES {
-                self.sum_into::<R, V>(self.c, self.n);
+                self.sum_into::<R, V>(self.c, self.c_step);
             } else {
                 let mut buffer = [[[0.0f32; LANES]; V]; R];
                 let (buffer, step) = (buffer.as_mut_ptr().cast::<f32>(), V * LANES);
                 if self.add {
-                    copy_rows((self.c, self.n), (buffer, step), R, self.columns);
+                    copy_rows((self.c, self.c_step), (buffer, step), R, self.columns);
                 }
                 self.sum_into::<R, V>(buffer, step);
-                copy_rows((buffer, step), (self.c, self.n), R, self.columns);
+                copy_rows((buffer, step), (self.c, self.c_step), R, self.columns);
             }
         }
         R
     }
 
-    /// To whole vectors of rows that are `step` apart.
+    /// Sums up to whole vectors of rows that are `step` apart.
+    ///
+    /// # Safety
+    /// `c` must have `R` such rows of `V` vectors, and the operands as [`Tile::sum`] needs them.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn sum_into<const R: usize, const V: usize>(&self, c: *mut f32, step: usize) {
         // Indices and values, not iterators and references, keep the sums in registers.
         let mut sums = [[[0.0f32; LANES]; V]; R];
         let vector = |i: usize, j: usize| c.wrapping_add(i * step + j * LANES).cast::<[f32; LANES]>();
-        // SAFETY: the caller of `tiles` has checked the operands' bounds; the result's are those of the caller.
+        // SAFETY: the caller has made sure of the operands and of the result.
         unsafe {
             if self.add {
                 for i in 0..R {
@@ -398,7 +420,7 @@ impl Tile {
     }
 }
 
-/// Asks for a line of the cache that will be needed.
+/// Asks for a line of the cache that will be needed soon.
 #[inline(always)]
 fn prefetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
@@ -415,6 +437,9 @@ fn prefetch<T>(at: *const T) {
 }
 
 /// Copies rows of `columns` elements.
+///
+/// # Safety
+/// Both must have so many rows of so many elements, and not overlap.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn copy_rows(
@@ -426,7 +451,7 @@ unsafe fn copy_rows(
     // Eight elements at a time: a call of `memcpy` for so few would cost more than the sums.
     const PIECE: usize = 8;
     for row in 0..rows {
-        // SAFETY: the caller's.
+        // SAFETY: the caller has made sure of both.
         unsafe {
             let (from, to) = (from.add(row * from_step), to.add(row * to_step));
             for at in (0..columns / PIECE * PIECE).step_by(PIECE) {
@@ -472,36 +497,50 @@ impl IntegerPanels {
     }
 }
 
-/// `c[m, n] = scale[n] · (x[m, k] − zero_point)·w[k, n]`: exact but for the scale and, beyond 2²⁴, the conversion.
+/// Writes `c = scale · (x − zero_point)·w` of `x[rows, depth]`: exact but for the scale and, beyond 2²⁴, the conversion.
 /// There is a scale for each column, those that are missing in the last vector included.
-pub(crate) fn set_levels(
+pub(crate) fn set_levels<'c>(
     x: &[u8],
-    k: usize,
+    depth: usize,
     zero_point: i32,
     w: &IntegerPanels,
     scale: &[f32],
-    c: &mut [MaybeUninit<f32>],
-) {
-    let m = c.len() / w.columns;
-    assert!(k.div_ceil(GROUP) == w.groups && x.len() == m * k && c.len() == m * w.columns);
+    c: &'c mut [MaybeUninit<f32>],
+) -> Written<'c> {
+    let rows = c.len() / w.columns;
+    assert!(depth.div_ceil(GROUP) == w.groups && x.len() == rows * depth && c.len() == rows * w.columns);
     assert_eq!(scale.len(), w.sums.len());
     let shift: Vec<i32> = w.sums.iter().map(|sum| -zero_point * sum).collect();
-    let product = LevelProduct { x, k, w, shift: &shift, scale };
+    let product = LevelProduct { x, depth, w, shift: &shift, scale };
+    if cfg!(debug_assertions) {
+        // So that tests see what is not written.
+        c.fill(MaybeUninit::new(f32::NAN));
+    }
     #[cfg(target_arch = "x86_64")]
-    if Level::current() >= Level::WIDE && std::arch::is_x86_feature_detected!("avx512vnni") {
-        // SAFETY: the machine has the features.
+    let wide = Instructions::current() >= Instructions::WIDE && is_x86_feature_detected!("avx512vnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    let wide = false;
+    if wide {
+        // SAFETY: the machine has the instructions, and `c` the rows.
+        #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         unsafe {
-            return vnni::set(&product, m, c);
+            vnni::set(&product, rows, c);
         }
+    } else {
+        set_levels_plainly(&product, c);
     }
-    set_levels_plainly(&product, c);
+    // SAFETY: either has written all columns of all rows.
+    #[allow(unsafe_code)]
+    unsafe {
+        c.assume_init_ref().into()
+    }
 }
 
 /// The operands of [`set_levels`]; `shift` is what each column's sums begin with.
 struct LevelProduct<'a> {
     x: &'a [u8],
-    k: usize,
+    depth: usize,
     w: &'a IntegerPanels,
     shift: &'a [i32],
     scale: &'a [f32],
@@ -509,8 +548,8 @@ struct LevelProduct<'a> {
 
 simd! {
     fn set_levels_plainly(product: &LevelProduct<'_>, c: &mut [MaybeUninit<f32>]) {
-        let LevelProduct { x, k, w, shift, scale } = *product;
-        for (x, c) in x.chunks_exact(k).zip(c.chunks_exact_mut(w.columns)) {
+        let LevelProduct { x, depth, w, shift, scale } = *product;
+        for (x, c) in x.chunks_exact(depth).zip(c.chunks_exact_mut(w.columns)) {
             let columns = shift.chunks_exact(LANES).zip(scale.chunks_exact(LANES));
             let panels = w.elements.chunks_exact(w.groups).zip(columns);
             for ((panel, (shift, scale)), c) in panels.zip(c.chunks_mut(LANES)) {
@@ -538,18 +577,20 @@ mod vnni {
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
+    /// Writes all of `c`.
+    ///
     /// # Safety
-    /// The machine must have the features, and `c` be `m` rows of `product.w.columns`.
+    /// The machine must have the instructions, and `product.x` and `c` have `rows` rows.
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
     #[allow(unsafe_code)]
-    pub(super) unsafe fn set(product: &LevelProduct<'_>, m: usize, c: &mut [MaybeUninit<f32>]) {
+    pub(super) unsafe fn set(product: &LevelProduct<'_>, rows: usize, c: &mut [MaybeUninit<f32>]) {
         let panels = product.w.columns.div_ceil(LANES);
         for panel in (0..panels).step_by(3) {
             let mut i = 0;
-            while i < m {
-                // SAFETY: the tile lies in the result.
+            while i < rows {
+                // SAFETY: so many rows and panels are left, or more.
                 unsafe {
-                    i += match (m - i, panels - panel) {
+                    i += match (rows - i, panels - panel) {
                         (6.., 3..) => tile::<6, 3>(product, i, panel, c),
                         (6.., 2) => tile::<6, 2>(product, i, panel, c),
                         (6.., _) => tile::<6, 1>(product, i, panel, c),
@@ -562,6 +603,10 @@ mod vnni {
         }
     }
 
+    /// Writes `R` rows of `V` panels, and returns `R`.
+    ///
+    /// # Safety
+    /// As of [`set`]; the rows and the panels must exist.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
     #[allow(unsafe_code)]
@@ -571,11 +616,11 @@ mod vnni {
         panel: usize,
         c: &mut [MaybeUninit<f32>],
     ) -> usize {
-        let LevelProduct { x, k, w, shift, scale } = *product;
-        // SAFETY: rows `row..row + R` and panels `panel..panel + V` exist; a row's last group is read byte by
-        // byte where it is not whole.
+        let LevelProduct { x, depth, w, shift, scale } = *product;
+        // SAFETY: the caller has made sure of rows `row..row + R` and panels `panel..panel + V`; the last group of a
+        // row is read byte by byte where it is not whole, and stores are masked where a panel is not.
         unsafe {
-            let x = x.as_ptr().add(row * k);
+            let x = x.as_ptr().add(row * depth);
             let vectors = w.elements.as_ptr().add(panel * w.groups);
             let mut sums = [[_mm512_setzero_si512(); V]; R];
             for sums in &mut sums {
@@ -593,18 +638,18 @@ mod vnni {
                     }
                 }
             };
-            let whole = k / GROUP;
+            let whole = depth / GROUP;
             for group in 0..whole {
                 step(
                     group,
-                    std::array::from_fn(|i| x.add(i * k + group * GROUP).cast::<i32>().read_unaligned()),
+                    std::array::from_fn(|i| x.add(i * depth + group * GROUP).cast::<i32>().read_unaligned()),
                 );
             }
             if whole < w.groups {
                 let mut rest = [[0; GROUP]; R];
                 for (i, rest) in rest.iter_mut().enumerate() {
-                    for (t, byte) in rest.iter_mut().take(k - whole * GROUP).enumerate() {
-                        *byte = *x.add(i * k + whole * GROUP + t);
+                    for (t, byte) in rest.iter_mut().take(depth - whole * GROUP).enumerate() {
+                        *byte = *x.add(i * depth + whole * GROUP + t);
                     }
                 }
                 step(whole, rest.map(i32::from_ne_bytes));
@@ -628,24 +673,17 @@ mod vnni {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu;
     use crate::testing::*;
-    use candle_core::{Device, Tensor};
+    use crate::work::append;
+    use candle_core::Tensor;
 
-    /// Sizes around those of tiles and steps of the depth, narrow operands and wide ones.
+    /// Rows, columns and depths around those of tiles and steps of the depth, narrow operands and wide ones.
     const SIZES: [(usize, usize, usize); 7] =
         [(1, 1, 1), (9, 5, 3), (13, 50, 300), (67, 64, 217), (16, 160, 144), (101, 97, 95), (250, 130, 90)];
 
     fn values(seed: u64, len: usize) -> Vec<f32> {
         random(seed, &[len]).to_vec1().unwrap()
-    }
-
-    fn result(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) -> Tensor {
-        let mut c = vec![MaybeUninit::new(f32::NAN); len];
-        write(&mut c);
-        // SAFETY: written by `vec!`.
-        #[allow(unsafe_code)]
-        let c: Vec<f32> = c.into_iter().map(|c| unsafe { c.assume_init() }).collect();
-        Tensor::from_vec(c, len, &Device::Cpu).unwrap()
     }
 
     /// To the bit: sums in the order of the depth with fused multiply–add, whatever the blocks, tiles and steps.
@@ -657,21 +695,24 @@ mod tests {
                 let sum = |at: usize| {
                     (0..k).fold(start(at), |sum, p| a[at / n * k + p].mul_add(b[p * n + at % n], sum))
                 };
-                Tensor::from_vec((0..m * n).map(sum).collect::<Vec<_>>(), m * n, &Device::Cpu).unwrap()
+                cpu::tensor((0..m * n).map(sum).collect(), m * n).unwrap()
             };
             let (set_plainly, added_plainly) = (plain(&|_| 0.0), plain(&|at| start[at]));
             let transposed: Vec<f32> = (0..k * m).map(|at| a[at % m * k + at / m]).collect();
             let weights: Vec<f32> = (0..n * k).map(|at| b[at % k * n + at / k]).collect();
             let followed: Vec<f32> = b.iter().copied().chain([f32::NAN; LANES]).collect();
+            let sizes = ProductSizes { rows: m, columns: n, depth: k };
             assert_same_everywhere(|| {
                 let context = format!("{m} × {n}, depth {k}");
                 for panels in [Panels::new(&b, n), Panels::transposed(&weights, k)] {
-                    let found = result(m * n, |c| set(Left::rows(&a, k), panels.right(), (m, n, k), c));
+                    let mut found = Vec::new();
+                    append(&mut found, m * n, |c| set(Left::rows(&a, k), panels.right(), sizes, c));
+                    let found = cpu::tensor(found, m * n).unwrap();
                     assert_eq!(elements(&found), elements(&set_plainly), "{context}");
                 }
                 let mut sums = start.clone();
-                add_transposed(&transposed, &followed, (k, m, n), &mut Operands::default(), &mut sums);
-                let found = Tensor::from_vec(sums, m * n, &Device::Cpu).unwrap();
+                add_transposed(&transposed, &followed, sizes, &mut Operands::default(), &mut sums);
+                let found = cpu::tensor(sums, m * n).unwrap();
                 assert_eq!(elements(&found), elements(&added_plainly), "{context}");
                 vec![found]
             });

@@ -6,33 +6,45 @@
 
 pub(crate) mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, simd};
-use crate::{Quantizer, Result, profile};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Shape, Tensor};
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
+use crate::work::{CHUNK, fill, parts};
+use crate::{Quantizer, Result, profiler};
+use candle_core::Tensor;
 use quant_core::Grid;
 
 /// `Q(x)`, of the shape of `x`.
 pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::forward");
-    let _note = profile::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
     check.grids(x, quant)?;
     let x = check.map_float("x", x)?;
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, quant);
     }
-    Ok(x.apply_op1_no_bwd(&Forward(quant))?)
+    let grids = cpu::grids(quant)?;
+    let opened = open(&x);
+    let x = opened.floats()?;
+    let y = fill(x.len(), whole_rows(grids.len()), |part, y| fake(&x[part], y, &grids));
+    cpu::tensor(y, opened.dims())
 }
 
 /// The straight-through gradient: `gy` where the quantizer does not clamp `x`, else 0.
 pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::backward");
     check.grids(x, quant)?;
-    let _note = profile::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
     let (x, gy) = (check.map_float("x", x)?, check.map_of("gy", gy, x)?);
     if crate::gpu::runs(x.device()) {
         return gpu::backward(&x, &gy, quant);
     }
-    Ok(x.apply_op2_no_bwd(&gy, &Backward(quant))?)
+    let grids = cpu::grids(quant)?;
+    let (opened, gy) = (open(&x), open(&gy));
+    let (x, gy) = (opened.floats()?, gy.floats()?);
+    let gx = fill(x.len(), whole_rows(grids.len()), |part, gx| {
+        mask(&x[part.clone()], &gy[part], gx, &grids);
+    });
+    cpu::tensor(gx, opened.dims())
 }
 
 /// The smallest and the largest element, `[2]`.
@@ -41,12 +53,17 @@ pub fn min_max(x: &Tensor) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return Err(check.shape("x", x, "at least one element"));
     }
-    let _note = profile::note(check.0, 0, 4 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 4 * x.elem_count());
     let x = check.map_float("x", x)?;
     if crate::gpu::runs(x.device()) {
         return gpu::min_max(&x);
     }
-    Ok(x.apply_op1_no_bwd(&MinMax)?)
+    let opened = open(&x);
+    let x = opened.floats()?;
+    let (lo, hi) = parts(x.len(), 1, |part| extremes(&x[part]))
+        .into_iter()
+        .fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
+    cpu::tensor(vec![lo, hi], 2)
 }
 
 /// Moves a range towards that of a batch, in place: `range += momentum · (batch − range)`. A momentum
@@ -58,15 +75,17 @@ pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()>
     if crate::gpu::runs(range.device()) {
         return gpu::update_range(range, &batch, momentum as f32);
     }
-    Ok(range.inplace_op2(&batch, &UpdateRange(momentum as f32))?)
+    cpu::update(&check, "range", range, [&batch], |range, [batch]| {
+        for (range, batch) in range.iter_mut().zip(batch) {
+            *range += momentum as f32 * (batch - *range);
+        }
+    })
 }
 
 /// Elements of a chunk of whole rows.
 fn whole_rows(channels: usize) -> usize {
     (CHUNK / channels).max(1) * channels
 }
-
-struct Forward<'a>(Quantizer<'a>);
 
 simd! {
     /// Of whole rows, where each channel has a grid.
@@ -86,22 +105,6 @@ simd! {
     }
 }
 
-impl CustomOp1 for Forward<'_> {
-    fn name(&self) -> &'static str {
-        "quantize-forward"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = cpu::slice(x, layout)?;
-        let grids = cpu::grids(self.0)?;
-        let chunk = whole_rows(grids.len());
-        let y = cpu::fill(x.len(), chunk, |i, y| fake(&x[i * chunk..][..y.len()], y, &grids));
-        cpu::output(y, layout.shape())
-    }
-}
-
-struct Backward<'a>(Quantizer<'a>);
-
 simd! {
     /// Of whole rows, where each channel has a grid.
     fn mask(x: &[f32], gy: &[f32], gx: &mut [f32], grids: &[Grid]) {
@@ -120,31 +123,6 @@ simd! {
     }
 }
 
-impl CustomOp2 for Backward<'_> {
-    fn name(&self) -> &'static str {
-        "quantize-backward"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        layout: &Layout,
-        gy: &CpuStorage,
-        gy_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, gy) = (cpu::slice(x, layout)?, cpu::slice(gy, gy_layout)?);
-        let grids = cpu::grids(self.0)?;
-        let chunk = whole_rows(grids.len());
-        let gx = cpu::fill(x.len(), chunk, |i, gx| {
-            let (start, len) = (i * chunk, gx.len());
-            mask(&x[start..][..len], &gy[start..][..len], gx, &grids);
-        });
-        cpu::output(gx, layout.shape())
-    }
-}
-
-struct MinMax;
-
 simd! {
     fn extremes(x: &[f32]) -> (f32, f32) {
         // Independent lanes, so that the loop vectorizes.
@@ -157,42 +135,6 @@ simd! {
             }
         }
         (lo.iter().fold(f32::INFINITY, |a, &b| a.min(b)), hi.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)))
-    }
-}
-
-impl CustomOp1 for MinMax {
-    fn name(&self) -> &'static str {
-        "quantize-min-max"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = cpu::slice(x, layout)?;
-        let (lo, hi) = cpu::parts(x.len(), 1, |part| extremes(&x[part]))
-            .into_iter()
-            .fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
-        cpu::output(vec![lo, hi], 2)
-    }
-}
-
-struct UpdateRange(f32);
-
-impl InplaceOp2 for UpdateRange {
-    fn name(&self) -> &'static str {
-        "quantize-update-range"
-    }
-
-    fn cpu_fwd(
-        &self,
-        range: &mut CpuStorage,
-        layout: &Layout,
-        batch: &CpuStorage,
-        batch_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (range, batch) = (cpu::slice_mut(range, layout)?, cpu::slice(batch, batch_layout)?);
-        for (range, batch) in range.iter_mut().zip(batch) {
-            *range += self.0 * (batch - *range);
-        }
-        Ok(())
     }
 }
 

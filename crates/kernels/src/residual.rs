@@ -5,167 +5,154 @@
 
 mod gpu;
 
-use crate::cpu::{self, CHUNK, Check, open, simd};
-use crate::feature::{OpenInput, Source, byte};
-use crate::norm::tiled;
-use crate::{FeatureMap, Input, Quantizer, Result, profile};
-use candle_core::{Device, Tensor};
-use quant_core::Grid;
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
+use crate::elements::{Sink, Stored};
+use crate::tile::{block_rows, tiled};
+use crate::work::{CHUNK, Progress, Written, blocks, write_with};
+use crate::{FeatureMap, Quantizer, Result, profiler};
+use candle_core::Tensor;
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 /// `a + b`.
-pub fn add<'a>(a: &Tensor, b: impl Into<Input<'a>>) -> Result<Tensor> {
-    match add_quantize(a, b, None)? {
-        FeatureMap::Float(sum) => Ok(sum),
-        _ => unreachable!("there is no quantizer"),
+pub fn add(a: &Tensor, b: impl Into<FeatureMap>) -> Result<Tensor> {
+    let (check, b) = (Check("residual::add"), b.into());
+    let _note = profiler::note(check.0, 0, b.bytes() + 8 * a.elem_count());
+    if crate::gpu::runs(a.device()) {
+        return gpu::add(&check, a, &b, None);
     }
+    with_operands(&check, a, &b, |x, b| {
+        let (sum, _) = blocks(
+            (x.len(), 1),
+            CHUNK,
+            || (),
+            |(), part, y| (sums(&x[part.clone()], b.part(part), Sink::Float(y)), ()),
+        );
+        cpu::tensor(sum, a.dims())
+    })
 }
 
 /// `Q(a + b)`.
-pub fn add_quantize<'a>(
+pub fn add_quantize(
     a: &Tensor,
-    b: impl Into<Input<'a>>,
+    b: impl Into<FeatureMap>,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let check = Check("residual::add_quantize");
+    let (check, b) = (Check("residual::add_quantize"), b.into());
     check.quantizer(quant)?;
-    let b = b.into();
     let written = if quant.is_some() { 1 } else { 4 };
-    let _note = profile::note(check.0, 0, b.bytes() + (4 + written) * a.elem_count());
+    let _note = profiler::note(check.0, 0, b.bytes() + (4 + written) * a.elem_count());
     if crate::gpu::runs(a.device()) {
-        return gpu::add_quantize(&check, a, b, quant);
+        return Ok(FeatureMap::of(gpu::add(&check, a, &b, quant)?, a.dtype(), quant));
     }
-    let (a, b) = operands(&check, a, b)?;
-    let dims = a.dims();
-    let (a, b) = (open(&a), b.opened());
-    let (a, b) = (a.floats()?, Source::new(&b)?);
-    // SAFETY: both functions write all of `y`, which is as long as its parts of `a` and `b`.
-    #[allow(unsafe_code)]
-    unsafe {
-        match quant {
-            None => {
-                let fill = |(): &mut (), part: Range<usize>, y: &mut [_]| {
-                    sums(&a[part.clone()], b.part(part), y);
-                };
-                let (y, _) = cpu::blocks((a.len(), 1), CHUNK, || (), fill);
-                Ok(FeatureMap::Float(Tensor::from_vec(y, dims, &Device::Cpu)?))
-            }
-            Some(quant) => {
-                let grid = cpu::grid(quant)?;
-                let fill = |(): &mut (), part: Range<usize>, y: &mut [_]| {
-                    levels_of_sums(&a[part.clone()], b.part(part), y, &grid);
-                };
-                let (y, _) = cpu::blocks((a.len(), 1), CHUNK, || (), fill);
-                FeatureMap::of_levels(y, dims, quant)
-            }
-        }
-    }
+    with_operands(&check, a, &b, |x, b| {
+        FeatureMap::write(
+            a.dims(),
+            (x.len(), 1),
+            quant,
+            CHUNK,
+            || (),
+            |(), part, y| sums(&x[part.clone()], b.part(part), y),
+        )
+    })
 }
 
 /// The sum `scale·z + shift + b`, with `scale` and `shift` `[C]`, of the shape of `z`, and its smallest and
 /// largest element, `[2]`.
-pub fn add_normalized<'a>(
+pub fn add_normalized(
     z: &Tensor,
     scale: &Tensor,
     shift: &Tensor,
-    b: impl Into<Input<'a>>,
+    b: impl Into<FeatureMap>,
 ) -> Result<(Tensor, Tensor)> {
-    let check = Check("residual::add_normalized");
+    let (check, b) = (Check("residual::add_normalized"), b.into());
     let (rows, c) = check.rows("z", z)?;
     let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-    let b = b.into();
-    let _note = profile::note(check.0, 0, b.bytes() + 8 * z.elem_count());
+    let _note = profiler::note(check.0, 0, b.bytes() + 8 * z.elem_count());
     if crate::gpu::runs(z.device()) {
-        return gpu::add_normalized(&check, z, &scale, &shift, b);
+        return gpu::add_normalized(&check, z, &scale, &shift, &b);
     }
     let (scale, shift) = (tiled(&scale)?, tiled(&shift)?);
-    let (z, b) = operands(&check, z, b)?;
-    let dims = z.dims();
-    let (z, b) = (open(&z), b.opened());
-    let (z, b) = (z.floats()?, Source::new(&b)?);
-    let per_block = (CHUNK / scale.len()).max(1) * (scale.len() / c);
-    let fill = |(): &mut (), part: Range<usize>, sum: &mut [MaybeUninit<f32>]| {
-        let part = part.start * c..part.end * c;
-        normalized_sums(&z[part.clone()], b.part(part), sum, &scale, &shift)
-    };
-    // SAFETY: `normalized_sums` writes all of the sums.
-    #[allow(unsafe_code)]
-    let (sum, ranges) = unsafe { cpu::blocks((rows, c), per_block, || (), fill) };
-    let range = ranges.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
-    Ok((Tensor::from_vec(sum, dims, &Device::Cpu)?, Tensor::new(&[range.0, range.1], &Device::Cpu)?))
+    with_operands(&check, z, &b, |x, b| {
+        let (sum, ranges) = blocks(
+            (rows, c),
+            block_rows(c),
+            || (),
+            |(), rows, sum| {
+                let part = rows.start * c..rows.end * c;
+                normalized_sums(&x[part.clone()], b.part(part), sum, &scale, &shift)
+            },
+        );
+        let range =
+            ranges.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
+        Ok((cpu::tensor(sum, z.dims())?, cpu::tensor(vec![range.0, range.1], 2)?))
+    })
 }
 
-fn same_dims(check: &Check, a: &Tensor, b: Input<'_>) -> Result<()> {
+fn same_dims(check: &Check, a: &Tensor, b: &FeatureMap) -> Result<()> {
     if a.dims() != b.dims() {
         return Err(check.sizes("b", b.dims(), format!("{:?}", a.dims())));
     }
     Ok(())
 }
 
-fn operands(check: &Check, a: &Tensor, b: Input<'_>) -> Result<(Tensor, OpenInput)> {
+/// Checks the operands, and calls `f` with their elements.
+fn with_operands<R>(
+    check: &Check,
+    a: &Tensor,
+    b: &FeatureMap,
+    f: impl FnOnce(&[f32], Stored<'_>) -> Result<R>,
+) -> Result<R> {
     same_dims(check, a, b)?;
-    let b = match b {
-        // Its parts are not whole rows here.
-        Input::Normalized(_) => Input::Float(&b.to_float()?).open(check, "b")?,
-        _ => b.open(check, "b")?,
-    };
-    Ok((check.float("a", a)?, b))
+    let a = check.float("a", a)?;
+    b.read_stored(check, "b", |b| f(open(&a).floats()?, b))
 }
 
-/// `f(a, b)` of each pair of elements.
-#[inline(always)]
-fn pairs<T>(a: &[f32], b: Source<'_>, y: &mut [MaybeUninit<T>], f: impl Fn(f32) -> T) {
-    assert_eq!(a.len(), y.len());
-    match b {
-        Source::Float(b) => y.iter_mut().zip(a).zip(b).for_each(|((y, a), b)| {
-            y.write(f(a + b));
-        }),
-        Source::Levels(b, grid) => y.iter_mut().zip(a).zip(b).for_each(|((y, a), b)| {
-            y.write(f(a + grid.value(f32::from(*b))));
-        }),
-        Source::Normalized(..) => unreachable!("`operands` computes it"),
+simd! {
+    /// Writes the sum of each pair of elements.
+    fn sums<'y>(a: &[f32], b: Stored<'_>, y: Sink<'y>) -> Written<'y> {
+        assert!(a.len() == y.len() && b.len() == y.len());
+        match b {
+            Stored::Float(b) => y.write_with(|i| a[i] + b[i]),
+            Stored::Levels(b, grid) => y.write_with(|i| a[i] + grid.value(f32::from(b[i]))),
+        }
     }
 }
 
 simd! {
-    fn sums(a: &[f32], b: Source<'_>, y: &mut [MaybeUninit<f32>]) {
-        pairs(a, b, y, |sum| sum);
-    }
-}
-
-simd! {
-    fn levels_of_sums(a: &[f32], b: Source<'_>, y: &mut [MaybeUninit<u8>], grid: &Grid) {
-        let grid = *grid;
-        pairs(a, b, y, |sum| byte(grid.level(sum)));
-    }
-}
-
-simd! {
-    fn normalized_sums(
+    /// Writes `scale·z + shift + b` of whole rows; returns the smallest and the largest sum, too.
+    fn normalized_sums<'y>(
         z: &[f32],
-        b: Source<'_>,
-        sums: &mut [MaybeUninit<f32>],
+        b: Stored<'_>,
+        sums: &'y mut [MaybeUninit<f32>],
         scale: &[f32],
         shift: &[f32],
-    ) -> (f32, f32) {
-        let tile = scale.len();
+    ) -> (Written<'y>, (f32, f32)) {
         let (mut lo, mut hi) = (f32::INFINITY, f32::NEG_INFINITY);
-        let mut normalized = vec![0.0; tile];
-        for (i, (z, sums)) in z.chunks(tile).zip(sums.chunks_mut(tile)).enumerate() {
-            let normalized = &mut normalized[..z.len()];
-            for (((u, z), scale), shift) in normalized.iter_mut().zip(z).zip(scale).zip(shift) {
-                *u = z.mul_add(*scale, *shift);
-            }
-            pairs(normalized, b.part(i * tile..i * tile + z.len()), sums, |sum| sum);
-            // SAFETY: just written.
-            #[allow(unsafe_code)]
-            for sum in unsafe { sums.assume_init_ref() } {
+        let (mut sums, tile) = (Progress::new(sums), scale.len());
+        for (i, z) in z.chunks(tile).enumerate() {
+            let b = b.part(i * tile..i * tile + z.len());
+            let written = sums.next(z.len(), |y| {
+                let n = y.len();
+                let (z, scale, shift) = (&z[..n], &scale[..n], &shift[..n]);
+                let normalized = |i: usize| z[i].mul_add(scale[i], shift[i]);
+                match b {
+                    Stored::Float(b) => {
+                        let b = &b[..n];
+                        write_with(y, |i| normalized(i) + b[i]).into()
+                    }
+                    Stored::Levels(b, grid) => {
+                        let b = &b[..n];
+                        write_with(y, |i| normalized(i) + grid.value(f32::from(b[i]))).into()
+                    }
+                }
+            });
+            for sum in written {
                 lo = if *sum < lo { *sum } else { lo };
                 hi = if *sum > hi { *sum } else { hi };
             }
         }
-        (lo, hi)
+        (sums.finish().into(), (lo, hi))
     }
 }
 
@@ -183,16 +170,16 @@ mod tests {
             let range = tensor(&[-0.7, 1.1]);
             let quant = Quantizer { range: &range, bits: Bits::new(4).unwrap() };
             let levels = FeatureMap::quantize(&b, Some(quant)).unwrap();
-            for (b, input) in [(b.clone(), Input::from(&b)), (levels.to_float().unwrap(), (&levels).into())] {
+            for (b, input) in [(b.clone(), FeatureMap::from(&b)), (levels.to_float().unwrap(), levels)] {
                 let sum = (&a + &b).unwrap();
-                assert_eq!(elements(&add(&a, input).unwrap()), elements(&sum));
+                assert_eq!(elements(&add(&a, &input).unwrap()), elements(&sum));
                 let expected = quantize::forward(&sum, quant).unwrap();
-                let found = add_quantize(&a, input, Some(quant)).unwrap().to_float().unwrap();
+                let found = add_quantize(&a, &input, Some(quant)).unwrap().to_float().unwrap();
                 assert_eq!(elements(&found), elements(&expected));
                 // Normalized first.
                 let c = dims[dims.len() - 1];
                 let (scale, shift) = (random(3, &[c]), random(4, &[c]));
-                let (found, range) = add_normalized(&a, &scale, &shift, input).unwrap();
+                let (found, range) = add_normalized(&a, &scale, &shift, &input).unwrap();
                 let y = norm::forward(&a, &scale, &shift, Activation::Identity, None).unwrap();
                 let expected = (y.to_float().unwrap() + &b).unwrap();
                 assert_eq!(elements(&found), elements(&expected));

@@ -3,9 +3,10 @@
 
 mod gpu;
 
-use crate::cpu::{self, Check};
-use crate::{Result, profile};
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
+use crate::check::Check;
+use crate::work::change;
+use crate::{Result, cpu, profiler};
+use candle_core::Tensor;
 
 /// What a step does to every parameter.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +46,7 @@ pub fn step(
 /// One step for many parameters: on a GPU in a few launches.
 pub fn step_all(updates: &[Update<'_>], rule: Rule) -> Result<()> {
     let check = Check("sgd::step");
-    let _note = profile::note(check.0, 0, 28 * updates.iter().map(|u| u.param.elem_count()).sum::<usize>());
+    let _note = profiler::note(check.0, 0, 28 * updates.iter().map(|u| u.param.elem_count()).sum::<usize>());
     let mut grads = Vec::with_capacity(updates.len());
     for Update { param, grad, velocity, .. } in updates {
         grads.push(check.dims("grad", grad, param.dims())?);
@@ -62,70 +63,23 @@ pub fn step_all(updates: &[Update<'_>], rule: Rule) -> Result<()> {
         return gpu::step(&updates, rule);
     }
     for Update { param, grad, velocity, weight_decay } in updates {
-        let accumulate = Accumulate { momentum: rule.momentum as f32, weight_decay: weight_decay as f32 };
-        velocity.inplace_op3(grad, param, &accumulate)?;
-        param.inplace_op2(velocity, &Descend { lr: rule.lr as f32 })?;
+        let (lr, momentum, decay) = (rule.lr as f32, rule.momentum as f32, weight_decay as f32);
+        cpu::update(&check, "velocity", velocity, [grad, param], |velocity, [grad, param]| {
+            change(velocity, |part, velocity| {
+                for ((v, g), p) in velocity.iter_mut().zip(&grad[part.clone()]).zip(&param[part]) {
+                    *v = momentum * *v + (g + decay * p);
+                }
+            });
+        })?;
+        cpu::update(&check, "param", param, [velocity], |param, [velocity]| {
+            change(param, |part, param| {
+                for (p, v) in param.iter_mut().zip(&velocity[part]) {
+                    *p -= lr * v;
+                }
+            });
+        })?;
     }
     Ok(())
-}
-
-/// `v ← m·v + (g + λ·p)`.
-struct Accumulate {
-    momentum: f32,
-    weight_decay: f32,
-}
-
-impl InplaceOp3 for Accumulate {
-    fn name(&self) -> &'static str {
-        "sgd-accumulate"
-    }
-
-    fn cpu_fwd(
-        &self,
-        velocity: &mut CpuStorage,
-        velocity_layout: &Layout,
-        grad: &CpuStorage,
-        grad_layout: &Layout,
-        param: &CpuStorage,
-        param_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let velocity = cpu::slice_mut(velocity, velocity_layout)?;
-        let (grad, param) = (cpu::slice(grad, grad_layout)?, cpu::slice(param, param_layout)?);
-        cpu::change(velocity, |start, velocity| {
-            for ((v, g), p) in velocity.iter_mut().zip(&grad[start..]).zip(&param[start..]) {
-                *v = self.momentum * *v + (g + self.weight_decay * p);
-            }
-        });
-        Ok(())
-    }
-}
-
-/// `p ← p − lr·v`.
-struct Descend {
-    lr: f32,
-}
-
-impl InplaceOp2 for Descend {
-    fn name(&self) -> &'static str {
-        "sgd-descend"
-    }
-
-    fn cpu_fwd(
-        &self,
-        param: &mut CpuStorage,
-        param_layout: &Layout,
-        velocity: &CpuStorage,
-        velocity_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (param, velocity) =
-            (cpu::slice_mut(param, param_layout)?, cpu::slice(velocity, velocity_layout)?);
-        cpu::change(param, |start, param| {
-            for (p, v) in param.iter_mut().zip(&velocity[start..]) {
-                *p -= self.lr * v;
-            }
-        });
-        Ok(())
-    }
 }
 
 #[cfg(test)]

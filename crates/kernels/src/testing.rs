@@ -1,7 +1,7 @@
 //! What the operations' tests share.
 
-use crate::cpu::Level;
-use crate::norm::{self, Epilogue, Gradient, Normalization};
+use crate::cpu::Instructions;
+use crate::norm::{self, BatchNormalization, Epilogue, MapGradient};
 use crate::{Activation, Quantizer};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
@@ -96,14 +96,14 @@ pub(crate) fn epilogue(dims: &[usize], quant: Option<Quantizer<'_>>) -> Epilogue
     let c = dims[dims.len() - 1];
     let (z, gamma, beta) = (random(91, dims), (random(92, &[c]) + 1.5).unwrap(), random(93, &[c]));
     let stats = norm::channel_stats(&z).unwrap();
-    let of_batch = Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
+    let of_batch = BatchNormalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
     Epilogue::batch(&z, &of_batch, Activation::Relu6, quant).unwrap()
 }
 
 /// Asserts that a gradient comes with its sums, and that they are those of the gradient; within 1e-5, as the rows are
 /// summed up in another order.
 #[track_caller]
-pub(crate) fn assert_sums(below: &Epilogue, gradient: &Gradient, context: &str) {
+pub(crate) fn assert_sums(below: &Epilogue, gradient: &MapGradient, context: &str) {
     assert!(gradient.sums.is_some(), "{context}: sums");
     let found = below.backward(gradient).unwrap();
     let expected = below.backward(&gradient.tensor.clone().into()).unwrap();
@@ -111,15 +111,15 @@ pub(crate) fn assert_sums(below: &Epilogue, gradient: &Gradient, context: &str) 
     assert_close(&found.gamma.unwrap(), &expected.gamma.unwrap(), 1e-5, context);
 }
 
-static LEVEL_LIMIT: AtomicU8 = AtomicU8::new(u8::MAX);
+static ALLOWED: AtomicU8 = AtomicU8::new(u8::MAX);
 
-/// The level of vector instructions that a test allows.
-pub(crate) fn level_limit() -> Level {
-    match LEVEL_LIMIT.load(Ordering::Relaxed) {
-        0 => Level::Portable,
+/// The most that a test allows of the vector instructions.
+pub(crate) fn allowed_instructions() -> Instructions {
+    match ALLOWED.load(Ordering::Relaxed) {
+        0 => Instructions::Portable,
         #[cfg(target_arch = "x86_64")]
-        1 => Level::Avx2,
-        _ => Level::of_machine(),
+        1 => Instructions::Avx2,
+        _ => Instructions::of_machine(),
     }
 }
 
@@ -140,20 +140,18 @@ pub(crate) fn assert_same_on_threads(operation: impl Fn() -> Vec<Tensor> + Sync)
     one
 }
 
-/// Asserts that an operation gives the same bits whatever the number of threads and at every level of
-/// vector instructions.
+/// Asserts that an operation gives the same bits whatever the number of threads and the vector instructions.
 ///
-/// The limit on the level is global, so other tests may run at a lower level meanwhile; they are valid at
-/// each.
+/// What is allowed is global, so other tests may run with less meanwhile; they hold with any instructions.
 #[track_caller]
 pub(crate) fn assert_same_everywhere(operation: impl Fn() -> Vec<Tensor> + Sync) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let best = assert_same_on_threads(&operation);
-    for level in [0, 1] {
-        LEVEL_LIMIT.store(level, Ordering::Relaxed);
+    for allowed in [0, 1] {
+        ALLOWED.store(allowed, Ordering::Relaxed);
         let found = assert_same_on_threads(&operation);
-        LEVEL_LIMIT.store(u8::MAX, Ordering::Relaxed);
-        assert!(found == best, "level {level} of vector instructions gives other bits");
+        ALLOWED.store(u8::MAX, Ordering::Relaxed);
+        assert!(found == best, "vector instructions {allowed} give other bits");
     }
 }

@@ -82,7 +82,7 @@ fn batch_normalization() {
     let [gamma, beta] = ["norm.gamma", "norm.beta"].map(|name| golden.get(name));
     let act = Activation::Relu6;
     let stats = norm::channel_stats(z).unwrap();
-    let of_batch = norm::Normalization::new(&stats, gamma, beta, 1e-5).unwrap();
+    let of_batch = norm::BatchNormalization::new(&stats, gamma, beta, 1e-5).unwrap();
     let y = norm::forward(z, &of_batch.scale, &of_batch.shift, act, None).unwrap();
     golden.check("norm.y", &y.to_float().unwrap(), 1e-4);
     let epilogue = norm::Epilogue::batch(z, &of_batch, act, None).unwrap();

@@ -9,8 +9,8 @@ use crate::quantizer::Quantized;
 use crate::{BatchNorm, Gradients, Network, Norm, Quantizer, Result, Unit};
 use candle_core::{DType, Tensor};
 use kernels::convolution::{self, Below};
-use kernels::norm::{Epilogue, Gradient, Grads, Running};
-use kernels::{FeatureMap, Weight, bias, norm, pointwise, pool, quantize, residual};
+use kernels::norm::{self, Epilogue, MapGradient, Running};
+use kernels::{FeatureMap, Weight, bias, pointwise, pool, quantize, residual};
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
@@ -237,7 +237,7 @@ impl Network {
                 let output = match grid_of(&unit.output_quantizer) {
                     // A shortcut is read again where it ends.
                     None if !residuals.iter().any(|r| r.from == i) => {
-                        FeatureMap::normalized(&z, &scale, &shift, unit.activation)?
+                        norm::deferred(&z, &scale, &shift, unit.activation)?
                     }
                     quantizer => norm::forward(&z, &scale, &shift, unit.activation, quantizer)?,
                 };
@@ -285,7 +285,7 @@ impl Network {
         if let Some(quantized) = quantized {
             g = quantized.backward(&g, &mut gradients)?;
         }
-        let mut g = Gradient::from(pool::backward_as(&g, h, w, dtype)?);
+        let mut g = MapGradient::from(pool::backward_as(&g, h, w, dtype)?);
 
         let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
         for (i, unit) in self.units.iter().enumerate().rev() {
@@ -303,7 +303,7 @@ impl Network {
                 }
                 shortcuts[from] = Some(g.tensor.clone());
             }
-            let Grads { z: gz, gamma, shift } = epilogue.backward(&g)?;
+            let norm::Gradients { z: gz, gamma, shift } = epilogue.backward(&g)?;
             match &unit.norm {
                 Norm::Batch(norm) => {
                     gamma.into_iter().for_each(|gamma| gradients.set(&norm.gamma, gamma));

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use datasets::Augmentation;
 use kernels::norm::{Epilogue, Running};
-use kernels::{Quantizer, depthwise, im2col, norm, pointwise, profile, quantize};
+use kernels::{Quantizer, depthwise, im2col, norm, pointwise, profiler, quantize};
 use models::Step;
 use quant_core::Bits;
 use serde::{Deserialize, Serialize};
@@ -84,9 +84,9 @@ fn set_up(case: &Case, settings: Settings, place: Place) -> Result<(Work, Ready)
 
 /// What a step moves at least, as its operations count it, and how fast a large copy is.
 fn traffic(work: &mut Work, device: &Device) -> Result<Traffic> {
-    profile::start();
+    profiler::start();
     work()?;
-    let step_bytes = profile::stop().values().map(|cost| cost.bytes as f64).sum();
+    let step_bytes = profiler::stop().values().map(|cost| cost.bytes as f64).sum();
     let from = Tensor::zeros(COPIED / 4, DType::F32, device)?;
     let mut best = f64::INFINITY;
     for _ in 0..5 {

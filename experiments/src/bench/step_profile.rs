@@ -8,9 +8,9 @@ use crate::process;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use kernels::norm::{Epilogue, Normalization};
+use kernels::norm::{BatchNormalization, Epilogue};
 use kernels::pointwise;
-use kernels::profile::{self, Cost};
+use kernels::profiler::{self, Cost};
 use models::{Kernel, Version};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -156,13 +156,13 @@ fn step(
     for _ in 0..3 {
         step()?;
     }
-    profile::start();
+    profiler::start();
     let started = Instant::now();
     for _ in 0..flags.steps {
         step()?;
     }
     let whole = started.elapsed();
-    let mut costs: BTreeMap<&str, Cost> = profile::stop();
+    let mut costs: BTreeMap<&str, Cost> = profiler::stop();
     let noted: Duration = costs.values().map(|cost| cost.time).sum();
     costs.insert("other", Cost { time: whole.saturating_sub(noted), ..Cost::default() });
     let mut costs: Vec<_> = costs.into_iter().collect();
@@ -264,7 +264,7 @@ fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<
             Ok(())
         })?;
         let act = unit.activation;
-        let batch = Normalization::new(&stats, &ones, &zeros, 1e-5)?;
+        let batch = BatchNormalization::new(&stats, &ones, &zeros, 1e-5)?;
         let gz = Epilogue::batch(&z, &batch, act, None)?.backward(&gy.into())?.z;
         let backward = best(|| {
             std::hint::black_box(pointwise::backward(&x, &unit.weight, &gz, None)?);

@@ -1,10 +1,12 @@
 //! Launches of depthwise.cu.
 
 use super::Geometry;
-use crate::cpu::Check;
-use crate::gpu::{Launch, Map, Module, block_of, empty, module, name, total, width};
+use crate::check::Check;
+use crate::feature::gpu::Map;
+use crate::gpu::{Launch, Module, block_of, empty, module, name, total, width};
+use crate::norm::Stats;
 use crate::norm::gpu::Partials;
-use crate::{Input, Result};
+use crate::{FeatureMap, Result, profiler};
 use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("depthwise");
@@ -83,10 +85,25 @@ fn convolve(
     Ok((z, partials))
 }
 
-/// The convolution, and if `stats` what [`Partials::merged`] makes the statistics of.
-pub(super) fn forward(
+/// The convolution.
+pub(super) fn forward(check: &Check, x: &FeatureMap, w: &Tensor, stride: usize) -> Result<Tensor> {
+    Ok(convolve_map(check, x, w, stride, false)?.0)
+}
+
+/// The convolution and its statistics.
+pub(super) fn forward_stats(
     check: &Check,
-    x: Input<'_>,
+    x: &FeatureMap,
+    w: &Tensor,
+    stride: usize,
+) -> Result<(Tensor, Stats)> {
+    let (z, partials) = convolve_map(check, x, w, stride, true)?;
+    Ok((z, partials.expect("statistics were asked for").merged()?))
+}
+
+fn convolve_map(
+    check: &Check,
+    x: &FeatureMap,
     w: &Tensor,
     stride: usize,
     stats: bool,
@@ -95,7 +112,7 @@ pub(super) fn forward(
     let w = check.dims("w", w, &[3, 3, c])?;
     let Geometry { ho, wo, .. } = Geometry::new(check, h, width, c, stride)?;
     let outputs = n * ho * wo * c;
-    let _note = crate::profile::note(check.0, 18 * outputs, x.bytes() + 4 * outputs);
+    let _note = profiler::note(check.0, 18 * outputs, x.bytes() + 4 * outputs);
     let strips = Strips::new(n, (h, width), (ho, wo), c, (ho, wo), columns(stride));
     convolve(&Map::new(check, "x", x)?, &w, (stride, false), &strips, x.dtype(), stats)
 }
@@ -104,7 +121,7 @@ pub(super) fn forward(
 pub(super) fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) -> Result<Tensor> {
     let (n, ho, wo, c) = gz.dims4()?;
     if stride == 1 {
-        let map = Map { tensor: gz.clone(), range: None, max_level: 0.0 };
+        let map = Map::float(gz.clone());
         let strips = Strips::new(n, (ho, wo), size, c, size, columns(1));
         return Ok(convolve(&map, w, (1, true), &strips, gz.dtype(), false)?.0);
     }
@@ -127,7 +144,7 @@ pub(super) fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, u
 const PARTS: usize = 1024;
 
 /// The gradient of the weight, `[3, 3, C]` in `f32`.
-pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor, stride: usize) -> Result<Tensor> {
+pub(super) fn grad_weight(check: &Check, x: &FeatureMap, gz: &Tensor, stride: usize) -> Result<Tensor> {
     let (n, h, w, c) = check.map_sizes("x", x.dims())?;
     let (_, ho, wo, _) = gz.dims4()?;
     let x = Map::new(check, "x", x)?;

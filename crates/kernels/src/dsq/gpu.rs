@@ -1,6 +1,6 @@
 //! Launches of dsq.cu.
 
-use super::{Grads, SOFTNESS};
+use super::{Gradients, SOFTNESS};
 use crate::Result;
 use crate::gpu::{Launch, Module, empty, module, name, width};
 use crate::learned::gpu::{summed, totals};
@@ -29,7 +29,7 @@ pub(super) fn backward(
     bounds: &Tensor,
     softness: &Tensor,
     bits: Bits,
-) -> Result<Grads> {
+) -> Result<Gradients> {
     let gx = empty(x.dims(), x.dtype(), x.device())?;
     let width = width(x.elem_count(), [x, gy, &gx])?;
     let count = x.elem_count() / width;
@@ -46,7 +46,7 @@ pub(super) fn backward(
         .floats([bits.max_level() as f32, SOFTNESS.0, SOFTNESS.1])
         .run()?;
     let sums = totals(MODULE, &parts)?;
-    Ok(Grads { x: gx, bounds: sums.narrow(0, 0, 2)?, softness: sums.narrow(0, 2, 1)? })
+    Ok(Gradients { x: gx, bounds: sums.narrow(0, 0, 2)?, softness: sums.narrow(0, 2, 1)? })
 }
 
 pub(super) fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {

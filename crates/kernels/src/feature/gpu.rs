@@ -1,11 +1,45 @@
 //! Launches of feature.cu.
 
 use super::{FeatureMap, Levels};
+use crate::check::Check;
 use crate::gpu::{Launch, Module, empty, grids, module, name, width};
 use crate::{Quantizer, Result};
 use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("feature");
+
+/// A feature map as kernels read it: contiguous, floats or levels.
+pub(crate) struct Map {
+    pub(crate) tensor: Tensor,
+    /// Of levels: their range, and the largest level.
+    pub(crate) range: Option<Tensor>,
+    pub(crate) max_level: f32,
+}
+
+impl Map {
+    pub(crate) fn new(check: &Check, argument: &'static str, x: &FeatureMap) -> Result<Self> {
+        Ok(match x {
+            FeatureMap::Levels(levels) => Self {
+                tensor: check.dtype(argument, &levels.levels, DType::U8)?,
+                range: Some(levels.range.clone()),
+                max_level: levels.bits.max_level() as f32,
+            },
+            FeatureMap::Float(_) | FeatureMap::Deferred(_) => {
+                Self::float(check.map_float(argument, &x.to_float()?)?)
+            }
+        })
+    }
+
+    /// Of contiguous floats.
+    pub(crate) fn float(tensor: Tensor) -> Self {
+        Self { tensor, range: None, max_level: 0.0 }
+    }
+
+    /// The dtype's name in the names of kernels.
+    pub(crate) fn name(&self) -> &'static str {
+        name(self.tensor.dtype())
+    }
+}
 
 /// `y`, of the shape of `x`, from a kernel that takes the elements one by one.
 fn convert(kernel: &str, x: &Tensor, quant: Quantizer<'_>, of: DType, to: DType) -> Result<Tensor> {
@@ -23,7 +57,7 @@ fn convert(kernel: &str, x: &Tensor, quant: Quantizer<'_>, of: DType, to: DType)
 }
 
 pub(super) fn quantize(x: &Tensor, quant: Quantizer<'_>) -> Result<FeatureMap> {
-    FeatureMap::of(convert("levels", x, quant, x.dtype(), DType::U8)?, x.dtype(), Some(quant))
+    Ok(FeatureMap::of(convert("levels", x, quant, x.dtype(), DType::U8)?, x.dtype(), Some(quant)))
 }
 
 pub(super) fn to_float(levels: &Levels) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! Launches on CUDA devices, through Candle's backend.
 
-use super::product::Factor;
-use super::{Launch, start};
+use super::{Factor, Launch, start};
+use crate::ProductSizes;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
@@ -54,14 +54,14 @@ pub(super) fn multiplies_bf16(device: &CudaDevice) -> Result<bool> {
     Ok(major >= 8)
 }
 
-/// `c = alpha·a·b` by cuBLAS; `c[m, n]`, with `k` terms a sum. See [`super::product::product`].
+/// `c = alpha·a·b` by cuBLAS. See [`super::product::product`].
 pub(super) fn product(
     device: &CudaDevice,
     a: Factor<'_>,
     b: Factor<'_>,
     alpha: Option<&Tensor>,
     c: &Tensor,
-    (m, n, k): (usize, usize, usize),
+    ProductSizes { rows, columns, depth }: ProductSizes,
 ) -> crate::Result<()> {
     let operation = |factor: &Factor<'_>| match factor {
         Factor::Plain(_) => sys::cublasOperation_t::CUBLAS_OP_N,
@@ -90,7 +90,7 @@ pub(super) fn product(
         }
         None => ((&raw const one).cast(), (&raw const zero).cast()),
     };
-    let [m, n, k] = [m, n, k].map(|size| size as i32);
+    let [m, n, k] = [rows, columns, depth].map(|size| size as i32);
     let [a_row, b_row] = [&a_stored, &b_stored].map(|tensor| tensor.dims()[1] as i32);
     let (a_at, b_at, c_at) = (super::address(&a_stored)?, super::address(&b_stored)?, super::address_mut(c)?);
     let blas = device.cublas_handle();

@@ -3,8 +3,8 @@
 //! Sums are `f32` whatever the operands. Products of `f32` are as exact as on the CPU unless [`set_tf32`] allows
 //! tensor cores to round their operands to 10 bits.
 
-use super::empty;
-use crate::Result;
+use super::{Factor, empty};
+use crate::{ProductSizes, Result};
 use candle_core::{DType, Device, Tensor};
 
 /// Whether products of `f32` may round their operands to TF32 (10 bits of precision) on GPUs that have it, for the
@@ -22,45 +22,22 @@ pub(crate) fn multiplies_bf16(device: &Device) -> Result<bool> {
     }
 }
 
-/// A factor of a product: a matrix, or one that is stored transposed.
-#[derive(Clone, Copy)]
-pub(crate) enum Factor<'a> {
-    Plain(&'a Tensor),
-    Transposed(&'a Tensor),
-}
-
-impl Factor<'_> {
-    fn tensor(&self) -> &Tensor {
-        match self {
-            Self::Plain(tensor) | Self::Transposed(tensor) => tensor,
-        }
-    }
-
-    /// Rows and columns of the matrix.
-    fn size(&self) -> Result<(usize, usize)> {
-        let (rows, columns) = self.tensor().dims2()?;
-        Ok(match self {
-            Self::Plain(_) => (rows, columns),
-            Self::Transposed(_) => (columns, rows),
-        })
-    }
-}
-
 /// `alpha·a·b`, of dtype `out`. Both factors are contiguous and of one dtype, `f32` or `bf16`; `alpha` is a tensor
 /// `[alpha, 0]`, as what it is follows from quantization ranges, which are on the device; 1 without it.
 pub(crate) fn product(a: Factor<'_>, b: Factor<'_>, alpha: Option<&Tensor>, out: DType) -> Result<Tensor> {
-    let ((m, k), (_, n)) = (a.size()?, b.size()?);
+    let ((rows, depth), (_, columns)) = (a.size()?, b.size()?);
+    let sizes = ProductSizes { rows, columns, depth };
     let device = a.tensor().device();
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(device_of_cuda) => {
-            let c = empty((m, n), out, device)?;
-            super::cuda::product(device_of_cuda, a, b, alpha, &c, (m, n, k))?;
+            let c = empty((rows, columns), out, device)?;
+            super::cuda::product(device_of_cuda, a, b, alpha, &c, sizes)?;
             Ok(c)
         }
         // The emulation: by Candle, whose sums are f32 too.
         _ => {
-            let _ = k;
+            let _ = sizes;
             let matrix = |factor: Factor<'_>| {
                 let matrix = factor.tensor().to_dtype(DType::F32)?;
                 match factor {
@@ -73,7 +50,7 @@ pub(crate) fn product(a: Factor<'_>, b: Factor<'_>, alpha: Option<&Tensor>, out:
                 Some(alpha) => c.broadcast_mul(&alpha.narrow(0, 0, 1)?)?,
                 None => c,
             };
-            let written = empty((m, n), out, device)?;
+            let written = empty((rows, columns), out, device)?;
             written.slice_set(&c.to_dtype(out)?, 0, 0)?;
             Ok(written)
         }

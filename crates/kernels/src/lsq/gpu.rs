@@ -1,6 +1,6 @@
 //! Launches of lsq.cu.
 
-use super::{Grads, MIN_STEP, Params};
+use super::{Gradients, MIN_STEP, Params};
 use crate::Result;
 use crate::gpu::{Launch, Module, empty, module, name, width};
 use crate::learned::gpu::{summed, totals};
@@ -24,7 +24,7 @@ pub(super) fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
     Ok(y)
 }
 
-pub(super) fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, g: f64) -> Result<Grads> {
+pub(super) fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, g: f64) -> Result<Gradients> {
     let gx = empty(x.dims(), x.dtype(), x.device())?;
     let width = width(x.elem_count(), [x, gy, &gx])?;
     let count = x.elem_count() / width;
@@ -44,7 +44,7 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, g: f64) -> R
         .run()?;
     let sums = totals(MODULE, &parts)?;
     let offset = params.offset.map(|_| sums.narrow(0, 1, 1)).transpose()?;
-    Ok(Grads { x: gx, step: sums.narrow(0, 0, 1)?, offset })
+    Ok(Gradients { x: gx, step: sums.narrow(0, 0, 1)?, offset })
 }
 
 /// The sum of the absolute values, `[1]`.

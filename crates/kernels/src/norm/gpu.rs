@@ -1,7 +1,7 @@
 //! Launches of norm.cu.
 
-use super::{Epilogue, Normalization, Running, Stats};
-use crate::cpu::Check;
+use super::{BatchNormalization, Epilogue, Running, Stats};
+use crate::check::Check;
 use crate::gpu::{Columns, Launch, Module, OVER_PARTS, empty, module, name, planes, quantizer, width};
 use crate::{Activation, FeatureMap, Quantizer, Result};
 use candle_core::{DType, Device, Tensor};
@@ -67,7 +67,7 @@ pub(super) fn prepare(
     running: &Running,
     momentum: f64,
     unbias: f64,
-) -> Result<(Normalization, Running)> {
+) -> Result<(BatchNormalization, Running)> {
     let check = Check("norm::prepare");
     let (_, c) = check.rows("stats.mean", &stats.mean)?;
     let out = empty((5, c), DType::F32, stats.mean.device())?;
@@ -85,7 +85,7 @@ pub(super) fn prepare(
     let launch = launch.write(&out)?.sizes([c])?;
     launch.floats([epsilon as f32, unbias as f32, momentum as f32]).run()?;
     let [inv_std, scale, shift, mean, variance] = planes(&out)?;
-    Ok((Normalization { mean: stats.mean.clone(), inv_std, scale, shift }, Running { mean, variance }))
+    Ok((BatchNormalization { mean: stats.mean.clone(), inv_std, scale, shift }, Running { mean, variance }))
 }
 
 pub(super) fn output_range(
@@ -135,7 +135,7 @@ pub(super) fn forward(
         .sizes(columns.fields())?
         .floats([lo, hi, max_level])
         .run()?;
-    FeatureMap::of(y, z.dtype(), quant)
+    Ok(FeatureMap::of(y, z.dtype(), quant))
 }
 
 /// The gradients of `γ` and `β` (or of the shift), the slope and the offset of the gradient of `z`, each `[C]`; for

@@ -1,6 +1,6 @@
 //! Launches of pact.cu.
 
-use super::Grads;
+use super::Gradients;
 use crate::Result;
 use crate::gpu::{Launch, Module, empty, module, name, width};
 use crate::learned::gpu::{summed, totals};
@@ -23,7 +23,7 @@ pub(super) fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> R
     Ok(y)
 }
 
-pub(super) fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result<Grads> {
+pub(super) fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result<Gradients> {
     let gx = empty(x.dims(), x.dtype(), x.device())?;
     let width = width(x.elem_count(), [x, gy, &gx])?;
     let count = x.elem_count() / width;
@@ -37,5 +37,5 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) ->
         .write(&parts)?
         .sizes([count, usize::from(signed)])?
         .run()?;
-    Ok(Grads { x: gx, alpha: totals(MODULE, &parts)? })
+    Ok(Gradients { x: gx, alpha: totals(MODULE, &parts)? })
 }

@@ -2,17 +2,18 @@
 //!
 //! With `f32` maps, floats are multiplied as floats. Levels by quantized weights are multiplied as whole numbers that
 //! `bf16` holds, which is exact where [`exact`] says so, and levels by anything else (and by anything on a GPU without
-//! products of `bf16`, before compute capability 8.0) as the floats that they stand for. With `bf16` maps, levels are whole
-//! numbers in `bf16` in every product, which is then multiplied by their step; floats and weights are rounded to `bf16`.
-//! Sums are `f32` always; where the weights have a grid for each column, they are kept until each is multiplied by its step.
+//! products of `bf16`, before compute capability 8.0) as the floats that they stand for. With `bf16` maps, levels are
+//! whole numbers in `bf16` in every product, which is then multiplied by their step; floats and weights are rounded to
+//! `bf16`. Sums are `f32` always; where the weights have a grid for each column, they are kept until each is multiplied
+//! by its step.
 
-use super::{operands, sizes, with_channels};
-use crate::cpu::Check;
+use super::{forward_sizes, sizes, with_channels};
+use crate::check::Check;
 use crate::feature::gpu::{integers, scaled, steps};
+use crate::gpu::Factor::{Plain, Transposed};
 use crate::gpu::grids;
-use crate::gpu::product::Factor::{Plain, Transposed};
 use crate::gpu::product::{multiplies_bf16, product};
-use crate::{Input, Result, Weight};
+use crate::{FeatureMap, ProductSizes, Result, Weight, profiler};
 use candle_core::{DType, Tensor};
 use quant_core::Bits;
 
@@ -35,28 +36,26 @@ fn matrix(map: &Tensor) -> Result<Tensor> {
 }
 
 /// The factors of a product that stands for a feature map: its matrix, and what the product is to be multiplied by.
-fn factor(check: &Check, x: Input<'_>) -> Result<(Tensor, Option<Tensor>)> {
+fn factor(check: &Check, x: &FeatureMap) -> Result<(Tensor, Option<Tensor>)> {
     Ok(match x {
-        Input::Float(tensor) => (matrix(&check.map_float("x", tensor)?)?, None),
-        Input::Levels(levels) if levels.dtype == DType::BF16 => {
+        FeatureMap::Levels(levels) if levels.dtype == DType::BF16 => {
             let whole = check.dtype("x", &levels.levels, DType::U8)?;
             let quant = levels.quantizer();
             (matrix(&integers(&whole, quant)?)?, Some(steps(quant, None)?))
         }
-        Input::Levels(_) | Input::Normalized(_) => (matrix(&x.to_float()?)?, None),
+        _ => (matrix(&check.map_float("x", &x.to_float()?)?)?, None),
     })
 }
 
 /// The product `[…, Cout]`, in the dtype of the feature map.
-pub(super) fn forward(check: &Check, x: Input<'_>, w: Weight<'_>) -> Result<Tensor> {
-    let (k, n) = operands(check, x, w)?;
-    let dims = with_channels(x.dims(), n);
-    let rows = dims.iter().product::<usize>() / n;
-    let _note = crate::profile::note(check.0, 2 * rows * k * n, x.bytes() + 4 * (k * n + rows * n));
+pub(super) fn forward(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
+    let sizes = forward_sizes(check, x, w)?;
+    let ProductSizes { rows, columns, depth } = sizes;
+    let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (depth + rows) * columns);
     let value = check.float("w", w.value)?;
     let z = match (x, w.quantized) {
-        (Input::Levels(levels), Some((original, quant)))
-            if exact(k, levels.bits, quant.bits) && multiplies_bf16(value.device())? =>
+        (FeatureMap::Levels(levels), Some((original, quant)))
+            if exact(depth, levels.bits, quant.bits) && multiplies_bf16(value.device())? =>
         {
             check.grids(original, quant)?;
             let x = integers(&check.dtype("x", &levels.levels, DType::U8)?, levels.quantizer())?;
@@ -74,7 +73,7 @@ pub(super) fn forward(check: &Check, x: Input<'_>, w: Weight<'_>) -> Result<Tens
             product(Plain(&x_matrix), Plain(&w), alpha.as_ref(), x.dtype())?
         }
     };
-    Ok(z.reshape(dims)?)
+    Ok(z.reshape(with_channels(x.dims(), columns))?)
 }
 
 /// `∂z · wᵀ`, `[…, Cin]`.
@@ -84,7 +83,7 @@ pub(super) fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
 }
 
 /// `xᵀ · ∂z`, `[Cin, Cout]` in `f32`.
-pub(super) fn grad_weight(check: &Check, x: Input<'_>, gz: &Tensor) -> Result<Tensor> {
+pub(super) fn grad_weight(check: &Check, x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
     sizes(check, x, gz)?;
     let gz = check.map_float("gz", gz)?;
     let (x, alpha) = factor(check, x)?;

@@ -1,13 +1,14 @@
 //! Launches of pool.cu.
 
-use crate::cpu::Check;
-use crate::gpu::{Launch, Map, Module, empty, module, name, width};
-use crate::{Input, Result};
+use crate::check::Check;
+use crate::feature::gpu::Map;
+use crate::gpu::{Launch, Module, empty, module, name, width};
+use crate::{FeatureMap, Result};
 use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("pool");
 
-pub(super) fn global_average(check: &Check, x: Input<'_>) -> Result<Tensor> {
+pub(super) fn global_average(check: &Check, x: &FeatureMap) -> Result<Tensor> {
     let (n, h, w, c) = check.map_sizes("x", x.dims())?;
     let x = Map::new(check, "x", x)?;
     let y = empty((n, c), DType::F32, x.tensor.device())?;

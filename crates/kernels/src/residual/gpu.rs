@@ -1,16 +1,17 @@
 //! Launches of residual.cu.
 
 use super::same_dims;
-use crate::cpu::Check;
-use crate::gpu::{Columns, Launch, Map, Module, empty, module, name, quantizer, width};
+use crate::check::Check;
+use crate::feature::gpu::Map;
+use crate::gpu::{Columns, Launch, Module, empty, module, name, quantizer, width};
 use crate::quantize::gpu::extremes_of_all;
-use crate::{Error, FeatureMap, Input, Quantizer, Result};
+use crate::{Error, FeatureMap, Quantizer, Result};
 use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("residual");
 
 /// The operands, contiguous. Floats have the dtype of `a`, as have those that levels stand for.
-fn operands(check: &Check, a: &Tensor, b: Input<'_>) -> Result<(Tensor, Map)> {
+fn operands(check: &Check, a: &Tensor, b: &FeatureMap) -> Result<(Tensor, Map)> {
     same_dims(check, a, b)?;
     let a = check.map_float("a", a)?;
     if b.dtype() != a.dtype() {
@@ -19,12 +20,8 @@ fn operands(check: &Check, a: &Tensor, b: Input<'_>) -> Result<(Tensor, Map)> {
     Ok((a, Map::new(check, "b", b)?))
 }
 
-pub(super) fn add_quantize(
-    check: &Check,
-    a: &Tensor,
-    b: Input<'_>,
-    quant: Option<Quantizer<'_>>,
-) -> Result<FeatureMap> {
+/// The sum, or its levels if there is a quantizer.
+pub(super) fn add(check: &Check, a: &Tensor, b: &FeatureMap, quant: Option<Quantizer<'_>>) -> Result<Tensor> {
     let (a, b) = operands(check, a, b)?;
     let out = if quant.is_some() { DType::U8 } else { a.dtype() };
     let y = empty(a.dims(), out, a.device())?;
@@ -41,7 +38,7 @@ pub(super) fn add_quantize(
         .sizes([count])?
         .floats([b.max_level, max_level])
         .run()?;
-    FeatureMap::of(y, a.dtype(), quant)
+    Ok(y)
 }
 
 pub(super) fn add_normalized(
@@ -49,7 +46,7 @@ pub(super) fn add_normalized(
     z: &Tensor,
     scale: &Tensor,
     shift: &Tensor,
-    b: Input<'_>,
+    b: &FeatureMap,
 ) -> Result<(Tensor, Tensor)> {
     let (z, b) = operands(check, z, b)?;
     let c = scale.elem_count();

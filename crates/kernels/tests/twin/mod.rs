@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
-use kernels::norm::{Epilogue, Normalization, Running};
+use kernels::norm::{BatchNormalization, Epilogue, Running};
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Weight};
 use kernels::{
@@ -254,7 +254,7 @@ pub fn products(other: &dyn Other) {
                 let (z, stats) = pointwise::forward_stats(&maps[0], &others[0])?;
                 // With one row the normalization's gradient is all rounding.
                 let epsilon = if dims[0] * dims[1] * dims[2] == 1 { 1.0 } else { 1e-2 };
-                let of_batch = Normalization::new(&stats, &others[1], &others[2], epsilon)?;
+                let of_batch = BatchNormalization::new(&stats, &others[1], &others[2], epsilon)?;
                 let epilogue = Epilogue::batch(&z, &of_batch, Activation::Identity, None)?;
                 let gz = epilogue.backward(&maps[1].clone().into())?.z;
                 let (gw, gx) = pointwise::backward(&maps[0], &others[0], &gz, None)?;
@@ -290,8 +290,8 @@ pub fn normalization(other: &dyn Other) {
             let range = norm::output_range(&stats, &norm.scale, &norm.shift, Activation::Relu6)?;
             Ok(vec![norm.inv_std, norm.scale, norm.shift, running.mean, running.variance, range])
         });
-        let of_batch = Normalization::new(&stats, &gamma, &beta, 1e-2).unwrap();
-        let Normalization { mean, inv_std, scale, shift } = &of_batch;
+        let of_batch = BatchNormalization::new(&stats, &gamma, &beta, 1e-2).unwrap();
+        let BatchNormalization { mean, inv_std, scale, shift } = &of_batch;
         for act in ACTIVATIONS {
             for quantized in [false, true] {
                 let context = format!("{context}, {act:?}, quantized: {quantized}");
@@ -309,7 +309,7 @@ pub fn normalization(other: &dyn Other) {
                         y => y.to_float()?,
                     };
                     let of_batch =
-                        Normalization { mean, inv_std, scale: scale.clone(), shift: shift.clone() };
+                        BatchNormalization { mean, inv_std, scale: scale.clone(), shift: shift.clone() };
                     let gy = maps[1].clone().into();
                     let batch = Epilogue::batch(&maps[0], &of_batch, act, quant)?.backward(&gy)?;
                     let affine = Epilogue::affine(&maps[0], &scale, &shift, act, quant)?.backward(&gy)?;
@@ -683,7 +683,7 @@ pub fn finite_differences(other: &dyn Other) {
                 &one(&|| {
                     let (z, gamma, beta) = (other.to(z), other.to(gamma), other.to(beta));
                     let stats = norm::channel_stats(&z).unwrap();
-                    let norm = Normalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
+                    let norm = BatchNormalization::new(&stats, &gamma, &beta, 1e-5).unwrap();
                     let y = norm::forward(&z, &norm.scale, &norm.shift, Activation::Identity, None);
                     y.unwrap().to_float().unwrap()
                 }),
@@ -692,7 +692,7 @@ pub fn finite_differences(other: &dyn Other) {
         let grads = other.run(&|| {
             let (z, gy) = (other.to(&x), other.to(&gy));
             let stats = norm::channel_stats(&z).unwrap();
-            let norm = Normalization::new(&stats, &other.to(&gamma), &other.to(&beta), 1e-5).unwrap();
+            let norm = BatchNormalization::new(&stats, &other.to(&gamma), &other.to(&beta), 1e-5).unwrap();
             let epilogue = Epilogue::batch(&z, &norm, Activation::Identity, None).unwrap();
             let grads = epilogue.backward(&gy.into()).unwrap();
             vec![grads.z.tensor().unwrap(), grads.gamma.unwrap(), grads.shift]

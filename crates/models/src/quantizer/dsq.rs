@@ -50,7 +50,7 @@ impl Scheme for Soft {
         bits: Bits,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let dsq::Grads { x, bounds, softness } = dsq::backward(x, gy, &by[0], &by[1], bits)?;
+        let dsq::Gradients { x, bounds, softness } = dsq::backward(x, gy, &by[0], &by[1], bits)?;
         gradients.set(&by[0], bounds);
         gradients.set(&by[1], softness);
         Ok(x)

@@ -52,7 +52,7 @@ impl Scheme for Clip {
         _: Bits,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let pact::Grads { x, alpha } = pact::backward(x, gy, &by[0], self.signed)?;
+        let pact::Gradients { x, alpha } = pact::backward(x, gy, &by[0], self.signed)?;
         gradients.set(&by[0], alpha);
         Ok(x)
     }

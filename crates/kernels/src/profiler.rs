@@ -66,7 +66,7 @@ mod tests {
     use crate::testing::random;
 
     #[test]
-    fn an_operation_is_counted_while_the_profile_runs() {
+    fn an_operation_is_counted_while_the_profiler_runs() {
         let (x, w) = (random(1, &[10, 3]), random(2, &[3, 4]));
         start();
         pointwise::grad_input(&pointwise::forward(&x, &w).unwrap(), &w).unwrap();

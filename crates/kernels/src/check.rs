@@ -1,0 +1,107 @@
+//! Checks of the arguments of operations.
+
+use crate::{Error, Quantizer, Result, gpu};
+use candle_core::{DType, Shape, Tensor};
+
+/// Checks the arguments of one operation, whose name its errors begin with.
+pub(crate) struct Check(pub(crate) &'static str);
+
+impl Check {
+    /// Returns the tensor, contiguous; it must be `f32`.
+    pub(crate) fn float(&self, argument: &'static str, tensor: &Tensor) -> Result<Tensor> {
+        self.dtype(argument, tensor, DType::F32)
+    }
+
+    /// Returns the tensor, contiguous; it must have the expected dtype.
+    pub(crate) fn dtype(&self, argument: &'static str, tensor: &Tensor, expected: DType) -> Result<Tensor> {
+        if tensor.dtype() != expected {
+            return Err(Error::DType { op: self.0, argument, found: tensor.dtype(), expected });
+        }
+        Ok(tensor.contiguous()?)
+    }
+
+    /// Returns a feature map of floats, contiguous; it must be `f32`, or on a GPU `bf16`.
+    pub(crate) fn map_float(&self, argument: &'static str, tensor: &Tensor) -> Result<Tensor> {
+        let narrow = tensor.dtype() == DType::BF16 && gpu::runs(tensor.device());
+        self.dtype(argument, tensor, if narrow { DType::BF16 } else { DType::F32 })
+    }
+
+    /// Returns the tensor, contiguous; it must have the shape and the dtype of another one.
+    pub(crate) fn map_of(&self, argument: &'static str, tensor: &Tensor, other: &Tensor) -> Result<Tensor> {
+        if tensor.dims() != other.dims() {
+            return Err(self.shape(argument, tensor, format!("{:?}", other.dims())));
+        }
+        self.dtype(argument, tensor, other.dtype())
+    }
+
+    /// The error of a wrong shape.
+    pub(crate) fn shape(&self, argument: &'static str, tensor: &Tensor, expected: impl ToString) -> Error {
+        let expected = expected.to_string();
+        Error::Shape { op: self.0, argument, found: tensor.shape().clone(), expected }
+    }
+
+    /// [`Check::shape`] for dimensions without a tensor.
+    pub(crate) fn sizes(&self, argument: &'static str, dims: &[usize], expected: impl ToString) -> Error {
+        Error::Shape { op: self.0, argument, found: Shape::from(dims), expected: expected.to_string() }
+    }
+
+    /// The error of a setting that the operation does not support.
+    pub(crate) fn setting(&self, message: String) -> Error {
+        Error::Setting { op: self.0, message }
+    }
+
+    /// Returns the tensor, contiguous; it must be `f32` and have the given dimensions.
+    pub(crate) fn dims(&self, argument: &'static str, tensor: &Tensor, dims: &[usize]) -> Result<Tensor> {
+        if tensor.dims() != dims {
+            return Err(self.shape(argument, tensor, format!("{dims:?}")));
+        }
+        self.float(argument, tensor)
+    }
+
+    /// Returns the `[N, H, W, C]` of a feature map.
+    pub(crate) fn map(
+        &self,
+        argument: &'static str,
+        tensor: &Tensor,
+    ) -> Result<(usize, usize, usize, usize)> {
+        self.map_sizes(argument, tensor.dims())
+    }
+
+    /// [`Check::map`] for dimensions.
+    pub(crate) fn map_sizes(
+        &self,
+        argument: &'static str,
+        dims: &[usize],
+    ) -> Result<(usize, usize, usize, usize)> {
+        match dims {
+            &[n, h, w, c] if !dims.contains(&0) => Ok((n, h, w, c)),
+            _ => Err(self.sizes(argument, dims, "[images, height, width, channels], none of them 0")),
+        }
+    }
+
+    /// Returns the numbers of rows and channels of a tensor, whose last dimension is the channel.
+    pub(crate) fn rows(&self, argument: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
+        match tensor.dims().last() {
+            Some(&c) if tensor.elem_count() > 0 => Ok((tensor.elem_count() / c, c)),
+            _ => Err(self.shape(argument, tensor, "[…, channels], not empty")),
+        }
+    }
+
+    /// Checks that a quantizer's range is `f32`, and `[2]` or, with a column for each channel of `x`, `[2, C]`.
+    pub(crate) fn grids(&self, x: &Tensor, quant: Quantizer<'_>) -> Result<()> {
+        match (quant.range.dims(), x.dims()) {
+            ([2, columns], [.., channels]) if columns == channels => {}
+            ([2], _) => {}
+            _ => {
+                let expected = format!("[2], or [2, C] with C the last of {:?}", x.dims());
+                return Err(self.shape("range", quant.range, expected));
+            }
+        }
+        self.float("range", quant.range).map(drop)
+    }
+
+    /// Checks that a quantizer's range is `[2]` and `f32`.
+    pub(crate) fn quantizer(&self, quant: Option<Quantizer<'_>>) -> Result<()> {
+        quant.map_or(Ok(()), |quant| self.dims("range", quant.range, &[2]).map(drop))
+    }
+}
