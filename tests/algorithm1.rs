@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{bits_of, data, images, mobilenet, pretrain, quantization, recipe, run_well, training, values};
 use datasets::DataSource;
-use models::{Extras, Network, Unit, Version};
+use models::{Extras, HEAD, Network, Node, Version};
 use pfq::PfQ;
 use quant_core::{Bits, Grid};
 use std::collections::BTreeSet;
@@ -23,14 +23,20 @@ fn grid(range: &Tensor, bits: Bits) -> Grid {
     Grid::new(range[0], range[1], bits).unwrap()
 }
 
-/// Checks that every unit's output lies on the grid of its quantizer, for a batch; gives the most levels
-/// that a unit took.
+/// Checks that every output between image and pooling lies on the grid of its quantizer, for a batch, but for the logits
+/// and what goes into sums alone; gives the most levels that one took.
 fn check_activations(network: &Network, images: &Tensor) -> usize {
+    let readers = network.readers();
     let mut most = 0;
     network
         .forward_observed(images, &mut |i, _, y| {
-            let Unit { name, output_quantizer, .. } = &network.units[i];
-            let quantizer = output_quantizer.as_ref().expect("every output is quantized");
+            let node = &network.nodes[i];
+            let (name, is_sum) =
+                (node.name(), |&reader: &usize| matches!(network.nodes[reader], Node::Sum(_)));
+            if matches!(node, Node::Image(_) | Node::Pool(_)) || readers[i].iter().all(is_sum) {
+                return Ok(());
+            }
+            let quantizer = node.quantizer().unwrap_or_else(|| panic!("{name} is not quantized"));
             let (range, bits) = (quantizer.range().expect("the range has been set"), quantizer.bits);
             let (grid, y) = (grid(range, bits), values(y));
             let levels = distinct(y.iter().copied());
@@ -65,17 +71,19 @@ fn on_grid(weight: &Tensor, bits: Bits, name: &str) -> Tensor {
 fn check_weights(network: &Network, images: &Tensor) {
     let mut stated = network.duplicate().unwrap();
     let epsilon = stated.epsilon;
-    for unit in &mut stated.units {
+    for unit in stated.units_mut() {
         let quantizer = unit.weight_quantizer.take().expect("every weight is quantized");
+        let Some(norm) = unit.batch_norm() else {
+            assert_eq!(unit.name, HEAD, "normalization is live");
+            unit.weight = on_grid(&unit.weight, quantizer.bits, HEAD);
+            continue;
+        };
         assert!(quantizer.folded(), "{}", unit.name);
-        let norm = unit.batch_norm().expect("normalization is live");
         // γ/√(V+ε)
         let scale = (&norm.gamma / (&norm.variance + epsilon).unwrap().sqrt().unwrap()).unwrap();
         let folded = on_grid(&unit.weight.broadcast_mul(&scale).unwrap(), quantizer.bits, &unit.name);
         unit.weight = folded.broadcast_div(&scale).unwrap();
     }
-    let quantizer = stated.head.weight_quantizer.take().expect("the classifier is quantized");
-    stated.head.weight = on_grid(&stated.head.weight, quantizer.bits, "head");
     let [stated, found] = [&stated, network].map(|network| network.forward(images).unwrap());
     assert_eq!(bits_of(&stated), bits_of(&found), "the weights in use are not the quantized ones");
 }
@@ -122,11 +130,11 @@ fn check(version: Version, threshold: f64) {
     }
     assert!(pruned.macs < stages[0].0.macs && pruned.weights < stages[0].0.weights, "nothing was pruned");
     // Not down to the one channel that every layer must keep.
-    assert!(network.units.iter().any(|unit| unit.filters() > 1), "everything was pruned");
+    assert!(network.units().any(|unit| unit.filters() > 1), "everything was pruned");
 
     // Step 3 quantizes activations only, step 5 the weights too.
     let images = images(&data, 100);
-    assert!(activations.units.iter().all(|unit| unit.weight_quantizer.is_none()));
+    assert!(activations.units().all(|unit| unit.weight_quantizer.is_none()));
     check_activations(activations, &images);
     assert_eq!(check_activations(network, &images), 16, "no unit takes all of its levels");
     check_weights(network, &images);

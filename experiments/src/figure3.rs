@@ -93,7 +93,8 @@ impl Figure {
 
 /// A filter to be shown, and why.
 struct Chosen {
-    unit: usize,
+    /// The layer, as a node of the network.
+    node: usize,
     filter: usize,
     variance: f64,
     rule: String,
@@ -105,7 +106,8 @@ fn choose(network: &Network) -> Result<Vec<Chosen>> {
     let mut chosen = Vec::new();
     for (depthwise, which) in [(true, "depthwise layers"), (false, "other layers")] {
         let mut lowest: Option<(usize, Vec<(f32, usize)>)> = None;
-        for (i, unit) in network.units.iter().enumerate() {
+        for (i, node) in network.nodes.iter().enumerate() {
+            let Some(unit) = node.unit() else { continue };
             let Some(norm) = unit.batch_norm() else { continue };
             if unit.kernel.is_depthwise() != depthwise {
                 continue;
@@ -117,14 +119,14 @@ fn choose(network: &Network) -> Result<Vec<Chosen>> {
                 lowest = Some((i, sorted));
             }
         }
-        let Some((unit, sorted)) = lowest else {
+        let Some((node, sorted)) = lowest else {
             bail!("the network has no {which} with batch normalization")
         };
         for (place, rule) in
             [(0, format!("lowest V of all {which}")), (sorted.len() / 2, "median V of the same layer".into())]
         {
             let (variance, filter) = sorted[place];
-            chosen.push(Chosen { unit, filter, variance: variance.into(), rule });
+            chosen.push(Chosen { node, filter, variance: variance.into(), rule });
         }
     }
     Ok(chosen)
@@ -134,8 +136,9 @@ fn choose(network: &Network) -> Result<Vec<Chosen>> {
 /// with the running statistics and the activation make of it.
 fn observe(network: &Network, chosen: &[Chosen], images: &Tensor) -> Result<Vec<FilterOutputs>> {
     let mut outputs: Vec<Vec<f32>> = vec![Vec::new(); chosen.len()];
-    network.forward_observed(images, &mut |unit, z, _| {
-        for (chosen, output) in chosen.iter().zip(&mut outputs).filter(|(chosen, _)| chosen.unit == unit) {
+    network.forward_observed(images, &mut |node, z, _| {
+        let Some(z) = z else { return Ok(()) };
+        for (chosen, output) in chosen.iter().zip(&mut outputs).filter(|(chosen, _)| chosen.node == node) {
             let last = z.rank() - 1;
             *output = z.narrow(last, chosen.filter, 1)?.flatten_all()?.to_vec1()?;
         }
@@ -143,7 +146,7 @@ fn observe(network: &Network, chosen: &[Chosen], images: &Tensor) -> Result<Vec<
     })?;
     let mut activations = Vec::new();
     for (chosen, output) in chosen.iter().zip(&outputs) {
-        let unit = &network.units[chosen.unit];
+        let unit = network.nodes[chosen.node].unit().context("no layer was chosen")?;
         let norm = unit.batch_norm().context("a filter without batch normalization was chosen")?;
         let (scale, shift) = norm.affine(network.epsilon)?;
         let at = |t: Tensor| -> Result<f32> { Ok(t.get(chosen.filter)?.to_scalar()?) };
@@ -152,20 +155,20 @@ fn observe(network: &Network, chosen: &[Chosen], images: &Tensor) -> Result<Vec<
         activations.push(output.iter().map(activation).collect::<Vec<f32>>());
     }
     // The filters of a layer on one scale, or a constant would look like anything else.
-    let together = |values: &[Vec<f32>], unit: usize| {
-        let of_layer = chosen.iter().zip(values).filter(|(chosen, _)| chosen.unit == unit);
+    let together = |values: &[Vec<f32>], node: usize| {
+        let of_layer = chosen.iter().zip(values).filter(|(chosen, _)| chosen.node == node);
         span(of_layer.flat_map(|(_, values)| values.iter().copied()))
     };
     Ok(chosen
         .iter()
         .enumerate()
         .map(|(i, c)| FilterOutputs {
-            layer: network.units[c.unit].name.clone(),
+            layer: network.nodes[c.node].name().into(),
             filter: c.filter,
             rule: c.rule.clone(),
             variance: c.variance,
-            convolution: Histogram::of(&outputs[i], together(&outputs, c.unit), BINS),
-            activation: Histogram::of(&activations[i], together(&activations, c.unit), BINS),
+            convolution: Histogram::of(&outputs[i], together(&outputs, c.node), BINS),
+            activation: Histogram::of(&activations[i], together(&activations, c.node), BINS),
         })
         .collect())
 }
@@ -267,7 +270,7 @@ mod tests {
     use super::*;
     use candle_core::Device;
     use datasets::test_batches;
-    use models::{Input, Norm, Version};
+    use models::{Input, Unit, Version};
 
     /// Steps of training, all on the same images and without a change of the weights.
     const STEPS: i32 = 200;
@@ -277,7 +280,7 @@ mod tests {
     fn network(images: &Tensor) -> Network {
         let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
         let mut network = config.init(1, &Device::Cpu).unwrap();
-        let dead = network.units.iter_mut().find(|u| u.name == "blocks.3.depthwise").unwrap();
+        let dead = network.units_mut().find(|u| u.name == "blocks.3.depthwise").unwrap();
         let keep: Vec<f32> = (0..dead.filters()).map(|j| if j == 5 { 0.0 } else { 1.0 }).collect();
         dead.weight = dead.weight.broadcast_mul(&Tensor::new(keep, &Device::Cpu).unwrap()).unwrap();
         for _ in 0..STEPS {
@@ -293,14 +296,13 @@ mod tests {
         let network = network(&images);
         let chosen = choose(&network).unwrap();
         let names: Vec<(&str, &str)> =
-            chosen.iter().map(|c| (network.units[c.unit].name.as_str(), c.rule.as_str())).collect();
+            chosen.iter().map(|c| (network.nodes[c.node].name(), c.rule.as_str())).collect();
         assert_eq!(names[0], ("blocks.3.depthwise", "lowest V of all depthwise layers"));
         assert_eq!(names[1], ("blocks.3.depthwise", "median V of the same layer"));
         assert!(!names[2].0.ends_with("depthwise") && names[2].0 == names[3].0, "{names:?}");
         assert_eq!(chosen[0].filter, 5);
-        let Norm::Batch(norm) = &network.units[chosen[1].unit].norm else {
-            panic!("a new network is normalized")
-        };
+        let norm = network.nodes[chosen[1].node].unit().and_then(Unit::batch_norm);
+        let norm = norm.expect("a new network is normalized");
         let variances = norm.variance.to_vec1::<f32>().unwrap();
         let below = variances.iter().filter(|v| f64::from(**v) < chosen[1].variance).count();
         assert_eq!(below, variances.len() / 2);

@@ -4,7 +4,7 @@
 //! seven filters are planted that give next to a constant.
 
 use candle_core::{Device, Tensor};
-use models::{Import, Network, Origin};
+use models::{Import, Network, Norm, Origin};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -115,7 +115,8 @@ fn variances_are_shown_drawn_and_written() {
     assert!(text.contains("8 of ") && text.contains("τ = 1e-6"), "{text}");
     let csv = std::fs::read_to_string(path("v.csv")).unwrap();
     assert_eq!(csv.lines().next(), Some("layer,filter,running_variance,below_threshold"));
-    let filters: usize = open(&input).0.units.iter().map(|u| u.filters()).sum();
+    let filters: usize =
+        open(&input).0.units().filter(|u| u.batch_norm().is_some()).map(|u| u.filters()).sum();
     assert_eq!(csv.lines().count(), 1 + filters);
     assert_eq!(csv.lines().filter(|line| line.ends_with("true")).count(), 8);
     assert!(std::fs::read_to_string(path("v.svg")).unwrap().contains("torchvision_v2.pth"));
@@ -134,10 +135,12 @@ fn evaluation_before_and_after_pruning_agrees() {
         &Device::Cpu,
     )
     .unwrap();
-    let rows: Vec<Tensor> =
-        (0..10).map(|i| (&network.head.weight * (1.0 + 0.05 * f64::from(i))).unwrap()).collect();
-    network.head.weight = Tensor::cat(&rows, 1).unwrap();
-    network.head.bias = Tensor::cat(&vec![network.head.bias.clone(); 10], 0).unwrap();
+    let classifier = network.units_mut().next_back().unwrap();
+    let columns: Vec<Tensor> =
+        (0..10).map(|i| (&classifier.weight * (1.0 + 0.05 * f64::from(i))).unwrap()).collect();
+    classifier.weight = Tensor::cat(&columns, 1).unwrap();
+    let Norm::Bias(bias) = &mut classifier.norm else { panic!("a classifier has a bias") };
+    *bias = Tensor::cat(&vec![bias.clone(); 10], 0).unwrap();
     network.save(Path::new(&path("net.safetensors")), &models::Extras::default()).unwrap();
     run(&["prune", &path("net.safetensors"), &path("pruned.safetensors")]);
     let eval = |name: &str| {

@@ -11,10 +11,9 @@ mod ranges;
 mod testing;
 
 use crate::{Error, Result};
-use candle_core::Tensor;
 use folded::Folded;
 use kernels::quantize;
-use models::{Fold, Method, Network, Quantization};
+use models::{Fold, Method, Network, Quantization, Unit};
 use quant_core::Precision;
 use serde::{Deserialize, Serialize};
 
@@ -124,7 +123,7 @@ impl Dfq {
         let mut folded = Folded::new(network)?;
         let before = weight_ranges(&folded.network)?;
         let constant: Vec<usize> =
-            folded.channels.iter().map(|unit| unit.iter().filter(|c| c.constant).count()).collect();
+            folded.channels.iter().map(|node| node.iter().filter(|c| c.constant).count()).collect();
 
         if self.equalize || self.absorb {
             folded.replace_relu6();
@@ -139,22 +138,18 @@ impl Dfq {
         let after = weight_ranges(&folded.network)?;
         folded.network.quantize(quantization)?;
         folded.set_ranges(self.range_sigmas, image_range)?;
-        let corrections =
-            if self.correct_bias { folded.correct_bias()? } else { vec![0.0; folded.channels.len() + 1] };
+        let corrections = if self.correct_bias { folded.correct_bias()? } else { vec![0.0; after.len()] };
 
         let network = folded.network;
-        let names = network.units.iter().map(|u| u.name.as_str()).chain(["head"]);
-        // The classifier has neither batch normalization nor a next layer.
-        let (constant, absorbed) = (constant.into_iter().chain([0]), absorbed.into_iter().chain([0]));
-        let layers = names
-            .zip(before.into_iter().zip(after))
-            .zip(constant.zip(absorbed).zip(corrections))
-            .map(|((name, (range_before, range_after)), ((constant, absorbed), correction))| LayerReport {
-                name: name.into(),
+        let units = network.nodes.iter().enumerate().filter_map(|(i, node)| Some((i, node.unit()?)));
+        let layers = units
+            .zip(before.into_iter().zip(after).zip(corrections))
+            .map(|((i, unit), ((range_before, range_after), correction))| LayerReport {
+                name: unit.name.clone(),
                 range_before,
                 range_after,
-                constant,
-                absorbed,
+                constant: constant[i],
+                absorbed: absorbed[i],
                 correction,
             })
             .collect();
@@ -162,13 +157,13 @@ impl Dfq {
     }
 }
 
-/// Lowest and highest weight of every unit and of the classifier.
+/// Lowest and highest weight of every unit, the classifier included.
 fn weight_ranges(network: &Network) -> Result<Vec<(f32, f32)>> {
-    let range = |weight: &Tensor| {
-        let range = quantize::min_max(weight)?.to_vec1::<f32>()?;
+    let range = |unit: &Unit| {
+        let range = quantize::min_max(&unit.weight)?.to_vec1::<f32>()?;
         Ok((range[0], range[1]))
     };
-    network.units.iter().map(|u| &u.weight).chain([&network.head.weight]).map(range).collect()
+    network.units().map(range).collect()
 }
 
 #[cfg(test)]
@@ -205,11 +200,11 @@ mod tests {
     fn check(version: Version) {
         let mut network = mobilenet(version, Relu);
         let mut gaussian = Gaussian::new(1);
-        for first in Folded::new(&network).unwrap().pairs() {
+        for pair in Folded::new(&network).unwrap().pairs() {
             // Where γ is 0 there is no filter to balance what reads it with.
             unbalance(
                 &mut network,
-                first,
+                pair,
                 |j| if zero_gamma(j) { 1.0 } else { (2.0 * gaussian.next()).exp() },
             );
         }
@@ -228,7 +223,7 @@ mod tests {
         let names: Vec<&str> = report.layers.iter().map(|l| l.name.as_str()).collect();
         assert_eq!(
             (names.len(), names[0], names[names.len() - 1]),
-            (network.units.len() + 1, "stem", "head")
+            (network.units().count(), "stem", "head")
         );
         let narrowed = |(lo, hi): (f32, f32), (lower, higher): (f32, f32)| (higher - lower) / (hi - lo) < 0.5;
         let many = report.layers.iter().filter(|l| narrowed(l.range_before, l.range_after)).count();
@@ -258,7 +253,7 @@ mod tests {
         let network = mobilenet(Version::V2, Relu6);
         let count = |dfq: Dfq, activation| {
             let (prepared, _) = dfq.apply(&network, &quantization(4), IMAGES).unwrap();
-            prepared.units.iter().filter(|u| u.activation == activation).count()
+            prepared.units().filter(|u| u.activation == activation).count()
         };
         let off = Dfq { equalize: false, absorb: false, ..Dfq::default() };
         assert_eq!(count(off, Relu), 0);

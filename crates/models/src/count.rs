@@ -1,6 +1,6 @@
 //! Multiply–accumulates and weights, counted as the paper counts them (method section 5).
 
-use crate::{Kernel, Network};
+use crate::{Kernel, Network, Node};
 
 /// Counts of one convolution or of the classifier.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,10 +20,8 @@ pub struct Layer {
 impl Network {
     /// Counts of every convolution and of the classifier, in order.
     pub fn layers(&self) -> Vec<Layer> {
-        let [mut h, mut w, _] = self.input;
-        let mut layers = Vec::with_capacity(self.units.len() + 1);
-        for unit in &self.units {
-            (h, w) = (unit.kernel.output_size(h), unit.kernel.output_size(w));
+        let count = |(node, [h, w, _]): (&Node, [usize; 3])| {
+            let unit = node.unit()?;
             // Every weight is used once for every position of the output.
             let weights = unit.weight.elem_count() as u64;
             let macs = weights * (h * w) as u64;
@@ -32,17 +30,9 @@ impl Network {
                 Kernel::Depthwise { .. } => "depthwise",
                 Kernel::Pointwise => "pointwise",
             };
-            layers.push(Layer { name: unit.name.clone(), kind, filters: unit.filters(), weights, macs });
-        }
-        let weights = self.head.weight.elem_count() as u64;
-        layers.push(Layer {
-            name: "head".into(),
-            kind: "pointwise",
-            filters: self.classes(),
-            weights,
-            macs: weights,
-        });
-        layers
+            Some(Layer { name: unit.name.clone(), kind, filters: unit.filters(), weights, macs })
+        };
+        self.nodes.iter().zip(self.shapes()).filter_map(count).collect()
     }
 
     /// Multiply–accumulates of the convolutions and the classifier for one image.

@@ -6,10 +6,9 @@
 //! the file, so the file never names a part that is missing or another, whenever the writer is killed; parts that it
 //! no longer names are removed after it is written.
 
-use crate::quantizer::Entry;
-use crate::{BatchNorm, Error, Head, Kernel, Network, Norm, Quantizer, Residual, Result, Unit};
+use crate::structure::Structure;
+use crate::{Error, Network, Result};
 use candle_core::{DType, Device, Tensor};
-use kernels::Activation;
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -34,30 +33,6 @@ struct Part {
     file: String,
     /// Of its bytes, in lower-case hex.
     sha256: String,
-}
-
-/// Everything of a network that is not a tensor.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct Structure {
-    name: String,
-    input: [usize; 3],
-    epsilon: f64,
-    input_quantizer: Option<Entry>,
-    units: Vec<UnitEntry>,
-    residuals: Vec<Residual>,
-    head_quantizer: Option<Entry>,
-    head_weight_quantizer: Option<Entry>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct UnitEntry {
-    name: String,
-    kernel: Kernel,
-    activation: Activation,
-    /// Whether batch normalization is live; a bias otherwise.
-    normalized: bool,
-    weight_quantizer: Option<Entry>,
-    output_quantizer: Option<Entry>,
 }
 
 /// What a file holds beside the network.
@@ -200,29 +175,6 @@ fn read_tensors(
 }
 
 impl Network {
-    pub(crate) fn structure(&self) -> Structure {
-        let activations = |q: &Option<Quantizer>| q.as_ref().map(Entry::of_activations);
-        let weights = |q: &Option<Quantizer>| q.as_ref().map(Entry::of_weights);
-        let units = self.units.iter().map(|unit| UnitEntry {
-            name: unit.name.clone(),
-            kernel: unit.kernel,
-            activation: unit.activation,
-            normalized: unit.batch_norm().is_some(),
-            weight_quantizer: weights(&unit.weight_quantizer),
-            output_quantizer: activations(&unit.output_quantizer),
-        });
-        Structure {
-            name: self.name.clone(),
-            input: self.input,
-            epsilon: self.epsilon,
-            input_quantizer: activations(&self.input_quantizer),
-            units: units.collect(),
-            residuals: self.residuals.clone(),
-            head_quantizer: activations(&self.head.input_quantizer),
-            head_weight_quantizer: weights(&self.head.weight_quantizer),
-        }
-    }
-
     /// Writes the network and `extras` to `path`, whole or not at all; to parts beside it if that would be more than
     /// [`MAX_FILE_BYTES`].
     pub fn save(&self, path: &Path, extras: &Extras) -> Result<()> {
@@ -238,7 +190,7 @@ impl Network {
         for (name, tensor) in &extras.tensors {
             tensors.push((name.clone(), bytes(tensor)?));
         }
-        let structure = serde_json::to_string(&self.structure()).map_err(|e| fail(path, e))?;
+        let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(path, e))?;
         let mut metadata: HashMap<String, String> = extras.metadata.clone().into_iter().collect();
         metadata.insert(STRUCTURE.into(), structure);
         let heading: usize = metadata.iter().map(|(key, value)| key.len() + 2 * value.len()).sum();
@@ -307,53 +259,15 @@ impl Network {
                 read_tensors(&path, &data, device, &mut tensors)?;
             }
         }
-        let mut network = structure.skeleton()?;
+        let mut network = structure
+            .skeleton()
+            .map_err(|problem| fail(path, format!("its `{STRUCTURE}` metadata is no network: {problem}")))?;
         for (name, _, tensor) in network.slots_mut() {
             let missing = || fail(path, format!("tensor {name} is missing; was the file edited?"));
             *tensor = tensors.remove(&name).ok_or_else(missing)?;
         }
         network.validate()?;
         Ok((network, Extras { metadata, tensors }))
-    }
-}
-
-impl Structure {
-    /// The network with an empty tensor in every slot, to be filled through [`Network::slots_mut`]. They are on the CPU:
-    /// a GPU has none without elements.
-    pub(crate) fn skeleton(self) -> Result<Network> {
-        let empty = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
-        let problem =
-            |problem| Error::Structure { network: self.name.clone(), place: "quantizers".into(), problem };
-        let quantizer =
-            |entry: Option<Entry>| entry.map(|entry| entry.quantizer(&empty).map_err(problem)).transpose();
-        let unit = |entry: UnitEntry| -> Result<Unit> {
-            Ok(Unit {
-                name: entry.name,
-                kernel: entry.kernel,
-                weight: empty.clone(),
-                weight_quantizer: quantizer(entry.weight_quantizer)?,
-                norm: match entry.normalized {
-                    true => Norm::Batch(BatchNorm::init(0, &Device::Cpu)?),
-                    false => Norm::Bias(empty.clone()),
-                },
-                activation: entry.activation,
-                output_quantizer: quantizer(entry.output_quantizer)?,
-            })
-        };
-        Ok(Network {
-            input: self.input,
-            input_quantizer: quantizer(self.input_quantizer)?,
-            units: self.units.into_iter().map(unit).collect::<Result<_>>()?,
-            residuals: self.residuals,
-            head: Head {
-                input_quantizer: quantizer(self.head_quantizer)?,
-                weight: empty.clone(),
-                weight_quantizer: quantizer(self.head_weight_quantizer)?,
-                bias: empty.clone(),
-            },
-            epsilon: self.epsilon,
-            name: self.name,
-        })
     }
 }
 

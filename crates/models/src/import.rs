@@ -4,7 +4,7 @@
 //! description. Strides are not in any tensor; they are those for ImageNet unless something else is said.
 
 use crate::file::STRUCTURE;
-use crate::{Error, Input, MobileNet, Network, Norm, Result, Version};
+use crate::{Error, HEAD, Input, MobileNet, Network, Norm, Result, Version};
 use candle_core::pickle::PthTensors;
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
@@ -196,31 +196,29 @@ impl Import {
 
         let mut network = config.outline()?;
         network.epsilon = self.epsilon;
-        let mut source = Source { tensors, missing: Vec::new(), misfits: Vec::new() };
-        for (unit, (convolution, norm)) in network.units.iter_mut().zip(naming.layers(&config)) {
-            let (filters, inputs) = (unit.filters(), unit.input_channels());
-            let shape = unit.kernel.pytorch_dims(inputs, filters);
-            if let Some(weight) = source.take(format!("{convolution}.weight"), &shape, device)? {
-                unit.weight = unit.kernel.weight_from_pytorch(&weight)?;
+        let mut source = StateDict { tensors, missing: Vec::new(), misfits: Vec::new() };
+        for (unit, (convolution, norm)) in network.units_mut().zip(naming.layers(&config)) {
+            let (filters, dims) =
+                (unit.filters(), unit.kernel.pytorch_dims(unit.input_channels(), unit.filters()));
+            // The classifier is no convolution there.
+            let shape = if unit.name == HEAD { &dims[..2] } else { &dims[..] };
+            if let Some(weight) = source.take(format!("{convolution}.weight"), shape, device)? {
+                unit.weight = unit.kernel.weight_from_pytorch(&weight.reshape(&dims)?)?;
             }
-            let Norm::Batch(to) = &mut unit.norm else { unreachable!("a new network is normalized") };
-            for (field, to) in [
-                ("weight", &mut to.gamma),
-                ("bias", &mut to.beta),
-                ("running_mean", &mut to.mean),
-                ("running_var", &mut to.variance),
-            ] {
+            let fields = match &mut unit.norm {
+                Norm::Batch(to) => vec![
+                    ("weight", &mut to.gamma),
+                    ("bias", &mut to.beta),
+                    ("running_mean", &mut to.mean),
+                    ("running_var", &mut to.variance),
+                ],
+                Norm::Bias(to) => vec![("bias", to)],
+            };
+            for (field, to) in fields {
                 if let Some(tensor) = source.take(format!("{norm}.{field}"), &[filters], device)? {
                     *to = tensor;
                 }
             }
-        }
-        let inputs = network.head.weight.dims()[0];
-        if let Some(weight) = source.take(classifier, &[classes, inputs], device)? {
-            network.head.weight = weight.t()?.contiguous()?;
-        }
-        if let Some(bias) = source.take(format!("{}.bias", naming.classifier()), &[classes], device)? {
-            network.head.bias = bias;
         }
         source.finish(&config, naming).map_err(fail)?;
         network.validate()?;
@@ -293,7 +291,7 @@ impl Naming {
         }
     }
 
-    /// The names of every unit's convolution and normalization, in the order of the units.
+    /// The names of every unit's convolution and of its normalization or bias, in the order of the units.
     fn layers(self, config: &MobileNet) -> Vec<(String, String)> {
         let stages: &[usize] = match config.version {
             Version::V1 => &[1, 2, 2, 6, 2],
@@ -333,6 +331,7 @@ impl Naming {
                 Self::Timm => pair("conv_head", "bn2"),
             });
         }
+        layers.push(pair(self.classifier(), self.classifier()));
         layers
     }
 }
@@ -351,7 +350,7 @@ fn width_of(config: &MobileNet, naming: Naming, tensors: &BTreeMap<String, Tenso
     let mut best = (0, 1.0);
     for width in widths.chain((1..=400).map(|n| f64::from(n) / 100.0)) {
         let network = MobileNet { width, ..*config }.outline()?;
-        let fitting = network.units.iter().zip(&filters).filter(|(u, f)| **f == Some(u.filters())).count();
+        let fitting = network.units().zip(&filters).filter(|(u, f)| **f == Some(u.filters())).count();
         if fitting > best.0 {
             best = (fitting, width);
         }
@@ -362,14 +361,14 @@ fn width_of(config: &MobileNet, naming: Naming, tensors: &BTreeMap<String, Tenso
     Ok(best.1)
 }
 
-/// Tensors to be taken by name, and what went wrong with that.
-struct Source {
+/// The tensors of a file, to be taken by name, and what went wrong with that.
+struct StateDict {
     tensors: BTreeMap<String, Tensor>,
     missing: Vec<String>,
     misfits: Vec<String>,
 }
 
-impl Source {
+impl StateDict {
     fn take(
         &mut self,
         name: String,

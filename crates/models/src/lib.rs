@@ -1,9 +1,8 @@
 //! One [`Network`] for MobileNetV1 and V2: forward and backward passes, counts, files.
 //!
-//! A network is a plain ordered list of [`Unit`]s (convolution, normalization, activation, quantizer)
-//! with residual spans over it and a classifier behind it. Training, MAC counting, pruning, folding
-//! and equalization all read this one structure; both MobileNets are values of it
-//! ([`MobileNet::init`]), not code of their own.
+//! A network is a plain ordered list of [`Node`]s: convolutions with what follows them ([`Unit`]), sums where residuals
+//! end, pooling. Each says which earlier ones it reads. Training, MAC counting, pruning, folding and equalization all
+//! read this one structure; both MobileNets are values of it ([`MobileNet::init`]), not code of their own.
 
 #![forbid(unsafe_code)]
 
@@ -16,15 +15,16 @@ mod parameter;
 mod pass;
 mod quantization;
 mod quantizer;
+mod structure;
 
 pub use count::Layer;
 pub use file::{Extras, MAX_FILE_BYTES};
 pub use import::{Import, Naming, Origin};
 pub use kernels::convolution::Kernel;
 pub use mobilenet::{Input, MobileNet, Version};
-pub use network::{BatchNorm, Head, Network, Norm, Residual, Unit};
+pub use network::{BatchNorm, HEAD, Image, Network, Node, Norm, Pool, Sum, Unit};
 pub use parameter::{Gradients, Parameter, Role};
-pub use pass::{Step, Tape};
+pub use pass::{Observer, Step, Tape};
 pub use quantization::{Fold, Quantization, WeightGrid};
 pub use quantizer::{Method, Quantizer};
 

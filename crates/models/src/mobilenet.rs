@@ -1,4 +1,4 @@
-use crate::{BatchNorm, Head, Kernel, Network, Norm, Residual, Result, Unit};
+use crate::{BatchNorm, Kernel, Network, Norm, Result};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use rand::{Rng, SeedableRng};
@@ -88,26 +88,19 @@ impl MobileNet {
             Input::Cifar => 32,
             Input::Imagenet => 224,
         };
-        let mut b = Builder { units: Vec::new(), residuals: Vec::new(), channels: 3, draw, device };
+        let mut b = Builder {
+            network: Network::of_image(self.version.name(), [side, side, 3]),
+            channels: 3,
+            draw,
+            device,
+        };
         match self.version {
             Version::V1 => self.build_v1(&mut b)?,
             Version::V2 => self.build_v2(&mut b)?,
         }
         let weight = (b.draw)(&[b.channels, self.classes], 0.01)?;
-        let network = Network {
-            name: self.version.name().into(),
-            input: [side, side, 3],
-            input_quantizer: None,
-            units: b.units,
-            residuals: b.residuals,
-            head: Head {
-                input_quantizer: None,
-                weight,
-                weight_quantizer: None,
-                bias: Tensor::zeros(self.classes, DType::F32, device)?,
-            },
-            epsilon: 1e-5,
-        };
+        let mut network = b.network;
+        network.push_head(weight, Tensor::zeros(self.classes, DType::F32, device)?);
         network.validate()?;
         Ok(network)
     }
@@ -146,7 +139,7 @@ impl MobileNet {
         for ((expansion, c, repeats), stage_stride) in stages.into_iter().zip(strides) {
             for repeat in 0..repeats {
                 let stride = if repeat == 0 { stage_stride } else { 1 };
-                let (input, output, shortcut) = (b.channels, self.scaled(c), b.units.len() - 1);
+                let (input, output, shortcut) = (b.channels, self.scaled(c), b.network.last());
                 let name = |part: &str| format!("blocks.{block}.{part}");
                 if expansion > 1 || self.first_expansion {
                     b.unit(name("expand"), Kernel::Pointwise, input * expansion, self.activation)?;
@@ -154,7 +147,7 @@ impl MobileNet {
                 b.unit(name("depthwise"), Kernel::Depthwise { stride }, input * expansion, self.activation)?;
                 b.unit(name("project"), Kernel::Pointwise, output, Activation::Identity)?;
                 if stride == 1 && input == output {
-                    b.residuals.push(Residual { from: shortcut, to: b.units.len() - 1 });
+                    b.network.push_sum(shortcut);
                 }
                 block += 1;
             }
@@ -169,8 +162,8 @@ impl MobileNet {
 type Draw<'a> = dyn FnMut(&[usize], f64) -> Result<Tensor> + 'a;
 
 struct Builder<'a> {
-    units: Vec<Unit>,
-    residuals: Vec<Residual>,
+    network: Network,
+    /// Of the last node.
     channels: usize,
     draw: &'a mut Draw<'a>,
     device: &'a Device,
@@ -186,15 +179,9 @@ impl Builder<'_> {
     ) -> Result<()> {
         let shape = kernel.weight_dims(self.channels, filters);
         let deviation = (2.0 / (kernel.taps() * filters) as f64).sqrt();
-        self.units.push(Unit {
-            name: name.into(),
-            kernel,
-            weight: (self.draw)(&shape, deviation)?,
-            weight_quantizer: None,
-            norm: Norm::Batch(BatchNorm::init(filters, self.device)?),
-            activation,
-            output_quantizer: None,
-        });
+        let weight = (self.draw)(&shape, deviation)?;
+        let norm = Norm::Batch(BatchNorm::init(filters, self.device)?);
+        self.network.push_unit(name, kernel, weight, norm, activation);
         self.channels = filters;
         Ok(())
     }

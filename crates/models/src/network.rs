@@ -1,51 +1,90 @@
+use crate::structure::Structure;
 use crate::{Error, Parameter, Quantizer, Result, Role};
 use candle_core::{Device, Tensor};
 use kernels::convolution::Kernel;
 use kernels::{Activation, norm};
-use serde::{Deserialize, Serialize};
 
-/// A convolutional network for images, in NHWC and float32.
-///
-/// Unit `i` reads the output of unit `i − 1` (unit 0 the image); a [`Residual`] adds an earlier
-/// output to a later one; the [`Head`] averages the last unit's output over space and classifies.
+/// A convolutional network for images, in NHWC and float32: a list of nodes, each of which reads earlier ones.
 #[derive(Debug)]
 pub struct Network {
     /// What it is, e.g. `mobilenet_v2`; part of every result row.
     pub name: String,
     /// Height, width and channels of an input image.
     pub input: [usize; 3],
-    /// Quantizer of the input image.
-    pub input_quantizer: Option<Quantizer>,
-    /// The convolutions in order.
-    pub units: Vec<Unit>,
-    /// The residual additions, ordered by their end.
-    pub residuals: Vec<Residual>,
-    /// Global average pooling and classifier.
-    pub head: Head,
+    /// What is computed, in this order: the image first, the classifier last. Nodes are read by their index here.
+    pub nodes: Vec<Node>,
     /// ε of every batch normalization; also the default pruning threshold τ (method section 2).
     pub epsilon: f64,
+}
+
+/// One step of the forward pass. Its output is `Q(φ(·))` of what it computes: the activation, then the quantizer,
+/// each if it has one. Whatever reads the output reads the quantized one.
+#[derive(Debug)]
+pub enum Node {
+    /// The input image: the first node, and no other.
+    Image(Image),
+    /// A convolution with its normalization. The classifier is one too: pointwise, with a bias, behind the pooling.
+    Unit(Unit),
+    /// An addition, where a residual ends.
+    Sum(Sum),
+    /// Global average pooling, to one value for each image and channel.
+    Pool(Pool),
+}
+
+/// The input image: `Q(x)`.
+#[derive(Debug)]
+pub struct Image {
+    /// Quantizer of the image.
+    pub quantizer: Option<Quantizer>,
 }
 
 /// One convolution with what follows it: `Q(φ(norm(x ∗ w)))`.
 #[derive(Debug)]
 pub struct Unit {
-    /// Unique name, e.g. `blocks.3.depthwise`.
+    /// Unique name, e.g. `blocks.3.depthwise`; that of the classifier is [`HEAD`].
     pub name: String,
+    /// The node that it reads.
+    pub input: usize,
     /// The kind of convolution.
     pub kernel: Kernel,
-    /// Weights, in the layout of the kernel.
+    /// Weights, output channels last, laid out as [`Kernel`] says.
     pub weight: Tensor,
     /// Quantizer of the weights.
     pub weight_quantizer: Option<Quantizer>,
     /// Batch normalization, or the bias that is left after folding it.
     pub norm: Norm,
-    /// φ. Must be the identity where a residual ends.
+    /// φ.
     pub activation: Activation,
-    /// Quantizer of the unit's output. Where a residual ends it is applied once, to the sum: the
-    /// addition itself is not rounded, and whatever reads the sum (the next convolution and a
-    /// later shortcut alike) reads the quantized one.
+    /// Quantizer of the output.
     pub output_quantizer: Option<Quantizer>,
 }
+
+/// The sum of two outputs: `Q(φ(a + b))`.
+#[derive(Debug)]
+pub struct Sum {
+    /// What stands before the names of its quantizer's tensors: in MobileNetV2 the name of the unit that ends the branch.
+    pub name: String,
+    /// The nodes that it adds: the shortcut, then the branch.
+    pub inputs: [usize; 2],
+    /// φ.
+    pub activation: Activation,
+    /// Quantizer of the sum.
+    pub quantizer: Option<Quantizer>,
+}
+
+/// Global average pooling: `Q(mean over height and width)`.
+#[derive(Debug)]
+pub struct Pool {
+    /// What stands before the names of its quantizer's tensors: [`HEAD`], as the classifier is what reads them.
+    pub name: String,
+    /// The node that it reads.
+    pub input: usize,
+    /// Quantizer of the pooled features.
+    pub quantizer: Option<Quantizer>,
+}
+
+/// The name of the classifier, and of the pooling before it.
+pub const HEAD: &str = "head";
 
 /// What stands between the convolution and the activation.
 #[derive(Debug)]
@@ -70,26 +109,71 @@ pub struct BatchNorm {
     pub variance: Tensor,
 }
 
-/// The output of unit `from` is added to that of unit `to` (before `to`'s quantizer).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Residual {
-    /// Index of the unit whose output is the shortcut.
-    pub from: usize,
-    /// Index of the unit whose output becomes the sum.
-    pub to: usize,
-}
+impl Node {
+    /// What stands before the names of its tensors.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Image(_) => "input",
+            Self::Unit(Unit { name, .. }) | Self::Sum(Sum { name, .. }) | Self::Pool(Pool { name, .. }) => {
+                name
+            }
+        }
+    }
 
-/// Global average pooling, then a linear classifier.
-#[derive(Debug)]
-pub struct Head {
-    /// Quantizer of the pooled features.
-    pub input_quantizer: Option<Quantizer>,
-    /// `[C, classes]`.
-    pub weight: Tensor,
-    /// Quantizer of the weights.
-    pub weight_quantizer: Option<Quantizer>,
-    /// `[classes]`; float in every setting.
-    pub bias: Tensor,
+    /// The nodes that it reads.
+    pub fn inputs(&self) -> &[usize] {
+        match self {
+            Self::Image(_) => &[],
+            Self::Unit(Unit { input, .. }) | Self::Pool(Pool { input, .. }) => std::slice::from_ref(input),
+            Self::Sum(Sum { inputs, .. }) => inputs,
+        }
+    }
+
+    /// φ.
+    pub fn activation(&self) -> Activation {
+        match self {
+            Self::Unit(Unit { activation, .. }) | Self::Sum(Sum { activation, .. }) => *activation,
+            Self::Image(_) | Self::Pool(_) => Activation::Identity,
+        }
+    }
+
+    /// Quantizer of its output.
+    pub fn quantizer(&self) -> Option<&Quantizer> {
+        match self {
+            Self::Unit(Unit { output_quantizer: quantizer, .. })
+            | Self::Image(Image { quantizer })
+            | Self::Sum(Sum { quantizer, .. })
+            | Self::Pool(Pool { quantizer, .. }) => quantizer.as_ref(),
+        }
+    }
+
+    /// The place of [`Node::quantizer`].
+    pub fn quantizer_mut(&mut self) -> &mut Option<Quantizer> {
+        match self {
+            Self::Unit(Unit { output_quantizer: quantizer, .. })
+            | Self::Image(Image { quantizer })
+            | Self::Sum(Sum { quantizer, .. })
+            | Self::Pool(Pool { quantizer, .. }) => quantizer,
+        }
+    }
+
+    /// The convolution, if it is one.
+    pub fn unit(&self) -> Option<&Unit> {
+        if let Self::Unit(unit) = self { Some(unit) } else { None }
+    }
+
+    /// [`Node::unit`], to be changed.
+    pub fn unit_mut(&mut self) -> Option<&mut Unit> {
+        if let Self::Unit(unit) = self { Some(unit) } else { None }
+    }
+
+    /// The quantizer, if it is a part of the kernel that computes the output.
+    pub(crate) fn fused(&self) -> Option<kernels::Quantizer<'_>> {
+        match self {
+            Self::Unit(_) | Self::Sum(_) => self.quantizer()?.grid(),
+            Self::Image(_) | Self::Pool(_) => None,
+        }
+    }
 }
 
 impl Unit {
@@ -114,7 +198,7 @@ impl Unit {
 
 impl BatchNorm {
     /// γ = 1, β = 0, μ = 0, V = 1.
-    pub(crate) fn init(channels: usize, device: &Device) -> Result<Self> {
+    pub fn init(channels: usize, device: &Device) -> Result<Self> {
         let ones = || Tensor::ones(channels, candle_core::DType::F32, device);
         let zeros = || Tensor::zeros(channels, candle_core::DType::F32, device);
         Ok(Self { gamma: ones()?, beta: zeros()?, mean: zeros()?, variance: ones()? })
@@ -138,58 +222,139 @@ impl BatchNorm {
 macro_rules! slots {
     ($method:ident, $iter:ident $(, $mutable:tt)?) => {
         pub(crate) fn $method(&$($mutable)? self) -> Vec<(String, Option<Role>, &$($mutable)? Tensor)> {
-            let Self { input_quantizer, units, head, .. } = self;
             let mut all = Vec::new();
-            let mut push = |name: &str, field: &str, role, tensor| all.push((format!("{name}.{field}"), role, tensor));
-            for (field, role, tensor) in input_quantizer.$iter().flat_map(Quantizer::$method) {
-                push("input", field, role, tensor);
-            }
-            for Unit { name, weight, weight_quantizer, norm, output_quantizer, .. } in units {
-                push(name, "weight", Some(Role::Weight), weight);
-                for (field, role, tensor) in weight_quantizer.$iter().flat_map(Quantizer::$method) {
-                    push(name, &format!("weight_{field}"), role, tensor);
-                }
-                match norm {
-                    Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
-                        push(name, "gamma", Some(Role::NormOrBias), gamma);
-                        push(name, "beta", Some(Role::NormOrBias), beta);
-                        push(name, "mean", None, mean);
-                        push(name, "variance", None, variance);
+            for node in &$($mutable)? self.nodes {
+                let mut push = |name: &str, field: &str, role, tensor| {
+                    all.push((format!("{name}.{field}"), role, tensor));
+                };
+                let (name, quantizer) = match node {
+                    Node::Image(Image { quantizer }) => ("input", quantizer),
+                    Node::Unit(Unit { name, weight, weight_quantizer, norm, output_quantizer, .. }) => {
+                        push(name, "weight", Some(Role::Weight), weight);
+                        for (field, role, tensor) in weight_quantizer.$iter().flat_map(Quantizer::$method) {
+                            push(name, &format!("weight_{field}"), role, tensor);
+                        }
+                        match norm {
+                            Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
+                                push(name, "gamma", Some(Role::NormOrBias), gamma);
+                                push(name, "beta", Some(Role::NormOrBias), beta);
+                                push(name, "mean", None, mean);
+                                push(name, "variance", None, variance);
+                            }
+                            Norm::Bias(bias) => push(name, "bias", Some(Role::NormOrBias), bias),
+                        }
+                        (name.as_str(), output_quantizer)
                     }
-                    Norm::Bias(bias) => push(name, "bias", Some(Role::NormOrBias), bias),
-                }
-                for (field, role, tensor) in output_quantizer.$iter().flat_map(Quantizer::$method) {
+                    Node::Sum(Sum { name, quantizer, .. }) | Node::Pool(Pool { name, quantizer, .. }) => {
+                        (name.as_str(), quantizer)
+                    }
+                };
+                for (field, role, tensor) in quantizer.$iter().flat_map(Quantizer::$method) {
                     push(name, field, role, tensor);
                 }
             }
-            let Head { input_quantizer, weight, weight_quantizer, bias } = head;
-            for (field, role, tensor) in input_quantizer.$iter().flat_map(Quantizer::$method) {
-                push("head", field, role, tensor);
-            }
-            push("head", "weight", Some(Role::Weight), weight);
-            for (field, role, tensor) in weight_quantizer.$iter().flat_map(Quantizer::$method) {
-                push("head", &format!("weight_{field}"), role, tensor);
-            }
-            push("head", "bias", Some(Role::NormOrBias), bias);
             all
         }
     };
 }
 
 impl Network {
+    /// A network of nothing but its image `[height, width, channels]`, to be built up node by node, with the ε of
+    /// PyTorch.
+    pub fn of_image(name: impl Into<String>, input: [usize; 3]) -> Self {
+        let image = Node::Image(Image { quantizer: None });
+        Self { name: name.into(), input, nodes: vec![image], epsilon: 1e-5 }
+    }
+
+    /// The index of the last node.
+    pub fn last(&self) -> usize {
+        self.nodes.len() - 1
+    }
+
+    /// Adds a convolution of the last node, without quantizers.
+    pub fn push_unit(
+        &mut self,
+        name: impl Into<String>,
+        kernel: Kernel,
+        weight: Tensor,
+        norm: Norm,
+        activation: Activation,
+    ) {
+        self.nodes.push(Node::Unit(Unit {
+            name: name.into(),
+            input: self.last(),
+            kernel,
+            weight,
+            weight_quantizer: None,
+            norm,
+            activation,
+            output_quantizer: None,
+        }));
+    }
+
+    /// Adds what ends a residual: the sum of node `from` and the last one, named after it.
+    pub fn push_sum(&mut self, from: usize) {
+        let (name, inputs) = (self.nodes[self.last()].name().into(), [from, self.last()]);
+        self.nodes.push(Node::Sum(Sum { name, inputs, activation: Activation::Identity, quantizer: None }));
+    }
+
+    /// Adds global average pooling of the last node and a classifier with `weight` `[C, classes]` and `bias` `[classes]`.
+    pub fn push_head(&mut self, weight: Tensor, bias: Tensor) {
+        self.nodes.push(Node::Pool(Pool { name: HEAD.into(), input: self.last(), quantizer: None }));
+        self.push_unit(HEAD, Kernel::Pointwise, weight, Norm::Bias(bias), Activation::Identity);
+    }
+
+    /// The convolutions in their order, the classifier last.
+    pub fn units(&self) -> impl DoubleEndedIterator<Item = &Unit> {
+        self.nodes.iter().filter_map(Node::unit)
+    }
+
+    /// [`Network::units`], to be changed.
+    pub fn units_mut(&mut self) -> impl DoubleEndedIterator<Item = &mut Unit> {
+        self.nodes.iter_mut().filter_map(Node::unit_mut)
+    }
+
+    /// The convolution that gives the logits.
+    pub fn classifier(&self) -> &Unit {
+        self.units().next_back().expect("a network has a classifier")
+    }
+
     /// The device that holds the network.
     pub fn device(&self) -> &Device {
-        self.head.weight.device()
+        self.classifier().weight.device()
     }
 
     /// Number of classes.
     pub fn classes(&self) -> usize {
-        self.head.bias.dims()[0]
+        self.classifier().filters()
     }
 
-    /// The shortcut that ends at unit `to`.
-    pub fn residual_into(&self, to: usize) -> Option<usize> {
-        self.residuals.iter().find(|r| r.to == to).map(|r| r.from)
+    /// `readers()[i]` are the nodes that read node `i`, ascending.
+    pub fn readers(&self) -> Vec<Vec<usize>> {
+        let mut readers = vec![Vec::new(); self.nodes.len()];
+        for (i, node) in self.nodes.iter().enumerate() {
+            for &input in node.inputs() {
+                readers[input].push(i);
+            }
+        }
+        readers
+    }
+
+    /// Height, width and channels of each node's output.
+    pub fn shapes(&self) -> Vec<[usize; 3]> {
+        let mut shapes: Vec<[usize; 3]> = Vec::with_capacity(self.nodes.len());
+        for node in &self.nodes {
+            shapes.push(match node {
+                Node::Image(_) => self.input,
+                Node::Unit(unit) => {
+                    let [h, w] = [0, 1].map(|side| unit.kernel.output_size(shapes[unit.input][side]));
+                    [h, w, unit.filters()]
+                }
+                Node::Sum(sum) => shapes[sum.inputs[0]],
+                Node::Pool(pool) => [1, 1, shapes[pool.input][2]],
+            });
+        }
+        shapes
     }
 
     /// An error about a place in this network.
@@ -197,55 +362,62 @@ impl Network {
         Error::Structure { network: self.name.clone(), place: place.into(), problem: problem.into() }
     }
 
-    /// Checks what the passes rely on: channels that match, residuals over equal shapes and
-    /// identities, a full convolution only in front, nothing to learn in the image's quantizer.
+    /// Checks what the passes rely on: an image in front, from which all nodes come, and a classifier at the end, to
+    /// which all lead; channels and sizes that match; a full convolution only of the image, and nothing to learn in its
+    /// quantizer, as no gradients of these are computed; a name for each tensor.
     pub fn validate(&self) -> Result<()> {
-        let mut channels = self.input[2];
-        for (i, unit) in self.units.iter().enumerate() {
-            if unit.input_channels() != channels {
-                let found = unit.input_channels();
-                return Err(self
-                    .structure_error(&unit.name, format!("reads {found} channels, but {channels} come in")));
+        let fail = |place: &str, problem: String| Err(self.structure_error(place, problem));
+        for (i, node) in self.nodes.iter().enumerate() {
+            if matches!(node, Node::Image(_)) != (i == 0) {
+                return fail(node.name(), "the first node must be the image, and no other".into());
             }
-            if i > 0 && matches!(unit.kernel, Kernel::Full { .. }) {
-                return Err(self.structure_error(&unit.name, "only the first unit may be a full convolution"));
-            }
-            channels = unit.filters();
-        }
-        for r in &self.residuals {
-            let (Some(from), Some(to)) = (self.units.get(r.from), self.units.get(r.to)) else {
-                return Err(self.structure_error(format!("{r:?}"), "names a unit that does not exist"));
-            };
-            if r.from >= r.to || from.filters() != to.filters() || to.activation != Activation::Identity {
-                return Err(self.structure_error(
-                    format!("residual {} → {}", from.name, to.name),
-                    format!(
-                        "must run forward over equal channels to a unit without activation; found {} → {} channels, {:?}",
-                        from.filters(), to.filters(), to.activation
-                    ),
-                ));
+            if let Some(input) = node.inputs().iter().find(|&&input| input >= i) {
+                return fail(node.name(), format!("is node {i} and reads node {input}, which comes later"));
             }
         }
-        for (i, r) in self.residuals.iter().enumerate() {
-            if self.residuals[..i].iter().any(|other| other.from == r.from || other.to == r.to) {
-                return Err(
-                    self.structure_error(format!("{r:?}"), "begins or ends where another residual does")
+        let (shapes, readers) = (self.shapes(), self.readers());
+        for (i, node) in self.nodes.iter().enumerate() {
+            if readers[i].is_empty() != (i == self.last()) {
+                return fail(
+                    node.name(),
+                    "the last node, and no other, must be one that nothing reads".into(),
                 );
             }
+            match node {
+                Node::Image(Image { quantizer }) if quantizer.as_ref().is_some_and(Quantizer::learns) => {
+                    let problem =
+                        "has a learned quantizer, but nothing computes its gradient; take a uniform one";
+                    return fail(node.name(), problem.into());
+                }
+                Node::Image(_) | Node::Pool(_) => (),
+                Node::Unit(unit) => {
+                    let (found, [.., channels]) = (unit.input_channels(), shapes[unit.input]);
+                    if found != channels {
+                        return fail(&unit.name, format!("reads {found} channels, but {channels} come in"));
+                    }
+                    if matches!(unit.kernel, Kernel::Full { .. }) && unit.input != 0 {
+                        return fail(&unit.name, "only a convolution of the image may be a full one".into());
+                    }
+                }
+                Node::Sum(sum) => {
+                    let [a, b] = sum.inputs.map(|input| shapes[input]);
+                    if a != b {
+                        return fail(&sum.name, format!("adds maps of other sizes: {a:?} and {b:?}"));
+                    }
+                }
+            }
         }
-        if self.input_quantizer.as_ref().is_some_and(Quantizer::learns) {
-            return Err(self.structure_error(
-                "input quantizer",
-                "is learned, but the gradient of an image is not computed; a uniform one works here",
-            ));
+        let pools = self.nodes.iter().any(|node| matches!(node, Node::Pool(_)));
+        if !pools || self.nodes[self.last()].unit().is_none() || shapes[self.last()][..2] != [1, 1] {
+            let problem = "must be a convolution that classifies, behind global average pooling";
+            return fail(self.nodes[self.last()].name(), problem.into());
         }
-        if self.head.weight.dims()[0] != channels {
-            let found = self.head.weight.dims()[0];
-            return Err(
-                self.structure_error("head", format!("reads {found} channels, but {channels} come in"))
-            );
+        let mut names: Vec<String> = self.slots().into_iter().map(|(name, ..)| name).collect();
+        names.sort_unstable();
+        match names.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => fail(&pair[0], "is the name of two tensors".into()),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Every learned tensor, in a fixed order.
@@ -266,7 +438,8 @@ impl Network {
 
     /// The same network with every tensor replaced by `f` of it.
     fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        let mut copy = self.structure().skeleton()?;
+        let skeleton = Structure::of(self).skeleton();
+        let mut copy = skeleton.map_err(|problem| self.structure_error("copy", problem))?;
         for ((_, _, to), (_, _, from)) in copy.slots_mut().into_iter().zip(self.slots()) {
             *to = f(from)?;
         }

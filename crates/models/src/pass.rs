@@ -1,16 +1,21 @@
-//! The forward and backward passes: a tape of what each unit's gradient needs, walked back once.
+//! The forward and backward passes: a tape of what each node's gradient needs, walked back once.
+//!
+//! The order within a node is that of [`Node`]: what it computes, activation, quantizer. A unit or a sum whose quantizer
+//! is uniform leaves it to the kernel that applies the activation ([`Node::fused`]), which hands on levels; every other
+//! quantizer takes the floats that the kernel gives.
 //!
 //! A pass runs where the network is ([`Network::to_device`]), which must be where its images are. On a GPU the images'
 //! dtype is that in which feature maps and their gradients are stored: `F32`, or, from compute capability 8.0 on,
-//! `BF16`, which takes half of the memory traffic. Parameters, their gradients, statistics and everything from the pooled features on are `F32`
-//! always. Nothing in a pass waits for the GPU.
+//! `BF16`, which takes half of the memory traffic. Parameters, their gradients, statistics and everything from the pooled
+//! features on are `F32` always. Nothing in a pass waits for the GPU.
 
 use crate::quantizer::Quantized;
-use crate::{BatchNorm, Gradients, Network, Norm, Quantizer, Result, Unit};
+use crate::{BatchNorm, Gradients, Kernel, Network, Node, Norm, Quantizer, Result, Sum, Unit};
 use candle_core::{DType, Tensor};
 use kernels::convolution::{self, Below};
 use kernels::norm::{self, Epilogue, MapGradient, Running};
-use kernels::{FeatureMap, Weight, bias, pointwise, pool, quantize, residual};
+use kernels::{Activation, FeatureMap, Weight, bias, pool, quantize, residual};
+use std::ops::Index;
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
@@ -22,32 +27,81 @@ pub struct Step {
     pub range_momentum: f64,
 }
 
-/// What one unit's backward pass needs.
-struct Record {
-    /// The unit's input.
-    input: FeatureMap,
-    /// The weights that the convolution used, and how they came about.
-    weight: UsedWeight,
-    /// What followed the convolution, as the forward pass applied it.
-    epilogue: Epilogue,
-    /// Where a residual ends and the sum is quantized: the sum, before its quantizer.
-    sum: Option<Tensor>,
-    /// What the output's quantizer made of it, where it is none that the kernels have built in.
-    quantized: Option<Quantized>,
+/// What looks on at a forward pass: `observe(node, z, y)`, of the node with this index the output `y`, and if it is a
+/// convolution what came out of it before its normalization.
+pub type Observer<'a> = dyn FnMut(usize, Option<&Tensor>, &Tensor) -> Result<()> + 'a;
+
+/// What nodes hand on, each as long as a later one will read it.
+struct Outputs<T> {
+    readers: Vec<Vec<usize>>,
+    outputs: Vec<Option<T>>,
 }
 
-impl Record {
-    /// What followed the convolution, if the gradient of the unit's output goes to it as it is.
-    fn bare_epilogue(&self) -> Option<&Epilogue> {
-        (self.sum.is_none() && self.quantized.is_none()).then_some(&self.epilogue)
+impl<T> Outputs<T> {
+    fn new(network: &Network) -> Self {
+        Self { readers: network.readers(), outputs: Vec::new() }
+    }
+
+    /// Takes the next node's output, and drops what it was the last to read of.
+    fn push(&mut self, node: &Node, output: T) {
+        let i = self.outputs.len();
+        self.outputs.push(Some(output));
+        for &input in node.inputs() {
+            if self.readers[input].last() == Some(&i) {
+                self.outputs[input] = None;
+            }
+        }
+    }
+
+    /// The last node's output.
+    fn into_last(mut self) -> T {
+        self.outputs.pop().flatten().expect("a network has nodes, and nothing reads the last one")
     }
 }
 
-/// What looks on at a forward pass: `observe(unit, z, y)`.
-type Observer<'a> = dyn FnMut(usize, &Tensor, &Tensor) -> Result<()> + 'a;
+impl<T> Index<usize> for Outputs<T> {
+    type Output = T;
+
+    fn index(&self, node: usize) -> &T {
+        self.outputs[node].as_ref().expect("it is kept until its last reader is done")
+    }
+}
+
+/// What reads a unit's output in a training step, which decides on who normalizes.
+#[derive(Clone, Copy)]
+enum Readers {
+    /// A sum alone, of a unit that ends with its normalization: the sum normalizes as it adds.
+    Sum,
+    /// One node, which may normalize as it reads.
+    One,
+    /// Several, or none.
+    Several,
+}
+
+/// What a node of a training step hands on.
+enum Output {
+    Map(FeatureMap),
+    /// `scale·z + shift`, which the sum that reads it computes.
+    Affine {
+        z: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+    },
+}
+
+impl Output {
+    fn map(&self) -> Result<FeatureMap> {
+        Ok(match self {
+            Self::Map(map) => map.clone(),
+            Self::Affine { z, scale, shift } => norm::forward(z, scale, shift, Activation::Identity, None)?,
+        })
+    }
+}
 
 /// The weights as the products see them.
 struct UsedWeight {
+    /// The network's own.
+    parameter: Tensor,
     value: Tensor,
     /// How they were quantized, if they were.
     quantized: Option<Quantized>,
@@ -57,47 +111,67 @@ struct UsedWeight {
 
 /// What the forward pass leaves for the backward pass.
 pub struct Tape {
+    /// One for each node.
     records: Vec<Record>,
-    /// Height, width and dtype before pooling.
-    pooled_from: (usize, usize, DType),
-    /// The pooled features after their quantizer.
-    features: Tensor,
-    /// What it made of them.
+    readers: Vec<Vec<usize>>,
+}
+
+/// What one node's backward pass needs.
+enum Record {
+    Image,
+    Unit(UnitRecord),
+    Sum(SumRecord),
+    Pool { input: usize, size: (usize, usize), dtype: DType, quantized: Option<Quantized> },
+}
+
+struct UnitRecord {
+    input: usize,
+    /// What was read of it.
+    x: FeatureMap,
+    kernel: Kernel,
+    weight: UsedWeight,
+    /// The parameters of what followed the convolution: γ, if it was normalized, and β or the bias.
+    gamma: Option<Tensor>,
+    shift: Tensor,
+    /// What followed, as the forward pass applied it.
+    epilogue: Epilogue,
+    /// What the quantizer did, where it is not a part of the epilogue.
     quantized: Option<Quantized>,
-    head_weight: UsedWeight,
+}
+
+struct SumRecord {
+    inputs: [usize; 2],
+    /// The unit whose normalization the sum computed.
+    normalized: Option<usize>,
+    /// The activation, if it has one.
+    activated: Option<Epilogue>,
+    quantized: Option<Quantized>,
 }
 
 impl UsedWeight {
-    /// The weights `[…, C]` after their quantizer; `factor` `[C]` is that of the batch normalization behind them.
+    /// The weights after their quantizer; `factor` `[C]` is that of the batch normalization behind them.
     fn new(weight: &Tensor, quantizer: Option<&Quantizer>, factor: Option<&Tensor>) -> Result<Self> {
-        let Some(quantizer) = quantizer else {
-            return Ok(Self { value: weight.clone(), quantized: None, divided: false });
-        };
-        let Some(factor) = factor.filter(|_| quantizer.folded()) else {
-            let (value, quantized) = quantizer.forward(weight)?;
-            return Ok(Self { value, quantized: Some(quantized), divided: false });
-        };
-        let (value, quantized) = quantizer.forward(&weight.broadcast_mul(factor)?)?;
-        // A factor of 0 stands for a filter whose γ is 0: its weights are 0 already.
-        let divisor = (factor + factor.eq(0.0)?.to_dtype(factor.dtype())?)?;
-        Ok(Self { value: value.broadcast_div(&divisor)?, quantized: Some(quantized), divided: true })
+        let mut used =
+            Self { parameter: weight.clone(), value: weight.clone(), quantized: None, divided: false };
+        if let Some(quantizer) = quantizer {
+            let factor = factor.filter(|_| quantizer.folded());
+            let original =
+                factor.map_or_else(|| Ok(weight.clone()), |factor| weight.broadcast_mul(factor))?;
+            let (value, quantized) = quantizer.forward(&original)?;
+            (used.value, used.quantized, used.divided) = (value, Some(quantized), factor.is_some());
+            if let Some(factor) = factor {
+                // A factor of 0 stands for a filter whose γ is 0: its weights are 0 already.
+                let divisor = (factor + factor.eq(0.0)?.to_dtype(factor.dtype())?)?;
+                used.value = used.value.broadcast_div(&divisor)?;
+            }
+        }
+        Ok(used)
     }
 
-    /// As the operand of a product.
+    /// As the operand of a convolution.
     fn operand(&self) -> Weight<'_> {
         let quantized = self.quantized.as_ref().filter(|_| !self.divided).and_then(Quantized::on_grid);
         Weight { value: &self.value, quantized }
-    }
-
-    /// Files the gradient of the network's own `weight`, and those of what its quantizer learns. The folding factor
-    /// is held constant, so it cancels.
-    fn backward(&self, weight: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
-        let gradient = match &self.quantized {
-            Some(quantized) => quantized.backward(&gradient, gradients)?,
-            None => gradient,
-        };
-        gradients.set(weight, gradient);
-        Ok(())
     }
 }
 
@@ -111,237 +185,354 @@ impl Unit {
         UsedWeight::new(&self.weight, quantizer, factor.as_ref())
     }
 
-    /// Scale and shift of the running statistics, or of the bias that they were folded into.
-    fn running_affine(&self, epsilon: f64) -> Result<(Tensor, Tensor)> {
-        match &self.norm {
-            Norm::Batch(norm) => norm.affine(epsilon),
-            Norm::Bias(bias) => Ok((bias.ones_like()?, bias.clone())),
+    /// The output for `x` but for a quantizer that is not fused, by the running statistics. With `observed` also the
+    /// convolution's output, which otherwise is never in memory as a whole.
+    fn evaluate(
+        &self,
+        x: &FeatureMap,
+        quant: Option<kernels::Quantizer<'_>>,
+        epsilon: f64,
+        observed: bool,
+    ) -> Result<(Option<Tensor>, FeatureMap)> {
+        let weight = self.used_weight(epsilon)?;
+        let (kernel, act) = (self.kernel, self.activation);
+        let (scale, shift) = match &self.norm {
+            Norm::Batch(norm) => norm.affine(epsilon)?,
+            Norm::Bias(bias) => (bias.ones_like()?, bias.clone()),
+        };
+        if !observed {
+            let affine = (&scale, &shift);
+            let y = convolution::forward_normalized(kernel, x, weight.operand(), affine, act, quant)?;
+            return Ok((None, y));
         }
+        let z = convolution::forward(kernel, x, weight.operand())?;
+        let y = norm::forward(&z, &scale, &shift, act, quant)?;
+        Ok((Some(z), y))
+    }
+
+    /// A training step's output for `x`, and what its gradient needs. Batch normalization has the batch's statistics,
+    /// and moves its running ones towards them.
+    fn train(
+        &mut self,
+        x: FeatureMap,
+        epsilon: f64,
+        readers: Readers,
+        step: Step,
+    ) -> Result<(Output, UnitRecord)> {
+        if let Some(quantizer) = &mut self.weight_quantizer {
+            quantizer.settle(&self.weight, step.range_momentum)?;
+        }
+        let weight = self.used_weight(epsilon)?;
+        let (kernel, act, operand) = (self.kernel, self.activation, weight.operand());
+        let (z, stats, batch, scale, shift) = match &mut self.norm {
+            Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
+                let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
+                let running = Running { mean: mean.clone(), variance: variance.clone() };
+                let rows = z.elem_count() / gamma.elem_count();
+                let (batch, running) =
+                    norm::prepare(&stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
+                (*mean, *variance) = (running.mean, running.variance);
+                let (scale, shift) = (batch.scale.clone(), batch.shift.clone());
+                (z, Some(stats), Some(batch), scale, shift)
+            }
+            // Without normalization statistics serve the quantizer's range alone.
+            Norm::Bias(bias) if self.output_quantizer.is_none() => {
+                let z = convolution::forward(kernel, &x, operand)?;
+                (z, None, None, bias.ones_like()?, bias.clone())
+            }
+            Norm::Bias(bias) => {
+                let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
+                (z, Some(stats), None, bias.ones_like()?, bias.clone())
+            }
+        };
+        if let (Some(quantizer), Some(stats)) = (&mut self.output_quantizer, &stats) {
+            let extremes = || Ok(norm::output_range(stats, &scale, &shift, act)?);
+            quantizer.observe(extremes, step.range_momentum)?;
+        }
+        let quant = self.output_quantizer.as_ref().and_then(Quantizer::grid);
+        let epilogue = match &batch {
+            Some(batch) => Epilogue::batch(&z, batch, act, quant)?,
+            None => Epilogue::affine(&z, &scale, &shift, act, quant)?,
+        };
+        let (y, quantized) = match (readers, quant) {
+            (Readers::Sum, _) => (Output::Affine { z, scale, shift }, None),
+            (_, Some(_)) => (Output::Map(norm::forward(&z, &scale, &shift, act, quant)?), None),
+            (readers, None) => {
+                let y = match readers {
+                    Readers::One => norm::deferred(&z, &scale, &shift, act)?,
+                    _ => norm::forward(&z, &scale, &shift, act, None)?,
+                };
+                let (y, quantized) = train_quantizer(y, &mut self.output_quantizer, step)?;
+                (Output::Map(y), quantized)
+            }
+        };
+        let (gamma, shift) = match &self.norm {
+            Norm::Batch(norm) => (Some(norm.gamma.clone()), norm.beta.clone()),
+            Norm::Bias(bias) => (None, bias.clone()),
+        };
+        Ok((y, UnitRecord { input: self.input, x, kernel, weight, gamma, shift, epilogue, quantized }))
     }
 }
 
-/// The quantizer, if the kernels have it built in.
-fn grid_of(quantizer: &Option<Quantizer>) -> Option<kernels::Quantizer<'_>> {
-    quantizer.as_ref().and_then(Quantizer::grid)
+impl Sum {
+    /// The output for two maps but for a quantizer that is not fused.
+    fn evaluate(
+        &self,
+        [shortcut, branch]: [&FeatureMap; 2],
+        quant: Option<kernels::Quantizer<'_>>,
+    ) -> Result<FeatureMap> {
+        if self.activation == Activation::Identity {
+            return Ok(residual::add_quantize(&branch.to_float()?, shortcut, quant)?);
+        }
+        let sum = residual::add(&branch.to_float()?, shortcut)?;
+        let (ones, zeros) = identity(&sum)?;
+        Ok(norm::forward(&sum, &ones, &zeros, self.activation, quant)?)
+    }
+
+    /// A training step's output, and what its gradient needs.
+    fn train(&mut self, [shortcut, branch]: [&Output; 2], step: Step) -> Result<(FeatureMap, SumRecord)> {
+        let (sum, mut extremes, normalized) = match (shortcut, branch) {
+            (other, Output::Affine { z, scale, shift }) => {
+                let (sum, extremes) = residual::add_normalized(z, scale, shift, &other.map()?)?;
+                (sum, Some(extremes), Some(self.inputs[1]))
+            }
+            (Output::Affine { z, scale, shift }, Output::Map(other)) => {
+                let (sum, extremes) = residual::add_normalized(z, scale, shift, other)?;
+                (sum, Some(extremes), Some(self.inputs[0]))
+            }
+            (Output::Map(shortcut), Output::Map(branch)) => {
+                (residual::add(&branch.to_float()?, shortcut)?, None, None)
+            }
+        };
+        let (mut y, mut activated) = (sum, None);
+        if self.activation != Activation::Identity {
+            let (ones, zeros) = identity(&y)?;
+            activated = Some(Epilogue::affine(&y, &ones, &zeros, self.activation, None)?);
+            y = norm::forward(&y, &ones, &zeros, self.activation, None)?.to_float()?;
+            extremes = None;
+        }
+        if let Some(quantizer) = &mut self.quantizer {
+            let extremes = || extremes.map_or_else(|| Ok(quantize::min_max(&y)?), Ok);
+            quantizer.observe(extremes, step.range_momentum)?;
+        }
+        let levels = self.quantizer.as_ref().map(|quantizer| quantizer.levels(&y)).transpose()?.flatten();
+        let (y, quantized) = match levels {
+            Some((y, quantized)) => (y, Some(quantized)),
+            None => train_quantizer(FeatureMap::Float(y), &mut self.quantizer, step)?,
+        };
+        Ok((y, SumRecord { inputs: self.inputs, normalized, activated, quantized }))
+    }
+}
+
+/// Scale and shift of the normalization that changes nothing, of a map's channels.
+fn identity(map: &Tensor) -> Result<(Tensor, Tensor)> {
+    let ones = Tensor::ones(map.dim(candle_core::D::Minus1)?, DType::F32, map.device())?;
+    let zeros = ones.zeros_like()?;
+    Ok((ones, zeros))
+}
+
+/// What a quantizer that is not fused makes of `y` in a training step, and what its gradient needs; `y` itself without
+/// a quantizer.
+fn train_quantizer(
+    y: FeatureMap,
+    quantizer: &mut Option<Quantizer>,
+    step: Step,
+) -> Result<(FeatureMap, Option<Quantized>)> {
+    let Some(quantizer) = quantizer else { return Ok((y, None)) };
+    let floats = y.to_float()?;
+    quantizer.settle(&floats, step.range_momentum)?;
+    let (y, quantized) = quantizer.forward(&floats)?;
+    Ok((FeatureMap::Float(y), Some(quantized)))
 }
 
 impl Network {
     /// The logits `[N, classes]` of images `[N, H, W, C]`, with the running statistics and the
     /// ranges as they are. Quantizers whose range has never been set pass values through.
     pub fn forward(&self, images: &Tensor) -> Result<Tensor> {
-        self.infer(images, None)
+        self.evaluate(images, None)
     }
 
-    /// [`Network::forward`], showing every unit's convolution output `z` and final output `y`
-    /// (after activation, residual and quantizer) to `observe(unit, z, y)`. Gives the same bits.
-    pub fn forward_observed(
-        &self,
-        images: &Tensor,
-        observe: &mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
-        self.infer(images, Some(observe))
+    /// [`Network::forward`], with one that looks on. Gives the same bits.
+    pub fn forward_observed(&self, images: &Tensor, observe: &mut Observer<'_>) -> Result<Tensor> {
+        self.evaluate(images, Some(observe))
     }
 
-    fn infer(&self, images: &Tensor, mut observe: Option<&mut Observer<'_>>) -> Result<Tensor> {
-        let images = self.input_quantizer.as_ref().map_or(Ok(images.clone()), |q| q.apply(images))?;
-        let mut x = FeatureMap::Float(images);
-        // Only what a residual will still read is kept.
-        let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
-        for (i, unit) in self.units.iter().enumerate() {
-            let weight = unit.used_weight(self.epsilon)?;
-            let operand = weight.operand();
-            let (scale, shift) = unit.running_affine(self.epsilon)?;
-            let quantizer = grid_of(&unit.output_quantizer);
-            let shortcut = self.residual_into(i).map(|from| shortcuts[from].take().expect("kept when made"));
-            // Where a residual ends, the sum is quantized.
-            let of_unit = if shortcut.is_some() { None } else { quantizer };
-            let (z, mut y) = if observe.is_some() {
-                let z = convolution::forward(unit.kernel, &x, operand)?;
-                let y = norm::forward(&z, &scale, &shift, unit.activation, of_unit)?;
-                (Some(z), y)
-            } else {
-                let (affine, act) = ((&scale, &shift), unit.activation);
-                (None, convolution::forward_normalized(unit.kernel, &x, operand, affine, act, of_unit)?)
+    fn evaluate(&self, images: &Tensor, mut observe: Option<&mut Observer<'_>>) -> Result<Tensor> {
+        let mut outputs = Outputs::new(self);
+        for (i, node) in self.nodes.iter().enumerate() {
+            let quant = node.fused();
+            let (z, mut y) = match node {
+                Node::Image(_) => (None, FeatureMap::Float(images.clone())),
+                Node::Unit(unit) => {
+                    unit.evaluate(&outputs[unit.input], quant, self.epsilon, observe.is_some())?
+                }
+                Node::Sum(sum) => (None, sum.evaluate(sum.inputs.map(|input| &outputs[input]), quant)?),
+                Node::Pool(pool) => (None, FeatureMap::Float(pool::global_average(&outputs[pool.input])?)),
             };
-            if let Some(shortcut) = &shortcut {
-                y = residual::add_quantize(&y.to_float()?, shortcut, quantizer)?;
-            }
-            if let Some(quantizer) = unit.output_quantizer.as_ref().filter(|q| q.grid().is_none()) {
+            if let Some(quantizer) = node.quantizer().filter(|_| quant.is_none()) {
                 y = FeatureMap::Float(quantizer.apply(&y.to_float()?)?);
             }
-            if let (Some(observe), Some(z)) = (&mut observe, &z) {
-                observe(i, z, &y.to_float()?)?;
+            if let Some(observe) = &mut observe {
+                observe(i, z.as_ref(), &y.to_float()?)?;
             }
-            if self.residuals.iter().any(|r| r.from == i) {
-                shortcuts[i] = Some(y.clone());
-            }
-            x = y;
+            outputs.push(node, y);
         }
-        let pooled = pool::global_average(&x)?;
-        let features = self.head.input_quantizer.as_ref().map_or(Ok(pooled.clone()), |q| q.apply(&pooled))?;
-        let weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer.as_ref(), None)?;
-        Ok(bias::add(&pointwise::forward(&features, &weight.value)?, &self.head.bias)?)
+        Ok(outputs.into_last().to_float()?)
     }
 
     /// A training forward pass: batch statistics (where normalization is live), moving averages of
     /// statistics and ranges updated. Gives the logits and the tape for [`Network::backward`].
     pub fn forward_train(&mut self, images: &Tensor, step: Step) -> Result<(Tensor, Tape)> {
-        let epsilon = self.epsilon;
-        let (images, _) = quantize_in_training(images, &mut self.input_quantizer, step)?;
-        let mut x = FeatureMap::Float(images);
-        let residuals = self.residuals.clone();
-        let mut shortcuts: Vec<Option<FeatureMap>> = vec![None; self.units.len()];
-        let mut records = Vec::with_capacity(self.units.len());
-        for (i, unit) in self.units.iter_mut().enumerate() {
-            if let Some(q) = &mut unit.weight_quantizer {
-                q.settle(&unit.weight, step.range_momentum)?;
-            }
-            let weight = unit.used_weight(epsilon)?;
-            let operand = weight.operand();
-            // With a bias the statistics serve only the range, so they are not taken in float.
-            let (z, stats) = match (&unit.norm, &unit.output_quantizer) {
-                (Norm::Bias(_), None) => (convolution::forward(unit.kernel, &x, operand)?, None),
-                _ => {
-                    let (z, stats) = convolution::forward_stats(unit.kernel, &x, operand)?;
-                    (z, Some(stats))
+        let mut outputs: Outputs<Output> = Outputs::new(self);
+        let readers = self.kinds_of_readers(&outputs.readers);
+        let mut records = Vec::with_capacity(self.nodes.len());
+        for (node, readers) in self.nodes.iter_mut().zip(readers) {
+            let (y, record) = match node {
+                Node::Image(image) => {
+                    let images = FeatureMap::Float(images.clone());
+                    (Output::Map(train_quantizer(images, &mut image.quantizer, step)?.0), Record::Image)
+                }
+                Node::Unit(unit) => {
+                    let x = outputs[unit.input].map()?;
+                    let (y, record) = unit.train(x, self.epsilon, readers, step)?;
+                    (y, Record::Unit(record))
+                }
+                Node::Sum(sum) => {
+                    let (y, record) = sum.train(sum.inputs.map(|input| &outputs[input]), step)?;
+                    (Output::Map(y), Record::Sum(record))
+                }
+                Node::Pool(pool) => {
+                    let x = outputs[pool.input].map()?;
+                    let pooled = FeatureMap::Float(pool::global_average(&x)?);
+                    let (y, quantized) = train_quantizer(pooled, &mut pool.quantizer, step)?;
+                    let (size, dtype) = ((x.dims()[1], x.dims()[2]), x.dtype());
+                    (Output::Map(y), Record::Pool { input: pool.input, size, dtype, quantized })
                 }
             };
-            let (batch, (scale, shift)) = match (&mut unit.norm, &stats) {
-                (Norm::Batch(norm), Some(stats)) => {
-                    let BatchNorm { gamma, beta, mean, variance } = norm;
-                    let running = Running { mean: mean.clone(), variance: variance.clone() };
-                    let rows = z.elem_count() / z.dim(candle_core::D::Minus1)?;
-                    let (batch, running) =
-                        norm::prepare(stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
-                    (norm.mean, norm.variance) = (running.mean, running.variance);
-                    let affine = (batch.scale.clone(), batch.shift.clone());
-                    (Some(batch), affine)
-                }
-                (Norm::Bias(bias), _) => (None, (bias.ones_like()?, bias.clone())),
-                (Norm::Batch(_), None) => unreachable!("live normalization always takes statistics"),
-            };
-            let from = residuals.iter().find(|r| r.to == i).map(|r| r.from);
-            let (mut output, sum) = if let Some(from) = from {
-                let shortcut = shortcuts[from].take().expect("kept when it was made");
-                let (sum, extremes) = residual::add_normalized(&z, &scale, &shift, &shortcut)?;
-                if let Some(q) = &mut unit.output_quantizer {
-                    q.observe(&extremes, step.range_momentum)?;
-                }
-                let quantizer = grid_of(&unit.output_quantizer);
-                (FeatureMap::quantize(&sum, quantizer)?, quantizer.map(|_| sum))
-            } else {
-                if let (Some(q), Some(stats)) = (&mut unit.output_quantizer, &stats) {
-                    let extremes = norm::output_range(stats, &scale, &shift, unit.activation)?;
-                    q.observe(&extremes, step.range_momentum)?;
-                }
-                let output = match grid_of(&unit.output_quantizer) {
-                    // A shortcut is read again where it ends.
-                    None if !residuals.iter().any(|r| r.from == i) => {
-                        norm::deferred(&z, &scale, &shift, unit.activation)?
-                    }
-                    quantizer => norm::forward(&z, &scale, &shift, unit.activation, quantizer)?,
-                };
-                (output, None)
-            };
-            let mut quantized = None;
-            if unit.output_quantizer.as_ref().is_some_and(|q| q.grid().is_none()) {
-                let (y, record) =
-                    quantize_in_training(&output.to_float()?, &mut unit.output_quantizer, step)?;
-                (output, quantized) = (FeatureMap::Float(y), record);
-            }
-            if residuals.iter().any(|r| r.from == i) {
-                shortcuts[i] = Some(output.clone());
-            }
-            // Where a residual ends, it is the sum that is quantized.
-            let (act, quantizer) =
-                (unit.activation, grid_of(&unit.output_quantizer).filter(|_| from.is_none()));
-            let epilogue = match &batch {
-                Some(batch) => Epilogue::batch(&z, batch, act, quantizer)?,
-                None => Epilogue::affine(&z, &scale, &shift, act, quantizer)?,
-            };
-            let input = std::mem::replace(&mut x, output);
-            records.push(Record { input, weight, epilogue, sum, quantized });
+            records.push(record);
+            outputs.push(node, y);
         }
-        let (h, w) = spatial(&x);
-        let pooled_from = (h, w, x.dtype());
-        let pooled = pool::global_average(&x)?;
-        let (features, quantized) = quantize_in_training(&pooled, &mut self.head.input_quantizer, step)?;
-        let head_weight = UsedWeight::new(&self.head.weight, self.head.weight_quantizer.as_ref(), None)?;
-        let logits = bias::add(&pointwise::forward(&features, &head_weight.value)?, &self.head.bias)?;
-        Ok((logits, Tape { records, pooled_from, features, quantized, head_weight }))
+        let readers = outputs.readers.clone();
+        Ok((outputs.into_last().map()?.to_float()?, Tape { records, readers }))
+    }
+
+    /// What reads each node's output.
+    fn kinds_of_readers(&self, readers: &[Vec<usize>]) -> Vec<Readers> {
+        let of = |(node, readers): (&Node, &Vec<usize>)| match (node, &readers[..]) {
+            (Node::Unit(Unit { activation: Activation::Identity, output_quantizer: None, .. }), [reader])
+                if matches!(self.nodes[*reader], Node::Sum(_)) =>
+            {
+                Readers::Sum
+            }
+            (_, [_]) => Readers::One,
+            _ => Readers::Several,
+        };
+        self.nodes.iter().zip(readers).map(of).collect()
     }
 
     /// The gradients of every parameter from that of the logits `[N, classes]`.
     pub fn backward(&self, tape: Tape, logits: &Tensor) -> Result<Gradients> {
-        let Tape { mut records, pooled_from: (h, w, dtype), features, quantized, head_weight } = tape;
+        let Tape { mut records, readers } = tape;
         let mut gradients = Gradients::default();
-        gradients.set(&self.head.bias, bias::gradient(logits)?);
-        head_weight.backward(
-            &self.head.weight,
-            pointwise::grad_weight(&features, logits)?,
-            &mut gradients,
-        )?;
-        let mut g = pointwise::grad_input(logits, &head_weight.value)?;
-        if let Some(quantized) = quantized {
-            g = quantized.backward(&g, &mut gradients)?;
+        // Those of the nodes' outputs, as far as they have been found.
+        let mut found: Vec<Option<MapGradient>> = vec![None; records.len()];
+        if let Some(last) = found.last_mut() {
+            *last = Some(logits.clone().into());
         }
-        let mut g = MapGradient::from(pool::backward_as(&g, h, w, dtype)?);
-
-        let mut shortcuts: Vec<Option<Tensor>> = vec![None; self.units.len()];
-        for (i, unit) in self.units.iter().enumerate().rev() {
-            let Record { input, weight, epilogue, sum, quantized } =
-                records.pop().expect("one record for every unit");
-            if let Some(shortcut) = shortcuts[i].take() {
-                g = residual::add(&g.tensor, &shortcut)?.into();
-            }
-            if let Some(quantized) = quantized {
-                g = quantized.backward(&g.tensor, &mut gradients)?.into();
-            }
-            if let Some(from) = self.residual_into(i) {
-                if let (Some(sum), Some(quantizer)) = (sum, grid_of(&unit.output_quantizer)) {
-                    g = quantize::backward(&sum, &g.tensor, quantizer)?.into();
+        while let (Some(record), Some(g)) = (records.pop(), found.pop()) {
+            match (record, g) {
+                (Record::Unit(unit), Some(g)) => {
+                    let below = below(&records, &readers, unit.input);
+                    let input = unit.input;
+                    if let Some(g) = unit.backward(g, below, &mut gradients)? {
+                        add(&mut found[input], g)?;
+                    }
                 }
-                shortcuts[from] = Some(g.tensor.clone());
-            }
-            let norm::Gradients { z: gz, gamma, shift } = epilogue.backward(&g)?;
-            match &unit.norm {
-                Norm::Batch(norm) => {
-                    gamma.into_iter().for_each(|gamma| gradients.set(&norm.gamma, gamma));
-                    gradients.set(&norm.beta, shift);
+                (Record::Sum(sum), Some(g)) => {
+                    let (inputs, normalized) = (sum.inputs, sum.normalized);
+                    let g = sum.backward(g, &mut gradients)?;
+                    for input in inputs {
+                        // The sums that may have come with the gradient are those of the normalization.
+                        let own = if normalized == Some(input) { g.clone() } else { g.tensor.clone().into() };
+                        add(&mut found[input], own)?;
+                    }
                 }
-                Norm::Bias(bias) => gradients.set(bias, shift),
+                (Record::Pool { input, size: (h, w), dtype, quantized }, Some(g)) => {
+                    let g =
+                        quantized.map_or(Ok(g.tensor.clone()), |q| q.backward(&g.tensor, &mut gradients))?;
+                    add(&mut found[input], pool::backward_as(&g, h, w, dtype)?.into())?;
+                }
+                // Nothing trains the image.
+                (Record::Image, _) | (_, None) => (),
             }
-            let below = match records.last() {
-                None => Below::Image,
-                Some(record) => match record.bare_epilogue() {
-                    Some(epilogue) if shortcuts[i - 1].is_none() => Below::Epilogue(epilogue),
-                    _ => Below::Map,
-                },
-            };
-            let (weight_gradient, input_gradient) =
-                convolution::backward(unit.kernel, &input, &weight.value, &gz, below)?;
-            if let Some(gradient) = input_gradient {
-                g = gradient;
-            }
-            weight.backward(&unit.weight, weight_gradient, &mut gradients)?;
         }
         gradients.check(self)
     }
 }
 
-/// The quantized `x` in a training step, and what its gradient needs; `x` itself without a quantizer.
-fn quantize_in_training(
-    x: &Tensor,
-    quantizer: &mut Option<Quantizer>,
-    step: Step,
-) -> Result<(Tensor, Option<Quantized>)> {
-    let Some(quantizer) = quantizer else { return Ok((x.clone(), None)) };
-    quantizer.settle(x, step.range_momentum)?;
-    let (y, quantized) = quantizer.forward(x)?;
-    Ok((y, Some(quantized)))
+impl UnitRecord {
+    /// Files the gradients of the parameters; returns that of the input, unless that is the image.
+    fn backward(
+        self,
+        mut g: MapGradient,
+        below: Below<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<MapGradient>> {
+        if let Some(quantized) = &self.quantized {
+            g = quantized.backward(&g.tensor, gradients)?.into();
+        }
+        let norm::Gradients { z: gz, gamma, shift } = self.epilogue.backward(&g)?;
+        match (&self.gamma, gamma) {
+            (Some(parameter), Some(gamma)) => {
+                gradients.set(parameter, gamma);
+                gradients.set(&self.shift, shift);
+            }
+            // The classifier's has a sum of its own, over no more than the images of a batch.
+            _ if g.tensor.rank() == 2 => gradients.set(&self.shift, bias::gradient(&g.tensor)?),
+            _ => gradients.set(&self.shift, shift),
+        }
+        let (gw, gx) = convolution::backward(self.kernel, &self.x, &self.weight.value, &gz, below)?;
+        // A folding factor is held constant, so it cancels.
+        let gw = match &self.weight.quantized {
+            Some(quantized) => quantized.backward(&gw, gradients)?,
+            None => gw,
+        };
+        gradients.set(&self.weight.parameter, gw);
+        Ok(gx)
+    }
 }
 
-/// Height and width of a feature map `[N, H, W, C]`.
-fn spatial(map: &FeatureMap) -> (usize, usize) {
-    (map.dims()[1], map.dims()[2])
+impl SumRecord {
+    /// The gradient of either input.
+    fn backward(self, mut g: MapGradient, gradients: &mut Gradients) -> Result<MapGradient> {
+        if let Some(quantized) = &self.quantized {
+            g = quantized.backward(&g.tensor, gradients)?.into();
+        }
+        if let Some(activated) = &self.activated {
+            g = activated.backward(&g)?.z.tensor()?.into();
+        }
+        Ok(g)
+    }
+}
+
+/// What lies below a convolution that reads node `input`: the epilogue that its gradient goes to as it is, if there is one.
+fn below<'a>(records: &'a [Record], readers: &[Vec<usize>], input: usize) -> Below<'a> {
+    match &records[input] {
+        Record::Image => Below::Image,
+        _ if readers[input].len() > 1 => Below::Map,
+        Record::Unit(UnitRecord { epilogue, quantized: None, .. }) => Below::Epilogue(epilogue),
+        Record::Sum(SumRecord { normalized: Some(unit), activated: None, quantized: None, .. }) => {
+            below(records, readers, *unit)
+        }
+        _ => Below::Map,
+    }
+}
+
+/// Adds a gradient to what was found before.
+fn add(found: &mut Option<MapGradient>, gradient: MapGradient) -> Result<()> {
+    *found = Some(match found.take() {
+        Some(other) => residual::add(&gradient.tensor, &other.tensor)?.into(),
+        None => gradient,
+    });
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Which tensors of a network are quantized, and how (method section 7).
 
-use crate::{Method, Network, Norm, Quantizer, Result};
+use crate::{Method, Network, Node, Norm, Quantizer, Result};
 use candle_core::Tensor;
 use kernels::Activation;
 use quant_core::Precision;
@@ -96,25 +96,39 @@ impl Network {
                 *place = bits.map(new).transpose()?;
                 Ok(())
             };
-        activation(&mut self.input_quantizer, first_layer, Method::Uniform, true)?;
-        for (i, unit) in self.units.iter_mut().enumerate() {
-            let (of_weights, method_of_weights) =
-                if i == 0 { (first_layer, Method::Uniform) } else { (weights, method) };
-            weight(&mut unit.weight_quantizer, of_weights, method_of_weights, &unit.weight)?;
-            let signed = unit.activation == Activation::Identity;
-            activation(&mut unit.output_quantizer, activations, method, signed)?;
+        let (readers, last) = (self.readers(), self.last());
+        // A sum is quantized once, and its summands only where something else reads them too.
+        let is_sum = |&reader: &usize| matches!(self.nodes[reader], Node::Sum(_));
+        let summands: Vec<bool> = readers.iter().map(|readers| readers.iter().all(is_sum)).collect();
+        for (i, (node, is_summand)) in self.nodes.iter_mut().zip(summands).enumerate() {
+            if let Node::Unit(unit) = node {
+                let (precision, method) = match unit.input {
+                    _ if i == last => (last_layer, Method::Uniform),
+                    0 => (first_layer, Method::Uniform),
+                    _ => (weights, method),
+                };
+                weight(&mut unit.weight_quantizer, precision, method, &unit.weight)?;
+            }
+            let (precision, method) = match node {
+                Node::Image(_) => (first_layer, Method::Uniform),
+                Node::Pool(_) => (last_layer, Method::Uniform),
+                // The logits, and what goes into sums alone.
+                _ if is_summand => (Precision::Float, method),
+                Node::Unit(_) | Node::Sum(_) => (activations, method),
+            };
+            let signed = node.activation() == Activation::Identity;
+            activation(node.quantizer_mut(), precision, method, signed)?;
         }
-        let head = &mut self.head;
-        activation(&mut head.input_quantizer, last_layer, Method::Uniform, true)?;
-        weight(&mut head.weight_quantizer, last_layer, Method::Uniform, &head.weight)
+        Ok(())
     }
 
     /// Folds every batch normalization into its convolution, with the running statistics:
     /// `W ← W·γ/√(V+ε)`, bias `β − μγ/√(V+ε)`. The evaluated outputs stay the same up to rounding.
     pub fn fold(&mut self) -> Result<()> {
-        for unit in &mut self.units {
+        let epsilon = self.epsilon;
+        for unit in self.units_mut() {
             if let Norm::Batch(norm) = &unit.norm {
-                let (scale, shift) = norm.affine(self.epsilon)?;
+                let (scale, shift) = norm.affine(epsilon)?;
                 unit.weight = unit.weight.broadcast_mul(&scale)?;
                 unit.norm = Norm::Bias(shift);
             }

@@ -7,6 +7,7 @@ mod uniform;
 
 use crate::{Fold, Gradients, Quantization, Result, Role, WeightGrid};
 use candle_core::{DType, Device, Tensor};
+use kernels::FeatureMap;
 use quant_core::Bits;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -275,9 +276,10 @@ impl Quantizer {
 
     /// Before a training step in which a kernel quantizes: moves the range by `momentum` of the distance to the extremes
     /// `[2]` of the batch. The first batch sets it. Does nothing for schemes that are not built into kernels.
-    pub(crate) fn observe(&mut self, extremes: &Tensor, momentum: f64) -> Result<()> {
+    pub(crate) fn observe(&mut self, extremes: impl FnOnce() -> Result<Tensor>, momentum: f64) -> Result<()> {
         if let Some(grid) = self.scheme.grid(&self.tensors, self.bits) {
-            kernels::quantize::update_range(grid.range, extremes, if self.ready { momentum } else { 1.0 })?;
+            let momentum = if self.ready { momentum } else { 1.0 };
+            kernels::quantize::update_range(grid.range, &extremes()?, momentum)?;
             self.ready = true;
         }
         Ok(())
@@ -293,6 +295,14 @@ impl Quantizer {
         Ok(())
     }
 
+    /// The levels of `x`, and what their gradient needs, if kernels have the scheme built in.
+    pub(crate) fn levels(&self, x: &Tensor) -> Result<Option<(FeatureMap, Quantized)>> {
+        let Some(grid) = self.grid() else { return Ok(None) };
+        let &Self { bits, scheme, .. } = self;
+        let quantized = Quantized { x: x.clone(), by: self.tensors.clone(), bits, scheme };
+        Ok(Some((FeatureMap::quantize(x, Some(grid))?, quantized)))
+    }
+
     /// The quantized values of `x`, and what their gradient needs.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<(Tensor, Quantized)> {
         let &Self { bits, scheme, .. } = self;
@@ -301,7 +311,7 @@ impl Quantizer {
     }
 }
 
-/// A tensor that has been quantized.
+/// What the gradient of a tensor that was quantized needs.
 pub(crate) struct Quantized {
     x: Tensor,
     by: Vec<Tensor>,
@@ -322,7 +332,7 @@ impl Quantized {
 }
 
 /// What a file says of a quantizer beside its tensors: of activations `ready`, of weights `folded`.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Entry {
     bits: Bits,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -139,8 +139,10 @@ fn deep() -> Network {
 fn shallow() -> Network {
     let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V1, Input::Cifar, 10) };
     let mut network = config.init(1, &Device::Cpu).unwrap();
-    network.units.truncate(7);
-    network.head.weight = random(&[network.units[6].filters(), 10], 2);
+    // Behind the image.
+    network.nodes.truncate(1 + 7);
+    let channels = network.units().last().unwrap().filters();
+    network.push_head(random(&[channels, 10], 2), random(&[10], 3));
     network
 }
 

@@ -7,9 +7,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
-use models::{
-    BatchNorm, Fold, Head, Kernel, Method, Network, Norm, Quantization, Residual, Step, Unit, WeightGrid,
-};
+use models::{BatchNorm, Fold, Kernel, Method, Network, Norm, Quantization, Step, WeightGrid};
 use quant_core::Precision;
 use std::collections::{HashMap, HashSet};
 
@@ -81,22 +79,15 @@ impl Golden {
         }
     }
 
-    fn unit(&self, name: &str, kernel: Kernel, activation: Activation) -> Unit {
+    fn push_unit(&self, network: &mut Network, name: &str, kernel: Kernel, activation: Activation) {
         let tensor = |field: &str| self.get(&format!("start.{name}.{field}"));
-        Unit {
-            name: name.into(),
-            kernel,
-            weight: tensor("weight"),
-            weight_quantizer: None,
-            norm: Norm::Batch(BatchNorm {
-                gamma: tensor("gamma"),
-                beta: tensor("beta"),
-                mean: tensor("mean"),
-                variance: tensor("variance"),
-            }),
-            activation,
-            output_quantizer: None,
-        }
+        let norm = Norm::Batch(BatchNorm {
+            gamma: tensor("gamma"),
+            beta: tensor("beta"),
+            mean: tensor("mean"),
+            variance: tensor("variance"),
+        });
+        network.push_unit(name, kernel, tensor("weight"), norm, activation);
     }
 
     /// The network as it begins, before any quantizer.
@@ -104,28 +95,23 @@ impl Golden {
         use Activation::{Identity, Relu, Relu6};
         let images = self.get("images0");
         let [_, height, width, channels] = images.dims() else { panic!("images have four dimensions") };
-        let network = Network {
-            name: "tiny".into(),
-            input: [*height, *width, *channels],
-            input_quantizer: None,
-            units: vec![
-                self.unit("stem", Kernel::Full { size: 3, stride: 1 }, Relu6),
-                self.unit("block.expand", Kernel::Pointwise, Relu6),
-                self.unit("block.depthwise", Kernel::Depthwise { stride: 1 }, Relu6),
-                self.unit("block.project", Kernel::Pointwise, Identity),
-                self.unit("down.depthwise", Kernel::Depthwise { stride: 2 }, Relu),
-                self.unit("down.project", Kernel::Pointwise, Identity),
-                self.unit("last", Kernel::Pointwise, Relu6),
-            ],
-            residuals: vec![Residual { from: 0, to: 3 }],
-            head: Head {
-                input_quantizer: None,
-                weight: self.get("start.head.weight"),
-                weight_quantizer: None,
-                bias: self.get("start.head.bias"),
-            },
-            epsilon: 1e-5,
-        };
+        let mut network = Network::of_image("tiny", [*height, *width, *channels]);
+        let shortcut = 1;
+        for (name, kernel, activation) in [
+            ("stem", Kernel::Full { size: 3, stride: 1 }, Relu6),
+            ("block.expand", Kernel::Pointwise, Relu6),
+            ("block.depthwise", Kernel::Depthwise { stride: 1 }, Relu6),
+            ("block.project", Kernel::Pointwise, Identity),
+            ("down.depthwise", Kernel::Depthwise { stride: 2 }, Relu),
+            ("down.project", Kernel::Pointwise, Identity),
+            ("last", Kernel::Pointwise, Relu6),
+        ] {
+            self.push_unit(&mut network, name, kernel, activation);
+            if name == "block.project" {
+                network.push_sum(shortcut);
+            }
+        }
+        network.push_head(self.get("start.head.weight"), self.get("start.head.bias"));
         network.validate().unwrap();
         network
     }

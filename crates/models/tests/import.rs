@@ -142,8 +142,8 @@ fn names_may_be_wrapped_and_the_first_expansion_there() {
         }
     }
     names.push(("conv_head".into(), "bn2".into()));
-    assert_eq!(names.len(), network.units.len());
-    for (unit, (conv, norm)) in network.units.iter().zip(names) {
+    assert_eq!(names.len() + 1, network.units().count());
+    for (unit, (conv, norm)) in network.units().zip(names) {
         let (f, c) = (unit.filters(), unit.input_channels());
         let [f, c, k, _] = unit.kernel.pytorch_dims(c, f);
         let weight = unit.weight.reshape((k, k, c, f)).unwrap();
@@ -156,8 +156,10 @@ fn names_may_be_wrapped_and_the_first_expansion_there() {
             tensors.insert(format!("module.{norm}.{field}"), t.clone());
         }
     }
-    tensors.insert("module.classifier.weight".into(), network.head.weight.t().unwrap().contiguous().unwrap());
-    tensors.insert("module.classifier.bias".into(), network.head.bias.clone());
+    let classifier = network.classifier();
+    let Norm::Bias(bias) = &classifier.norm else { panic!("a classifier has a bias") };
+    tensors.insert("module.classifier.weight".into(), classifier.weight.t().unwrap().contiguous().unwrap());
+    tensors.insert("module.classifier.bias".into(), bias.clone());
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("wrapped.safetensors");
     candle_core::safetensors::save(&tensors, &path).unwrap();

@@ -4,8 +4,8 @@
 use candle_core::{Device, Tensor};
 use kernels::{loss::softmax_cross_entropy, sgd};
 use models::{
-    Extras, Fold, Input, Method, MobileNet, Network, Parameter, Quantization, Quantizer, Role, Step, Version,
-    WeightGrid,
+    Extras, Fold, Input, Method, MobileNet, Network, Node, Parameter, Quantization, Quantizer, Role, Step,
+    Version, WeightGrid,
 };
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
@@ -65,12 +65,12 @@ fn distinct(tensor: &Tensor) -> usize {
     bits(&(tensor + 0.0).unwrap()).into_iter().collect::<BTreeSet<_>>().len()
 }
 
-/// The quantizers of every unit, with what stands before the names of their tensors.
+/// The quantizers of every node, with what stands before the names of their tensors.
 fn quantizers(network: &Network) -> impl Iterator<Item = (String, &Quantizer)> {
-    network.units.iter().flat_map(|unit| {
-        let weights = unit.weight_quantizer.as_ref().map(|q| (format!("{}.weight_", unit.name), q));
-        let outputs = unit.output_quantizer.as_ref().map(|q| (format!("{}.", unit.name), q));
-        weights.into_iter().chain(outputs)
+    network.nodes.iter().flat_map(|node| {
+        let weights = node.unit().and_then(|unit| unit.weight_quantizer.as_ref());
+        let weights = weights.map(|q| (format!("{}.weight_", node.name()), q));
+        weights.into_iter().chain(node.quantizer().map(|q| (format!("{}.", node.name()), q)))
     })
 }
 
@@ -111,7 +111,7 @@ fn every_tensor_of_every_scheme_is_trained_saved_and_copied() {
                 moved += usize::from(bits(&find(&started, &name)) != bits(tensor));
             }
         }
-        assert!(kept >= network.units.len() && (learn > 0) == (method != Method::Uniform), "{method:?}");
+        assert!(kept >= network.nodes.len() / 2 && (learn > 0) == (method != Method::Uniform), "{method:?}");
         assert!(moved as f64 > 0.95 * kept as f64, "{method:?}: {moved} of {kept} tensors moved");
     }
 }
@@ -120,22 +120,27 @@ fn every_tensor_of_every_scheme_is_trained_saved_and_copied() {
 fn every_layer_but_the_first_and_the_last_learns() {
     for method in Method::learned() {
         let network = trained(method);
-        let head = &network.head;
-        let check = |q: &Option<Quantizer>, bits: u32, uniform: bool| {
-            let q = q.as_ref().unwrap();
-            assert!(q.bits.get() == bits && q.kind().is_null() == uniform, "{method:?}: {q:?}");
+        let check = |name: &str, q: Option<&Quantizer>, bits: u32, uniform: bool| {
+            let q = q.unwrap_or_else(|| panic!("{method:?}: {name} is not quantized"));
+            assert!(q.bits.get() == bits && q.kind().is_null() == uniform, "{method:?}: {name}: {q:?}");
         };
-        for q in [&network.input_quantizer, &head.input_quantizer, &head.weight_quantizer] {
-            check(q, 8, true);
-        }
-        check(&network.units[0].weight_quantizer, 8, true);
-        for (i, unit) in network.units.iter().enumerate() {
-            check(&unit.output_quantizer, BITS, false);
-            if i > 0 {
-                check(&unit.weight_quantizer, BITS, false);
+        let readers = network.readers();
+        for (i, node) in network.nodes.iter().enumerate() {
+            let name = node.name();
+            if let Node::Unit(unit) = node {
+                let end = i == 1 || i == network.last();
+                check(name, unit.weight_quantizer.as_ref(), if end { 8 } else { BITS }, end);
+            }
+            match node {
+                Node::Image(_) | Node::Pool(_) => check(name, node.quantizer(), 8, true),
+                // The sum is quantized instead, and logits never are.
+                _ if readers[i].iter().all(|&reader| matches!(network.nodes[reader], Node::Sum(_))) => {
+                    assert!(node.quantizer().is_none(), "{name}");
+                }
+                _ => check(name, node.quantizer(), BITS, false),
             }
         }
-        let units = network.units.len();
+        let units = network.units().count() - 1;
         let count = |role: Role| network.parameters().iter().filter(|p| p.role == role).count();
         match method {
             Method::Pact => assert_eq!([Role::Clip, Role::Interval].map(count), [units, 0]),
@@ -158,7 +163,7 @@ fn entries_in_files_stay_what_they_were() {
         network.save(&path, &Extras::default()).unwrap();
         let file = std::fs::read(&path).unwrap();
         let text = String::from_utf8_lossy(&file).replace('\\', "");
-        let name = &network.units[unit].name;
+        let name = &network.units().nth(unit).unwrap().name;
         let start = text.find(&format!("{{\"name\":\"{name}\"")).unwrap();
         let quantizers = text[start..].find("\"weight_quantizer\"").unwrap();
         assert!(text[start + quantizers..].starts_with(entries), "{}", &text[start + quantizers..][..200]);
@@ -199,7 +204,7 @@ fn channels_have_grids_of_their_own() {
             network.quantize(&Quantization { weight_grid, ..settings(Method::Uniform, fold) }).unwrap();
             network
         });
-        for (a, b) in tensor.units.iter().zip(&channel.units) {
+        for (a, b) in tensor.units().zip(channel.units()) {
             let [of_tensor, of_channel] = [a, b].map(|unit| {
                 let quantizer = unit.weight_quantizer.as_ref().unwrap();
                 assert_eq!(quantizer.folded(), fold == Fold::BatchStatistics);
@@ -234,10 +239,12 @@ fn outputs_take_no_more_values_than_there_are_levels() {
     for method in Method::learned() {
         let network = trained(method);
         let mut most = 0;
-        let mut observe = |i: usize, _: &Tensor, y: &Tensor| {
-            let levels = distinct(y);
-            assert!(levels <= 1 << BITS, "{}: {levels} values", network.units[i].name);
-            most = most.max(levels);
+        let mut observe = |i: usize, _: Option<&Tensor>, y: &Tensor| {
+            if let Some(quantizer) = network.nodes[i].quantizer().filter(|q| q.bits.get() == BITS) {
+                let levels = distinct(y);
+                assert!(levels <= 1 << BITS, "{}: {levels} values of {quantizer:?}", network.nodes[i].name());
+                most = most.max(levels);
+            }
             Ok(())
         };
         let observed = network.forward_observed(&images(), &mut observe).unwrap();
@@ -281,7 +288,7 @@ fn parameters_are_kept_in_their_ranges() {
         parameter.tensor.slice_set(&Tensor::new(values, &Device::Cpu).unwrap(), 0, 0).unwrap();
         parameter.tensor
     };
-    let unit = network.units[3].name.clone();
+    let unit = network.units().nth(3).unwrap().name.clone();
     let softness = set(&network, &format!("{unit}.softness"), &[0.8]);
     let weights = set(&network, &format!("{unit}.weight_softness"), &[-0.1]);
     let bounds = set(&network, &format!("{unit}.bounds"), &[3.0, 1.0]);
@@ -305,7 +312,7 @@ fn parameters_are_kept_in_their_ranges() {
 /// Bounds stay what they are at other bits; the steps of so many levels do not.
 #[test]
 fn steps_start_anew_at_other_bits() {
-    for method in learned() {
+    for method in Method::learned() {
         let mut network = trained(method);
         let all = |network: &Network| -> Vec<Vec<u32>> {
             quantizers(network)
@@ -334,17 +341,21 @@ fn learned_methods_refuse_folded_normalization() {
 #[test]
 fn a_learned_quantizer_of_the_image_is_an_error() {
     let mut network = trained(Method::Pact);
-    network.input_quantizer = network.units[1].output_quantizer.clone();
+    *network.nodes[0].quantizer_mut() = network.nodes[1].quantizer().cloned();
     let message = network.validate().unwrap_err().to_string();
-    assert!(message.contains("input quantizer") && message.contains("uniform"), "{message}");
+    assert!(message.contains("input") && message.contains("uniform"), "{message}");
 }
 
-/// Nothing is asked of the head that a unit does not do: its quantizers may learn too.
+/// The pooling and the classifier are nodes like others: their quantizers may learn too.
 #[test]
 fn the_head_takes_learned_quantizers() {
     let mut network = trained(Method::Pact);
-    network.head.input_quantizer = network.units[1].output_quantizer.clone();
-    network.head.weight_quantizer = network.units[1].weight_quantizer.clone();
+    let [activations, weights] =
+        [network.nodes[2].quantizer(), network.nodes[2].unit().unwrap().weight_quantizer.as_ref()]
+            .map(|quantizer| quantizer.cloned());
+    let last = network.last();
+    *network.nodes[last - 1].quantizer_mut() = activations;
+    network.nodes[last].unit_mut().unwrap().weight_quantizer = weights;
     network = network.duplicate().unwrap();
     network.validate().unwrap();
     let (logits, tape) = network.forward_train(&images(), STEP).unwrap();

@@ -63,7 +63,7 @@ fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mu
     // Twelve, six and three pixels: even and odd maps.
     let images = random(&[8, 12, 12, 3], 2);
     // Away from β = 0, where half of everything lies near the kink.
-    for (i, unit) in network.units.iter_mut().enumerate() {
+    for (i, unit) in network.units_mut().enumerate() {
         let channels = unit.filters();
         if let Norm::Batch(norm) = &mut unit.norm {
             norm.gamma = ((random(&[channels], 100 + i as u64) * 0.4).unwrap() + 0.8).unwrap();
@@ -159,14 +159,15 @@ fn an_observed_pass_gives_the_same_bits() {
                     .map(f32::to_bits)
                     .collect()
             };
-            let mut units = 0;
-            let mut observe = |i, z: &Tensor, y: &Tensor| {
-                assert!(i == units && z.dims() == y.dims());
-                units += 1;
+            let mut nodes = 0;
+            let mut observe = |i: usize, z: Option<&Tensor>, y: &Tensor| {
+                assert!(i == nodes && z.is_some() == network.nodes[i].unit().is_some());
+                assert!(z.is_none_or(|z| z.dims() == y.dims()));
+                nodes += 1;
                 Ok(())
             };
             let observed = network.forward_observed(&images, &mut observe).unwrap();
-            assert_eq!(units, network.units.len());
+            assert_eq!(nodes, network.nodes.len());
             assert_eq!(bits(network.forward(&images).unwrap()), bits(observed), "{version:?}, {settings:?}");
         }
     }

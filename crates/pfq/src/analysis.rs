@@ -2,7 +2,7 @@
 
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use models::{BatchNorm, Kernel, Network, Quantizer};
+use models::{BatchNorm, Network, Node, Quantizer, Unit};
 use quant_core::{fold_scale, fold_shift};
 
 /// The running variances of one layer.
@@ -17,7 +17,7 @@ pub struct LayerVariance {
 /// The running variances of every batch-normalized layer, in order.
 pub fn variances(network: &Network) -> Result<Vec<LayerVariance>> {
     let mut all = Vec::new();
-    for unit in &network.units {
+    for unit in network.units() {
         if let Some(norm) = unit.batch_norm() {
             all.push(LayerVariance { layer: unit.name.clone(), variance: norm.variance.to_vec1()? });
         }
@@ -25,13 +25,12 @@ pub fn variances(network: &Network) -> Result<Vec<LayerVariance>> {
     Ok(all)
 }
 
-/// For every unit, what is constant about its channels.
+/// For every node, what is constant about its channels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Constants {
-    /// `low[i][j]`: the running variance of filter j of unit i is below τ.
+    /// `low[i][j]`: node i is a unit, and the running variance of its filter j is below τ.
     pub low: Vec<Vec<bool>>,
-    /// `output[i][j]`: the constant that channel j of unit i's output is, after activation, residual
-    /// sum and quantizer; `None` if it varies.
+    /// `output[i][j]`: the constant that channel j of node i's output is; `None` if it varies.
     pub output: Vec<Vec<Option<f32>>>,
 }
 
@@ -42,41 +41,30 @@ impl Constants {
     /// * a low filter gives `φ(β)`, as its input to the normalization is its mean;
     /// * a depthwise filter on a constant channel `c` gives `φ(norm(c·Σk))`, exactly so if `c = 0`
     ///   and away from the zero-padded border otherwise;
-    /// * a residual sum is constant where both summands are;
+    /// * a sum is constant where both summands are;
+    /// * a pooled channel is constant where it was before;
     /// * an activation quantizer maps the constant to its grid.
     pub fn find(network: &Network, threshold: f64) -> Result<Self> {
-        let mut low = Vec::with_capacity(network.units.len());
-        let mut output: Vec<Vec<Option<f32>>> = Vec::with_capacity(network.units.len());
-        for (i, unit) in network.units.iter().enumerate() {
-            let mut values = vec![None; unit.filters()];
-            let mut is_low = vec![false; unit.filters()];
-            if let Some(norm) = unit.batch_norm() {
-                let Host { gamma, beta, mean, variance } = Host::of(norm)?;
-                let sums = match unit.kernel {
-                    Kernel::Depthwise { .. } => Some(unit.weight.sum((0, 1))?.to_vec1::<f32>()?),
-                    _ => None,
-                };
-                for j in 0..unit.filters() {
-                    is_low[j] = f64::from(variance[j]) < threshold;
-                    let before_activation = if is_low[j] {
-                        Some(beta[j])
-                    } else if let Some(sums) = &sums {
-                        let scale = fold_scale(gamma[j], variance[j], network.epsilon as f32);
-                        let shift = fold_shift(beta[j], mean[j], scale);
-                        // The stem is a full convolution, so a depthwise filter has one before it.
-                        output[i - 1][j].map(|c| scale * c * sums[j] + shift)
-                    } else {
-                        None
-                    };
-                    values[j] = before_activation.map(|x| unit.activation.apply(x));
+        let mut low = Vec::with_capacity(network.nodes.len());
+        let mut output: Vec<Vec<Option<f32>>> = Vec::with_capacity(network.nodes.len());
+        for (node, [.., channels]) in network.nodes.iter().zip(network.shapes()) {
+            let mut is_low = vec![false; channels];
+            let mut values = match node {
+                Node::Image(_) => vec![None; channels],
+                Node::Unit(unit) => {
+                    let epsilon = network.epsilon as f32;
+                    of_filters(unit, epsilon, threshold, &output[unit.input], &mut is_low)?
                 }
-            }
-            if let Some(from) = network.residual_into(i) {
-                for (value, shortcut) in values.iter_mut().zip(&output[from]) {
-                    *value = value.zip(*shortcut).map(|(a, b)| a + b);
+                Node::Sum(sum) => {
+                    let [a, b] = sum.inputs.map(|input| &output[input]);
+                    a.iter().zip(b).map(|(a, b)| a.zip(*b).map(|(a, b)| a + b)).collect()
                 }
+                Node::Pool(pool) => output[pool.input].clone(),
+            };
+            for value in values.iter_mut().flatten() {
+                *value = node.activation().apply(*value);
             }
-            quantize(&mut values, unit.output_quantizer.as_ref())?;
+            quantize(&mut values, node.quantizer())?;
             low.push(is_low);
             output.push(values);
         }
@@ -84,8 +72,39 @@ impl Constants {
     }
 }
 
+/// The constants that a unit's filters give before the activation; marks those of low variance.
+fn of_filters(
+    unit: &Unit,
+    epsilon: f32,
+    threshold: f64,
+    input: &[Option<f32>],
+    is_low: &mut [bool],
+) -> Result<Vec<Option<f32>>> {
+    let mut values = vec![None; is_low.len()];
+    let Some(BatchNorm { gamma, beta, mean, variance }) = unit.batch_norm() else { return Ok(values) };
+    let [gamma, beta, mean, variance] = [gamma, beta, mean, variance].map(|t| t.to_vec1::<f32>());
+    let (gamma, beta, mean, variance) = (gamma?, beta?, mean?, variance?);
+    let sums = match unit.kernel.is_depthwise() {
+        true => Some(unit.weight.sum((0, 1))?.to_vec1::<f32>()?),
+        false => None,
+    };
+    for (j, value) in values.iter_mut().enumerate() {
+        is_low[j] = f64::from(variance[j]) < threshold;
+        *value = match &sums {
+            _ if is_low[j] => Some(beta[j]),
+            Some(sums) => {
+                let scale = fold_scale(gamma[j], variance[j], epsilon);
+                let shift = fold_shift(beta[j], mean[j], scale);
+                input[j].map(|c| scale * c * sums[j] + shift)
+            }
+            None => None,
+        };
+    }
+    Ok(values)
+}
+
 /// Maps constants to the levels of the quantizer that they pass.
-pub(crate) fn quantize(values: &mut [Option<f32>], quantizer: Option<&Quantizer>) -> Result<()> {
+fn quantize(values: &mut [Option<f32>], quantizer: Option<&Quantizer>) -> Result<()> {
     let constants: Vec<f32> = values.iter().flatten().copied().collect();
     let Some(quantizer) = quantizer.filter(|_| !constants.is_empty()) else { return Ok(()) };
     let quantized = quantizer.apply(&Tensor::new(constants, &Device::Cpu)?)?.to_vec1::<f32>()?;
@@ -96,23 +115,4 @@ pub(crate) fn quantize(values: &mut [Option<f32>], quantizer: Option<&Quantizer>
         *value = quantized;
     }
     Ok(())
-}
-
-/// A normalization's tensors as plain vectors.
-struct Host {
-    gamma: Vec<f32>,
-    beta: Vec<f32>,
-    mean: Vec<f32>,
-    variance: Vec<f32>,
-}
-
-impl Host {
-    fn of(norm: &BatchNorm) -> Result<Self> {
-        Ok(Self {
-            gamma: norm.gamma.to_vec1()?,
-            beta: norm.beta.to_vec1()?,
-            mean: norm.mean.to_vec1()?,
-            variance: norm.variance.to_vec1()?,
-        })
-    }
 }

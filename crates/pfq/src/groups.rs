@@ -1,52 +1,47 @@
 //! Channel groups: the outputs that share their channels.
 
-use models::Network;
+use models::{Network, Node};
 
-/// Units whose outputs have the same channels, so that a channel goes from all of them or from none:
-/// a depthwise layer shares the channels of what it reads, a residual addition those of its summands.
-/// In both MobileNets this is pointwise (or stem) → depthwise; residual spans tie several such
-/// producers together.
+/// Nodes whose outputs have the same channels, so that a channel goes from all of them or from none: a depthwise layer
+/// and pooling share the channels of what they read, a sum those of its summands. In both MobileNets this is pointwise
+/// (or stem) → depthwise; residuals tie several such producers together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
-    /// Indices of the units, ascending.
-    pub units: Vec<usize>,
-    /// Those of `units` whose output is read by a layer outside of the group (the next pointwise
-    /// layer, or the classifier): a channel may go where all of these give constants.
+    /// Indices of the nodes, ascending.
+    pub nodes: Vec<usize>,
+    /// Those of `nodes` whose output is read by a layer outside of the group, a pointwise one or the classifier: a
+    /// channel may go where all of these give constants.
     pub read: Vec<usize>,
-    /// Whether a residual ties several producers to the channels.
+    /// Whether a sum ties several producers to the channels.
     pub tied: bool,
 }
 
-/// The channel groups of `network`, ordered by their first unit.
+/// The groups of channels of `network` that may go, ordered by their first node: all but those of the image and those of
+/// the logits.
 pub fn groups(network: &Network) -> Vec<Group> {
-    let count = network.units.len();
-    // root[i] is the smallest unit known to share i's channels.
+    let count = network.nodes.len();
+    // Whether a node has the channels of what it reads.
+    let shares = |i: usize| network.nodes[i].unit().is_none_or(|unit| unit.kernel.is_depthwise());
+    // root[i] is the smallest node known to share i's channels.
     let mut root: Vec<usize> = (0..count).collect();
-    let mut join = |a: usize, b: usize| {
-        let (a, b) = (root[a].min(root[b]), root[a].max(root[b]));
-        for r in &mut root {
-            if *r == b {
-                *r = a;
-            }
+    for i in (0..count).filter(|&i| shares(i)) {
+        for &input in network.nodes[i].inputs() {
+            let (a, b) = (root[i].min(root[input]), root[i].max(root[input]));
+            root.iter_mut().filter(|root| **root == b).for_each(|root| *root = a);
+        }
+    }
+    let readers = network.readers();
+    let group = |first: usize| {
+        let nodes: Vec<usize> = (first..count).filter(|&i| root[i] == first).collect();
+        let outside = |i: &usize| readers[*i].iter().any(|&reader| !shares(reader));
+        Group {
+            read: nodes.iter().copied().filter(outside).collect(),
+            tied: nodes.iter().any(|&i| matches!(network.nodes[i], Node::Sum(_))),
+            nodes,
         }
     };
-    for (i, unit) in network.units.iter().enumerate().skip(1) {
-        if unit.kernel.is_depthwise() {
-            join(i - 1, i);
-        }
-    }
-    for residual in &network.residuals {
-        join(residual.from, residual.to);
-    }
-    let mut all = Vec::new();
-    for first in (0..count).filter(|&i| root[i] == i) {
-        let units: Vec<usize> = (first..count).filter(|&i| root[i] == first).collect();
-        let outside = |i: usize| network.units.get(i + 1).is_none_or(|next| !next.kernel.is_depthwise());
-        let read = units.iter().copied().filter(|&i| outside(i)).collect();
-        let tied = network.residuals.iter().any(|r| root[r.to] == first);
-        all.push(Group { units, read, tied });
-    }
-    all
+    let last = root[network.last()];
+    (1..count).filter(|&i| root[i] == i && i != last).map(group).collect()
 }
 
 #[cfg(test)]
@@ -55,17 +50,19 @@ mod tests {
     use candle_core::Device;
     use models::{Input, MobileNet, Version};
 
-    /// The groups as lists of unit names, `*` marking those read from outside.
+    /// The groups as lists of names, `+` marking sums and `*` those read from outside.
     fn check(config: MobileNet, first: &[&[&str]]) {
         let network = config.init(0, &Device::Cpu).unwrap();
         let named: Vec<Vec<String>> = groups(&network)
             .iter()
             .map(|g| {
                 let name = |&i: &usize| {
+                    let node = &network.nodes[i];
+                    let sum = if matches!(node, Node::Sum(_)) { "+" } else { "" };
                     let mark = if g.read.contains(&i) { "*" } else { "" };
-                    format!("{}{mark}", network.units[i].name)
+                    format!("{sum}{}{mark}", node.name())
                 };
-                g.units.iter().map(name).collect()
+                g.nodes.iter().map(name).collect()
             })
             .collect();
         assert_eq!(named[..first.len()], *first);
@@ -87,10 +84,16 @@ mod tests {
                 &["blocks.0.expand", "blocks.0.depthwise*"],
                 &["blocks.0.project*"],
                 &["blocks.1.expand", "blocks.1.depthwise*"],
-                &["blocks.1.project*", "blocks.2.project*"],
+                &["blocks.1.project*", "blocks.2.project", "+blocks.2.project*"],
                 &["blocks.2.expand", "blocks.2.depthwise*"],
                 &["blocks.3.expand", "blocks.3.depthwise*"],
-                &["blocks.3.project*", "blocks.4.project*", "blocks.5.project*"],
+                &[
+                    "blocks.3.project*",
+                    "blocks.4.project",
+                    "+blocks.4.project*",
+                    "blocks.5.project",
+                    "+blocks.5.project*",
+                ],
             ],
         );
     }

@@ -25,6 +25,9 @@ pub enum Error {
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] kernels::Error),
     /// The network is not one that can be read.
     #[error(transparent)]
     Model(#[from] models::Error),

@@ -1,7 +1,6 @@
-use crate::analysis::quantize;
 use crate::{Constants, Error, Group, Result, groups};
 use candle_core::Tensor;
-use models::{BatchNorm, Kernel, Network, Norm, Unit};
+use models::{BatchNorm, Network, Node, Norm, Unit};
 use serde::{Deserialize, Serialize};
 
 /// Pruning for quantization: which filters count as constant, and whether their constants are kept.
@@ -27,7 +26,7 @@ impl Default for PfQ {
 pub struct Report {
     /// τ as used.
     pub threshold: f64,
-    /// One entry for every unit, in order.
+    /// One entry for every unit but the classifier, in order.
     pub layers: Vec<LayerReport>,
     /// Conv and classifier weights before.
     pub weights_before: u64,
@@ -78,18 +77,18 @@ impl PfQ {
         if !(threshold.is_finite() && threshold > 0.0) {
             return Err(Error::Threshold(threshold));
         }
-        if let Some(unit) = network.units.iter().find(|u| u.weight_quantizer.is_some()) {
+        if let Some(unit) = network.units().find(|u| u.weight_quantizer.is_some()) {
             return Err(Error::QuantizedWeights(unit.name.clone()));
         }
         let constants = Constants::find(network, threshold)?;
         let mut pruned = network.duplicate()?;
         let mut low_in_part = 0;
         let mut kept_as_last = 0;
-        // keep[i][j]: channel j of unit i's output stays.
-        let mut keep: Vec<Vec<bool>> = network.units.iter().map(|u| vec![true; u.filters()]).collect();
+        // keep[i][j]: channel j of node i's output stays.
+        let mut keep: Vec<Vec<bool>> =
+            network.shapes().into_iter().map(|[.., channels]| vec![true; channels]).collect();
         for group in groups(network) {
-            let first = group.units[0];
-            let mut stays: Vec<bool> = (0..network.units[first].filters())
+            let mut stays: Vec<bool> = (0..keep[group.nodes[0]].len())
                 .map(|j| group.read.iter().any(|&i| constants.output[i][j].is_none()))
                 .collect();
             if !stays.contains(&true) {
@@ -97,29 +96,38 @@ impl PfQ {
                 kept_as_last += 1;
             }
             if group.tied {
-                let low = |j: usize| group.units.iter().any(|&i| constants.low[i][j]);
+                let low = |j: usize| group.nodes.iter().any(|&i| constants.low[i][j]);
                 low_in_part += (0..stays.len()).filter(|&j| stays[j] && low(j)).count();
             }
-            for &i in &group.units {
+            for &i in &group.nodes {
                 keep[i] = stays.clone();
             }
         }
 
-        for i in 0..network.units.len() {
-            self.shrink_input(&mut pruned, i, &keep[i], &constants.output[i])?;
-            shrink_filters(&mut pruned.units[i], &keep[i])?;
+        let readers = network.readers();
+        for (i, keep) in keep.iter().enumerate().filter(|(_, keep)| keep.contains(&false)) {
+            for &reader in &readers[i] {
+                if let Node::Unit(unit) = &mut pruned.nodes[reader] {
+                    self.shrink_input(unit, keep, &constants.output[i])?;
+                }
+            }
+            if let Node::Unit(unit) = &mut pruned.nodes[i] {
+                shrink_filters(unit, keep)?;
+            }
         }
         pruned.validate()?;
 
         let count = |flags: &[bool], wanted: bool| flags.iter().filter(|&&f| f == wanted).count();
-        let layers = (network.units.iter().zip(&constants.low).zip(&keep))
-            .map(|((unit, low), keep)| LayerReport {
+        let layer = |(i, node): (usize, &Node)| {
+            let unit = node.unit().filter(|_| i != network.last())?;
+            Some(LayerReport {
                 name: unit.name.clone(),
                 filters: unit.filters(),
-                low: count(low, true),
-                removed: count(keep, false),
+                low: count(&constants.low[i], true),
+                removed: count(&keep[i], false),
             })
-            .collect();
+        };
+        let layers = network.nodes.iter().enumerate().filter_map(layer).collect();
         let report = Report {
             threshold,
             layers,
@@ -133,47 +141,25 @@ impl PfQ {
         Ok((pruned, report))
     }
 
-    /// Removes from what reads unit `i`'s output the slices of the channels that go, with bias
-    /// correction: `μ ← μ − Σ_j w_j a_j` where the reader is normalized, `b ← b + Σ_j w_j a_j` where it
-    /// has a bias. A depthwise reader shares the channels and needs nothing here.
-    fn shrink_input(
-        &self,
-        network: &mut Network,
-        i: usize,
-        keep: &[bool],
-        constants: &[Option<f32>],
-    ) -> Result<()> {
-        if keep.iter().all(|&k| k) {
+    /// Removes from a unit the slices that read channels that go, with bias correction: `μ ← μ − Σ_j w_j a_j` where it
+    /// is normalized, `b ← b + Σ_j w_j a_j` where it has a bias. A depthwise one shares the channels and needs nothing
+    /// here.
+    fn shrink_input(&self, unit: &mut Unit, keep: &[bool], constants: &[Option<f32>]) -> Result<()> {
+        if unit.kernel.is_depthwise() {
             return Ok(());
         }
-        let mut lost: Vec<Option<f32>> =
-            keep.iter().zip(constants).map(|(&k, &c)| if k { None } else { c }).collect();
-        let contribution = |weight: &Tensor, lost: &[Option<f32>]| -> Result<Tensor> {
-            let lost: Vec<f32> = lost.iter().map(|c| c.unwrap_or(0.0)).collect();
-            let lost = Tensor::from_vec(lost, (1, keep.len()), weight.device())?;
-            Ok(lost.matmul(weight)?.squeeze(0)?)
-        };
-        match network.units.get_mut(i + 1) {
-            Some(Unit { kernel: Kernel::Depthwise { .. }, .. }) => {}
-            Some(reader) => {
-                if self.bias_correction {
-                    let shift = contribution(&reader.weight, &lost)?;
-                    match &mut reader.norm {
-                        Norm::Batch(norm) => norm.mean = (&norm.mean - shift)?,
-                        Norm::Bias(bias) => *bias = (&*bias + shift)?,
-                    }
-                }
-                reader.weight = select(&reader.weight, keep, 0)?;
-            }
-            None => {
-                let head = &mut network.head;
-                if self.bias_correction {
-                    quantize(&mut lost, head.input_quantizer.as_ref())?;
-                    head.bias = (&head.bias + contribution(&head.weight, &lost)?)?;
-                }
-                head.weight = select(&head.weight, keep, 0)?;
+        if self.bias_correction {
+            let lost = |(keep, constant): (&bool, &Option<f32>)| constant.filter(|_| !keep).unwrap_or(0.0);
+            let lost: Vec<f32> = keep.iter().zip(constants).map(lost).collect();
+            // Every tap of a filter reads them.
+            let lost = Tensor::from_vec(lost, (1, keep.len()), unit.weight.device())?;
+            let shift = lost.repeat((1, unit.kernel.taps()))?.matmul(&unit.weight)?.squeeze(0)?;
+            match &mut unit.norm {
+                Norm::Batch(norm) => norm.mean = (&norm.mean - shift)?,
+                Norm::Bias(bias) => *bias = (&*bias + shift)?,
             }
         }
+        unit.weight = unit.kernel.select_inputs(&unit.weight, &indices(keep, &unit.weight)?)?;
         Ok(())
     }
 }
@@ -181,8 +167,8 @@ impl PfQ {
 /// The channel of `group` with the largest running variance in any of its normalized units.
 fn most_varied(network: &Network, group: &Group) -> Result<usize> {
     let mut best = (0, f32::NEG_INFINITY);
-    for &i in &group.units {
-        if let Some(norm) = network.units[i].batch_norm() {
+    for &i in &group.nodes {
+        if let Some(norm) = network.nodes[i].unit().and_then(Unit::batch_norm) {
             for (j, v) in norm.variance.to_vec1::<f32>()?.into_iter().enumerate() {
                 if v > best.1 {
                     best = (j, v);
@@ -195,22 +181,23 @@ fn most_varied(network: &Network, group: &Group) -> Result<usize> {
 
 /// Removes the filters that go from a unit's own tensors.
 fn shrink_filters(unit: &mut Unit, keep: &[bool]) -> Result<()> {
-    unit.weight = select(&unit.weight, keep, unit.weight.rank() - 1)?;
+    let indices = indices(keep, &unit.weight)?;
+    let select = |tensor: &Tensor| tensor.contiguous()?.index_select(&indices, 0);
+    unit.weight = unit.kernel.select_filters(&unit.weight, &indices)?;
     unit.norm = match &unit.norm {
         Norm::Batch(norm) => Norm::Batch(BatchNorm {
-            gamma: select(&norm.gamma, keep, 0)?,
-            beta: select(&norm.beta, keep, 0)?,
-            mean: select(&norm.mean, keep, 0)?,
-            variance: select(&norm.variance, keep, 0)?,
+            gamma: select(&norm.gamma)?,
+            beta: select(&norm.beta)?,
+            mean: select(&norm.mean)?,
+            variance: select(&norm.variance)?,
         }),
-        Norm::Bias(bias) => Norm::Bias(select(bias, keep, 0)?),
+        Norm::Bias(bias) => Norm::Bias(select(bias)?),
     };
     Ok(())
 }
 
-/// The slices of `tensor` along `dim` that stay.
-fn select(tensor: &Tensor, keep: &[bool], dim: usize) -> Result<Tensor> {
+/// The indices of the channels that stay, where `tensor` is.
+fn indices(keep: &[bool], tensor: &Tensor) -> Result<Tensor> {
     let indices: Vec<u32> = (0..keep.len() as u32).filter(|&j| keep[j as usize]).collect();
-    let indices = Tensor::new(indices, tensor.device())?;
-    Ok(tensor.contiguous()?.index_select(&indices, dim)?)
+    Ok(Tensor::new(indices, tensor.device())?)
 }

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use datasets::{Augmentation, Images, InMemoryDataset, train_batches};
 use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
-use models::{BatchNorm, Extras, Head, Kernel, Network, Norm, Residual, Step, Unit};
+use models::{BatchNorm, Extras, Kernel, Network, Norm, Step};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -64,43 +64,19 @@ fn wide_network(last: usize) -> Network {
         ("b.project", Kernel::Pointwise, 24, 16, Activation::Identity),
         ("last", Kernel::Pointwise, 16, last, Activation::Relu6),
     ];
-    let unit = |(i, (name, kernel, input, filters, activation)): (
-        usize,
-        (&str, Kernel, usize, usize, Activation),
-    )| {
+    let mut network = Network::of_image("tiny", [32, 32, 3]);
+    let shortcut = 3;
+    for (i, (name, kernel, input, filters, activation)) in units.into_iter().enumerate() {
         let shape = kernel.weight_dims(input, filters);
-        let fan_in = shape.iter().product::<usize>() / filters;
-        let [zeros, ones] = [0f32, 1.0].map(|x| Tensor::full(x, filters, &Device::Cpu).unwrap());
-        Unit {
-            name: name.into(),
-            kernel,
-            weight: noise(&shape, 100 + i as u64, (6.0 / fan_in as f64).sqrt()),
-            weight_quantizer: None,
-            // A tensor each: they are updated in place.
-            norm: Norm::Batch(BatchNorm {
-                gamma: ones.copy().unwrap(),
-                beta: zeros.copy().unwrap(),
-                mean: zeros.copy().unwrap(),
-                variance: ones.copy().unwrap(),
-            }),
-            activation,
-            output_quantizer: None,
+        let fan_in: usize = shape[..shape.len() - 1].iter().product();
+        let weight = noise(&shape, 100 + i as u64, (6.0 / fan_in as f64).sqrt());
+        let norm = Norm::Batch(BatchNorm::init(filters, &Device::Cpu).unwrap());
+        network.push_unit(name, kernel, weight, norm, activation);
+        if name == "b.project" {
+            network.push_sum(shortcut);
         }
-    };
-    let network = Network {
-        name: "tiny".into(),
-        input: [32, 32, 3],
-        input_quantizer: None,
-        units: units.into_iter().enumerate().map(unit).collect(),
-        residuals: vec![Residual { from: 2, to: 5 }],
-        head: Head {
-            input_quantizer: None,
-            weight: noise(&[last, CLASSES], 99, 0.05),
-            weight_quantizer: None,
-            bias: noise(&[CLASSES], 98, 0.01),
-        },
-        epsilon: 1e-5,
-    };
+    }
+    network.push_head(noise(&[last, CLASSES], 99, 0.05), noise(&[CLASSES], 98, 0.01));
     network.validate().unwrap();
     network
 }

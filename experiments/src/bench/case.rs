@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use kernels::Activation;
-use models::{Fold, Input, Kernel, MobileNet, Network, Quantization, Version};
+use models::{Fold, HEAD, Input, Kernel, MobileNet, Network, Node, Quantization, Version};
 use quant_core::{Bits, Precision};
 use serde::{Deserialize, Serialize};
 
@@ -166,7 +166,7 @@ fn operations() -> Result<Vec<Layer>> {
     let network = MobileNet::new(Version::V2, Input::Cifar, CLASSES).init(0, &Device::Cpu)?;
     let layers = Layers::of(&network);
     let unit = |name: &str| -> Result<&Layer> {
-        let index = network.units.iter().position(|unit| unit.name == name);
+        let index = network.units().position(|unit| unit.name == name);
         index.map(|index| &layers.units[index]).with_context(|| format!("MobileNetV2 has no unit {name}"))
     };
     let norm = |layer: &Layer, bits| Layer {
@@ -204,39 +204,55 @@ fn operations() -> Result<Vec<Layer>> {
 impl Layers {
     /// Those of a network.
     pub(super) fn of(network: &Network) -> Self {
-        let [mut h, mut w, channels] = network.input;
-        let bits = |q: &Option<models::Quantizer>| q.as_ref().map(|q| q.bits.get());
-        let mut units = Vec::with_capacity(network.units.len());
-        for unit in &network.units {
-            let input_size = [h, w];
-            (h, w) = (unit.kernel.output_size(h), unit.kernel.output_size(w));
-            let kind = match unit.kernel {
-                Kernel::Full { .. } => Kind::Stem,
-                Kernel::Depthwise { .. } => Kind::Depthwise,
-                Kernel::Pointwise => Kind::Pointwise,
-            };
-            units.push(Layer {
-                kind,
-                size: unit.kernel.side(),
-                stride: unit.kernel.stride(),
-                inputs: unit.input_channels(),
-                outputs: unit.filters(),
-                input_size,
-                output_size: [h, w],
-                activation: unit.activation,
-                weight_bits: bits(&unit.weight_quantizer),
-                output_bits: bits(&unit.output_quantizer),
-            });
-        }
-        Self {
-            image: [network.input[0], network.input[1], channels],
+        let bits = |q: Option<&models::Quantizer>| q.map(|q| q.bits.get());
+        let mut layers = Self {
+            image: network.input,
             classes: network.classes(),
-            input_bits: bits(&network.input_quantizer),
-            units,
-            residuals: network.residuals.iter().map(|r| [r.from, r.to]).collect(),
-            features_bits: bits(&network.head.input_quantizer),
-            classifier_bits: bits(&network.head.weight_quantizer),
+            input_bits: None,
+            units: Vec::new(),
+            residuals: Vec::new(),
+            features_bits: None,
+            classifier_bits: None,
+        };
+        let shapes = network.shapes();
+        // Of each node the unit that its output comes from.
+        let mut unit_of: Vec<usize> = Vec::new();
+        for (node, &[h, w, outputs]) in network.nodes.iter().zip(&shapes) {
+            let quantizer = bits(node.quantizer());
+            match node {
+                Node::Image(_) => layers.input_bits = quantizer,
+                Node::Pool(_) => layers.features_bits = quantizer,
+                Node::Unit(unit) if unit.name == HEAD => {
+                    layers.classifier_bits = bits(unit.weight_quantizer.as_ref());
+                }
+                Node::Unit(unit) => {
+                    let [input_h, input_w, inputs] = shapes[unit.input];
+                    layers.units.push(Layer {
+                        kind: match unit.kernel {
+                            Kernel::Full { .. } => Kind::Stem,
+                            Kernel::Depthwise { .. } => Kind::Depthwise,
+                            Kernel::Pointwise => Kind::Pointwise,
+                        },
+                        size: unit.kernel.side(),
+                        stride: unit.kernel.stride(),
+                        inputs,
+                        outputs,
+                        input_size: [input_h, input_w],
+                        output_size: [h, w],
+                        activation: unit.activation,
+                        weight_bits: bits(unit.weight_quantizer.as_ref()),
+                        output_bits: quantizer,
+                    });
+                }
+                Node::Sum(sum) => {
+                    let to = layers.units.len() - 1;
+                    layers.units[to].output_bits = quantizer;
+                    layers.residuals.push([unit_of[sum.inputs[0]], to]);
+                }
+            }
+            unit_of.push(layers.units.len().saturating_sub(1));
         }
+        layers
     }
 
     /// Fake quantizers of activations and weights.

@@ -11,7 +11,7 @@ use clap::Parser;
 use kernels::norm::{BatchNormalization, Epilogue};
 use kernels::pointwise;
 use kernels::profiler::{self, Cost};
-use models::{Kernel, Version};
+use models::{HEAD, Kernel, Version};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -246,12 +246,14 @@ fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<
          |---|--:|--:|--:|--:|--:|--:|--:|"
     )?;
     let network = case(Version::V2, width, false, batch).build()?;
-    let mut side = network.input[0];
     let mut seen = Vec::new();
-    for unit in &network.units {
-        side = unit.kernel.output_size(side);
-        let (k, n, rows) = (unit.input_channels(), unit.filters(), batch * side * side);
-        if unit.kernel != Kernel::Pointwise || seen.contains(&(k, n, rows)) {
+    for (node, [h, w, n]) in network.nodes.iter().zip(network.shapes()) {
+        let Some(unit) = node.unit().filter(|unit| unit.kernel == Kernel::Pointwise && unit.name != HEAD)
+        else {
+            continue;
+        };
+        let (k, rows) = (unit.input_channels(), batch * h * w);
+        if seen.contains(&(k, n, rows)) {
             continue;
         }
         seen.push((k, n, rows));

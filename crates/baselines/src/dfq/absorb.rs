@@ -10,25 +10,25 @@ impl Folded {
     /// Moves `c = max(0, β − n·γ)` of every channel behind a ReLU into the bias of the pointwise unit
     /// that reads it: `b¹ ← b¹ − c`, `b² ← b² + W²c`. As `φ(y − c) = φ(y) − c` wherever `y ≥ c`, which
     /// holds for all but the lowest tail of `N(β, γ²)` (0.13 % at n = 3), outputs stay nearly the
-    /// same, while the activation's range shrinks by c. Gives the number of channels for each unit.
+    /// same, while the activation's range shrinks by c. Gives the number of channels for each node.
     pub(crate) fn absorb(&mut self, sigmas: f64) -> Result<Vec<usize>> {
         let mut counts = vec![0; self.channels.len()];
-        for first in self.pairs() {
-            let [maker, reader] = [first, first + 1].map(|i| &self.network.units[i]);
-            if maker.activation != Activation::Relu || reader.kernel != Kernel::Pointwise {
+        for [maker, reader] in self.pairs() {
+            let kernel = self.unit(reader).kernel;
+            if self.unit(maker).activation != Activation::Relu || kernel != Kernel::Pointwise {
                 continue;
             }
-            let mut amounts = Vec::with_capacity(self.channels[first].len());
-            for channel in &mut self.channels[first] {
+            let mut amounts = Vec::with_capacity(self.channels[maker].len());
+            for channel in &mut self.channels[maker] {
                 let amount = (channel.mean - sigmas * channel.deviation).max(0.0);
                 channel.mean -= amount;
                 amounts.push(amount as f32);
             }
-            counts[first] = amounts.iter().filter(|&&amount| amount > 0.0).count();
+            counts[maker] = amounts.iter().filter(|&&amount| amount > 0.0).count();
             let amounts = Tensor::new(amounts, self.network.device())?;
-            let gained = reader.kernel.response(&reader.weight, &amounts)?;
-            self.add_to_bias(first, &amounts.neg()?)?;
-            self.add_to_bias(first + 1, &gained)?;
+            let gained = kernel.response(&self.unit(reader).weight, &amounts)?;
+            self.add_to_bias(maker, &amounts.neg()?)?;
+            self.add_to_bias(reader, &gained)?;
         }
         Ok(counts)
     }
@@ -61,14 +61,14 @@ mod tests {
         let images = gaussian_images(4, &network).clamp(-1f32, 1f32).unwrap();
         let mut folded = Folded::new(&network).unwrap();
         // Not the first unit, which a depthwise one reads, nor the last.
-        assert_eq!(folded.absorb(3.0).unwrap(), [0, 2, 0]);
-        let means: Vec<f64> = folded.channels[1].iter().map(|c| c.mean).collect();
+        assert_eq!(folded.absorb(3.0).unwrap(), [0, 0, 2, 0, 0, 0]);
+        let means: Vec<f64> = folded.channels[2].iter().map(|c| c.mean).collect();
         assert!((means[0] - 3.0).abs() < 1e-4 && (means[1] - 6.0).abs() < 1e-4, "{means:?}");
         let highest = |network: &models::Network| {
             let mut highest = 0.0;
             network
                 .forward_observed(&images, &mut |i, _, y| {
-                    if i == 1 {
+                    if i == 2 {
                         highest = y.max_all()?.to_scalar::<f32>()?;
                     }
                     Ok(())
@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn only_behind_relu() {
         for activation in [Identity, Relu6] {
-            assert_eq!(Folded::new(&network(activation)).unwrap().absorb(3.0).unwrap(), [0, 0, 0]);
+            assert_eq!(Folded::new(&network(activation)).unwrap().absorb(3.0).unwrap(), [0; 6]);
         }
     }
 }

@@ -3,48 +3,27 @@
 use super::folded::Folded;
 use crate::Result;
 use candle_core::Tensor;
-use models::{Kernel, Quantizer};
 
 impl Folded {
     /// Takes the mean error that quantized weights `W̃` make out of every bias:
     /// `b ← b − (W̃ − W)·E[x]`. `E[x]` is the mean of the layer's input, from the statistics of the
-    /// float network (what is corrected has its mean again): see [`Folded::outputs`]; of the image it
-    /// is 0. Gives the mean |change| for each unit and for the classifier.
+    /// float network (what is corrected has its mean again): see [`Folded::outputs`]. Gives the mean |change| for each
+    /// unit, the classifier included; it is 0 where the weights are not quantized.
     pub(crate) fn correct_bias(&mut self) -> Result<Vec<f64>> {
         let outputs = self.outputs();
         let device = self.network.device().clone();
-        let mut changes = Vec::with_capacity(outputs.len() + 1);
-        for i in 0..self.network.units.len() {
-            let unit = &self.network.units[i];
-            let input: Vec<f32> = match i.checked_sub(1) {
-                Some(before) => outputs[before].iter().map(|x| x.mean as f32).collect(),
-                None => vec![0.0; unit.input_channels()],
-            };
-            let input = Tensor::new(input, &device)?;
-            let change = correction(unit.kernel, &unit.weight, unit.weight_quantizer.as_ref(), &input)?;
+        let mut changes = Vec::new();
+        for i in 0..self.network.nodes.len() {
+            let Some(unit) = self.network.nodes[i].unit() else { continue };
+            let input: Vec<f32> = outputs[unit.input].iter().map(|x| x.mean as f32).collect();
+            let quantizer = unit.weight_quantizer.as_ref();
+            let quantized = quantizer.map_or(Ok(unit.weight.clone()), |q| q.apply(&unit.weight))?;
+            let change = unit.kernel.response(&(&unit.weight - quantized)?, &Tensor::new(input, &device)?)?;
             self.add_to_bias(i, &change)?;
             changes.push(mean_abs(&change)?);
         }
-        // Pooling leaves means as they are.
-        let features: Vec<f32> = outputs.last().into_iter().flatten().map(|x| x.mean as f32).collect();
-        let head = &mut self.network.head;
-        let features = Tensor::new(features, &device)?;
-        let change = correction(Kernel::Pointwise, &head.weight, head.weight_quantizer.as_ref(), &features)?;
-        head.bias = (&head.bias + &change)?;
-        changes.push(mean_abs(&change)?);
         Ok(changes)
     }
-}
-
-/// `−(W̃ − W)·E[x]`; 0 where the weights are not quantized.
-fn correction(
-    kernel: Kernel,
-    weight: &Tensor,
-    quantizer: Option<&Quantizer>,
-    input: &Tensor,
-) -> Result<Tensor> {
-    let quantized = quantizer.map_or(Ok(weight.clone()), |quantizer| quantizer.apply(weight))?;
-    Ok(kernel.response(&(weight - quantized)?, input)?)
 }
 
 fn mean_abs(tensor: &Tensor) -> Result<f64> {
@@ -57,7 +36,7 @@ mod tests {
     use super::super::testing::{chain, channel_means, gaussian_images, mobilenet, quantization};
     use super::*;
     use kernels::Activation::{self, Identity, Relu};
-    use models::{Network, Quantization, Version, WeightGrid};
+    use models::{Kernel, Network, Quantization, Version, WeightGrid};
     use quant_core::Precision;
 
     const UNITS: [(Kernel, Activation); 2] = [(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)];
@@ -77,7 +56,7 @@ mod tests {
         folded.network.quantize(&weights_only(2)).unwrap();
         let changes = folded.correct_bias().unwrap();
         // Levels 0, 1, 2, 3. The inputs are 2 and 0: only 1.1 → 1 counts, 0.1 · 2 too low.
-        let bias = bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        let bias = bias_mut(folded.unit_mut(2)).to_vec1::<f32>().unwrap();
         assert!(bias[0] == 0.0 && (bias[1] - 0.2).abs() < 1e-6, "{bias:?}");
         assert!((changes[1] - 0.1).abs() < 1e-6, "{changes:?}");
         // 0 and 1 are levels of the classifier too, and those of the first layer (γ = 0).
@@ -95,7 +74,7 @@ mod tests {
         let settings = Quantization { weight_grid: WeightGrid::Channel, ..weights_only(2) };
         folded.network.quantize(&settings).unwrap();
         folded.correct_bias().unwrap();
-        let bias = bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        let bias = bias_mut(folded.unit_mut(2)).to_vec1::<f32>().unwrap();
         assert!((bias[0] - 0.2).abs() < 1e-6 && (bias[1] - 0.2).abs() < 1e-6, "{bias:?}");
     }
 
@@ -105,7 +84,7 @@ mod tests {
         let mut folded = Folded::new(&chain(1, &UNITS, &[&[1.0], &[1.4, 3.0]]).network).unwrap();
         folded.network.quantize(&weights_only(2)).unwrap();
         folded.correct_bias().unwrap();
-        let bias = bias_mut(&mut folded.network.units[1]).to_vec1::<f32>().unwrap();
+        let bias = bias_mut(folded.unit_mut(2)).to_vec1::<f32>().unwrap();
         assert!((f64::from(bias[0]) - 0.4 / std::f64::consts::TAU.sqrt()).abs() < 1e-4, "{bias:?}");
     }
 

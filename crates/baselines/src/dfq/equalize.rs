@@ -20,9 +20,9 @@ impl Folded {
             if imbalance <= tolerance || sweeps == max_sweeps {
                 return Ok((sweeps, imbalance));
             }
-            for first in self.pairs() {
-                let scales = self.scales(first)?;
-                self.rescale(first, &scales)?;
+            for pair in self.pairs() {
+                let scales = self.scales(pair)?;
+                self.rescale(pair, &scales)?;
             }
             sweeps += 1;
         }
@@ -31,16 +31,16 @@ impl Folded {
     /// The largest `|s − 1|` over all channels of all pairs.
     pub(crate) fn imbalance(&self) -> Result<f64> {
         let mut worst: f64 = 0.0;
-        for first in self.pairs() {
-            worst = self.scales(first)?.iter().fold(worst, |worst, s| worst.max((s - 1.0).abs()));
+        for pair in self.pairs() {
+            worst = self.scales(pair)?.iter().fold(worst, |worst, s| worst.max((s - 1.0).abs()));
         }
         Ok(worst)
     }
 
-    /// The scales of the pair `(first, first + 1)`. A channel that nothing makes or nothing reads is
+    /// The scales of a pair. A channel that nothing makes or nothing reads is
     /// left alone, and one with a constant output is not made larger.
-    fn scales(&self, first: usize) -> Result<Vec<f64>> {
-        let (made, read) = self.channel_ranges(first)?;
+    fn scales(&self, pair: [usize; 2]) -> Result<Vec<f64>> {
+        let (made, read) = self.channel_ranges(pair)?;
         let scale = |((made, read), constant): ((f32, f32), bool)| {
             if made == 0.0 || read == 0.0 {
                 return 1.0;
@@ -49,30 +49,30 @@ impl Folded {
             let scale = (f64::from(made) / f64::from(read)).sqrt();
             if constant { scale.max(1.0) } else { scale }
         };
-        let constant = self.channels[first].iter().map(|c| c.constant);
+        let constant = self.channels[pair[0]].iter().map(|c| c.constant);
         Ok(made.into_iter().zip(read).zip(constant).map(scale).collect())
     }
 
     /// The largest |weight| that makes each channel between the units of a pair, and the largest that reads it.
-    fn channel_ranges(&self, first: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        let [maker, reader] = [first, first + 1].map(|i| &self.network.units[i]);
+    fn channel_ranges(&self, pair: [usize; 2]) -> Result<(Vec<f32>, Vec<f32>)> {
+        let [maker, reader] = pair.map(|i| self.unit(i));
         let made = maker.kernel.filter_ranges(&maker.weight)?;
         let read = reader.kernel.input_ranges(&reader.weight)?;
         Ok((made.to_vec1()?, read.to_vec1()?))
     }
 
-    fn rescale(&mut self, first: usize, scales: &[f64]) -> Result<()> {
-        for (channel, s) in self.channels[first].iter_mut().zip(scales) {
+    fn rescale(&mut self, [maker, reader]: [usize; 2], scales: &[f64]) -> Result<()> {
+        for (channel, s) in self.channels[maker].iter_mut().zip(scales) {
             channel.mean /= s;
             channel.deviation /= s;
         }
         let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
         let scales = Tensor::new(scales, self.network.device())?;
-        let maker = &mut self.network.units[first];
+        let maker = self.unit_mut(maker);
         maker.weight = maker.weight.broadcast_div(&scales)?;
         let bias = bias_mut(maker);
         *bias = (&*bias / &scales)?;
-        let reader = &mut self.network.units[first + 1];
+        let reader = self.unit_mut(reader);
         reader.weight = reader.kernel.scale_inputs(&reader.weight, &scales)?;
         Ok(())
     }
@@ -95,11 +95,11 @@ mod tests {
         let before = folded.imbalance().unwrap();
         let (sweeps, remaining) = folded.equalize(TOLERANCE, 1000).unwrap();
         assert!(before > 1.0 && remaining <= TOLERANCE && sweeps > 1, "{before}, {remaining}, {sweeps}");
-        for first in folded.pairs() {
-            let (made, read) = folded.channel_ranges(first).unwrap();
+        for pair in folded.pairs() {
+            let (made, read) = folded.channel_ranges(pair).unwrap();
             for (made, read) in made.into_iter().zip(read) {
                 let alike = f64::from((made / read).max(read / made)) <= (1.0 + 1.1 * TOLERANCE).powi(2);
-                assert!(made == 0.0 || read == 0.0 || alike, "unit {first}: {made} and {read}");
+                assert!(made == 0.0 || read == 0.0 || alike, "{pair:?}: {made} and {read}");
             }
         }
         let (want, got) = (network.forward(&images).unwrap(), folded.network.forward(&images).unwrap());
@@ -130,15 +130,14 @@ mod tests {
         .network;
         let mut folded = Folded::new(&network).unwrap();
         assert_eq!(folded.equalize(1e-3, 10).unwrap().0, 1);
-        let weight =
-            |i: usize| folded.network.units[i].weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let weight = |i: usize| folded.unit(i).weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let close = |got: Vec<f32>, want: &[f32]| {
             assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 1e-4), "{got:?}, expected {want:?}");
         };
-        close(weight(0), &[4.0, -2.0, 5.0]);
-        close(weight(1), &[-4.0, 2.0, 1.5, 2.0, 0.0, 0.0]);
-        close(bias_mut(&mut folded.network.units[0]).to_vec1().unwrap(), &[0.25, -4.0, 1.0]);
-        let channels = &folded.channels[0];
+        close(weight(1), &[4.0, -2.0, 5.0]);
+        close(weight(2), &[-4.0, 2.0, 1.5, 2.0, 0.0, 0.0]);
+        close(bias_mut(folded.unit_mut(1)).to_vec1().unwrap(), &[0.25, -4.0, 1.0]);
+        let channels = &folded.channels[1];
         close(channels.iter().map(|c| c.mean as f32).collect(), &[0.25, -4.0, 1.0]);
         close(channels.iter().map(|c| c.deviation as f32).collect(), &[0.5, 2.0, 1.0]);
     }
@@ -152,20 +151,20 @@ mod tests {
                 .network;
         let mut folded = Folded::new(&network).unwrap();
         assert_eq!(folded.equalize(1e-3, 10).unwrap(), (0, 0.0));
-        assert_eq!(folded.channels[0][0].mean, 0.5);
+        assert_eq!(folded.channels[1][0].mean, 0.5);
     }
 
     #[test]
     fn planted_wide_ranges_shrink() {
         let mut network = mobilenet(Version::V1, Relu);
         // Filters whose folded weights are a thousand times too large, undone by what reads them.
-        let first = 4;
-        unbalance(&mut network, first, |channel| if channel % 8 == 3 { 1000.0 } else { 1.0 });
+        let first = 5;
+        unbalance(&mut network, [first, first + 1], |channel| if channel % 8 == 3 { 1000.0 } else { 1.0 });
         let spread = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         let mut folded = Folded::new(&network).unwrap();
-        let before = spread(&folded.network.units[first].weight);
+        let before = spread(&folded.unit(first).weight);
         folded.equalize(TOLERANCE, 1000).unwrap();
-        let after = spread(&folded.network.units[first].weight);
+        let after = spread(&folded.unit(first).weight);
         assert!(after < before / 20.0, "{before} → {after}");
     }
 }

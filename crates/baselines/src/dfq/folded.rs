@@ -4,10 +4,10 @@ use super::normal::{Moments, clipped};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use kernels::Activation;
-use models::{Network, Norm, Unit};
+use models::{Network, Node, Norm, Sum, Unit};
 
 /// A network whose batch normalization has been folded, with the statistics of every unit's channels
-/// before their activation, which DFQ uses in place of data.
+/// before their activation, which DFQ uses in place of data; of every node, none for what is no unit and for the classifier.
 pub(crate) struct Folded {
     pub(crate) network: Network,
     pub(crate) channels: Vec<Vec<Channel>>,
@@ -36,8 +36,12 @@ impl Channel {
 impl Folded {
     /// Step 1: folds batch normalization and keeps its statistics.
     pub(crate) fn new(network: &Network) -> Result<Self> {
-        let mut channels = Vec::with_capacity(network.units.len());
-        for unit in &network.units {
+        let mut channels = Vec::with_capacity(network.nodes.len());
+        for (i, node) in network.nodes.iter().enumerate() {
+            let Some(unit) = node.unit().filter(|_| i != network.last()) else {
+                channels.push(Vec::new());
+                continue;
+            };
             let norm = unit
                 .batch_norm()
                 .ok_or_else(|| Error::Folded { network: network.name.clone(), unit: unit.name.clone() })?;
@@ -61,43 +65,76 @@ impl Folded {
     /// Step 2: ReLU for ReLU6, as equalization needs `φ(s·x) = s·φ(x)` (Nagel et al., section 4.1), and
     /// absorption `φ(y − c) = φ(y) − c` above c. Where a value exceeds 6 this changes the outputs.
     pub(crate) fn replace_relu6(&mut self) {
-        for unit in &mut self.network.units {
-            if unit.activation == Activation::Relu6 {
-                unit.activation = Activation::Relu;
+        for node in &mut self.network.nodes {
+            if let Node::Unit(Unit { activation, .. }) | Node::Sum(Sum { activation, .. }) = node
+                && *activation == Activation::Relu6
+            {
+                *activation = Activation::Relu;
             }
         }
     }
 
-    /// The pairs `(i, i + 1)` of neighbouring units, each by its first, whose shared tensor nothing
-    /// else reads: it is neither the beginning nor the end of a residual.
-    pub(crate) fn pairs(&self) -> Vec<usize> {
-        let tied = |i| self.network.residuals.iter().any(|r| r.from == i || r.to == i);
-        (0..self.network.units.len().saturating_sub(1)).filter(|&i| !tied(i)).collect()
+    /// The pairs of nodes of which the second is all that reads the first, both being units: the tensor between them is
+    /// not a summand, nor read by several.
+    pub(crate) fn pairs(&self) -> Vec<[usize; 2]> {
+        let (nodes, readers) = (&self.network.nodes, self.network.readers());
+        let is_pair =
+            |&[maker, reader]: &[usize; 2]| [maker, reader].map(|i| nodes[i].unit().is_some()) == [true; 2];
+        let alone = |(maker, readers): (usize, &Vec<usize>)| match readers[..] {
+            [reader] => Some([maker, reader]),
+            _ => None,
+        };
+        readers.iter().enumerate().filter_map(alone).filter(is_pair).collect()
     }
 
-    /// Mean and variance of every channel of every unit's output: after the activation and, where a
-    /// residual ends, after the addition, whose summands are taken to be independent.
+    /// The unit that is node `node`.
+    pub(crate) fn unit(&self, node: usize) -> &Unit {
+        self.network.nodes[node].unit().expect("pairs are of units")
+    }
+
+    /// [`Folded::unit`], to be changed.
+    pub(crate) fn unit_mut(&mut self, node: usize) -> &mut Unit {
+        self.network.nodes[node].unit_mut().expect("pairs are of units")
+    }
+
+    /// Mean and variance of every channel of every node's output; images are taken to have mean 0, and summands to be
+    /// independent.
     pub(crate) fn outputs(&self) -> Vec<Vec<Moments>> {
+        let nothing = Moments { mean: 0.0, variance: 0.0 };
         let mut outputs: Vec<Vec<Moments>> = Vec::with_capacity(self.channels.len());
-        for (i, (unit, channels)) in self.network.units.iter().zip(&self.channels).enumerate() {
-            let mut output: Vec<Moments> = channels.iter().map(|c| c.after(unit.activation)).collect();
-            if let Some(from) = self.network.residual_into(i) {
-                for (sum, shortcut) in output.iter_mut().zip(&outputs[from]) {
-                    sum.mean += shortcut.mean;
-                    sum.variance += shortcut.variance;
+        for (node, channels) in self.network.nodes.iter().zip(&self.channels) {
+            outputs.push(match node {
+                Node::Image(_) => vec![nothing; self.network.input[2]],
+                Node::Unit(unit) => channels.iter().map(|c| c.after(unit.activation)).collect(),
+                Node::Sum(sum) => {
+                    let of_sum = |sum_of: Moments| match sum.activation {
+                        Activation::Identity => sum_of,
+                        activation => {
+                            let (lo, hi) = activation.bounds();
+                            clipped(sum_of.mean, sum_of.variance.sqrt(), (lo.into(), hi.into()))
+                        }
+                    };
+                    summed(sum, &outputs).map(of_sum).collect()
                 }
-            }
-            outputs.push(output);
+                // Means stay what they are.
+                Node::Pool(pool) => outputs[pool.input].clone(),
+            });
         }
         outputs
     }
 
     /// Adds `change` `[C]` to a unit's bias.
     pub(crate) fn add_to_bias(&mut self, unit: usize, change: &Tensor) -> Result<()> {
-        let bias = bias_mut(&mut self.network.units[unit]);
+        let bias = bias_mut(self.unit_mut(unit));
         *bias = (&*bias + change)?;
         Ok(())
     }
+}
+
+/// Mean and variance of a sum before its activation, of the outputs of the nodes before it.
+pub(crate) fn summed<'a>(sum: &Sum, outputs: &'a [Vec<Moments>]) -> impl Iterator<Item = Moments> + 'a {
+    let [a, b] = sum.inputs.map(|input| &outputs[input]);
+    a.iter().zip(b).map(|(a, b)| Moments { mean: a.mean + b.mean, variance: a.variance + b.variance })
 }
 
 /// The bias of a unit of a folded network.
@@ -110,7 +147,7 @@ pub(crate) fn bias_mut(unit: &mut Unit) -> &mut Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{chain, gaussian_images, mobilenet, relative_difference};
+    use super::super::testing::{chain, gaussian_images, insert_sum, mobilenet, relative_difference};
     use super::*;
     use models::{Kernel, Version};
 
@@ -130,7 +167,7 @@ mod tests {
             .network;
         let folded = Folded::new(&network).unwrap();
         let expect = [(-1.0, 2.0, false), (0.5, 2.0 * 0.75f64.sqrt(), false), (1.0, 0.0, true)];
-        for (channel, (mean, deviation, constant)) in folded.channels[0].iter().zip(expect) {
+        for (channel, (mean, deviation, constant)) in folded.channels[1].iter().zip(expect) {
             assert_eq!((channel.mean, channel.constant), (mean, constant));
             assert!((channel.deviation - deviation).abs() < 1e-4, "{channel:?}");
         }
@@ -140,13 +177,17 @@ mod tests {
     fn pairs_leave_out_both_ends_of_residuals() {
         let folded = Folded::new(&mobilenet(Version::V2, Activation::Relu6)).unwrap();
         let pairs = folded.pairs();
-        for (i, unit) in folded.network.units.iter().enumerate() {
-            let tied = folded.network.residuals.iter().any(|r| r.from == i || r.to == i);
-            let last = i + 1 == folded.network.units.len();
-            assert_eq!(pairs.contains(&i), !tied && !last, "{}", unit.name);
+        let nodes = &folded.network.nodes;
+        for (i, node) in nodes.iter().enumerate() {
+            // A unit's reader is the next node, unless that is a sum or the pooling.
+            let is_shortcut = |node: &Node| matches!(node, Node::Sum(sum) if sum.inputs[0] == i);
+            let paired = node.unit().is_some()
+                && nodes.get(i + 1).is_some_and(|next| next.unit().is_some())
+                && !nodes.iter().any(is_shortcut);
+            assert_eq!(pairs.contains(&[i, i + 1]), paired, "{}", node.name());
         }
         // Every expansion and depthwise unit, and some projections.
-        assert!(pairs.len() > 34 && pairs.len() < folded.network.units.len() - 10, "{}", pairs.len());
+        assert!(pairs.len() > 34 && pairs.len() < folded.network.units().count() - 11, "{}", pairs.len());
     }
 
     #[test]
@@ -161,9 +202,9 @@ mod tests {
         .norm(0, &[[3.0, 1.0, 0.0, 1.0]])
         .norm(2, &[[4.0, -2.0, 0.0, 1.0]])
         .network;
-        network.residuals.push(models::Residual { from: 0, to: 2 });
+        insert_sum(&mut network, 1, 3);
         let outputs = Folded::new(&network).unwrap().outputs();
-        let sum = outputs[2][0];
+        let sum = outputs[4][0];
         assert!((sum.mean - (-1.0)).abs() < 1e-4 && (sum.variance - 25.0).abs() < 1e-2, "{sum:?}");
     }
 }

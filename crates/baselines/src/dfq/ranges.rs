@@ -1,38 +1,42 @@
 //! Step 5: activation ranges from batch normalization (Nagel et al., section 5).
 
-use super::folded::Folded;
+use super::folded::{Folded, summed};
 use crate::Result;
-use models::Quantizer;
+use models::{Node, Quantizer};
 use quant_core::{Error, Grid};
 
 impl Folded {
-    /// Sets the range of every activation quantizer: `β ± n·γ` over the unit's channels, cut to the
-    /// activation's bounds; the same of the sum where a residual ends; that of the last unit for the
-    /// pooled features; `image` for the image. All but `image` are widened to hold zero.
+    /// Sets the range of every activation quantizer: `β ± n·γ` over the unit's channels, cut to the activation's bounds;
+    /// the same of a sum; for the pooled features the range of what is pooled; `image` for the image. All but `image` are
+    /// widened to hold zero.
     ///
     /// # Errors
     /// When a range is not finite or `image` is not in order.
     pub(crate) fn set_ranges(&mut self, sigmas: f64, image: (f32, f32)) -> Result<()> {
-        let ranges = self.ranges(sigmas)?;
-        let network = &mut self.network;
-        set(&mut network.input_quantizer, image)?;
-        let mut last = image;
-        for (unit, range) in network.units.iter_mut().zip(ranges) {
-            set(&mut unit.output_quantizer, range)?;
-            last = range;
+        let ranges = self.ranges(sigmas, image)?;
+        for (node, range) in self.network.nodes.iter_mut().zip(ranges) {
+            set(node.quantizer_mut(), range)?;
         }
-        set(&mut network.head.input_quantizer, last)
+        Ok(())
     }
 
-    /// The range of every unit's output.
-    fn ranges(&self, sigmas: f64) -> Result<Vec<(f32, f32)>> {
+    /// The range of every node's output.
+    fn ranges(&self, sigmas: f64, image: (f32, f32)) -> Result<Vec<(f32, f32)>> {
         let outputs = self.outputs();
-        let mut ranges = Vec::with_capacity(outputs.len());
-        for (i, unit) in self.network.units.iter().enumerate() {
-            // Mean and deviation before the activation; that of a sum is the identity.
-            let spreads: Vec<(f64, f64)> = match self.network.residual_into(i) {
-                Some(_) => outputs[i].iter().map(|sum| (sum.mean, sum.variance.sqrt())).collect(),
-                None => self.channels[i].iter().map(|c| (c.mean, c.deviation)).collect(),
+        let mut ranges: Vec<(f32, f32)> = Vec::with_capacity(outputs.len());
+        for (node, channels) in self.network.nodes.iter().zip(&self.channels) {
+            // Mean and deviation before the activation.
+            let spreads: Vec<(f64, f64)> = match node {
+                Node::Image(_) => {
+                    ranges.push(image);
+                    continue;
+                }
+                Node::Pool(pool) => {
+                    ranges.push(ranges[pool.input]);
+                    continue;
+                }
+                Node::Unit(_) => channels.iter().map(|c| (c.mean, c.deviation)).collect(),
+                Node::Sum(sum) => summed(sum, &outputs).map(|sum| (sum.mean, sum.variance.sqrt())).collect(),
             };
             let (mut low, mut high) = (0f32, 0f32);
             for (mean, deviation) in spreads {
@@ -42,7 +46,7 @@ impl Folded {
                 }
                 (low, high) = (low.min(lo), high.max(hi));
             }
-            ranges.push((unit.activation.apply(low), unit.activation.apply(high)));
+            ranges.push((node.activation().apply(low), node.activation().apply(high)));
         }
         Ok(ranges)
     }
@@ -58,10 +62,10 @@ fn set(quantizer: &mut Option<Quantizer>, (lo, hi): (f32, f32)) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{chain, quantization};
+    use super::super::testing::{chain, insert_sum, quantization};
     use super::*;
     use kernels::Activation::{Identity, Relu, Relu6};
-    use models::{Kernel::Pointwise, Residual};
+    use models::Kernel::Pointwise;
 
     /// Image → ReLU → identity → identity + the first unit's output → ReLU6 → ReLU, in one channel.
     fn folded() -> Folded {
@@ -73,7 +77,7 @@ mod tests {
             .norm(3, &[[1.0, 2.0, 0.0, 1.0]])
             .norm(4, &[[0.5, -4.0, 0.0, 1.0]])
             .network;
-        network.residuals.push(Residual { from: 0, to: 2 });
+        insert_sum(&mut network, 1, 3);
         let mut folded = Folded::new(&network).unwrap();
         folded.network.quantize(&quantization(8)).unwrap();
         folded
@@ -83,30 +87,33 @@ mod tests {
     fn hand_worked_ranges() {
         let mut folded = folded();
         folded.set_ranges(6.0, (-2.0, 3.0)).unwrap();
-        let network = &folded.network;
-        let check = |quantizer: &Option<Quantizer>, lo: f64, hi: f64| {
-            let quantizer = quantizer.as_ref().unwrap();
-            let range = quantizer.range().expect("it has been set").to_vec1::<f32>().unwrap();
+        let nodes = &folded.network.nodes;
+        let check = |node: usize, lo: f64, hi: f64| {
+            let range = nodes[node].quantizer().and_then(Quantizer::range).expect("it has been set");
+            let range = range.to_vec1::<f32>().unwrap();
             let close = |got: f32, want: f64| (f64::from(got) - want).abs() < 1e-3;
             assert!(close(range[0], lo) && close(range[1], hi), "{range:?}, not [{lo}, {hi}]");
         };
-        check(&network.input_quantizer, -2.0, 3.0);
-        check(&network.units[0].output_quantizer, 0.0, 20.0 + 6.0);
-        check(&network.units[1].output_quantizer, 1.0 - 12.0, 1.0 + 12.0);
+        check(0, -2.0, 3.0);
+        check(1, 0.0, 20.0 + 6.0);
+        check(2, 1.0 - 12.0, 1.0 + 12.0);
+        // A sum is quantized in place of the unit that only it reads.
+        assert!(nodes[3].quantizer().is_none());
         // 20 deviations above zero ReLU changes nothing: means −30 + 20, variances 4 + 1.
         let spread = 6.0 * 5f64.sqrt();
-        check(&network.units[2].output_quantizer, -10.0 - spread, -10.0 + spread);
-        check(&network.units[3].output_quantizer, 0.0, 6.0);
+        check(4, -10.0 - spread, -10.0 + spread);
+        check(5, 0.0, 6.0);
         // −4 + 6 · 0.5 < 0: never active.
-        check(&network.units[4].output_quantizer, 0.0, 0.0);
-        check(&network.head.input_quantizer, 0.0, 0.0);
+        check(6, 0.0, 0.0);
+        // The pooled features.
+        check(7, 0.0, 0.0);
     }
 
     #[test]
     fn ranges_that_are_not_finite_are_errors() {
         let mut folded = folded();
         assert!(folded.set_ranges(6.0, (1.0, -1.0)).is_err());
-        folded.channels[1][0].mean = f64::NAN;
+        folded.channels[2][0].mean = f64::NAN;
         assert!(folded.set_ranges(6.0, (-1.0, 1.0)).is_err());
     }
 }

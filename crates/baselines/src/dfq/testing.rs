@@ -3,7 +3,8 @@
 use candle_core::{Device, Tensor};
 use kernels::Activation;
 use models::{
-    BatchNorm, Fold, Head, Input, Kernel, MobileNet, Network, Norm, Quantization, Step, Unit, Version,
+    BatchNorm, Fold, Input, Kernel, MobileNet, Network, Node, Norm, Pool, Quantization, Step, Sum, Unit,
+    Version,
 };
 use quant_core::{Bits, Precision};
 use rand::{Rng, SeedableRng};
@@ -32,44 +33,37 @@ pub(crate) struct Chain {
 pub(crate) fn chain(input_channels: usize, units: &[(Kernel, Activation)], weights: &[&[f32]]) -> Chain {
     let device = &Device::Cpu;
     let mut channels = input_channels;
-    let mut built = Vec::new();
+    let mut network = Network::of_image("chain", [6, 6, input_channels]);
     for (i, ((kernel, activation), weight)) in units.iter().zip(weights).enumerate() {
-        let filters = weight.len() / kernel.taps() / if kernel.is_depthwise() { 1 } else { channels };
-        let shape = kernel.weight_dims(channels, filters);
+        let filters = match kernel.is_depthwise() {
+            true => channels,
+            false => weight.len() / (kernel.taps() * channels),
+        };
+        let weight = Tensor::from_slice(weight, kernel.weight_dims(channels, filters), device).unwrap();
         channels = filters;
-        let fill = |value: f32| Tensor::full(value, channels, device).unwrap();
-        built.push(Unit {
-            name: format!("unit{i}"),
-            kernel: *kernel,
-            weight: Tensor::from_slice(weight, shape, device).unwrap(),
-            weight_quantizer: None,
-            norm: Norm::Batch(BatchNorm {
-                gamma: fill(1.0),
-                beta: fill(0.0),
-                mean: fill(0.0),
-                variance: fill(1.0),
-            }),
-            activation: *activation,
-            output_quantizer: None,
-        });
+        let norm = Norm::Batch(BatchNorm::init(channels, device).unwrap());
+        network.push_unit(format!("unit{i}"), *kernel, weight, norm, *activation);
     }
-    let head = Head {
-        input_quantizer: None,
-        weight: Tensor::eye(channels, candle_core::DType::F32, device).unwrap(),
-        weight_quantizer: None,
-        bias: Tensor::zeros(channels, candle_core::DType::F32, device).unwrap(),
-    };
-    let network = Network {
-        name: "chain".into(),
-        input: [6, 6, input_channels],
-        input_quantizer: None,
-        units: built,
-        residuals: Vec::new(),
-        head,
-        epsilon: 1e-5,
-    };
+    let dtype = candle_core::DType::F32;
+    network.push_head(
+        Tensor::eye(channels, dtype, device).unwrap(),
+        Tensor::zeros(channels, dtype, device).unwrap(),
+    );
     network.validate().unwrap();
     Chain { network }
+}
+
+/// Adds the output of node `from` to that of node `to`, for all that read it.
+pub(crate) fn insert_sum(network: &mut Network, from: usize, to: usize) {
+    for node in &mut network.nodes[to + 1..] {
+        match node {
+            Node::Unit(Unit { input, .. }) | Node::Pool(Pool { input, .. }) if *input >= to => *input += 1,
+            _ => (),
+        }
+    }
+    let (name, activation) = (network.nodes[to].name().into(), Activation::Identity);
+    network.nodes.insert(to + 1, Node::Sum(Sum { name, inputs: [from, to], activation, quantizer: None }));
+    network.validate().unwrap();
 }
 
 impl Chain {
@@ -77,7 +71,7 @@ impl Chain {
     pub(crate) fn norm(mut self, i: usize, channels: &[[f32; 4]]) -> Self {
         let field =
             |k: usize| Tensor::from_iter(channels.iter().map(|channel| channel[k]), &Device::Cpu).unwrap();
-        self.network.units[i].norm =
+        self.network.nodes[1 + i].unit_mut().unwrap().norm =
             Norm::Batch(BatchNorm { gamma: field(0), beta: field(1), mean: field(2), variance: field(3) });
         self
     }
@@ -110,7 +104,7 @@ pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
     let config = MobileNet { width: 0.25, activation, ..MobileNet::new(version, Input::Cifar, 10) };
     let mut network = config.init(3, &Device::Cpu).unwrap();
     let mut gaussian = Gaussian::new(11);
-    for unit in &mut network.units {
+    for unit in network.units_mut() {
         let filters = unit.filters();
         let gamma: Vec<f32> = (0..filters)
             .map(|j| match gaussian.next().exp() {
@@ -120,7 +114,8 @@ pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
             })
             .collect();
         let beta: Vec<f32> = (0..filters).map(|_| gaussian.next()).collect();
-        let Norm::Batch(norm) = &mut unit.norm else { unreachable!() };
+        // The classifier has none.
+        let Norm::Batch(norm) = &mut unit.norm else { continue };
         norm.gamma = Tensor::new(gamma, &Device::Cpu).unwrap();
         norm.beta = Tensor::new(beta, &Device::Cpu).unwrap();
     }
@@ -136,15 +131,20 @@ pub(crate) fn zero_gamma(channel: usize) -> bool {
     channel % 16 == 5
 }
 
-/// Multiplies the outputs of unit `first`, a channel each, and divides the weights that read them, so
-/// that a ReLU network's outputs stay the same.
-pub(crate) fn unbalance(network: &mut Network, first: usize, mut factor: impl FnMut(usize) -> f32) {
-    let factors: Vec<f32> = (0..network.units[first].filters()).map(&mut factor).collect();
-    let factors = Tensor::new(factors, network.device()).unwrap();
-    let Norm::Batch(norm) = &mut network.units[first].norm else { unreachable!() };
+/// Multiplies the outputs of the first unit of a pair, a channel each, and divides the weights that read them, so that a
+/// ReLU network's outputs stay the same.
+pub(crate) fn unbalance(
+    network: &mut Network,
+    [maker, reader]: [usize; 2],
+    mut factor: impl FnMut(usize) -> f32,
+) {
+    let maker = network.nodes[maker].unit_mut().unwrap();
+    let factors: Vec<f32> = (0..maker.filters()).map(&mut factor).collect();
+    let factors = Tensor::new(factors, maker.weight.device()).unwrap();
+    let Norm::Batch(norm) = &mut maker.norm else { unreachable!() };
     norm.gamma = (&norm.gamma * &factors).unwrap();
     norm.beta = (&norm.beta * &factors).unwrap();
-    let reader = &mut network.units[first + 1];
+    let reader = network.nodes[reader].unit_mut().unwrap();
     reader.weight = reader.kernel.scale_inputs(&reader.weight, &factors.recip().unwrap()).unwrap();
 }
 
@@ -154,13 +154,17 @@ pub(crate) fn relative_difference(want: &Tensor, got: &Tensor) -> f32 {
     largest(&(want - got).unwrap()) / largest(want)
 }
 
-/// The mean of every channel of every unit before its activation, of a folded network.
+/// The mean of every channel of every unit before its activation, of a folded network; none for other nodes and for the
+/// classifier.
 pub(crate) fn channel_means(network: &Network, images: &Tensor) -> Vec<Vec<f32>> {
-    let mut means = Vec::new();
+    let mut means = vec![Vec::new(); network.nodes.len()];
     network
         .forward_observed(images, &mut |i, z, _| {
-            let Norm::Bias(bias) = &network.units[i].norm else { unreachable!() };
-            means.push((z.mean((0, 1, 2))? + bias)?.to_vec1()?);
+            if let (Some(Unit { norm: Norm::Bias(bias), .. }), Some(z)) = (network.nodes[i].unit(), z)
+                && i != network.last()
+            {
+                means[i] = (z.mean((0, 1, 2))? + bias)?.to_vec1()?;
+            }
             Ok(())
         })
         .unwrap();

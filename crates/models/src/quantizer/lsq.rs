@@ -89,7 +89,7 @@ impl Scheme for Lsq {
     ) -> Result<Tensor> {
         // Of weights all, of activations those of one image.
         let items = if self.signed() { x.elem_count() } else { x.elem_count() / x.dims()[0] };
-        let lsq::Grads { x, step, offset } = lsq::backward(x, gy, self.params(by, bits), items)?;
+        let lsq::Gradients { x, step, offset } = lsq::backward(x, gy, self.params(by, bits), items)?;
         gradients.set(&by[0], step);
         offset.into_iter().for_each(|offset| gradients.set(&by[1], offset));
         Ok(x)
