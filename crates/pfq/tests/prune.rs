@@ -1,7 +1,10 @@
 //! Pruning planted filters leaves the outputs as they were.
 
 use candle_core::{Device, IndexOp, Tensor};
-use models::{Fold, Input, Method, MobileNet, Network, Norm, Quantization, Step, Version};
+use kernels::Activation;
+use models::{
+    BatchNorm, Fold, Input, Kernel, Method, MobileNet, Network, Node, Norm, Quantization, Step, Sum, Version,
+};
 use pfq::{PfQ, Report};
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
@@ -21,7 +24,10 @@ fn images() -> Tensor {
 fn network(version: Version) -> Network {
     // At half the width V2's stem is not tied to the first block by a residual.
     let config = MobileNet { width: 0.5, ..MobileNet::new(version, Input::Cifar, 10) };
-    let mut network = config.init(3, &Device::Cpu).unwrap();
+    settled(config.init(3, &Device::Cpu).unwrap())
+}
+
+fn settled(mut network: Network) -> Network {
     for (i, unit) in network.units_mut().enumerate() {
         let channels = unit.filters();
         if let Norm::Batch(norm) = &mut unit.norm {
@@ -33,6 +39,39 @@ fn network(version: Version) -> Network {
         network.forward_train(&images(), Step { range_momentum: 0.1 }).unwrap();
     }
     network
+}
+
+/// A network with an activation after a sum, a projection on a shortcut, and an output that three nodes read.
+fn branches() -> Network {
+    use Activation::{Identity, Relu, Relu6};
+    use Kernel::{Depthwise, Full, Pointwise};
+    let mut n = Network::of_image("branches", [32, 32, 3]);
+    let unit = |n: &mut Network, name: &str, input: usize, kernel: Kernel, filters: usize, act| {
+        let dims = kernel.weight_dims(n.shapes()[input][2], filters);
+        let norm = Norm::Batch(BatchNorm::init(filters, &Device::Cpu).unwrap());
+        n.push_unit(name, kernel, random(&dims, (-0.5, 0.5), input as u64), norm, act);
+        let last = n.last();
+        n.nodes[last].unit_mut().unwrap().input = input;
+        last
+    };
+    let sum = |n: &mut Network, name: &str, inputs, activation| {
+        n.nodes.push(Node::Sum(Sum { name: name.into(), inputs, activation, quantizer: None }));
+        n.last()
+    };
+    let stem = unit(&mut n, "stem", 0, Full { size: 3, stride: 2 }, 8, Relu);
+    let expand = unit(&mut n, "a.expand", stem, Pointwise, 12, Relu);
+    let project = unit(&mut n, "a.project", expand, Pointwise, 8, Identity);
+    let a = sum(&mut n, "a", [stem, project], Relu);
+    let project = unit(&mut n, "b.project", a, Pointwise, 16, Identity);
+    let shortcut = unit(&mut n, "b.shortcut", a, Pointwise, 16, Identity);
+    let b = sum(&mut n, "b", [shortcut, project], Relu);
+    let second = unit(&mut n, "c.second", b, Pointwise, 16, Relu);
+    let c = sum(&mut n, "c", [b, second], Identity);
+    let third = unit(&mut n, "d.third", b, Depthwise { stride: 1 }, 16, Identity);
+    sum(&mut n, "d", [c, third], Relu6);
+    n.push_head(random(&[16, 5], (-0.5, 0.5), 30), random(&[5], (-0.5, 0.5), 31));
+    n.validate().unwrap();
+    settled(n)
 }
 
 /// Makes filter `channel` of the named unit constant: zero weights, statistics to match, output φ(β).
@@ -144,6 +183,45 @@ fn residual_channels_need_every_producer() {
     let (_, report) = PfQ::default().apply(&network).unwrap();
     assert_eq!(removed(&report), []);
     assert_eq!(report.low_in_part, 1);
+}
+
+/// In a network that branches a channel goes from all that sums tie together, and what reads any of them, the classifier
+/// behind the pooling included, takes up its constant.
+#[test]
+fn branches_are_pruned_alike() {
+    let network = branches();
+    let named: Vec<(Vec<&str>, Vec<&str>)> = pfq::groups(&network)
+        .iter()
+        .map(|group| {
+            let names = |nodes: &[usize]| nodes.iter().map(|&i| network.nodes[i].name()).collect();
+            (names(&group.nodes), names(&group.read))
+        })
+        .collect();
+    let tied = vec!["b.project", "b.shortcut", "b", "c.second", "c", "d.third", "d", "head"];
+    let expected = [
+        (vec!["stem", "a.project", "a"], vec!["stem", "a"]),
+        (vec!["a.expand"], vec!["a.expand"]),
+        (tied, vec!["b", "head"]),
+    ];
+    assert_eq!(named, expected);
+
+    let check = |planted: &[&str], gone: &[(&str, usize)], low_in_part: usize| {
+        let mut network = branches();
+        for unit in planted {
+            plant(&mut network, unit, 3, 0.8);
+        }
+        let before = network.forward(&images()).unwrap();
+        let (pruned, report) = PfQ::default().apply(&network).unwrap();
+        assert_eq!((removed(&report), report.low_in_part), (gone.to_vec(), low_in_part), "{planted:?}");
+        let error = distance(&before, &pruned.forward(&images()).unwrap());
+        assert!(error < 1e-5, "{planted:?}: logits differ by {error}");
+    };
+    check(&["stem", "a.project"], &[("stem", 1), ("a.project", 1)], 0);
+    check(&["a.project"], &[], 1);
+    check(&["a.expand"], &[("a.expand", 1)], 0);
+    let four = ["b.project", "b.shortcut", "c.second", "d.third"];
+    check(&four, &four.map(|unit| (unit, 1)), 0);
+    check(&four[..3], &[], 1);
 }
 
 /// A constant c ≠ 0 before a depthwise layer is c·Σk behind it, but for the border, where padding has

@@ -206,5 +206,14 @@ mod tests {
         let outputs = Folded::new(&network).unwrap().outputs();
         let sum = outputs[4][0];
         assert!((sum.mean - (-1.0)).abs() < 1e-4 && (sum.variance - 25.0).abs() < 1e-2, "{sum:?}");
+        // An activation after it clips the sum.
+        let Node::Sum(node) = &mut network.nodes[4] else { panic!("the sum") };
+        node.activation = Relu;
+        let folded = Folded::new(&network).unwrap();
+        let clipped = clipped(sum.mean, sum.variance.sqrt(), (0.0, f64::INFINITY));
+        assert_eq!(folded.outputs()[4][0], clipped);
+        assert!(clipped.mean > 0.0, "{clipped:?}");
+        // The sum reads both ends of the residual.
+        assert_eq!(folded.pairs(), [[2, 3]]);
     }
 }
