@@ -149,25 +149,6 @@ struct SumRecord {
 }
 
 impl UsedWeight {
-    /// The weights after their quantizer; `factor` `[C]` is that of the batch normalization behind them.
-    fn new(weight: &Tensor, quantizer: Option<&Quantizer>, factor: Option<&Tensor>) -> Result<Self> {
-        let mut used =
-            Self { parameter: weight.clone(), value: weight.clone(), quantized: None, divided: false };
-        if let Some(quantizer) = quantizer {
-            let factor = factor.filter(|_| quantizer.folded());
-            let original =
-                factor.map_or_else(|| Ok(weight.clone()), |factor| weight.broadcast_mul(factor))?;
-            let (value, quantized) = quantizer.forward(&original)?;
-            (used.value, used.quantized, used.divided) = (value, Some(quantized), factor.is_some());
-            if let Some(factor) = factor {
-                // A factor of 0 stands for a filter whose γ is 0: its weights are 0 already.
-                let divisor = (factor + factor.eq(0.0)?.to_dtype(factor.dtype())?)?;
-                used.value = used.value.broadcast_div(&divisor)?;
-            }
-        }
-        Ok(used)
-    }
-
     /// As the operand of a convolution.
     fn operand(&self) -> Weight<'_> {
         let quantized = self.quantized.as_ref().filter(|_| !self.divided).and_then(Quantized::on_grid);
@@ -179,10 +160,22 @@ impl Unit {
     /// The weights as the products see them, quantized if the unit says so; batch normalization's
     /// running statistics give the folding factor.
     fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
-        let quantizer = self.weight_quantizer.as_ref();
-        let folded = quantizer.is_some_and(Quantizer::folded);
-        let factor = self.batch_norm().filter(|_| folded).map(|norm| norm.scale(epsilon)).transpose()?;
-        UsedWeight::new(&self.weight, quantizer, factor.as_ref())
+        let (parameter, value) = (self.weight.clone(), self.weight.clone());
+        let mut used = UsedWeight { parameter, value, quantized: None, divided: false };
+        let Some(quantizer) = &self.weight_quantizer else { return Ok(used) };
+        let factor = self.batch_norm().filter(|_| quantizer.folded());
+        let factor = factor.map(|norm| norm.scale(epsilon)).transpose()?;
+        if let Some(factor) = &factor {
+            used.value = used.value.broadcast_mul(factor)?;
+        }
+        let (value, quantized) = quantizer.forward(&used.value)?;
+        (used.value, used.quantized, used.divided) = (value, Some(quantized), factor.is_some());
+        if let Some(factor) = factor {
+            // A factor of 0 stands for a filter whose γ is 0: its weights are 0 already.
+            let divisor = (&factor + factor.eq(0.0)?.to_dtype(factor.dtype())?)?;
+            used.value = used.value.broadcast_div(&divisor)?;
+        }
+        Ok(used)
     }
 
     /// The output for `x` but for a quantizer that is not fused, by the running statistics. With `observed` also the
@@ -235,14 +228,15 @@ impl Unit {
                 let (scale, shift) = (batch.scale.clone(), batch.shift.clone());
                 (z, Some(stats), Some(batch), scale, shift)
             }
-            // Without normalization statistics serve the quantizer's range alone.
-            Norm::Bias(bias) if self.output_quantizer.is_none() => {
-                let z = convolution::forward(kernel, &x, operand)?;
-                (z, None, None, bias.ones_like()?, bias.clone())
-            }
             Norm::Bias(bias) => {
-                let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
-                (z, Some(stats), None, bias.ones_like()?, bias.clone())
+                // Without normalization statistics serve the quantizer's range alone.
+                let (z, stats) = if self.output_quantizer.is_none() {
+                    (convolution::forward(kernel, &x, operand)?, None)
+                } else {
+                    let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
+                    (z, Some(stats))
+                };
+                (z, stats, None, bias.ones_like()?, bias.clone())
             }
         };
         if let (Some(quantizer), Some(stats)) = (&mut self.output_quantizer, &stats) {
