@@ -1,5 +1,6 @@
 //! Where a run takes place.
 
+use crate::output;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
@@ -16,7 +17,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     match Wanted::parse(wanted)? {
         Wanted::Cpu => Ok(cpu()),
         Wanted::Auto if cfg!(feature = "cuda") => gpu(0).or_else(|problem| {
-            eprintln!("device: the CPU, as {problem:#}");
+            output::tell(&format!("device: the CPU, as {problem:#}"));
             Ok(cpu())
         }),
         Wanted::Auto => Ok(cpu()),

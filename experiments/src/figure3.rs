@@ -4,6 +4,7 @@
 //! The networks are the pre-trained ones that the tables begin with, so they come from the same store.
 
 use crate::flags::{Flags, Only};
+use crate::output;
 use crate::profile::ModelName;
 use crate::session::{self, Done, Session};
 use anyhow::{Context as _, Result, bail};
@@ -27,30 +28,39 @@ pub fn main() -> Result<()> {
                  the store: what filters of low and of ordinary running variance give, and the running variances of \
                  every layer";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
-    session::main(|| run(&mut Session::open(&flags, false)?, &flags))
+    session::main(|| {
+        let models = subjects(&flags)?;
+        run(&models, &mut Session::open(&flags, false)?, &flags)
+    })
+}
+
+/// The networks that `--only` picks.
+pub(crate) fn subjects(flags: &Flags) -> Result<Vec<ModelName>> {
+    let names = MODELS.map(|model| model.version().name());
+    let only = Only::parse(&flags.only, &names, &[])?;
+    // Before quantization everything is float.
+    let picks = |model: &ModelName| only.picks(model.version().name(), (32, 32), "");
+    let models: Vec<ModelName> = MODELS.into_iter().filter(picks).collect();
+    if models.is_empty() {
+        bail!("--only {} picks no network; expected {}", flags.only.join(","), names.join(" or "));
+    }
+    Ok(models)
 }
 
 /// Pre-trains what is missing and draws the figure.
-pub(crate) fn run(session: &mut Session, flags: &Flags) -> Result<Done> {
-    let names = MODELS.map(|model| model.version().name());
-    let only = Only::parse(&flags.only, &names, &[])?;
-    let seed = *flags.seeds.as_ref().unwrap_or(&session.profile.seeds).first().context("--seeds is empty")?;
+pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) -> Result<Done> {
+    let seed = session.seeds[0];
     let mut subjects = Vec::new();
-    for model in MODELS {
-        // Before quantization everything is float.
-        if only.picks(model.version().name(), (32, 32), "") {
-            let network = session.profile.network(model, session.data.classes())?;
-            subjects.push((network, session.pretraining(model, seed)?));
-        }
-    }
-    if subjects.is_empty() {
-        bail!("--only {} picks no network; expected {}", flags.only.join(","), names.join(" or "));
+    for &model in models {
+        let network = session.profile.network(model, session.data.classes())?;
+        subjects.push((network, session.pretraining(model, seed)?));
     }
     if flags.plan {
         let ends: Vec<Arc<Stage>> = subjects.into_iter().map(|(_, stage)| stage).collect();
         session.show_plan(&ends)?;
         return Ok(Done::All);
     }
+    session.claim("figure3")?;
     let mut figures = Vec::new();
     for (config, stage) in &subjects {
         let Some(outcome) = session.run(stage)? else { return Ok(Done::InTime) };
@@ -58,8 +68,7 @@ pub(crate) fn run(session: &mut Session, flags: &Flags) -> Result<Done> {
     }
     let folder = session.folder("figure3");
     let text = write(&figures, session, &folder)?;
-    println!("{text}");
-    println!("Written to {}.", folder.display());
+    output::print(&format!("{text}\nWritten to {}.", folder.display()));
     Ok(Done::All)
 }
 

@@ -1,6 +1,8 @@
 //! What is set once for the whole process.
 
+use crate::output;
 use anyhow::Result;
+use std::process::ExitCode;
 
 /// Runs a program's work where it runs fastest:
 ///
@@ -10,4 +12,53 @@ use anyhow::Result;
 pub fn run(work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     kernels::memory::keep_pages();
     rayon::scope(|_| work())
+}
+
+/// Ends a program: with an error, in one line on standard error, or without.
+pub fn exit(result: Result<()>) -> ExitCode {
+    match result.and_then(|()| output::finish()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::tell(&format!("Error: {}", one_line(&format!("{error:#}"))));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A message in one line. Where RUST_BACKTRACE is set, Candle puts a backtrace in the middle of its messages.
+fn one_line(message: &str) -> String {
+    let lines = message.lines().map(|line| if line.starts_with("  ") { without_frame(line) } else { line });
+    lines.map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// What is left of a line without what a backtrace has in it: `  12: function` or `     at file:34:5`.
+fn without_frame(line: &str) -> &str {
+    let text = line.trim_start();
+    let digits = |text: &str| text.chars().take_while(char::is_ascii_digit).count();
+    if text.starts_with("at ") {
+        let column = |(place, _): (usize, &str)| {
+            let after = &text[place + 1..];
+            let rest = after[digits(after)..].strip_prefix(':').filter(|_| digits(after) > 0)?;
+            (digits(rest) > 0).then(|| &rest[digits(rest)..])
+        };
+        return text.match_indices(':').find_map(column).unwrap_or(text);
+    }
+    let number = digits(text);
+    if number > 0 && text[number..].starts_with(": ") { "" } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::one_line;
+
+    #[test]
+    fn errors_are_one_line_without_a_backtrace() {
+        assert_eq!(one_line("stage a: file b: not there"), "stage a: file b: not there");
+        assert_eq!(one_line("  at the start\n\n  and the end "), "at the start and the end");
+        let backtrace = std::backtrace::Backtrace::force_capture();
+        assert!(backtrace.to_string().lines().count() > 10, "{backtrace}");
+        let message = format!("stage a: shapes differ\n{backtrace}: see the manual");
+        let found = one_line(&message);
+        assert_eq!(found, "stage a: shapes differ : see the manual");
+    }
 }

@@ -99,6 +99,23 @@ pub struct Pruning {
     pub threshold: Option<f64>,
 }
 
+/// Seeds of the fine-tuning, each of which makes a row: at least one, none twice.
+pub(crate) fn check_seeds(seeds: &[u64]) -> Result<()> {
+    if seeds.is_empty() {
+        bail!("seeds is empty: expected at least one, e.g. [0]");
+    }
+    let twice = seeds.iter().enumerate().find(|(place, seed)| seeds[..*place].contains(seed));
+    twice.map_or(Ok(()), |(_, seed)| bail!("seeds has {seed} twice: expected each once"))
+}
+
+fn check(ok: bool, key: &str, found: impl std::fmt::Display, expected: &str) -> Result<()> {
+    if ok { Ok(()) } else { bail!("{key} = {found}: expected {expected}") }
+}
+
+fn positive(number: f64) -> bool {
+    number > 0.0 && number.is_finite()
+}
+
 /// Reads trainings, of which each may be `like = "another"` and say only what differs from it.
 fn trainings<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Trainings, D::Error> {
     let given = BTreeMap::deserialize(deserializer)?;
@@ -161,29 +178,59 @@ impl Profile {
     }
 
     fn parse(text: &str) -> Result<Self> {
-        let profile: Self = toml::from_str(text)?;
+        let profile: Self = toml::from_str(text).map_err(|error| {
+            let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count()) + 1;
+            anyhow::anyhow!("line {line}: {}", error.message().trim_end())
+        })?;
         profile.validate()?;
         Ok(profile)
     }
 
     fn validate(&self) -> Result<()> {
-        if self.seeds.is_empty() {
-            bail!("seeds is empty: expected at least one, e.g. [0]");
-        }
+        check_seeds(&self.seeds)?;
         let name_ok = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if self.name.is_empty() || !self.name.chars().all(name_ok) {
             bail!("name = {:?} names a folder: expected letters, digits, - and _", self.name);
         }
         for (model, network) in &self.networks {
-            if !(network.width > 0.0 && network.width <= 4.0) {
-                bail!(
-                    "networks.{}.width = {}: expected more than 0, at most 4",
-                    model.version().name(),
-                    network.width
-                );
-            }
+            let (key, width) = (format!("networks.{}.width", model.version().name()), network.width);
+            check(width > 0.0 && width <= 4.0, &key, width, "more than 0, at most 4")?;
         }
-        if let Some(options) = &self.data.imagenet {
+        let DataSettings { train_images, test_images, hold_out, imagenet } = &self.data;
+        for (key, images) in
+            [("train_images", train_images), ("test_images", test_images), ("hold_out", hold_out)]
+        {
+            check(
+                images.is_none_or(|images| images > 0),
+                &format!("data.{key}"),
+                images.unwrap_or(0),
+                "at least 1",
+            )?;
+        }
+        if let Some(threshold) = self.pfq.threshold {
+            check(positive(threshold), "pfq.threshold", threshold, "a number above 0, e.g. 1e-5")?;
+        }
+        let Dfq {
+            range_sigmas,
+            absorb_sigmas,
+            tolerance,
+            max_sweeps,
+            equalize: _,
+            absorb: _,
+            correct_bias: _,
+        } = self.dfq;
+        check(positive(range_sigmas), "dfq.range_sigmas", range_sigmas, "a number above 0")?;
+        let absorbs = absorb_sigmas >= 0.0 && absorb_sigmas.is_finite();
+        check(absorbs, "dfq.absorb_sigmas", absorb_sigmas, "a number from 0")?;
+        check(
+            positive(tolerance) && tolerance < 1.0,
+            "dfq.tolerance",
+            tolerance,
+            "more than 0, less than 1",
+        )?;
+        check((1..=100_000).contains(&max_sweeps), "dfq.max_sweeps", max_sweeps, "1 to 100000")?;
+        if let Some(options) = imagenet {
+            options.validate().context("data.imagenet")?;
             if self.data.train_images.or(self.data.test_images).is_some() {
                 bail!(
                     "data.train_images and data.test_images are of CIFAR-100: expected data.imagenet.train_limit"
@@ -274,6 +321,7 @@ mod tests {
     }
 
     /// The built-in quick profile with one piece replaced must fail with a message holding `parts`.
+    #[track_caller]
     fn check(from: &str, to: &str, parts: &[&str]) {
         assert!(QUICK.contains(from), "the profile has no {from:?}");
         let error = format!("{:#}", Profile::parse(&QUICK.replacen(from, to, 1)).unwrap_err());
@@ -293,6 +341,30 @@ mod tests {
         check("like = \"once\"", "like = \"twice\"", &["training.dfq.like", "twice", "once"]);
         check("like = \"activations\"", "like = \"weights\"", &["training.weights is like itself"]);
         check("[training.once]", "[training.onces]", &["onces", "once"]);
+        check("seeds = [0]", "seeds = [2, 0, 2]", &["seeds", "2 twice"]);
+        check("train_images = 4000", "train_images = 0", &["data.train_images = 0", "at least 1"]);
+        for threshold in ["0.0", "-1e-5", "nan", "inf"] {
+            check("[pfq]", &format!("[pfq]\nthreshold = {threshold}"), &["pfq.threshold", "above 0"]);
+        }
+        for (key, values) in [
+            ("range_sigmas", ["0.0", "nan", "inf"]),
+            ("absorb_sigmas", ["-1.0", "nan", "inf"]),
+            ("tolerance", ["0.0", "nan", "1.0"]),
+            ("max_sweeps", ["0", "-1", "1000000"]),
+            ("learning_rate", ["0.0", "nan", "inf"]),
+            ("weight_decay", ["-1e-4", "nan", "inf"]),
+            ("warmup_epochs", ["-1", "nan", "inf"]),
+            ("cosine_epochs", ["0", "nan", "inf"]),
+            ("momentum", ["1.0", "nan", "-0.5"]),
+            ("label_smoothing", ["1.0", "nan", "-0.5"]),
+            ("range_momentum", ["0.0", "nan", "1.5"]),
+        ] {
+            for value in values {
+                check(&format!("{key} = "), &format!("{key} = {value} # "), &[key, "expected"]);
+            }
+        }
+        check("pad = 4", "pad = 1000", &["augmentation.pad", "0 to 112"]);
+        check("[data]", "[data]\nimagenet = { bad_percent = nan }", &["data.imagenet", "bad_percent"]);
         check("[data]", "[data]\nimagenet = { side = 192 }", &["data.imagenet.train_limit"]);
         check("[data]", "[data]\nimagenet = { sides = 192 }", &["sides", "side"]);
     }

@@ -1,27 +1,29 @@
 //! Progress: bars where the output is a terminal, plain lines where it isn't.
 
+use crate::{output, signals};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
-use train::{EpochMetrics, Progress};
+use train::{EpochMetrics, Progress, Training};
 use workflow::{Event, Outcome};
 
 /// Shows what runs, on standard error.
 pub struct Display {
     bar: Option<ProgressBar>,
     terminal: bool,
+    told_of_locks: bool,
 }
 
 impl Display {
     /// A display fit for where standard error goes.
     pub fn new() -> Self {
-        Self { bar: None, terminal: std::io::stderr().is_terminal() }
+        Self { bar: None, terminal: std::io::stderr().is_terminal(), told_of_locks: false }
     }
 
     /// A line above whatever bar is shown.
     pub fn line(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| output::tell(text)),
+            None => output::tell(text),
         }
     }
 
@@ -54,9 +56,33 @@ impl Display {
             Event::Waiting(stage) => {
                 self.line(&format!("{}: another process runs it, waiting", stage.label()))
             }
-            Event::Started(stage) => self.line(&format!("{} …", stage.label())),
-            Event::Progress(_, progress) => self.progress(progress),
-            Event::Finished(outcome) => self.finished(outcome),
+            Event::NoLocks(error) if !self.told_of_locks => {
+                self.told_of_locks = true;
+                self.line(&format!(
+                    "the store's file system has no locks ({error}): do not run two programs on it at once"
+                ));
+            }
+            Event::NoLocks(_) => {}
+            Event::Started(stage) => {
+                signals::note(Some(format!("of {} nothing is kept yet", stage.label())));
+                self.line(&format!("{} …", stage.label()));
+            }
+            Event::Progress(stage, progress) => {
+                let kept = match progress {
+                    Progress::Resumed { epoch } => Some(epoch),
+                    Progress::Epoch { metrics, .. } => Some(metrics.epoch),
+                    Progress::Steps { .. } => None,
+                };
+                if let Some(epoch) = kept {
+                    let epochs = stage.training().map_or(epoch, Training::epochs);
+                    signals::note(Some(format!("{} is kept up to epoch {epoch} of {epochs}", stage.label())));
+                }
+                self.progress(progress);
+            }
+            Event::Finished(outcome) => {
+                signals::note(None);
+                self.finished(outcome);
+            }
         }
     }
 

@@ -1,9 +1,10 @@
 //! The page of all results: finds what lies under `results/` and writes `results/index.html`.
 
-use crate::tables;
+use crate::{output, tables};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use report::{Claim, Deviation, Exhibit, Page, TableEntry, TableResults};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 const CLAIMS: &str = include_str!("../claims.toml");
@@ -29,8 +30,8 @@ pub fn main() -> Result<()> {
     let out = flags.out.unwrap_or_else(|| flags.results.join("index.html"));
     let html = page.html();
     report::write_text(&html, &out)?;
-    println!("{}", page.verdicts());
-    println!("Written to {} ({} KiB).", out.display(), html.len().div_ceil(1024));
+    output::print(&page.verdicts());
+    output::print(&format!("Written to {} ({} KiB).", out.display(), html.len().div_ceil(1024)));
     Ok(())
 }
 
@@ -107,15 +108,17 @@ fn exhibit(results: &Path, parts: &[&str], title: &str, read: &[&str]) -> Result
     let mut exhibit = Exhibit { title: title.into(), ..Exhibit::default() };
     for name in entries(&folder, Path::is_file)? {
         let (path, link) = (folder.join(&name), format!("{}/{name}", parts.join("/")));
+        // A file of another kind than its name says is no reason to make no page: it is linked to.
+        let unreadable = |why: &dyn Display| output::tell(&format!("{} is not shown: {why}", path.display()));
         match path.extension().and_then(|extension| extension.to_str()) {
-            Some("svg") => {
-                let text = std::fs::read_to_string(&path)
-                    .with_context(|| format!("{} could not be read", path.display()))?;
-                exhibit.drawings.push((link.clone(), text));
-            }
-            Some("csv") if !read.contains(&name.as_str()) => {
-                exhibit.tables.push((link.clone(), lines(&path)?))
-            }
+            Some("svg") => match std::fs::read_to_string(&path) {
+                Ok(text) => exhibit.drawings.push((link.clone(), text)),
+                Err(error) => unreadable(&error),
+            },
+            Some("csv") if !read.contains(&name.as_str()) => match lines(&path) {
+                Ok(lines) => exhibit.tables.push((link.clone(), lines)),
+                Err(error) => unreadable(&error),
+            },
             _ => {}
         }
         exhibit.files.push(link);
@@ -124,10 +127,9 @@ fn exhibit(results: &Path, parts: &[&str], title: &str, read: &[&str]) -> Result
 }
 
 /// The lines of a CSV file, the head first.
-fn lines(path: &Path) -> Result<Vec<Vec<String>>> {
+fn lines(path: &Path) -> csv::Result<Vec<Vec<String>>> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_path(path)?;
-    let lines = reader.records().map(|record| Ok(record?.iter().map(String::from).collect()));
-    lines.collect::<Result<_, csv::Error>>().with_context(|| format!("{} is not a CSV file", path.display()))
+    reader.records().map(|record| Ok(record?.iter().map(String::from).collect())).collect()
 }
 
 /// The names in a folder that are of a kind, sorted, without hidden ones.

@@ -3,13 +3,14 @@
 use crate::flags::{Flags, TIME_LIMIT};
 use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
-use crate::{device, process};
-use anyhow::{Result, bail};
+use crate::{device, output, process, signals};
+use anyhow::{Context as _, Result, bail};
 use candle_core::{DType, Device};
 use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
 use models::Network;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use train::TimeLimit;
 use workflow::{Outcome, Planned, Provenance, Purpose, Resources, Stage, StageKind, Store};
 
@@ -31,14 +32,15 @@ pub(crate) enum Done {
 
 /// Runs a program's work where it runs fastest; the exit code tells where the time limit ended it.
 pub(crate) fn main(work: impl FnOnce() -> Result<Done> + Send) -> Result<()> {
+    signals::watch();
     let mut done = Done::All;
     process::run(|| {
         done = work()?;
         Ok(())
     })?;
     if done == Done::InTime {
-        println!(
-            "The time limit is over and stages are left: run the same command again to go on (--plan shows them)."
+        output::print(
+            "The time limit is over and stages are left: run the same command again to go on (--plan shows them).",
         );
         std::process::exit(TIME_LIMIT);
     }
@@ -49,6 +51,8 @@ pub(crate) fn main(work: impl FnOnce() -> Result<Done> + Send) -> Result<()> {
 pub(crate) struct Session {
     /// All settings.
     pub profile: Profile,
+    /// Seeds of the fine-tuning.
+    pub seeds: Vec<u64>,
     /// Training and test images.
     pub data: Box<dyn Dataset>,
     /// The command and what it ran on.
@@ -74,6 +78,8 @@ impl Session {
             profile.data.hold_out.get_or_insert(HOLD_OUT);
         }
         flags.narrow(&mut profile)?;
+        let seeds = flags.seeds.clone().unwrap_or_else(|| profile.seeds.clone());
+        profile::check_seeds(&seeds).context("--seeds")?;
         let mut display = Display::new();
         let data = load(&flags.data, &profile.data, &mut display)?;
         display.line(&format!(
@@ -86,6 +92,7 @@ impl Session {
         let store = Store::new(&flags.store);
         Ok(Self {
             profile,
+            seeds,
             data,
             provenance: Provenance {
                 command: command_line(),
@@ -106,6 +113,29 @@ impl Session {
     /// The folder of the results called `name`.
     pub fn folder(&self, name: &str) -> PathBuf {
         self.out.join(name).join(&self.profile.name)
+    }
+
+    /// Checks, before anything runs, that the results called `name` can be written and do not take the place of those
+    /// of other data: real ones are a record, which a run that fell back to synthetic images must not overwrite.
+    pub fn claim(&self, name: &str) -> Result<()> {
+        let folder = self.folder(name);
+        let shown = folder.display();
+        let stages = folder.join("stages.json");
+        if stages.is_file() {
+            let ours = self.data.name();
+            let records = report::read_stages(&stages)?;
+            let theirs = records.iter().map(|stage| stage.data.name.as_str());
+            if let Some(theirs) = theirs.into_iter().find(|name| *name != ours && !report::is_synthetic(name))
+            {
+                bail!(
+                    "{shown} holds results on {theirs}, and these would be on {ours}: name another folder with --out, or \
+                     move that one away"
+                );
+            }
+        }
+        // Another program may be writing there now.
+        whole_file::sweep(&folder, Duration::from_secs(3600)).ok();
+        whole_file::check(&folder).with_context(|| format!("{shown}: the results can't be written there"))
     }
 
     /// The stage that every workflow of this model and seed begins with.
@@ -190,10 +220,11 @@ impl Session {
                     format!("{begun}: {epochs} epochs, about {}", duration(estimate))
                 }
             };
-            println!("{}  {label:<48} {status}", planned.key);
+            output::print(&format!("{}  {label:<48} {status}", planned.key));
         }
         let done = plan.iter().filter(|p| p.outcome.is_some()).count();
-        println!("{done} of {} stages done; about {} left (from {basis}).", plan.len(), duration(left));
+        let left = duration(left);
+        output::print(&format!("{done} of {} stages done; about {left} left (from {basis}).", plan.len()));
         Ok(())
     }
 }

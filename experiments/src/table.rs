@@ -3,8 +3,8 @@
 use crate::flags::{Flags, Only};
 use crate::profile::ModelName;
 use crate::session::{self, Done, Session};
-use crate::{figure3, tables};
-use anyhow::{Result, bail};
+use crate::{figure3, output, tables};
+use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 use quant_core::Precision;
 use report::{Paper, Row};
@@ -57,8 +57,9 @@ pub struct RowPlan {
 pub fn main(tables: &[&Table]) -> Result<()> {
     let flags = Flags::parse();
     session::main(|| {
+        let only = only(tables, &flags)?;
         let mut session = Session::open(&flags, tables.iter().any(|table| table.chooses))?;
-        run(tables, &mut session, &flags)
+        run(tables, &only, &mut session, &flags)
     })
 }
 
@@ -66,49 +67,62 @@ pub fn main(tables: &[&Table]) -> Result<()> {
 pub fn all() -> Result<()> {
     let flags = Flags::parse();
     session::main(|| {
+        let only = only(&tables::ALL, &flags)?;
         let mut session = Session::open(&flags, false)?;
-        let done = run(&tables::ALL, &mut session, &flags)?;
+        let done = run(&tables::ALL, &only, &mut session, &flags)?;
         // `--only` picks rows of tables, and the figure begins with stages that a plan of all tables has.
         if done == Done::InTime || flags.plan || !flags.only.is_empty() {
             return Ok(done);
         }
-        figure3::run(&mut session, &flags)
+        figure3::run(&figure3::subjects(&flags)?, &mut session, &flags)
     })
 }
 
-/// Runs what is missing of the tables and writes them.
-pub(crate) fn run(tables: &[&Table], session: &mut Session, flags: &Flags) -> Result<Done> {
+/// Which rows `--only` picks: some of those that the tables have.
+fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
     let only = Only::parse(&flags.only, &names(tables, Table::models), &names(tables, Table::methods))?;
-    let seeds = flags.seeds.clone().unwrap_or_else(|| session.profile.seeds.clone());
-    let cells =
-        tables.iter().map(|table| table.cells(session, &seeds)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
-    let picked: Vec<&RowPlan> =
-        cells.iter().flatten().filter(|c| only.picks(c.model.version().name(), c.bits, c.method)).collect();
-    if picked.is_empty() {
+    let picked = |(model, bits, method): (ModelName, (u32, u32), &Method)| {
+        only.picks(model.version().name(), bits, method.name)
+    };
+    if !tables.iter().flat_map(|table| table.combinations()).any(picked) {
         bail!(
             "--only {} picks no row of {}",
             flags.only.join(","),
             names(tables, |t| vec![t.name]).join(", ")
         );
     }
+    Ok(only)
+}
+
+/// Runs what is missing of the tables and writes them.
+fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
+    let rows = tables.iter().map(|table| table.rows(session)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
+    let picked: Vec<&RowPlan> = rows
+        .iter()
+        .flatten()
+        .filter(|row| only.picks(row.model.version().name(), row.bits, row.method))
+        .collect();
     if flags.plan {
-        let ends: Vec<Arc<Stage>> = picked.iter().map(|c| c.stage.clone()).collect();
+        let ends: Vec<Arc<Stage>> = picked.iter().map(|row| row.stage.clone()).collect();
         session.show_plan(&ends)?;
         return Ok(Done::All);
     }
+    for table in tables {
+        session.claim(table.name)?;
+    }
     let mut done = Done::All;
-    for cell in &picked {
-        if session.run(&cell.stage)?.is_none() {
+    // A finished stage needs those before it no more, but the table does.
+    for stage in picked.iter().flat_map(|row| row.stage.lineage()) {
+        if session.run(&stage)?.is_none() {
             done = Done::InTime;
             break;
         }
     }
     session.tell_skipped();
-    for (table, cells) in tables.iter().zip(&cells) {
+    for (table, rows) in tables.iter().zip(&rows) {
         let folder = session.folder(table.name);
-        if let Some(text) = table.write(session, cells, &folder)? {
-            println!("{text}");
-            println!("Written to {}.", folder.display());
+        if let Some(text) = table.write(session, rows, &folder)? {
+            output::print(&format!("{text}\nWritten to {}.", folder.display()));
         }
     }
     Ok(done)
@@ -134,46 +148,64 @@ impl Table {
         self.methods.iter().map(|method| method.name).collect()
     }
 
-    /// Every cell of the table, in the paper's order, for every seed.
-    fn cells(&self, session: &Session, seeds: &[u64]) -> Result<Vec<RowPlan>> {
-        let mut cells = Vec::new();
+    /// Every model with all bits and methods, in the paper's order.
+    fn combinations(&self) -> Vec<(ModelName, (u32, u32), &'static Method)> {
+        let mut all = Vec::new();
         for &model in self.models {
             for &bits in self.bits {
-                let (a, w) = (Precision::try_from(bits.0)?, Precision::try_from(bits.1)?);
-                for method in self.methods {
-                    for &seed in seeds {
-                        let recipe = session.profile.recipe(a, w, seed);
-                        let stage = (method.workflow)(&recipe, &session.pretraining(model, seed)?)?;
-                        cells.push(RowPlan { model, bits, method: method.name, seed, stage });
-                    }
-                }
+                all.extend(self.methods.iter().map(|method| (model, bits, method)));
             }
         }
-        Ok(cells)
+        all
+    }
+
+    /// Every row of the table, in the paper's order, for every seed.
+    fn rows(&self, session: &Session) -> Result<Vec<RowPlan>> {
+        let mut rows = Vec::new();
+        for (model, bits, method) in self.combinations() {
+            let (a, w) = (Precision::try_from(bits.0)?, Precision::try_from(bits.1)?);
+            for &seed in &session.seeds {
+                let recipe = session.profile.recipe(a, w, seed);
+                let stage = (method.workflow)(&recipe, &session.pretraining(model, seed)?)?;
+                rows.push(RowPlan { model, bits, method: method.name, seed, stage });
+            }
+        }
+        Ok(rows)
     }
 
     /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from those
-    /// cells that have been run; gives the table as text. `None`, and nothing written, where none has.
-    fn write(&self, session: &Session, cells: &[RowPlan], folder: &Path) -> Result<Option<String>> {
+    /// rows that have been run; gives the table as text. `None`, and nothing written, where none has.
+    fn write(&self, session: &Session, plans: &[RowPlan], folder: &Path) -> Result<Option<String>> {
         let Session { profile, data, provenance, .. } = session;
-        let ends: Vec<Arc<Stage>> = cells.iter().map(|cell| cell.stage.clone()).collect();
+        let ends: Vec<Arc<Stage>> = plans.iter().map(|row| row.stage.clone()).collect();
         let plan = session.plan(&ends)?;
         let done: BTreeMap<&str, &Outcome> =
             plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect();
         let mut rows = Vec::new();
         let mut outcomes: Vec<&Outcome> = Vec::new();
-        for cell in cells {
-            let keys = cell.stage.lineage().into_iter().map(|stage| stage.key(data.fingerprint()));
+        for planned in plans {
+            let lineage = planned.stage.lineage();
+            let keys = lineage.iter().map(|stage| stage.key(data.fingerprint()));
             let keys = keys.collect::<workflow::Result<Vec<String>>>()?;
-            let lineage: Vec<&Outcome> =
-                keys.iter().filter_map(|key| done.get(key.as_str()).copied()).collect();
-            // A cell that `--only` left out, now or in earlier runs, is not in the table.
-            if lineage.last().map(|end| &end.key) == keys.last() {
-                rows.push(self.row(session, cell, &lineage)?.compare(Paper::published()));
-                for outcome in lineage {
-                    if !outcomes.iter().any(|known| known.key == outcome.key) {
-                        outcomes.push(outcome);
-                    }
+            // A row that `--only` left out, now or in earlier runs, is not in the table.
+            if keys.last().is_none_or(|key| !done.contains_key(key.as_str())) {
+                continue;
+            }
+            let find = |(stage, key): (&Arc<Stage>, &String)| {
+                done.get(key.as_str()).copied().with_context(|| {
+                    format!(
+                        "stage {} ({key}) is missing from the store, and {} was made from it: run the table again without \
+                         --only to make it anew",
+                        stage.label(),
+                        planned.stage.label()
+                    )
+                })
+            };
+            let lineage = lineage.iter().zip(&keys).map(find).collect::<Result<Vec<&Outcome>>>()?;
+            rows.push(self.row(session, planned, &lineage)?.compare(Paper::published()));
+            for outcome in lineage {
+                if !outcomes.iter().any(|known| known.key == outcome.key) {
+                    outcomes.push(outcome);
                 }
             }
         }
@@ -208,21 +240,21 @@ impl Table {
         Ok(Some(report::terminal(&rows, &about)))
     }
 
-    fn row(&self, session: &Session, cell: &RowPlan, lineage: &[&Outcome]) -> Result<Row> {
+    fn row(&self, session: &Session, planned: &RowPlan, lineage: &[&Outcome]) -> Result<Row> {
         let Session { profile, data, .. } = session;
         let (Some(first), Some(last)) = (lineage.first(), lineage.last()) else {
-            bail!("a workflow without stages: {}", cell.method);
+            bail!("a workflow without stages: {}", planned.method);
         };
         Ok(Row {
             table: self.name.into(),
             profile: profile.name.clone(),
             dataset: data.name().into(),
-            model: cell.model.version().name().into(),
-            width: profile.network(cell.model, data.classes())?.width,
-            activation_bits: cell.bits.0,
-            weight_bits: cell.bits.1,
-            method: cell.method.into(),
-            seed: cell.seed,
+            model: planned.model.version().name().into(),
+            width: profile.network(planned.model, data.classes())?.width,
+            activation_bits: planned.bits.0,
+            weight_bits: planned.bits.1,
+            method: planned.method.into(),
+            seed: planned.seed,
             top1_percent: last.evaluation.top1_percent,
             macs: last.macs,
             weights_pruned_percent: 100.0 * (1.0 - last.weights as f64 / first.weights as f64),

@@ -8,7 +8,7 @@ mod prune;
 mod text;
 mod variance;
 
-use crate::process;
+use crate::{output, process};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -55,7 +55,7 @@ impl Cli {
 pub fn main() -> Result<()> {
     let cli = Cli::parse();
     process::run(|| {
-        print!("{}", cli.run()?);
+        output::print(cli.run()?.trim_end());
         Ok(())
     })
 }

@@ -182,3 +182,18 @@ fn a_missing_folder_is_explained() {
     let error = experiments::report_page::read(Path::new("no/such/folder")).unwrap_err().to_string();
     assert!(error.contains("no/such/folder") && error.contains("--results"), "{error}");
 }
+
+/// What someone has put there, in an encoding of its own, is linked to; the page is made all the same.
+#[test]
+fn files_that_are_not_what_they_are_called_do_not_matter() {
+    let folder = tempfile::tempdir().unwrap();
+    let notes = folder.path().join("notes/reduced");
+    std::fs::create_dir_all(&notes).unwrap();
+    std::fs::write(notes.join("plain.csv"), "layer,variance\nstem,1\n").unwrap();
+    std::fs::write(notes.join("latin.csv"), b"netz,gr\xf6\xdfe\na,1\n").unwrap();
+    std::fs::write(notes.join("latin.svg"), b"<svg><text>\xfc</text></svg>").unwrap();
+    let html = experiments::report_page::read(folder.path()).unwrap().html();
+    for part in ["<caption>plain</caption>", "notes/reduced/latin.csv", "notes/reduced/latin.svg"] {
+        assert!(html.contains(part), "no {part}");
+    }
+}

@@ -6,7 +6,7 @@
 use candle_core::{Device, Tensor};
 use models::{Import, Network, Norm, Origin};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/models/tests/import").join(name)
@@ -123,6 +123,60 @@ fn variances_are_shown_drawn_and_written() {
     assert!(std::fs::read(path("v.png")).unwrap().starts_with(b"\x89PNG"));
 }
 
+/// A dot in a picture's name is a part of it, but for that of its extension.
+#[test]
+fn pictures_are_named_as_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = fixture("torchvision_v2.pth");
+    for name in ["mobilenet_v2_0.25", "mobilenet_v2_0.75", "c.svg", "d.e.png"] {
+        let text =
+            run(&["variance", input.to_str().unwrap(), "--plot", folder.path().join(name).to_str().unwrap()]);
+        assert!(text.contains("drawn in"), "{text}");
+    }
+    let mut found: Vec<String> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    let stems = ["c", "d.e", "mobilenet_v2_0.25", "mobilenet_v2_0.75"];
+    assert_eq!(found, stems.map(|stem| [format!("{stem}.png"), format!("{stem}.svg")]).concat());
+}
+
+/// Where RUST_BACKTRACE is set, a backtrace stands inside Candle's messages; ours are one line all the same.
+#[test]
+fn errors_are_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let whole = std::fs::read(fixture("timm_v2.safetensors")).unwrap();
+    std::fs::write(path("cut.safetensors"), &whole[..whole.len() / 2]).unwrap();
+    std::fs::write(path("cut.pth"), &std::fs::read(fixture("torchvision_v2.pth")).unwrap()[..2000]).unwrap();
+    for name in ["cut.safetensors", "cut.pth", "absent.pth"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pfq"));
+        let output = command.env("RUST_BACKTRACE", "1").arg("macs").arg(path(name)).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((error.lines().count(), output.status.code()), (1, Some(1)), "{error}");
+        assert!(error.starts_with("Error: ") && error.contains(name) && error.len() < 400, "{error}");
+    }
+}
+
+/// A reader who goes, as `head` does, is no error, and a full disk is one.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_closed_output_is_no_error() {
+    let input = fixture("torchvision_v2.pth");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pfq"));
+    command.arg("macs").arg(&input);
+    let mut gone = Command::new("true").stdin(Stdio::piped()).spawn().unwrap();
+    let pipe = gone.stdin.take().unwrap();
+    gone.wait().unwrap();
+    let output = command.stdout(pipe).stderr(Stdio::piped()).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = command.stdout(full).stderr(Stdio::piped()).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && error.starts_with("Error: standard output"), "{error}");
+}
+
 /// A network with the strides for CIFAR is evaluated before and after pruning, to the same accuracy.
 #[test]
 fn evaluation_before_and_after_pruning_agrees() {
@@ -160,11 +214,29 @@ fn errors_say_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let input = fixture("torchvision_v2.pth");
     let input = input.to_str().unwrap();
-    let own = folder.path().join("own.safetensors");
-    let own = own.to_str().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let own = path("own.safetensors");
+    let own = own.as_str();
     run(&["prune", input, own]);
     check_error(&["prune", input, "out.pth"], &["out.pth", ".safetensors"]);
     check_error(&["prune", own, own], &["is the file that is read"]);
+    // Nor by another path, and nor does anything else write there.
+    let roundabout = format!(
+        "{}/../{}",
+        folder.path().display(),
+        Path::new(own).parent().unwrap().file_name().unwrap().to_str().unwrap()
+    );
+    check_error(&["prune", own, &format!("{roundabout}/own.safetensors")], &["is the file that is read"]);
+    let whole = std::fs::read(own).unwrap();
+    check_error(&["variance", own, "--csv", own], &["is the file that is read"]);
+    check_error(
+        &["variance", own, "--csv", &path("v.svg"), "--plot", &path("v")],
+        &["v.svg would be written twice"],
+    );
+    let picture = path("w.svg");
+    std::fs::copy(own, &picture).unwrap();
+    check_error(&["variance", &picture, "--plot", &path("w")], &["w.svg is the file that is read"]);
+    assert!(std::fs::read(own).unwrap() == whole && std::fs::read(&picture).unwrap() == whole);
     check_error(&["prune", input, own, "--threshold", "0"], &["τ = 0", "positive"]);
     check_error(&["variance", input, "--threshold=-1"], &["--threshold -1", "positive"]);
     check_error(&["macs", own, "--width", "0.5"], &["--width", "leave --width out"]);

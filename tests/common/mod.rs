@@ -86,6 +86,7 @@ pub fn run(
             Event::Started(stage) => format!("started {}", stage.label()),
             Event::Finished(outcome) => format!("finished {}", outcome.label),
             Event::Waiting(stage) => format!("waiting {}", stage.label()),
+            Event::NoLocks(_) => "no locks".into(),
             Event::Progress(_, train::Progress::Resumed { epoch }) => format!("resumed {epoch}"),
             Event::Progress(..) => String::new(),
         };

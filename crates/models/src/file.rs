@@ -267,6 +267,7 @@ impl Network {
             *tensor = tensors.remove(&name).ok_or_else(missing)?;
         }
         network.validate()?;
+        network.check_values().map_err(|e| fail(path, e.to_string()))?;
         Ok((network, Extras { metadata, tensors }))
     }
 }

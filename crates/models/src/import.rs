@@ -95,6 +95,7 @@ impl Network {
             Format::Pickle => unpickle(path).map_err(fail)?,
         };
         let (network, naming, config) = import.network(tensors, device, &fail)?;
+        network.check_values().map_err(|e| fail(e.to_string()))?;
         Ok((network, Origin::Public { naming, config }))
     }
 }

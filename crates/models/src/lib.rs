@@ -16,6 +16,7 @@ mod pass;
 mod quantization;
 mod quantizer;
 mod structure;
+mod values;
 
 pub use count::Layer;
 pub use file::{Extras, MAX_FILE_BYTES};

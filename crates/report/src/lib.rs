@@ -35,6 +35,7 @@ mod text;
 pub use claims::{Claim, Comparison, Expect, PaperSays, PruningQuantity};
 pub use deviations::Deviation;
 pub use file::{Error, Result, write_text};
+pub use names::is_synthetic;
 pub use page::{Exhibit, Page, TableEntry, TableResults};
 pub use paper::{Paper, PaperPruned, PaperRow};
 pub use plot::plot;

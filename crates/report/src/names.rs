@@ -77,7 +77,8 @@ pub(crate) fn dataset_label(dataset: &str) -> &str {
     }
 }
 
-pub(crate) fn is_synthetic(dataset: &str) -> bool {
+/// Whether a data set of that name is the synthetic stand-in.
+pub fn is_synthetic(dataset: &str) -> bool {
     dataset.starts_with("synthetic")
 }
 

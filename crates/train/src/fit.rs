@@ -93,7 +93,8 @@ pub struct Trained {
 /// the host otherwise.
 const STEPS_PER_REPORT: usize = 20;
 
-/// Trains `network` (its parameters are updated in place), writing a checkpoint after every epoch.
+/// Trains `network` (its parameters are updated in place), writing a checkpoint after every epoch, before it is
+/// evaluated: whatever fails in the evaluation does not cost the epoch.
 /// If the folder has a checkpoint of the same run, goes on from there; the result has the same bits
 /// as that of a run that was not interrupted, if all of it runs on the same device. The checkpoint may be from any
 /// device.
@@ -103,24 +104,27 @@ const STEPS_PER_REPORT: usize = 20;
 /// checkpoint is on the disk, and the same call goes on from it.
 pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress)) -> Result<Trained> {
     run.training.validate()?;
-    let mut state = match State::load(&network, run)? {
-        Some(state) => {
-            observe(Progress::Resumed { epoch: state.metrics.len() });
-            state
+    let (mut state, trained) = match State::load(&network, run)? {
+        Some((state, trained)) => {
+            observe(Progress::Resumed { epoch: state.metrics.len() + usize::from(trained.is_some()) });
+            (state, trained)
         }
-        None => State::new(network)?,
+        None => (State::new(network)?, None),
     };
     let mut feed = Feed::new(run.data, state.network.device(), run.dtype);
+    // A checkpoint does not have the evaluation of its last epoch.
+    if let Some(trained) = trained {
+        state.evaluate(trained, run, &mut feed)?;
+    }
     let epochs = run.training.epochs();
     for epoch in state.metrics.len()..epochs {
         if run.limit.is_some_and(|limit| !limit.allows_an_epoch()) {
             return Err(Error::TimeLimit { epoch, epochs });
         }
         let started = Instant::now();
-        let metrics = state.epoch(epoch, run, &mut feed, observe)?;
-        state.metrics.push(metrics);
-        state.save(run)?;
-        write_metrics(&state.metrics, &run.folder.join("metrics.csv"))?;
+        let trained = state.epoch(epoch, run, &mut feed, observe)?;
+        state.save(trained, run)?;
+        let metrics = state.evaluate(trained, run, &mut feed)?;
         // With its checkpoint, which is to be written in time too.
         run.limit.inspect(|limit| limit.note(started.elapsed()));
         observe(Progress::Epoch { epochs, metrics });
@@ -176,7 +180,18 @@ impl Velocities {
 struct State {
     network: Network,
     velocities: Velocities,
+    /// Of the epochs that have been evaluated.
     metrics: Vec<EpochMetrics>,
+}
+
+/// What training gave in an epoch: [`EpochMetrics`] without those of the evaluation.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct TrainedEpoch {
+    epoch: usize,
+    rate: f64,
+    train_loss: f64,
+    train_top1_percent: f64,
+    seconds: f64,
 }
 
 impl State {
@@ -190,7 +205,7 @@ impl State {
         run: &TrainingRun,
         feed: &mut Feed,
         observe: &mut dyn FnMut(Progress),
-    ) -> Result<EpochMetrics> {
+    ) -> Result<TrainedEpoch> {
         let TrainingRun { training, seed, .. } = *run;
         let started = Instant::now();
         let batches = feed.train(training.batch, training.augmentation, seed, epoch)?;
@@ -217,45 +232,73 @@ impl State {
                 means = totals.read()?;
                 let loss = means.loss;
                 if !loss.is_finite() {
-                    return Err(Error::Diverged { loss: loss as f32, epoch: epoch + 1, step, rate });
+                    let what = format!("the loss is {loss} after step {}", step + 1);
+                    return Err(Error::Diverged { what, epoch: epoch + 1, rate });
                 }
                 let images_per_second = totals.images() as f64 / started.elapsed().as_secs_f64();
                 let (epoch, epochs) = (epoch + 1, training.epochs());
                 observe(Progress::Steps { epoch, epochs, step: step + 1, steps, loss, images_per_second });
             }
         }
-        let Evaluation { loss, top1_percent } = evaluate_on(&self.network, feed)?;
-        if !loss.is_finite() {
-            return Err(Error::Diverged { loss: loss as f32, epoch: epoch + 1, step: steps, rate });
+        // Quantizers map NaN to a level, so the loss need not tell.
+        if let Err(error) = self.network.check_values() {
+            return Err(Error::Diverged { what: error.to_string(), epoch: epoch + 1, rate });
         }
-        Ok(EpochMetrics {
+        Ok(TrainedEpoch {
             epoch: epoch + 1,
             rate,
             train_loss: means.loss,
             train_top1_percent: means.top1_percent,
-            test_loss: loss,
-            test_top1_percent: top1_percent,
             seconds: started.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Evaluates the epoch that was trained, and writes the metrics of all.
+    fn evaluate(
+        &mut self,
+        trained: TrainedEpoch,
+        run: &TrainingRun,
+        feed: &mut Feed,
+    ) -> Result<EpochMetrics> {
+        let TrainedEpoch { epoch, rate, train_loss, train_top1_percent, seconds } = trained;
+        let started = Instant::now();
+        let Evaluation { loss, top1_percent } = evaluate_on(&self.network, feed)?;
+        if !loss.is_finite() {
+            return Err(Error::Diverged { what: format!("the loss on the test set is {loss}"), epoch, rate });
+        }
+        let metrics = EpochMetrics {
+            epoch,
+            rate,
+            train_loss,
+            train_top1_percent,
+            test_loss: loss,
+            test_top1_percent: top1_percent,
+            seconds: seconds + started.elapsed().as_secs_f64(),
+        };
+        self.metrics.push(metrics);
+        write_metrics(&self.metrics, &run.folder.join("metrics.csv"))?;
+        Ok(metrics)
     }
 
     fn checkpoint(run: &TrainingRun) -> PathBuf {
         run.folder.join("checkpoint.safetensors")
     }
 
-    fn save(&self, run: &TrainingRun) -> Result<()> {
+    /// Writes the checkpoint after an epoch, of which it does not have the evaluation.
+    fn save(&self, trained: TrainedEpoch, run: &TrainingRun) -> Result<()> {
         let mut extras = Extras::default();
         for (parameter, velocity) in &self.velocities.0 {
             extras.tensors.insert(velocity_name(parameter), velocity.clone());
         }
-        let metrics = serde_json::to_string(&self.metrics).expect("metrics are plain numbers");
         extras.metadata.insert("identity".into(), run.identity.into());
-        extras.metadata.insert("metrics".into(), metrics);
+        extras.metadata.insert("metrics".into(), json(&self.metrics));
+        extras.metadata.insert("trained".into(), json(&trained));
         Ok(self.network.save(&Self::checkpoint(run), &extras)?)
     }
 
-    /// The state that the run's checkpoint holds; `None` if there is none yet.
-    fn load(start: &Network, run: &TrainingRun) -> Result<Option<Self>> {
+    /// The state that the run's checkpoint holds, and the epoch that is still to be evaluated; `None` if there is no
+    /// checkpoint yet.
+    fn load(start: &Network, run: &TrainingRun) -> Result<Option<(Self, Option<TrainedEpoch>)>> {
         let path = Self::checkpoint(run);
         if !path.exists() {
             return Ok(None);
@@ -270,17 +313,26 @@ impl State {
             );
             return Err(fail(problem));
         }
+        let unreadable = |e: serde_json::Error| {
+            fail(format!("its metrics can't be read ({e}); delete the file to begin anew"))
+        };
         let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
-        let metrics = serde_json::from_str(metrics)
-            .map_err(|e| fail(format!("its metrics can't be read ({e}); delete the file to begin anew")))?;
+        let metrics = serde_json::from_str(metrics).map_err(unreadable)?;
+        // Older checkpoints were written after the evaluation.
+        let trained = extras.metadata.get("trained").map(|text| serde_json::from_str(text));
+        let trained = trained.transpose().map_err(unreadable)?;
         let mut velocities = BTreeMap::new();
         for parameter in network.parameters() {
             let name = velocity_name(&parameter.name);
             let missing = || fail(format!("lacks {name}; delete the file to begin the run anew"));
             velocities.insert(parameter.name, extras.tensors.remove(&name).ok_or_else(missing)?);
         }
-        Ok(Some(Self { network, velocities: Velocities(velocities), metrics }))
+        Ok(Some((Self { network, velocities: Velocities(velocities), metrics }, trained)))
     }
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("metrics are plain numbers")
 }
 
 fn velocity_name(parameter: &str) -> String {
@@ -288,10 +340,11 @@ fn velocity_name(parameter: &str) -> String {
 }
 
 fn write_metrics(metrics: &[EpochMetrics], path: &Path) -> Result<()> {
-    let fail = |e: csv::Error| Error::File { path: path.display().to_string(), problem: e.to_string() };
-    let mut writer = csv::Writer::from_path(path).map_err(fail)?;
+    let fail = |problem: String| Error::File { path: path.display().to_string(), problem };
+    let mut writer = csv::Writer::from_writer(Vec::new());
     for row in metrics {
-        writer.serialize(row).map_err(fail)?;
+        writer.serialize(row).map_err(|e| fail(e.to_string()))?;
     }
-    writer.flush().map_err(|e| fail(e.into()))
+    let text = writer.into_inner().map_err(|e| fail(e.to_string()))?;
+    whole_file::write(path, text).map_err(|e| fail(e.to_string()))
 }

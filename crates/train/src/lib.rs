@@ -45,19 +45,17 @@ pub enum Error {
         /// The parameter's name.
         parameter: String,
     },
-    /// The loss is no longer a number.
+    /// The loss, or a number of the network, is no longer finite.
     #[error(
-        "training diverged: the loss is {loss} in epoch {epoch}, step {step}; a smaller learning rate \
-         (now {rate:.5}) or a longer warm-up usually helps"
+        "training diverged in epoch {epoch}: {what}; a smaller learning rate (now {rate:.5}) or a longer warm-up \
+         usually helps"
     )]
     Diverged {
-        /// The loss found.
-        loss: f32,
+        /// What was found.
+        what: String,
         /// Epoch, from 1.
         epoch: usize,
-        /// Step within the epoch.
-        step: usize,
-        /// Learning rate of the step.
+        /// Learning rate of the last step.
         rate: f64,
     },
     /// Not a failure: the time is up. A checkpoint is on the disk from which the same call goes on.

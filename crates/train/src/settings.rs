@@ -107,6 +107,9 @@ impl Training {
             "range_momentum",
             self.range_momentum,
             "more than 0, at most 1",
-        )
+        )?;
+        // Half of an image of 224 pixels: with more, some crops would show nothing of it.
+        let pad = self.augmentation.pad;
+        check(pad <= 112, "augmentation.pad", pad as f64, "0 to 112")
     }
 }

@@ -4,12 +4,13 @@
 //! the middle of an epoch.
 
 use candle_core::{DType, Device, Tensor};
-use datasets::{Augmentation, Images, InMemoryDataset, train_batches};
+use datasets::{Augmentation, Batches, Dataset, Images, InMemoryDataset, train_batches};
 use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
 use models::{BatchNorm, Extras, Kernel, Network, Norm, Step};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -465,6 +466,109 @@ fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
     );
 }
 
+/// Images of which those for tests can't be read.
+struct Untestable(Arc<InMemoryDataset>);
+
+impl Dataset for Untestable {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+    fn source(&self) -> &str {
+        self.0.source()
+    }
+    fn classes(&self) -> usize {
+        self.0.classes()
+    }
+    fn train_images(&self) -> usize {
+        self.0.train_images()
+    }
+    fn test_images(&self) -> usize {
+        self.0.test_images()
+    }
+    fn side(&self) -> (usize, usize) {
+        self.0.side()
+    }
+    fn mean(&self) -> [f32; 3] {
+        self.0.mean()
+    }
+    fn std(&self) -> [f32; 3] {
+        self.0.std()
+    }
+    fn fingerprint(&self) -> &str {
+        self.0.fingerprint()
+    }
+    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
+        self.0.train_batches(batch, augmentation, seed, epoch)
+    }
+    fn test_batches(&self, _: usize) -> Batches {
+        panic!("a picture can't be read")
+    }
+}
+
+/// Whatever fails in the evaluation does not cost the epoch: its checkpoint is there already, and the next call
+/// evaluates it.
+#[test]
+fn an_evaluation_that_fails_does_not_cost_the_epoch() {
+    let whole = run_through(quantized(), &training(), 3);
+    let (data, training, folder) = (data(TRAIN, 50), training(), tempfile::tempdir().unwrap());
+    let untestable = Untestable(data.clone());
+    for call in [1, 2] {
+        let run = TrainingRun { data: &untestable, ..the_run(&data, &training, folder.path()) };
+        let failed = catch_unwind(AssertUnwindSafe(|| fit(quantized(), &run, &mut |_| ())));
+        assert!(failed.is_err(), "call {call}");
+    }
+    let mut events = Vec::new();
+    let resumed = run(quantized(), &data, &training, 3, folder.path(), &mut |p| events.push(p)).unwrap();
+    assert!(matches!(events[0], Progress::Resumed { epoch: 1 }), "{:?}", events[0]);
+    let begun = |p: &&Progress| matches!(p, Progress::Steps { step: 20, .. });
+    assert_eq!(events.iter().filter(begun).count(), EPOCHS - 1, "the first epoch was trained again");
+    check_same(&bits(&resumed.network), &bits(&whole.network), "resumed");
+    check_metrics(&resumed.metrics, &whole.metrics);
+    let metrics = std::fs::read_to_string(folder.path().join("metrics.csv")).unwrap();
+    assert_eq!(metrics.lines().count(), 1 + EPOCHS);
+}
+
+/// A run that was killed between a checkpoint and what follows it has the whole of its metrics in the end.
+#[test]
+fn metrics_that_lag_behind_the_checkpoint_catch_up() {
+    let (data, training, folder) = (data(40, 20), training(), tempfile::tempdir().unwrap());
+    let first = run(network(), &data, &training, 3, folder.path(), &mut |_| ()).unwrap();
+    let path = folder.path().join("metrics.csv");
+    let whole = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, whole.lines().next().unwrap()).unwrap();
+    let again = run(network(), &data, &training, 3, folder.path(), &mut |_| ()).unwrap();
+    check_metrics(&again.metrics, &first.metrics);
+    assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), whole.lines().count());
+}
+
+/// Quantizers hide a network's NaN from the loss, so the network itself is looked at.
+#[test]
+fn divergence_that_no_loss_shows_is_an_error() {
+    let (data, folder) = (data(TRAIN, 50), tempfile::tempdir().unwrap());
+    let training = Training { learning_rate: 1e9, warmup_epochs: 0.0, cosine_epochs: 2.0, ..training() };
+    let result = run(quantized(), &data, &training, 3, folder.path(), &mut |_| ());
+    let error = result.map(|trained| trained.metrics).unwrap_err();
+    let message = error.to_string();
+    assert!(matches!(error, Error::Diverged { epoch: 1, .. }), "{message}");
+    assert!(!folder.path().join("checkpoint.safetensors").exists(), "a diverged epoch was stored");
+}
+
+/// So does a file.
+#[test]
+fn a_network_that_is_not_finite_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("network.safetensors");
+    let mut network = quantized();
+    let head = network.units_mut().last().unwrap();
+    let Norm::Bias(bias) = &mut head.norm else { panic!("the classifier has a bias") };
+    *bias = (&*bias * f64::NAN).unwrap();
+    network.save(&path, &Extras::default()).unwrap();
+    let message = Network::load(&path, &Device::Cpu).unwrap_err().to_string();
+    for part in ["network.safetensors", "head.bias", "filter 0", "NaN", "finite"] {
+        assert!(message.contains(part), "{message:?} lacks {part:?}");
+    }
+}
+
 #[test]
 fn a_checkpoint_of_another_run_is_refused() {
     let (data, training) = (data(40, 20), Training { cosine_epochs: 1.0, ..training() });
@@ -561,10 +665,13 @@ fn divergence_in_the_last_step_is_an_error_too() {
     let training =
         Training { learning_rate: 1e38, warmup_epochs: 0.0, cosine_epochs: 1.0, batch: 40, ..training() };
     let folder = tempfile::tempdir().unwrap();
-    let result = run(network(), &data(40, 50), &training, 1, folder.path(), &mut |_| ());
-    let metrics = result.map(|trained| trained.metrics);
-    assert!(matches!(metrics, Err(Error::Diverged { epoch: 1, .. })), "{metrics:?}");
-    assert!(!folder.path().join("checkpoint.safetensors").exists(), "a diverged epoch was stored");
+    // The epoch is stored before its evaluation, which fails at every call.
+    for call in 0..2 {
+        let result = run(network(), &data(40, 50), &training, 1, folder.path(), &mut |_| ());
+        let metrics = result.map(|trained| trained.metrics);
+        assert!(matches!(metrics, Err(Error::Diverged { epoch: 1, .. })), "call {call}: {metrics:?}");
+        assert!(!folder.path().join("metrics.csv").exists(), "a diverged epoch has metrics");
+    }
 }
 
 /// Impossible settings are found before anything is written.

@@ -3,7 +3,7 @@
 //! What is to be written goes to a temporary file in the same folder, is flushed to the disk, and takes the
 //! place of the old file by being renamed. So a reader, and a program that goes on after a crash, finds
 //! either the old file or the new one. A process that is killed in between leaves its temporary file,
-//! `.unfinished-` and random letters, which nothing reads.
+//! `.unfinished-` and random letters, which nothing reads and [`sweep`] removes.
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ use std::convert::identity;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 /// Writes `contents` to `path`, whole or not at all; makes the folder where it is missing.
 pub fn write(path: &Path, contents: impl AsRef<[u8]>) -> io::Result<()> {
@@ -28,17 +29,42 @@ pub fn replace<E>(
     let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(&fail)?;
     let suffix = path.extension().map(|extension| format!(".{}", extension.display())).unwrap_or_default();
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".unfinished-").suffix(&suffix);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as usual
-    let temporary = builder.tempfile_in(folder).map_err(&fail)?;
+    let temporary = builder().suffix(&suffix).tempfile_in(folder).map_err(&fail)?;
     fill(temporary.path())?;
     // Before the rename, or a power failure could leave an empty file under the new name.
     temporary.as_file().sync_all().map_err(&fail)?;
     temporary.persist(path).map_err(|error| fail(error.error))?;
     Ok(())
 }
+
+/// Removes the temporary files in `folder` that are of at least that age: what processes left that were killed.
+pub fn sweep(folder: &Path, age: Duration) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let left = || Some(entry.metadata().ok()?.modified().ok()?.elapsed().unwrap_or_default() >= age);
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) && left() == Some(true) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks that files can be written in `folder`, which is made where it is missing.
+pub fn check(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    builder().tempfile_in(folder).map(drop)
+}
+
+fn builder<'a>() -> tempfile::Builder<'static, 'a> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PREFIX);
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as usual
+    builder
+}
+
+/// How the names of temporary files begin.
+const PREFIX: &str = ".unfinished-";
 
 #[cfg(test)]
 mod tests {
@@ -59,6 +85,23 @@ mod tests {
         assert_eq!((fs::read_to_string(&path).unwrap().as_str(), files()), ("old", 1));
         write(&path, "new").unwrap();
         assert_eq!((fs::read_to_string(&path).unwrap().as_str(), files()), ("new", 1));
+    }
+
+    #[test]
+    fn what_is_left_unfinished_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = [".unfinished-a1b2c3.json", "unfinished.json", "kept.json"];
+        for name in names {
+            fs::write(folder.path().join(name), "half").unwrap();
+        }
+        let found = || names.map(|name| folder.path().join(name).exists());
+        sweep(folder.path(), Duration::from_secs(3600)).unwrap();
+        assert_eq!(found(), [true, true, true]);
+        sweep(folder.path(), Duration::ZERO).unwrap();
+        assert_eq!(found(), [false, true, true]);
+        check(folder.path()).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+        assert!(check(&folder.path().join("kept.json/below")).is_err());
     }
 
     #[test]

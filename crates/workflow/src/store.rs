@@ -4,10 +4,11 @@ use datasets::Dataset;
 use models::{Extras, Network};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use train::{EpochMetrics, Evaluation, Progress, TimeLimit, TrainingRun, evaluate, fit};
 
 /// A folder of finished and unfinished stages, one folder each.
@@ -93,6 +94,8 @@ pub enum Event<'a> {
     Found(&'a Outcome),
     /// Another process runs the stage; its end is waited for.
     Waiting(&'a Stage),
+    /// The file system has no locks: nothing keeps two processes from running a stage at once.
+    NoLocks(&'a std::io::Error),
     /// The stage begins (or goes on).
     Started(&'a Stage),
     /// The stage trains.
@@ -154,7 +157,7 @@ impl Store {
                 // Outcomes that were written before it was a field lack it.
                 Ok(Some(Outcome { step: stage.step(), ..outcome }))
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(file_error(&path, e)),
         }
     }
@@ -192,20 +195,32 @@ impl Store {
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
         let fingerprint = resources.data.fingerprint();
+        let folder = self.folder(stage, fingerprint)?;
         if let Some(outcome) = self.outcome(stage, fingerprint)? {
+            tidy(&folder);
             observe(Event::Found(&outcome));
             return Ok(outcome);
         }
         if let Some(parent) = &stage.parent {
             self.run(parent, resources, observe)?;
         }
-        let folder = self.folder(stage, fingerprint)?;
         let named = |source: Error| Error::Stage {
             label: stage.label(),
             folder: folder.display().to_string(),
             source: Box::new(source),
         };
-        let lock = lock(&folder, || observe(Event::Waiting(stage))).map_err(named)?;
+        let lock = Lock::try_take(&folder).map_err(named)?;
+        match &lock {
+            Lock::Held(_) => {}
+            Lock::Taken(file) => {
+                observe(Event::Waiting(stage));
+                file.lock().map_err(|e| named(file_error(&folder, format!("could not be locked: {e}"))))?;
+            }
+            Lock::Impossible(error) => observe(Event::NoLocks(error)),
+        }
+        // Whoever has the lock is alone here; without locks another process may be writing now.
+        let age = if let Lock::Impossible(_) = lock { Duration::from_secs(3600) } else { Duration::ZERO };
+        whole_file::sweep(&folder, age).map_err(|e| named(file_error(&folder, e)))?;
         let outcome = match self.outcome(stage, fingerprint)? {
             // Another process has run it while this one waited.
             Some(outcome) => {
@@ -268,6 +283,7 @@ impl Store {
                 (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
             }
         };
+        network.check_values()?;
         let (evaluation, seconds) = match metrics.last() {
             Some(last) => {
                 let evaluation = Evaluation { loss: last.test_loss, top1_percent: last.test_top1_percent };
@@ -306,9 +322,13 @@ impl Store {
         let path = folder.join("outcome.json");
         whole_file::write(&path, text).map_err(|e| file_error(&path, e))?;
         // The final network replaces the checkpoint, which is twice its size.
-        Network::remove(&folder.join("checkpoint.safetensors"))?;
+        Network::remove(&checkpoint_file(folder))?;
         Ok(outcome)
     }
+}
+
+fn checkpoint_file(folder: &Path) -> PathBuf {
+    folder.join("checkpoint.safetensors")
 }
 
 fn network_file(folder: &Path) -> PathBuf {
@@ -323,17 +343,47 @@ fn image_range(data: &dyn Dataset) -> (f32, f32) {
     (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))
 }
 
-/// Locks a stage's folder against other processes; the lock goes with the file, also when the process
-/// is killed.
-fn lock(folder: &Path, waiting: impl FnOnce()) -> Result<File> {
-    let fail = |e: std::io::Error| file_error(folder, format!("could not be locked: {e}"));
-    std::fs::create_dir_all(folder).map_err(fail)?;
-    let file = File::create(folder.join("lock")).map_err(fail)?;
-    if file.try_lock().is_err() {
-        waiting();
-        file.lock().map_err(fail)?;
+/// The lock of a stage's folder against other processes, which goes with the file, also when the process is killed.
+enum Lock {
+    /// This process has it. What the file is of is nobody's business but the system's.
+    Held(#[allow(dead_code)] File),
+    /// Another process has it.
+    Taken(File),
+    /// The file system has no locks.
+    Impossible(std::io::Error),
+}
+
+impl Lock {
+    /// Takes the lock if nobody has it.
+    fn try_take(folder: &Path) -> Result<Self> {
+        let fail = |e: std::io::Error| file_error(folder, format!("could not be locked: {e}"));
+        std::fs::create_dir_all(folder).map_err(fail)?;
+        let file = File::create(folder.join("lock")).map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self::Held(file)),
+            Err(TryLockError::WouldBlock) => Ok(Self::Taken(file)),
+            Err(TryLockError::Error(e)) if no_locks(&e) => Ok(Self::Impossible(e)),
+            Err(TryLockError::Error(e)) => Err(fail(e)),
+        }
     }
-    Ok(file)
+}
+
+/// Whether an error says that the file system has no locks, as that of some clusters.
+fn no_locks(error: &std::io::Error) -> bool {
+    error.kind() == ErrorKind::Unsupported || error.raw_os_error() == Some(libc::ENOLCK)
+}
+
+/// Removes what a process left that was killed after the stage's end: its checkpoint, and temporary files. That it can't
+/// be removed is no reason to stop.
+fn tidy(folder: &Path) {
+    let is_left = |name: &str| name.starts_with("checkpoint.") || name.starts_with(".unfinished-");
+    let left = std::fs::read_dir(folder).is_ok_and(|mut entries| {
+        entries.any(|entry| entry.is_ok_and(|entry| is_left(&entry.file_name().to_string_lossy())))
+    });
+    if left && matches!(Lock::try_take(folder), Ok(Lock::Held(_))) {
+        Network::remove(&checkpoint_file(folder)).ok();
+        whole_file::sweep(folder, Duration::ZERO).ok();
+    }
 }
 
 fn file_error(path: &Path, problem: impl std::fmt::Display) -> Error {

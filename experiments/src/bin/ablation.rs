@@ -1,5 +1,5 @@
 //! What the paper leaves open, measured: each setting beside its alternatives.
 
-fn main() -> anyhow::Result<()> {
-    experiments::main(&experiments::tables::ABLATIONS)
+fn main() -> std::process::ExitCode {
+    experiments::exit(experiments::main(&experiments::tables::ABLATIONS))
 }

@@ -1,5 +1,5 @@
 //! Speed beside PyTorch: training, evaluation and single operations.
 
-fn main() -> anyhow::Result<()> {
-    experiments::bench::main()
+fn main() -> std::process::ExitCode {
+    experiments::exit(experiments::bench::main())
 }

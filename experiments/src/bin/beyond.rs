@@ -1,5 +1,5 @@
 //! Beyond the paper: quantizers that learn beside Algorithm 1.
 
-fn main() -> anyhow::Result<()> {
-    experiments::main(&[&experiments::tables::BEYOND])
+fn main() -> std::process::ExitCode {
+    experiments::exit(experiments::main(&[&experiments::tables::BEYOND]))
 }

@@ -1,5 +1,5 @@
 //! Figure 3 of the paper: what filters of low and of ordinary running variance give.
 
-fn main() -> anyhow::Result<()> {
-    experiments::figure3::main()
+fn main() -> std::process::ExitCode {
+    experiments::exit(experiments::figure3::main())
 }

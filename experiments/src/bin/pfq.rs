@@ -1,5 +1,5 @@
 //! The tool for networks in files: running variances, pruning, multiply–accumulates, evaluation.
 
-fn main() -> anyhow::Result<()> {
-    experiments::tool::main()
+fn main() -> std::process::ExitCode {
+    experiments::exit(experiments::tool::main())
 }

@@ -1,5 +1,5 @@
 //! One page of all results, with a verdict on every claim of the paper.
 
-fn main() -> anyhow::Result<()> {
-    experiments::report_page::main()
+fn main() -> std::process::ExitCode {
+    experiments::exit(experiments::report_page::main())
 }

@@ -11,12 +11,18 @@ use models::Network;
 const LARGE: usize = 64;
 
 /// The test images that `--data` asks for, of the data set that the network's input is laid out for.
-pub(super) fn load(wanted: &str, limit: Option<usize>, network: &Network) -> Result<Box<dyn Dataset>> {
+pub(super) fn load(
+    wanted: &str,
+    limit: Option<usize>,
+    bad_percent: f64,
+    network: &Network,
+) -> Result<Box<dyn Dataset>> {
     let [height, width, _] = network.input;
     let imagenet = (height >= LARGE).then(|| Options {
         side: height,
         resize: height * 8 / 7,
         test_limit: limit.map(Limit::Total),
+        bad_percent,
         ..Options::default()
     });
     let of_imagenet = imagenet.is_some();

@@ -24,22 +24,27 @@ pub(super) struct Eval {
     /// Take only so many test images, spread over the classes
     #[arg(long, value_name = "IMAGES")]
     limit: Option<usize>,
+
+    /// Of ImageNet's pictures, leave out up to so many that are damaged before that is an error
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    bad_percent: f64,
 }
 
 impl Eval {
     pub fn run(&self) -> Result<String> {
         let (network, mut text) = self.network.open()?;
-        let data = data::load(&self.data, self.limit, &network)?;
+        let data = data::load(&self.data, self.limit, self.bad_percent, &network)?;
         let started = Instant::now();
         let evaluation = train::evaluate(&network, &*data)?;
-        for skipped in data.skipped() {
+        let skipped = data.skipped();
+        for skipped in &skipped {
             text += &format!("left out {}: {}\n", skipped.file, skipped.why);
         }
         text += &format!(
             "{} from {}: {} test images in {}\ntop-1 {:.2} %, loss {:.4}\n",
             data.name(),
             data.source(),
-            data.test_images(),
+            data.test_images() - skipped.len(),
             duration(started.elapsed().as_secs_f64()),
             evaluation.top1_percent,
             evaluation.loss

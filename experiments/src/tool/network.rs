@@ -6,7 +6,7 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use kernels::Activation;
 use models::{Import, Input, Network, Origin, Version};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A file with a network, and what its tensors don't tell.
 #[derive(Debug, Args)]
@@ -108,6 +108,23 @@ impl NetworkFile {
             millions(network.weights()),
         );
         Ok((network, line))
+    }
+
+    /// Checks that none of the files to be written is the network, or one of the others.
+    pub fn refuse_to_overwrite(&self, written: &[&Path]) -> Result<()> {
+        let place = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.into());
+        for (index, path) in written.iter().enumerate() {
+            if place(path) == place(&self.file) {
+                bail!(
+                    "{} is the file that is read: give another name, so that the network stays",
+                    path.display()
+                );
+            }
+            if written[..index].iter().any(|other| place(other) == place(path)) {
+                bail!("{} would be written twice: give different names", path.display());
+            }
+        }
+        Ok(())
     }
 
     /// A file of our own says all of this itself.

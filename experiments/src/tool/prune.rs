@@ -34,10 +34,8 @@ impl Prune {
         if self.out.extension().is_none_or(|extension| extension != "safetensors") {
             bail!("{out}: expected a name that ends in .safetensors, which is what is written");
         }
+        self.network.refuse_to_overwrite(&[&self.out])?;
         let (network, mut text) = self.network.open()?;
-        if self.out.exists() && self.out.canonicalize()? == self.network.file.canonicalize()? {
-            bail!("{out} is the file that is read: give another name, so that the unpruned network stays");
-        }
         let method = PfQ { threshold: self.threshold, bias_correction: !self.no_bias_correction };
         let (pruned, report) = method.apply(&network)?;
         let mut extras = Extras::default();

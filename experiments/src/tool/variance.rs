@@ -5,7 +5,7 @@ use clap::Args;
 use models::Network;
 use report::histogram::{self, Caption, Variances};
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Shows the running variances of every layer, and how many filters are below τ
 #[derive(Debug, Args)]
@@ -38,6 +38,10 @@ struct FilterRow<'a> {
 
 impl Variance {
     pub fn run(&self) -> Result<String> {
+        let pictures = self.plot.as_deref().map(pictures);
+        let written: Vec<&Path> =
+            self.csv.iter().chain(pictures.iter().flatten()).map(PathBuf::as_path).collect();
+        self.network.refuse_to_overwrite(&written)?;
         let (network, line) = self.network.open()?;
         let threshold = threshold(self.threshold, &network)?;
         let layers: Vec<Variances> = pfq::variances(&network)?
@@ -70,19 +74,30 @@ impl Variance {
             histogram::write_rows(&rows, path)?;
             text += &format!("written to {}\n", path.display());
         }
-        if let Some(path) = &self.plot {
-            let (svg, png) = (path.with_extension("svg"), path.with_extension("png"));
+        if let Some([svg, png]) = &pictures {
             let file = self.network.file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
             let caption = Caption {
                 title: format!("Running variances of {file}"),
                 subtitle: format!("{}, {} classes", network.name, network.classes()),
                 threshold,
             };
-            histogram::plot_variances(&layers, &caption, &svg, &png)?;
+            histogram::plot_variances(&layers, &caption, svg, png)?;
             text += &format!("drawn in {} and {}\n", svg.display(), png.display());
         }
         Ok(text)
     }
+}
+
+/// FILE.svg and FILE.png, also where FILE is one of them already. What else follows a dot is a part of the name.
+fn pictures(file: &Path) -> [PathBuf; 2] {
+    let given = file.extension().is_some_and(|given| given == "svg" || given == "png");
+    let stem = if given { file.with_extension("") } else { file.into() };
+    ["svg", "png"].map(|extension| {
+        let mut name = stem.clone().into_os_string();
+        name.push(".");
+        name.push(extension);
+        name.into()
+    })
 }
 
 /// τ: what was asked for, or the network's ε.

@@ -64,7 +64,12 @@ impl Default for Options {
 }
 
 impl Options {
-    pub(super) fn validate(&self) -> Result<()> {
+    /// Checks that the options are possible.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], which names the first one that is not.
+    pub fn validate(&self) -> Result<()> {
         let check = |ok: bool, key: &str, found: &dyn fmt::Debug, expected: &str| match ok {
             true => Ok(()),
             false => Err(Error::Invalid(format!("{key} = {found:?} is impossible: expected {expected}"))),

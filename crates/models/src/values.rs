@@ -1,0 +1,77 @@
+//! Whether a network's numbers can be computed with.
+
+use crate::{Network, Result};
+
+impl Network {
+    /// Checks that every parameter, running statistic and range is finite, and no running variance negative. Its outputs
+    /// need not show it: quantizers map NaN to a level.
+    ///
+    /// # Errors
+    /// Names the first tensor that has such numbers, and in it the first filter: the place along the last dimension.
+    pub fn check_values(&self) -> Result<()> {
+        for (name, tensor) in self.tensors() {
+            let least = if name.ends_with(".variance") { 0.0 } else { f32::MIN };
+            let wrong = |value: &f32| !(value.is_finite() && *value >= least);
+            let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
+            if let Some(first) = values.iter().position(wrong) {
+                let filter = first % tensor.dims().last().copied().unwrap_or(1);
+                let problem = format!(
+                    "is {} ({} such numbers of {}): expected a finite one{}",
+                    values[first],
+                    values.iter().filter(|value| wrong(value)).count(),
+                    values.len(),
+                    if least == 0.0 { " from 0" } else { "" }
+                );
+                return Err(self.structure_error(format!("{name} of filter {filter}"), problem));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Input, MobileNet, Norm, Version};
+    use candle_core::{Device, Tensor};
+
+    /// A new network with one number changed, the fifth filter's variance or weight.
+    #[track_caller]
+    fn check(variance: f32, weight: f32, expected: Option<&str>) {
+        let config = MobileNet { width: 0.1, ..MobileNet::new(Version::V1, Input::Cifar, 10) };
+        let mut network = config.init(0, &Device::Cpu).unwrap();
+        let unit = network.units_mut().find(|unit| unit.name == "blocks.1.depthwise").unwrap();
+        let changed = |tensor: &Tensor, value: f32| {
+            let mut values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+            values[5] = value;
+            Tensor::from_vec(values, tensor.shape(), &Device::Cpu).unwrap()
+        };
+        unit.weight = changed(&unit.weight, weight);
+        let Norm::Batch(norm) = &mut unit.norm else { panic!("a new network is normalized") };
+        norm.variance = changed(&norm.variance, variance);
+        let found = network.check_values().map_err(|error| error.to_string());
+        assert_eq!(found.err().as_deref(), expected);
+    }
+
+    #[test]
+    fn what_cannot_be_computed_with_is_named() {
+        check(0.0, -1e38, None);
+        let of = |what: &str| format!("network mobilenet_v1, blocks.1.depthwise.{what}");
+        check(
+            -1e-9,
+            0.0,
+            Some(&of(
+                "variance of filter 5: is -0.000000001 (1 such numbers of 16): expected a finite one from 0",
+            )),
+        );
+        check(
+            f32::INFINITY,
+            0.0,
+            Some(&of("variance of filter 5: is inf (1 such numbers of 16): expected a finite one from 0")),
+        );
+        check(
+            1.0,
+            f32::NAN,
+            Some(&of("weight of filter 5: is NaN (1 such numbers of 144): expected a finite one")),
+        );
+    }
+}

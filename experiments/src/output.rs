@@ -1,0 +1,40 @@
+//! What is printed: results on standard output, everything else on standard error.
+//!
+//! Printing is not worth a run. What can't be printed is left out, and a program tells of it when it ends, unless it was
+//! the reader who went, as in `| head`.
+
+use anyhow::{Result, bail};
+use std::io::{self, ErrorKind, Write};
+use std::sync::OnceLock;
+
+/// Why standard output could not be written, from then on.
+static BROKEN: OnceLock<io::Error> = OnceLock::new();
+
+/// Prints a line, or several, on standard output.
+pub fn print(text: &str) {
+    if BROKEN.get().is_some() {
+        return;
+    }
+    let mut output = io::stdout().lock();
+    if let Err(error) = writeln!(output, "{text}").and_then(|()| output.flush()) {
+        BROKEN.set(error).ok();
+    }
+}
+
+/// Tells something on standard error, if that can be written.
+pub fn tell(text: &str) {
+    writeln!(io::stderr(), "{text}").ok();
+}
+
+/// Whether all that was printed went where its reader is.
+///
+/// # Errors
+/// When standard output could not be written, as on a full disk.
+pub fn finish() -> Result<()> {
+    match BROKEN.get() {
+        Some(error) if error.kind() != ErrorKind::BrokenPipe => {
+            bail!("standard output could not be written ({error}); files are as they should be")
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,266 @@
+//! Tables from end to end where something is wrong: what is missing, what is in the way, what cannot be.
+
+mod tiny;
+
+use report::Row;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+const TABLE3: &str = env!("CARGO_BIN_EXE_table3");
+/// One network at some bits.
+const ROWS: &str = "mobilenet_v1,a4w4";
+
+/// A folder with the tiny profile, in which programs run.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        tiny::write_profile(folder.path());
+        Self(folder)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn table3(&self, flags: &[&str]) -> Output {
+        let device: &[&str] = if flags.contains(&"--device") { &[] } else { &["--device", "cpu"] };
+        let mut command = Command::new(TABLE3);
+        command.current_dir(self.0.path()).args(["--config", "tiny.toml"]).args(device).args(flags);
+        command.output().unwrap()
+    }
+
+    /// Has pre-training last so many epochs.
+    fn pretrain_for(&self, epochs: usize) {
+        let path = self.path("tiny.toml");
+        let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+        profile["training"]["pretraining"]["cosine_epochs"] = toml::Value::Integer(epochs as i64);
+        std::fs::write(path, profile.to_string()).unwrap();
+    }
+
+    /// Table 3 on synthetic data; it must succeed. What it said on standard error.
+    #[track_caller]
+    fn run(&self, flags: &[&str]) -> String {
+        let output = self.table3(&[&["--data", "synthetic"], flags].concat());
+        assert!(output.status.success(), "{flags:?}: {}", said(&output));
+        said(&output)
+    }
+
+    /// Table 3 with these flags must fail, in words that have all of `parts`.
+    #[track_caller]
+    fn check_refused(&self, flags: &[&str], parts: &[&str]) {
+        let output = self.table3(flags);
+        let error = said(&output);
+        assert!(!output.status.success(), "{flags:?} was accepted: {error}");
+        for part in parts {
+            assert!(error.contains(part), "{flags:?}: {error:?} lacks {part:?}");
+        }
+    }
+
+    /// The rows of Table 3, without the time that they took.
+    fn rows(&self) -> Vec<Row> {
+        let rows = report::read_csv(&self.path("results/table3/tiny/table3.csv")).unwrap();
+        rows.into_iter().map(|row| Row { wall_seconds: 0.0, ..row }).collect()
+    }
+
+    /// The folder of the only stage whose name has `part`.
+    #[track_caller]
+    fn stage(&self, part: &str) -> PathBuf {
+        let names = std::fs::read_dir(self.path("runs")).unwrap().map(|entry| entry.unwrap().path());
+        let found: Vec<PathBuf> = names.filter(|path| path.to_str().unwrap().contains(part)).collect();
+        assert_eq!(found.len(), 1, "{part}: {found:?}");
+        found[0].clone()
+    }
+
+    /// The number of stages of which something is in the store.
+    fn stages(&self) -> usize {
+        std::fs::read_dir(self.path("runs")).map_or(0, |entries| entries.count())
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A finished row began with stages that it needs no more; its share of pruned weights and its float accuracy are theirs.
+#[test]
+fn a_missing_early_stage_is_run_again_or_named() {
+    let place = Place::new();
+    let ours = format!("{ROWS},ours");
+    place.run(&["--only", &ours]);
+    let rows = place.rows();
+    assert!(rows[0].weights_pruned_percent > 0.0);
+
+    std::fs::remove_dir_all(place.stage("pretrain")).unwrap();
+    let said = place.run(&["--only", &ours]);
+    assert!(said.contains("mobilenet_v1 pre-train seed 0 …"), "{said}");
+    assert_eq!(place.rows(), rows);
+
+    // Without its outcome a stage is as good as missing. The other row does not need it, the table does.
+    let first = std::fs::read_dir(place.path("runs")).unwrap().map(|entry| entry.unwrap().path());
+    let first = first.filter(|path| path.to_str().unwrap().contains("prune")).min().unwrap();
+    std::fs::remove_file(first.join("outcome.json")).unwrap();
+    let flags = ["--data", "synthetic", "--only", &format!("{ROWS},dfq_with_fine_tune")];
+    place.check_refused(&flags, &["stage mobilenet_v1 PfQ", "is missing", "without --only"]);
+    assert_eq!(place.rows(), rows, "what was there stays");
+}
+
+/// Nothing is looked for, loaded or begun where a flag cannot be.
+#[test]
+fn flags_are_checked_before_data_are_looked_for() {
+    let place = Place::new();
+    let check = |flags: &[&str], parts: &[&str]| {
+        place.check_refused(&[flags, &["--data", "no/such/folder"]].concat(), parts);
+    };
+    check(&["--only", "foo"], &["--only foo is unknown"]);
+    check(&["--only", "a2w2"], &["--only a2w2 picks no row of table3"]);
+    check(&["--seeds", "1,0,1"], &["--seeds", "1 twice"]);
+    check(&["--device", "abacus"], &["--device abacus"]);
+    check(&[], &["no/such/folder"]);
+    assert_eq!(place.stages(), 0);
+}
+
+/// A key has no place for what is not finite, and a stage none for what is not positive.
+#[test]
+fn impossible_settings_are_refused_before_anything_runs() {
+    let place = Place::new();
+    let text = std::fs::read_to_string(place.path("tiny.toml")).unwrap();
+    for (from, to) in [
+        ("threshold = 0.95", "threshold = inf"),
+        ("threshold = 0.95", "threshold = nan"),
+        ("absorb_sigmas = 3.0", "absorb_sigmas = nan"),
+        ("tolerance = 0.001", "tolerance = 0.0"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        std::fs::write(place.path("tiny.toml"), text.replace(from, to)).unwrap();
+        let (key, value) = to.split_once(" = ").unwrap();
+        let value = value.parse::<f64>().unwrap();
+        place.check_refused(&["--data", "synthetic"], &[&format!("{key} = {value}: expected")]);
+    }
+    assert_eq!(place.stages(), 0);
+}
+
+/// Results of real data are a record. A run that found no data and fell back to synthetic ones leaves them alone.
+#[test]
+fn results_of_other_data_stay() {
+    let place = Place::new();
+    place.run(&["--only", &format!("{ROWS},ours")]);
+    let results = place.path("results/table3/tiny");
+    // As they were of CIFAR-100.
+    let stages = std::fs::read_to_string(results.join("stages.json")).unwrap();
+    let real = stages.replace(r#""name": "synthetic""#, r#""name": "cifar100""#);
+    assert_ne!(real, stages);
+    std::fs::write(results.join("stages.json"), &real).unwrap();
+    let files = || -> Vec<Vec<u8>> {
+        ["table3.csv", "table3.md", "table3.svg", "stages.json", "profile.toml"]
+            .map(|name| std::fs::read(results.join(name)).unwrap())
+            .into()
+    };
+    let before = files();
+    let flags = ["--data", "synthetic", "--only", &format!("{ROWS},dfq_with_fine_tune")];
+    let begun = place.stages();
+    place.check_refused(&flags, &["results/table3/tiny", "cifar100", "synthetic", "--out"]);
+    assert!(files() == before && place.stages() == begun, "something was done");
+    place.run(&[&flags[2..], &["--out", "elsewhere"]].concat());
+    // Synthetic ones may go.
+    std::fs::write(results.join("stages.json"), &stages).unwrap();
+    place.run(&flags[2..]);
+}
+
+/// That the results can't be written is noticed before hours of training.
+#[test]
+fn results_that_cannot_be_written_are_noticed_first() {
+    let place = Place::new();
+    std::fs::write(place.path("file"), "").unwrap();
+    let out = Path::new("file").join("below");
+    let flags = ["--data", "synthetic", "--out", out.to_str().unwrap()];
+    place.check_refused(&flags, &["file/below/table3/tiny", "can't be written"]);
+    assert_eq!(place.stages(), 0);
+}
+
+/// Whoever ends a run is told what is kept of it, and the same command goes on from there.
+#[test]
+#[cfg(unix)]
+fn signals_end_a_run_with_a_line_that_says_what_is_kept() {
+    let undisturbed = Place::new();
+    undisturbed.pretrain_for(5);
+    let ours = ["--only", &format!("{ROWS},ours")];
+    undisturbed.run(&ours);
+
+    let place = Place::new();
+    place.pretrain_for(5);
+    let flags = ["--config", "tiny.toml", "--device", "cpu", "--data", "synthetic"];
+    for (signal, code, epoch) in [("INT", 130, 1), ("TERM", 143, 2), ("HUP", 129, 3)] {
+        let mut command = Command::new(TABLE3);
+        command.current_dir(place.0.path()).args(flags).args(ours);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let reached = lines.any(|line| line.starts_with(&format!("  epoch {epoch}/5")));
+        assert!(reached, "epoch {epoch} was not reached");
+        let sent = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let rest: Vec<String> = lines.collect();
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{rest:?}");
+        let line = rest.last().unwrap();
+        let expected = format!("Ended by SIG{signal}: mobilenet_v1 pre-train seed 0 is kept up to epoch ");
+        assert!(
+            line.starts_with(&expected) && line.ends_with("The same command goes on from there."),
+            "{rest:?}"
+        );
+    }
+    let said = place.run(&ours);
+    assert!(said.contains("going on from the checkpoint"), "{said}");
+    assert_eq!(place.rows(), undisturbed.rows());
+}
+
+/// Started with a signal ignored, as by nohup, a run goes on when it comes.
+#[test]
+#[cfg(target_os = "linux")]
+fn an_ignored_signal_stays_ignored() {
+    let place = Place::new();
+    let script = format!(
+        "trap '' HUP; {TABLE3} --config tiny.toml --device cpu --data synthetic --only {ROWS},ours 2>said & \
+         until grep -q epoch said; do sleep 0.05; done; kill -HUP $!; wait $!"
+    );
+    let status = Command::new("sh").current_dir(place.0.path()).args(["-c", &script]).status().unwrap();
+    assert!(status.success(), "{status}");
+    assert_eq!(place.rows().len(), 1);
+}
+
+/// A closed or full output does not cost a run: its results are those of any other.
+#[test]
+#[cfg(target_os = "linux")]
+fn printing_is_not_worth_a_run() {
+    let undisturbed = Place::new();
+    let ours = format!("{ROWS},ours");
+    undisturbed.run(&["--only", &ours]);
+    let full = || Stdio::from(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    // A pipe whose reader has gone.
+    let closed = || {
+        let mut reader = Command::new("true").stdin(Stdio::piped()).spawn().unwrap();
+        let pipe = reader.stdin.take().unwrap();
+        reader.wait().unwrap();
+        Stdio::from(pipe)
+    };
+    let check = |stdout: Stdio, stderr: Stdio, flags: &[&str], code: i32| {
+        let place = Place::new();
+        let common = ["--config", "tiny.toml", "--device", "cpu", "--data", "synthetic", "--only", &ours];
+        let mut command = Command::new(TABLE3);
+        let command = command.current_dir(place.0.path()).args(common).args(flags);
+        let output = command.stdout(stdout).stderr(stderr).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{}", said(&output));
+        assert!(!said(&output).contains("panicked"), "{}", said(&output));
+        if flags.is_empty() {
+            assert_eq!(place.rows(), undisturbed.rows());
+        }
+        said(&output)
+    };
+    check(Stdio::null(), closed(), &[], 0);
+    check(Stdio::null(), full(), &[], 0);
+    check(closed(), Stdio::piped(), &[], 0);
+    check(closed(), Stdio::piped(), &["--plan"], 0);
+    let said = check(full(), Stdio::piped(), &[], 1);
+    assert!(said.contains("Error: standard output could not be written (No space left"), "{said}");
+}
