@@ -9,6 +9,8 @@ use common::{bits, data, executed, pretrain, recipe, run, run_well, training};
 use models::{Method, Network, Version};
 use pfq::PfQ;
 use quant_core::Precision;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -405,22 +407,145 @@ fn a_failed_stage_is_named_and_what_came_before_stays() {
     assert_eq!(told, [format!("found {}", end.label())]);
 }
 
+/// What lies in the folder of a stage that has been run, with a bit of one of its files flipped.
+fn flip(path: &Path, random: &mut impl Rng) {
+    let mut data = std::fs::read(path).unwrap();
+    let bit = random.random_range(0..8 * data.len());
+    data[bit / 8] ^= 1 << (bit % 8);
+    std::fs::write(path, data).unwrap();
+}
+
+/// A strict store names what is damaged; any other sets it aside, runs the stage again, and ends with the same bits.
 #[test]
-fn damaged_files_of_the_store_are_errors_that_name_them() {
+fn what_is_damaged_is_an_error_or_is_set_aside_and_run_again() {
     let folder = tempfile::tempdir().unwrap();
-    let (store, data) = (Store::new(folder.path()), small());
-    let root = pretrain(Version::V1, 1, 0);
-    let next = root.then(StageKind::Prune { pfq: PfQ::default() });
-    run_well(&store, &root, &data);
-    let root_folder = store.folder(&root, &data.fingerprint).unwrap();
-    for (file, stage) in [("network.safetensors", &next), ("outcome.json", &root)] {
-        let path = root_folder.join(file);
-        let whole = std::fs::read(&path).unwrap();
-        std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
-        let (outcome, _) = run(&store, stage, &data, &mut |_, _| ());
-        let story = story(&outcome.expect_err("a damaged file was taken"));
+    let (store, data, end) = (Store::new(folder.path()), small(), short_workflow());
+    run_well(&store, &end, &data);
+    let [root, next, _] = &end.lineage()[..] else { panic!("three stages") };
+    let folder_of = |stage: &Stage| store.folder(stage, &data.fingerprint).unwrap();
+    let network = |stage: &Stage| bits(&store.network(stage, &data.fingerprint, &Device::Cpu).unwrap());
+    let (first, second) = (network(root), network(next));
+    let damage = |file: &str, change: &dyn Fn(&mut Vec<u8>), stage: &Stage| {
+        let path = folder_of(root).join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        change(&mut bytes);
+        if bytes.is_empty() { std::fs::remove_file(&path) } else { std::fs::write(&path, &bytes) }.unwrap();
+        // So that what reads the damaged stage has something to do.
+        if file != "outcome.json" {
+            std::fs::remove_dir_all(folder_of(next)).unwrap();
+        }
+        let story = story(&run(&store.clone().strict(), stage, &data, &mut |_, _| ()).0.unwrap_err());
         assert!(story.contains(&path.display().to_string()), "{story:?} does not name {}", path.display());
-        std::fs::write(&path, whole).unwrap();
+        let (_, told) = run_well(&store, stage, &data);
+        let root = root.label();
+        assert!(told.contains(&format!("set aside {root}")) && executed(&told).contains(&&*root), "{told:?}");
+    };
+    let half = |bytes: &mut Vec<u8>| bytes.truncate(bytes.len() / 2);
+    damage("outcome.json", &half, root);
+    damage("outcome.json", &|bytes| bytes[100] ^= 1, root);
+    damage("network.safetensors", &half, next);
+    damage("network.safetensors", &|bytes| *bytes.last_mut().unwrap() ^= 1, next);
+    damage("network.safetensors", &Vec::clear, next);
+    assert!(network(root) == first && network(next) == second, "other bits after a repair");
+    let aside: BTreeSet<_> =
+        (1..=5).map(|number| folder_of(root).join(format!("damaged-{number}"))).collect();
+    assert!(aside.iter().all(|place| place.is_dir()), "{aside:?}");
+    assert!(aside.iter().all(|place| place.join("outcome.json").exists()));
+    // What was left alone is still whole.
+    assert_eq!(run_well(&store, &end, &data).1, [format!("found {}", end.label())]);
+}
+
+/// One bit of each kind of file, at random places: a strict store says so, or what it gives is the same.
+#[test]
+fn flipped_bits_are_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data, end) = (Store::new(folder.path()), small(), short_workflow());
+    let [root, next, _] = &end.lineage()[..] else { panic!("three stages") };
+    // The last stage stops after its first epoch, with a checkpoint.
+    run_well(&store, next, &data);
+    let limited = store.clone().strict().within(TimeLimit::after(Duration::ZERO));
+    let unfinished = |store: &Store| run(store, &end, &data, &mut |_, _| ()).0;
+    assert!(unfinished(&limited).unwrap_err().is_time_limit());
+    let folder_of = |stage: &Stage| store.folder(stage, &data.fingerprint).unwrap();
+    let outcome = |stage: &Stage| store.outcome(stage, &data.fingerprint);
+    let found = outcome(root).unwrap();
+
+    let mut random = ChaCha8Rng::seed_from_u64(20);
+    let (mut told, mut same) = (0, 0);
+    let strict = store.clone().strict();
+    for (stage, file, flips) in [
+        (root, "network.safetensors", 100),
+        (root, "outcome.json", 100),
+        (&end, "checkpoint.safetensors", 100),
+    ] {
+        let path = folder_of(stage).join(file);
+        let whole = std::fs::read(&path).unwrap();
+        for _ in 0..flips {
+            flip(&path, &mut random);
+            let result = match file {
+                "network.safetensors" => store.network(root, &data.fingerprint, &Device::Cpu).map(drop),
+                "outcome.json" => outcome(root).map(|outcome| assert_eq!(outcome, found, "a silent change")),
+                _ => unfinished(&strict).map(drop),
+            };
+            match result {
+                Err(error) => {
+                    assert!(story(&error).contains(file), "{}", story(&error));
+                    told += 1;
+                }
+                Ok(()) if file == "outcome.json" => same += 1,
+                Ok(()) => panic!("a bit of {file} was flipped, and nobody noticed"),
+            }
+            std::fs::write(&path, &whole).unwrap();
+        }
     }
-    run_well(&store, &next, &data);
+    println!("{told} of 300 flips were told, {same} changed nothing that is read");
+    assert!(told >= 295, "{told} of 300");
+    // Nothing was damaged by that, and the run goes on.
+    assert_eq!(executed(&run_well(&store, &end, &data).1), [&end.label()]);
+}
+
+/// A stage without hashes, as older versions wrote it, is taken as it is.
+#[test]
+fn a_store_of_an_older_version_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data, end) = (Store::new(folder.path()), small(), short_workflow());
+    run_well(&store, &end, &data);
+    for stage in end.lineage() {
+        let path = store.folder(&stage, &data.fingerprint).unwrap().join("outcome.json");
+        let mut outcome: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for new in ["files", "parent_network", "seal"] {
+            outcome.as_object_mut().unwrap().remove(new);
+        }
+        std::fs::write(&path, outcome.to_string()).unwrap();
+    }
+    std::fs::remove_dir_all(store.folder(&end, &data.fingerprint).unwrap()).unwrap();
+    let (_, told) = run_well(&store.strict(), &end, &data);
+    assert_eq!(executed(&told), [&end.label()]);
+}
+
+/// A stage that was made from another network than the one before it has now is run again.
+#[test]
+fn a_stage_is_made_from_what_is_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data, end) = (Store::new(folder.path()), small(), short_workflow());
+    run_well(&store, &end, &data);
+    let [root, next, _] = &end.lineage()[..] else { panic!("three stages") };
+    // As if the first stage had been run anew on a machine that gives other bits.
+    let place = store.folder(root, &data.fingerprint).unwrap();
+    let (other_folder, other) = (tempfile::tempdir().unwrap(), pretrain(Version::V1, 1, 1));
+    let other_store = Store::new(other_folder.path());
+    run_well(&other_store, &other, &data);
+    let other_place = other_store.folder(&other, &data.fingerprint).unwrap();
+    std::fs::copy(other_place.join("network.safetensors"), place.join("network.safetensors")).unwrap();
+    let read = |place: &Path| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(place.join("outcome.json")).unwrap()).unwrap()
+    };
+    let mut outcome = read(&place);
+    outcome["files"] = read(&other_place)["files"].clone();
+    outcome["seal"] = whole_file::seal::of(&outcome).into();
+    std::fs::write(place.join("outcome.json"), outcome.to_string()).unwrap();
+    let error = store.outcome(next, &data.fingerprint).unwrap_err().to_string();
+    assert!(error.contains("was made from a network of SHA-256"), "{error}");
+    let (_, told) = run_well(&store, next, &data);
+    assert_eq!(executed(&told), [&next.label()]);
 }

@@ -7,6 +7,7 @@ use crate::flags::{Flags, Only};
 use crate::output;
 use crate::profile::ModelName;
 use crate::session::{self, Done, Session};
+use crate::table::PROFILE;
 use anyhow::{Context as _, Result, bail};
 use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
@@ -194,6 +195,8 @@ fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
 fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String> {
     let Session { profile, data, provenance, .. } = session;
     let (mut outputs, mut variances) = (Vec::new(), Vec::new());
+    let mut names: Vec<String> =
+        ["outputs.csv", "variances.csv", "figure3.md", PROFILE].map(Into::into).into();
     let mut text = String::from("# Figure 3: filters of low and of ordinary running variance\n\n");
     let images = data.test_images().min(IMAGES);
     text += &format!(
@@ -213,7 +216,10 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
             let width = figure.config.width;
             Caption::of_network(what, (model, width), data.name(), &more, figure.threshold)
         };
-        let path = |what: &str, extension: &str| folder.join(format!("{what}_{model}.{extension}"));
+        let mut path = |what: &str, extension: &str| {
+            names.push(format!("{what}_{model}.{extension}"));
+            folder.join(&names[names.len() - 1])
+        };
         let shown = format!("first {images} test images");
         histogram::plot_outputs(
             &figure.filters,
@@ -268,9 +274,9 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
     histogram::write_rows(&outputs, &folder.join("outputs.csv"))?;
     histogram::write_rows(&variances, &folder.join("variances.csv"))?;
     report::write_text(&text, &folder.join("figure3.md"))?;
-    report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
+    report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
     let stages: Vec<&Outcome> = figures.iter().map(|figure| &figure.outcome).collect();
-    report::write_text(&serde_json::to_string_pretty(&stages)?, &folder.join("stages.json"))?;
+    report::write_stages(&stages, folder, &names)?;
     Ok(text)
 }
 

@@ -74,6 +74,10 @@ pub struct Flags {
     /// Folder that keeps finished stages and checkpoints
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub store: PathBuf,
+
+    /// Stop with an error where a file of the store is damaged, instead of setting it aside and running its stage again
+    #[arg(long)]
+    pub strict: bool,
 }
 
 /// A number of minutes.

@@ -63,6 +63,11 @@ impl Display {
                 ));
             }
             Event::NoLocks(_) => {}
+            Event::SetAside(stage, why, place) => self.line(&format!(
+                "{}: {why}; set aside in {}, and run again",
+                stage.label(),
+                place.display()
+            )),
             Event::Started(stage) => {
                 signals::note(Some(format!("of {} nothing is kept yet", stage.label())));
                 self.line(&format!("{} …", stage.label()));

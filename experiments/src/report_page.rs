@@ -1,9 +1,9 @@
 //! The page of all results: finds what lies under `results/` and writes `results/index.html`.
 
 use crate::{output, tables};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use clap::Parser;
-use report::{Claim, Deviation, Exhibit, Page, TableEntry, TableResults};
+use report::{Claim, Deviation, Exhibit, Page, STAGES, Stages, TableEntry, TableResults};
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
@@ -72,14 +72,26 @@ pub fn read(results: &Path) -> Result<Page> {
         for profile in entries(&folder, Path::is_dir)? {
             let title = format!("{}, profile {profile}", title(&name));
             let exhibit = exhibit(results, &[&name, &profile], &title, &[&file])?;
-            let rows = folder.join(&profile).join(&file);
-            if rows.is_file() {
-                let stages = folder.join(&profile).join("stages.json");
+            let folder = folder.join(&profile);
+            let stages = match folder.join(STAGES).is_file() {
+                true => report::read_stages(&folder)?,
+                false => Stages::default(),
+            };
+            stages.check_files(&folder)?;
+            let path = folder.join(&file);
+            if path.is_file() {
+                let rows = report::read_csv(&path)?;
+                if !stages.files.is_empty() {
+                    stages
+                        .check_rows(&rows)
+                        .map_err(Error::msg)
+                        .with_context(|| path.display().to_string())?;
+                }
                 page.runs.push(TableResults {
                     table: name.clone(),
                     profile,
-                    rows: report::read_csv(&rows)?,
-                    stages: if stages.is_file() { report::read_stages(&stages)? } else { Vec::new() },
+                    rows,
+                    stages: stages.records,
                     exhibit,
                 });
             } else {
@@ -133,7 +145,7 @@ fn lines(path: &Path) -> csv::Result<Vec<Vec<String>>> {
 }
 
 /// The names in a folder that are of a kind, sorted, without hidden ones.
-fn entries(folder: &Path, kind: fn(&Path) -> bool) -> Result<Vec<String>> {
+pub(crate) fn entries(folder: &Path, kind: fn(&Path) -> bool) -> Result<Vec<String>> {
     let list = || -> std::io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in std::fs::read_dir(folder)? {

@@ -89,7 +89,10 @@ impl Session {
             data.train_images(),
             data.test_images()
         ));
-        let store = Store::new(&flags.store);
+        let mut store = Store::new(&flags.store);
+        if flags.strict {
+            store = store.strict();
+        }
         Ok(Self {
             profile,
             seeds,
@@ -120,11 +123,12 @@ impl Session {
     pub fn claim(&self, name: &str) -> Result<()> {
         let folder = self.folder(name);
         let shown = folder.display();
-        let stages = folder.join("stages.json");
-        if stages.is_file() {
+        if folder.join(report::STAGES).is_file() {
             let ours = self.data.name();
-            let records = report::read_stages(&stages)?;
-            let theirs = records.iter().map(|stage| stage.data.name.as_str());
+            let stages = report::read_stages(&folder).context(
+                "what data the results there are of can't be told; move them away to have new ones",
+            )?;
+            let theirs = stages.records.iter().map(|stage| stage.data.name.as_str());
             if let Some(theirs) = theirs.into_iter().find(|name| *name != ours && !report::is_synthetic(name))
             {
                 bail!(
@@ -166,9 +170,11 @@ impl Session {
         Ok(self.store.plan(ends, self.data.fingerprint())?)
     }
 
-    /// The network that a finished stage gave.
-    pub fn network(&self, stage: &Stage) -> Result<Network> {
-        Ok(self.store.network(stage, self.data.fingerprint(), &self.device)?)
+    /// The network that a stage gives.
+    pub fn network(&mut self, stage: &Stage) -> Result<Network> {
+        let Self { data, device, dtype, provenance, store, display, .. } = self;
+        let resources = Resources { data: &**data, device, dtype: *dtype, provenance };
+        Ok(store.produce(stage, device, &resources, &mut |event| display.stage(event))?.1)
     }
 
     /// Tells of the images that could not be used.

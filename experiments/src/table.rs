@@ -53,6 +53,9 @@ pub struct RowPlan {
     pub stage: Arc<Stage>,
 }
 
+/// The file of the settings in a folder of results.
+pub(crate) const PROFILE: &str = "profile.toml";
+
 /// Runs the binary of one or more tables: parses the flags, runs what is missing, writes the results.
 pub fn main(tables: &[&Table]) -> Result<()> {
     let flags = Flags::parse();
@@ -231,12 +234,14 @@ impl Table {
                 ("Settings".into(), "`profile.toml`, every stage with its metrics in `stages.json`".into()),
             ],
         };
-        let path = |extension: &str| folder.join(format!("{}.{extension}", self.name));
-        report::write_csv(&rows, &path("csv"))?;
-        report::write_text(&report::markdown(&rows, &about), &path("md"))?;
-        report::plot(&rows, &about, &path("svg"), &path("png"))?;
-        report::write_text(&toml::to_string(profile)?, &folder.join("profile.toml"))?;
-        report::write_text(&serde_json::to_string_pretty(&outcomes)?, &folder.join("stages.json"))?;
+        let names = ["csv", "md", "svg", "png"].map(|extension| format!("{}.{extension}", self.name));
+        let [csv, markdown, svg, png] = names.each_ref().map(|name| folder.join(name));
+        report::write_csv(&rows, &csv)?;
+        report::write_text(&report::markdown(&rows, &about), &markdown)?;
+        report::plot(&rows, &about, &svg, &png)?;
+        report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
+        let names: Vec<String> = names.into_iter().chain([PROFILE.into()]).collect();
+        report::write_stages(&outcomes, folder, &names)?;
         Ok(Some(report::terminal(&rows, &about)))
     }
 

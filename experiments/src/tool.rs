@@ -7,6 +7,7 @@ mod network;
 mod prune;
 mod text;
 mod variance;
+mod verify;
 
 use crate::{output, process};
 use anyhow::Result;
@@ -34,6 +35,7 @@ enum Command {
     Prune(prune::Prune),
     Macs(macs::Macs),
     Eval(eval::Eval),
+    Verify(verify::Verify),
 }
 
 impl Cli {
@@ -47,6 +49,7 @@ impl Cli {
             Command::Prune(command) => command.run(),
             Command::Macs(command) => command.run(),
             Command::Eval(command) => command.run(),
+            Command::Verify(command) => command.run(),
         }
     }
 }

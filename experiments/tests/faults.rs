@@ -2,6 +2,8 @@
 
 mod tiny;
 
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use report::Row;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -142,6 +144,125 @@ fn impossible_settings_are_refused_before_anything_runs() {
     assert_eq!(place.stages(), 0);
 }
 
+/// One bit of each kind of file of a table's results, at random places: no page is made of it, or the same one; and
+/// `pfq verify` says which file it is.
+#[test]
+fn flipped_bits_of_results_are_found() {
+    let place = Place::new();
+    place.run(&["--only", &format!("{ROWS},ours")]);
+    let results = place.path("results");
+    let page = || experiments::report_page::read(&results).map(|page| page.html());
+    let whole = page().unwrap();
+    let mut random = ChaCha8Rng::seed_from_u64(20);
+    let (mut told, mut same) = (0, 0);
+    for name in ["table3.csv", "table3.md", "table3.svg", "table3.png", "profile.toml", "stages.json"] {
+        let path = results.join("table3/tiny").join(name);
+        let bytes = std::fs::read(&path).unwrap();
+        for _ in 0..25 {
+            let mut flipped = bytes.clone();
+            let bit = random.random_range(0..8 * bytes.len());
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&path, flipped).unwrap();
+            match page() {
+                Err(error) => {
+                    assert!(format!("{error:#}").contains(name), "{error:#}");
+                    told += 1;
+                }
+                Ok(html) => {
+                    assert!(name == "stages.json" && html == whole, "bit {bit} of {name} went unnoticed");
+                    same += 1;
+                }
+            }
+        }
+        let (code, text) = pfq(&place, &["verify", "results"]);
+        if name != "stages.json" {
+            assert!(code == 1 && text.contains("WRONG") && text.contains(name), "{text}");
+        }
+        std::fs::write(&path, bytes).unwrap();
+    }
+    println!("{told} of 150 flips were told, {same} changed nothing that is read");
+    assert!(told >= 145, "{told} of 150");
+    assert_eq!(page().unwrap(), whole);
+}
+
+/// What a program says on both outputs, and its exit code.
+fn pfq(place: &Place, flags: &[&str]) -> (i32, String) {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_pfq")).current_dir(place.0.path()).args(flags).output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8(output.stdout.clone()).unwrap() + &said(&output))
+}
+
+/// `pfq verify` knows whole stores and results, evaluates again, and names what is wrong.
+#[test]
+fn stores_and_results_are_verified() {
+    let place = Place::new();
+    place.run(&["--only", &format!("{ROWS},ours")]);
+    let check = |flags: &[&str], code: i32, parts: &[&str]| {
+        let (found, text) = pfq(&place, &[&["verify"], flags].concat());
+        assert_eq!(found, code, "{flags:?}: {text}");
+        for part in parts {
+            assert!(text.contains(part), "{flags:?}: {text:?} lacks {part:?}");
+        }
+    };
+    check(&["runs"], 0, &["ok     mobilenet_v1 pre-train seed 0: 3 files", "5 checked, nothing wrong"]);
+    check(&["results"], 0, &["results/table3/tiny: 6 files; 1 rows say what 5 stages gave", "1 checked"]);
+    let again = ["runs", "--data", "synthetic", "--config", "tiny.toml"];
+    check(&again, 0, &["again, to the bit", "5 checked, nothing wrong"]);
+    check(
+        &["runs", "--data", "synthetic", "--profile", "quick"],
+        0,
+        &["not evaluated, as these are other data"],
+    );
+    check(&["no"], 1, &["no is not a folder"]);
+    std::fs::create_dir(place.path("empty")).unwrap();
+    check(&["empty"], 1, &["neither stages nor results"]);
+
+    // A network that is whole, but not the one that the figures are of: only evaluating it tells.
+    let (first, last) = (place.stage("pretrain"), "outcome.json");
+    let text = std::fs::read_to_string(first.join(last)).unwrap();
+    let mut outcome: serde_json::Value = serde_json::from_str(&text).unwrap();
+    outcome["evaluation"]["loss"] = 1.5.into();
+    outcome["seal"] = whole_file::seal::of(&outcome).into();
+    std::fs::write(first.join(last), outcome.to_string()).unwrap();
+    check(&["runs"], 0, &[]);
+    check(
+        &again,
+        1,
+        &["WRONG  mobilenet_v1 pre-train seed 0: its network has loss", "1.5", "1 of 5 are wrong"],
+    );
+
+    // Settings that are not those of the key.
+    outcome["stage"]["pretrain"]["seed"] = 1.into();
+    outcome["seal"] = whole_file::seal::of(&outcome).into();
+    std::fs::write(first.join(last), outcome.to_string()).unwrap();
+    check(&["runs"], 1, &["is not that of its folder, settings and data"]);
+    std::fs::write(first.join(last), text).unwrap();
+
+    // A row that its stages do not give, in results whose hashes were made to fit.
+    let results = place.path("results/table3/tiny");
+    let mut rows = report::read_csv(&results.join("table3.csv")).unwrap();
+    rows[0].top1_percent += 10.0;
+    report::write_csv(&rows, &results.join("table3.csv")).unwrap();
+    let mut stages: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(results.join("stages.json")).unwrap()).unwrap();
+    let csv = std::fs::read(results.join("table3.csv")).unwrap();
+    stages["files"]["table3.csv"] = whole_file::seal::sha256(csv).into();
+    stages["seal"] = whole_file::seal::of(&stages).into();
+    std::fs::write(results.join("stages.json"), stages.to_string()).unwrap();
+    check(&["results"], 1, &["seed 0: top1_percent", "the stages say"]);
+}
+
+/// The results that are kept with the code, which have no hashes, are read; their rows say what their stages gave.
+#[test]
+fn results_of_older_versions_are_verified_by_their_rows() {
+    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results");
+    let (code, text) = pfq(&Place::new(), &["verify", results.to_str().unwrap()]);
+    assert!(
+        code == 0 && text.contains("table3/reduced: no hashes") && text.contains("nothing wrong"),
+        "{text}"
+    );
+}
+
 /// Results of real data are a record. A run that found no data and fell back to synthetic ones leaves them alone.
 #[test]
 fn results_of_other_data_stay() {
@@ -150,8 +271,13 @@ fn results_of_other_data_stay() {
     let results = place.path("results/table3/tiny");
     // As they were of CIFAR-100.
     let stages = std::fs::read_to_string(results.join("stages.json")).unwrap();
-    let real = stages.replace(r#""name": "synthetic""#, r#""name": "cifar100""#);
-    assert_ne!(real, stages);
+    let mut real: serde_json::Value = serde_json::from_str(&stages).unwrap();
+    for stage in real["stages"].as_array_mut().unwrap() {
+        stage["data"]["name"] = "cifar100".into();
+        stage["seal"] = whole_file::seal::of(stage).into();
+    }
+    real["seal"] = whole_file::seal::of(&real).into();
+    let real = real.to_string();
     std::fs::write(results.join("stages.json"), &real).unwrap();
     let files = || -> Vec<Vec<u8>> {
         ["table3.csv", "table3.md", "table3.svg", "stages.json", "profile.toml"]

@@ -87,6 +87,7 @@ pub fn run(
             Event::Finished(outcome) => format!("finished {}", outcome.label),
             Event::Waiting(stage) => format!("waiting {}", stage.label()),
             Event::NoLocks(_) => "no locks".into(),
+            Event::SetAside(stage, ..) => format!("set aside {}", stage.label()),
             Event::Progress(_, train::Progress::Resumed { epoch }) => format!("resumed {epoch}"),
             Event::Progress(..) => String::new(),
         };

@@ -7,14 +7,14 @@
 //! no longer names are removed after it is written.
 
 use crate::structure::Structure;
-use crate::{Error, Network, Result};
+use crate::{Error, Network, Result, seal};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use whole_file::seal::{SEAL, sha256};
 
 /// Metadata key that holds the [`Structure`].
 pub(crate) const STRUCTURE: &str = "network";
@@ -42,6 +42,8 @@ pub struct Extras {
     pub metadata: BTreeMap<String, String>,
     /// Tensors that are not the network's own, such as an optimizer's velocities.
     pub tensors: BTreeMap<String, Tensor>,
+    /// Whether the file holds a hash of itself, which is checked when it is read.
+    pub sealed: bool,
 }
 
 /// A tensor's bytes, as safetensors wants to see them.
@@ -76,7 +78,19 @@ fn fail(path: &Path, problem: impl std::fmt::Display) -> Error {
 }
 
 fn damaged(path: &Path, problem: impl std::fmt::Display) -> Error {
-    fail(path, format!("is not a whole safetensors file ({problem}); delete it and run the stage again"))
+    Error::Damaged { path: path.display().to_string(), problem: problem.to_string() }
+}
+
+fn not_whole(path: &Path, problem: impl std::fmt::Display) -> Error {
+    damaged(path, format!("is not a whole safetensors file ({problem})"))
+}
+
+/// Reads a file that has to be there.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => damaged(path, format!("could not be read: {e}")),
+        _ => fail(path, format!("could not be read: {e}")),
+    })
 }
 
 /// At least what a tensor takes in a file: its bytes, and its line of the header.
@@ -120,15 +134,14 @@ fn write_part(path: &Path, tensors: Vec<(String, Bytes)>) -> Result<Part> {
 /// The path of a part of `path`, and its bytes, checked.
 fn read_part(path: &Path, part: &Part) -> Result<(PathBuf, Vec<u8>)> {
     let place = path.with_file_name(&part.file);
-    let advice = format!(
-        "it is a part of {}: copy the files of a set together, or delete them and run the stage again",
-        path.display()
-    );
-    let data =
-        std::fs::read(&place).map_err(|e| fail(&place, format!("could not be read ({e}); {advice}")))?;
+    let advice = format!("it is a part of {}, and the files of a set are copied together", path.display());
+    let data = read(&place).map_err(|error| match error {
+        Error::Damaged { path, problem } => Error::Damaged { path, problem: format!("{problem}; {advice}") },
+        other => other,
+    })?;
     let found = sha256(&data);
     if found != part.sha256 {
-        return Err(fail(&place, format!("has SHA-256 {found}, expected {}; {advice}", part.sha256)));
+        return Err(damaged(&place, format!("has SHA-256 {found}, expected {}; {advice}", part.sha256)));
     }
     Ok((place, data))
 }
@@ -151,10 +164,6 @@ fn parts_beside(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(parts)
 }
 
-fn sha256(data: &[u8]) -> String {
-    Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Adds the tensors of a file's bytes to `tensors`.
 fn read_tensors(
     path: &Path,
@@ -162,7 +171,7 @@ fn read_tensors(
     device: &Device,
     tensors: &mut BTreeMap<String, Tensor>,
 ) -> Result<()> {
-    let file = SafeTensors::deserialize(data).map_err(|e| damaged(path, e))?;
+    let file = SafeTensors::deserialize(data).map_err(|e| not_whole(path, e))?;
     for (name, view) in file.tensors() {
         if view.dtype() != Dtype::F32 {
             return Err(fail(path, format!("tensor {name} is {:?}, expected F32", view.dtype())));
@@ -176,13 +185,13 @@ fn read_tensors(
 
 impl Network {
     /// Writes the network and `extras` to `path`, whole or not at all; to parts beside it if that would be more than
-    /// [`MAX_FILE_BYTES`].
-    pub fn save(&self, path: &Path, extras: &Extras) -> Result<()> {
+    /// [`MAX_FILE_BYTES`]. Gives the SHA-256 of each of the files, by its name.
+    pub fn save(&self, path: &Path, extras: &Extras) -> Result<BTreeMap<String, String>> {
         self.save_in_parts(path, extras, MAX_FILE_BYTES)
     }
 
     /// Writes files of at most `most` bytes each.
-    fn save_in_parts(&self, path: &Path, extras: &Extras, most: usize) -> Result<()> {
+    fn save_in_parts(&self, path: &Path, extras: &Extras, most: usize) -> Result<BTreeMap<String, String>> {
         let mut tensors = Vec::new();
         for (name, tensor) in self.tensors() {
             tensors.push((name, bytes(tensor)?));
@@ -193,6 +202,9 @@ impl Network {
         let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(path, e))?;
         let mut metadata: HashMap<String, String> = extras.metadata.clone().into_iter().collect();
         metadata.insert(STRUCTURE.into(), structure);
+        if extras.sealed {
+            metadata.insert(SEAL.into(), seal::BLANK.into());
+        }
         let heading: usize = metadata.iter().map(|(key, value)| key.len() + 2 * value.len()).sum();
         let mut parts = Vec::new();
         if heading + tensors.iter().map(entry_bytes).sum::<usize>() > most {
@@ -201,7 +213,13 @@ impl Network {
             }
             metadata.insert(PARTS.into(), serde_json::to_string(&parts).map_err(|e| fail(path, e))?);
         }
-        let data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(path, e))?;
+        let mut data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(path, e))?;
+        if extras.sealed {
+            seal::close(&mut data);
+        }
+        let mut hashes: BTreeMap<String, String> =
+            parts.iter().map(|part| (part.file.clone(), part.sha256.clone())).collect();
+        hashes.insert(path.file_name().unwrap_or_default().to_string_lossy().into(), sha256(&data));
         whole_file::write(path, data).map_err(|e| fail(path, format!("could not be written: {e}")))?;
         // Nothing reads what is left of an earlier set; it may as well stay where it can't be removed.
         for part in parts_beside(path).unwrap_or_default() {
@@ -209,7 +227,7 @@ impl Network {
                 std::fs::remove_file(part).ok();
             }
         }
-        Ok(())
+        Ok(hashes)
     }
 
     /// Removes what [`Network::save`] wrote to `path`, its parts included; nothing if there is nothing.
@@ -234,14 +252,35 @@ impl Network {
     /// Reads a network that [`Network::save`] wrote, to any device, whatever it was written from.
     ///
     /// # Errors
-    /// When the file or one of its parts is missing, cut short, not a network file, or lacks a tensor.
+    /// When the file or one of its parts is missing, cut short, other than its hash says, not a network file, or lacks a
+    /// tensor.
     pub fn load(path: &Path, device: &Device) -> Result<(Self, Extras)> {
-        let data = std::fs::read(path).map_err(|e| fail(path, format!("could not be read: {e}")))?;
-        let (_, header) = SafeTensors::read_metadata(&data).map_err(|e| damaged(path, e))?;
+        Self::from_bytes(path, &read(path)?, device)
+    }
+
+    /// [`Network::load`] of the file with that SHA-256, which [`Network::save`] gave.
+    ///
+    /// # Errors
+    /// Also when the file is another.
+    pub fn load_verified(path: &Path, expected: &str, device: &Device) -> Result<(Self, Extras)> {
+        let data = read(path)?;
+        let found = sha256(&data);
+        if found != expected {
+            return Err(damaged(path, format!("has SHA-256 {found}, expected {expected}")));
+        }
+        Self::from_bytes(path, &data, device)
+    }
+
+    fn from_bytes(path: &Path, data: &[u8], device: &Device) -> Result<(Self, Extras)> {
+        let (_, header) = SafeTensors::read_metadata(data).map_err(|e| not_whole(path, e))?;
         let mut metadata: BTreeMap<String, String> =
             header.metadata().clone().unwrap_or_default().into_iter().collect();
+        let seal = metadata.remove(SEAL);
+        if seal.as_ref().is_some_and(|seal| !seal::holds(data, seal)) {
+            return Err(damaged(path, "its content is not what its seal says"));
+        }
         let structure = metadata.remove(STRUCTURE).ok_or_else(|| {
-            fail(
+            damaged(
                 path,
                 format!("has no `{STRUCTURE}` in its metadata: expected a file that this project wrote"),
             )
@@ -250,7 +289,7 @@ impl Network {
             .map_err(|e| fail(path, format!("its `{STRUCTURE}` metadata can't be understood: {e}")))?;
 
         let mut tensors = BTreeMap::new();
-        read_tensors(path, &data, device, &mut tensors)?;
+        read_tensors(path, data, device, &mut tensors)?;
         if let Some(parts) = metadata.remove(PARTS) {
             let parts: Vec<Part> = serde_json::from_str(&parts)
                 .map_err(|e| fail(path, format!("its `{PARTS}` metadata can't be understood: {e}")))?;
@@ -268,7 +307,7 @@ impl Network {
         }
         network.validate()?;
         network.check_values().map_err(|e| fail(path, e.to_string()))?;
-        Ok((network, Extras { metadata, tensors }))
+        Ok((network, Extras { metadata, tensors, sealed: seal.is_some() }))
     }
 }
 
@@ -289,6 +328,7 @@ mod tests {
         Extras {
             metadata: BTreeMap::from([("text".into(), "a \"word\"".into())]),
             tensors: BTreeMap::from([("velocity".into(), tensor)]),
+            sealed: false,
         }
     }
 

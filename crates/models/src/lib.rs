@@ -15,6 +15,7 @@ mod parameter;
 mod pass;
 mod quantization;
 mod quantizer;
+mod seal;
 mod structure;
 mod values;
 
@@ -65,6 +66,14 @@ pub enum Error {
         /// The file.
         path: String,
         /// What was found, what was expected, what to do.
+        problem: String,
+    },
+    /// A network file, or a part of it, is missing or is not what was written.
+    #[error("network file {path}: {problem}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// What was found and what was expected.
         problem: String,
     },
 }

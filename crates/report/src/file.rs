@@ -30,6 +30,14 @@ pub enum Error {
         /// The reason, with the line.
         source: serde_json::Error,
     },
+    /// The file is not what was written.
+    #[error("{}: {problem}; run the same command again to write the results anew", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        problem: String,
+    },
     /// An entry of a list of claims or deviations is wrong.
     #[error("{file}: {entry}: {problem}")]
     Entry {

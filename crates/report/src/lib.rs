@@ -41,8 +41,8 @@ pub use paper::{Paper, PaperPruned, PaperRow};
 pub use plot::plot;
 pub use row::{Row, read_csv, write_csv};
 pub use stage::{
-    DataRecord, Epoch, Evaluation, LayerRecord, Provenance, PruningRecord, StageRecord, Traced, read_stages,
-    trace,
+    DataRecord, Epoch, Evaluation, LayerRecord, Provenance, PruningRecord, STAGES, StageRecord, Stages,
+    Traced, read_stages, trace, write_stages,
 };
 pub use stats::{Estimate, Quantity, Range, Summary, Verdict, by_seed, differences, paired, summarize};
 pub use text::{About, markdown, terminal};

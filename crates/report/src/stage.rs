@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+use whole_file::seal;
 
-use crate::file::{Error, Result};
+use crate::Row;
+use crate::file::{Error, Result, write_text};
 
 /// What a stage of a workflow gave.
 ///
@@ -25,7 +28,7 @@ pub struct StageRecord {
     /// The key of the stage whose network it began from; none for pre-training.
     pub parent: Option<String>,
     /// Kind and settings.
-    pub stage: BTreeMap<String, serde_json::Value>,
+    pub stage: BTreeMap<String, Value>,
     /// The data.
     pub data: DataRecord,
     /// The resulting network on the test set.
@@ -39,7 +42,7 @@ pub struct StageRecord {
     /// Of every epoch, for stages that train.
     pub metrics: Vec<Epoch>,
     /// What a stage without training reports about its work.
-    pub report: Option<serde_json::Value>,
+    pub report: Option<Value>,
     /// Who made it.
     pub provenance: Provenance,
 }
@@ -121,10 +124,141 @@ fn number<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-/// Reads a `stages.json`.
-pub fn read_stages(path: &Path) -> Result<Vec<StageRecord>> {
-    let text = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
-    serde_json::from_str(&text).map_err(|source| Error::Json { path: path.into(), source })
+/// A folder's `stages.json`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stages {
+    /// Every stage.
+    pub records: Vec<StageRecord>,
+    /// SHA-256 of the files that were made from them, by name; none in results of older versions, which are a plain list
+    /// of stages.
+    pub files: BTreeMap<String, String>,
+}
+
+/// The name of the file with the stages in a folder of results.
+pub const STAGES: &str = "stages.json";
+
+/// Reads the `stages.json` of a folder, and checks that it is what was written.
+pub fn read_stages(folder: &Path) -> Result<Stages> {
+    let path = folder.join(STAGES);
+    let damaged = |problem: String| Error::Damaged { path: path.clone(), problem };
+    let json = |source| Error::Json { path: path.clone(), source };
+    let text = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+    let mut value: Value = serde_json::from_slice(&text).map_err(json)?;
+    let mut files = BTreeMap::new();
+    if value.is_object() {
+        if !seal::check(&value).map_err(damaged)? {
+            return Err(damaged("it has no seal".into()));
+        }
+        files = serde_json::from_value(value["files"].take()).map_err(json)?;
+        value = value["stages"].take();
+    }
+    for stage in value.as_array().into_iter().flatten() {
+        seal::check(stage).map_err(|problem| damaged(format!("stage {}: {problem}", stage["key"])))?;
+    }
+    Ok(Stages { records: serde_json::from_value(value).map_err(json)?, files })
+}
+
+/// Writes `stages.json`: the stages, and the hashes of the files beside it, `names`, that were made from them. It is written
+/// last, as it is what the others are checked against.
+pub fn write_stages(stages: &impl Serialize, folder: &Path, names: &[String]) -> Result<()> {
+    let path = folder.join(STAGES);
+    let json = |source| Error::Json { path: path.clone(), source };
+    let mut files = BTreeMap::new();
+    for name in names {
+        let file = folder.join(name);
+        let data = std::fs::read(&file).map_err(|source| Error::Io { path: file, source })?;
+        files.insert(name.clone(), seal::sha256(data));
+    }
+    #[derive(Serialize)]
+    struct Whole<'a, S: Serialize> {
+        files: BTreeMap<String, String>,
+        stages: &'a S,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        seal: Option<String>,
+    }
+    let mut whole = Whole { files, stages, seal: None };
+    let text = serde_json::to_string(&whole).map_err(json)?;
+    whole.seal = Some(seal::of(&serde_json::from_str(&text).map_err(json)?));
+    write_text(&serde_json::to_string_pretty(&whole).map_err(json)?, &path)
+}
+
+impl Stages {
+    /// Checks that the files in the folder are those that the stages were written with.
+    ///
+    /// # Errors
+    /// Names the first that is not.
+    pub fn check_files(&self, folder: &Path) -> Result<()> {
+        for (name, expected) in &self.files {
+            let path = folder.join(name);
+            let found = match std::fs::read(&path) {
+                Ok(data) => format!("has SHA-256 {}", seal::sha256(data)),
+                Err(error) => error.to_string(),
+            };
+            if !found.ends_with(expected) {
+                let problem = format!("{found}, expected {expected} by {STAGES}");
+                return Err(Error::Damaged { path, problem });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that a table's rows say what the stages gave.
+    ///
+    /// # Errors
+    /// What a row says otherwise, and what was expected.
+    pub fn check_rows(&self, rows: &[Row]) -> std::result::Result<(), String> {
+        for row in rows {
+            let named = format!(
+                "row {} A{}/W{} {} seed {}",
+                row.model, row.activation_bits, row.weight_bits, row.method, row.seed
+            );
+            let line = self.line(&row.settings_hash).ok_or_else(|| {
+                format!("{named}: stage {} or one before it is not in {STAGES}", row.settings_hash)
+            })?;
+            let (Some(first), Some(last)) = (line.first(), line.last()) else { continue };
+            let pruned = 100.0 * (1.0 - last.weights as f64 / first.weights as f64);
+            let seconds: f64 = line.iter().map(|stage| stage.seconds).sum();
+            for (what, found, expected) in [
+                ("top1_percent", row.top1_percent, last.evaluation.top1_percent),
+                ("float_top1_percent", row.float_top1_percent, first.evaluation.top1_percent),
+                ("weights_pruned_percent", row.weights_pruned_percent, pruned),
+                ("wall_seconds", row.wall_seconds, seconds),
+                ("macs", row.macs as f64, last.macs as f64),
+                ("seed", row.seed as f64, last.seed().unwrap_or(row.seed) as f64),
+                ("width", row.width, first.width().unwrap_or(row.width)),
+            ] {
+                if found != expected {
+                    return Err(format!("{named}: {what} = {found}, and the stages say {expected}"));
+                }
+            }
+            for (what, found, expected) in [
+                ("model", &*row.model, first.model().unwrap_or(&row.model)),
+                ("dataset", &*row.dataset, &*last.data.name),
+                ("git_commit", &*row.git_commit, &*last.provenance.git_commit),
+                ("device", &*row.device, &*last.provenance.device),
+            ] {
+                if found != expected {
+                    return Err(format!("{named}: {what} = {found}, and the stages say {expected}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The stages up to the one with that key, the first one first; `None` where one is missing.
+    fn line(&self, key: &str) -> Option<Vec<&StageRecord>> {
+        let mut line = Vec::new();
+        let mut next = Some(key);
+        while let Some(key) = next {
+            // A file that goes round in circles is not one of ours.
+            let stage =
+                self.records.iter().find(|stage| stage.key == key && line.len() < self.records.len())?;
+            line.push(stage);
+            next = stage.parent.as_deref();
+        }
+        line.reverse();
+        Some(line)
+    }
 }
 
 impl StageRecord {
@@ -133,7 +267,7 @@ impl StageRecord {
         self.stage.keys().next().map_or("", String::as_str)
     }
 
-    fn setting(&self, name: &str) -> Option<&serde_json::Value> {
+    fn setting(&self, name: &str) -> Option<&Value> {
         self.stage.values().next()?.get(name)
     }
 
@@ -155,7 +289,7 @@ impl StageRecord {
     /// Whether it prunes and corrects what reads the removed filters.
     pub fn prunes_with_correction(&self) -> bool {
         let correction = self.setting("pfq").and_then(|pfq| pfq.get("bias_correction"));
-        self.kind() == "prune" && correction.and_then(serde_json::Value::as_bool) == Some(true)
+        self.kind() == "prune" && correction.and_then(Value::as_bool) == Some(true)
     }
 
     /// What pruning did, for stages that prune.
@@ -223,7 +357,7 @@ pub(crate) mod tests {
                 "provenance": {"command": "cargo run", "git_commit": "c0de", "device": "cpu"},
             })
         };
-        let join = |mut common: serde_json::Value, own: serde_json::Value| {
+        let join = |mut common: Value, own: Value| {
             let own = own.as_object().unwrap().clone();
             common.as_object_mut().unwrap().extend(own);
             serde_json::from_value::<StageRecord>(common).unwrap()

@@ -286,14 +286,15 @@ impl State {
 
     /// Writes the checkpoint after an epoch, of which it does not have the evaluation.
     fn save(&self, trained: TrainedEpoch, run: &TrainingRun) -> Result<()> {
-        let mut extras = Extras::default();
+        let mut extras = Extras { sealed: true, ..Extras::default() };
         for (parameter, velocity) in &self.velocities.0 {
             extras.tensors.insert(velocity_name(parameter), velocity.clone());
         }
         extras.metadata.insert("identity".into(), run.identity.into());
         extras.metadata.insert("metrics".into(), json(&self.metrics));
         extras.metadata.insert("trained".into(), json(&trained));
-        Ok(self.network.save(&Self::checkpoint(run), &extras)?)
+        self.network.save(&Self::checkpoint(run), &extras)?;
+        Ok(())
     }
 
     /// The state that the run's checkpoint holds, and the epoch that is still to be evaluated; `None` if there is no
@@ -318,9 +319,14 @@ impl State {
         };
         let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
         let metrics = serde_json::from_str(metrics).map_err(unreadable)?;
-        // Older checkpoints were written after the evaluation.
+        // Older checkpoints were written after the evaluation, and without a seal.
         let trained = extras.metadata.get("trained").map(|text| serde_json::from_str(text));
         let trained = trained.transpose().map_err(unreadable)?;
+        if trained.is_some() != extras.sealed {
+            let (path, problem) =
+                (path.display().to_string(), "its seal is missing, or its last epoch".into());
+            return Err(models::Error::Damaged { path, problem }.into());
+        }
         let mut velocities = BTreeMap::new();
         for parameter in network.parameters() {
             let name = velocity_name(&parameter.name);

@@ -4,8 +4,12 @@
 //! place of the old file by being renamed. So a reader, and a program that goes on after a crash, finds
 //! either the old file or the new one. A process that is killed in between leaves its temporary file,
 //! `.unfinished-` and random letters, which nothing reads and [`sweep`] removes.
+//!
+//! Whether a file still is what was written is told by hashes, [`mod@seal`].
 
 #![forbid(unsafe_code)]
+
+pub mod seal;
 
 use std::convert::identity;
 use std::fs;

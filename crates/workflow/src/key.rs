@@ -5,25 +5,28 @@
 //! does not compile before it is here too; it then stays out of the key where it has the value that went without saying
 //! before, and the keys of stored stages stay what they are.
 
-use crate::{Error, Result, Stage, StageKind};
+use crate::{Error, Outcome, Result, Stage, StageKind};
 use baselines::Dfq;
 use datasets::Augmentation;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, WeightGrid};
 use pfq::PfQ;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use train::{Decay, Training};
+use whole_file::seal;
+
+/// The highest [`version`].
+const RESULT_VERSION: u32 = 3;
 
 /// The version of what a kind of stage gives. To be raised when a change makes stages of this kind give other results
 /// from the same inputs, so that stored results of older versions are not taken for new ones. The keys of the stages
 /// that come after one change with its own; those before it stay.
 fn version(kind: &StageKind) -> u32 {
     match kind {
-        StageKind::Pretrain { .. } => 3,
-        StageKind::Prune { .. } => 3,
-        StageKind::FineTune { .. } => 3,
-        StageKind::Equalize { .. } => 3,
+        StageKind::Pretrain { .. } => RESULT_VERSION,
+        StageKind::Prune { .. } => RESULT_VERSION,
+        StageKind::FineTune { .. } => RESULT_VERSION,
+        StageKind::Equalize { .. } => RESULT_VERSION,
     }
 }
 
@@ -39,16 +42,23 @@ impl Stage {
 
     fn key_by(&self, version: fn(&StageKind) -> u32, data_fingerprint: &str) -> Result<String> {
         let parent = self.parent.as_ref().map(|parent| parent.key_by(version, data_fingerprint));
-        let inputs = json!({
-            "version": version(&self.kind),
-            "stage": settings(&self.kind)?,
-            "parent": parent.transpose()?,
-            "data": data_fingerprint,
-        });
-        // Objects are written with their names in order, numbers as serde_json writes them.
-        let hash = Sha256::digest(inputs.to_string());
-        Ok(hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect())
+        let parent = parent.transpose()?;
+        Ok(key(version(&self.kind), &settings(&self.kind)?, parent.as_deref(), data_fingerprint))
     }
+}
+
+fn key(version: u32, settings: &Value, parent: Option<&str>, data: &str) -> String {
+    let inputs = json!({ "version": version, "stage": settings, "parent": parent, "data": data });
+    // Objects are written with their names in order, numbers as serde_json writes them.
+    let mut hash = seal::sha256(inputs.to_string());
+    hash.truncate(16);
+    hash
+}
+
+/// Whether an outcome's key is the one of its settings, its parent's key and its data, at any version until now.
+pub(crate) fn fits(outcome: &Outcome) -> bool {
+    let Outcome { key: found, stage, parent, data, .. } = outcome;
+    (1..=RESULT_VERSION).any(|version| key(version, stage, parent.as_deref(), &data.fingerprint) == *found)
 }
 
 /// What a stage does with all of its settings, as they enter its key and stand in its outcome.

@@ -8,13 +8,17 @@
 #![forbid(unsafe_code)]
 
 mod key;
+mod outcome;
 mod recipe;
 mod stage;
 mod store;
+mod verify;
 
+pub use outcome::{DataOrigin, Outcome, Provenance};
 pub use recipe::{Purpose, Recipe, Trainings};
 pub use stage::{Stage, StageKind};
-pub use store::{DataOrigin, Event, Outcome, Planned, Provenance, Resources, Store};
+pub use store::{Event, Planned, Resources, Store};
+pub use verify::{Checked, Finding, verify};
 
 /// What can go wrong while running stages.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +41,14 @@ pub enum Error {
         /// The file.
         path: String,
         /// What was found and what to do.
+        problem: String,
+    },
+    /// A file of the store is missing or is not what was written.
+    #[error("{path} is damaged: {problem}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// What was found and what was expected.
         problem: String,
     },
     /// A setting has no place in a key.
@@ -74,6 +86,16 @@ impl Error {
             Self::TimeLimit | Self::Train(train::Error::TimeLimit { .. }) => true,
             _ => false,
         }
+    }
+
+    /// Whether a file of the stage itself is missing or is not what was written.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::Damaged { .. }
+                | Self::Model(models::Error::Damaged { .. })
+                | Self::Train(train::Error::Model(models::Error::Damaged { .. }))
+        )
     }
 }
 

@@ -1,21 +1,23 @@
-use crate::{Error, Result, Stage, StageKind, key};
+use crate::outcome::{METRICS, NETWORK, OUTCOME};
+use crate::{DataOrigin, Error, Outcome, Provenance, Result, Stage, StageKind, key};
 use candle_core::{DType, Device};
 use datasets::Dataset;
 use models::{Extras, Network};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use train::{EpochMetrics, Evaluation, Progress, TimeLimit, TrainingRun, evaluate, fit};
+use train::{Evaluation, Progress, TimeLimit, TrainingRun, evaluate, fit};
+use whole_file::seal;
 
 /// A folder of finished and unfinished stages, one folder each.
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
     limit: Option<Arc<TimeLimit>>,
+    strict: bool,
 }
 
 /// What a stage runs on.
@@ -30,63 +32,6 @@ pub struct Resources<'a> {
     pub provenance: &'a Provenance,
 }
 
-/// Who made a result, with what.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Provenance {
-    /// The exact command line.
-    pub command: String,
-    /// Commit of the source that the binary was built from; ends in `-dirty` if it had been edited.
-    pub git_commit: String,
-    /// Processor or accelerator.
-    pub device: String,
-}
-
-/// What a stage gave.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Outcome {
-    /// The stage's key.
-    pub key: String,
-    /// [`Stage::label`].
-    pub label: String,
-    /// [`Stage::step`].
-    #[serde(default)]
-    pub step: String,
-    /// What it does, with its settings as they entered the key.
-    pub stage: serde_json::Value,
-    /// Key of the stage whose network it began from.
-    pub parent: Option<String>,
-    /// The data set's name, source and fingerprint.
-    pub data: DataOrigin,
-    /// The resulting network on the test set; after training, that of the last epoch.
-    pub evaluation: Evaluation,
-    /// Multiply–accumulates of the resulting network for one image.
-    pub macs: u64,
-    /// Its conv and classifier weights.
-    pub weights: u64,
-    /// Wall time of this stage alone, over all of its sessions.
-    pub seconds: f64,
-    /// Of every epoch, for stages that train.
-    pub metrics: Vec<EpochMetrics>,
-    /// What a stage without training reports about its work.
-    pub report: Option<serde_json::Value>,
-    /// What each layer of its report is: `full`, `depthwise` or `pointwise`.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub layers: BTreeMap<String, String>,
-    /// Who made it.
-    pub provenance: Provenance,
-}
-
-/// Which data a result comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DataOrigin {
-    /// `cifar100` or `synthetic`.
-    pub name: String,
-    /// Folder, hub repository or generator.
-    pub source: String,
-    /// Hash of every image and label.
-    pub fingerprint: String,
-}
-
 /// What the store tells while it works.
 #[derive(Debug)]
 pub enum Event<'a> {
@@ -96,6 +41,8 @@ pub enum Event<'a> {
     Waiting(&'a Stage),
     /// The file system has no locks: nothing keeps two processes from running a stage at once.
     NoLocks(&'a std::io::Error),
+    /// What was found of the stage is damaged, for that reason, and now lies in that folder; the stage runs again.
+    SetAside(&'a Stage, &'a Error, &'a Path),
     /// The stage begins (or goes on).
     Started(&'a Stage),
     /// The stage trains.
@@ -111,7 +58,7 @@ pub struct Planned {
     pub stage: Arc<Stage>,
     /// Its key.
     pub key: String,
-    /// What it gave, if it has been run.
+    /// What it gave, if it has been run, and is not damaged.
     pub outcome: Option<Outcome>,
     /// Epochs of an unfinished run that its checkpoint holds.
     pub epochs_done: usize,
@@ -120,13 +67,18 @@ pub struct Planned {
 impl Store {
     /// The store in folder `root`, which is made when the first stage runs.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), limit: None }
+        Self { root: root.into(), limit: None, strict: false }
     }
 
     /// The same store, in which nothing is begun that would end after the limit: [`Store::run`] is then an error for
     /// which [`Error::is_time_limit`] holds, and goes on another time.
     pub fn within(self, limit: TimeLimit) -> Self {
         Self { limit: Some(Arc::new(limit)), ..self }
+    }
+
+    /// The same store, in which what is damaged is an error. Otherwise it is set aside, and the stage is run again.
+    pub fn strict(self) -> Self {
+        Self { strict: true, ..self }
     }
 
     /// The folder of a stage.
@@ -144,28 +96,77 @@ impl Store {
     }
 
     /// What the stage gave, if it has been run.
+    ///
+    /// # Errors
+    /// Where it is damaged, of another stage, or made from another network than the one that the stage before it has now.
     pub fn outcome(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
-        let path = self.folder(stage, data_fingerprint)?.join("outcome.json");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                let outcome: Outcome = serde_json::from_str(&text).map_err(|e| {
-                    file_error(
-                        &path,
-                        format!("can't be understood ({e}); delete its folder to run the stage again"),
-                    )
-                })?;
-                // Outcomes that were written before it was a field lack it.
-                Ok(Some(Outcome { step: stage.step(), ..outcome }))
+        let folder = self.folder(stage, data_fingerprint)?;
+        let Some(outcome) = Outcome::read(&folder)? else { return Ok(None) };
+        let damaged = |problem: String| {
+            let path = folder.join(OUTCOME).display().to_string();
+            Err(Error::Damaged { path, problem })
+        };
+        let key = stage.key(data_fingerprint)?;
+        if outcome.key != key {
+            return damaged(format!("is of stage {}, expected {key}", outcome.key));
+        }
+        if let (Some(parent), Some(then)) = (&stage.parent, &outcome.parent_network) {
+            // A damaged parent is found where it is needed.
+            let parent = Outcome::read(&self.folder(parent, data_fingerprint)?).ok().flatten();
+            if let Some(now) = parent.as_ref().and_then(Outcome::network_hash).filter(|now| now != then) {
+                return damaged(format!("was made from a network of SHA-256 {then}, and that is {now} now"));
             }
-            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(file_error(&path, e)),
+        }
+        // Outcomes that were written before it was a field lack it.
+        Ok(Some(Outcome { step: stage.step(), ..outcome }))
+    }
+
+    /// What the stage gave; what is damaged counts as not there, unless the store is strict.
+    fn intact(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
+        match self.outcome(stage, data_fingerprint) {
+            Err(error) if error.is_damage() && !self.strict => Ok(None),
+            result => result,
         }
     }
 
     /// The network that a finished stage gave.
     pub fn network(&self, stage: &Stage, data_fingerprint: &str, device: &Device) -> Result<Network> {
-        let path = network_file(&self.folder(stage, data_fingerprint)?);
-        Ok(Network::load(&path, device)?.0)
+        let path = self.folder(stage, data_fingerprint)?.join(NETWORK);
+        let outcome = self.outcome(stage, data_fingerprint)?;
+        Ok(match outcome.as_ref().and_then(Outcome::network_hash) {
+            Some(hash) => Network::load_verified(&path, hash, device)?,
+            None => Network::load(&path, device)?,
+        }
+        .0)
+    }
+
+    /// The outcome of `stage` and the network that it gave, on `device`: [`Store::run`], once more where the network is
+    /// damaged.
+    pub fn produce(
+        &self,
+        stage: &Stage,
+        device: &Device,
+        resources: &Resources,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<(Outcome, Network)> {
+        let fingerprint = resources.data.fingerprint();
+        let folder = self.folder(stage, fingerprint)?;
+        if let Some(outcome) = self.intact(stage, fingerprint)? {
+            match self.network(stage, fingerprint, device) {
+                Ok(network) => return Ok((outcome, network)),
+                Err(error) if error.is_damage() && !self.strict => {
+                    let lock = self.lock(stage, &folder, observe)?;
+                    // Another process may have seen to it while this one waited.
+                    if self.network(stage, fingerprint, &Device::Cpu).is_err_and(|e| e.is_damage()) {
+                        set_aside(stage, &folder, &["outcome.", "network.", "metrics."], &error, observe)?;
+                    }
+                    drop(lock);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let outcome = self.run(stage, resources, observe)?;
+        Ok((outcome, self.network(stage, fingerprint, device)?))
     }
 
     /// The stages that `ends` need, each once, parents before children.
@@ -176,9 +177,9 @@ impl Store {
             if plan.iter().any(|p| p.key == key) {
                 continue;
             }
-            let outcome = self.outcome(&stage, data_fingerprint)?;
+            let outcome = self.intact(&stage, data_fingerprint)?;
             // The metrics file has a heading and a line for every epoch.
-            let metrics = self.folder(&stage, data_fingerprint)?.join("metrics.csv");
+            let metrics = self.folder(&stage, data_fingerprint)?.join(METRICS);
             let epochs_done =
                 std::fs::read_to_string(metrics).map_or(0, |text| text.lines().count().saturating_sub(1));
             plan.push(Planned { stage, key, outcome, epochs_done });
@@ -196,7 +197,7 @@ impl Store {
     ) -> Result<Outcome> {
         let fingerprint = resources.data.fingerprint();
         let folder = self.folder(stage, fingerprint)?;
-        if let Some(outcome) = self.outcome(stage, fingerprint)? {
+        if let Some(outcome) = self.intact(stage, fingerprint)? {
             tidy(&folder);
             observe(Event::Found(&outcome));
             return Ok(outcome);
@@ -209,36 +210,52 @@ impl Store {
             folder: folder.display().to_string(),
             source: Box::new(source),
         };
-        let lock = Lock::try_take(&folder).map_err(named)?;
+        let lock = self.lock(stage, &folder, observe).map_err(named)?;
+        // Whoever has the lock is alone here; without locks another process may be writing now.
+        let age = if let Lock::Impossible(_) = lock { Duration::from_secs(3600) } else { Duration::ZERO };
+        whole_file::sweep(&folder, age).map_err(|e| named(file_error(&folder, e)))?;
+        match self.outcome(stage, fingerprint) {
+            // Another process has run it while this one waited.
+            Ok(Some(outcome)) => {
+                observe(Event::Found(&outcome));
+                return Ok(outcome);
+            }
+            Err(error) if error.is_damage() && !self.strict => {
+                set_aside(stage, &folder, &["outcome.", "network.", "metrics."], &error, observe)
+                    .map_err(named)?;
+            }
+            result => drop(result.map_err(named)?),
+        }
+        if self.limit.as_ref().is_some_and(|limit| !limit.allows_an_epoch()) {
+            return Err(named(Error::TimeLimit));
+        }
+        observe(Event::Started(stage));
+        let outcome = match self.execute(stage, &folder, resources, observe) {
+            // Only the checkpoint can be: what comes before the stage has been seen to.
+            Err(error) if error.is_damage() && !self.strict => {
+                set_aside(stage, &folder, &["checkpoint.", "metrics."], &error, observe).map_err(named)?;
+                self.execute(stage, &folder, resources, observe)
+            }
+            result => result,
+        };
+        let outcome = outcome.map_err(named)?;
+        observe(Event::Finished(&outcome));
+        drop(lock);
+        Ok(outcome)
+    }
+
+    /// Locks a stage's folder, and waits for that if another process has it.
+    fn lock(&self, stage: &Stage, folder: &Path, observe: &mut dyn FnMut(Event)) -> Result<Lock> {
+        let lock = Lock::try_take(folder)?;
         match &lock {
             Lock::Held(_) => {}
             Lock::Taken(file) => {
                 observe(Event::Waiting(stage));
-                file.lock().map_err(|e| named(file_error(&folder, format!("could not be locked: {e}"))))?;
+                file.lock().map_err(|e| file_error(folder, format!("could not be locked: {e}")))?;
             }
             Lock::Impossible(error) => observe(Event::NoLocks(error)),
         }
-        // Whoever has the lock is alone here; without locks another process may be writing now.
-        let age = if let Lock::Impossible(_) = lock { Duration::from_secs(3600) } else { Duration::ZERO };
-        whole_file::sweep(&folder, age).map_err(|e| named(file_error(&folder, e)))?;
-        let outcome = match self.outcome(stage, fingerprint)? {
-            // Another process has run it while this one waited.
-            Some(outcome) => {
-                observe(Event::Found(&outcome));
-                outcome
-            }
-            None => {
-                if self.limit.as_ref().is_some_and(|limit| !limit.allows_an_epoch()) {
-                    return Err(named(Error::TimeLimit));
-                }
-                observe(Event::Started(stage));
-                let outcome = self.execute(stage, &folder, resources, observe).map_err(named)?;
-                observe(Event::Finished(&outcome));
-                outcome
-            }
-        };
-        drop(lock);
-        Ok(outcome)
+        Ok(lock)
     }
 
     fn execute(
@@ -251,35 +268,44 @@ impl Store {
         let Resources { data, device, dtype, provenance } = *resources;
         let started = Instant::now();
         let key = stage.key(data.fingerprint())?;
-        let input = |device: &Device| -> Result<Network> {
+        let mut parent_network = None;
+        let mut input = |device: &Device, observe: &mut dyn FnMut(Event)| -> Result<Network> {
             let parent = stage.parent.as_ref().ok_or_else(|| {
                 file_error(folder, format!("stage {} has no parent to take a network from", stage.label()))
             })?;
-            self.network(parent, data.fingerprint(), device)
+            let (outcome, network) =
+                self.produce(parent, device, resources, observe).map_err(|source| Error::Stage {
+                    label: parent.label(),
+                    folder: self.root.display().to_string(),
+                    source: Box::new(source),
+                })?;
+            parent_network = outcome.network_hash().map(String::from);
+            Ok(network)
         };
-        let mut train = |network, training: &train::Training, seed| {
+        let train = |network, training: &train::Training, seed, observe: &mut dyn FnMut(Event)| {
             let limit = self.limit.as_deref();
             let run = TrainingRun { data, training, seed, folder, identity: &key, dtype, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {
             StageKind::Pretrain { network, training, seed } => {
-                let trained = train(network.init(*seed, device)?, training, *seed)?;
+                let trained = train(network.init(*seed, device)?, training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
             StageKind::FineTune { quantization, training, seed } => {
-                let mut network = input(device)?;
+                let mut network = input(device, observe)?;
                 network.quantize(quantization)?;
-                let trained = train(network, training, *seed)?;
+                let trained = train(network, training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
             // Many small results of weights alone, each of which decides on the next: on a CPU wherever images are.
             StageKind::Prune { pfq } => {
-                let (network, report) = pfq.apply(&input(&Device::Cpu)?)?;
+                let (network, report) = pfq.apply(&input(&Device::Cpu, observe)?)?;
                 (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
             }
             StageKind::Equalize { dfq, quantization } => {
-                let (network, report) = dfq.apply(&input(&Device::Cpu)?, quantization, image_range(data))?;
+                let (network, report) =
+                    dfq.apply(&input(&Device::Cpu, observe)?, quantization, image_range(data))?;
                 (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
             }
         };
@@ -291,7 +317,13 @@ impl Store {
             }
             None => (evaluate(&network, data)?, started.elapsed().as_secs_f64()),
         };
-        let outcome = Outcome {
+        let mut files = network.save(&folder.join(NETWORK), &Extras::default())?;
+        if !metrics.is_empty() {
+            let path = folder.join(METRICS);
+            let written = std::fs::read(&path).map_err(|e| file_error(&path, e))?;
+            files.insert(METRICS.into(), seal::sha256(written));
+        }
+        let mut outcome = Outcome {
             key,
             label: stage.label(),
             step: stage.step(),
@@ -301,6 +333,7 @@ impl Store {
                 name: data.name().into(),
                 source: data.source().into(),
                 fingerprint: data.fingerprint().into(),
+                left_out: data.skipped().into_iter().map(|skipped| skipped.file).collect(),
             },
             evaluation,
             macs: network.macs(),
@@ -315,25 +348,51 @@ impl Store {
             },
             report: report.transpose().map_err(|e| file_error(folder, e))?,
             provenance: provenance.clone(),
+            files,
+            parent_network,
+            seal: None,
         };
-        network.save(&network_file(folder), &Extras::default())?;
-        // The outcome is written last: it is what says that the stage is done.
-        let text = serde_json::to_string_pretty(&outcome).map_err(|e| file_error(folder, e))?;
-        let path = folder.join("outcome.json");
-        whole_file::write(&path, text).map_err(|e| file_error(&path, e))?;
+        // Written last: it is what says that the stage is done.
+        outcome.write(folder)?;
         // The final network replaces the checkpoint, which is twice its size.
         Network::remove(&checkpoint_file(folder))?;
         Ok(outcome)
     }
 }
 
-fn checkpoint_file(folder: &Path) -> PathBuf {
+pub(crate) fn checkpoint_file(folder: &Path) -> PathBuf {
     folder.join("checkpoint.safetensors")
 }
 
-fn network_file(folder: &Path) -> PathBuf {
-    folder.join("network.safetensors")
+/// Moves those of a stage's files whose names begin so into a folder beside them.
+fn set_aside(
+    stage: &Stage,
+    folder: &Path,
+    prefixes: &[&str],
+    why: &Error,
+    observe: &mut dyn FnMut(Event),
+) -> Result<()> {
+    let fail = |e: std::io::Error| file_error(folder, format!("what is damaged could not be set aside: {e}"));
+    let numbers = (1..).map(|number| folder.join(format!("{DAMAGED}{number}")));
+    let place =
+        numbers.into_iter().find(|place| !place.exists()).expect("there are more numbers than folders");
+    std::fs::create_dir(&place).map_err(fail)?;
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(fail)? {
+        names.push(entry.map_err(fail)?.file_name());
+    }
+    // First the outcome, as it is what says that the stage is done: its name is the last in the alphabet.
+    names.sort_by(|a, b| b.cmp(a));
+    let begins = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
+    for name in names.into_iter().filter(|name| begins(&name.to_string_lossy())) {
+        std::fs::rename(folder.join(&name), place.join(&name)).map_err(fail)?;
+    }
+    observe(Event::SetAside(stage, why, &place));
+    Ok(())
 }
+
+/// What the names of folders with damaged files begin with.
+pub(crate) const DAMAGED: &str = "damaged-";
 
 /// Lowest and highest value of a normalized image: black and white in the channel where they lie
 /// farthest out.
@@ -386,6 +445,6 @@ fn tidy(folder: &Path) {
     }
 }
 
-fn file_error(path: &Path, problem: impl std::fmt::Display) -> Error {
+pub(crate) fn file_error(path: &Path, problem: impl std::fmt::Display) -> Error {
     Error::File { path: path.display().to_string(), problem: problem.to_string() }
 }

@@ -1,0 +1,158 @@
+use crate::profile::Profile;
+use crate::progress::Display;
+use crate::{output, session};
+use anyhow::{Result, bail};
+use candle_core::Device;
+use clap::Args;
+use datasets::Dataset;
+use models::Network;
+use report::STAGES;
+use std::path::{Path, PathBuf};
+use workflow::{Checked, Finding, Outcome};
+
+/// How far a loss may be from the stored one, as a part of it: sums are taken in another order on another device.
+const TOLERANCE: f64 = 1e-4;
+
+/// Checks every hash of a store or of results, and the chain from rows to stages to data
+#[derive(Debug, Args)]
+pub(super) struct Verify {
+    /// A folder of stages (runs), or of results
+    #[arg(value_name = "STORE|RESULTS")]
+    folder: PathBuf,
+
+    /// Evaluate the networks of a store again on these data, which are those of --profile or --config
+    #[arg(long, value_name = "WHERE")]
+    data: Option<String>,
+
+    /// The profile whose data they are
+    #[arg(long, value_name = "NAME", default_value = "reduced", conflicts_with = "config")]
+    profile: String,
+
+    /// A settings file instead of a profile
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// What was found, in lines, and how much of it is wrong.
+#[derive(Default)]
+struct Report {
+    text: String,
+    checked: usize,
+    wrong: usize,
+}
+
+impl Report {
+    fn add(&mut self, what: &str, result: Result<String>) {
+        self.checked += 1;
+        match result {
+            Ok(found) => self.text += &format!("ok     {what}: {found}\n"),
+            Err(error) => {
+                self.wrong += 1;
+                self.text += &format!("WRONG  {what}: {error:#}\n");
+            }
+        }
+    }
+}
+
+impl Verify {
+    pub fn run(&self) -> Result<String> {
+        let mut report = Report::default();
+        let data = self.data.as_ref().map(|wanted| self.load(wanted)).transpose()?;
+        if !self.folder.is_dir() {
+            bail!("{} is not a folder: name a store, as runs, or results", self.folder.display());
+        }
+        for Checked { folder, finding } in workflow::verify(&self.folder)? {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
+            match finding {
+                Finding::Whole(outcome) => {
+                    let files = format!("{} files", outcome.files.len() + 1);
+                    report.add(&outcome.label, evaluate(&outcome, &folder, data.as_deref(), files));
+                }
+                Finding::Unhashed(outcome) => {
+                    let files = "without hashes, as older versions wrote it".into();
+                    report.add(&outcome.label, evaluate(&outcome, &folder, data.as_deref(), files));
+                }
+                Finding::Unfinished => report.add(&name, Ok("unfinished, with a whole checkpoint".into())),
+                Finding::Begun => {}
+                Finding::Damaged(error) => report.add(&name, Err(error.into())),
+            }
+        }
+        results(&self.folder, &mut report)?;
+        let Report { text, checked, wrong } = report;
+        if checked == 0 {
+            bail!("{} holds neither stages nor results", self.folder.display());
+        }
+        if wrong > 0 {
+            output::print(text.trim_end());
+            bail!("{wrong} of {checked} are wrong");
+        }
+        Ok(format!("{text}{checked} checked, nothing wrong\n"))
+    }
+
+    fn load(&self, wanted: &str) -> Result<Box<dyn Dataset>> {
+        let profile = match &self.config {
+            Some(path) => Profile::read(path)?,
+            None => Profile::named(&self.profile)?,
+        };
+        session::load(wanted, &profile.data, &mut Display::new())
+    }
+}
+
+/// Evaluates a stage's network on the data that it was evaluated on before.
+fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files: String) -> Result<String> {
+    let Some(data) = data else { return Ok(files) };
+    if data.fingerprint() != outcome.data.fingerprint {
+        return Ok(format!("{files}; not evaluated, as these are other data than its {}", outcome.data.name));
+    }
+    let (network, _) = Network::load(&folder.join("network.safetensors"), &Device::Cpu)?;
+    let now = train::evaluate(&network, data)?;
+    let then = outcome.evaluation;
+    let differs = (now.loss - then.loss).abs() > TOLERANCE * then.loss.abs();
+    if differs || (network.macs(), network.weights()) != (outcome.macs, outcome.weights) {
+        bail!(
+            "its network has loss {}, top-1 {} %, {} MACs and {} weights, and the outcome says {}, {} %, {} and {}",
+            now.loss,
+            now.top1_percent,
+            network.macs(),
+            network.weights(),
+            then.loss,
+            then.top1_percent,
+            outcome.macs,
+            outcome.weights
+        );
+    }
+    let same = if now == then { "to the bit" } else { "up to the order of sums" };
+    Ok(format!("{files}; loss {:.4} and top-1 {:.2} % again, {same}", now.loss, now.top1_percent))
+}
+
+/// Checks the results in a folder and in those below it.
+fn results(folder: &Path, report: &mut Report) -> Result<()> {
+    if folder.join(STAGES).is_file() {
+        report.add(&folder.display().to_string(), check_results(folder));
+    }
+    for name in crate::report_page::entries(folder, Path::is_dir)? {
+        results(&folder.join(name), report)?;
+    }
+    Ok(())
+}
+
+/// Checks the results of one table, or of a figure, which has no rows.
+fn check_results(folder: &Path) -> Result<String> {
+    let stages = report::read_stages(folder)?;
+    stages.check_files(folder)?;
+    let mut rows = 0;
+    // <table>/<profile>/<table>.csv
+    if let Some(table) = folder.canonicalize()?.parent().and_then(Path::file_name) {
+        let path = folder.join(table).with_extension("csv");
+        if path.is_file() {
+            let read = report::read_csv(&path)?;
+            stages.check_rows(&read).map_err(anyhow::Error::msg)?;
+            rows = read.len();
+        }
+    }
+    let files = match stages.files.len() {
+        0 => "no hashes, as older versions wrote it".into(),
+        files => format!("{} files", files + 1),
+    };
+    Ok(format!("{files}; {rows} rows say what {} stages gave", stages.records.len()))
+}
