@@ -12,7 +12,12 @@ fn main() {
         files.filter(|path| path.extension().is_some_and(|e| e == "csv")).collect();
     tables.retain(|path| stem(path) != "pruned_weights");
     tables.sort();
-    let entries = tables.iter().map(|path| format!("({:?}, include_str!({path:?})), ", stem(path)));
+    // The folder is named when the crate is compiled, as a checkout can be moved together with what was built in it.
+    let entry = |path: &PathBuf| {
+        let name = stem(path);
+        format!("({name:?}, include_str!(concat!(env!(\"CARGO_MANIFEST_DIR\"), \"/paper/{name}.csv\"))), ")
+    };
+    let entries = tables.iter().map(entry);
     let list = Path::new(&env::var("OUT_DIR").unwrap()).join("tables.rs");
     fs::write(list, format!("[{}]", entries.collect::<String>())).unwrap();
 }

@@ -4,7 +4,7 @@
 //! is written once ([`Claim::samples`]) and done on our rows and on the paper's, so that a statement which the
 //! paper's own figures contradict is found.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
@@ -14,7 +14,7 @@ use crate::names::{bits_label, method_label, model_label};
 use crate::paper::{Paper, PaperPruned, PaperRow, distinct};
 use crate::row::Row;
 use crate::stage::{StageRecord, Traced, trace};
-use crate::stats::{Estimate, Quantity, Range, Verdict, by_seed, differences};
+use crate::stats::{Estimate, LEVEL, Quantity, Range, Verdict, by_seed, differences, holm};
 
 /// A statement that can fail.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
@@ -35,11 +35,28 @@ pub struct Claim {
     pub bits: Vec<String>,
     /// What must be so.
     pub expect: Expect,
+    /// Whether the mean over all of the cells is meant, instead of each of them by itself: an effect that is too small
+    /// to be seen in any one cell can be seen there.
+    #[serde(default)]
+    pub pooled: bool,
+    /// Where the design of a profile forces the verdict, which then is no evidence.
+    #[serde(default)]
+    pub forced: Vec<Forced>,
     /// What the paper's own figures say about it. An error where they say something else.
     #[serde(default)]
     pub paper: PaperSays,
     /// What a reader should know besides.
     pub note: Option<String>,
+}
+
+/// A profile whose design forces a verdict.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct Forced {
+    /// The profile's name.
+    pub profile: String,
+    /// What forces it.
+    pub why: String,
 }
 
 /// What must be so for a claim to hold; each comparison in each cell (a network at some bits) by itself.
@@ -55,6 +72,9 @@ pub enum Expect {
         /// Whether it may stay the same.
         #[serde(default)]
         or_equal: bool,
+        /// By how much it may even fall: with a margin the statement is that it is no worse.
+        #[serde(default)]
+        margin: f64,
     },
     /// What one method is above another, in accuracy, is more at some bits than at others.
     LargerGain {
@@ -67,12 +87,14 @@ pub enum Expect {
         /// The bits where it is smaller.
         than: String,
     },
-    /// The quantity lies between two values.
+    /// The quantity, or its difference from that of another method, lies between two values.
     Between {
         /// Which quantity.
         of: Quantity,
         /// Of which method.
         method: String,
+        /// The method that it is compared with, if any.
+        over: Option<String>,
         /// The lowest value.
         from: f64,
         /// The highest value.
@@ -135,13 +157,23 @@ pub struct Comparison {
     pub range: Range,
     /// The same from the paper's figures.
     pub paper: Option<f64>,
-    /// What follows from our seeds.
+    /// How many pre-trained networks are behind the values, where the stages tell: seeds that share one say nothing
+    /// about others.
+    pub networks: Option<usize>,
+    /// The p-value of the test by which it is judged, corrected for the number of the claim's comparisons; none where
+    /// there is none ([`Estimate::p_value`]).
+    pub p_value: Option<f64>,
+    /// Where it is not decided: how many values would decide it, should the mean and the spread stay as they are; none
+    /// where one value has no spread or where they would be too many ([`Estimate::needed`]).
+    pub needed: Option<usize>,
+    /// What follows from our values.
     pub verdict: Verdict,
 }
 
 /// Values by seed of one comparison, and where the claim says that their mean lies.
 struct Sample {
     cell: String,
+    models: Vec<String>,
     what: String,
     range: Range,
     values: BTreeMap<u64, f64>,
@@ -174,7 +206,8 @@ impl<'a> From<&'a PaperRow> for Condition<'a> {
 
 /// Where the arithmetic of a claim takes its values from.
 trait Values {
-    /// A quantity of a method in a cell, by seed; only of the paper's networks and data if `absolute`.
+    /// A quantity of a method in a cell, by seed; by the seed of the pre-training where that decides it, as it does how
+    /// much is pruned. Only of the paper's networks and data if `absolute`.
     fn get(&self, cell: Condition, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64>;
 
     /// Something about the first pruning of a network, by seed of its pre-training.
@@ -187,6 +220,28 @@ struct Ours<'a> {
     stages: &'a [StageRecord],
 }
 
+impl Ours<'_> {
+    /// By the seed of a stage of a network, the seed of the pre-training that it comes from.
+    fn pre_trainings(&self, model: &str) -> BTreeMap<u64, u64> {
+        let seeds = |of: &Traced| {
+            let seeds = of.stage.seed().zip(of.origin.seed());
+            seeds.filter(|_| of.origin.model() == Some(model) && of.stage.key != of.origin.key)
+        };
+        trace(self.stages).iter().filter_map(seeds).collect()
+    }
+
+    /// How many pre-trained networks are behind values; the fewest of any model.
+    fn networks(&self, sample: &Sample) -> Option<usize> {
+        let of = |model: &String| {
+            let pre_training = self.pre_trainings(model);
+            let found =
+                sample.values.keys().map(|seed| pre_training.get(seed)).collect::<Option<BTreeSet<_>>>();
+            found.map(|found| found.len())
+        };
+        sample.models.iter().map(of).min().flatten()
+    }
+}
+
 impl Values for Ours<'_> {
     fn get(&self, cell: Condition, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64> {
         let rows = if absolute {
@@ -194,7 +249,17 @@ impl Values for Ours<'_> {
         } else {
             self.rows.clone()
         };
-        by_seed(&rows, cell.model, cell.activation_bits, cell.weight_bits, method, of)
+        let values = by_seed(&rows, cell.model, cell.activation_bits, cell.weight_bits, method, of);
+        if of == Quantity::Top1 {
+            return values;
+        }
+        let pre_training = self.pre_trainings(cell.model);
+        let mut by_network: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+        for (seed, value) in values {
+            by_network.entry(*pre_training.get(&seed).unwrap_or(&seed)).or_default().push(value);
+        }
+        let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len() as f64;
+        by_network.into_iter().map(|(seed, values)| (seed, mean(values))).collect()
     }
 
     fn first_pruning(&self, model: &str, of: PruningQuantity) -> BTreeMap<u64, f64> {
@@ -257,19 +322,38 @@ impl Claim {
     pub fn judge(&self, rows: &[Row], stages: &[StageRecord]) -> Vec<Comparison> {
         let table = self.table.as_deref().unwrap_or_default();
         let ours = Ours { rows: rows.iter().filter(|row| row.table == table).cloned().collect(), stages };
-        let paper = self.samples(&Published(table));
-        let compare = |(ours, paper): (Sample, Sample)| {
-            let estimate = Estimate::of(ours.values.into_values());
-            Comparison {
-                cell: ours.cell,
-                what: ours.what,
-                estimate,
-                range: ours.range,
-                paper: paper.values.into_values().next(),
-                verdict: Verdict::of(estimate, ours.range),
-            }
+        let paper = self.comparisons(&Published(table));
+        let samples = self.comparisons(&ours);
+        let estimates: Vec<_> = samples.iter().map(|of| Estimate::of(of.values.values().copied())).collect();
+        let p_value = |(sample, estimate): (&Sample, &Option<Estimate>)| {
+            estimate.and_then(|of| of.p_value(sample.range))
         };
-        self.samples(&ours).into_iter().zip(paper).map(compare).collect()
+        let p_values: Vec<Option<f64>> = samples.iter().zip(&estimates).map(p_value).collect();
+        let mut corrected = holm(&p_values.iter().flatten().copied().collect::<Vec<_>>()).into_iter();
+        let count = corrected.len().max(1) as f64;
+        let compare =
+            |(((sample, paper), estimate), p_value): (((Sample, Sample), Option<Estimate>), Option<f64>)| {
+                let p_value = p_value.and_then(|_| corrected.next());
+                let verdict = Verdict::of(estimate, sample.range, p_value);
+                let needed = estimate.filter(|_| verdict == Verdict::NotDecided);
+                Comparison {
+                    networks: ours.networks(&sample),
+                    cell: sample.cell,
+                    what: sample.what,
+                    estimate,
+                    range: sample.range,
+                    paper: paper.values.into_values().next(),
+                    p_value,
+                    needed: needed.and_then(|of| of.needed(sample.range, LEVEL / count)),
+                    verdict,
+                }
+            };
+        samples.into_iter().zip(paper).zip(estimates).zip(p_values).map(compare).collect()
+    }
+
+    /// The profile's design forces the verdict: what about it.
+    pub fn forced(&self, profile: &str) -> Option<&str> {
+        self.forced.iter().find(|of| of.profile == profile).map(|of| of.why.as_str())
     }
 
     /// What the paper's own figures say about it.
@@ -298,12 +382,35 @@ impl Claim {
     pub fn signed(&self) -> bool {
         match &self.expect {
             Expect::Rising { .. } | Expect::LargerGain { .. } => true,
-            Expect::Between { .. } | Expect::Published { .. } => false,
+            Expect::Between { over, .. } => over.is_some(),
+            Expect::Published { .. } => false,
             Expect::FirstPruning { of, .. } => *of == PruningQuantity::Top1Change,
         }
     }
 
-    /// The values of every comparison, the same ones in the same order for all sources.
+    /// The values of every comparison; where it is pooled, their means over the cells at the seeds that all cells have.
+    fn comparisons(&self, values: &dyn Values) -> Vec<Sample> {
+        let mut samples = self.samples(values);
+        if !self.pooled || samples.is_empty() {
+            return samples;
+        }
+        let count = samples.len() as f64;
+        let mut first = samples.remove(0);
+        for sample in samples {
+            first.values.retain(|seed, value| match sample.values.get(seed) {
+                Some(more) => {
+                    *value += more;
+                    true
+                }
+                None => false,
+            });
+            first.models.extend(sample.models);
+        }
+        first.values.values_mut().for_each(|sum| *sum /= count);
+        vec![Sample { cell: format!("mean of {count} cells"), ..first }]
+    }
+
+    /// The values of each cell, the same ones in the same order for all sources.
     fn samples(&self, values: &dyn Values) -> Vec<Sample> {
         let difference = |cell: Condition, a: &str, b: &str, of: Quantity| {
             differences(&values.get(cell, a, of, false), &values.get(cell, b, of, false))
@@ -311,11 +418,12 @@ impl Claim {
         let minus = |a: &str, b: &str| format!("{} − {}", method_label(a), method_label(b));
         let cells = self.cells();
         match &self.expect {
-            Expect::Rising { of, methods, or_equal } => {
+            Expect::Rising { of, methods, or_equal, margin } => {
                 let pair = |cell: Condition, pair: &[String]| Sample {
                     cell: cell.label(),
+                    models: vec![cell.model.into()],
                     what: minus(&pair[1], &pair[0]),
-                    range: if *or_equal { Range::NOT_NEGATIVE } else { Range::POSITIVE },
+                    range: Range::more_than(-margin, *or_equal),
                     values: difference(cell, &pair[1], &pair[0], *of),
                 };
                 cells.iter().flat_map(|cell| methods.windows(2).map(|of| pair(*cell, of))).collect()
@@ -330,6 +438,7 @@ impl Claim {
                     let bits = |of: Condition| bits_label(of.activation_bits, of.weight_bits);
                     (*cell == at).then(|| Sample {
                         cell: model_label(cell.model, 1.0),
+                        models: vec![cell.model.into()],
                         what: format!("({}) at {} − at {}", minus(method, over), bits(at), bits(than)),
                         range: Range::POSITIVE,
                         values: differences(&gain(at), &gain(than)),
@@ -337,12 +446,18 @@ impl Claim {
                 };
                 cells.iter().filter_map(sample).collect()
             }
-            Expect::Between { of, method, from, to } => {
+            Expect::Between { of, method, over, from, to } => {
                 let sample = |cell: &Condition| Sample {
                     cell: cell.label(),
-                    what: method_label(method).into(),
+                    models: vec![cell.model.into()],
+                    what: over
+                        .as_ref()
+                        .map_or_else(|| method_label(method).into(), |over| minus(method, over)),
                     range: Range::between(*from, *to),
-                    values: values.get(*cell, method, *of, false),
+                    values: match over {
+                        Some(over) => difference(*cell, method, over, *of),
+                        None => values.get(*cell, method, *of, false),
+                    },
                 };
                 cells.iter().map(sample).collect()
             }
@@ -353,6 +468,7 @@ impl Claim {
                     let theirs = theirs.unwrap_or(f64::NAN);
                     Sample {
                         cell: cell.label(),
+                        models: vec![cell.model.into()],
                         what: method_label(method).into(),
                         range: Range::between(theirs - within, theirs + within),
                         values: values.get(*cell, method, *of, true),
@@ -367,6 +483,7 @@ impl Claim {
                 };
                 let sample = |model: &&str| Sample {
                     cell: model_label(model, 1.0),
+                    models: vec![model.to_string()],
                     what: what.into(),
                     range: Range::between(*from, *to),
                     values: values.first_pruning(model, *of),
@@ -442,15 +559,26 @@ impl Entry for Claim {
             Expect::Rising { methods: found, .. } if found.len() < 2 => {
                 return Err(format!("expect: methods = {found:?}: expected two or more"));
             }
+            Expect::Rising { methods: found, .. } if self.pooled && found.len() > 2 => {
+                return Err(format!(
+                    "pooled, and methods = {found:?}: expected two, whose difference is averaged"
+                ));
+            }
+            Expect::Rising { margin, .. } if !(0.0..f64::INFINITY).contains(margin) => {
+                return Err(format!("expect: margin = {margin}: expected zero or more"));
+            }
             Expect::Rising { methods: found, .. } => methods(found)?,
             Expect::LargerGain { method, over, at, than } => {
                 methods(&[method.clone(), over.clone()])?;
                 let bits: Vec<String> = self.cells().iter().map(Condition::bits).collect();
                 known("expect", &[at.clone(), than.clone()], bits)?;
             }
-            Expect::Between { method, from, to, .. } => {
-                methods(std::slice::from_ref(method))?;
+            Expect::Between { method, over, from, to, .. } => {
+                methods(&[Some(method), over.as_ref()].into_iter().flatten().cloned().collect::<Vec<_>>())?;
                 ordered(*from, *to)?;
+            }
+            Expect::Published { .. } if self.pooled => {
+                return Err("pooled: published values are compared one by one; leave it out".into());
             }
             Expect::Published { method, within, .. } => {
                 methods(std::slice::from_ref(method))?;

@@ -44,5 +44,8 @@ pub use stage::{
     DataRecord, Epoch, Evaluation, LayerRecord, Provenance, PruningRecord, STAGES, StageRecord, Stages,
     Traced, read_stages, trace, write_stages,
 };
-pub use stats::{Estimate, Quantity, Range, Summary, Verdict, by_seed, differences, paired, summarize};
+pub use stats::{
+    Estimate, LEVEL, MOST_NEEDED, Quantity, Range, Summary, Verdict, by_seed, differences, holm, paired,
+    summarize,
+};
 pub use text::{About, markdown, terminal};

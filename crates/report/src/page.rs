@@ -16,7 +16,7 @@ use crate::names::{FLOAT, bits_label, dataset_label, method_label, model_label, 
 use crate::paper::{Paper, PaperRow, distinct};
 use crate::row::Row;
 use crate::stage::{StageRecord, trace};
-use crate::stats::{seeds_label, summarize};
+use crate::stats::{Verdict, seeds_label, summarize};
 use crate::text::{About, Cell, Column, Document, Table, duration};
 
 pub use exhibit::Exhibit;
@@ -500,27 +500,31 @@ fn reading() -> Markup {
         }
         p {
             "A claim is a statement of the paper that can fail. It is about one or more comparisons, each of a network at "
-            "some bits. Methods are compared in pairs of the same seed, which share their pre-trained network. The mean "
-            "of the differences has a 95 % confidence interval by Student’s t. A comparison"
+            "some bits; a pooled claim is about their mean. Methods are compared in pairs of the same seed, which share their "
+            "pre-trained network. The mean of the differences has a 95 % confidence interval by Student’s t, and a p-value "
+            "that it is at the nearest end of where the claim says. Where a claim has several comparisons, these are "
+            "corrected for their number (Holm), so an interval can exclude what the verdict leaves open. A comparison"
         }
         dl {
-            dt { (judged::badge(crate::stats::Verdict::Holds)) }
-            dd { "where the whole interval is where the claim says," }
-            dt { (judged::badge(crate::stats::Verdict::Fails)) }
-            dd { "where none of it is," }
-            dt { (judged::badge(crate::stats::Verdict::NotDecided)) }
-            dd { "where it is partly there, or where there is one seed only, which has no interval," }
-            dt { (judged::badge(crate::stats::Verdict::NotRun)) }
+            dt { (judged::badge(Verdict::Holds)) }
+            dd { "where the mean is where the claim says, and the corrected p-value is below 0.05," }
+            dt { (judged::badge(Verdict::Fails)) }
+            dd { "where the mean is elsewhere, and the corrected p-value is below 0.05," }
+            dt { (judged::badge(Verdict::NotDecided)) }
+            dd { "where it is larger, or where there is one value only, which has no spread," }
+            dt { (judged::badge(Verdict::NotRun)) }
             dd { "where nothing, or not all that it needs, has been run." }
         }
         p {
-            "A claim holds if all of its comparisons hold, and fails if one fails. Each comparison is judged by itself: of "
-            "forty comparisons of methods that are equally good, one is expected to hold, and one to fail, by chance."
+            "A claim holds if all of its comparisons hold, and fails if one fails. What an undecided comparison would take is "
+            "the number of values at which the mean and the spread that were found would decide it, at 0.05 divided by the "
+            "number of the claim’s comparisons."
         }
         p {
-            "Where seeds share one pre-trained network (see each profile’s settings), the spread over seeds is that of "
-            "fine-tuning alone; what follows from the pre-trained network, such as the filters that the first pruning "
-            "removes, is then the same at every seed, and claims about it are judged over pre-trained networks."
+            "What follows from the pre-trained network, such as the filters that the first pruning removes and the "
+            "multiply–accumulates that are left, is one value for each pre-trained network, whatever the number of seeds. "
+            "Accuracies have a value for each seed; where all seeds share one pre-trained network, verdicts about them are about "
+            "fine-tuning that network. A verdict that the design of a profile forces is marked so: it is no evidence."
         }
     }
 }

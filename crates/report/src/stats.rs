@@ -163,6 +163,8 @@ pub struct Estimate {
     pub count: usize,
     /// Their mean.
     pub mean: f64,
+    /// The standard error of the mean; none for one value.
+    pub error: Option<f64>,
     /// The 95 % confidence interval of the mean by Student's t; none for one value.
     pub interval: Option<(f64, f64)>,
 }
@@ -175,12 +177,54 @@ impl Estimate {
             return None;
         }
         let (count, mean) = (values.len(), average(&values));
-        let interval = deviation(&values).map(|deviation| {
-            let half = student_t(count - 1) * deviation / (count as f64).sqrt();
+        let error = deviation(&values).map(|deviation| deviation / (count as f64).sqrt());
+        let interval = error.map(|error| {
+            let half = student_t(count - 1) * error;
             (mean - half, mean + half)
         });
-        Some(Self { count, mean, interval })
+        Some(Self { count, mean, error, interval })
     }
+
+    /// The two-sided p-value of Student's t test that the true mean is at the nearest end of a range; the smaller it
+    /// is, the surer is the side of that end on which the mean was found. None for one value or none that is a number.
+    pub fn p_value(&self, range: Range) -> Option<f64> {
+        let (error, distance) = (self.error?, range.distance(self.mean));
+        if error == 0.0 {
+            // All values are the same one, which is on one side of the end.
+            return Some(0.0);
+        }
+        let t = distance / error;
+        t.is_finite().then(|| 2.0 * student(self.count - 1).sf(t))
+    }
+
+    /// How many values like these it would take for the mean found here to decide on which side of the range's
+    /// nearest end it lies, at a significance of `level`; none for one value, or where more than `MOST_NEEDED` would
+    /// not do.
+    pub fn needed(&self, range: Range, level: f64) -> Option<usize> {
+        let deviation = self.error? * (self.count as f64).sqrt();
+        let distance = range.distance(self.mean);
+        let decides = |count: &usize| {
+            let t = student(count - 1).inverse_cdf(1.0 - level / 2.0);
+            t * deviation < distance * (*count as f64).sqrt()
+        };
+        (2..=MOST_NEEDED).find(decides)
+    }
+}
+
+/// Beyond this number of values a difference is too small to be looked for.
+pub const MOST_NEEDED: usize = 1000;
+
+/// What p-values become where several comparisons are judged at once (Holm 1979, step-down): the chance that any
+/// comparison is decided wrongly is then at most the level at which each is judged.
+pub fn holm(p_values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..p_values.len()).collect();
+    order.sort_by(|a, b| p_values[*a].total_cmp(&p_values[*b]));
+    let (mut adjusted, mut largest) = (vec![0.0; p_values.len()], 0.0f64);
+    for (rank, index) in order.into_iter().enumerate() {
+        largest = largest.max(p_values[index] * (p_values.len() - rank) as f64).min(1.0);
+        adjusted[index] = largest;
+    }
+    adjusted
 }
 
 /// Where a statement says that a mean lies.
@@ -197,8 +241,10 @@ pub struct Range {
 impl Range {
     /// More than zero.
     pub const POSITIVE: Self = Self { from: 0.0, to: f64::INFINITY, above: true };
-    /// Zero or more.
-    pub const NOT_NEGATIVE: Self = Self { above: false, ..Self::POSITIVE };
+    /// More than a value, or that value too.
+    pub fn more_than(from: f64, or_equal: bool) -> Self {
+        Self { from, above: !or_equal, ..Self::POSITIVE }
+    }
 
     /// From one value to another, both of them inside.
     pub fn between(from: f64, to: f64) -> Self {
@@ -213,28 +259,37 @@ impl Range {
     pub fn contains(&self, value: f64) -> bool {
         !self.below(value) && value <= self.to
     }
+
+    /// How far a value is from its nearest end.
+    fn distance(&self, value: f64) -> f64 {
+        (value - self.from).abs().min((value - self.to).abs())
+    }
 }
+
+/// The level of significance of every verdict.
+pub const LEVEL: f64 = 0.05;
 
 /// What the seeds that were run say about a statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// All of the 95 % interval is where the statement says.
+    /// The mean is where the statement says, significantly.
     Holds,
-    /// None of it is.
+    /// It is elsewhere, significantly.
     Fails,
-    /// Some of it is, or there is one seed only, which has no interval.
+    /// Neither, or there is one seed only.
     NotDecided,
     /// Nothing, or not all that it needs, has been run.
     NotRun,
 }
 
 impl Verdict {
-    /// On the statement that the estimated mean lies in the range.
-    pub fn of(estimate: Option<Estimate>, range: Range) -> Self {
-        let Some(estimate) = estimate else { return Self::NotRun };
-        match estimate.interval {
-            Some((low, high)) if range.contains(low) && range.contains(high) => Self::Holds,
-            Some((low, high)) if range.below(high) || low > range.to => Self::Fails,
+    /// On the statement that the estimated mean lies in the range, by [`Estimate::p_value`] or what [`holm`] makes of
+    /// it: without that correction a mean is decided where its 95 % interval lies within the range or without.
+    pub fn of(estimate: Option<Estimate>, range: Range, p_value: Option<f64>) -> Self {
+        match (estimate, p_value) {
+            (None, _) => Self::NotRun,
+            (Some(of), Some(p)) if p < LEVEL && range.contains(of.mean) => Self::Holds,
+            (Some(_), Some(p)) if p < LEVEL => Self::Fails,
             _ => Self::NotDecided,
         }
     }
@@ -283,25 +338,26 @@ fn deviation(values: &[f64]) -> Option<f64> {
     (values.len() > 1).then(|| (squares / (values.len() - 1) as f64).sqrt())
 }
 
-/// The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom, at least 1, to the three decimals
-/// of printed tables, with which the results kept with the code were made.
+/// Student's t distribution with `freedom` degrees of freedom, at least 1.
+fn student(freedom: usize) -> StudentsT {
+    StudentsT::new(0.0, 1.0, freedom as f64).expect("degrees of freedom are positive")
+}
+
+/// Its 97.5 % quantile, to the three decimals of printed tables, with which the results kept with the code were made.
 fn student_t(freedom: usize) -> f64 {
-    let t = StudentsT::new(0.0, 1.0, freedom as f64).expect("degrees of freedom are positive");
-    (1000.0 * t.inverse_cdf(0.975)).round() / 1000.0
+    (1000.0 * student(freedom).inverse_cdf(0.975)).round() / 1000.0
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Estimate, Range, Verdict, student_t};
+    use super::{Estimate, LEVEL, Range, Verdict, holm, student_t};
 
     #[test]
     fn verdicts_follow_from_the_interval() {
         fn check(values: &[f64], range: Range, expect: Verdict) {
-            assert_eq!(
-                Verdict::of(Estimate::of(values.iter().copied()), range),
-                expect,
-                "{values:?} {range:?}"
-            );
+            let estimate = Estimate::of(values.iter().copied());
+            let p_value = estimate.and_then(|of| of.p_value(range));
+            assert_eq!(Verdict::of(estimate, range, p_value), expect, "{values:?} {range:?}");
         }
         // Mean 2, deviation 1: 2 ± 4.303 / √3 = −0.48 … 4.48.
         check(&[1.0, 2.0, 3.0], Range::POSITIVE, Verdict::NotDecided);
@@ -315,11 +371,45 @@ mod tests {
         check(&[-1.9, -2.0, -2.1], Range::POSITIVE, Verdict::Fails);
         // Nothing between them: more than zero fails, zero or more holds.
         check(&[0.0, 0.0], Range::POSITIVE, Verdict::Fails);
-        check(&[0.0, 0.0], Range::NOT_NEGATIVE, Verdict::Holds);
+        check(&[0.0, 0.0], Range::more_than(0.0, true), Verdict::Holds);
         // One seed decides nothing, however large the difference.
         check(&[50.0], Range::POSITIVE, Verdict::NotDecided);
         check(&[f64::NAN, 1.0], Range::POSITIVE, Verdict::NotDecided);
         check(&[], Range::POSITIVE, Verdict::NotRun);
+    }
+
+    /// p-values as SciPy's `ttest_1samp` gives them, numbers of values by hand with the quantiles of printed tables.
+    #[test]
+    fn p_values_are_those_of_a_t_test() {
+        let near = |found: f64, expect: f64| assert!((found - expect).abs() < 1e-6, "{found}, not {expect}");
+        let of = |values: &[f64], range| Estimate::of(values.iter().copied()).unwrap().p_value(range);
+        // t = 2 / (1 / √3), 2 degrees of freedom.
+        near(of(&[1.0, 2.0, 3.0], Range::POSITIVE).unwrap(), 0.0741799);
+        near(of(&[-1.0, -2.0, -3.0], Range::POSITIVE).unwrap(), 0.0741799);
+        // The nearest end counts: t = 1 / (1 / √3).
+        near(of(&[1.0, 2.0, 3.0], Range::between(-9.0, 3.0)).unwrap(), 0.2254033);
+        assert_eq!(of(&[5.0], Range::POSITIVE), None);
+        assert_eq!(of(&[5.0, 5.0], Range::POSITIVE), Some(0.0));
+        assert_eq!(of(&[f64::NAN, 5.0], Range::POSITIVE), None);
+
+        let needed = |values: &[f64], level| {
+            Estimate::of(values.iter().copied()).unwrap().needed(Range::POSITIVE, level)
+        };
+        // Deviation 1, mean 2: 3.182 / √4 = 1.59 < 2 ≤ 4.303 / √3 = 2.48.
+        assert_eq!(needed(&[1.0, 2.0, 3.0], LEVEL), Some(4));
+        // At 1 %: 4.604 / √5 = 2.06, 4.032 / √6 = 1.65.
+        assert_eq!(needed(&[1.0, 2.0, 3.0], 0.01), Some(6));
+        assert_eq!(needed(&[-1.0, 1.001], LEVEL), None);
+        assert_eq!(needed(&[1.0], LEVEL), None);
+    }
+
+    /// Worked by hand; the same as R's `p.adjust(p, "holm")`.
+    #[test]
+    fn p_values_are_corrected_for_their_number() {
+        assert_eq!(holm(&[0.01, 0.04, 0.03]), [0.03, 0.06, 0.06]);
+        assert_eq!(holm(&[0.5, 0.9]), [1.0, 1.0]);
+        assert_eq!(holm(&[0.02]), [0.02]);
+        assert_eq!(holm(&[]), [0.0; 0]);
     }
 
     #[test]

@@ -229,7 +229,7 @@ impl Ordering<'_> {
             paper if paper > 0.0 => Range::POSITIVE,
             _ => Range { from: f64::NEG_INFINITY, to: 0.0, above: false },
         };
-        Some(Verdict::of(Some(self.difference), range))
+        Some(Verdict::of(Some(self.difference), range, self.difference.p_value(range)))
     }
 
     fn cells(&self) -> Vec<Cell> {

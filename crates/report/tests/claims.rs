@@ -309,3 +309,86 @@ fn errors_name_the_entry_and_what_is_expected() {
             .starts_with("claims.toml: the whole")
     );
 }
+
+#[test]
+fn pooled_claims_are_about_the_mean_over_cells() {
+    let pooled = |more: &str| {
+        claim(&format!(
+            "table = \"table3\"\nmodels = [\"mobilenet_v2\"]\npooled = true\nexpect = {{ kind = \"rising\", of = \"top1\", \
+             methods = [\"dfq_with_fine_tune\", \"ours\"]{more} }}"
+        ))
+    };
+    // Differences 1, 2, 3 at 4 bits and 3, 2, 1.3 at 3 bits: means 2, 2, 2.15. The paper has 0.56 and 0.91.
+    let rows = table3(&[70.0; 3], &[71.0, 72.0, 73.0], &[60.0; 3], &[63.0, 62.0, 61.3]);
+    let expect = "mean of 2 cells: Ours − DFQ + fine-tune: 2.05 (1.83 to 2.27) of 3, paper 0.73: holds";
+    assert_eq!(text(&pooled("").judge(&rows, &[])), [expect]);
+    // A seed that one cell lacks does not count.
+    let rows = table3(&[70.0; 3], &[71.0, 72.0, 73.0], &[60.0; 2], &[63.0, 62.0]);
+    let expect = "mean of 2 cells: Ours − DFQ + fine-tune: 2.00 (2.00 to 2.00) of 2, paper 0.73: holds";
+    assert_eq!(text(&pooled("").judge(&rows, &[])), [expect]);
+
+    // Means −0.2, −0.1, −0.3: −0.2 ± 4.303 · 0.1 / √3 = −0.45 to 0.05: no gain that is decided, and at most half a
+    // point lost.
+    let rows = table3(&[70.0; 3], &[69.8, 69.9, 69.7], &[60.0; 3], &[59.8, 59.9, 59.7]);
+    let verdict = |more: &str| pooled(more).judge(&rows, &[])[0].verdict;
+    assert_eq!(verdict(""), Verdict::NotDecided);
+    assert_eq!(verdict(", margin = 0.5"), Verdict::Holds);
+    assert_eq!(verdict(", margin = 0.4"), Verdict::NotDecided);
+}
+
+/// Two comparisons, each of which would be decided by itself: t = 5 with 2 degrees of freedom has p = 0.0377.
+#[test]
+fn verdicts_are_corrected_for_the_number_of_comparisons() {
+    let both = claim(
+        "table = \"table3\"\nmodels = [\"mobilenet_v2\"]\n\
+         expect = { kind = \"rising\", of = \"top1\", methods = [\"dfq_with_fine_tune\", \"ours\"] }",
+    );
+    let deviation = 2.0 * 3f64.sqrt() / 5.0;
+    let ours = |base: f64| [base + 2.0 - deviation, base + 2.0, base + 2.0 + deviation];
+    let rows = table3(&[70.0; 3], &ours(70.0), &[60.0; 3], &ours(60.0));
+    for of in both.judge(&rows, &[]) {
+        assert!((of.p_value.unwrap() - 2.0 * 0.037750).abs() < 1e-5, "{:?}", of.p_value);
+        assert_eq!(of.verdict, Verdict::NotDecided);
+        // At 2.5 %: 4.177 / √4 · 0.693 = 1.447 < 2, 6.205 / √3 · 0.693 = 2.48 > 2.
+        assert_eq!(of.needed, Some(4));
+    }
+    let one = table3(&[70.0; 3], &ours(70.0), &[], &[]);
+    assert_eq!(both.judge(&one, &[])[0].verdict, Verdict::Holds);
+}
+
+#[test]
+fn seeds_of_one_pre_trained_network_are_one_value_of_what_it_decides() {
+    let stages = |pre_training: &[u64]| -> Vec<StageRecord> {
+        let mut stages = Vec::new();
+        for (seed, pre_training) in pre_training.iter().enumerate() {
+            let mut of = pruned(*pre_training, 50.0, 50.0, &[("stem", 1)]);
+            let tune = json!({
+                "key": format!("tune{seed}"), "label": "fine-tune", "stage": {"fine_tune": {"seed": seed}},
+                "parent": format!("prune{pre_training}"), "macs": 1, "weights": 1, "seconds": 1.0,
+                "data": {"name": "cifar100", "source": "data"}, "metrics": [], "report": null,
+                "evaluation": {"loss": 1.0, "top1_percent": 1.0},
+                "provenance": {"command": "c", "git_commit": "g", "device": "cpu"},
+            });
+            of.push(serde_json::from_value(tune).unwrap());
+            stages.extend(of);
+        }
+        stages
+    };
+    let macs = claim(
+        "table = \"table3\"\nmodels = [\"mobilenet_v2\"]\nbits = [\"a4w4\"]\n\
+         expect = { kind = \"rising\", of = \"macs\", methods = [\"ours\", \"dfq_with_fine_tune\"] }",
+    );
+    let top1 = claim(
+        "table = \"table3\"\nmodels = [\"mobilenet_v2\"]\nbits = [\"a4w4\"]\n\
+         expect = { kind = \"rising\", of = \"top1\", methods = [\"dfq_with_fine_tune\", \"ours\"] }",
+    );
+    let rows = table3(&[70.0; 2], &[71.0, 71.01], &[], &[]);
+    let check = |claim: &Claim, pre_training: &[u64], count: usize, networks: usize, verdict: Verdict| {
+        let of = claim.judge(&rows, &stages(pre_training)).remove(0);
+        assert_eq!((of.estimate.unwrap().count, of.networks, of.verdict), (count, Some(networks), verdict));
+    };
+    check(&macs, &[0, 0], 1, 1, Verdict::NotDecided);
+    check(&macs, &[0, 1], 2, 2, Verdict::Holds);
+    check(&top1, &[0, 0], 2, 1, Verdict::Holds);
+    check(&top1, &[0, 1], 2, 2, Verdict::Holds);
+}

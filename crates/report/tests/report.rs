@@ -182,7 +182,7 @@ fn summaries_are_in_the_order_of_every_table_of_the_paper() {
 fn differences_are_paired_by_seed() {
     fn check(input: &[Row], expect: Option<&str>) {
         let found = paired(input, "mobilenet_v2", 4, 4, "ours", "dfq_with_fine_tune");
-        let text = |Estimate { count, mean, interval }: Estimate| {
+        let text = |Estimate { count, mean, interval, .. }: Estimate| {
             format!("{count} pairs, {mean:.3}, {interval:.3?}")
         };
         assert_eq!(found.map(text).as_deref(), expect);

@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use crate::claims::{Claim, Comparison, PaperSays};
 use crate::names::table_label;
-use crate::stats::Verdict;
+use crate::stats::{MOST_NEEDED, Verdict};
 use crate::text::{interval, signed};
 
 /// A claim and its comparisons in every profile that was run.
@@ -95,8 +95,11 @@ pub(super) fn summary(judged: &[Judged], profiles: &[&str]) -> Markup {
                                 }
                                 " " small { (source(claim)) }
                             }
-                            @for (_, comparisons) in by_profile {
-                                td { (badge(verdict(comparisons))) " " small { (counts(comparisons)) } }
+                            @for (profile, comparisons) in by_profile {
+                                td {
+                                    (badge(verdict(comparisons))) " " small { (counts(comparisons)) }
+                                    @if claim.forced(profile).is_some() { " " span.flag { "forced by the design" } }
+                                }
                             }
                             @if by_profile.is_empty() { td { (badge(Verdict::NotRun)) } }
                         }
@@ -161,6 +164,11 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                     PaperSays::Silent => "The paper publishes no figures for it.",
                 }
                 @if let Some(note) = &claim.note { " " (note) }
+                @for (profile, comparisons) in by_profile {
+                    @if let Some(why) = claim.forced(profile).filter(|_| verdict(comparisons) != Verdict::NotRun) {
+                        " " span.flag { "Profile " (profile) ": forced by the design." } " " (why)
+                    }
+                }
             }
             div.scroll tabindex="0" role="region" aria-label={ "Comparisons: " (claim.says) } {
                 table {
@@ -172,7 +180,9 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                             th scope="col" { "compared" }
                             th.number scope="col" { "ours" }
                             th.number scope="col" { "95 % interval" }
-                            th.number scope="col" { "seeds" }
+                            th.number scope="col" { "values" }
+                            th.number scope="col" { "pre-trained networks" }
+                            th.number scope="col" { "p, corrected" }
                             th.number scope="col" { "paper" }
                             th scope="col" { "verdict" }
                             th scope="col" { span.unseen { "drawing" } }
@@ -188,8 +198,13 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                                     td.number { (of.estimate.map_or("–".into(), |of| number(of.mean))) }
                                     td.number { (of.estimate.and_then(|of| of.interval).map_or("–".into(), interval_of(claim))) }
                                     td.number { (of.estimate.map_or(0, |of| of.count)) }
+                                    td.number { (of.networks.map_or("–".into(), |of| of.to_string())) }
+                                    td.number { (of.p_value.map_or("–".into(), p_value)) }
                                     td.number { (of.paper.map_or("–".into(), number)) }
-                                    td { (badge(of.verdict)) }
+                                    td {
+                                        (badge(of.verdict))
+                                        @if let Some(needs) = needs(of) { " " small { (needs) } }
+                                    }
                                     td { (scale.draw(of)) }
                                 }
                             }
@@ -199,6 +214,22 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
             }
         }
     }
+}
+
+fn p_value(value: f64) -> String {
+    if value < 0.001 { "< 0.001".into() } else { format!("{value:.3}") }
+}
+
+/// What an undecided comparison would take.
+fn needs(of: &Comparison) -> Option<String> {
+    let estimate = of.estimate.filter(|_| of.verdict == Verdict::NotDecided)?;
+    Some(match (of.needed, estimate.count) {
+        (Some(needed), count) if needed > count => format!("{needed} values like these would decide it"),
+        // The correction for several comparisons is the larger, the more of the others are decided.
+        (Some(_), _) => "one value more would decide it".into(),
+        (None, 1) => "a second value is needed for an interval".into(),
+        (None, _) => format!("more than {MOST_NEEDED} values like these would be needed"),
+    })
 }
 
 fn interval_of(claim: &Claim) -> impl Fn((f64, f64)) -> String {
