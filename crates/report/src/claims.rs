@@ -322,33 +322,35 @@ impl Claim {
     pub fn judge(&self, rows: &[Row], stages: &[StageRecord]) -> Vec<Comparison> {
         let table = self.table.as_deref().unwrap_or_default();
         let ours = Ours { rows: rows.iter().filter(|row| row.table == table).cloned().collect(), stages };
-        let paper = self.comparisons(&Published(table));
-        let samples = self.comparisons(&ours);
-        let estimates: Vec<_> = samples.iter().map(|of| Estimate::of(of.values.values().copied())).collect();
-        let p_value = |(sample, estimate): (&Sample, &Option<Estimate>)| {
-            estimate.and_then(|of| of.p_value(sample.range))
+        let (samples, paper) = (self.comparisons(&ours), self.comparisons(&Published(table)));
+        let estimates: Vec<Option<Estimate>> =
+            samples.iter().map(|of| Estimate::of(of.values.values().copied())).collect();
+        let p_values: Vec<Option<f64>> = samples
+            .iter()
+            .zip(&estimates)
+            .map(|(of, estimate)| estimate.as_ref()?.p_value(of.range))
+            .collect();
+        let corrected = holm(&p_values.iter().flatten().copied().collect::<Vec<_>>());
+        let level = LEVEL / corrected.len().max(1) as f64;
+        let mut corrected = corrected.into_iter();
+        let compare = |(index, (sample, paper)): (usize, (Sample, Sample))| {
+            let estimate = estimates[index];
+            let p_value = p_values[index].and_then(|_| corrected.next());
+            let verdict = Verdict::of(estimate, sample.range, p_value);
+            let undecided = estimate.filter(|_| verdict == Verdict::NotDecided);
+            Comparison {
+                networks: ours.networks(&sample),
+                cell: sample.cell,
+                what: sample.what,
+                estimate,
+                range: sample.range,
+                paper: paper.values.into_values().next(),
+                p_value,
+                needed: undecided.and_then(|of| of.needed(sample.range, level)),
+                verdict,
+            }
         };
-        let p_values: Vec<Option<f64>> = samples.iter().zip(&estimates).map(p_value).collect();
-        let mut corrected = holm(&p_values.iter().flatten().copied().collect::<Vec<_>>()).into_iter();
-        let count = corrected.len().max(1) as f64;
-        let compare =
-            |(((sample, paper), estimate), p_value): (((Sample, Sample), Option<Estimate>), Option<f64>)| {
-                let p_value = p_value.and_then(|_| corrected.next());
-                let verdict = Verdict::of(estimate, sample.range, p_value);
-                let needed = estimate.filter(|_| verdict == Verdict::NotDecided);
-                Comparison {
-                    networks: ours.networks(&sample),
-                    cell: sample.cell,
-                    what: sample.what,
-                    estimate,
-                    range: sample.range,
-                    paper: paper.values.into_values().next(),
-                    p_value,
-                    needed: needed.and_then(|of| of.needed(sample.range, LEVEL / count)),
-                    verdict,
-                }
-            };
-        samples.into_iter().zip(paper).zip(estimates).zip(p_values).map(compare).collect()
+        samples.into_iter().zip(paper).enumerate().map(compare).collect()
     }
 
     /// The profile's design forces the verdict: what about it.
