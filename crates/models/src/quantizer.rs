@@ -107,20 +107,21 @@ trait Scheme: Debug + Sync {
     /// The quantized values of `x`.
     fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor>;
 
-    /// The gradient of `x` from that of its quantized values; files those of the scheme's learned tensors.
-    fn backward(
-        &self,
-        x: &Tensor,
-        gy: &Tensor,
-        by: &[Tensor],
-        bits: Bits,
-        gradients: &mut Gradients,
-    ) -> Result<Tensor>;
+    /// The gradients from that of the quantized values of `x`.
+    fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes>;
 
     /// As those kernels take it that have uniform quantization built in; none for any other scheme.
     fn grid<'a>(&self, _by: &'a [Tensor], _bits: Bits) -> Option<kernels::Quantizer<'a>> {
         None
     }
+}
+
+/// The gradients of what a scheme was given.
+struct Slopes {
+    /// Of the tensor that is quantized.
+    x: Tensor,
+    /// Of the tensors that the scheme learns, which are all that it keeps, in the order of [`Scheme::tensors`].
+    own: Vec<Tensor>,
 }
 
 /// A tensor that a scheme keeps.
@@ -327,7 +328,11 @@ impl Quantized {
 
     /// The gradient of the tensor from that of its quantized values; files those of the scheme's learned tensors.
     pub(crate) fn backward(&self, gy: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
-        self.scheme.backward(&self.x, gy, &self.by, self.bits, gradients)
+        let Slopes { x, own } = self.scheme.backward(&self.x, gy, &self.by, self.bits)?;
+        let learned = self.scheme.tensors().iter().filter(|slot| slot.role.is_some()).count();
+        assert_eq!(own.len(), learned, "{:?} has a gradient for each tensor that it learns", self.scheme);
+        self.by.iter().zip(own).for_each(|(tensor, gradient)| gradients.set(tensor, gradient));
+        Ok(x)
     }
 }
 

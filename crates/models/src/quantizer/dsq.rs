@@ -1,7 +1,7 @@
 //! DSQ: soft steps with learned bounds and softness ([`kernels::dsq`]) for activations and weights.
 
-use super::{Scheme, Schemes, Slot};
-use crate::{Gradients, Result, Role};
+use super::{Scheme, Schemes, Slopes, Slot};
+use crate::{Result, Role};
 use candle_core::Tensor;
 use kernels::{dsq, quantize};
 use quant_core::Bits;
@@ -42,17 +42,8 @@ impl Scheme for Soft {
         Ok(dsq::forward(x, &by[0], bits)?)
     }
 
-    fn backward(
-        &self,
-        x: &Tensor,
-        gy: &Tensor,
-        by: &[Tensor],
-        bits: Bits,
-        gradients: &mut Gradients,
-    ) -> Result<Tensor> {
+    fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes> {
         let dsq::Gradients { x, bounds, softness } = dsq::backward(x, gy, &by[0], &by[1], bits)?;
-        gradients.set(&by[0], bounds);
-        gradients.set(&by[1], softness);
-        Ok(x)
+        Ok(Slopes { x, own: vec![bounds, softness] })
     }
 }

@@ -1,8 +1,8 @@
 //! LSQ: learned steps for activations and weights, and for activations of both signs LSQ+, which learns an offset too
 //! ([`kernels::lsq`]).
 
-use super::{Scheme, Schemes, Slot};
-use crate::{Gradients, Result, Role};
+use super::{Scheme, Schemes, Slopes, Slot};
+use crate::{Result, Role};
 use candle_core::Tensor;
 use kernels::lsq;
 use quant_core::Bits;
@@ -79,19 +79,10 @@ impl Scheme for Lsq {
         Ok(lsq::forward(x, self.params(by, bits))?)
     }
 
-    fn backward(
-        &self,
-        x: &Tensor,
-        gy: &Tensor,
-        by: &[Tensor],
-        bits: Bits,
-        gradients: &mut Gradients,
-    ) -> Result<Tensor> {
+    fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes> {
         // Of weights all, of activations those of one image.
         let items = if self.signed() { x.elem_count() } else { x.elem_count() / x.dims()[0] };
         let lsq::Gradients { x, step, offset } = lsq::backward(x, gy, self.params(by, bits), items)?;
-        gradients.set(&by[0], step);
-        offset.into_iter().for_each(|offset| gradients.set(&by[1], offset));
-        Ok(x)
+        Ok(Slopes { x, own: std::iter::once(step).chain(offset).collect() })
     }
 }

@@ -1,7 +1,7 @@
 //! PACT: activations by a clip with a learned bound ([`kernels::pact`]), weights by DoReFa ([`kernels::dorefa`]).
 
-use super::{Scheme, Schemes, Slot};
-use crate::{Gradients, Result, Role};
+use super::{Scheme, Schemes, Slopes, Slot};
+use crate::{Result, Role};
 use candle_core::Tensor;
 use kernels::{dorefa, pact, quantize};
 use quant_core::Bits;
@@ -44,17 +44,9 @@ impl Scheme for Clip {
         Ok(pact::forward(x, &by[0], bits, self.signed)?)
     }
 
-    fn backward(
-        &self,
-        x: &Tensor,
-        gy: &Tensor,
-        by: &[Tensor],
-        _: Bits,
-        gradients: &mut Gradients,
-    ) -> Result<Tensor> {
+    fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], _: Bits) -> Result<Slopes> {
         let pact::Gradients { x, alpha } = pact::backward(x, gy, &by[0], self.signed)?;
-        gradients.set(&by[0], alpha);
-        Ok(x)
+        Ok(Slopes { x, own: vec![alpha] })
     }
 }
 
@@ -71,7 +63,7 @@ impl Scheme for Dorefa {
         Ok(dorefa::forward(x, bits)?)
     }
 
-    fn backward(&self, x: &Tensor, gy: &Tensor, _: &[Tensor], _: Bits, _: &mut Gradients) -> Result<Tensor> {
-        Ok(dorefa::backward(x, gy)?)
+    fn backward(&self, x: &Tensor, gy: &Tensor, _: &[Tensor], _: Bits) -> Result<Slopes> {
+        Ok(Slopes { x: dorefa::backward(x, gy)?, own: vec![] })
     }
 }

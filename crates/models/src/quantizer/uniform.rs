@@ -1,8 +1,8 @@
 //! Uniform quantization ([`kernels::quantize`]): activations between moving averages of their extremes, weights between
 //! their own.
 
-use super::{Scheme, Schemes, Slot};
-use crate::{Gradients, Result, WeightGrid};
+use super::{Scheme, Schemes, Slopes, Slot};
+use crate::{Result, WeightGrid};
 use candle_core::Tensor;
 use kernels::{norm, quantize};
 use quant_core::Bits;
@@ -82,15 +82,8 @@ impl Scheme for Uniform {
         Ok(quantize::forward(x, kernels::Quantizer { range: &by[0], bits })?)
     }
 
-    fn backward(
-        &self,
-        x: &Tensor,
-        gy: &Tensor,
-        by: &[Tensor],
-        bits: Bits,
-        _: &mut Gradients,
-    ) -> Result<Tensor> {
-        Ok(quantize::backward(x, gy, kernels::Quantizer { range: &by[0], bits })?)
+    fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes> {
+        Ok(Slopes { x: quantize::backward(x, gy, kernels::Quantizer { range: &by[0], bits })?, own: vec![] })
     }
 
     fn grid<'a>(&self, by: &'a [Tensor], bits: Bits) -> Option<kernels::Quantizer<'a>> {
