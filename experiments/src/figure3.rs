@@ -56,10 +56,9 @@ pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) ->
         let network = session.profile.network(model, session.data.classes())?;
         subjects.push((network, session.pretraining(model, seed)?));
     }
-    if flags.plan {
-        let ends: Vec<Arc<Stage>> = subjects.into_iter().map(|(_, stage)| stage).collect();
-        session.show_plan(&ends)?;
-        return Ok(Done::All);
+    let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
+    if let Some(done) = session.part(&ends, "figure3", flags)? {
+        return Ok(done);
     }
     session.claim("figure3")?;
     let mut figures = Vec::new();

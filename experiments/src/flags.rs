@@ -2,7 +2,7 @@ use crate::device::Arithmetic;
 use crate::profile::Profile;
 use anyhow::{Result, bail};
 use candle_core::Device;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use datasets::imagenet::{ClassChoice, Limit};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -67,6 +67,14 @@ pub struct Flags {
     #[arg(long)]
     pub plan: bool,
 
+    /// How the plan is printed: as text, or as a script that submits it to Slurm
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t, requires = "plan")]
+    pub format: PlanFormat,
+
+    /// Run the stage with this key only, and what it needs, and write no results: a job of a cluster. --plan shows the keys
+    #[arg(long, value_name = "KEY", conflicts_with = "plan")]
+    pub stage: Option<String>,
+
     /// Folder for the results
     #[arg(long, value_name = "DIR", default_value = "results")]
     pub out: PathBuf,
@@ -78,6 +86,16 @@ pub struct Flags {
     /// Stop with an error where a file of the store is damaged, instead of setting it aside and running its stage again
     #[arg(long)]
     pub strict: bool,
+}
+
+/// How a plan is printed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum PlanFormat {
+    /// For people: a line for each stage.
+    #[default]
+    Text,
+    /// For the workload manager Slurm: a Bash script that submits an array of jobs for each level of stages.
+    Slurm,
 }
 
 /// A number of minutes.

@@ -17,6 +17,7 @@ mod progress;
 pub mod report_page;
 mod session;
 mod signals;
+mod slurm;
 mod table;
 pub mod tables;
 pub mod tool;

@@ -1,9 +1,9 @@
 //! What every program that runs stages opens: settings, data, device and store.
 
-use crate::flags::{Flags, TIME_LIMIT};
+use crate::flags::{Flags, PlanFormat, TIME_LIMIT};
 use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
-use crate::{device, output, process, signals};
+use crate::{device, output, process, signals, slurm};
 use anyhow::{Context as _, Result, bail};
 use candle_core::{DType, Device};
 use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
@@ -189,8 +189,33 @@ impl Session {
         }
     }
 
+    /// Does what the flags ask for instead of the whole work, which ends in the stages `ends`: shows its plan, or runs one
+    /// of its stages. `None` where they ask for the whole. `title` names the jobs of a cluster.
+    pub fn part(&mut self, ends: &[Arc<Stage>], title: &str, flags: &Flags) -> Result<Option<Done>> {
+        match (&flags.stage, flags.plan, flags.format) {
+            (None, false, _) => Ok(None),
+            (None, true, PlanFormat::Text) => self.show_plan(ends).map(|()| Some(Done::All)),
+            (None, true, PlanFormat::Slurm) => {
+                let (plan, fingerprint) = (self.plan(ends)?, self.data.fingerprint());
+                output::print(&slurm::script(&plan, fingerprint, &slurm::command()?, title)?);
+                Ok(Some(Done::All))
+            }
+            (Some(key), ..) => {
+                let plan = self.plan(ends)?;
+                let planned = plan.iter().find(|planned| planned.key == *key);
+                let planned = planned.with_context(|| {
+                    format!(
+                        "--stage {key}: expected the key of one of the {} stages that --plan shows",
+                        plan.len()
+                    )
+                })?;
+                Ok(Some(self.run(&planned.stage)?.map_or(Done::InTime, |_| Done::All)))
+            }
+        }
+    }
+
     /// Prints what is done, what is to do, and an estimate of how long that takes.
-    pub fn show_plan(&self, ends: &[Arc<Stage>]) -> Result<()> {
+    fn show_plan(&self, ends: &[Arc<Stage>]) -> Result<()> {
         let plan = self.plan(ends)?;
         let (train, test) = (self.data.train_images() as f64, self.data.test_images() as f64);
         // Multiply–accumulates of the forward passes that an epoch needs, evaluation counted in.

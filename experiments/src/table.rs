@@ -74,7 +74,7 @@ pub fn all() -> Result<()> {
         let mut session = Session::open(&flags, false)?;
         let done = run(&tables::ALL, &only, &mut session, &flags)?;
         // `--only` picks rows of tables, and the figure begins with stages that a plan of all tables has.
-        if done == Done::InTime || flags.plan || !flags.only.is_empty() {
+        if done == Done::InTime || flags.plan || flags.stage.is_some() || !flags.only.is_empty() {
             return Ok(done);
         }
         figure3::run(&figure3::subjects(&flags)?, &mut session, &flags)
@@ -105,10 +105,10 @@ fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> 
         .flatten()
         .filter(|row| only.picks(row.model.version().name(), row.bits, row.method))
         .collect();
-    if flags.plan {
-        let ends: Vec<Arc<Stage>> = picked.iter().map(|row| row.stage.clone()).collect();
-        session.show_plan(&ends)?;
-        return Ok(Done::All);
+    let ends: Vec<Arc<Stage>> = picked.iter().map(|row| row.stage.clone()).collect();
+    let title = if let [table] = tables { table.name } else { "tables" };
+    if let Some(done) = session.part(&ends, title, flags)? {
+        return Ok(done);
     }
     for table in tables {
         session.claim(table.name)?;
