@@ -10,7 +10,6 @@ use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
 use models::Network;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use train::TimeLimit;
 use workflow::{Outcome, Planned, Provenance, Purpose, Resources, Stage, StageKind, Store};
 
@@ -137,8 +136,7 @@ impl Session {
                 );
             }
         }
-        // Another program may be writing there now.
-        whole_file::sweep(&folder, Duration::from_secs(3600)).ok();
+        whole_file::sweep(&folder).ok();
         whole_file::check(&folder).with_context(|| format!("{shown}: the results can't be written there"))
     }
 

@@ -4,87 +4,13 @@ mod tiny;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use report::Row;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use tiny::{Place, TABLE3, said};
 
-const TABLE3: &str = env!("CARGO_BIN_EXE_table3");
 /// One network at some bits.
 const ROWS: &str = "mobilenet_v1,a4w4";
-
-/// A folder with the tiny profile, in which programs run.
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        tiny::write_profile(folder.path());
-        Self(folder)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn table3(&self, flags: &[&str]) -> Output {
-        let device: &[&str] = if flags.contains(&"--device") { &[] } else { &["--device", "cpu"] };
-        let mut command = Command::new(TABLE3);
-        command.current_dir(self.0.path()).args(["--config", "tiny.toml"]).args(device).args(flags);
-        command.output().unwrap()
-    }
-
-    /// Has pre-training last so many epochs.
-    fn pretrain_for(&self, epochs: usize) {
-        let path = self.path("tiny.toml");
-        let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
-        profile["training"]["pretraining"]["cosine_epochs"] = toml::Value::Integer(epochs as i64);
-        std::fs::write(path, profile.to_string()).unwrap();
-    }
-
-    /// Table 3 on synthetic data; it must succeed. What it said on standard error.
-    #[track_caller]
-    fn run(&self, flags: &[&str]) -> String {
-        let output = self.table3(&[&["--data", "synthetic"], flags].concat());
-        assert!(output.status.success(), "{flags:?}: {}", said(&output));
-        said(&output)
-    }
-
-    /// Table 3 with these flags must fail, in words that have all of `parts`.
-    #[track_caller]
-    fn check_refused(&self, flags: &[&str], parts: &[&str]) {
-        let output = self.table3(flags);
-        let error = said(&output);
-        assert!(!output.status.success(), "{flags:?} was accepted: {error}");
-        for part in parts {
-            assert!(error.contains(part), "{flags:?}: {error:?} lacks {part:?}");
-        }
-    }
-
-    /// The rows of Table 3, without the time that they took.
-    fn rows(&self) -> Vec<Row> {
-        let rows = report::read_csv(&self.path("results/table3/tiny/table3.csv")).unwrap();
-        rows.into_iter().map(|row| Row { wall_seconds: 0.0, ..row }).collect()
-    }
-
-    /// The folder of the only stage whose name has `part`.
-    #[track_caller]
-    fn stage(&self, part: &str) -> PathBuf {
-        let names = std::fs::read_dir(self.path("runs")).unwrap().map(|entry| entry.unwrap().path());
-        let found: Vec<PathBuf> = names.filter(|path| path.to_str().unwrap().contains(part)).collect();
-        assert_eq!(found.len(), 1, "{part}: {found:?}");
-        found[0].clone()
-    }
-
-    /// The number of stages of which something is in the store.
-    fn stages(&self) -> usize {
-        std::fs::read_dir(self.path("runs")).map_or(0, |entries| entries.count())
-    }
-}
-
-fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
 
 /// A finished row began with stages that it needs no more; its share of pruned weights and its float accuracy are theirs.
 #[test]
@@ -188,7 +114,7 @@ fn flipped_bits_of_results_are_found() {
 /// What a program says on both outputs, and its exit code.
 fn pfq(place: &Place, flags: &[&str]) -> (i32, String) {
     let output =
-        Command::new(env!("CARGO_BIN_EXE_pfq")).current_dir(place.0.path()).args(flags).output().unwrap();
+        Command::new(env!("CARGO_BIN_EXE_pfq")).current_dir(place.root()).args(flags).output().unwrap();
     (output.status.code().unwrap(), String::from_utf8(output.stdout.clone()).unwrap() + &said(&output))
 }
 
@@ -320,7 +246,7 @@ fn signals_end_a_run_with_a_line_that_says_what_is_kept() {
     let flags = ["--config", "tiny.toml", "--device", "cpu", "--data", "synthetic"];
     for (signal, code, epoch) in [("INT", 130, 1), ("TERM", 143, 2), ("HUP", 129, 3)] {
         let mut command = Command::new(TABLE3);
-        command.current_dir(place.0.path()).args(flags).args(ours);
+        command.current_dir(place.root()).args(flags).args(ours);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
         let reached = lines.any(|line| line.starts_with(&format!("  epoch {epoch}/5")));
@@ -350,7 +276,7 @@ fn an_ignored_signal_stays_ignored() {
         "trap '' HUP; {TABLE3} --config tiny.toml --device cpu --data synthetic --only {ROWS},ours 2>said & \
          until grep -q epoch said; do sleep 0.05; done; kill -HUP $!; wait $!"
     );
-    let status = Command::new("sh").current_dir(place.0.path()).args(["-c", &script]).status().unwrap();
+    let status = Command::new("sh").current_dir(place.root()).args(["-c", &script]).status().unwrap();
     assert!(status.success(), "{status}");
     assert_eq!(place.rows().len(), 1);
 }
@@ -374,7 +300,7 @@ fn printing_is_not_worth_a_run() {
         let place = Place::new();
         let common = ["--config", "tiny.toml", "--device", "cpu", "--data", "synthetic", "--only", &ours];
         let mut command = Command::new(TABLE3);
-        let command = command.current_dir(place.0.path()).args(common).args(flags);
+        let command = command.current_dir(place.root()).args(common).args(flags);
         let output = command.stdout(stdout).stderr(stderr).output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{}", said(&output));
         assert!(!said(&output).contains("panicked"), "{}", said(&output));

@@ -33,25 +33,49 @@ pub fn replace<E>(
     let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(&fail)?;
     let suffix = path.extension().map(|extension| format!(".{}", extension.display())).unwrap_or_default();
-    let temporary = builder().suffix(&suffix).tempfile_in(folder).map_err(&fail)?;
+    let mut temporary = builder().suffix(&suffix).tempfile_in(folder).map_err(&fail)?;
+    // So that nobody takes it for one that was left; where there are no locks, its age has to tell.
+    temporary.as_file().try_lock().ok();
     fill(temporary.path())?;
     // Before the rename, or a power failure could leave an empty file under the new name.
     temporary.as_file().sync_all().map_err(&fail)?;
-    temporary.persist(path).map_err(|error| fail(error.error))?;
+    fs::rename(temporary.path(), path).map_err(&fail)?;
+    // There is nothing to be removed under the old name any more.
+    temporary.disable_cleanup(true);
     Ok(())
 }
 
-/// Removes the temporary files in `folder` that are of at least that age: what processes left that were killed.
-pub fn sweep(folder: &Path, age: Duration) -> io::Result<()> {
+/// Removes the temporary files in `folder` that processes left which were killed: those that no process has locked, or
+/// where there are no locks, those of more than an hour.
+pub fn sweep(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        let left = || Some(entry.metadata().ok()?.modified().ok()?.elapsed().unwrap_or_default() >= age);
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) && left() == Some(true) {
-            fs::remove_file(entry.path())?;
+        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            continue;
+        }
+        let left = || {
+            let file = fs::File::open(entry.path()).ok()?;
+            Some(match file.try_lock() {
+                Ok(()) => true,
+                Err(fs::TryLockError::WouldBlock) => false,
+                Err(fs::TryLockError::Error(_)) => {
+                    file.metadata().ok()?.modified().ok()?.elapsed().ok()? > LONG
+                }
+            })
+        };
+        // Whoever else sweeps may have been faster.
+        if left() == Some(true)
+            && let Err(error) = fs::remove_file(entry.path())
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error);
         }
     }
     Ok(())
 }
+
+/// No file takes longer to be written.
+const LONG: Duration = Duration::from_secs(3600);
 
 /// Checks that files can be written in `folder`, which is made where it is missing.
 pub fn check(folder: &Path) -> io::Result<()> {
@@ -99,9 +123,13 @@ mod tests {
             fs::write(folder.path().join(name), "half").unwrap();
         }
         let found = || names.map(|name| folder.path().join(name).exists());
-        sweep(folder.path(), Duration::from_secs(3600)).unwrap();
-        assert_eq!(found(), [true, true, true]);
-        sweep(folder.path(), Duration::ZERO).unwrap();
+        // One that is being written is left alone.
+        replace(&folder.path().join("kept.json"), identity, |temporary| {
+            sweep(folder.path())?;
+            assert!(temporary.exists());
+            fs::write(temporary, "whole")
+        })
+        .unwrap();
         assert_eq!(found(), [false, true, true]);
         check(folder.path()).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);

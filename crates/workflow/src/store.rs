@@ -8,7 +8,7 @@ use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use train::{Evaluation, Progress, TimeLimit, TrainingRun, evaluate, fit};
 use whole_file::seal;
 
@@ -211,9 +211,7 @@ impl Store {
             source: Box::new(source),
         };
         let lock = self.lock(stage, &folder, observe).map_err(named)?;
-        // Whoever has the lock is alone here; without locks another process may be writing now.
-        let age = if let Lock::Impossible(_) = lock { Duration::from_secs(3600) } else { Duration::ZERO };
-        whole_file::sweep(&folder, age).map_err(|e| named(file_error(&folder, e)))?;
+        whole_file::sweep(&folder).map_err(|e| named(file_error(&folder, e)))?;
         match self.outcome(stage, fingerprint) {
             // Another process has run it while this one waited.
             Ok(Some(outcome)) => {
@@ -441,7 +439,7 @@ fn tidy(folder: &Path) {
     });
     if left && matches!(Lock::try_take(folder), Ok(Lock::Held(_))) {
         Network::remove(&checkpoint_file(folder)).ok();
-        whole_file::sweep(folder, Duration::ZERO).ok();
+        whole_file::sweep(folder).ok();
     }
 }
 

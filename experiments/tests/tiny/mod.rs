@@ -1,6 +1,12 @@
-//! A profile whose tables take seconds.
+//! A profile whose tables take seconds, and places to make them.
 
-use std::path::Path;
+#![allow(dead_code, reason = "not every test uses all of it")]
+
+use report::Row;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+pub const TABLE3: &str = env!("CARGO_BIN_EXE_table3");
 
 /// τ: about the median of the variances after one step.
 const THRESHOLD: f64 = 0.95;
@@ -30,4 +36,86 @@ pub fn write_profile(folder: &Path) {
     // After one step the variances are little below those at the start, 1: some filters are removed, not all.
     profile["pfq"].as_table_mut().unwrap().insert("threshold".into(), THRESHOLD.into());
     std::fs::write(folder.join("tiny.toml"), profile.to_string()).unwrap();
+}
+
+/// A folder with the tiny profile, in which programs run.
+pub struct Place(tempfile::TempDir);
+
+impl Place {
+    /// A new one.
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        write_profile(folder.path());
+        Self(folder)
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// A file or folder in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// What Table 3 says with these flags.
+    pub fn table3(&self, flags: &[&str]) -> Output {
+        let device: &[&str] = if flags.contains(&"--device") { &[] } else { &["--device", "cpu"] };
+        let mut command = Command::new(TABLE3);
+        command.current_dir(self.0.path()).args(["--config", "tiny.toml"]).args(device).args(flags);
+        command.output().unwrap()
+    }
+
+    /// Has pre-training last so many epochs.
+    pub fn pretrain_for(&self, epochs: usize) {
+        let path = self.path("tiny.toml");
+        let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+        profile["training"]["pretraining"]["cosine_epochs"] = toml::Value::Integer(epochs as i64);
+        std::fs::write(path, profile.to_string()).unwrap();
+    }
+
+    /// Table 3 on synthetic data; it must succeed. What it said on standard error.
+    #[track_caller]
+    pub fn run(&self, flags: &[&str]) -> String {
+        let output = self.table3(&[&["--data", "synthetic"], flags].concat());
+        assert!(output.status.success(), "{flags:?}: {}", said(&output));
+        said(&output)
+    }
+
+    /// Table 3 with these flags must fail, in words that have all of `parts`.
+    #[track_caller]
+    pub fn check_refused(&self, flags: &[&str], parts: &[&str]) {
+        let output = self.table3(flags);
+        let error = said(&output);
+        assert!(!output.status.success(), "{flags:?} was accepted: {error}");
+        for part in parts {
+            assert!(error.contains(part), "{flags:?}: {error:?} lacks {part:?}");
+        }
+    }
+
+    /// The rows of Table 3, without the time that they took.
+    pub fn rows(&self) -> Vec<Row> {
+        let rows = report::read_csv(&self.path("results/table3/tiny/table3.csv")).unwrap();
+        rows.into_iter().map(|row| Row { wall_seconds: 0.0, ..row }).collect()
+    }
+
+    /// The folder of the only stage whose name has `part`.
+    #[track_caller]
+    pub fn stage(&self, part: &str) -> PathBuf {
+        let names = std::fs::read_dir(self.path("runs")).unwrap().map(|entry| entry.unwrap().path());
+        let found: Vec<PathBuf> = names.filter(|path| path.to_str().unwrap().contains(part)).collect();
+        assert_eq!(found.len(), 1, "{part}: {found:?}");
+        found[0].clone()
+    }
+
+    /// The number of stages of which something is in the store.
+    pub fn stages(&self) -> usize {
+        std::fs::read_dir(self.path("runs")).map_or(0, |entries| entries.count())
+    }
+}
+
+/// What a program said on standard error.
+pub fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
