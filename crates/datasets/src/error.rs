@@ -134,10 +134,7 @@ pub enum Error {
         cache: PathBuf,
     },
     /// The hub did not send a file.
-    #[error(
-        "cannot download {file} of {repo} from {endpoint}: {what}; check the network, or put the files into a \
-         folder"
-    )]
+    #[error("cannot download {file} of {repo} from {endpoint}: {what}; {remedy}")]
     Hub {
         /// The file within the repository.
         file: String,
@@ -147,6 +144,8 @@ pub enum Error {
         endpoint: String,
         /// What happened instead.
         what: String,
+        /// What to do.
+        remedy: &'static str,
     },
     /// The hub refuses to send a file without a token, or to the token's account.
     #[error(

@@ -42,8 +42,9 @@ pub(crate) fn load(
     on_event: &mut dyn FnMut(Event),
 ) -> Result<InMemoryDataset> {
     on_event(Event::Trying { place: format!("the folder {}", folder.display()) });
-    if !folder.is_dir() {
-        return Err(Error::NoData { folder: folder.into(), what: "there is no such folder".into() });
+    let none = |what: String| Err(Error::NoData { folder: folder.into(), what });
+    if !folder.exists() {
+        return none("there is no such folder".into());
     }
     let forms = [
         Form {
@@ -64,38 +65,53 @@ pub(crate) fn load(
     let [binary, python] = &forms;
     let mut found = |source: &Path, images| manifest.dataset(source.display().to_string(), images, on_event);
 
+    if folder.is_file() {
+        let length = fs::metadata(folder).map_err(Error::io(folder))?.len();
+        let is_archive =
+            |form: &&Form| folder.ends_with(form.archive) || form.release.archive.bytes == Some(length);
+        return match forms.iter().find(is_archive) {
+            Some(form) => found(folder, form.unpack(folder, manifest)?),
+            None => none(
+                "it is a file, and neither of the official archives: name the folder that holds it".into(),
+            ),
+        };
+    }
     // The names of the other forms are too common to count outside their folder.
     if let Some(paths) = pair(folder, binary.files)? {
         return found(folder, binary.read(&paths, manifest)?);
     }
     for form in &forms {
-        for inner in [folder.join(form.folder), folder.to_path_buf()] {
-            if inner.ends_with(form.folder)
-                && let Some(paths) = pair(&inner, form.files)?
-            {
-                return found(&inner, form.read(&paths, manifest)?);
+        for place in places(folder, form.folder) {
+            if let Some(paths) = pair(&place, form.files)? {
+                return found(&place, form.read(&paths, manifest)?);
             }
         }
     }
     for form in &forms {
-        let archive = folder.join(form.archive);
-        if archive.is_file() {
-            return found(&archive, form.unpack(&archive, manifest)?);
+        for archive in [folder.join(form.archive), folder.join(form.folder).join(form.archive)] {
+            if archive.is_file() {
+                return found(&archive, form.unpack(&archive, manifest)?);
+            }
         }
     }
-    for inner in [folder.join(TABLES_FOLDER), folder.to_path_buf()] {
-        if inner.ends_with(TABLES_FOLDER)
-            && let Some([train, test]) = pair(&inner, TABLES)?
-        {
+    for place in places(folder, TABLES_FOLDER) {
+        if let Some([train, test]) = pair(&place, TABLES)? {
             let [n_train, n_test] = manifest.records;
-            return found(&inner, [table::read(&train, n_train)?, table::read(&test, n_test)?]);
+            return found(&place, [table::read(&train, n_train)?, table::read(&test, n_test)?]);
         }
     }
-    let what = format!(
-        "it has no train.bin and test.bin, no {}/, no {}/, no {}, no {} and no {TABLES_FOLDER}/{}",
+    none(format!(
+        "it has neither train.bin nor {}/train.bin, {}/train, {}, {} or {TABLES_FOLDER}/{}",
         binary.folder, python.folder, binary.archive, python.archive, TABLES[0]
-    );
-    Err(Error::NoData { folder: folder.into(), what })
+    ))
+}
+
+/// The folders where the files of an archive's folder `name` can lie: under `folder`, also twice, which
+/// happens where an archive is unpacked by hand, or in `folder` itself.
+fn places(folder: &Path, name: &str) -> impl Iterator<Item = PathBuf> {
+    let own = folder.canonicalize().is_ok_and(|folder| folder.ends_with(name));
+    let inner = folder.join(name);
+    [inner.clone(), inner.join(name)].into_iter().chain(own.then(|| folder.to_path_buf()))
 }
 
 /// The two files in `folder`; `None` if neither exists.
@@ -188,7 +204,7 @@ mod tests {
         let manifest = manifest(&binary_archive, &python_archive);
         let (a, b) = ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet");
         type Files<'a> = [(&'a str, &'a [u8]); 2];
-        let cases: [(&str, Files); 9] = [
+        let cases: [(&str, Files); 14] = [
             ("", [("train.bin", &bins[0]), ("test.bin", &bins[1])]),
             ("", [("cifar-100-binary/train.bin", &bins[0]), ("cifar-100-binary/test.bin", &bins[1])]),
             (
@@ -200,6 +216,24 @@ mod tests {
                 "cifar-100-python",
                 [("cifar-100-python/train", &pickles[0]), ("cifar-100-python/test", &pickles[1])],
             ),
+            // A folder in another one of its name, an archive in its folder, and an archive itself.
+            (
+                "",
+                [
+                    ("cifar-100-python/cifar-100-python/train", &pickles[0]),
+                    ("cifar-100-python/cifar-100-python/test", &pickles[1]),
+                ],
+            ),
+            (
+                "",
+                [
+                    ("cifar-100-binary/cifar-100-binary/train.bin", &bins[0]),
+                    ("cifar-100-binary/cifar-100-binary/test.bin", &bins[1]),
+                ],
+            ),
+            ("", [("cifar-100-binary/cifar-100-binary.tar.gz", &binary_archive), ("other", b"")]),
+            ("cifar-100-python.tar.gz", [("cifar-100-python.tar.gz", &python_archive), ("other", b"")]),
+            ("cifar (1).tgz", [("cifar (1).tgz", &binary_archive), ("other", b"")]),
             ("", [("cifar-100-binary.tar.gz", &binary_archive), ("other", b"")]),
             ("", [("cifar-100-python.tar.gz", &python_archive), ("train/other", b"")]),
             ("", [(&format!("cifar100/{a}"), &tables[0]), (&format!("cifar100/{b}"), &tables[1])]),
@@ -230,7 +264,8 @@ mod tests {
             write(&dir.path().join(name), b"something else");
         }
         assert!(matches!(quietly(dir.path(), &manifest), Err(Error::NoData { .. })));
-        assert!(message(dir.path(), &manifest).contains("train.bin"));
+        assert!(message(dir.path(), &manifest).contains("cifar-100-python/train"));
+        assert!(message(&dir.path().join("train"), &manifest).contains("name the folder that holds it"));
         write(&dir.path().join("train.bin"), &binary(3));
         assert!(message(dir.path(), &manifest).contains("test.bin is missing, although"));
         fs::remove_file(dir.path().join("train.bin")).unwrap();
@@ -319,10 +354,14 @@ mod tests {
                 .contains("picture of row 0 is 32x32 L8 instead of 32x32 Rgb8")
         );
         assert!(check(&parquet(&images(3), "small")).contains("picture of row 0 is 16x16"));
+        assert!(check(&parquet(&images(3), "huge")).contains("picture of row 0 is 4096x4096"));
         assert!(check(&parquet(&images(3), "no column")).contains("no img.bytes"));
         let mut labels = images(3);
         labels.labels[2] = 100;
         assert!(check(&parquet(&labels, "png")).contains("record 2 has the fine label 100"));
+        // Labels may have any type of integer.
+        write(&train, &parquet(&images(3), "unsigned"));
+        assert_eq!(quietly(dir.path(), &manifest).unwrap().train, images(3));
         // Wherever else a byte is wrong, the result is an error or the right pictures, and never a panic.
         for at in (0..good.len()).step_by(61) {
             let mut damaged = good.clone();

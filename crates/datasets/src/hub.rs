@@ -1,13 +1,17 @@
 //! Files of data sets on the Hugging Face hub, and CIFAR-100 from there.
 
 use std::fmt;
+use std::fs::File;
+use std::future::Future;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-use hf_hub::progress::{DownloadEvent, FileProgress, ProgressEvent, ProgressHandler};
-use hf_hub::repository::RepoTreeEntry;
-use hf_hub::{HFClient, HFClientSync, HFError};
+use futures::{StreamExt, TryStreamExt};
+use hf_hub::repository::{HFRepository, RepoTreeEntry, RepoTypeDataset};
+use hf_hub::{HFClient, HFError};
+use tokio::runtime::Builder;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cifar::Manifest;
 use crate::error::{Error, Result};
@@ -31,57 +35,83 @@ impl fmt::Display for Repo {
 
 const CIFAR: Repo = Repo { owner: "uoft-cs", name: "cifar100" };
 pub(crate) const REVISION: &str = "main";
+const ENDPOINT: &str = "https://huggingface.co";
+/// The number of files that no folder may exceed.
+const MOST_FILES: usize = 10_000;
+/// The number of bytes of a download that count as progress.
+const PROGRESS: u64 = 64 << 10;
 
 /// How to reach the hub.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hub {
-    /// The base address. `None`: `HF_ENDPOINT`, or else <https://huggingface.co>.
-    pub endpoint: Option<String>,
-    /// The cache's folder, in the layout that all tools of the hub share. `None`: `HF_HUB_CACHE`, or else
-    /// `hub` under `HF_HOME`, or else `huggingface/hub` under `XDG_CACHE_HOME` or `~/.cache`.
-    pub cache: Option<PathBuf>,
-    /// The token that is sent. `None`: `HF_TOKEN`, or else the file that `HF_TOKEN_PATH` names, or else the
-    /// file `token` under `HF_HOME`, if there is one.
+    /// The base address.
+    pub endpoint: String,
+    /// The cache's folder, in the layout that all tools of the hub share.
+    pub cache: PathBuf,
+    /// The token that is sent, if there is one.
     pub token: Option<String>,
     /// Whether only the cache is used and nothing is requested.
     pub offline: bool,
-    /// How long to wait for the first answer to the request for a file.
+    /// How long to wait for the first answer to a request.
     pub answer_timeout: Duration,
-    /// How long a download may make no progress.
+    /// How long a download may take for 64 KiB.
     pub stall_timeout: Duration,
+    /// The length in bytes that no file may exceed.
+    pub longest: u64,
 }
 
 impl Hub {
-    /// The hub as the environment describes it: endpoint, cache and token as the fields document, and offline
-    /// if `HF_HUB_OFFLINE` is 1, true, yes or on. The first answer may take 10 seconds, a pause 60.
+    /// The hub as the environment describes it. An empty variable counts as one that is not set, and white
+    /// space around a value is ignored:
+    ///
+    /// - `HF_ENDPOINT` is the base address, by default <https://huggingface.co>;
+    /// - `HF_HUB_CACHE` is the cache, or else `hub` in `HF_HOME`, or else `huggingface/hub` in
+    ///   `XDG_CACHE_HOME` or `~/.cache`;
+    /// - `HF_TOKEN` is the token, or else the contents of the file that `HF_TOKEN_PATH` names, or else of
+    ///   `token` in `HF_HOME`; `HF_HUB_DISABLE_IMPLICIT_TOKEN` forbids to send any;
+    /// - `HF_HUB_OFFLINE` forbids requests if it is 1, true, yes or on.
+    ///
+    /// An answer may take 10 seconds, and a minute of a download must bring 64 KiB. A file may have 2 GiB,
+    /// which is four times as much as those of ImageNet.
     pub fn from_env() -> Hub {
-        let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
+        Hub::described(|name| std::env::var(name).ok())
+    }
+
+    fn described(variable: impl Fn(&str) -> Option<String>) -> Hub {
+        let value = |name: &str| {
+            let value = variable(name)?.trim().to_string();
+            (!value.is_empty()).then_some(value)
+        };
+        let path = |name: &str| value(name).map(PathBuf::from);
+        let cache = path("XDG_CACHE_HOME")
+            .or_else(|| Some(path("HOME")?.join(".cache")))
+            .unwrap_or_else(std::env::temp_dir);
+        let home = path("HF_HOME").unwrap_or_else(|| cache.join("huggingface"));
+        let stored = |file: PathBuf| {
+            let token = std::fs::read_to_string(file).ok()?.trim().to_string();
+            (!token.is_empty()).then_some(token)
+        };
+        let token = value("HF_TOKEN")
+            .or_else(|| stored(path("HF_TOKEN_PATH")?))
+            .or_else(|| stored(home.join("token")));
+        let offline = value("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
         Hub {
-            endpoint: None,
-            cache: None,
-            token: None,
+            endpoint: value("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into()),
+            cache: path("HF_HUB_CACHE")
+                .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
+                .unwrap_or_else(|| home.join("hub")),
+            token: token.filter(|_| value("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none()),
             offline: ["1", "true", "yes", "on"].contains(&offline.as_str()),
             answer_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
+            longest: 2 << 30,
         }
-    }
-
-    fn client(&self) -> Result<HFClient, HFError> {
-        // One retry is enough: somebody is waiting, and can start again.
-        let mut builder = HFClient::builder().retry_max_attempts(1);
-        if let Some(endpoint) = &self.endpoint {
-            builder = builder.endpoint(endpoint);
-        }
-        if let Some(cache) = &self.cache {
-            builder = builder.cache_dir(cache);
-        }
-        if let Some(token) = &self.token {
-            builder = builder.token(token);
-        }
-        builder.build()
     }
 
     /// The path of a file of the repository in the cache. Downloads it if it is not there.
+    ///
+    /// The client could fill the cache itself, but it would name files as the hub's headers say. Here the
+    /// names come from the caller and from the commit, which is checked.
     pub(crate) fn fetch(
         &self,
         repo: Repo,
@@ -89,120 +119,185 @@ impl Hub {
         revision: &str,
         on_event: &mut dyn FnMut(Event),
     ) -> Result<PathBuf> {
-        let access = Access::new(self, repo, file)?;
-        let files = access.client.dataset(repo.owner, repo.name);
-        let cached = files.download_file().filename(file).revision(revision).local_files_only(true).send();
-        if let Ok(path) = cached {
+        let folder = self.cache.join(format!("datasets--{}--{}", repo.owner, repo.name));
+        let snapshot = |commit: &str| folder.join("snapshots").join(commit).join(file);
+        let reference = folder.join("refs").join(revision);
+        let known = match is_commit(revision) {
+            true => Some(revision.to_string()),
+            false => std::fs::read_to_string(&reference).ok().map(|commit| commit.trim().into()),
+        };
+        let known = known.filter(|commit| is_commit(commit)).map(|commit| snapshot(&commit));
+        if let Some(path) = known.filter(|path| path.is_file()) {
             return Ok(path);
         }
         if self.offline {
-            return Err(access.offline());
+            return Err(self.is_offline(repo, file));
         }
         on_event(Event::Download { file: file.into(), done: 0, total: 0 });
-        let (name, revision) = (file.to_string(), revision.to_string());
-        access.patiently(
-            self,
-            move |client, sender| {
-                let files = client.dataset(repo.owner, repo.name);
-                let request =
-                    files.download_file().filename(name).revision(revision).progress(Reporter(sender));
-                match request.clone().send() {
-                    // The link in the cache exists, but the file that it points to was deleted.
-                    Ok(path) if !path.exists() => request.force_download(true).send(),
-                    done => done,
-                }
+        let access = Access::new(self, repo, file)?;
+        let commit = access.commit(revision)?;
+        let path = snapshot(&commit);
+        whole_file::replace(
+            &path,
+            |error| Error::write(&path)(error),
+            |temporary| {
+                let mut output = File::create(temporary).map_err(Error::write(&path))?;
+                access.download(&commit, |bytes, done, total| {
+                    output.write_all(bytes).map_err(Error::write(&path))?;
+                    on_event(Event::Download { file: file.into(), done, total });
+                    Ok(())
+                })
             },
-            &mut |done, total| on_event(Event::Download { file: file.into(), done, total }),
-        )
+        )?;
+        if commit != revision {
+            whole_file::write(&reference, &commit).map_err(Error::write(&reference))?;
+        }
+        Ok(path)
     }
 
     /// The paths of the files in a folder of the repository, as the hub lists them now.
     pub(crate) fn list(&self, repo: Repo, folder: &str, revision: &str) -> Result<Vec<String>> {
-        let access = Access::new(self, repo, folder)?;
-        if self.offline {
-            return Err(access.offline());
+        match self.offline {
+            true => Err(self.is_offline(repo, folder)),
+            false => Access::new(self, repo, folder)?.list(revision),
         }
-        let (name, revision) = (folder.to_string(), revision.to_string());
-        let entries = access.patiently(
-            self,
-            move |client, _| {
-                client.dataset(repo.owner, repo.name).list_tree().path_in_repo(name).revision(revision).send()
-            },
-            &mut |_, _| {},
-        )?;
+    }
+
+    fn failed(&self, repo: Repo, file: &str, what: String, remedy: &'static str) -> Error {
+        let (file, repo, endpoint) = (file.into(), repo.to_string(), self.endpoint.clone());
+        Error::Hub { file, repo, endpoint, what, remedy }
+    }
+
+    fn is_offline(&self, repo: Repo, file: &str) -> Error {
+        Error::Offline { file: file.into(), repo: repo.to_string(), cache: self.cache.clone() }
+    }
+}
+
+/// Whether a revision is a commit and not a name. A commit is safe as the name of a folder.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Requests for a file or a folder of a repository.
+struct Access<'a> {
+    hub: &'a Hub,
+    repo: Repo,
+    file: &'a str,
+    client: HFRepository<RepoTypeDataset>,
+}
+
+/// What to do after a failure.
+const CHECK_NETWORK: &str = "check the network, or put the files into a folder";
+const CHECK_ENDPOINT: &str = "check HF_ENDPOINT, or put the files into a folder";
+
+impl<'a> Access<'a> {
+    fn new(hub: &'a Hub, repo: Repo, file: &'a str) -> Result<Access<'a>> {
+        let unusable = |what: &str, remedy| Err(hub.failed(repo, file, what.into(), remedy));
+        if !["http://", "https://"].iter().any(|scheme| hub.endpoint.starts_with(scheme)) {
+            let remedy = "HF_ENDPOINT must be an address such as https://huggingface.co";
+            return unusable("the address has no scheme", remedy);
+        }
+        // The client would leave out a token that no header can hold.
+        if hub.token.as_ref().is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
+            return unusable(
+                "the token has a character that no token has",
+                "set HF_TOKEN to the token alone",
+            );
+        }
+        // One retry is enough: somebody is waiting, and can start again.
+        let mut builder =
+            HFClient::builder().retry_max_attempts(1).endpoint(&hub.endpoint).cache_dir(&hub.cache);
+        if let Some(token) = &hub.token {
+            builder = builder.token(token);
+        }
+        match builder.build() {
+            Ok(client) => Ok(Access { hub, repo, file, client: client.dataset(repo.owner, repo.name) }),
+            Err(error) => unusable(&chain(&error), CHECK_ENDPOINT),
+        }
+    }
+
+    fn failed(&self, what: String, remedy: &'static str) -> Error {
+        self.hub.failed(self.repo, self.file, what, remedy)
+    }
+
+    /// The commit that the revision names now.
+    fn commit(&self, revision: &str) -> Result<String> {
+        if is_commit(revision) {
+            return Ok(revision.into());
+        }
+        let request = self.client.info().revision(revision).expand(vec!["sha".into()]).send();
+        let commit = block_on(self.answer(request))?.sha.unwrap_or_default();
+        match is_commit(&commit) {
+            true => Ok(commit),
+            false => {
+                Err(self.failed(format!("{commit:?} is given as the commit of {revision}"), CHECK_ENDPOINT))
+            }
+        }
+    }
+
+    /// The files in the folder.
+    fn list(&self, revision: &str) -> Result<Vec<String>> {
+        let entries = block_on(self.answer(async {
+            let entries = self
+                .client
+                .list_tree()
+                .path_in_repo(self.file)
+                .revision(revision)
+                .limit(MOST_FILES)
+                .send()?;
+            entries.try_collect::<Vec<_>>().await
+        }))?;
         let file = |entry| match entry {
             RepoTreeEntry::File { path, .. } => Some(path),
             RepoTreeEntry::Directory { .. } => None,
         };
         Ok(entries.into_iter().filter_map(file).collect())
     }
-}
 
-/// A client, and what messages about a file name.
-struct Access {
-    client: HFClientSync,
-    file: String,
-    repo: String,
-    endpoint: String,
-    cache: PathBuf,
-}
-
-impl Access {
-    fn new(hub: &Hub, repo: Repo, file: &str) -> Result<Access> {
-        let unusable =
-            |error: HFError| Error::Invalid(format!("the hub's client cannot be set up: {}", chain(&error)));
-        let client = hub.client().map_err(unusable)?;
-        let (endpoint, cache) = (client.endpoint().to_string(), client.cache_dir().to_path_buf());
-        let client = HFClientSync::from_inner(client).map_err(unusable)?;
-        Ok(Access { client, file: file.into(), repo: repo.to_string(), endpoint, cache })
-    }
-
-    fn offline(self) -> Error {
-        Error::Offline { file: self.file, repo: self.repo, cache: self.cache }
-    }
-
-    fn failed(&self, what: String) -> Error {
-        let (file, repo, endpoint) = (self.file.clone(), self.repo.clone(), self.endpoint.clone());
-        Error::Hub { file, repo, endpoint, what }
-    }
-
-    fn refused(&self, what: String) -> Error {
-        let (file, repo, endpoint) = (self.file.clone(), self.repo.clone(), self.endpoint.clone());
-        // An endpoint may end with a slash, but people follow the addresses in the message.
-        Error::Gated { file, repo, endpoint: endpoint.trim_end_matches('/').into(), what }
-    }
-
-    /// Does `work` in another thread, because the client has no time limit for connecting: where packets are
-    /// lost, it would wait for minutes. After a timeout the thread is left to end by itself.
-    fn patiently<T: Send + 'static>(
-        &self,
-        hub: &Hub,
-        work: impl FnOnce(HFClientSync, Sender<Message<T>>) -> Result<T, HFError> + Send + 'static,
-        on_progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<T> {
-        let (sender, receiver) = channel();
-        let client = self.client.clone();
-        let spawned = std::thread::Builder::new().name("download".into()).spawn(move || {
-            let done = work(client, sender.clone());
-            // An error means that nobody waits any more.
-            let _ = sender.send(Message::Done(done));
-        });
-        spawned.map_err(|error| self.failed(format!("no thread: {error}")))?;
-        let mut timeout = hub.answer_timeout;
-        loop {
-            match receiver.recv_timeout(timeout) {
-                Ok(Message::Progress { done, total }) => {
-                    timeout = hub.stall_timeout;
-                    on_progress(done, total);
+    /// Downloads the file and gives its bytes to `write`, with the number of bytes so far and that of the
+    /// whole file, or 0 if it is unknown.
+    fn download(&self, commit: &str, mut write: impl FnMut(&[u8], u64, u64) -> Result<()>) -> Result<()> {
+        block_on(async {
+            let request = self.client.download_file_stream().filename(self.file).revision(commit).send();
+            let (length, mut stream) = self.answer(request).await?;
+            let limit = self.hub.stall_timeout;
+            let (mut done, mut counted, mut since) = (0, 0, Instant::now());
+            loop {
+                let Ok(chunk) = timeout_at(since + limit, stream.next()).await else {
+                    let (bytes, seconds) = (done - counted, limit.as_secs_f32());
+                    return Err(self
+                        .failed(format!("only {bytes} bytes arrived in {seconds} seconds"), CHECK_NETWORK));
+                };
+                let Some(chunk) = chunk else {
+                    return match length {
+                        Some(length) if length != done => {
+                            Err(self
+                                .failed(format!("it ended after {done} of {length} bytes"), CHECK_NETWORK))
+                        }
+                        _ => Ok(()),
+                    };
+                };
+                let chunk = chunk.map_err(|error| self.explain(&error))?;
+                done += chunk.len() as u64;
+                if done.max(length.unwrap_or(0)) > self.hub.longest {
+                    let what = format!("the file has more than {} bytes", self.hub.longest);
+                    return Err(self.failed(what, CHECK_ENDPOINT));
                 }
-                Ok(Message::Done(Ok(done))) => return Ok(done),
-                Ok(Message::Done(Err(error))) => return Err(self.explain(&error)),
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(self.failed(format!("nothing arrived for {} seconds", timeout.as_secs_f32())));
+                if done - counted >= PROGRESS {
+                    (counted, since) = (done, Instant::now());
                 }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(self.failed("the download broke off".into()));
-                }
+                write(&chunk, done, length.unwrap_or(0))?;
+            }
+        })
+    }
+
+    /// Waits for an answer, but not for longer than permitted.
+    async fn answer<T>(&self, request: impl Future<Output = Result<T, HFError>>) -> Result<T> {
+        match timeout(self.hub.answer_timeout, request).await {
+            Ok(answer) => answer.map_err(|error| self.explain(&error)),
+            Err(_) => {
+                let seconds = self.hub.answer_timeout.as_secs_f32();
+                Err(self.failed(format!("no answer came within {seconds} seconds"), CHECK_NETWORK))
             }
         }
     }
@@ -216,12 +311,37 @@ impl Access {
             // The client reports them so when it lists files.
             HFError::Http { context } if context.status == 401 => (UNKNOWN, context),
             HFError::Http { context } if context.status == 403 => (NO_ACCESS, context),
-            _ => return self.failed(chain(error)),
+            _ => {
+                let remedy = match error {
+                    HFError::RateLimited { .. } => {
+                        "wait some minutes, or set HF_TOKEN, with which the hub permits more"
+                    }
+                    HFError::EntryNotFound { .. }
+                    | HFError::RepoNotFound { .. }
+                    | HFError::RevisionNotFound { .. } => CHECK_ENDPOINT,
+                    HFError::Http { .. } => "try again later, or put the files into a folder",
+                    _ => CHECK_NETWORK,
+                };
+                return self.failed(chain(error), remedy);
+            }
         };
         let words =
             context.server_message.as_deref().map_or(String::new(), |words| format!("; it says: {words}"));
-        self.refused(format!("{whose}{words}"))
+        let (file, repo, what) = (self.file.into(), self.repo.to_string(), format!("{whose}{words}"));
+        // An endpoint may end with a slash, but people follow the addresses in the message.
+        let endpoint = self.hub.endpoint.trim_end_matches('/').into();
+        Error::Gated { file, repo, endpoint, what }
     }
+}
+
+/// Does requests in this thread.
+fn block_on<T>(requests: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::Invalid(format!("requests are impossible: {error}")))?;
+    let done = runtime.block_on(requests);
+    // After a timeout, nobody should wait for the look-up of a name to end.
+    runtime.shutdown_background();
+    done
 }
 
 /// Loads CIFAR-100 from the hub's repository `uoft-cs/cifar100`. Downloads files that are not in the cache.
@@ -260,34 +380,6 @@ pub(crate) fn load_with(
 pub(crate) fn commit(cached: &Path) -> String {
     let commit = cached.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
     commit.unwrap_or(REVISION).to_string()
-}
-
-/// A message from the thread that asks the hub.
-enum Message<T> {
-    Progress { done: u64, total: u64 },
-    Done(Result<T, HFError>),
-}
-
-/// Passes on the progress of a download.
-struct Reporter<T>(Sender<Message<T>>);
-
-impl<T: Send + 'static> ProgressHandler for Reporter<T> {
-    fn on_progress(&self, event: &ProgressEvent) {
-        let ProgressEvent::Download(event) = event else { return };
-        let (done, total) = match event {
-            DownloadEvent::Start { total_bytes, .. } => (0, *total_bytes),
-            DownloadEvent::AggregateProgress { bytes_completed, total_bytes, .. } => {
-                (*bytes_completed, *total_bytes)
-            }
-            DownloadEvent::Progress { files } => match files.last() {
-                Some(FileProgress { bytes_completed, total_bytes, .. }) => (*bytes_completed, *total_bytes),
-                None => return,
-            },
-            DownloadEvent::Complete => return,
-        };
-        // An error means that nobody waits any more.
-        let _ = self.0.send(Message::Progress { done, total });
-    }
 }
 
 /// An error with its causes: those of a failed connection say why it failed.
@@ -332,8 +424,9 @@ mod tests {
         let (train, test) = ("cifar100/train-00000-of-00001.parquet", "cifar100/test-00000-of-00001.parquet");
         // The second file is asked for under the commit that the first one came from.
         let expected = [
-            format!("HEAD {prefix}/main/{train}"),
-            format!("GET {prefix}/main/{train}"),
+            "GET /api/datasets/uoft-cs/cifar100/revision/main?expand=sha".into(),
+            format!("HEAD {prefix}/{COMMIT}/{train}"),
+            format!("GET {prefix}/{COMMIT}/{train}"),
             format!("HEAD {prefix}/{COMMIT}/{test}"),
             format!("GET {prefix}/{COMMIT}/{test}"),
         ];
@@ -368,44 +461,123 @@ mod tests {
 
     #[test]
     fn a_hub_that_does_not_deliver_is_named() {
-        let (server, _home, hub) = setup();
-        for (mood, reason) in [(Mood::Empty, "not found"), (Mood::Failing, "500"), (Mood::Truncating, "body")]
-        {
+        let (server, home, hub) = setup();
+        for (mood, reason, remedy) in [
+            (Mood::Empty, "not found", "check HF_ENDPOINT"),
+            (Mood::Failing, "500", "try again later"),
+            (Mood::Limiting, "limited", "set HF_TOKEN"),
+            (Mood::Truncating, "body", "check the network"),
+            (Mood::Endless, "more than 1048576 bytes", "check HF_ENDPOINT"),
+            (Mood::Misnaming, "\"../../../outside\" is given as the commit of main", "check HF_ENDPOINT"),
+        ] {
             server.set(mood);
             let error = quietly(&hub).unwrap_err();
             assert!(matches!(error, Error::Hub { .. }), "{error}");
             let text = error.to_string();
             assert!(text.contains(&server.endpoint) && text.contains("cifar100/train-00000"), "{text}");
-            assert!(text.to_lowercase().contains(reason), "{text}");
+            assert!(text.to_lowercase().contains(reason) && text.contains(remedy), "{text}");
         }
         // These failures leave nothing behind.
+        assert_eq!(files(home.path()), Vec::<PathBuf>::new());
         server.set(Mood::Good);
         check(&quietly(&hub).unwrap());
     }
 
+    /// All files under a folder.
+    fn files(folder: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+    }
+
+    #[test]
+    fn no_header_places_a_file_outside_the_cache() {
+        let (server, home, hub) = setup();
+        // The cache is three folders deep, so that what leads out of it stays in the test's folder.
+        let hub = Hub { cache: home.path().join("a/b/hub"), ..hub };
+        server.set(Mood::Placing);
+        check(&quietly(&hub).unwrap());
+        for file in files(home.path()) {
+            assert!(file.starts_with(&hub.cache), "{file:?}");
+        }
+    }
+
     #[test]
     fn a_hub_out_of_reach_is_given_up_soon() {
-        let (server, _home, hub) = setup();
+        let (server, home, hub) = setup();
         let soon = Duration::from_millis(300);
         let hub = Hub { answer_timeout: soon, stall_timeout: soon, ..hub };
-        for mood in [Mood::Silent, Mood::Stalling] {
+        for (mood, reason) in [
+            (Mood::Silent, "no answer came within 0.3 seconds"),
+            (Mood::Stalling, "bytes arrived in 0.3 seconds"),
+            (Mood::Trickling, "bytes arrived in 0.3 seconds"),
+        ] {
             server.set(mood);
             let start = Instant::now();
             let error = quietly(&hub).unwrap_err().to_string();
-            assert!(error.contains("nothing arrived for 0.3 seconds"), "{error}");
+            assert!(error.contains(reason), "{error}");
             assert!(start.elapsed() < Duration::from_secs(3));
         }
+        assert_eq!(files(home.path()), Vec::<PathBuf>::new());
         // No one listens on a port that was just given back.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let start = Instant::now();
-        let hub =
-            Hub { endpoint: Some(format!("http://127.0.0.1:{port}")), answer_timeout: 10 * soon, ..hub };
+        let hub = Hub { endpoint: format!("http://127.0.0.1:{port}"), answer_timeout: 10 * soon, ..hub };
         let error = quietly(&hub).unwrap_err();
         assert!(matches!(&error, Error::Hub { what, .. } if what.contains("refused")), "{error}");
         assert!(start.elapsed() < Duration::from_secs(3));
+    }
 
-        let error = quietly(&Hub { endpoint: Some("nowhere".into()), ..hub }).unwrap_err();
-        assert!(matches!(error, Error::Invalid(_)), "{error}");
+    #[test]
+    fn what_the_environment_says_is_cleaned_or_refused() {
+        let hub = |variables: &[(&str, &str)]| {
+            Hub::described(|name| Some(variables.iter().find(|(known, _)| *known == name)?.1.into()))
+        };
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().to_str().unwrap();
+        // An empty variable is not set.
+        let empty = [
+            "HF_ENDPOINT",
+            "HF_HOME",
+            "HF_HUB_CACHE",
+            "HF_TOKEN",
+            "HF_TOKEN_PATH",
+            "XDG_CACHE_HOME",
+            "HF_HUB_OFFLINE",
+        ];
+        for value in ["", " \n"] {
+            let mut variables: Vec<_> = empty.map(|name| (name, value)).into();
+            variables.push(("HOME", path));
+            assert_eq!(hub(&variables), hub(&[("HOME", path)]));
+        }
+        let plain = hub(&[("HOME", path)]);
+        assert_eq!((plain.endpoint.as_str(), plain.token.as_ref(), plain.offline), (ENDPOINT, None, false));
+        assert_eq!(plain.cache, home.path().join(".cache/huggingface/hub"));
+        // White space around a value does not count.
+        let spaced =
+            hub(&[("HF_ENDPOINT", " http://x\n"), ("HF_TOKEN", "hf_x\r\n"), ("HF_HUB_OFFLINE", "Yes\n")]);
+        assert_eq!(
+            (spaced.endpoint.as_str(), spaced.token.as_deref(), spaced.offline),
+            ("http://x", Some("hf_x"), true)
+        );
+        fs::write(home.path().join("token"), "hf_stored\n").unwrap();
+        assert_eq!(hub(&[("HF_HOME", path)]).token.as_deref(), Some("hf_stored"));
+        assert_eq!(hub(&[("HF_HOME", path), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token, None);
+        assert_eq!(hub(&[("HF_HOME", path)]).cache, home.path().join("hub"));
+        assert_eq!(hub(&[("HF_HOME", path), ("HF_HUB_CACHE", "/c")]).cache, Path::new("/c"));
+
+        let (server, _home, usual) = setup();
+        let refused = |hub: &Hub, expected: &str| {
+            let error = quietly(hub).unwrap_err();
+            assert!(matches!(error, Error::Hub { .. }) && error.to_string().contains(expected), "{error}");
+        };
+        for endpoint in ["hf-mirror.com", "localhost:8080", "http://"] {
+            refused(&Hub { endpoint: endpoint.into(), ..usual.clone() }, "HF_ENDPOINT");
+        }
+        refused(&Hub { token: Some("hf x".into()), ..usual.clone() }, "set HF_TOKEN to the token alone");
+        assert!(server.requests().is_empty());
+        // What is in the cache needs neither.
+        quietly(&usual).unwrap();
+        check(&quietly(&Hub { endpoint: "hf-mirror.com".into(), offline: true, ..usual }).unwrap());
     }
 
     #[test]

@@ -72,7 +72,8 @@ const STD: [f32; 3] = [0.229, 0.224, 0.225];
 ///
 /// If all class folders are among the official 1000, however few they are, labels are the official numbers 0
 /// to 999, which follow the sorted names. `class_index.tsv` in the folder (lines of a number, a tab, a name)
-/// gives other classes. If no folder is an official class, the sorted folders are the classes.
+/// gives other classes. If no folder is an official class, the folders are the classes: in the order of their
+/// numbers if they are 0 to n-1, else sorted by name.
 ///
 /// # Errors
 ///
@@ -98,7 +99,10 @@ fn load_folder(folder: &Path, options: &Options, on_event: &mut dyn FnMut(Event)
     on_event(Event::Trying { place: format!("the folder {}", folder.display()) });
     let none = |what: &str| Error::NoImageNet { folder: folder.into(), what: what.into() };
     if !folder.is_dir() {
-        return Err(none("there is no such folder"));
+        return Err(none(match folder.exists() {
+            true => "it is a file: name the folder that holds it",
+            false => "there is no such folder",
+        }));
     }
     let kaggle = folder.join("ILSVRC/Dataset/CLS-LOC");
     let root = if kaggle.is_dir() { kaggle.as_path() } else { folder };
@@ -567,24 +571,40 @@ fn labels_of(items: &[Item]) -> Vec<u16> {
 }
 
 /// The classes of pictures that lie in folders: the official ones if all folders are among them, or the
-/// sorted folders if none is.
+/// folders if none is: by number if they are the numbers 0 to n-1, else sorted by name.
 fn classes_of(found: &[Vec<Stored>; 2]) -> Result<Classes> {
     let folders: BTreeSet<&str> = found.iter().flatten().filter_map(Stored::folder).collect();
+    let refused = |folder: &str, what: String| {
+        let inside = found.iter().flatten().find(|stored| stored.folder() == Some(folder));
+        let file = inside.map_or_else(PathBuf::new, |stored| PathBuf::from(stored.to_string()));
+        Err(Error::Labels { file, what })
+    };
     let official = Classes::official();
-    match folders.iter().find(|name| official.number(name).is_none()) {
-        None => Ok(official),
-        Some(stray) if folders.iter().any(|name| official.number(name).is_some()) => {
-            let inside = found.iter().flatten().find(|stored| stored.folder() == Some(*stray));
-            let file = inside.map_or_else(PathBuf::new, |stored| PathBuf::from(stored.to_string()));
+    let stray = folders.iter().find(|name| official.number(name).is_none());
+    let Some(stray) = stray else { return Ok(official) };
+    if folders.iter().any(|name| official.number(name).is_some()) {
+        let what = format!(
+            "its folder {stray} is none of the official classes, though others are: move it away, or list the \
+             classes in {}",
+            classes::FILE
+        );
+        return refused(stray, what);
+    }
+    let number = |name: &&str| name.parse::<usize>().ok();
+    let mut names = Vec::from_iter(&folders);
+    if names.iter().all(|name| number(name).is_some()) {
+        names.sort_by_key(|name| number(name));
+        if let Some((i, name)) = names.iter().enumerate().find(|(i, name)| number(name) != Some(*i)) {
             let what = format!(
-                "its folder {stray} is none of the official classes, though others are: move it away, or list the \
-                 classes in {}",
+                "its folder {name} stands where {i} was expected: if folders are numbers, they must be 0 to {}, or {} \
+                 must list the classes",
+                names.len() - 1,
                 classes::FILE
             );
-            Err(Error::Labels { file, what })
+            return refused(name, what);
         }
-        Some(_) => Classes::sorted(folders.into_iter().map(String::from).collect()),
     }
+    Classes::ordered(names.into_iter().map(|name| name.to_string()).collect())
 }
 
 /// Gives every picture the class of its folder, or else that of its name in `labels`, and sorts the pictures

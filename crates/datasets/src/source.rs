@@ -45,7 +45,8 @@ pub enum DataSource {
     /// 3. `cifar-100-binary.tar.gz`, then `cifar-100-python.tar.gz`;
     /// 4. the hub's `cifar100/train-00000-of-00001.parquet` and `cifar100/test-00000-of-00001.parquet`.
     ///
-    /// The folder may also be `cifar-100-python` or `cifar100` itself.
+    /// The folder may also be `cifar-100-python` or `cifar100` itself, or hold a folder of that name in
+    /// another one of the same name. The path of an official archive may stand in its place.
     ///
     /// Forms 1 to 3 must have the sizes and MD5 sums of the official files, archives as well as their
     /// members. Nothing is written.
@@ -239,9 +240,12 @@ mod tests {
         search.folder = root.path().join("absent");
         server.set(Mood::Corrupting);
         assert!(matches!(run(&search).0, Err(Error::Malformed { .. })));
-        // Offline and without a cache, only synthetic data remain.
-        search.hub = Hub { offline: true, cache: Some(root.path().join("empty")), ..search.hub };
-        assert_eq!(run(&search).0.unwrap().name, "synthetic");
+        // Without the hub, only synthetic data remain.
+        let hub = Hub { cache: root.path().join("empty"), ..search.hub };
+        for hub in [Hub { offline: true, ..hub.clone() }, Hub { endpoint: "hf-mirror.com".into(), ..hub }] {
+            search.hub = hub;
+            assert_eq!(run(&search).0.unwrap().name, "synthetic");
+        }
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! CIFAR-100 from the parquet files of the hub, and the columns of such files.
 
 use std::fs::File;
+use std::io::Cursor;
 use std::path::Path;
 
 // This trait and the reader below must be of the same version of parquet.
 use candle_datasets::hub::FileReader;
-use image::{ColorType, ImageFormat};
+use image::codecs::png::PngDecoder;
+use image::{ColorType, ImageDecoder, Limits};
 use parquet::data_type::ByteArray;
 use parquet::file::reader::SerializedFileReader;
 use parquet::record::{Field, Row};
@@ -14,6 +16,9 @@ use rayon::prelude::*;
 use crate::cifar::{PIXELS, SIDE, check_labels, with_capacity};
 use crate::error::{Error, Result, catch_panic};
 use crate::memory::Images;
+
+/// The memory in bytes that the headers of a picture may take.
+const MOST_MEMORY: u64 = 1 << 20;
 
 /// Reads a table of exactly `records` rows with the columns `img` (a group whose `bytes` are a PNG of 32x32
 /// RGB pixels), `fine_label` and `coarse_label`. Everything else is [`Error::Malformed`].
@@ -44,19 +49,22 @@ fn decode(file: File, name: &str, records: usize) -> Result<Images> {
         return Err(bad(format!("it ends after {} of {records} rows", pngs.len())));
     }
     images.pixels.resize(records * PIXELS, 0);
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MOST_MEMORY);
     images.pixels.par_chunks_exact_mut(PIXELS).zip(&pngs).enumerate().try_for_each(
         |(i, (pixels, png))| {
-            let picture = image::load_from_memory_with_format(png.data(), ImageFormat::Png)
-                .map_err(|error| bad(format!("the picture of row {i} cannot be decoded: {error}")))?;
-            let (color, width, height) = (picture.color(), picture.width(), picture.height());
+            let damaged = |error| bad(format!("the picture of row {i} cannot be decoded: {error}"));
+            let decoder =
+                PngDecoder::with_limits(Cursor::new(png.data()), limits.clone()).map_err(damaged)?;
+            let (color, (width, height)) = (decoder.color_type(), decoder.dimensions());
+            // The size comes first, as a small file can describe a picture that no memory holds.
             if color != ColorType::Rgb8 || [width, height] != [SIDE as u32; 2] {
                 let what = format!(
                     "the picture of row {i} is {width}x{height} {color:?} instead of {SIDE}x{SIDE} Rgb8"
                 );
                 return Err(bad(what));
             }
-            pixels.copy_from_slice(picture.as_bytes());
-            Ok(())
+            decoder.read_image(pixels).map_err(damaged)
         },
     )?;
     Ok(images)
@@ -69,8 +77,14 @@ fn column<'a>(row: &'a Row, name: &str) -> Option<&'a Field> {
 /// The integer in the column `name`.
 pub(crate) fn integer(row: &Row, name: &str) -> Option<i64> {
     match column(row, name)? {
-        Field::Long(value) => Some(*value),
+        Field::Byte(value) => Some((*value).into()),
+        Field::Short(value) => Some((*value).into()),
         Field::Int(value) => Some((*value).into()),
+        Field::Long(value) => Some(*value),
+        Field::UByte(value) => Some((*value).into()),
+        Field::UShort(value) => Some((*value).into()),
+        Field::UInt(value) => Some((*value).into()),
+        Field::ULong(value) => i64::try_from(*value).ok(),
         _ => None,
     }
 }

@@ -81,8 +81,11 @@ pub fn parquet(images: &Images, flaw: &str) -> Vec<u8> {
         optional int64 fine_label;
         optional int64 coarse_label;
     }";
-    let schema =
-        if flaw == "no column" { schema.replace("binary bytes", "binary other") } else { schema.into() };
+    let schema = match flaw {
+        "no column" => schema.replace("binary bytes", "binary other"),
+        "unsigned" => schema.replace("_label", "_label (INTEGER(64, false))"),
+        _ => schema.into(),
+    };
     let n = images.len();
     let pngs = (0..n).map(|i| png(images.image(i), flaw)).collect();
     let paths = (0..n).map(|i| format!("drawing_{i}.png").into_bytes()).collect();
@@ -116,6 +119,7 @@ fn png(pixels: &[u8], flaw: &str) -> Vec<u8> {
     let image = match flaw {
         "grey" => image.grayscale(),
         "small" => image.crop_imm(0, 0, 16, 16),
+        "huge" => DynamicImage::new_rgb8(4096, 4096),
         _ => image,
     };
     let mut out = Cursor::new(Vec::new());
@@ -150,7 +154,20 @@ pub enum Mood {
     Unauthorized,
     /// Answers that the token's account has no access.
     Forbidden,
+    /// Answers that there were too many requests.
+    Limiting,
+    /// Sends a file byte by byte.
+    Trickling,
+    /// Sends a file without its length and never ends.
+    Endless,
+    /// Sends headers that would place a file outside the cache.
+    Placing,
+    /// Names something as the commit that leads out of the cache.
+    Misnaming,
 }
+
+/// What the server's headers or answers lead to beside the cache.
+pub const OUTSIDE: &str = "../../../outside";
 
 /// A small hub on the loopback address.
 pub struct Server {
@@ -193,12 +210,13 @@ impl Server {
     /// A client for this hub, with its cache in the folder `home`.
     pub fn hub(&self, home: &Path) -> Hub {
         Hub {
-            endpoint: Some(self.endpoint.clone()),
-            cache: Some(home.join("hub")),
+            endpoint: self.endpoint.clone(),
+            cache: home.join("hub"),
             token: None,
             offline: false,
             answer_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(10),
+            longest: 1 << 20,
         }
     }
 
@@ -251,9 +269,11 @@ fn serve(
         let inside = files.iter().filter(|(path, _)| path.starts_with(&format!("{folder}/")));
         format!("[{}]", inside.map(entry).collect::<Vec<_>>().join(",")).into_bytes()
     });
-    let body = file.and_then(|file| files.get(file)).or(list.as_ref()).filter(|_| mood != Mood::Empty);
-    let etag = body.map(|body| format!("{:x}", Md5::digest(body))).unwrap_or_default();
-    let known = value("if-none-match").is_some_and(|value| value.trim_matches('"') == etag);
+    let commit = if mood == Mood::Misnaming { OUTSIDE } else { COMMIT };
+    let info = path.starts_with(&format!("/api/datasets/{repo}/revision/main?"));
+    let info = info.then(|| format!(r#"{{"id":{repo:?},"sha":{commit:?}}}"#).into_bytes());
+    let body = file.and_then(|file| files.get(file).filter(|_| mood != Mood::Empty));
+    let body = body.or(list.as_ref()).or(info.as_ref());
     let status = match (mood, body) {
         (Mood::Silent, _) => {
             std::thread::sleep(Duration::from_secs(5));
@@ -262,24 +282,41 @@ fn serve(
         (Mood::Failing, _) => "500 Internal Server Error",
         (Mood::Unauthorized, _) => "401 Unauthorized",
         (Mood::Forbidden, _) => "403 Forbidden",
+        (Mood::Limiting, _) => "429 Too Many Requests",
         (_, None) => "404 Not Found",
-        _ if known => "304 Not Modified",
         _ => "200 OK",
     };
     let mut body = body.filter(|_| status == "200 OK").cloned().unwrap_or_default();
     let length = body.len();
     let message = if status.starts_with("40") { "X-Error-Message: Access is restricted.\r\n" } else { "" };
+    let etag = if mood == Mood::Placing { OUTSIDE } else { "0123456789abcdef" };
+    let commit = if mood == Mood::Placing { OUTSIDE } else { COMMIT };
+    let extent = match (mood, file) {
+        (Mood::Endless, Some(_)) => "Transfer-Encoding: chunked".into(),
+        _ => format!("Content-Length: {length}"),
+    };
     write!(
         stream,
-        "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\n\
+        "HTTP/1.1 {status}\r\n{extent}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\n\
          {message}Connection: close\r\n\r\n"
     )?;
     if method == "HEAD" {
         return Ok(());
     }
-    match mood {
-        Mood::Truncating | Mood::Stalling => body.truncate(length / 2),
-        Mood::Corrupting => body[length / 2] ^= 0x55,
+    match (mood, file) {
+        (Mood::Truncating | Mood::Stalling, Some(_)) => body.truncate(length / 2),
+        (Mood::Corrupting, Some(_)) => body[length / 2] ^= 0x55,
+        (Mood::Trickling, Some(_)) => {
+            for byte in body {
+                stream.write_all(&[byte])?;
+                stream.flush()?;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            return Ok(());
+        }
+        (Mood::Endless, Some(_)) => loop {
+            write!(stream, "400\r\n{}\r\n", "x".repeat(0x400))?;
+        },
         _ => {}
     }
     stream.write_all(&body)?;

@@ -51,7 +51,9 @@ pub(super) fn pictures(archive: &Path, on_event: &mut dyn FnMut(Event)) -> Resul
     path.push(".index");
     let path = PathBuf::from(path);
     let kept = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Index>(&text).ok());
-    let index = match kept.filter(|index| index.state == state) {
+    // Positions beyond the archive are not those that were found.
+    let inside = |&(position, size, _): &Member| position.checked_add(size).is_some_and(|end| end <= state.0);
+    let index = match kept.filter(|index| index.state == state && index.members.iter().all(inside)) {
         Some(index) => index,
         None => {
             on_event(Event::Indexing { archive: archive.display().to_string() });

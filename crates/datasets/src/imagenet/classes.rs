@@ -28,10 +28,8 @@ impl Classes {
         Classes::of(OFFICIAL.lines().map(String::from).collect())
     }
 
-    /// Any names, numbered in their sorted order.
-    pub fn sorted(mut names: Vec<String>) -> Result<Classes> {
-        names.sort_unstable();
-        names.dedup();
+    /// Any different names, numbered in their order.
+    pub fn ordered(names: Vec<String>) -> Result<Classes> {
         match names.len() <= usize::from(u16::MAX) {
             true => Ok(Classes::of(names)),
             false => Err(Error::Invalid(format!("{} classes are more than {}", names.len(), u16::MAX))),
@@ -193,9 +191,9 @@ mod tests {
     }
 
     #[test]
-    fn other_names_are_numbered_in_sorted_order() {
-        let classes = Classes::sorted(["dog", "cat", "dog"].map(String::from).to_vec()).unwrap();
-        assert_eq!((classes.len(), classes.number("cat"), classes.number("dog")), (2, Some(0), Some(1)));
+    fn other_names_are_numbered_in_their_order() {
+        let classes = Classes::ordered(["dog", "cat"].map(String::from).to_vec()).unwrap();
+        assert_eq!((classes.len(), classes.number("cat"), classes.number("dog")), (2, Some(1), Some(0)));
     }
 
     #[test]
@@ -221,7 +219,7 @@ mod tests {
 
     #[test]
     fn choices_are_read_written_and_checked() {
-        let classes = Classes::sorted(["a", "b", "c"].map(String::from).to_vec()).unwrap();
+        let classes = Classes::ordered(["a", "b", "c"].map(String::from).to_vec()).unwrap();
         let check = |text: &str, expected: [bool; 3]| {
             let choice: ClassChoice = text.parse().unwrap();
             assert_eq!(choice.to_string(), text);

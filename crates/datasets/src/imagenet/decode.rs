@@ -1,6 +1,8 @@
 //! Pictures from the bytes of their files.
 
-use image::ImageFormat;
+use std::io::Cursor;
+
+use image::{ImageError, ImageFormat, ImageReader};
 use zune_core::bytestream::ZCursor;
 use zune_core::colorspace::ColorSpace;
 use zune_core::options::DecoderOptions;
@@ -8,6 +10,10 @@ use zune_jpeg::JpegDecoder;
 
 use crate::error::catch_panic;
 use crate::memory::CHANNELS;
+
+/// The number of pixels that no picture may exceed, 8192 x 8192: PIL warns beyond 1.3 times as many. A
+/// decoder needs at most 16 bytes for each.
+const MOST_PIXELS: usize = 1 << 26;
 
 /// A decoded picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,10 +51,13 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, String> {
 }
 
 fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
+    if has_separate_scans(bytes) {
+        return Err("the JPEG has its channels in separate scans, which the decoder does not support".into());
+    }
     match jpeg_with(bytes, true) {
-        // A complete picture should not be lost for what libjpeg only warns of. But if the marker of the end
-        // is missing, the decoder would make up the rest.
-        Err(_) if ends_with_its_mark(bytes) => jpeg_with(bytes, false),
+        // A complete picture should not be lost for what libjpeg only warns of. But if the data end before
+        // the picture does, the decoder would make up the rest.
+        Err(what) if has_end(bytes) && !what.contains("Premature end") => jpeg_with(bytes, false),
         Err(what) => Err(format!("the JPEG is truncated or damaged: {what}")),
         done => done,
     }
@@ -57,22 +66,55 @@ fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
 fn jpeg_with(bytes: &[u8], strict: bool) -> Result<Picture, String> {
     let options = DecoderOptions::default().set_strict_mode(strict).jpeg_set_out_colorspace(ColorSpace::RGB);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    let pixels = decoder.decode().map_err(|error| error.to_string())?;
+    decoder.decode_headers().map_err(|error| error.to_string())?;
     let (width, height) = decoder.dimensions().ok_or("it has no size")?;
+    check_size(width, height)?;
+    let pixels = decoder.decode().map_err(|error| error.to_string())?;
     Ok(Picture { width, height, pixels })
 }
 
 /// Whether the marker of a JPEG's end is near the end of the file; some programs append a few bytes.
-fn ends_with_its_mark(bytes: &[u8]) -> bool {
+fn has_end(bytes: &[u8]) -> bool {
     const NEAR: usize = 1024;
     bytes[bytes.len().saturating_sub(NEAR)..].windows(2).any(|pair| pair == [0xff, 0xd9])
 }
 
+/// Whether the first scan of a sequential JPEG lacks a channel. zune-jpeg (0.5.15) can decode such a picture
+/// to wrong pixels without an error: where a channel has fewer rows than another, and where a scan ends in
+/// flat blocks.
+fn has_separate_scans(bytes: &[u8]) -> bool {
+    let mut channels = 0;
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    // Headers are a marker (255 and a number that is neither 0 nor 255), a length and a segment.
+    while let Some(at) = rest.windows(2).position(|pair| pair[0] == 0xff && ![0, 0xff].contains(&pair[1])) {
+        let &[_, marker, high, low, ref after @ ..] = &rest[at..] else { return false };
+        let length = usize::from(u16::from_be_bytes([high, low])).saturating_sub(2);
+        let segment = &after[..length.min(after.len())];
+        match (marker, segment) {
+            (0xc0 | 0xc1, [_, _, _, _, _, count, ..]) => channels = *count,
+            (0xda, [scanned, ..]) => return *scanned < channels,
+            _ => {}
+        }
+        rest = &after[segment.len()..];
+    }
+    false
+}
+
 fn png(bytes: &[u8]) -> Result<Picture, String> {
-    let picture = image::load_from_memory_with_format(bytes, ImageFormat::Png)
-        .map_err(|error| format!("the PNG cannot be decoded: {error}"))?;
-    let (width, height) = (picture.width() as usize, picture.height() as usize);
+    let failed = |error: ImageError| format!("the PNG cannot be decoded: {error}");
+    let reader = || ImageReader::with_format(Cursor::new(bytes), ImageFormat::Png);
+    let (width, height) = reader().into_dimensions().map_err(failed)?;
+    let (width, height) = (width as usize, height as usize);
+    check_size(width, height)?;
+    let picture = reader().decode().map_err(failed)?;
     Ok(Picture { width, height, pixels: picture.into_rgb8().into_raw() })
+}
+
+fn check_size(width: usize, height: usize) -> Result<(), String> {
+    match width.checked_mul(height) {
+        Some(pixels) if pixels <= MOST_PIXELS => Ok(()),
+        _ => Err(format!("it has {width}x{height} pixels: expected at most {MOST_PIXELS} in all")),
+    }
 }
 
 #[cfg(test)]
@@ -134,6 +176,164 @@ mod tests {
         let grey = ImageBuffer::from_fn(3, 2, |x, _| Luma([x as u8 * 100]));
         let picture = decode(&png_of(&DynamicImage::ImageLuma8(grey))).unwrap();
         assert_eq!(picture.pixels, [[0; 3], [100; 3], [200; 3], [0; 3], [100; 3], [200; 3]].concat());
+    }
+
+    /// Writes bits, the highest first, as the scans of a JPEG have them.
+    #[derive(Default)]
+    struct Bits {
+        bytes: Vec<u8>,
+        waiting: u32,
+        count: u32,
+    }
+
+    impl Bits {
+        fn put(&mut self, value: u32, bits: u32) {
+            for bit in (0..bits).rev() {
+                self.waiting = self.waiting << 1 | (value >> bit & 1);
+                self.count += 1;
+                if self.count == 8 {
+                    let byte = std::mem::take(&mut self.waiting) as u8;
+                    self.count = 0;
+                    self.bytes.push(byte);
+                    if byte == 0xff {
+                        self.bytes.push(0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The level of a block of 8x8 pixels: the luminance varies, the colours do not.
+    fn level(channel: usize, row: usize, column: usize) -> i32 {
+        if channel == 0 { (row * 37 + column * 53) as i32 % 200 - 100 } else { 0 }
+    }
+
+    /// A JPEG of `width` x `height` pixels in three channels, whose blocks all have one level. `factors` are
+    /// the channels' horizontal and vertical sampling factors, `scans` the channels of each scan.
+    fn flat_blocks(
+        (width, height): (usize, usize),
+        factors: [(usize, usize); 3],
+        scans: &[&[usize]],
+        progressive: bool,
+    ) -> Vec<u8> {
+        let mut jpeg = vec![0xff, 0xd8];
+        let segment = |jpeg: &mut Vec<u8>, marker: u8, contents: &[u8]| {
+            jpeg.extend([0xff, marker]);
+            jpeg.extend((contents.len() as u16 + 2).to_be_bytes());
+            jpeg.extend(contents);
+        };
+        // With a quantum of 8, the level of a block is its only coefficient.
+        segment(&mut jpeg, 0xdb, &[&[0][..], &[8; 64]].concat());
+        let mut frame = vec![8, 0, height as u8, 0, width as u8, 3];
+        (0..3).for_each(|c| frame.extend([c as u8 + 1, (factors[c].0 << 4 | factors[c].1) as u8, 0]));
+        segment(&mut jpeg, if progressive { 0xc2 } else { 0xc0 }, &frame);
+        // Codes of four bits for differences of 0 to 11 bits, and a code of one bit for the end of a block.
+        let four = [0, 0, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        segment(&mut jpeg, 0xc4, &[&[0x00][..], &four, &Vec::from_iter(0..12)].concat());
+        segment(&mut jpeg, 0xc4, &[&[0x10, 1][..], &[0; 15], &[0]].concat());
+        let most = |f: fn(&(usize, usize)) -> usize| factors.iter().map(f).max().unwrap();
+        let (across, down) = (most(|f| f.0), most(|f| f.1));
+        for scan in scans {
+            let mut header = vec![scan.len() as u8];
+            scan.iter().for_each(|&c| header.extend([c as u8 + 1, 0]));
+            header.extend(if progressive { [0, 0, 0] } else { [0, 63, 0] });
+            segment(&mut jpeg, 0xda, &header);
+            let (mut bits, mut last) = (Bits::default(), [0; 3]);
+            let mut block = |channel: usize, row: usize, column: usize| {
+                let value = level(channel, row, column);
+                let difference = value - std::mem::replace(&mut last[channel], value);
+                let size = 32 - difference.unsigned_abs().leading_zeros();
+                bits.put(size, 4);
+                bits.put((difference - i32::from(difference < 0)) as u32, size);
+                if !progressive {
+                    bits.put(0, 1);
+                }
+            };
+            if let [channel] = **scan {
+                // The blocks of a single channel come row by row, without those beyond the picture.
+                let blocks =
+                    |size: usize, factor: usize, most: usize| (size * factor).div_ceil(most).div_ceil(8);
+                let (columns, rows) =
+                    (blocks(width, factors[channel].0, across), blocks(height, factors[channel].1, down));
+                (0..rows * columns).for_each(|i| block(channel, i / columns, i % columns));
+            } else {
+                for unit in 0..height.div_ceil(8 * down) * width.div_ceil(8 * across) {
+                    let (row, column) =
+                        (unit / width.div_ceil(8 * across), unit % width.div_ceil(8 * across));
+                    for &c in *scan {
+                        let (h, v) = factors[c];
+                        (0..h * v).for_each(|i| block(c, row * v + i / h, column * h + i % h));
+                    }
+                }
+            }
+            bits.put(0x7f, 7);
+            jpeg.extend(bits.bytes);
+        }
+        jpeg.extend([0xff, 0xd9]);
+        jpeg
+    }
+
+    #[test]
+    fn separate_scans_are_decoded_right_or_refused() {
+        let separate: &[&[usize]] = &[&[0], &[1], &[2]];
+        let orders: [&[&[usize]]; 4] = [&[&[0, 1, 2]], separate, &[&[0], &[1, 2]], &[&[2], &[0], &[1]]];
+        let (mut right, mut refused) = (0, 0);
+        for size in [(40, 56), (35, 41), (16, 16)] {
+            for factor in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)] {
+                for (order, progressive) in orders.iter().flat_map(|order| [(order, false), (order, true)]) {
+                    let jpeg = flat_blocks(size, [factor, (1, 1), (1, 1)], order, progressive);
+                    let case = format!("{size:?} {factor:?} {order:?} {progressive}");
+                    let picture = match decode(&jpeg) {
+                        Ok(picture) => picture,
+                        Err(error) => {
+                            assert!(order.len() > 1 && !progressive, "{case}: {error}");
+                            assert!(error.contains("separate scans"), "{case}: {error}");
+                            refused += 1;
+                            continue;
+                        }
+                    };
+                    assert_eq!((picture.width, picture.height), size, "{case}");
+                    for (i, pixel) in picture.pixels.chunks(3).enumerate() {
+                        let expected = 128 + level(0, i / size.0 / 8, i % size.0 / 8);
+                        assert_eq!(pixel, [expected as u8; 3], "{case}: pixel {i}");
+                    }
+                    right += 1;
+                }
+            }
+        }
+        assert_eq!((right, refused), (75, 45));
+    }
+
+    /// Pictures that small files describe, and no memory holds.
+    #[test]
+    fn pictures_of_too_many_pixels_are_refused() {
+        let refused = |bytes: &[u8]| {
+            let error = decode(bytes).map(|picture| (picture.width, picture.height)).unwrap_err();
+            assert!(error.contains("expected at most 67108864"), "{error}");
+        };
+        let mut jpeg = jpeg_of(&scene(8, 8, 0));
+        let frame = jpeg.windows(4).position(|window| window == [0xff, 0xc0, 0, 17]).unwrap();
+        jpeg[frame + 5..frame + 9].copy_from_slice(&[0x40, 0, 0x40, 0]);
+        refused(&jpeg);
+        // The size stands after the signature, the header's length and its name; its checksum follows.
+        let mut png = png_of(&DynamicImage::ImageLuma8(ImageBuffer::new(8, 8)));
+        png[16..24].copy_from_slice(&[0, 0, 0x40, 0, 0, 0, 0x40, 0]);
+        let mut crc = flate2::Crc::new();
+        crc.update(&png[12..29]);
+        png[29..33].copy_from_slice(&crc.sum().to_be_bytes());
+        refused(&png);
+        let wide = png_of(&DynamicImage::ImageLuma8(ImageBuffer::new(1 << 15, 4)));
+        assert_eq!(decode(&wide).unwrap().pixels.len(), 3 << 17);
+    }
+
+    #[test]
+    fn half_a_picture_that_a_program_closed_is_refused() {
+        let progressive = beside_pil!("progressive").0;
+        for whole in [&jpeg_of(&scene(100, 80, 1))[..], progressive] {
+            let closed = [&whole[..whole.len() / 2], &[0xff, 0xd9]].concat();
+            let error = decode(&closed).map(|picture| (picture.width, picture.height)).unwrap_err();
+            assert!(error.contains("truncated or damaged"), "{error}");
+        }
     }
 
     #[test]

@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 /// The names of folders of a whole split.
 const SPLITS: [&str; 3] = ["train", "val", "validation"];
 
+/// The length in bytes that the file of no picture may exceed.
+const LONGEST: u64 = 256 << 20;
+
 /// A picture's file, or its section of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stored {
@@ -41,12 +44,26 @@ impl Stored {
     }
 
     /// Reads its bytes.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system, and one if it is no regular file (reading a pipe would wait for a writer) or
+    /// is longer than [`LONGEST`].
     pub fn read(&self) -> io::Result<Vec<u8>> {
-        let Some(offset) = self.offset else { return fs::read(self.container.join(&*self.name)) };
+        let path = match self.offset {
+            None => self.container.join(&*self.name),
+            Some(_) => self.container.to_path_buf(),
+        };
+        let metadata = fs::metadata(&path)?;
+        let size = if self.offset.is_none() { metadata.len() } else { self.size };
+        if !metadata.is_file() || size > LONGEST {
+            let what = format!("it has {size} bytes: expected a regular file, and at most {LONGEST} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
         // Opening the file each time is cheap beside decoding and gives every thread its own position.
-        let mut file = File::open(&self.container)?;
-        file.seek(SeekFrom::Start(offset))?;
-        let mut bytes = vec![0; self.size as usize];
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(self.offset.unwrap_or_default()))?;
+        let mut bytes = vec![0; size as usize];
         file.read_exact(&mut bytes)?;
         Ok(bytes)
     }

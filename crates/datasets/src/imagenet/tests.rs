@@ -241,6 +241,15 @@ fn an_archive_is_gone_through_once() {
         fs::write(&index, text).unwrap();
         assert_eq!(found(), (first.clone(), 1), "{text}");
     }
+    // So it is if a picture lies beyond the end of the archive, which reading it would ask memory for.
+    let end = fs::metadata(&archive).unwrap().len();
+    for (position, size) in [(0, end + 1), (end, 1), (u64::MAX, u64::MAX), (512, u64::MAX - 511)] {
+        let members = [(position, size, "n01440764.tar/a.JPEG")];
+        let mut wrong: serde_json::Value = serde_json::from_str(&whole).unwrap();
+        wrong["members"] = serde_json::to_value(members).unwrap();
+        fs::write(&index, wrong.to_string()).unwrap();
+        assert_eq!(found(), (first.clone(), 1), "{position} {size}");
+    }
     let later = fs::metadata(&archive).unwrap().modified().unwrap() + Duration::from_secs(1);
     fs::File::options().append(true).open(&archive).unwrap().set_modified(later).unwrap();
     assert_eq!(found(), (first.clone(), 1));
@@ -290,6 +299,14 @@ fn broken_archives_and_tables_are_named() {
     assert!(refused(&parquet(&[("a.JPEG", -1, vec![1])])).contains("row 0 has the label -1"));
 }
 
+/// The label of the pictures in the folder `name`, with empty pictures in folders of these names.
+fn class_of(names: &[&str], name: &str) -> u16 {
+    let dir = tempfile::tempdir().unwrap();
+    names.iter().for_each(|name| write(&dir.path().join("train").join(name).join("a.png"), b""));
+    let data = open(dir.path(), &small()).unwrap();
+    data.0.splits[TRAIN].iter().find(|item| item.stored.folder() == Some(name)).unwrap().label
+}
+
 #[test]
 fn labels_are_official_wherever_a_class_is() {
     let labels = |names: &[&str], given: Option<&str>| {
@@ -306,6 +323,23 @@ fn labels_are_official_wherever_a_class_is() {
     // The labels of a validation set of three classes are among those of a thousand.
     assert_eq!(labels(&["n15075141", "n01443537", "n02085620"], None).unwrap(), (1000, vec![1, 151, 999]));
     assert_eq!(labels(&["dogs", "cats"], None).unwrap(), (2, vec![0, 1]));
+    // Folders that are numbers have the classes of these numbers: 10 is not the class after 1.
+    let numbers: Vec<String> = (0..12).map(|number| number.to_string()).collect();
+    let numbers: Vec<&str> = numbers.iter().map(String::as_str).collect();
+    assert_eq!(class_of(&numbers, "10"), 10);
+    assert_eq!(
+        class_of(&["000", "001", "010", "002", "003", "004", "005", "006", "007", "008", "009"], "010"),
+        10
+    );
+    for (names, expected) in [
+        (&["1", "2"][..], "1 stands where 0"),
+        (&["0", "1", "3"], "3 stands where 2"),
+        (&["0", "00"], "stands where 1"),
+    ] {
+        let error = labels(names, None).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("class_index.tsv"), "{error}");
+    }
+    assert_eq!(labels(&["1", "2"], Some("0\t2\n1\t1\n")).unwrap(), (2, vec![0, 1]));
     let given = "0\tn15075141\n1\tn01443537\n2\tn02085620\n";
     assert_eq!(labels(&["n15075141", "n01443537"], Some(given)).unwrap(), (3, vec![0, 1]));
     let error = labels(&["n15075141", "dogs"], None).unwrap_err();
@@ -392,8 +426,7 @@ fn damaged_pictures_are_left_out_and_named() {
     let cut = dir.path().join("val/n01443537/ILSVRC2012_val_00000002.JPEG");
     let contents = fs::read(&cut).unwrap();
     fs::write(&cut, &contents[..contents.len() / 2]).unwrap();
-    fs::remove_file(dir.path().join("train/n01440764/n01440764_6.JPEG")).unwrap();
-    std::os::unix::fs::symlink("/dev/null", dir.path().join("train/n01440764/n01440764_6.JPEG")).unwrap();
+    fs::write(dir.path().join("train/n01440764/n01440764_6.JPEG"), b"").unwrap();
 
     let options = Options { bad_percent: 40.0, ..small() };
     let data = open(dir.path(), &options).unwrap();
@@ -421,6 +454,27 @@ fn damaged_pictures_are_left_out_and_named() {
     assert!(error.starts_with("1 of 3 test images") && error.contains("val_00000002.JPEG"), "{error}");
     // One of six is 16.7 %.
     assert!(data.train_batches(2, FLIP, 1, 0).all(|batch| batch.is_ok()));
+}
+
+/// Reading a pipe would wait for a writer, and reading a device would never end.
+#[test]
+fn only_regular_files_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    write_folders(dir.path());
+    let [pipe, endless] = [("n01440764", 3), ("n15075141", 1)].map(|(wnid, number)| {
+        let path = dir.path().join(format!("val/{wnid}/ILSVRC2012_val_{number:08}.JPEG"));
+        fs::remove_file(&path).unwrap();
+        path
+    });
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::os::unix::fs::symlink("/dev/zero", &endless).unwrap();
+    let data = open(dir.path(), &Options { bad_percent: 70.0, ..small() }).unwrap();
+    assert_eq!(collect(data.test_batches(3)).0, [1]);
+    let skipped = data.skipped();
+    assert!(
+        skipped.len() == 2 && skipped.iter().all(|skipped| skipped.why.contains("regular file")),
+        "{skipped:?}"
+    );
 }
 
 #[test]

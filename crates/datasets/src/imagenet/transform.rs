@@ -14,13 +14,22 @@ use super::options::Options;
 /// How often a crop is drawn before the fallback, as in torchvision.
 const ATTEMPTS: usize = 10;
 
-/// A part of a picture.
+/// A part of a picture, in whole pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Crop {
-    pub top: usize,
-    pub left: usize,
-    pub height: usize,
-    pub width: usize,
+struct Crop {
+    top: usize,
+    left: usize,
+    height: usize,
+    width: usize,
+}
+
+/// A part of a picture whose borders lie anywhere in the pixels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Part {
+    top: f64,
+    left: f64,
+    height: f64,
+    width: f64,
 }
 
 /// The crop of torchvision's `RandomResizedCrop` for a picture of `height` x `width`: it draws a share of the
@@ -28,7 +37,7 @@ pub(super) struct Crop {
 /// place. After ten draws that do not fit, it takes the largest crop in the middle whose ratio is in `ratio`.
 ///
 /// `uniform` draws numbers in `0..1`.
-pub(super) fn random_crop(
+fn random_crop(
     height: usize,
     width: usize,
     scale: [f64; 2],
@@ -82,28 +91,24 @@ impl Transform {
     ) -> Result<(), String> {
         let side = options.side;
         let Picture { width, height, .. } = *picture;
-        let (pixels, crop, flip) = match *self {
+        let (pixels, flip) = match *self {
             Transform::Train { seed, epoch, index, flip } => {
                 let mut rng = rng(seed, epoch, Purpose::Augment);
                 // Each image has its own stream under the epoch's key.
                 rng.set_stream(index as u64);
                 let crop = random_crop(height, width, options.scale, options.ratio, || rng.random());
                 let flip = flip && rng.random();
-                let pixels = resize(resizer, picture, crop, side, side)?;
-                let all = Crop { top: 0, left: 0, height: side, width: side };
-                (Picture { width: side, height: side, pixels }, all, flip)
+                (resize(resizer, picture, crop, None, side, side)?, flip)
             }
             Transform::Test => {
                 let all = Crop { top: 0, left: 0, height, width };
-                let [h, w] = shorter_side_to(height, width, options.resize);
-                let pixels = resize(resizer, picture, all, h, w)?;
-                (Picture { width: w, height: h, pixels }, middle(h, w, side), false)
+                let part = middle(height, width, options.resize, side);
+                (resize(resizer, picture, all, Some(part), side, side)?, false)
             }
         };
+        let (lines, _) = pixels.as_chunks::<CHANNELS>();
         let (target, _) = target.as_chunks_mut::<CHANNELS>();
-        for (y, row) in target.chunks_exact_mut(side).enumerate() {
-            let begin = ((crop.top + y) * pixels.width + crop.left) * CHANNELS;
-            let (line, _) = pixels.pixels[begin..][..side * CHANNELS].as_chunks::<CHANNELS>();
+        for (line, row) in lines.chunks_exact(side).zip(target.chunks_exact_mut(side)) {
             line.iter().zip(&mut *row).for_each(|(source, target)| table.pixel(source, target));
             if flip {
                 row.reverse();
@@ -122,18 +127,29 @@ fn shorter_side_to(height: usize, width: usize, side: usize) -> [usize; 2] {
     }
 }
 
-/// The middle of a picture, as torchvision's `CenterCrop` finds it. `side` must fit.
-fn middle(height: usize, width: usize, side: usize) -> Crop {
-    let half = |rest: usize| (rest as f64 / 2.0).round_ties_even() as usize;
-    Crop { top: half(height - side), left: half(width - side), height: side, width: side }
+/// The part of a picture that becomes a network's input for evaluation: torchvision's `CenterCrop` of its
+/// `Resize`, as a part of the picture before it is scaled.
+fn middle(height: usize, width: usize, resize: usize, side: usize) -> Part {
+    let [h, w] = shorter_side_to(height, width, resize);
+    let along = |size: usize, scaled: usize| {
+        let scale = size as f64 / scaled as f64;
+        let begin = ((scaled - side) as f64 / 2.0).round_ties_even() * scale;
+        // Rounding must not lead beyond the picture.
+        (begin, (side as f64 * scale).min(size as f64 - begin))
+    };
+    let ((top, height), (left, width)) = (along(height, h), along(width, w));
+    Part { top, left, height, width }
 }
 
-/// Cuts `crop` out of the picture and scales it to `height` x `width`: bilinear, and where it becomes
-/// smaller, averaged over the support of the smaller picture ("antialias"), as PIL and torchvision do.
-pub(super) fn resize(
+/// Scales a part of a crop of the picture to `height` x `width`, without a part all of the crop: bilinear,
+/// and where it becomes smaller, averaged over the support of the smaller picture ("antialias"), as PIL and
+/// torchvision do. The pixels are those that scaling all of the crop gives, but only they are computed: a
+/// picture that is long and thin would become far larger than any picture may be.
+fn resize(
     resizer: &mut Resizer,
     picture: &Picture,
     crop: Crop,
+    part: Option<Part>,
     height: usize,
     width: usize,
 ) -> Result<Vec<u8>, String> {
@@ -148,8 +164,11 @@ pub(super) fn resize(
     let mut scaled = vec![0; height * width * CHANNELS];
     let mut target =
         TypedImage::<U8x3>::from_buffer(width as u32, height as u32, &mut scaled).map_err(failed)?;
-    let options =
+    let mut options =
         ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
+    if let Some(Part { top, left, height, width }) = part {
+        options = options.crop(left, top, width, height);
+    }
     // `resize` would be compiled for every type of pixel.
     resizer.resize_typed(&source, &mut target, &options).map_err(failed)?;
     Ok(scaled)
@@ -172,7 +191,7 @@ mod tests {
             let numbers: Vec<usize> = numbers.split(' ').map(|number| number.parse().unwrap()).collect();
             let [left, top, width, height, w, h] = numbers[..] else { panic!("{numbers:?}") };
             let crop = Crop { top, left, height, width };
-            let scaled = resize(&mut Resizer::new(), &source(), crop, h, w).unwrap();
+            let scaled = resize(&mut Resizer::new(), &source(), crop, None, h, w).unwrap();
             let byte = |i: usize| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap();
             assert_eq!((scaled.len(), hex.len()), (w * h * 3, w * h * 6));
             // Both round to whole numbers twice, after scaling columns and after scaling rows.
@@ -244,13 +263,57 @@ mod tests {
         assert_eq!(shorter_side_to(500, 333, 256), [384, 256]);
         assert_eq!(shorter_side_to(375, 500, 256), [256, 341]);
         assert_eq!(shorter_side_to(100, 100, 256), [256, 256]);
-        let place = |crop: Crop| (crop.top, crop.left);
-        assert_eq!(place(middle(256, 341, 224)), (16, 58)); // 58.5, to the even neighbour
-        assert_eq!(place(middle(259, 256, 224)), (18, 16)); // 17.5, likewise
+        // The middle of 256 x 341 begins at (16, 58), as 58.5 is rounded to the even neighbour, and that of
+        // 259 x 256 at (18, 16), as 17.5 is.
+        let place = |height, width| {
+            let Part { top, left, .. } = middle(height, width, 256, 224);
+            (top, left)
+        };
+        assert_eq!(place(256, 341), (16.0, 58.0));
+        assert_eq!(place(259, 256), (18.0, 16.0));
+        assert_eq!(place(512, 682), (32.0, 116.0));
+    }
+
+    /// The middle alone has the pixels that it has in the whole picture.
+    #[test]
+    fn the_middle_is_that_of_the_scaled_picture() {
+        let (resize_to, side) = (32, 28);
+        let mut rng = rng(5, 0, Purpose::Augment);
+        for case in 0..400 {
+            let [height, width] = [(); 2].map(|_| rng.random_range(1..150));
+            let pixels = (0..height * width * 3).map(|_| rng.random()).collect();
+            let (picture, all) = (Picture { width, height, pixels }, Crop { top: 0, left: 0, height, width });
+            let [h, w] = shorter_side_to(height, width, resize_to);
+            let whole = resize(&mut Resizer::new(), &picture, all, None, h, w).unwrap();
+            let half = |rest: usize| (rest as f64 / 2.0).round_ties_even() as usize;
+            let (top, left) = (half(h - side), half(w - side));
+            let line = |y: usize| &whole[((top + y) * w + left) * 3..][..side * 3];
+            let expected = (0..side).flat_map(line).copied().collect::<Vec<u8>>();
+            let part = middle(height, width, resize_to, side);
+            let found = resize(&mut Resizer::new(), &picture, all, Some(part), side, side).unwrap();
+            let differing = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            assert_eq!(differing, 0, "case {case}: {height}x{width}");
+        }
+    }
+
+    /// Scaled as a whole, these would have gigabytes.
+    #[test]
+    fn long_and_thin_pictures_are_seen_in_no_time() {
+        let options = Options { side: 224, resize: 256, ..Options::default() };
+        let table = Normalization::of([0.0; 3], [1.0; 3]);
+        for (height, width) in [(1, 65_000), (65_000, 1), (1, 1), (3, 1 << 20)] {
+            let picture = Picture { width, height, pixels: vec![51; height * width * 3] };
+            let train = Transform::Train { seed: 1, epoch: 0, index: 0, flip: true };
+            for transform in [Transform::Test, train] {
+                let mut target = vec![f32::NAN; 224 * 224 * 3];
+                transform.write(&picture, &options, &table, &mut Resizer::new(), &mut target).unwrap();
+                assert!(target.iter().all(|&value| value == 0.2), "{height}x{width}");
+            }
+        }
     }
 
     #[test]
-    fn views_are_normalized_and_mirrored() {
+    fn inputs_are_normalized_and_mirrored() {
         let options = Options { side: 8, resize: 10, ..Options::default() };
         let (mean, std) = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]);
         let table = Normalization::of(mean, std);
@@ -260,7 +323,7 @@ mod tests {
             target
         };
         let all = Crop { top: 0, left: 0, height: 48, width: 64 };
-        let scaled = resize(&mut Resizer::new(), &source(), all, 10, 13).unwrap();
+        let scaled = resize(&mut Resizer::new(), &source(), all, None, 10, 13).unwrap();
         let test = seen(Transform::Test);
         for (p, &found) in test.iter().enumerate() {
             let (y, x, c) = (p / 24 + 1, p / 3 % 8 + 2, p % 3); // the middle of 10 x 13
