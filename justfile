@@ -76,6 +76,10 @@ test-cuda-software *flags:
 bench-cuda *flags:
     scripts/cuda-toolchain run cargo run --release -p experiments --features cuda --bin bench_pytorch -- --device cuda {{flags}}
 
+# Licences, sources and versions of the dependencies, by deny.toml
+deny:
+    scripts/cargo-deny
+
 # What must pass before a change is taken
 ci:
     bash .ci/run
