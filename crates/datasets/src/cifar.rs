@@ -5,7 +5,7 @@ use md5::{Digest, Md5};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::memory::{CHANNELS, Images, InMemoryDataset};
-use crate::pickle;
+use crate::pickled;
 
 /// The number of rows and of columns of an image.
 pub(crate) const SIDE: usize = 32;
@@ -165,7 +165,7 @@ pub(crate) fn parse_binary(file: &str, contents: &[u8], records: usize) -> Resul
 /// three planes, and of the lists `fine_labels` and `coarse_labels`.
 pub(crate) fn parse_python(file: &str, contents: &[u8], records: usize) -> Result<Images> {
     let bad = |what: String| Error::malformed(file, what);
-    let dictionary = pickle::read(contents).map_err(bad)?;
+    let dictionary = pickled::read(contents).map_err(bad)?;
     let coarse = dictionary.integers("coarse_labels", records).map_err(bad)?;
     let fine = dictionary.integers("fine_labels", records).map_err(bad)?;
     let data = dictionary.bytes("data", records, PIXELS).map_err(bad)?;
@@ -227,7 +227,7 @@ mod tests {
         contents[at + 1] = 100;
         assert!(refused(&contents, 3).contains("record 0 has the fine label 100"));
         contents[at..at + 2].copy_from_slice(b")N");
-        assert!(refused(&contents, 3).contains("fine_labels has 2 entries"));
+        assert!(refused(&contents, 3).contains("fine_labels has 4 entries"));
     }
 
     #[test]

@@ -8,6 +8,8 @@ mod archive;
 mod classes;
 mod decode;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod labels;
 mod options;
 mod table;
@@ -162,6 +164,7 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
     let classes = Classes::official();
     let mut splits = [Vec::new(), Vec::new()];
     let mut listed = None;
+    let mut revision = String::from(REVISION);
     for (split, prefix) in splits.iter_mut().zip(["train", "validation"]) {
         // Unpacked tables need no network.
         let archives = match complete(&folder, prefix, options.tables)? {
@@ -185,7 +188,10 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
                 let mut archives = Vec::new();
                 for name in names {
                     archives.push(unpack(&name, &folder, &classes, on_event, |on_event| {
-                        hub.fetch(REPO, &format!("{TABLES}/{name}"), REVISION, on_event)
+                        let table = hub.fetch(REPO, &format!("{TABLES}/{name}"), &revision, on_event)?;
+                        // All tables must be of one commit.
+                        revision = crate::hub::commit(&table);
+                        Ok(table)
                     })?);
                 }
                 archives

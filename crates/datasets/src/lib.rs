@@ -31,7 +31,7 @@ mod folder;
 mod hub;
 pub mod imagenet;
 mod memory;
-mod pickle;
+mod pickled;
 mod source;
 mod subset;
 mod synthetic;

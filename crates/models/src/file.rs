@@ -13,6 +13,8 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use whole_file::seal::{SEAL, sha256};
 
@@ -87,7 +89,7 @@ fn not_whole(path: &Path, problem: impl std::fmt::Display) -> Error {
 
 /// Reads a file that has to be there.
 fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|e| match e.kind() {
+    crate::input::read(path).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => damaged(path, format!("could not be read: {e}")),
         _ => fail(path, format!("could not be read: {e}")),
     })
@@ -133,6 +135,13 @@ fn write_part(path: &Path, tensors: Vec<(String, Bytes)>) -> Result<Part> {
 
 /// The path of a part of `path`, and its bytes, checked.
 fn read_part(path: &Path, part: &Part) -> Result<(PathBuf, Vec<u8>)> {
+    // A name with a folder in it would lead elsewhere.
+    if Path::new(&part.file).file_name() != Some(part.file.as_ref()) {
+        return Err(fail(
+            path,
+            format!("names {:?} as a part: expected the name of a file beside it", part.file),
+        ));
+    }
     let place = path.with_file_name(&part.file);
     let advice = format!("it is a part of {}, and the files of a set are copied together", path.display());
     let data = read(&place).map_err(|error| match error {
@@ -146,7 +155,24 @@ fn read_part(path: &Path, part: &Part) -> Result<(PathBuf, Vec<u8>)> {
     Ok((place, data))
 }
 
-/// Every part of `path` that lies beside it, whether it names it or not.
+/// The parts that a file names, if it is a network's.
+fn named_parts(path: &Path) -> Option<Vec<Part>> {
+    /// What safetensors allows.
+    const LONGEST_HEADER: u64 = 100_000_000;
+    if !path.is_file() {
+        return None; // To open a pipe would be to wait for a writer.
+    }
+    let mut file = File::open(path).ok()?;
+    let mut header = vec![0; 8];
+    file.read_exact(&mut header).ok()?;
+    let length = u64::from_le_bytes(*header.first_chunk()?);
+    file.take(length.min(LONGEST_HEADER)).read_to_end(&mut header).ok()?;
+    let (_, header) = SafeTensors::read_metadata(&header).ok()?;
+    serde_json::from_str(header.metadata().as_ref()?.get(PARTS)?).ok()
+}
+
+/// Every part of `path` that lies beside it, whether it names it or not, unless another file there names it: a file that
+/// was renamed keeps its parts.
 fn parts_beside(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     let prefix = part_prefix(path);
@@ -154,13 +180,18 @@ fn parts_beside(path: &Path) -> std::io::Result<Vec<PathBuf>> {
         let hash = name.strip_prefix(&prefix).and_then(|rest| rest.strip_suffix(".safetensors"));
         hash.is_some_and(|hash| hash.len() == 16 && hash.bytes().all(|c| c.is_ascii_hexdigit()))
     };
-    let mut parts = Vec::new();
+    let (mut parts, mut of_others) = (Vec::new(), Vec::new());
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
         if is_part(&entry.file_name().to_string_lossy()) {
             parts.push(entry.path());
+        } else if path.file_name() != Some(&entry.file_name())
+            && entry.path().extension().is_some_and(|extension| extension == "safetensors")
+        {
+            of_others.extend(named_parts(&entry.path()).unwrap_or_default());
         }
     }
+    parts.retain(|part| !of_others.iter().any(|named| part.ends_with(&named.file)));
     Ok(parts)
 }
 
@@ -188,6 +219,11 @@ impl Network {
     /// [`MAX_FILE_BYTES`]. Gives the SHA-256 of each of the files, by its name.
     pub fn save(&self, path: &Path, extras: &Extras) -> Result<BTreeMap<String, String>> {
         self.save_in_parts(path, extras, MAX_FILE_BYTES)
+    }
+
+    /// Writes the network and `extras` to one file, however large, whole or not at all: for whoever carries it on alone.
+    pub fn save_in_one_file(&self, path: &Path, extras: &Extras) -> Result<()> {
+        self.save_in_parts(path, extras, usize::MAX).map(drop)
     }
 
     /// Writes files of at most `most` bytes each.
@@ -393,6 +429,27 @@ mod tests {
         Network::remove(&path).unwrap();
         Network::remove(&path).unwrap();
         assert!(files(folder.path()).keys().eq(["checkpoint.part-notes.safetensors"]));
+    }
+
+    /// A file that was renamed names the parts that it had, and another of its old name leaves them.
+    #[test]
+    fn parts_of_a_renamed_file_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, before] = ["net", "before"].map(|name| folder.path().join(format!("{name}.safetensors")));
+        let (first, second) = (network(1), network(2));
+        first.save_in_parts(&path, &extras(), 50_000).unwrap();
+        std::fs::rename(&path, &before).unwrap();
+        second.save_in_one_file(&path, &extras()).unwrap();
+        check_read(&before, &first);
+        second.save_in_parts(&path, &extras(), 50_000).unwrap();
+        check_read(&before, &first);
+        check_read(&path, &second);
+        Network::remove(&path).unwrap();
+        check_read(&before, &first);
+        // When nothing names them any more, they go.
+        std::fs::remove_file(&before).unwrap();
+        second.save(&path, &extras()).unwrap();
+        assert_eq!(files(folder.path()).len(), 1);
     }
 
     /// A tensor that fits no part has one of its own.

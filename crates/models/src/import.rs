@@ -4,8 +4,7 @@
 //! description. Strides are not in any tensor; they are those for ImageNet unless something else is said.
 
 use crate::file::STRUCTURE;
-use crate::{Error, HEAD, Input, MobileNet, Network, Norm, Result, Version};
-use candle_core::pickle::PthTensors;
+use crate::{Error, HEAD, Input, MobileNet, Network, Norm, Result, Version, input, pth};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use safetensors::tensor::SafeTensors;
@@ -86,13 +85,18 @@ impl Network {
     /// missing, left over, or of another shape.
     pub fn open(path: &Path, import: &Import, device: &Device) -> Result<(Self, Origin)> {
         let fail = |problem| Error::File { path: path.display().to_string(), problem };
-        let tensors = match Format::of(path)? {
+        let data = input::read(path).map_err(|e| fail(format!("could not be read: {e}")))?;
+        let tensors = match Format::of(&data).map_err(fail)? {
             Format::Own => return Ok((Self::load(path, device)?.0, Origin::Own)),
-            Format::Safetensors => candle_core::safetensors::load(path, device)
+            Format::Safetensors => candle_core::safetensors::load_buffer(&data, device)
                 .map_err(|e| fail(format!("is not a whole safetensors file ({e})")))?
                 .into_iter()
                 .collect(),
-            Format::Pickle => unpickle(path).map_err(fail)?,
+            Format::Pickle => pth::read(&data).map_err(|problem| {
+                let advice =
+                    "if it is no state dict, save one in Python: torch.save(model.state_dict(), FILE)";
+                fail(format!("{problem}; {advice}"))
+            })?,
         };
         let (network, naming, config) = import.network(tensors, device, &fail)?;
         network.check_values().map_err(|e| fail(e.to_string()))?;
@@ -108,62 +112,26 @@ enum Format {
 }
 
 impl Format {
-    fn of(path: &Path) -> Result<Self> {
-        let fail = |problem| Error::File { path: path.display().to_string(), problem };
-        let data = std::fs::read(path).map_err(|e| fail(format!("could not be read: {e}")))?;
+    fn of(data: &[u8]) -> std::result::Result<Self, String> {
         if data.starts_with(b"PK") {
             return Ok(Self::Pickle);
         }
-        if data.starts_with(&[0x80, 2]) {
-            return Err(fail(
-                "was saved in the format that PyTorch had before 1.6; convert it in Python: \
-                 torch.save(torch.load(FILE), NEW)"
-                    .into(),
-            ));
+        // A pickle that is no archive, of any protocol.
+        if matches!(data, [0x80, 2..=5, ..]) {
+            return Err("was saved in the format that PyTorch had before 1.6; convert it in Python: \
+                        torch.save(torch.load(FILE), NEW)"
+                .into());
         }
-        match SafeTensors::read_metadata(&data) {
+        match SafeTensors::read_metadata(data) {
             Ok((_, header)) => {
                 let own = header.metadata().as_ref().is_some_and(|all| all.contains_key(STRUCTURE));
                 Ok(if own { Self::Own } else { Self::Safetensors })
             }
-            Err(e) => Err(fail(format!(
+            Err(e) => Err(format!(
                 "is neither a whole safetensors file ({e}) nor a zip archive as torch.save writes it (.pth, .pt)"
-            ))),
+            )),
         }
     }
-}
-
-/// Keys under which training scripts keep the state dict in their checkpoints.
-const STATE_KEYS: [&str; 4] = ["state_dict", "model_state_dict", "model", "state_dict_ema"];
-
-/// The tensors of a state dict that `torch.save` wrote, alone or in a checkpoint.
-fn unpickle(path: &Path) -> std::result::Result<BTreeMap<String, Tensor>, String> {
-    let fail = |e: candle_core::Error| {
-        format!(
-            "can't be read as a state dict ({e}); save it alone in Python: torch.save(model.state_dict(), FILE)"
-        )
-    };
-    let mut file = PthTensors::new(path, None).map_err(fail)?;
-    for key in STATE_KEYS {
-        if file.tensor_infos().is_empty() {
-            // Without this key the next one may be there.
-            file = PthTensors::new(path, Some(key)).unwrap_or(file);
-        }
-    }
-    if file.tensor_infos().is_empty() {
-        return Err(format!(
-            "holds no state dict, neither alone nor under {}; save it in Python: \
-             torch.save(model.state_dict(), FILE)",
-            STATE_KEYS.join(", ")
-        ));
-    }
-    let mut tensors = BTreeMap::new();
-    for name in file.tensor_infos().keys() {
-        if let Some(tensor) = file.get(name).map_err(fail)? {
-            tensors.insert(name.clone(), tensor);
-        }
-    }
-    Ok(tensors)
 }
 
 impl Import {

@@ -1,4 +1,4 @@
-use crate::{BatchNorm, Kernel, Network, Norm, Result};
+use crate::{BatchNorm, Error, Kernel, MOST_CHANNELS, Network, Norm, Result};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use rand::{Rng, SeedableRng};
@@ -36,6 +36,9 @@ pub enum Input {
     /// 224 × 224, the usual strides.
     Imagenet,
 }
+
+/// The largest width multiplier.
+const MOST_WIDTH: f64 = 16.0;
 
 /// Which MobileNet to build. `MobileNet::new` has the defaults of the paper's networks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -84,6 +87,17 @@ impl MobileNet {
 
     /// The network with the weights that `draw` makes from their shape and standard deviation.
     fn build(&self, device: &Device, draw: &mut Draw) -> Result<Network> {
+        // Before anything is made of these sizes.
+        if !(1..=MOST_CHANNELS).contains(&self.classes) || !(self.width > 0.0 && self.width <= MOST_WIDTH) {
+            return Err(Error::Structure {
+                network: self.version.name().into(),
+                place: "its settings".into(),
+                problem: format!(
+                    "{} classes and width {}: expected 1 to {MOST_CHANNELS}, and more than 0, at most {MOST_WIDTH}",
+                    self.classes, self.width
+                ),
+            });
+        }
         let side = match self.input {
             Input::Cifar => 32,
             Input::Imagenet => 224,

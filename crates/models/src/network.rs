@@ -83,6 +83,15 @@ pub struct Pool {
     pub quantizer: Option<Quantizer>,
 }
 
+/// The largest height and width of an input image.
+pub const MOST_SIDE: usize = 8192;
+
+/// The most channels of a feature map, and so the most filters and classes.
+pub const MOST_CHANNELS: usize = 1 << 16;
+
+/// The largest side of a kernel.
+const MOST_TAPS: usize = 31;
+
 /// The name of the classifier, and of the pooling before it.
 pub const HEAD: &str = "head";
 
@@ -193,6 +202,44 @@ impl Unit {
             Norm::Batch(norm) => Some(norm),
             Norm::Bias(_) => None,
         }
+    }
+
+    /// What of it can't be computed for so many channels that come in.
+    fn problem(&self, channels: usize) -> Option<String> {
+        let is_possible = match self.kernel {
+            Kernel::Full { size, stride } => size % 2 == 1 && size <= MOST_TAPS && stride > 0,
+            Kernel::Depthwise { stride } => (1..=2).contains(&stride),
+            Kernel::Pointwise => true,
+        };
+        if !is_possible {
+            return Some(format!(
+                "is of the kind {:?}: expected an odd size up to {MOST_TAPS} and a stride of at least 1, of depthwise \
+                 ones at most 2",
+                self.kernel
+            ));
+        }
+        let dims = self.weight.dims();
+        let filters = dims.last().copied().unwrap_or(0);
+        let expected = self.kernel.weight_dims(channels, filters);
+        if dims.len() == expected.len() && self.input_channels() != channels {
+            return Some(format!("reads {} channels, but {channels} come in", self.input_channels()));
+        }
+        if dims != expected || !(1..=MOST_CHANNELS).contains(&filters) {
+            return Some(format!(
+                "has weights of the shape {dims:?}: expected {expected:?}, with 1 to {MOST_CHANNELS} filters"
+            ));
+        }
+        let of_filters = match &self.norm {
+            Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
+                vec![("gamma", gamma), ("beta", beta), ("mean", mean), ("variance", variance)]
+            }
+            Norm::Bias(bias) => vec![("bias", bias)],
+        };
+        let misfit = of_filters.into_iter().find(|(_, tensor)| tensor.dims() != [filters]);
+        let misfit = misfit.map(|(name, tensor)| {
+            format!("has a {name} of the shape {:?}: expected [{filters}]", tensor.dims())
+        });
+        misfit.or_else(|| self.weight_quantizer.as_ref()?.problem())
     }
 }
 
@@ -342,19 +389,24 @@ impl Network {
 
     /// Height, width and channels of each node's output.
     pub fn shapes(&self) -> Vec<[usize; 3]> {
-        let mut shapes: Vec<[usize; 3]> = Vec::with_capacity(self.nodes.len());
+        let mut shapes = Vec::with_capacity(self.nodes.len());
         for node in &self.nodes {
-            shapes.push(match node {
-                Node::Image(_) => self.input,
-                Node::Unit(unit) => {
-                    let [h, w] = [0, 1].map(|side| unit.kernel.output_size(shapes[unit.input][side]));
-                    [h, w, unit.filters()]
-                }
-                Node::Sum(sum) => shapes[sum.inputs[0]],
-                Node::Pool(pool) => [1, 1, shapes[pool.input][2]],
-            });
+            shapes.push(self.shape(node, &shapes));
         }
         shapes
+    }
+
+    /// The output's shape of a node, given those of the nodes before it.
+    fn shape(&self, node: &Node, before: &[[usize; 3]]) -> [usize; 3] {
+        match node {
+            Node::Image(_) => self.input,
+            Node::Unit(unit) => {
+                let [h, w] = [0, 1].map(|side| unit.kernel.output_size(before[unit.input][side]));
+                [h, w, unit.filters()]
+            }
+            Node::Sum(sum) => before[sum.inputs[0]],
+            Node::Pool(pool) => [1, 1, before[pool.input][2]],
+        }
     }
 
     /// An error about a place in this network.
@@ -362,11 +414,29 @@ impl Network {
         Error::Structure { network: self.name.clone(), place: place.into(), problem: problem.into() }
     }
 
-    /// Checks what the passes rely on: an image in front, from which all nodes come, and a classifier at the end, to
-    /// which all lead; channels and sizes that match; a full convolution only of the image, and nothing to learn in its
-    /// quantizer, as no gradients of these are computed; a name for each tensor.
+    /// Checks what the passes rely on: sizes, strides and an ε that can be computed with; an image in front, from which
+    /// all nodes come, and a classifier at the end, to which all lead; tensors whose shapes match what comes in; a full
+    /// convolution only of the image, and nothing to learn in its quantizer, as no gradients of these are computed; a name
+    /// for each tensor. So whatever a file says, what passes can be computed. The numbers in the tensors are not read.
+    ///
+    /// # Errors
+    /// Names the place, what was found and what was expected.
     pub fn validate(&self) -> Result<()> {
         let fail = |place: &str, problem: String| Err(self.structure_error(place, problem));
+        let [height, width, channels] = self.input;
+        if [height, width].iter().any(|side| !(1..=MOST_SIDE).contains(side))
+            || !(1..=MOST_CHANNELS).contains(&channels)
+        {
+            let problem = format!(
+                "has the shape {:?}: expected sides from 1 to {MOST_SIDE} and 1 to {MOST_CHANNELS} channels",
+                self.input
+            );
+            return fail("input", problem);
+        }
+        let least = f64::from(f32::MIN_POSITIVE);
+        if !(least..=1.0).contains(&self.epsilon) {
+            return fail("epsilon", format!("is {}: expected a number from {least:e} to 1", self.epsilon));
+        }
         for (i, node) in self.nodes.iter().enumerate() {
             if matches!(node, Node::Image(_)) != (i == 0) {
                 return fail(node.name(), "the first node must be the image, and no other".into());
@@ -375,7 +445,8 @@ impl Network {
                 return fail(node.name(), format!("is node {i} and reads node {input}, which comes later"));
             }
         }
-        let (shapes, readers) = (self.shapes(), self.readers());
+        let readers = self.readers();
+        let mut shapes = Vec::with_capacity(self.nodes.len());
         for (i, node) in self.nodes.iter().enumerate() {
             if readers[i].is_empty() != (i == self.last()) {
                 return fail(
@@ -391,10 +462,8 @@ impl Network {
                 }
                 Node::Image(_) | Node::Pool(_) => (),
                 Node::Unit(unit) => {
-                    let (found, [.., channels]) = (unit.input_channels(), shapes[unit.input]);
-                    if found != channels {
-                        return fail(&unit.name, format!("reads {found} channels, but {channels} come in"));
-                    }
+                    let input: [usize; 3] = shapes[unit.input];
+                    unit.problem(input[2]).map_or(Ok(()), |problem| fail(&unit.name, problem))?;
                     if matches!(unit.kernel, Kernel::Full { .. }) && unit.input != 0 {
                         return fail(&unit.name, "only a convolution of the image may be a full one".into());
                     }
@@ -406,6 +475,10 @@ impl Network {
                     }
                 }
             }
+            if let Some(problem) = node.quantizer().and_then(Quantizer::problem) {
+                return fail(node.name(), problem);
+            }
+            shapes.push(self.shape(node, &shapes));
         }
         let pools = self.nodes.iter().any(|node| matches!(node, Node::Pool(_)));
         if !pools || self.nodes[self.last()].unit().is_none() || shapes[self.last()][..2] != [1, 1] {

@@ -263,6 +263,13 @@ impl Quantizer {
         self.scheme.tensors().iter().zip(&self.tensors).map(|(slot, tensor)| (slot.name, slot.role, tensor))
     }
 
+    /// Which of the tensors has not the shape that the scheme keeps.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let mut slots = self.scheme.tensors().iter().zip(&self.tensors);
+        let (slot, tensor) = slots.find(|(slot, tensor)| tensor.dims() != [slot.len])?;
+        Some(format!("has a {} of the shape {:?}: expected [{}]", slot.name, tensor.dims(), slot.len))
+    }
+
     /// [`Quantizer::slots`], to be filled.
     pub(crate) fn slots_mut(&mut self) -> impl Iterator<Item = (&'static str, Option<Role>, &mut Tensor)> {
         let slots = self.scheme.tensors().iter().zip(&mut self.tensors);

@@ -6,6 +6,9 @@ use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use serde::{Deserialize, Serialize};
 
+/// The most nodes that a network may have.
+const MOST_NODES: usize = 10_000;
+
 /// Everything of a network that is not a tensor.
 ///
 /// Most networks are a chain: each of the `units` reads what comes before it, residuals add to their outputs what
@@ -191,6 +194,10 @@ impl Structure {
     /// The network with an empty tensor in every slot, to be filled through [`Network::slots_mut`]. They are on the CPU:
     /// a GPU has none without elements.
     pub(crate) fn skeleton(self) -> Result<Network, String> {
+        let count = self.units.len() + self.residuals.len() + self.nodes.len();
+        if count > MOST_NODES {
+            return Err(format!("it has {count} nodes: expected at most {MOST_NODES}"));
+        }
         let empty = Tensor::zeros(0, DType::F32, &Device::Cpu).map_err(|e| e.to_string())?;
         let entries = if self.nodes.is_empty() { self.expanded()? } else { self.nodes };
         let mut nodes = vec![Node::Image(Image { quantizer: quantizer(self.input_quantizer, &empty)? })];

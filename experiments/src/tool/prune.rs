@@ -40,7 +40,7 @@ impl Prune {
         let (pruned, report) = method.apply(&network)?;
         let mut extras = Extras::default();
         extras.metadata.insert("pfq".into(), serde_json::to_string(&report)?);
-        pruned.save(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
+        pruned.save_in_one_file(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
         text += &described(&report);
         text += &format!("written to {out}\n");
         Ok(text)

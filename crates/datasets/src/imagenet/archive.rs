@@ -41,15 +41,20 @@ impl State {
     }
 }
 
+/// The path of the index beside an archive.
+fn index_of(archive: &Path) -> PathBuf {
+    let mut path = OsString::from(archive);
+    path.push(".index");
+    path.into()
+}
+
 /// The pictures in an archive. Those of an archive in it are named `<inner>.tar/<picture>`.
 ///
 /// They are taken from the index beside the archive if that is of the archive's present state. Otherwise the
 /// archive is searched and the index written; if it cannot be, [`Event::NotKept`] reports so.
 pub(super) fn pictures(archive: &Path, on_event: &mut dyn FnMut(Event)) -> Result<Vec<Stored>> {
     let state = State::of(archive)?;
-    let mut path = OsString::from(archive);
-    path.push(".index");
-    let path = PathBuf::from(path);
+    let path = index_of(archive);
     let kept = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Index>(&text).ok());
     // Positions beyond the archive are not those that were found.
     let inside = |&(position, size, _): &Member| position.checked_add(size).is_some_and(|end| end <= state.0);
@@ -69,6 +74,13 @@ pub(super) fn pictures(archive: &Path, on_event: &mut dyn FnMut(Event)) -> Resul
     let stored =
         |(offset, size, name)| Stored { container: Arc::clone(&container), name, offset: Some(offset), size };
     Ok(index.members.into_iter().map(stored).collect())
+}
+
+/// Writes an index of the archive's present state with these members, in JSON.
+pub(super) fn set_index(archive: &Path, members: &[u8]) {
+    let State(length, changed) = State::of(archive).expect("the archive is there");
+    let index = [format!(r#"{{"state":[{length},{changed}],"members":"#).as_bytes(), members, b"}"].concat();
+    fs::write(index_of(archive), index).expect("the folder can be written");
 }
 
 /// Searches an archive of `length` bytes, and the archives in it.

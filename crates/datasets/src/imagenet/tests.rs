@@ -528,7 +528,8 @@ fn the_hubs_tables_are_downloaded_and_unpacked_once() {
     let unpacked = events.iter().filter(|event| matches!(event, Event::Unpacking { .. })).count();
     assert_eq!(unpacked, 3);
     let requests = server.requests();
-    assert_eq!(requests.iter().filter(|request| request.contains("/api/")).count(), 1, "{requests:?}");
+    // The list of files, and the commit of all of them.
+    assert_eq!(requests.iter().filter(|request| request.contains("/api/")).count(), 2, "{requests:?}");
     assert_eq!(
         requests.iter().filter(|request| request.starts_with("GET /datasets/")).count(),
         3,

@@ -102,8 +102,14 @@ impl Transform {
             }
             Transform::Test => {
                 let all = Crop { top: 0, left: 0, height, width };
-                let part = middle(height, width, options.resize, side);
-                (resize(resizer, picture, all, Some(part), side, side)?, false)
+                let [h, w] = shorter_side_to(height, width, options.resize);
+                let pixels = if h.max(w) <= LONGEST * options.resize {
+                    cut_middle(&resize(resizer, picture, all, None, h, w)?, h, w, side)
+                } else {
+                    let part = middle(height, width, options.resize, side);
+                    resize(resizer, picture, all, Some(part), side, side)?
+                };
+                (pixels, false)
             }
         };
         let (lines, _) = pixels.as_chunks::<CHANNELS>();
@@ -127,13 +133,28 @@ fn shorter_side_to(height: usize, width: usize, side: usize) -> [usize; 2] {
     }
 }
 
+/// How many times its shorter side a scaled picture may be long to be scaled as a whole. Of a longer one, which would
+/// become far larger than any picture may be, the middle alone is scaled; a few of its values differ by 1.
+const LONGEST: usize = 64;
+
+/// Where the middle begins, as in torchvision's `CenterCrop`.
+fn begin(size: usize, side: usize) -> usize {
+    ((size - side) as f64 / 2.0).round_ties_even() as usize
+}
+
+/// The middle of a picture of `height` x `width` that is not smaller than it.
+fn cut_middle(pixels: &[u8], height: usize, width: usize, side: usize) -> Vec<u8> {
+    let rows = pixels.chunks_exact(width * CHANNELS).skip(begin(height, side)).take(side);
+    rows.flat_map(|row| &row[begin(width, side) * CHANNELS..][..side * CHANNELS]).copied().collect()
+}
+
 /// The part of a picture that becomes a network's input for evaluation: torchvision's `CenterCrop` of its
 /// `Resize`, as a part of the picture before it is scaled.
 fn middle(height: usize, width: usize, resize: usize, side: usize) -> Part {
     let [h, w] = shorter_side_to(height, width, resize);
     let along = |size: usize, scaled: usize| {
         let scale = size as f64 / scaled as f64;
-        let begin = ((scaled - side) as f64 / 2.0).round_ties_even() * scale;
+        let begin = begin(scaled, side) as f64 * scale;
         // Rounding must not lead beyond the picture.
         (begin, (side as f64 * scale).min(size as f64 - begin))
     };
@@ -143,8 +164,7 @@ fn middle(height: usize, width: usize, resize: usize, side: usize) -> Part {
 
 /// Scales a part of a crop of the picture to `height` x `width`, without a part all of the crop: bilinear,
 /// and where it becomes smaller, averaged over the support of the smaller picture ("antialias"), as PIL and
-/// torchvision do. The pixels are those that scaling all of the crop gives, but only they are computed: a
-/// picture that is long and thin would become far larger than any picture may be.
+/// torchvision do. The pixels of a part are those that scaling all of the crop gives, but only they are computed.
 fn resize(
     resizer: &mut Resizer,
     picture: &Picture,
@@ -274,26 +294,28 @@ mod tests {
         assert_eq!(place(512, 682), (32.0, 116.0));
     }
 
-    /// The middle alone has the pixels that it has in the whole picture.
+    /// The middle that is scaled alone has the pixels that it has in the whole picture. The scales are the same but for
+    /// the rounding of a position in f64, which moves few sums over the border between two levels.
     #[test]
     fn the_middle_is_that_of_the_scaled_picture() {
         let (resize_to, side) = (32, 28);
         let mut rng = rng(5, 0, Purpose::Augment);
+        let (mut differing, mut values) = (0, 0);
         for case in 0..400 {
             let [height, width] = [(); 2].map(|_| rng.random_range(1..150));
             let pixels = (0..height * width * 3).map(|_| rng.random()).collect();
             let (picture, all) = (Picture { width, height, pixels }, Crop { top: 0, left: 0, height, width });
             let [h, w] = shorter_side_to(height, width, resize_to);
             let whole = resize(&mut Resizer::new(), &picture, all, None, h, w).unwrap();
-            let half = |rest: usize| (rest as f64 / 2.0).round_ties_even() as usize;
-            let (top, left) = (half(h - side), half(w - side));
-            let line = |y: usize| &whole[((top + y) * w + left) * 3..][..side * 3];
-            let expected = (0..side).flat_map(line).copied().collect::<Vec<u8>>();
+            let expected = cut_middle(&whole, h, w, side);
             let part = middle(height, width, resize_to, side);
             let found = resize(&mut Resizer::new(), &picture, all, Some(part), side, side).unwrap();
-            let differing = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
-            assert_eq!(differing, 0, "case {case}: {height}x{width}");
+            let most = found.iter().zip(&expected).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+            assert!(most <= 1, "case {case}: {height}x{width} differs by {most}");
+            differing += found.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            values += found.len();
         }
+        assert!(differing * 1000 < values, "{differing} of {values} differ");
     }
 
     /// Scaled as a whole, these would have gigabytes.

@@ -1,0 +1,61 @@
+//! Readers of bytes from outside, for the fuzz targets: whatever the bytes, each ends, with an error or without, and
+//! takes memory in proportion to them.
+
+use std::fs;
+use std::path::Path;
+
+use fast_image_resize::Resizer;
+
+use super::classes::Classes;
+use super::labels::ValidationLabels;
+use super::transform::Transform;
+use super::{Options, archive, decode};
+use crate::batches::Normalization;
+use crate::memory::CHANNELS;
+
+/// The Python form of CIFAR-100, of two records.
+pub fn cifar_pickle(data: &[u8]) {
+    let _ = crate::cifar::parse_python("input", data, 2);
+}
+
+/// A picture, as training and evaluation see it.
+pub fn picture(data: &[u8]) {
+    let Ok(picture) = decode::decode(data) else { return };
+    let options = Options { side: 28, resize: 32, ..Options::default() };
+    let table = Normalization::of([0.0; 3], [1.0; 3]);
+    for transform in [Transform::Test, Transform::Train { seed: 1, epoch: 0, index: 0, flip: true }] {
+        let mut target = vec![0.0; options.side * options.side * CHANNELS];
+        transform.write(&picture, &options, &table, &mut Resizer::new(), &mut target).expect("any picture");
+    }
+}
+
+/// An archive of pictures. Its index must name places that are in it.
+pub fn tar(data: &[u8], folder: &Path) {
+    let path = folder.join("pictures.tar");
+    fs::write(&path, data).expect("the folder can be written");
+    for stored in archive::pictures(&path, &mut |_| {}).unwrap_or_default() {
+        stored.read().expect("what is listed is there");
+    }
+}
+
+/// The members of an index beside an archive of 4096 bytes.
+pub fn index(data: &[u8], folder: &Path) {
+    let path = folder.join("pictures.tar");
+    fs::write(&path, [0; 4096]).expect("the folder can be written");
+    archive::set_index(&path, data);
+    for stored in archive::pictures(&path, &mut |_| {}).unwrap_or_default() {
+        stored.read().expect("what is listed is there");
+    }
+}
+
+/// Files that give classes and their order.
+pub fn labels(data: &[u8], folder: &Path) {
+    let (labels, classes) = (folder.join("val.txt"), folder.join("class_index.tsv"));
+    for path in [&labels, &classes, &folder.join("map_clsloc.txt")] {
+        fs::write(path, data).expect("the folder can be written");
+    }
+    let own = Classes::read(&classes).unwrap_or_else(|_| Classes::official());
+    for classes in [own, Classes::official()] {
+        let _ = ValidationLabels::find(Some(&labels), &[folder], &classes);
+    }
+}
