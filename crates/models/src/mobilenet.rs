@@ -88,7 +88,7 @@ impl MobileNet {
     /// The network with the weights that `draw` makes from their shape and standard deviation.
     fn build(&self, device: &Device, draw: &mut Draw) -> Result<Network> {
         // Before anything is made of these sizes.
-        if !(1..=MOST_CHANNELS).contains(&self.classes) || !(self.width > 0.0 && self.width <= MOST_WIDTH) {
+        if !((1..=MOST_CHANNELS).contains(&self.classes) && self.width > 0.0 && self.width <= MOST_WIDTH) {
             return Err(Error::Structure {
                 network: self.version.name().into(),
                 place: "its settings".into(),
