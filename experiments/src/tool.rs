@@ -1,7 +1,8 @@
-//! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation.
+//! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation, export.
 
 mod data;
 mod eval;
+mod export;
 mod macs;
 mod network;
 mod prune;
@@ -36,6 +37,7 @@ enum Command {
     Macs(macs::Macs),
     Eval(eval::Eval),
     Verify(verify::Verify),
+    Export(export::Export),
 }
 
 impl Cli {
@@ -50,6 +52,7 @@ impl Cli {
             Command::Macs(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Verify(command) => command.run(),
+            Command::Export(command) => command.run(),
         }
     }
 }

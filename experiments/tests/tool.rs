@@ -209,6 +209,22 @@ fn evaluation_before_and_after_pruning_agrees() {
     assert!((before.1 - after.1).abs() < 2e-4, "loss {} and {}", before.1, after.1);
 }
 
+/// What the model says is compared with ONNX Runtime in the crate `onnx`.
+#[test]
+fn networks_are_exported() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, out) = (fixture("torchvision_v2.pth"), folder.path().join("net.onnx"));
+    let (input, out) = (input.to_str().unwrap(), out.to_str().unwrap());
+    let text = run(&["export", input, out, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]);
+    let bytes = std::fs::metadata(out).unwrap().len();
+    assert!(text.contains(&format!("net.onnx: opset 13, {bytes} bytes")), "{text}");
+    // Every weight is there, as a float.
+    assert!(bytes > 4 * open(Path::new(input)).0.weights(), "{bytes}");
+    check_error(&["export", input, "net.pb"], &["net.pb", ".onnx"]);
+    check_error(&["export", input, out, "--mean", "0.5,0.5", "--std", "1,1,1"], &["--mean", "three numbers"]);
+    check_error(&["export", input, out, "--mean", "0,0,0", "--std", "1,0,1"], &["--std", "above 0"]);
+}
+
 #[test]
 fn errors_say_what_to_do() {
     let folder = tempfile::tempdir().unwrap();

@@ -5,7 +5,7 @@ mod lsq;
 mod pact;
 mod uniform;
 
-use crate::{Fold, Gradients, Quantization, Result, Role, WeightGrid};
+use crate::{Fold, Gradients, Lattice, Quantization, Result, Role, WeightGrid};
 use candle_core::{DType, Device, Tensor};
 use kernels::FeatureMap;
 use quant_core::Bits;
@@ -106,6 +106,9 @@ trait Scheme: Debug + Sync {
 
     /// The quantized values of `x`.
     fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor>;
+
+    /// The values that [`Scheme::forward`] gives, in numbers.
+    fn lattice(&self, by: &[Tensor], bits: Bits) -> Result<Lattice>;
 
     /// The gradients from that of the quantized values of `x`.
     fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes>;
@@ -251,6 +254,15 @@ impl Quantizer {
     /// The quantized values of `x`; `x` itself while no training batch has set the scheme's tensors.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         if self.ready { Ok(self.forward(x)?.0) } else { Ok(x.clone()) }
+    }
+
+    /// The values that [`Quantizer::apply`] gives for `x`, in numbers; none while no training batch has set them. Those
+    /// of activations are the same for every `x`.
+    pub fn lattice(&self, x: &Tensor) -> Result<Option<Lattice>> {
+        if !self.ready {
+            return Ok(None);
+        }
+        self.scheme.lattice(&self.scheme.by(&self.tensors, x)?, self.bits).map(Some)
     }
 
     /// Whether anything of the quantizer has a gradient.

@@ -1,7 +1,7 @@
 //! DSQ: soft steps with learned bounds and softness ([`kernels::dsq`]) for activations and weights.
 
 use super::{Scheme, Schemes, Slopes, Slot};
-use crate::{Result, Role};
+use crate::{Lattice, Result, Role};
 use candle_core::Tensor;
 use kernels::{dsq, quantize};
 use quant_core::Bits;
@@ -40,6 +40,14 @@ impl Scheme for Soft {
 
     fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor> {
         Ok(dsq::forward(x, &by[0], bits)?)
+    }
+
+    /// Where a value lies in the middle between two levels it takes the upper one.
+    fn lattice(&self, by: &[Tensor], bits: Bits) -> Result<Lattice> {
+        let bounds = by[0].to_vec1::<f32>()?;
+        let max_level = bits.max_level() as u8;
+        let step = ((bounds[1] - bounds[0]) / f32::from(max_level)).max(f32::MIN_POSITIVE);
+        Ok(Lattice { steps: vec![step], zero_points: vec![0], offset: bounds[0], max_level })
     }
 
     fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes> {

@@ -2,7 +2,7 @@
 //! ([`kernels::lsq`]).
 
 use super::{Scheme, Schemes, Slopes, Slot};
-use crate::{Result, Role};
+use crate::{Lattice, Result, Role};
 use candle_core::Tensor;
 use kernels::lsq;
 use quant_core::Bits;
@@ -77,6 +77,14 @@ impl Scheme for Lsq {
 
     fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor> {
         Ok(lsq::forward(x, self.params(by, bits))?)
+    }
+
+    fn lattice(&self, by: &[Tensor], bits: Bits) -> Result<Lattice> {
+        let step = by[0].to_vec1::<f32>()?[0].max(lsq::MIN_STEP);
+        let offset = by.get(1).map_or(Ok(0.0), |offset| offset.to_vec1::<f32>().map(|offset| offset[0]))?;
+        let max_level = bits.max_level() as u8;
+        let zero_point = if self.signed() { max_level / 2 + 1 } else { 0 };
+        Ok(Lattice { steps: vec![step], zero_points: vec![zero_point], offset, max_level })
     }
 
     fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes> {

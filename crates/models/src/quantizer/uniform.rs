@@ -2,10 +2,10 @@
 //! their own.
 
 use super::{Scheme, Schemes, Slopes, Slot};
-use crate::{Result, WeightGrid};
+use crate::{Lattice, Result, WeightGrid};
 use candle_core::Tensor;
 use kernels::{norm, quantize};
-use quant_core::Bits;
+use quant_core::{Bits, Grid};
 use serde_json::Value;
 
 pub(super) const SCHEMES: Schemes = Schemes {
@@ -80,6 +80,14 @@ impl Scheme for Uniform {
 
     fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor> {
         Ok(quantize::forward(x, kernels::Quantizer { range: &by[0], bits })?)
+    }
+
+    fn lattice(&self, by: &[Tensor], bits: Bits) -> Result<Lattice> {
+        let ends = by[0].reshape((2, ()))?.to_vec2::<f32>()?;
+        Ok(Lattice::of_grids(
+            ends[0].iter().zip(&ends[1]).map(|(&lo, &hi)| Grid::spanning(lo, hi, bits)),
+            bits,
+        ))
     }
 
     fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes> {

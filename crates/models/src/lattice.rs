@@ -1,0 +1,80 @@
+//! Quantized values as whole numbers, for what computes with them outside the passes.
+
+use crate::{Result, Unit};
+use candle_core::Tensor;
+use quant_core::{Bits, Grid};
+
+/// The values that a quantizer gives: level `q`, 0 … `max_level`, stands for `offset + step·(q − zero_point)`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lattice {
+    /// One for the whole tensor or, of weights, one for each output channel; as many as there are zero points.
+    pub steps: Vec<f32>,
+    /// The levels that stand for the offset, which is 0 in most schemes.
+    pub zero_points: Vec<u8>,
+    /// What is added to every value: DSQ's lower bound, LSQ+'s offset, the −1 of DoReFa's weights.
+    pub offset: f32,
+    /// The largest level, `2^b − 1` or, of symmetric ones, `2^b − 2`.
+    pub max_level: u8,
+}
+
+/// The quantized weights of a unit.
+#[derive(Debug, Clone)]
+pub struct WeightLevels {
+    /// In the layout of the weight, as floats that hold them exactly.
+    pub levels: Tensor,
+    /// What they stand for.
+    pub lattice: Lattice,
+    /// Whether what they stand for has the factor of batch normalization, `γ/√(V+ε)`, in it: only the shift is left to
+    /// be done.
+    pub folded: bool,
+}
+
+impl Lattice {
+    /// Of one grid, or of one for each output channel.
+    pub(crate) fn of_grids(grids: impl IntoIterator<Item = Grid>, bits: Bits) -> Self {
+        let (steps, zero_points) =
+            grids.into_iter().map(|grid| (grid.step(), grid.zero_point() as u8)).unzip();
+        Self { steps, zero_points, offset: 0.0, max_level: bits.max_level() as u8 }
+    }
+
+    /// The lowest and the highest value where there is one grid.
+    pub fn range(&self) -> (f32, f32) {
+        let at = |level: u8| {
+            (f32::from(level) - f32::from(self.zero_points[0])).mul_add(self.steps[0], self.offset)
+        };
+        (at(0), at(self.max_level))
+    }
+
+    /// The levels of values that are on the lattice, channels last.
+    fn levels(&self, values: &Tensor) -> Result<Tensor> {
+        let device = values.device();
+        let steps = Tensor::new(&self.steps[..], device)?;
+        let zeros: Vec<f32> = self.zero_points.iter().copied().map(f32::from).collect();
+        let zeros = Tensor::new(zeros, device)?;
+        let levels = ((values - f64::from(self.offset))?.broadcast_div(&steps)?).round()?;
+        Ok(levels.broadcast_add(&zeros)?)
+    }
+}
+
+impl Unit {
+    /// The levels that the passes compute with, and what they stand for; none if the weights are not quantized. `epsilon`
+    /// is the network's.
+    pub fn weight_levels(&self, epsilon: f64) -> Result<Option<WeightLevels>> {
+        let Some(quantizer) = &self.weight_quantizer else { return Ok(None) };
+        let factor = self.batch_norm().filter(|_| quantizer.folded());
+        let factor = factor.map(|norm| norm.scale(epsilon)).transpose()?;
+        let folded = factor.is_some();
+        let weight = factor.map_or(Ok(self.weight.clone()), |factor| self.weight.broadcast_mul(&factor))?;
+        let Some(lattice) = quantizer.lattice(&weight)? else { return Ok(None) };
+        let levels = lattice.levels(&quantizer.apply(&weight)?)?;
+        Ok(Some(WeightLevels { levels, lattice, folded }))
+    }
+
+    /// A tensor in the layout of the weight, such as its levels, in PyTorch's: `[C_out, C_in, k, k]`, where a depthwise
+    /// one has `C_in = 1`.
+    pub fn in_pytorch_layout(&self, weight: &Tensor) -> Result<Tensor> {
+        let [filters, inputs, side, _] = self.kernel.pytorch_dims(self.input_channels(), self.filters());
+        let weight = weight.reshape((side, side, inputs, filters))?;
+        Ok(weight.permute((3, 2, 0, 1))?.contiguous()?)
+    }
+}

@@ -1,0 +1,68 @@
+use super::network::NetworkFile;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use onnx::{Normalize, Options};
+use std::path::PathBuf;
+
+/// Writes the network for other runtimes: ONNX, with QuantizeLinear and DequantizeLinear where it is quantized
+#[derive(Debug, Args)]
+#[command(after_help = "Example: pfq export pruned.safetensors pruned.onnx\n\n\
+                  The graph maps `images` [N, 3, H, W] to `logits` [N, classes]. Images are normalized before, as the network \
+                  was trained, unless --mean and --std make that a part of the graph.")]
+pub(super) struct Export {
+    #[command(flatten)]
+    network: NetworkFile,
+
+    /// Where the network goes: a .onnx file
+    #[arg(value_name = "OUT")]
+    out: PathBuf,
+
+    /// Fold batch normalization into the weights (of quantized ones: into a step for each filter)
+    #[arg(long)]
+    fold: bool,
+
+    /// Store levels of up to 4 bits in bytes, for runtimes without ONNX's 4-bit tensors (opset 21)
+    #[arg(long)]
+    int8: bool,
+
+    /// Take images of intensities from 0 to 1 and subtract this from their channels
+    #[arg(long, value_name = "R,G,B", value_delimiter = ',', requires = "std")]
+    mean: Option<Vec<f32>>,
+
+    /// With --mean: divide the channels by this
+    #[arg(long, value_name = "R,G,B", value_delimiter = ',', requires = "mean")]
+    std: Option<Vec<f32>>,
+}
+
+impl Export {
+    pub fn run(&self) -> Result<String> {
+        let out = self.out.display();
+        if self.out.extension().is_none_or(|extension| extension != "onnx") {
+            bail!("{out}: expected a name that ends in .onnx, which is what is written");
+        }
+        let normalize = match (&self.mean, &self.std) {
+            (Some(mean), Some(std)) => Some(normalize(mean, std)?),
+            _ => None,
+        };
+        let (network, text) = self.network.open()?;
+        let options = Options { fold: self.fold, int8: self.int8, normalize };
+        let written = onnx::save(&network, &options, &self.out)
+            .with_context(|| format!("{out} could not be written"))?;
+        let onnx::Written { opset, bytes } = written;
+        Ok(format!("{text}written to {out}: opset {opset}, {bytes} bytes\n"))
+    }
+}
+
+fn normalize(mean: &[f32], std: &[f32]) -> Result<Normalize> {
+    let three = |flag: &str, values: &[f32]| {
+        <[f32; 3]>::try_from(values)
+            .ok()
+            .filter(|values| values.iter().all(|value| value.is_finite()))
+            .with_context(|| format!("{flag}: expected three numbers such as 0.5,0.5,0.5"))
+    };
+    let normalize = Normalize { mean: three("--mean", mean)?, std: three("--std", std)? };
+    if normalize.std.iter().any(|&std| std <= 0.0) {
+        bail!("--std {:?}: expected numbers above 0", normalize.std);
+    }
+    Ok(normalize)
+}
