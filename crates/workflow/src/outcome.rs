@@ -65,7 +65,8 @@ pub struct Outcome {
     /// SHA-256 of the file of the network that it began from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent_network: Option<String>,
-    /// [`seal::of`] all of this.
+    /// [`seal::of`] all of this. So a field that is added here is to be left out where it has its default, or the seals of
+    /// stored outcomes would no longer fit once they are written to results.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seal: Option<String>,
 }

@@ -117,8 +117,9 @@ impl Store {
                 return damaged(format!("was made from a network of SHA-256 {then}, and that is {now} now"));
             }
         }
-        // Outcomes that were written before it was a field lack it.
-        Ok(Some(Outcome { step: stage.step(), ..outcome }))
+        // Outcomes that were written before it was a field lack it; the seal of any other is one of what it says.
+        let step = if outcome.step.is_empty() { stage.step() } else { outcome.step };
+        Ok(Some(Outcome { step, ..outcome }))
     }
 
     /// What the stage gave; what is damaged counts as not there, unless the store is strict.
