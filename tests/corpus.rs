@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Damaged copies of each input.
+/// Damaged copies of each input, if `CORPUS_COPIES` says no other number.
 const COPIES: usize = 40;
 
 /// What one input may take, on a busy machine and without optimization.
@@ -46,10 +46,11 @@ fn check(target: &str) {
         .collect::<Vec<_>>();
     inputs.sort();
     assert!(!inputs.is_empty(), "{target} has no corpus");
+    let copies = std::env::var("CORPUS_COPIES").map_or(COPIES, |copies| copies.parse().expect("a number"));
     for path in inputs {
         let whole = std::fs::read(&path).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(whole.len() as u64);
-        for copy in 0..=COPIES {
+        for copy in 0..=copies {
             let data = if copy == 0 { whole.clone() } else { damaged(&whole, &mut rng) };
             let began = Instant::now();
             // A panic would not say which of the copies it was.

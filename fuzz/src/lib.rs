@@ -7,8 +7,11 @@ use datasets::imagenet::fuzzing;
 use models::{Import, Network};
 use std::path::Path;
 
-/// The targets by their names, which are those of their corpora.
-pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+/// A name, which is that of the corpus, and what is done with an input.
+type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: [Target; 10] = [
     ("network", |data| network(data, "input.safetensors")),
     ("pth", |data| network(data, "input.pth")),
     ("cifar_pickle", fuzzing::cifar_pickle),
