@@ -31,9 +31,9 @@ pub struct Provenance {
 pub struct Outcome {
     /// The stage's key.
     pub key: String,
-    /// [`Stage::label`].
+    /// [`Stage::label`](crate::Stage::label).
     pub label: String,
-    /// [`Stage::step`].
+    /// [`Stage::step`](crate::Stage::step).
     #[serde(default)]
     pub step: String,
     /// What it does, with its settings as they entered the key.
