@@ -1,4 +1,5 @@
-//! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation, export.
+//! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation, quantization
+//! without training, export.
 
 mod data;
 mod eval;
@@ -6,6 +7,7 @@ mod export;
 mod macs;
 mod network;
 mod prune;
+mod quantize;
 mod text;
 mod variance;
 mod verify;
@@ -36,8 +38,9 @@ enum Command {
     Prune(prune::Prune),
     Macs(macs::Macs),
     Eval(eval::Eval),
-    Verify(verify::Verify),
+    Quantize(quantize::Quantize),
     Export(export::Export),
+    Verify(verify::Verify),
 }
 
 impl Cli {
@@ -51,8 +54,9 @@ impl Cli {
             Command::Prune(command) => command.run(),
             Command::Macs(command) => command.run(),
             Command::Eval(command) => command.run(),
-            Command::Verify(command) => command.run(),
+            Command::Quantize(command) => command.run(),
             Command::Export(command) => command.run(),
+            Command::Verify(command) => command.run(),
         }
     }
 }

@@ -225,6 +225,48 @@ fn networks_are_exported() {
     check_error(&["export", input, out, "--mean", "0,0,0", "--std", "1,0,1"], &["--std", "above 0"]);
 }
 
+/// Without training, and written such that every command reads it.
+#[test]
+fn networks_are_quantized_without_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let input = fixture("torchvision_v2.pth");
+    let input = input.to_str().unwrap();
+    // A network for 224×224 images; its images are those that torchvision's own logits were made from.
+    let images = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu).unwrap();
+    let logits = &images["torchvision_v2"];
+    let spread = distance(logits, &logits.zeros_like().unwrap());
+    let quantized = |flags: &[&str]| {
+        let out = path("quantized.safetensors");
+        run(&[&["quantize", input, &out, "--image-range=-4,4"], flags].concat());
+        let (network, _) = open(Path::new(&out));
+        assert!(network.units().all(|unit| unit.weight_quantizer.is_some()));
+        distance(logits, &network.forward(&images["images"]).unwrap()) / spread
+    };
+    let (eight, channels) = (quantized(&["--bits", "a8w8"]), quantized(&["--bits", "a8w8", "--per-channel"]));
+    let four = quantized(&["--bits", "a4w4", "--end-layers", "4"]);
+    // Shares of the largest logit. The checkpoint's statistics are random ones, so ranges from β ± 6γ do not fit it well.
+    assert!(eight < 0.8 && channels < 0.8 && four > 2.0 * eight, "{eight}, {channels}, {four}");
+    assert!(eight != channels, "one grid and many give the same");
+
+    // Levels of 4 bits take an eighth of a float.
+    let (float, levels) = (path("float.onnx"), path("levels.onnx"));
+    run(&["export", input, &float]);
+    let text = run(&["export", &path("quantized.safetensors"), &levels]);
+    assert!(text.contains("opset 21"), "{text}");
+    let bytes = |path: &str| std::fs::metadata(path).unwrap().len() as f64;
+    assert!(bytes(&levels) < 0.5 * bytes(&float), "{} and {}", bytes(&levels), bytes(&float));
+
+    let twice = path("twice.safetensors");
+    check_error(
+        &["quantize", &path("quantized.safetensors"), &twice, "--bits", "a8w8"],
+        &["no batch normalization"],
+    );
+    check_error(&["quantize", input, &twice, "--bits", "8"], &["a8w8"]);
+    check_error(&["quantize", input, &twice, "--bits", "a8w32"], &["2 to 8"]);
+    check_error(&["quantize", input, &twice, "--bits", "a8w8", "--image-range", "1,2"], &["around 0"]);
+}
+
 #[test]
 fn errors_say_what_to_do() {
     let folder = tempfile::tempdir().unwrap();

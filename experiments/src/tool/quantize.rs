@@ -1,0 +1,119 @@
+use super::network::NetworkFile;
+use super::text::table;
+use anyhow::{Context, Result, bail};
+use baselines::{Dfq, DfqReport};
+use clap::Args;
+use models::{Extras, Fold, Quantization, WeightGrid};
+use quant_core::Precision;
+use std::path::PathBuf;
+
+/// Quantizes a trained network without training (DFQ), and writes it
+#[derive(Debug, Args)]
+#[command(after_help = "Example: pfq quantize mobilenet_v2.pth a8w8.safetensors --bits a8w8\n\n\
+                  Batch normalization is folded, ReLU6 becomes ReLU, weight ranges are equalized across layers, high biases \
+                  absorbed, ranges of activations set to β ± 6γ and the bias of quantized weights corrected. No images are \
+                  needed.")]
+pub(super) struct Quantize {
+    #[command(flatten)]
+    network: NetworkFile,
+
+    /// Where the quantized network goes: a .safetensors file
+    #[arg(value_name = "OUT")]
+    out: PathBuf,
+
+    /// Bits of activations and weights, 2 to 8 each, such as a8w8
+    #[arg(long, value_name = "aNwM", value_parser = bits)]
+    bits: [Precision; 2],
+
+    /// Bits of the image, of the first layer's weights, of the pooled features and of the classifier's weights
+    #[arg(long, value_name = "BITS", default_value = "8", value_parser = precision)]
+    end_layers: Precision,
+
+    /// A grid for each output channel of a weight, rather than one for the whole
+    #[arg(long)]
+    per_channel: bool,
+
+    /// The lowest and the highest value of a normalized image; those of ImageNet's or, where the input is smaller than 64×64,
+    /// CIFAR-100's mean and standard deviation if not given
+    #[arg(long, value_name = "LO,HI", value_delimiter = ',', allow_hyphen_values = true)]
+    image_range: Option<Vec<f32>>,
+}
+
+/// Black and white with the mean and standard deviation that torchvision's networks are trained with, in the channels where
+/// they lie farthest out: (0 − 0.485)/0.229 and (1 − 0.406)/0.225.
+const IMAGENET: (f32, f32) = (-2.117_904, 2.64);
+
+/// The same of CIFAR-100: (0 − 0.5071)/0.2673 and (1 − 0.4865)/0.2564.
+const CIFAR: (f32, f32) = (-1.897_119, 2.002_73);
+
+fn precision(bits: &str) -> Result<Precision, String> {
+    let bits: u32 = bits.parse().map_err(|_| format!("{bits:?} is no number of bits"))?;
+    match Precision::try_from(bits) {
+        Ok(Precision::Quantized(bits)) => Ok(Precision::Quantized(bits)),
+        _ => Err(format!("{bits} bits: expected 2 to 8")),
+    }
+}
+
+/// Of activations and weights.
+fn bits(text: &str) -> Result<[Precision; 2], String> {
+    let parts = text.strip_prefix(['a', 'A']).and_then(|rest| rest.split_once(['w', 'W']));
+    let (activations, weights) =
+        parts.ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
+    Ok([precision(activations)?, precision(weights)?])
+}
+
+impl Quantize {
+    pub fn run(&self) -> Result<String> {
+        let out = self.out.display();
+        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
+            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
+        }
+        let (network, mut text) = self.network.open()?;
+        if self.out.exists() && self.out.canonicalize()? == self.network.file.canonicalize()? {
+            bail!("{out} is the file that is read: give another name, so that the float network stays");
+        }
+        let image_range = match self.image_range.as_deref() {
+            None if network.input[0] < 64 => CIFAR,
+            None => IMAGENET,
+            Some(&[lo, hi]) if lo.is_finite() && hi.is_finite() && lo <= 0.0 && 0.0 < hi => (lo, hi),
+            Some(range) => bail!("--image-range {range:?}: expected two numbers around 0 such as -2.1,2.7"),
+        };
+        let [activations, weights] = self.bits;
+        let quantization = Quantization {
+            activations,
+            weights,
+            first_layer: self.end_layers,
+            last_layer: self.end_layers,
+            fold: Fold::Frozen,
+            weight_grid: if self.per_channel { WeightGrid::Channel } else { WeightGrid::Tensor },
+            ..Quantization::default()
+        };
+        let (quantized, report) = Dfq::default().apply(&network, &quantization, image_range)?;
+        let mut extras = Extras::default();
+        extras.metadata.insert("dfq".into(), serde_json::to_string(&report)?);
+        quantized.save(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
+        text += &described(&report);
+        text += &format!("written to {out}\n");
+        Ok(text)
+    }
+}
+
+fn described(report: &DfqReport) -> String {
+    let range = |(lo, hi): (f32, f32)| format!("{lo:.3} … {hi:.3}");
+    let rows: Vec<Vec<String>> = report
+        .layers
+        .iter()
+        .map(|layer| {
+            vec![
+                layer.name.clone(),
+                range(layer.range_before),
+                range(layer.range_after),
+                layer.absorbed.to_string(),
+                format!("{:.4}", layer.correction),
+            ]
+        })
+        .collect();
+    let mut text = table(&["layer", "folded weights", "equalized", "absorbed", "correction"], &rows);
+    text += &format!("equalized in {} sweeps\n", report.sweeps);
+    text
+}
