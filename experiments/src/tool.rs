@@ -1,5 +1,5 @@
 //! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation, quantization
-//! without training, export.
+//! without training, export; and verification of stores and results.
 
 mod data;
 mod eval;
