@@ -87,7 +87,7 @@ pub struct Pool {
 pub const MOST_SIDE: usize = 8192;
 
 /// The most channels of a feature map, and so the most filters and classes.
-pub const MOST_CHANNELS: usize = 1 << 16;
+pub const MOST_CHANNELS: usize = 1 << 17;
 
 /// The largest side of a kernel.
 const MOST_TAPS: usize = 31;

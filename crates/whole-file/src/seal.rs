@@ -22,15 +22,46 @@ fn hex(hash: &[u8]) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What the seal of a JSON object has to be: the SHA-256 of the object without its seal, written without spaces and with
-/// names in order. So it does not depend on how the file is laid out.
+/// What the seal of a JSON object has to be: the SHA-256 of the object without its seal, written without spaces, with names
+/// in order, and with the 16 hexadecimal digits of its bits for each number that is not whole. So it depends neither on how the
+/// file is laid out nor on how numbers are written.
 pub fn of(value: &Value) -> String {
     let mut rest = value.clone();
     if let Some(members) = rest.as_object_mut() {
         members.remove(SEAL);
     }
     rest.sort_all_objects();
-    sha256(rest.to_string())
+    let mut text = String::new();
+    write(&rest, &mut text);
+    sha256(text)
+}
+
+fn write(value: &Value, text: &mut String) {
+    match value {
+        Value::Number(number) => match number.as_f64().filter(|_| number.is_f64()) {
+            Some(float) => text.push_str(&format!("{:016x}", float.to_bits())),
+            None => text.push_str(&number.to_string()),
+        },
+        Value::Array(items) => {
+            text.push('[');
+            for (place, item) in items.iter().enumerate() {
+                text.push_str(if place > 0 { "," } else { "" });
+                write(item, text);
+            }
+            text.push(']');
+        }
+        Value::Object(members) => {
+            text.push('{');
+            for (place, (name, member)) in members.iter().enumerate() {
+                text.push_str(if place > 0 { "," } else { "" });
+                write(&Value::from(name.as_str()), text);
+                text.push(':');
+                write(member, text);
+            }
+            text.push('}');
+        }
+        plain => text.push_str(&plain.to_string()),
+    }
 }
 
 /// Checks the seal of a JSON object; gives whether it has one.
@@ -51,12 +82,12 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// The hash was found by a program that knows JSON and SHA-256 only.
+    /// The hash is that of `{"a":{"c":3ee4f8b588e368f1,"d":"ä"},"b":[3ff8000000000000,null]}` by another program.
     #[test]
     fn a_seal_is_that_of_the_content() {
         let plain: Value =
             serde_json::from_str(r#"{ "b": [1.5, null], "a": {"d": "ä", "c": 1e-5} }"#).unwrap();
-        let seal = "3e2ff51f34a115e10e3d972ddc82bfa8cb967ba9e0b136030aff14b86049831c";
+        let seal = "a2dd16cb88f2d235dc7ad556564ef55e9c012139988df6824359ad8a28e054d7";
         assert_eq!(of(&plain), seal);
         let mut sealed = plain.clone();
         sealed[SEAL] = seal.into();
