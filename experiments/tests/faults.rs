@@ -245,7 +245,9 @@ fn signals_end_a_run_with_a_line_that_says_what_is_kept() {
     place.pretrain_for(5);
     let flags = ["--config", "tiny.toml", "--device", "cpu", "--data", "synthetic"];
     for (signal, code, epoch) in [("INT", 130, 1), ("TERM", 143, 2), ("HUP", 129, 3)] {
-        let mut command = Command::new(TABLE3);
+        // Whatever this test was started with: a shell's jobs in the background ignore SIGINT.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=INT,TERM,HUP", TABLE3]);
         command.current_dir(place.root()).args(flags).args(ours);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
