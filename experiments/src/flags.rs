@@ -172,7 +172,7 @@ impl Only {
 }
 
 /// `a4w4` → (4, 4).
-fn parse_bits(term: &str) -> Option<(u32, u32)> {
+pub(crate) fn parse_bits(term: &str) -> Option<(u32, u32)> {
     let (a, w) = term.strip_prefix('a')?.split_once('w')?;
     Some((u32::from_str(a).ok()?, u32::from_str(w).ok()?))
 }

@@ -262,7 +262,7 @@ impl Table {
             seed: planned.seed,
             top1_percent: last.evaluation.top1_percent,
             macs: last.macs,
-            weights_pruned_percent: 100.0 * (1.0 - last.weights as f64 / first.weights as f64),
+            weights_pruned_percent: report::pruned_percent(first.weights, last.weights),
             float_top1_percent: first.evaluation.top1_percent,
             paper_top1_percent: None,
             paper_mac_millions: None,

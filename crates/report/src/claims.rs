@@ -217,7 +217,7 @@ trait Values {
 /// Our results.
 struct Ours<'a> {
     rows: Vec<Row>,
-    stages: &'a [StageRecord],
+    stages: Vec<Traced<'a>>,
 }
 
 impl Ours<'_> {
@@ -227,7 +227,7 @@ impl Ours<'_> {
             let seeds = of.stage.seed().zip(of.origin.seed());
             seeds.filter(|_| of.origin.model() == Some(model) && of.stage.key != of.origin.key)
         };
-        trace(self.stages).iter().filter_map(seeds).collect()
+        self.stages.iter().filter_map(seeds).collect()
     }
 
     /// How many pre-trained networks are behind values; the fewest of any model.
@@ -283,7 +283,7 @@ impl Values for Ours<'_> {
             };
             Some((origin.seed()?, value))
         };
-        trace(self.stages).iter().filter_map(first).collect()
+        self.stages.iter().filter_map(first).collect()
     }
 }
 
@@ -321,7 +321,10 @@ impl Claim {
     /// Judges it by our rows of one profile, of which it picks those of its table, and by the stages behind them.
     pub fn judge(&self, rows: &[Row], stages: &[StageRecord]) -> Vec<Comparison> {
         let table = self.table.as_deref().unwrap_or_default();
-        let ours = Ours { rows: rows.iter().filter(|row| row.table == table).cloned().collect(), stages };
+        let ours = Ours {
+            rows: rows.iter().filter(|row| row.table == table).cloned().collect(),
+            stages: trace(stages),
+        };
         let (samples, paper) = (self.comparisons(&ours), self.comparisons(&Published(table)));
         let estimates: Vec<Option<Estimate>> =
             samples.iter().map(|of| Estimate::of(of.values.values().copied())).collect();

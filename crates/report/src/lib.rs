@@ -39,7 +39,7 @@ pub use names::is_synthetic;
 pub use page::{Exhibit, Page, TableEntry, TableResults};
 pub use paper::{Paper, PaperPruned, PaperRow};
 pub use plot::plot;
-pub use row::{Row, read_csv, write_csv};
+pub use row::{Row, pruned_percent, read_csv, write_csv};
 pub use stage::{
     DataRecord, Epoch, Evaluation, LayerRecord, Provenance, PruningRecord, STAGES, StageRecord, Stages,
     Traced, read_stages, trace, write_stages,

@@ -75,6 +75,11 @@ impl Row {
     }
 }
 
+/// Percent of `before` weights that are not among the `after` that are left.
+pub fn pruned_percent(before: u64, after: u64) -> f64 {
+    100.0 * (1.0 - after as f64 / before as f64)
+}
+
 pub(crate) fn comparable(table: &str, dataset: &str, width: f64) -> bool {
     width == 1.0 && Paper::published().dataset(table).is_none_or(|theirs| theirs == dataset)
 }

@@ -7,8 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use whole_file::seal;
 
-use crate::Row;
 use crate::file::{Error, Result, write_text};
+use crate::row::{Row, pruned_percent};
 
 /// What a stage of a workflow gave.
 ///
@@ -166,8 +166,8 @@ pub fn write_stages(stages: &impl Serialize, folder: &Path, names: &[String]) ->
     let mut files = BTreeMap::new();
     for name in names {
         let file = folder.join(name);
-        let data = std::fs::read(&file).map_err(|source| Error::Io { path: file, source })?;
-        files.insert(name.clone(), seal::sha256(data));
+        let hash = seal::sha256_of_file(&file).map_err(|source| Error::Io { path: file, source })?;
+        files.insert(name.clone(), hash);
     }
     #[derive(Serialize)]
     struct Whole<'a, S: Serialize> {
@@ -190,14 +190,13 @@ impl Stages {
     pub fn check_files(&self, folder: &Path) -> Result<()> {
         for (name, expected) in &self.files {
             let path = folder.join(name);
-            let found = match std::fs::read(&path) {
-                Ok(data) => format!("has SHA-256 {}", seal::sha256(data)),
+            let found = match seal::sha256_of_file(&path) {
+                Ok(found) if found == *expected => continue,
+                Ok(found) => format!("has SHA-256 {found}"),
                 Err(error) => error.to_string(),
             };
-            if !found.ends_with(expected) {
-                let problem = format!("{found}, expected {expected} by {STAGES}");
-                return Err(Error::Damaged { path, problem });
-            }
+            let problem = format!("{found}, expected {expected} by {STAGES}");
+            return Err(Error::Damaged { path, problem });
         }
         Ok(())
     }
@@ -207,16 +206,17 @@ impl Stages {
     /// # Errors
     /// What a row says otherwise, and what was expected.
     pub fn check_rows(&self, rows: &[Row]) -> std::result::Result<(), String> {
+        let by_key = by_key(&self.records);
         for row in rows {
             let named = format!(
                 "row {} A{}/W{} {} seed {}",
                 row.model, row.activation_bits, row.weight_bits, row.method, row.seed
             );
-            let line = self.line(&row.settings_hash).ok_or_else(|| {
+            let line = line(&by_key, &row.settings_hash).ok_or_else(|| {
                 format!("{named}: stage {} or one before it is not in {STAGES}", row.settings_hash)
             })?;
             let (Some(first), Some(last)) = (line.first(), line.last()) else { continue };
-            let pruned = 100.0 * (1.0 - last.weights as f64 / first.weights as f64);
+            let pruned = pruned_percent(first.weights, last.weights);
             let seconds: f64 = line.iter().map(|stage| stage.seconds).sum();
             for (what, found, expected) in [
                 ("top1_percent", row.top1_percent, last.evaluation.top1_percent),
@@ -244,21 +244,24 @@ impl Stages {
         }
         Ok(())
     }
+}
 
-    /// The stages up to the one with that key, the first one first; `None` where one is missing.
-    fn line(&self, key: &str) -> Option<Vec<&StageRecord>> {
-        let mut line = Vec::new();
-        let mut next = Some(key);
-        while let Some(key) = next {
-            // A file that goes round in circles is not one of ours.
-            let stage =
-                self.records.iter().find(|stage| stage.key == key && line.len() < self.records.len())?;
-            line.push(stage);
-            next = stage.parent.as_deref();
-        }
-        line.reverse();
-        Some(line)
+fn by_key(stages: &[StageRecord]) -> BTreeMap<&str, &StageRecord> {
+    stages.iter().map(|of| (of.key.as_str(), of)).collect()
+}
+
+/// The stages up to the one with that key, the first one first; `None` where one is missing.
+fn line<'a>(by_key: &BTreeMap<&str, &'a StageRecord>, key: &str) -> Option<Vec<&'a StageRecord>> {
+    let mut line: Vec<&StageRecord> = Vec::new();
+    let mut next = Some(key);
+    while let Some(key) = next {
+        // A file that goes round in circles is not one of ours.
+        let stage = by_key.get(key).copied().filter(|_| line.len() < by_key.len())?;
+        line.push(stage);
+        next = stage.parent.as_deref();
     }
+    line.reverse();
+    Some(line)
 }
 
 impl StageRecord {
@@ -325,17 +328,17 @@ pub struct Traced<'a> {
 
 /// Every stage whose workflow is there from its pre-training on, in the order given.
 pub fn trace(stages: &[StageRecord]) -> Vec<Traced<'_>> {
-    let by_key: BTreeMap<&str, &StageRecord> = stages.iter().map(|of| (of.key.as_str(), of)).collect();
-    let traced = |stage| {
-        let mut line: Vec<&StageRecord> = vec![stage];
-        while let Some(parent) = line.last().and_then(|last| last.parent.as_deref()) {
-            // A file that goes round in circles is not one of ours.
-            line.push(by_key.get(parent).copied().filter(|_| line.len() <= stages.len())?);
-        }
-        let origin = line.pop()?;
-        let model = origin.model()?;
-        let steps = if line.is_empty() { vec![origin] } else { line.into_iter().rev().collect() };
-        Some(Traced { stage, origin, steps: steps.into_iter().map(|of| of.step(model)).collect() })
+    let by_key = by_key(stages);
+    let traced = |stage: &'_ StageRecord| {
+        let line = line(&by_key, &stage.key)?;
+        let (origin, after) = line.split_first()?;
+        let (origin, model) = (*origin, origin.model()?);
+        let steps = if after.is_empty() { &line[..] } else { after };
+        Some(Traced {
+            stage: line[line.len() - 1],
+            origin,
+            steps: steps.iter().map(|of| of.step(model)).collect(),
+        })
     };
     stages.iter().filter_map(traced).collect()
 }

@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use std::path::Path;
+use std::{fs, io};
 
 /// The member of a JSON object that holds the hash of the rest.
 pub const SEAL: &str = "seal";
@@ -16,6 +18,11 @@ pub fn sha256_of_pieces<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Strin
     let mut hasher = Sha256::new();
     pieces.into_iter().for_each(|piece| hasher.update(piece));
     hex(&hasher.finalize())
+}
+
+/// The SHA-256 of a file.
+pub fn sha256_of_file(path: &Path) -> io::Result<String> {
+    fs::read(path).map(sha256)
 }
 
 fn hex(hash: &[u8]) -> String {

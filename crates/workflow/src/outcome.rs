@@ -135,8 +135,8 @@ impl Outcome {
         for (name, expected) in &self.files {
             let path = folder.join(name);
             let damaged = |problem: String| Error::Damaged { path: path.display().to_string(), problem };
-            let found = match std::fs::read(&path) {
-                Ok(data) => seal::sha256(data),
+            let found = match seal::sha256_of_file(&path) {
+                Ok(found) => found,
                 Err(e) if e.kind() == ErrorKind::NotFound => return Err(damaged(e.to_string())),
                 Err(e) => return Err(file_error(&path, e)),
             };

@@ -159,7 +159,7 @@ impl Store {
                     let lock = self.lock(stage, &folder, observe)?;
                     // Another process may have seen to it while this one waited.
                     if self.network(stage, fingerprint, &Device::Cpu).is_err_and(|e| e.is_damage()) {
-                        set_aside(stage, &folder, &["outcome.", "network.", "metrics."], &error, observe)?;
+                        set_aside(stage, &folder, &FINISHED, &error, observe)?;
                     }
                     drop(lock);
                 }
@@ -220,8 +220,7 @@ impl Store {
                 return Ok(outcome);
             }
             Err(error) if error.is_damage() && !self.strict => {
-                set_aside(stage, &folder, &["outcome.", "network.", "metrics."], &error, observe)
-                    .map_err(named)?;
+                set_aside(stage, &folder, &FINISHED, &error, observe).map_err(named)?;
             }
             result => drop(result.map_err(named)?),
         }
@@ -319,8 +318,8 @@ impl Store {
         let mut files = network.save(&folder.join(NETWORK), &Extras::default())?;
         if !metrics.is_empty() {
             let path = folder.join(METRICS);
-            let written = std::fs::read(&path).map_err(|e| file_error(&path, e))?;
-            files.insert(METRICS.into(), seal::sha256(written));
+            let hash = seal::sha256_of_file(&path).map_err(|e| file_error(&path, e))?;
+            files.insert(METRICS.into(), hash);
         }
         let mut outcome = Outcome {
             key,
@@ -389,6 +388,9 @@ fn set_aside(
     observe(Event::SetAside(stage, why, &place));
     Ok(())
 }
+
+/// How the names of a finished stage's files begin.
+const FINISHED: [&str; 3] = ["outcome.", "network.", "metrics."];
 
 /// What the names of folders with damaged files begin with.
 pub(crate) const DAMAGED: &str = "damaged-";

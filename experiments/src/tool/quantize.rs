@@ -1,5 +1,6 @@
 use super::network::NetworkFile;
 use super::text::table;
+use crate::flags::parse_bits;
 use anyhow::{Context, Result, bail};
 use baselines::{Dfq, DfqReport};
 use clap::Args;
@@ -46,8 +47,11 @@ const IMAGENET: (f32, f32) = (-2.117_904, 2.64);
 /// The same of CIFAR-100: (0 − 0.5071)/0.2673 and (1 − 0.4865)/0.2564.
 const CIFAR: (f32, f32) = (-1.897_119, 2.002_73);
 
-fn precision(bits: &str) -> Result<Precision, String> {
-    let bits: u32 = bits.parse().map_err(|_| format!("{bits:?} is no number of bits"))?;
+fn precision(text: &str) -> Result<Precision, String> {
+    quantized(text.parse().map_err(|_| format!("{text:?} is no number of bits"))?)
+}
+
+fn quantized(bits: u32) -> Result<Precision, String> {
     match Precision::try_from(bits) {
         Ok(Precision::Quantized(bits)) => Ok(Precision::Quantized(bits)),
         _ => Err(format!("{bits} bits: expected 2 to 8")),
@@ -56,10 +60,9 @@ fn precision(bits: &str) -> Result<Precision, String> {
 
 /// Of activations and weights.
 fn bits(text: &str) -> Result<[Precision; 2], String> {
-    let parts = text.strip_prefix(['a', 'A']).and_then(|rest| rest.split_once(['w', 'W']));
-    let (activations, weights) =
-        parts.ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
-    Ok([precision(activations)?, precision(weights)?])
+    let (activations, weights) = parse_bits(&text.to_ascii_lowercase())
+        .ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
+    Ok([quantized(activations)?, quantized(weights)?])
 }
 
 impl Quantize {
@@ -68,10 +71,8 @@ impl Quantize {
         if self.out.extension().is_none_or(|extension| extension != "safetensors") {
             bail!("{out}: expected a name that ends in .safetensors, which is what is written");
         }
+        self.network.refuse_to_overwrite(&[&self.out])?;
         let (network, mut text) = self.network.open()?;
-        if self.out.exists() && self.out.canonicalize()? == self.network.file.canonicalize()? {
-            bail!("{out} is the file that is read: give another name, so that the float network stays");
-        }
         let image_range = match self.image_range.as_deref() {
             None if network.input[0] < 64 => CIFAR,
             None => IMAGENET,
@@ -91,7 +92,9 @@ impl Quantize {
         let (quantized, report) = Dfq::default().apply(&network, &quantization, image_range)?;
         let mut extras = Extras::default();
         extras.metadata.insert("dfq".into(), serde_json::to_string(&report)?);
-        quantized.save(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
+        quantized
+            .save_in_one_file(&self.out, &extras)
+            .with_context(|| format!("{out} could not be written"))?;
         text += &described(&report);
         text += &format!("written to {out}\n");
         Ok(text)
