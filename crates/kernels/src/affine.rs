@@ -2,7 +2,7 @@
 
 use crate::check::Check;
 use crate::cpu::simd;
-use crate::elements::Sink;
+use crate::elements::{Element, Sink};
 use crate::tile::tiled;
 use crate::work::Written;
 use crate::{Activation, Result, clamp};
@@ -39,17 +39,23 @@ impl AffineActivation {
     }
 
     /// Writes the map of whole rows `z`.
-    pub(crate) fn write<'y>(&self, z: &[f32], y: Sink<'y>) -> Written<'y> {
+    pub(crate) fn write<'y, Z: Element, Y: Element>(&self, z: &[Z], y: Sink<'y, Y>) -> Written<'y> {
         write(z, &self.scale, &self.shift, self.bounds, y)
     }
 }
 
 simd! {
-    fn write<'y>(z: &[f32], scale: &[f32], shift: &[f32], bounds: (f32, f32), y: Sink<'y>) -> Written<'y> {
+    fn write<'y, Z: Element, Y: Element>(
+        z: &[Z],
+        scale: &[f32],
+        shift: &[f32],
+        bounds: (f32, f32),
+        y: Sink<'y, Y>,
+    ) -> Written<'y> {
         assert_eq!(z.len(), y.len());
         y.write_tiles(scale.len(), |start, len| {
             let (z, scale, shift) = (&z[start..][..len], &scale[..len], &shift[..len]);
-            move |i| clamp(z[i].mul_add(scale[i], shift[i]), bounds)
+            move |i| clamp(z[i].float().mul_add(scale[i], shift[i]), bounds)
         })
     }
 }

@@ -10,6 +10,7 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open};
+use crate::elements::{Element, by_element};
 use crate::work::fill;
 use crate::{Result, profiler};
 use candle_core::{DType, Tensor};
@@ -27,7 +28,7 @@ pub struct Views<'a> {
     pub pad: usize,
 }
 
-/// The batch `[B, H, W, C]`, in `dtype` (`F32`, on a GPU also `BF16`), of `images: u8 [N, H, W, C]`, normalized with
+/// The batch `[B, H, W, C]`, in `dtype` (`F32` or `BF16`), of `images: u8 [N, H, W, C]`, normalized with
 /// `mean` and `std`, `f32` `[C]`. All tensors are on one device.
 ///
 /// # Errors
@@ -52,9 +53,6 @@ pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dty
     if crate::gpu::runs(images.device()) {
         return gpu::batch(&images, [&index, &corners, &flip], views.pad, [&mean, &std], dtype);
     }
-    if dtype != DType::F32 {
-        return Err(check.setting(format!("a batch in {dtype:?} on the CPU, which has F32")));
-    }
     let (mean, std) = (cpu::values(&mean)?, cpu::values(&std)?);
     let (index, corners) = (index.to_vec1::<u32>()?, corners.to_vec2::<u32>()?);
     let flip = flip.to_vec1::<u8>()?;
@@ -64,31 +62,33 @@ pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dty
     if let Some(corner) = corners.iter().flatten().find(|corner| **corner as usize > 2 * views.pad) {
         return Err(check.setting(format!("a window at {corner} with {} pixels of padding", views.pad)));
     }
-    // The normalized value of every byte.
-    let values: Vec<f32> =
-        (0..256 * c).map(|i| ((i / c) as f32 / 255.0 - mean[i % c]) / std[i % c]).collect();
-    let opened = open(&images);
-    let (images, pad) = (opened.elements::<u8>()?, views.pad);
-    let y = fill(b * h * w * c, h * w * c, |range, y| {
-        let b = range.start / (h * w * c);
-        let image = &images[index[b] as usize * h * w * c..][..h * w * c];
-        let (top, left) = (corners[b][0] as usize, corners[b][1] as usize);
-        for (row, y) in y.chunks_exact_mut(w * c).enumerate() {
-            let row = (row + top).checked_sub(pad).filter(|row| *row < h);
-            for (at, y) in y.chunks_exact_mut(c).enumerate() {
-                let at = if flip[b] != 0 { w - 1 - at } else { at };
-                let column = (at + left).checked_sub(pad).filter(|column| *column < w);
-                for (channel, y) in y.iter_mut().enumerate() {
-                    let pixel = match (row, column) {
-                        (Some(row), Some(column)) => image[(row * w + column) * c + channel],
-                        _ => 0,
-                    };
-                    *y = values[usize::from(pixel) * c + channel];
+    by_element!(dtype, T => {
+        // The normalized value of every byte.
+        let value = |i: usize| T::nearest(((i / c) as f32 / 255.0 - mean[i % c]) / std[i % c]);
+        let values: Vec<T> = (0..256 * c).map(value).collect();
+        let opened = open(&images);
+        let (images, pad) = (opened.elements::<u8>()?, views.pad);
+        let y = fill(b * h * w * c, h * w * c, |range, y| {
+            let b = range.start / (h * w * c);
+            let image = &images[index[b] as usize * h * w * c..][..h * w * c];
+            let (top, left) = (corners[b][0] as usize, corners[b][1] as usize);
+            for (row, y) in y.chunks_exact_mut(w * c).enumerate() {
+                let row = (row + top).checked_sub(pad).filter(|row| *row < h);
+                for (at, y) in y.chunks_exact_mut(c).enumerate() {
+                    let at = if flip[b] != 0 { w - 1 - at } else { at };
+                    let column = (at + left).checked_sub(pad).filter(|column| *column < w);
+                    for (channel, y) in y.iter_mut().enumerate() {
+                        let pixel = match (row, column) {
+                            (Some(row), Some(column)) => image[(row * w + column) * c + channel],
+                            _ => 0,
+                        };
+                        *y = values[usize::from(pixel) * c + channel];
+                    }
                 }
             }
-        }
-    });
-    cpu::tensor(y, (b, h, w, c))
+        });
+        cpu::tensor(y, (b, h, w, c))
+    })
 }
 
 #[cfg(test)]

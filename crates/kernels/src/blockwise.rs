@@ -5,6 +5,7 @@
 
 use crate::affine::AffineActivation;
 use crate::cpu;
+use crate::elements::Element;
 use crate::moments::MomentAccumulator;
 use crate::norm::Stats;
 use crate::work::{MAX_PARTS, Progress, Written, append, blocks};
@@ -15,6 +16,9 @@ use std::ops::Range;
 
 /// A convolution with its operands, which computes its output block by block.
 pub(crate) trait Blockwise: Sync {
+    /// What its output is stored as.
+    type Element: Element;
+
     /// Scratch memory of a thread.
     type Scratch;
 
@@ -43,29 +47,35 @@ fn size(convolution: &impl Blockwise) -> (usize, usize) {
 }
 
 /// The output.
-pub(crate) fn plain(convolution: &impl Blockwise) -> Result<Tensor> {
-    let (per_block, init) = (convolution.rows_per_block(), || convolution.scratch());
-    let (z, _) = blocks(size(convolution), per_block, init, |scratch, rows, z| {
-        (convolution.compute(scratch, rows, z), ())
+pub(crate) fn plain<C: Blockwise>(convolution: &C) -> Result<Tensor> {
+    let (per_block, init) = (convolution.rows_per_block(), || (convolution.scratch(), Vec::new()));
+    let (rows, c) = size(convolution);
+    let (z, _) = blocks((rows, c), per_block, init, |(scratch, floats), rows, z| {
+        let mut block = Progress::<C::Element>::new(z);
+        Element::next_floats(&mut block, rows.len() * c, floats, |z| convolution.compute(scratch, rows, z));
+        (block.finish().into(), ())
     });
     cpu::tensor(z, convolution.dims())
 }
 
-/// The output and its statistics. These are summed up in parts of some blocks, whose number depends on the shape alone.
-pub(crate) fn with_stats(convolution: &impl Blockwise) -> Result<(Tensor, Stats)> {
+/// The output and its statistics, which are those of what is stored. They are summed up in parts of some blocks, whose
+/// number depends on the shape alone.
+pub(crate) fn with_stats<C: Blockwise>(convolution: &C) -> Result<(Tensor, Stats)> {
     let (rows, c) = size(convolution);
     let per_block = convolution.rows_per_block();
     let per_part = rows.div_ceil(MAX_PARTS).next_multiple_of(per_block);
     let (z, moments) = blocks(
         (rows, c),
         per_part,
-        || convolution.scratch(),
-        |scratch, rows, z| {
+        || (convolution.scratch(), Vec::new()),
+        |(scratch, floats), rows, z| {
             let mut moments = MomentAccumulator::new(c);
-            let mut part = Progress::new(z);
+            let mut part = Progress::<C::Element>::new(z);
             for start in rows.clone().step_by(per_block) {
                 let rows = start..rows.end.min(start + per_block);
-                moments.add(part.next(rows.len() * c, |z| convolution.compute(scratch, rows, z)));
+                moments.add(Element::next_floats(&mut part, rows.len() * c, floats, |z| {
+                    convolution.compute(scratch, rows, z)
+                }));
             }
             let z = &*part.finish();
             (z.into(), moments.finish(z))
@@ -83,9 +93,16 @@ pub(crate) fn normalized<C: Blockwise>(
     let (rows, c) = size(convolution);
     let init = || (convolution.scratch(), Vec::new());
     let per_block = convolution.rows_per_block();
-    FeatureMap::write(convolution.dims(), (rows, c), quant, per_block, init, |(scratch, z), rows, y| {
-        z.clear();
-        let z = append(z, rows.len() * c, |z| convolution.compute(scratch, rows, z));
-        affine.write(z, y)
-    })
+    FeatureMap::write::<C::Element, _>(
+        convolution.dims(),
+        (rows, c),
+        quant,
+        per_block,
+        init,
+        |(scratch, z), rows, y| {
+            z.clear();
+            let z: &[f32] = append(z, rows.len() * c, |z| convolution.compute(scratch, rows, z));
+            affine.write(z, y)
+        },
+    )
 }

@@ -1,6 +1,6 @@
 //! Checks of the arguments of operations.
 
-use crate::{Error, Quantizer, Result, gpu};
+use crate::{Error, Quantizer, Result};
 use candle_core::{DType, Shape, Tensor};
 
 /// Checks the arguments of one operation, whose name its errors begin with.
@@ -20,10 +20,10 @@ impl Check {
         Ok(tensor.contiguous()?)
     }
 
-    /// Returns a feature map of floats, contiguous; it must be `f32`, or on a GPU `bf16`.
+    /// Returns a feature map of floats, contiguous; it must be `f32` or `bf16`.
     pub(crate) fn map_float(&self, argument: &'static str, tensor: &Tensor) -> Result<Tensor> {
-        let narrow = tensor.dtype() == DType::BF16 && gpu::runs(tensor.device());
-        self.dtype(argument, tensor, if narrow { DType::BF16 } else { DType::F32 })
+        let half = tensor.dtype() == DType::BF16;
+        self.dtype(argument, tensor, if half { DType::BF16 } else { DType::F32 })
     }
 
     /// Returns the tensor, contiguous; it must have the shape and the dtype of another one.

@@ -60,17 +60,19 @@ impl Instructions {
 macro_rules! simd {
     (
         $(#[$meta:meta])*
-        $vis:vis fn $name:ident $(<$life:lifetime>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
+        $vis:vis fn $name:ident $(<$($life:lifetime $(,)?)? $($element:ident: $bound:path),*>)? (
+            $($arg:ident: $ty:ty),* $(,)?
+        ) $(-> $ret:ty)? $body:block
     ) => {
         $(#[$meta])*
-        $vis fn $name $(<$life>)? ($($arg: $ty),*) $(-> $ret)? {
-            fn portable $(<$life>)? ($($arg: $ty),*) $(-> $ret)? $body
+        $vis fn $name $(<$($life,)? $($element: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? {
+            fn portable $(<$($life,)? $($element: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2")]
-            fn avx512 $(<$life>)? ($($arg: $ty),*) $(-> $ret)? $body
+            fn avx512 $(<$($life,)? $($element: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,bmi2")]
-            fn avx2 $(<$life>)? ($($arg: $ty),*) $(-> $ret)? $body
+            fn avx2 $(<$($life,)? $($element: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? $body
             // SAFETY: `current` returns only instructions that the machine has.
             #[allow(unsafe_code)]
             match $crate::cpu::Instructions::current() {

@@ -20,7 +20,7 @@ use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
-use crate::elements::Stored;
+use crate::elements::{Element, Sink, Stored, by_element};
 use crate::feature::Operand;
 use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue,
@@ -38,7 +38,7 @@ pub fn forward(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<Te
     if crate::gpu::runs(w.device()) {
         return gpu::forward(&check, &x, w, stride);
     }
-    with_gather(&check, &x, w, stride, |gather| blockwise::plain(gather))
+    by_element!(x.dtype(), T => with_gather::<T, _>(&check, &x, w, stride, |gather| blockwise::plain(gather)))
 }
 
 /// [`forward`], with the statistics of `z`.
@@ -47,7 +47,9 @@ pub fn forward_stats(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Res
     if crate::gpu::runs(w.device()) {
         return gpu::forward_stats(&check, &x, w, stride);
     }
-    with_gather(&check, &x, w, stride, |gather| blockwise::with_stats(gather))
+    by_element!(x.dtype(), T => {
+        with_gather::<T, _>(&check, &x, w, stride, |gather| blockwise::with_stats(gather))
+    })
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
@@ -64,10 +66,10 @@ pub fn forward_normalized(
         return norm::forward(&gpu::forward(&check, &x, w, stride)?, scale, shift, act, quant);
     }
     check.quantizer(quant)?;
-    with_gather(&check, &x, w, stride, |gather| {
+    by_element!(x.dtype(), T => with_gather::<T, _>(&check, &x, w, stride, |gather| {
         let affine = AffineActivation::new(&check, gather.to.2, scale, shift, act)?;
         blockwise::normalized(gather, &affine, quant)
-    })
+    }))
 }
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the output; `size` is the `(h, w)` of the
@@ -84,10 +86,13 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w, stride, size);
     }
+    let dtype = gz.dtype();
     let (gz, w) = (open(&gz), open(&w));
-    let x = Operand::Stored(Stored::Float(gz.floats()?));
     let to = (h, width, c);
-    blockwise::plain(&Gather::new(x, w.floats()?, Direction::Backward, stride, n, (ho, wo), to))
+    by_element!(dtype, T => {
+        let x = Operand::Stored(Stored::<T>::Floats(gz.elements()?));
+        blockwise::plain(&Gather::new(x, w.floats()?, Direction::Backward, stride, n, (ho, wo), to))
+    })
 }
 
 /// The gradient of the weight, `[3, 3, C]`.
@@ -101,7 +106,9 @@ pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor, stride: usize) -> Resu
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_weight(&check, &x, &gz, stride);
     }
-    let gw = x.read(&check, "x", |x| Ok(weight_gradient(x, open(&gz).floats()?, n, &geometry)))?;
+    let gw = by_element!(x.dtype(), T => {
+        x.read::<T, _>(&check, "x", |x| Ok(weight_gradient(x, open(&gz).elements()?, n, &geometry)))?
+    });
     cpu::tensor(gw, (3, 3, c))
 }
 
@@ -129,21 +136,25 @@ pub fn backward(
     let w = check.dims("w", w, &[3, 3, c])?;
     let w = open(&w);
     let w = w.floats()?;
-    let (gw, gx, sums) = x.read(&check, "x", |x| {
-        gz.read(|gz| {
-            Epilogue::read_below(below, &check, dims, |below| Ok(gradients(x, w, gz, below, n, &geometry)))
-        })
-    })?;
-    Ok((cpu::tensor(gw, (3, 3, c))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
+    by_element!(x.dtype(), T => {
+        let (gw, gx, sums) = x.read::<T, _>(&check, "x", |x| {
+            gz.read::<T, _>(|gz| {
+                Epilogue::read_below(below, &check, dims, |below| {
+                    Ok(gradients(x, w, gz, below, n, &geometry))
+                })
+            })
+        })?;
+        Ok((cpu::tensor(gw, (3, 3, c))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
+    })
 }
 
 /// Checks the operands, and calls `f` with the forward convolution.
-fn with_gather<R>(
+fn with_gather<T: Element, R>(
     check: &Check,
     x: &FeatureMap,
     w: &Tensor,
     stride: usize,
-    f: impl FnOnce(&Gather<'_>) -> Result<R>,
+    f: impl FnOnce(&Gather<'_, T>) -> Result<R>,
 ) -> Result<R> {
     let (n, height, width, c) = check.map_sizes("x", x.dims())?;
     let w = check.dims("w", w, &[3, 3, c])?;
@@ -320,8 +331,8 @@ fn several<T: Copy, const L: usize, const P: usize>(
 
 simd! {
     /// Writes one row of positions, `y[columns][c]`, from an image.
-    fn gather_row<'y>(
-        x: Stored<'_>,
+    fn gather_row<'y, T: Element>(
+        x: Stored<'_, T>,
         w: &[f32],
         y: &'y mut [MaybeUninit<f32>],
         c: usize,
@@ -335,7 +346,7 @@ simd! {
             y.fill(MaybeUninit::new(f32::NAN));
         }
         match x {
-            Stored::Float(x) => gather_positions(x, |x| x, w, y, c, stride, rows, columns),
+            Stored::Floats(x) => gather_positions(x, |x| x.float(), w, y, c, stride, rows, columns),
             Stored::Levels(x, grid) => {
                 gather_positions(x, |q| grid.value(f32::from(q)), w, y, c, stride, rows, columns);
             }
@@ -379,8 +390,8 @@ fn gather_positions<T: Copy>(
 }
 
 /// What the taps gather for each position of the maps of a batch: the convolution, or its input's gradient.
-struct Gather<'a> {
-    x: Operand<'a>,
+struct Gather<'a, T> {
+    x: Operand<'a, T>,
     w: &'a [f32],
     stride: usize,
     dims: [usize; 4],
@@ -393,9 +404,9 @@ struct Gather<'a> {
     columns: Vec<Vec<Tap>>,
 }
 
-impl<'a> Gather<'a> {
+impl<'a, T: Element> Gather<'a, T> {
     fn new(
-        x: Operand<'a>,
+        x: Operand<'a, T>,
         w: &'a [f32],
         direction: Direction,
         stride: usize,
@@ -413,38 +424,38 @@ impl<'a> Gather<'a> {
 
 /// Some rows of an image, computed as they are first needed.
 #[derive(Default)]
-struct Window {
+struct Window<T> {
     image: usize,
     /// The first of the rows.
     first: usize,
-    floats: Vec<f32>,
+    elements: Vec<T>,
 }
 
-impl Window {
+impl<T: Element> Window<T> {
     /// Rows `rows` of an image, of `len` elements each. `append` appends rows that are not there yet.
     fn get(
         &mut self,
         image: usize,
         rows: Range<usize>,
         len: usize,
-        append: impl FnOnce(Range<usize>, &mut Vec<f32>),
-    ) -> &[f32] {
-        let end = self.first + self.floats.len() / len;
+        append: impl FnOnce(Range<usize>, &mut Vec<T>),
+    ) -> &[T] {
+        let end = self.first + self.elements.len() / len;
         if image != self.image || !(self.first..=end).contains(&rows.start) {
-            self.floats.clear();
-            self.floats.reserve(2 * CHUNK + rows.len() * len);
+            self.elements.clear();
+            self.elements.reserve(2 * CHUNK + rows.len() * len);
             (self.image, self.first) = (image, rows.start);
         }
-        let end = self.first + self.floats.len() / len;
+        let end = self.first + self.elements.len() / len;
         if end < rows.end {
             // Rows that were passed make room only when they would else drive those that are needed out of the cache.
             if (rows.end - self.first) * len > 2 * CHUNK {
-                self.floats.drain(..(rows.start - self.first) * len);
+                self.elements.drain(..(rows.start - self.first) * len);
                 self.first = rows.start;
             }
-            append(end..rows.end, &mut self.floats);
+            append(end..rows.end, &mut self.elements);
         }
-        &self.floats[(rows.start - self.first) * len..(rows.end - self.first) * len]
+        &self.elements[(rows.start - self.first) * len..(rows.end - self.first) * len]
     }
 }
 
@@ -459,8 +470,9 @@ fn from_row(taps: &[Tap], first: usize, len: usize) -> Vec<Tap> {
     taps.iter().map(|tap| Tap { source: tap.source - first * len, ..*tap }).collect()
 }
 
-impl Blockwise for Gather<'_> {
-    type Scratch = Window;
+impl<T: Element> Blockwise for Gather<'_, T> {
+    type Element = T;
+    type Scratch = Window<T>;
 
     fn dims(&self) -> &[usize] {
         &self.dims
@@ -472,13 +484,13 @@ impl Blockwise for Gather<'_> {
         (CHUNK / (w * c)).max(1) * w
     }
 
-    fn scratch(&self) -> Window {
+    fn scratch(&self) -> Window<T> {
         Window::default()
     }
 
     fn compute<'z>(
         &self,
-        window: &mut Window,
+        window: &mut Window<T>,
         rows: Range<usize>,
         z: &'z mut [MaybeUninit<f32>],
     ) -> Written<'z> {
@@ -494,10 +506,10 @@ impl Blockwise for Gather<'_> {
                     let len = self.from_row;
                     let needed = reached(taps, len);
                     let taps = from_row(taps, needed.start, len);
-                    let x = window.get(image, needed, len, |rows, floats| {
-                        x.part(rows.start * len..rows.end * len).append_to(floats);
+                    let x = window.get(image, needed, len, |rows, elements| {
+                        x.part(rows.start * len..rows.end * len).append_to(elements);
                     });
-                    let x = Stored::Float(x);
+                    let x = Stored::Floats(x);
                     z.next(w * c, |z| gather_row(x, self.w, z, c, self.stride, &taps, &self.columns));
                 }
             }
@@ -577,9 +589,9 @@ simd! {
     /// Adds to the sums of the weight's gradient what rows `gy[rows][wo][c]`, from row `oh` on, of one
     /// image give. One block of channels at a time is copied to `block`, which stays in cache, with a
     /// border of zeros: so all positions have all taps, and their sums stay in registers.
-    fn correlate(
-        image: Operand<'_>,
-        gy: &[f32],
+    fn correlate<T: Element>(
+        image: Operand<'_, T>,
+        gy: &[T],
         sums: &mut [[Lanes; 9]],
         geometry: &Geometry,
         oh: usize,
@@ -591,8 +603,8 @@ simd! {
         for (b, sums) in sums.iter_mut().enumerate() {
             let channels = b * LANES..c.min((b + 1) * LANES);
             match image {
-                Operand::Stored(Stored::Float(image)) => {
-                    pack(block, image, |_, x| x, w, c, &channels, oh * stride);
+                Operand::Stored(Stored::Floats(image)) => {
+                    pack(block, image, |_, x| x.float(), w, c, &channels, oh * stride);
                 }
                 Operand::Stored(Stored::Levels(image, grid)) => {
                     pack(block, image, |_, q| grid.value(f32::from(q)), w, c, &channels, oh * stride);
@@ -601,7 +613,7 @@ simd! {
                     let [scale, shift] =
                         affine.coefficients().map(|all| Lanes::load(&all[channels.clone()], |_, x| x).0);
                     let bounds = affine.bounds();
-                    let value = |i: usize, z: f32| clamp(z.mul_add(scale[i], shift[i]), bounds);
+                    let value = |i: usize, z: T| clamp(z.float().mul_add(scale[i], shift[i]), bounds);
                     pack(block, image, value, w, c, &channels, oh * stride);
                 }
             }
@@ -612,7 +624,7 @@ simd! {
                 for (ow, gy) in gy.chunks_exact(c).enumerate() {
                     let at = ow * stride;
                     let (x0, x1, x2) = (&x0[at..at + 3], &x1[at..at + 3], &x2[at..at + 3]);
-                    let gy = Lanes::load(&gy[channels.clone()], |_, gy| gy);
+                    let gy = Lanes::load(&gy[channels.clone()], |_, gy| gy.float());
                     for kw in 0..3 {
                         sum[kw] = sum[kw].plus(&x0[kw], &gy);
                         sum[3 + kw] = sum[3 + kw].plus(&x1[kw], &gy);
@@ -653,7 +665,7 @@ impl Geometry {
 }
 
 /// The gradient of the weight from a batch of `n` images.
-fn weight_gradient(x: Operand<'_>, gz: &[f32], n: usize, geometry: &Geometry) -> Vec<f32> {
+fn weight_gradient<T: Element>(x: Operand<'_, T>, gz: &[T], n: usize, geometry: &Geometry) -> Vec<f32> {
     let &Geometry { ho, wo, c, .. } = geometry;
     let sums = parts(n * ho, wo * c, |rows| {
         let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
@@ -676,14 +688,14 @@ fn weight_gradient(x: Operand<'_>, gz: &[f32], n: usize, geometry: &Geometry) ->
 
 /// Both gradients from a batch of `n` images, and the sums of what made the input: each row of `∂z` is computed once,
 /// and used while it is in cache.
-fn gradients(
-    x: Operand<'_>,
+fn gradients<T: Element>(
+    x: Operand<'_, T>,
     w: &[f32],
-    gz: &OpenGradient<'_>,
-    below: Option<&OpenEpilogue<'_>>,
+    gz: &OpenGradient<'_, T>,
+    below: Option<&OpenEpilogue<'_, T>>,
     n: usize,
     geometry: &Geometry,
-) -> (Vec<f32>, Vec<f32>, Option<GradientSums>) {
+) -> (Vec<f32>, Vec<T>, Option<GradientSums>) {
     let &Geometry { h, w: width, ho, wo, c, stride } = geometry;
     let len = wo * c;
     let row_taps = reach(Direction::Backward, stride, (h, ho), (len, 3 * c));
@@ -693,14 +705,15 @@ fn gradients(
     let (gx, parts) = parts_writing((n * ho, len), inputs, |rows, gx| {
         let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
         let mut sums_below = below.map(GradientAccumulator::new);
-        let (mut block, mut window, mut gx) = (Vec::new(), Window::default(), Progress::new(gx));
+        let (mut block, mut window, mut floats) = (Vec::new(), Window::default(), Vec::new());
+        let mut gx = Progress::new(gx);
         for (image, oh, rows) in bands(rows, ho, geometry.rows_per_band()) {
             // The rows beside the band reach its inputs, too.
             let first = oh.saturating_sub(1);
-            let gz = window.get(image, first..(oh + rows + 1).min(ho), len, |rows, floats| {
+            let gz = window.get(image, first..(oh + rows + 1).min(ho), len, |rows, elements| {
                 let row = image * ho * wo;
-                append(floats, rows.len() * len, |block| {
-                    gz.rows(row + rows.start * wo..row + rows.end * wo, block)
+                append(elements, rows.len() * len, |block| {
+                    gz.rows(row + rows.start * wo..row + rows.end * wo, Sink::Floats(block))
                 });
             });
             let of_band = &gz[(oh - first) * len..][..rows * len];
@@ -708,8 +721,10 @@ fn gradients(
             let last = if oh + rows == ho { h } else { (oh + rows) * stride };
             for ih in oh * stride..last {
                 let taps = from_row(&row_taps[ih], first, len);
-                let gz = Stored::Float(gz);
-                let row = gx.next(width * c, |row| gather_row(gz, w, row, c, stride, &taps, &column_taps));
+                let gz = Stored::Floats(gz);
+                let row = T::next_floats(&mut gx, width * c, &mut floats, |row| {
+                    gather_row(gz, w, row, c, stride, &taps, &column_taps)
+                });
                 if let Some(sums) = &mut sums_below {
                     sums.add((image * h + ih) * width, row);
                 }

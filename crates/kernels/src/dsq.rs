@@ -23,6 +23,7 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
+use crate::elements::{Element, by_element};
 use crate::learned::{LANES, Lanes, map_and_sum};
 use crate::tanh::tanh;
 use crate::work::{CHUNK, fill};
@@ -52,9 +53,11 @@ pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
         return gpu::forward(&x, &bounds, bits);
     }
     let intervals = Intervals::of(&bounds, bits)?;
-    let opened = open(&x);
-    let x = opened.floats()?;
-    cpu::tensor(fill(x.len(), CHUNK, |part, y| hard(&x[part], y, &intervals)), opened.dims())
+    by_element!(x.dtype(), T => {
+        let opened = open(&x);
+        let x: &[T] = opened.elements()?;
+        cpu::tensor(fill(x.len(), CHUNK, |part, y| hard(&x[part], y, &intervals)), opened.dims())
+    })
 }
 
 /// The gradients of the soft value; `softness` is `[1] = α`, and counts as the nearest of the values in [`SOFTNESS`].
@@ -74,15 +77,17 @@ pub fn backward(
         return gpu::backward(&x, &gy, &bounds, &softness, bits);
     }
     let (intervals, softness) = (Intervals::of(&bounds, bits)?, cpu::values(&softness)?[0]);
-    let (opened, gy) = (open(&x), open(&gy));
-    let (x, gy) = (opened.floats()?, gy.floats()?);
     let soft = Soft::new(intervals, softness);
-    let (gx, sums) = map_and_sum(x.len(), |part, gx| slopes(&x[part.clone()], &gy[part], gx, &soft));
-    let [low, high, softness] = sums.map(|sum| sum as f32);
-    Ok(Gradients {
-        x: cpu::tensor(gx, opened.dims())?,
-        bounds: cpu::tensor(vec![low, high], 2)?,
-        softness: cpu::tensor(vec![softness], 1)?,
+    by_element!(x.dtype(), T => {
+        let (opened, gy) = (open(&x), open(&gy));
+        let (x, gy): (&[T], _) = (opened.elements()?, gy.elements()?);
+        let (gx, sums) = map_and_sum(x.len(), |part, gx| slopes(&x[part.clone()], &gy[part], gx, &soft));
+        let [low, high, softness] = sums.map(|sum| sum as f32);
+        Ok(Gradients {
+            x: cpu::tensor(gx, opened.dims())?,
+            bounds: cpu::tensor(vec![low, high], 2)?,
+            softness: cpu::tensor(vec![softness], 1)?,
+        })
     })
 }
 
@@ -133,14 +138,14 @@ impl Intervals {
 }
 
 simd! {
-    fn hard(x: &[f32], y: &mut [f32], intervals: &Intervals) {
+    fn hard<T: Element>(x: &[T], y: &mut [T], intervals: &Intervals) {
         let Intervals { low, count, width, per_width, .. } = *intervals;
         for (y, x) in y.iter_mut().zip(x) {
             // In the middle of an interval φ is 0, and counts as positive.
-            let level = ((x - low) * per_width + 0.5).floor();
+            let level = ((x.float() - low) * per_width + 0.5).floor();
             let level = if level > 0.0 { level } else { 0.0 };
             let level = if level < count { level } else { count };
-            *y = level.mul_add(width, low);
+            *y = T::nearest(level.mul_add(width, low));
         }
     }
 }
@@ -207,21 +212,21 @@ impl Soft {
 
 simd! {
     /// The gradient of `x`; returns those of `l`, `u` and `α`.
-    fn slopes(x: &[f32], gy: &[f32], gx: &mut [f32], soft: &Soft) -> [f64; 3] {
+    fn slopes<T: Element>(x: &[T], gy: &[T], gx: &mut [T], soft: &Soft) -> [f64; 3] {
         let soft = *soft;
         let mut sums: [Lanes; 3] = [[0.0; LANES]; 3];
         for ((x, gy), gx) in x.chunks(LANES).zip(gy.chunks(LANES)).zip(gx.chunks_mut(LANES)) {
             // Chunks but the last have all lanes: an array, so that the loops have no end to look for.
             let (mut all_x, mut all_gy, mut shares) = ([0.0; LANES], [0.0; LANES], [[0.0; LANES]; 4]);
-            all_x[..x.len()].copy_from_slice(x);
-            all_gy[..x.len()].copy_from_slice(gy);
+            all_x.iter_mut().zip(x).for_each(|(lane, x)| *lane = x.float());
+            all_gy.iter_mut().zip(gy).for_each(|(lane, gy)| *lane = gy.float());
             for lane in 0..LANES {
                 let slopes = soft.slopes(all_x[lane]);
                 for (shares, slope) in shares.iter_mut().zip(slopes) {
                     shares[lane] = all_gy[lane] * slope;
                 }
             }
-            gx.copy_from_slice(&shares[0][..gx.len()]);
+            gx.iter_mut().zip(&shares[0]).for_each(|(gx, share)| *gx = T::nearest(*share));
             for (sums, shares) in sums.iter_mut().zip(&shares[1..]) {
                 for (sum, share) in sums.iter_mut().zip(shares) {
                     *sum += f64::from(*share);

@@ -1,58 +1,198 @@
-//! The elements of feature maps as CPU kernels read and write them: here floats become levels and levels floats.
+//! The elements of feature maps as CPU kernels read and write them: here levels and `bf16` become floats, and floats these.
+//!
+//! Kernels are compiled for each [`Element`], which is that of all maps and gradients of a pass ([`by_element!`] chooses).
 
 use crate::cpu::simd;
-use crate::work::{Written, write_tiles, write_with};
+use crate::product::Factor;
+use crate::work::{Progress, Written, append, write_tiles, write_with};
+use candle_core::WithDType;
+use half::bf16;
 use quant_core::Grid;
+use std::borrow::Cow;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+/// A number in memory that stands for a float: a float itself, or its upper half.
+pub(crate) trait Element: WithDType + Default {
+    /// What products of such elements multiply ([`crate::product`]).
+    type Factor: Factor<Element = Self>;
+
+    fn float(self) -> f32;
+
+    /// The nearest one; of two the even one, as IEEE 754 rounds.
+    fn nearest(x: f32) -> Self;
+
+    /// [`Element::nearest`] of each.
+    fn all_nearest(x: &[f32]) -> Cow<'_, [Self]>;
+
+    /// Has `write` compute the next `len` floats of a block, stores them, and returns what they have become; `floats`
+    /// is scratch memory for them.
+    fn next_floats<'a>(
+        block: &'a mut Progress<'_, Self>,
+        len: usize,
+        floats: &'a mut Vec<f32>,
+        write: impl for<'b> FnOnce(&'b mut [MaybeUninit<f32>]) -> Written<'b>,
+    ) -> &'a [f32];
+
+    /// The floats of elements; `floats` is scratch memory for them.
+    fn floats<'a>(elements: &'a [Self], floats: &'a mut Vec<f32>) -> &'a [f32];
+}
+
+impl Element for f32 {
+    type Factor = Self;
+
+    #[inline(always)]
+    fn float(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn nearest(x: f32) -> Self {
+        x
+    }
+
+    fn all_nearest(x: &[f32]) -> Cow<'_, [Self]> {
+        x.into()
+    }
+
+    fn next_floats<'a>(
+        block: &'a mut Progress<'_, Self>,
+        len: usize,
+        _: &'a mut Vec<f32>,
+        write: impl for<'b> FnOnce(&'b mut [MaybeUninit<f32>]) -> Written<'b>,
+    ) -> &'a [f32] {
+        block.next(len, write)
+    }
+
+    fn floats<'a>(elements: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
+        elements
+    }
+}
+
+impl Element for bf16 {
+    type Factor = crate::product::Pair;
+
+    #[inline(always)]
+    fn float(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    /// In a few vector instructions, unlike `bf16::from_f32`.
+    #[inline(always)]
+    fn nearest(x: f32) -> Self {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // A NaN whose bits are all below would become infinite.
+        let nan = bits >> 16 | 0x40;
+        Self::from_bits(if x.is_nan() { nan } else { rounded } as u16)
+    }
+
+    fn all_nearest(x: &[f32]) -> Cow<'_, [Self]> {
+        x.iter().map(|x| Self::nearest(*x)).collect()
+    }
+
+    fn next_floats<'a>(
+        block: &'a mut Progress<'_, Self>,
+        len: usize,
+        floats: &'a mut Vec<f32>,
+        write: impl for<'b> FnOnce(&'b mut [MaybeUninit<f32>]) -> Written<'b>,
+    ) -> &'a [f32] {
+        floats.clear();
+        append(floats, len, write);
+        block.next(len, |y| round(floats, y));
+        floats
+    }
+
+    fn floats<'a>(elements: &'a [Self], floats: &'a mut Vec<f32>) -> &'a [f32] {
+        floats.clear();
+        append(floats, elements.len(), |y| widen(elements, y))
+    }
+}
+
+simd! {
+    /// Writes the halves nearest to some floats, and makes the floats what these stand for.
+    fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> Written<'y> {
+        let x = &mut x[..y.len()];
+        for x in &mut *x {
+            *x = bf16::nearest(*x).float();
+        }
+        write_with(y, |i| bf16::from_bits((x[i].to_bits() >> 16) as u16)).into()
+    }
+}
+
+simd! {
+    fn widen<'y>(x: &[bf16], y: &'y mut [MaybeUninit<f32>]) -> Written<'y> {
+        let x = &x[..y.len()];
+        write_with(y, |i| x[i].float()).into()
+    }
+}
+
+/// Evaluates an expression with the [`Element`] of a dtype as a type. Tensors of any other dtype are refused where they
+/// are opened.
+macro_rules! by_element {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::BF16 => {
+                type $element = half::bf16;
+                $body
+            }
+            _ => {
+                type $element = f32;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use by_element;
+
 /// Elements in memory.
 #[derive(Clone, Copy)]
-pub(crate) enum Stored<'a> {
-    Float(&'a [f32]),
+pub(crate) enum Stored<'a, T> {
+    Floats(&'a [T]),
     /// The numbers of a grid's levels.
     Levels(&'a [u8], Grid),
 }
 
-impl<'a> Stored<'a> {
+impl<'a, T: Element> Stored<'a, T> {
     /// Some of the elements.
     pub(crate) fn part(self, range: Range<usize>) -> Self {
         match self {
-            Self::Float(x) => Self::Float(&x[range]),
+            Self::Floats(x) => Self::Floats(&x[range]),
             Self::Levels(q, grid) => Self::Levels(&q[range], grid),
         }
     }
 
     pub(crate) fn len(self) -> usize {
         match self {
-            Self::Float(x) => x.len(),
+            Self::Floats(x) => x.len(),
             Self::Levels(q, _) => q.len(),
         }
     }
 }
 
 simd! {
-    /// The floats of some elements.
-    pub(crate) fn to_floats<'y>(x: Stored<'_>, y: &'y mut [MaybeUninit<f32>]) -> Written<'y> {
+    /// Writes elements as elements of a map.
+    pub(crate) fn copy<'y, T: Element>(x: Stored<'_, T>, y: Sink<'y, T>) -> Written<'y> {
         assert_eq!(x.len(), y.len());
-        match x {
-            Stored::Float(x) => y.write_copy_of_slice(x).into(),
-            Stored::Levels(q, grid) => write_with(y, |i| grid.value(f32::from(q[i]))).into(),
+        match (x, y) {
+            (Stored::Floats(x), Sink::Floats(y)) => y.write_copy_of_slice(x).into(),
+            (Stored::Floats(x), y) => y.write_with(|i| x[i].float()),
+            (Stored::Levels(q, grid), y) => y.write_with(|i| grid.value(f32::from(q[i]))),
         }
     }
 }
 
 /// Memory for the elements of a feature map that a kernel writes.
-pub(crate) enum Sink<'a> {
-    Float(&'a mut [MaybeUninit<f32>]),
+pub(crate) enum Sink<'a, T> {
+    Floats(&'a mut [MaybeUninit<T>]),
     /// The numbers of a grid's levels.
     Levels(&'a mut [MaybeUninit<u8>], Grid),
 }
 
-impl<'a> Sink<'a> {
+impl<'a, T: Element> Sink<'a, T> {
     pub(crate) fn len(&self) -> usize {
         match self {
-            Self::Float(y) => y.len(),
+            Self::Floats(y) => y.len(),
             Self::Levels(y, _) => y.len(),
         }
     }
@@ -61,7 +201,7 @@ impl<'a> Sink<'a> {
     #[inline(always)]
     pub(crate) fn write_with(self, f: impl Fn(usize) -> f32) -> Written<'a> {
         match self {
-            Self::Float(y) => write_with(y, f).into(),
+            Self::Floats(y) => write_with(y, |i| T::nearest(f(i))).into(),
             Self::Levels(y, grid) => write_with(y, |i| byte(grid.level(f(i)))).into(),
         }
     }
@@ -74,7 +214,13 @@ impl<'a> Sink<'a> {
         of_tile: impl Fn(usize, usize) -> F,
     ) -> Written<'a> {
         match self {
-            Self::Float(y) => write_tiles(y, tile, of_tile).into(),
+            Self::Floats(y) => {
+                let of_tile = |start, len| {
+                    let f = of_tile(start, len);
+                    move |i| T::nearest(f(i))
+                };
+                write_tiles(y, tile, of_tile).into()
+            }
             Self::Levels(y, grid) => {
                 let of_tile = |start, len| {
                     let f = of_tile(start, len);
@@ -91,14 +237,6 @@ impl<'a> Sink<'a> {
 #[inline(always)]
 fn byte(level: f32) -> u8 {
     (level + 8_388_608.0).to_bits() as u8
-}
-
-simd! {
-    /// Writes some floats as elements of a feature map.
-    pub(crate) fn store<'y>(x: &[f32], y: Sink<'y>) -> Written<'y> {
-        let x = &x[..y.len()];
-        y.write_with(|i| x[i])
-    }
 }
 
 simd! {
@@ -119,6 +257,27 @@ simd! {
                 for ((level, x), grid) in levels.iter_mut().zip(x).zip(grids) {
                     *level = signed(grid, *x);
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every sign and exponent, on both sides of the middle between two halves and at it, and what is no number.
+    #[test]
+    fn halves_are_rounded_as_ieee_754_says() {
+        for upper in 0..=u16::MAX {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(upper) << 16 | lower);
+                let (found, expected) = (bf16::nearest(x), bf16::from_f32(x));
+                let same = found.to_bits() == expected.to_bits() || x.is_nan() && found.is_nan();
+                assert!(same, "{found:?} and not {expected:?} of {x}");
+                let half = bf16::from_bits(upper);
+                let same = half.float() == half.to_f32() || half.is_nan() && half.float().is_nan();
+                assert!(same, "{half:?}");
             }
         }
     }

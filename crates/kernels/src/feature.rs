@@ -8,13 +8,12 @@ pub(crate) mod gpu;
 use crate::affine::AffineActivation;
 use crate::check::Check;
 use crate::cpu::{self, open};
-use crate::elements::{Sink, Stored, store, to_floats};
+use crate::elements::{Element, Sink, Stored, by_element, copy};
 use crate::tile::block_rows;
 use crate::work::{CHUNK, Written, append, blocks};
 use crate::{Activation, Quantizer, Result, profiler};
 use candle_core::{DType, Device, Tensor};
 use quant_core::{Bits, Grid};
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// A feature map `[…, C]` that is quantized: each element is the number of its level, one byte, a quarter of the
@@ -28,7 +27,7 @@ pub struct Levels {
     pub range: Tensor,
     /// The quantizer's bit width.
     pub bits: Bits,
-    /// The dtype of the floats that they stand for: `F32`, on a GPU also `BF16`. Operations return their output in it.
+    /// The dtype of the floats that they stand for: `F32` or `BF16`. Operations return their output in it.
     pub dtype: DType,
 }
 
@@ -77,10 +76,12 @@ impl FeatureMap {
         if crate::gpu::runs(x.device()) {
             return gpu::quantize(&x, quant);
         }
-        let opened = open(&x);
-        let x = opened.floats()?;
-        let size = (x.len(), 1);
-        Self::write(opened.dims(), size, Some(quant), CHUNK, || (), |(), part, y| store(&x[part], y))
+        by_element!(x.dtype(), T => {
+            let opened = open(&x);
+            let x = Stored::<T>::Floats(opened.elements()?);
+            let size = (x.len(), 1);
+            Self::write(opened.dims(), size, Some(quant), CHUNK, || (), |(), part, y| copy(x.part(part), y))
+        })
     }
 
     /// `φ(scale·z + shift)` for `z[…, C]` on the CPU, with `scale` and `shift` `[C]`, left to its readers.
@@ -93,7 +94,7 @@ impl FeatureMap {
     ) -> Result<Self> {
         let (_, c) = check.rows("z", z)?;
         Ok(Self::Deferred(Deferred {
-            z: check.float("z", z)?,
+            z: check.map_float("z", z)?,
             scale: check.dims("scale", scale, &[c])?,
             shift: check.dims("shift", shift, &[c])?,
             act,
@@ -110,20 +111,20 @@ impl FeatureMap {
         }
     }
 
-    /// The map of dimensions `dims` that `f(state, rows, elements)` writes on the CPU, quantized if there is a
-    /// quantizer, in blocks of `per_block` rows. `size` is `(rows, width)`; see [`blocks`].
-    pub(crate) fn write<S>(
+    /// The map of dimensions `dims` and of elements `T` that `f(state, rows, elements)` writes on the CPU, quantized if
+    /// there is a quantizer, in blocks of `per_block` rows. `size` is `(rows, width)`; see [`blocks`].
+    pub(crate) fn write<T: Element, S>(
         dims: &[usize],
         size: (usize, usize),
         quant: Option<Quantizer<'_>>,
         per_block: usize,
         init: impl Fn() -> S + Sync + Send,
-        f: impl for<'a> Fn(&mut S, Range<usize>, Sink<'a>) -> Written<'a> + Sync + Send,
+        f: impl for<'a> Fn(&mut S, Range<usize>, Sink<'a, T>) -> Written<'a> + Sync + Send,
     ) -> Result<Self> {
         let map = match quant {
             None => {
                 let run =
-                    blocks(size, per_block, init, |state, rows, y| (f(state, rows, Sink::Float(y)), ()));
+                    blocks(size, per_block, init, |state, rows, y| (f(state, rows, Sink::Floats(y)), ()));
                 cpu::tensor(run.0, dims)?
             }
             Some(quant) => {
@@ -134,37 +135,37 @@ impl FeatureMap {
                 cpu::tensor(run.0, dims)?
             }
         };
-        Ok(Self::of(map, DType::F32, quant))
+        Ok(Self::of(map, T::DTYPE, quant))
     }
 
-    /// Opens the map on the CPU, and calls `f` with its elements.
-    pub(crate) fn read<R>(
+    /// Opens the map on the CPU, and calls `f` with its elements `T`, those of [`FeatureMap::dtype`].
+    pub(crate) fn read<T: Element, R>(
         &self,
         check: &Check,
         argument: &'static str,
-        f: impl FnOnce(Operand<'_>) -> Result<R>,
+        f: impl FnOnce(Operand<'_, T>) -> Result<R>,
     ) -> Result<R> {
         match self {
             Self::Deferred(deferred) => {
-                f(Operand::Deferred(open(&deferred.z).floats()?, &deferred.affine(check)?))
+                f(Operand::Deferred(open(&deferred.z).elements()?, &deferred.affine(check)?))
             }
             _ => self.read_stored(check, argument, |x| f(Operand::Stored(x))),
         }
     }
 
     /// [`FeatureMap::read`] for kernels whose parts are not whole rows: a deferred map is computed first.
-    pub(crate) fn read_stored<R>(
+    pub(crate) fn read_stored<T: Element, R>(
         &self,
         check: &Check,
         argument: &'static str,
-        f: impl FnOnce(Stored<'_>) -> Result<R>,
+        f: impl FnOnce(Stored<'_, T>) -> Result<R>,
     ) -> Result<R> {
         if let Self::Levels(levels) = self {
             let tensor = check.dtype(argument, &levels.levels, DType::U8)?;
             return f(Stored::Levels(open(&tensor).elements()?, levels.grid()?));
         }
-        let tensor = check.float(argument, &self.to_float()?)?;
-        f(Stored::Float(open(&tensor).floats()?))
+        let tensor = check.dtype(argument, &self.to_float()?, T::DTYPE)?;
+        f(Stored::Floats(open(&tensor).elements()?))
     }
 
     /// The dimensions.
@@ -205,16 +206,18 @@ impl FeatureMap {
         match self {
             Self::Float(tensor) => Ok(tensor.clone()),
             Self::Levels(levels) if crate::gpu::runs(levels.levels.device()) => gpu::to_float(levels),
-            Self::Levels(_) | Self::Deferred(_) => self.read(&Check("feature::to_float"), "x", |x| {
-                let (c, len) = (*self.dims().last().unwrap_or(&1), x.len());
-                let size = (len / c.max(1), c);
-                let (floats, _) = blocks(
-                    size,
-                    block_rows(c),
-                    || (),
-                    |(), rows, y| (x.part(rows.start * c..rows.end * c).write(y), ()),
-                );
-                cpu::tensor(floats, self.dims())
+            Self::Levels(_) | Self::Deferred(_) => by_element!(self.dtype(), T => {
+                self.read::<T, _>(&Check("feature::to_float"), "x", |x| {
+                    let (c, len) = (*self.dims().last().unwrap_or(&1), x.len());
+                    let size = (len / c.max(1), c);
+                    let (floats, _) = blocks(
+                        size,
+                        block_rows(c),
+                        || (),
+                        |(), rows, y| (x.part(rows.start * c..rows.end * c).write(Sink::<T>::Floats(y)), ()),
+                    );
+                    cpu::tensor(floats, self.dims())
+                })
             }),
         }
     }
@@ -239,13 +242,13 @@ impl Deferred {
 
 /// The elements of a feature map in a kernel.
 #[derive(Clone, Copy)]
-pub(crate) enum Operand<'a> {
-    Stored(Stored<'a>),
+pub(crate) enum Operand<'a, T> {
+    Stored(Stored<'a, T>),
     /// Whole rows of `z`, and what is computed of them.
-    Deferred(&'a [f32], &'a AffineActivation),
+    Deferred(&'a [T], &'a AffineActivation),
 }
 
-impl<'a> Operand<'a> {
+impl<'a, T: Element> Operand<'a, T> {
     /// Some of the elements; of a deferred map whole rows.
     pub(crate) fn part(self, range: Range<usize>) -> Self {
         match self {
@@ -261,26 +264,26 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Writes the floats.
-    fn write(self, y: &mut [MaybeUninit<f32>]) -> Written<'_> {
+    /// Writes the elements.
+    fn write(self, y: Sink<'_, T>) -> Written<'_> {
         match self {
-            Self::Stored(x) => to_floats(x, y),
-            Self::Deferred(z, affine) => affine.write(z, Sink::Float(y)),
+            Self::Stored(x) => copy(x, y),
+            Self::Deferred(z, affine) => affine.write(z, y),
         }
     }
 
-    /// The floats; `scratch` holds them if they must be computed.
-    pub(crate) fn floats(self, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        if let Self::Stored(Stored::Float(x)) = self {
+    /// The elements; `scratch` holds them if they must be computed.
+    pub(crate) fn elements(self, scratch: &'a mut Vec<T>) -> &'a [T] {
+        if let Self::Stored(Stored::Floats(x)) = self {
             return x;
         }
         scratch.clear();
         self.append_to(scratch)
     }
 
-    /// Appends the floats, and returns them.
-    pub(crate) fn append_to(self, floats: &mut Vec<f32>) -> &[f32] {
-        append(floats, self.len(), |y| self.write(y))
+    /// Appends the elements, and returns them.
+    pub(crate) fn append_to(self, elements: &mut Vec<T>) -> &[T] {
+        append(elements, self.len(), |y| self.write(Sink::Floats(y)))
     }
 }
 

@@ -9,6 +9,7 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open};
+use crate::elements::by_element;
 use crate::work::{CHUNK, fill};
 use crate::{Result, profiler};
 use candle_core::Tensor;
@@ -28,35 +29,37 @@ pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Resu
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, kernel, stride, padding);
     }
-    let opened = open(&x);
-    let x = opened.floats()?;
-    let out = |size: usize| (size + 2 * padding - kernel) / stride + 1;
-    let (ho, wo, patch) = (out(h), out(w), kernel * kernel * c);
-    let row_len = wo * patch;
-    let y = fill(n * ho * row_len, (CHUNK / row_len).max(1) * row_len, |range, rows| {
-        for (row, y) in (range.start / row_len..).zip(rows.chunks_exact_mut(row_len)) {
-            let (image, oh) = (row / ho, row % ho);
-            for (ow, y) in y.chunks_exact_mut(patch).enumerate() {
-                // The columns of the patch that lie in the image are contiguous in both.
-                let first = (ow * stride).max(padding);
-                let end = (ow * stride + kernel).min(w + padding);
-                if first >= end {
-                    continue;
-                }
-                let skipped = first - ow * stride;
-                let len = (end - first) * c;
-                for (kh, y) in y.chunks_exact_mut(kernel * c).enumerate() {
-                    let ih = oh * stride + kh;
-                    if ih < padding || ih >= h + padding {
+    by_element!(x.dtype(), T => {
+        let opened = open(&x);
+        let x: &[T] = opened.elements()?;
+        let out = |size: usize| (size + 2 * padding - kernel) / stride + 1;
+        let (ho, wo, patch) = (out(h), out(w), kernel * kernel * c);
+        let row_len = wo * patch;
+        let y = fill(n * ho * row_len, (CHUNK / row_len).max(1) * row_len, |range, rows| {
+            for (row, y) in (range.start / row_len..).zip(rows.chunks_exact_mut(row_len)) {
+                let (image, oh) = (row / ho, row % ho);
+                for (ow, y) in y.chunks_exact_mut(patch).enumerate() {
+                    // The columns of the patch that lie in the image are contiguous in both.
+                    let first = (ow * stride).max(padding);
+                    let end = (ow * stride + kernel).min(w + padding);
+                    if first >= end {
                         continue;
                     }
-                    let start = ((image * h + ih - padding) * w + first - padding) * c;
-                    y[skipped * c..][..len].copy_from_slice(&x[start..][..len]);
+                    let skipped = first - ow * stride;
+                    let len = (end - first) * c;
+                    for (kh, y) in y.chunks_exact_mut(kernel * c).enumerate() {
+                        let ih = oh * stride + kh;
+                        if ih < padding || ih >= h + padding {
+                            continue;
+                        }
+                        let start = ((image * h + ih - padding) * w + first - padding) * c;
+                        y[skipped * c..][..len].copy_from_slice(&x[start..][..len]);
+                    }
                 }
             }
-        }
-    });
-    cpu::tensor(y, (n, ho, wo, patch))
+        });
+        cpu::tensor(y, (n, ho, wo, patch))
+    })
 }
 
 #[cfg(test)]

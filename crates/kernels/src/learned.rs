@@ -2,6 +2,7 @@
 
 pub(crate) mod gpu;
 
+use crate::elements::Element;
 use crate::work::{CHUNK, generate};
 use std::ops::Range;
 
@@ -13,10 +14,10 @@ pub(crate) type Lanes = [f64; LANES];
 
 /// `len` elements and `N` sums over all of them. `f(range, elements)` computes the elements of a chunk, and its share
 /// of the sums; the shares are added up in order, so that the threads do not show.
-pub(crate) fn map_and_sum<const N: usize>(
+pub(crate) fn map_and_sum<T: Element, const N: usize>(
     len: usize,
-    f: impl Fn(Range<usize>, &mut [f32]) -> [f64; N] + Sync + Send,
-) -> (Vec<f32>, [f64; N]) {
+    f: impl Fn(Range<usize>, &mut [T]) -> [f64; N] + Sync + Send,
+) -> (Vec<T>, [f64; N]) {
     let (elements, shares) = generate(len, CHUNK, || (), |(), range, elements| f(range, elements));
     let mut sums = [0.0; N];
     for share in shares {

@@ -26,6 +26,7 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
+use crate::elements::{Element, by_element};
 use crate::learned::{LANES, Lanes, map_and_sum};
 use crate::work::{CHUNK, fill, parts};
 use crate::{Result, clamp, profiler, quantize};
@@ -68,9 +69,11 @@ pub fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
         return gpu::forward(&x, params);
     }
     let scale = Scale::of(params)?;
-    let opened = open(&x);
-    let x = opened.floats()?;
-    cpu::tensor(fill(x.len(), CHUNK, |part, y| quantize(&x[part], y, &scale)), opened.dims())
+    by_element!(x.dtype(), T => {
+        let opened = open(&x);
+        let x: &[T] = opened.elements()?;
+        cpu::tensor(fill(x.len(), CHUNK, |part, y| quantize(&x[part], y, &scale)), opened.dims())
+    })
 }
 
 /// The gradients, with `items` the `N` of `g`: the number of weights, or of the features of one image.
@@ -88,14 +91,16 @@ pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Re
         return gpu::backward(&x, &gy, params, g);
     }
     let scale = Scale::of(params)?;
-    let (opened, gy) = (open(&x), open(&gy));
-    let (x, gy) = (opened.floats()?, gy.floats()?);
-    let (gx, sums) = map_and_sum(x.len(), |part, gx| slopes(&x[part.clone()], &gy[part], gx, &scale));
     let sum = |sum: f64| cpu::tensor(vec![(g * sum) as f32], 1);
-    Ok(Gradients {
-        x: cpu::tensor(gx, opened.dims())?,
-        step: sum(sums[0])?,
-        offset: params.offset.map(|_| sum(sums[1])).transpose()?,
+    by_element!(x.dtype(), T => {
+        let (opened, gy) = (open(&x), open(&gy));
+        let (x, gy): (&[T], _) = (opened.elements()?, gy.elements()?);
+        let (gx, sums) = map_and_sum(x.len(), |part, gx| slopes(&x[part.clone()], &gy[part], gx, &scale));
+        Ok(Gradients {
+            x: cpu::tensor(gx, opened.dims())?,
+            step: sum(sums[0])?,
+            offset: params.offset.map(|_| sum(sums[1])).transpose()?,
+        })
     })
 }
 
@@ -110,10 +115,12 @@ pub fn initial_step(x: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let total = if crate::gpu::runs(x.device()) {
         gpu::magnitude(&x)?
     } else {
-        let opened = open(&x);
-        let x = opened.floats()?;
-        let total: f64 = parts(x.len(), 1, |part| magnitude(&x[part])).iter().sum();
-        cpu::tensor(vec![total as f32], 1)?
+        by_element!(x.dtype(), T => {
+            let opened = open(&x);
+            let x: &[T] = opened.elements()?;
+            let total: f64 = parts(x.len(), 1, |part| magnitude(&x[part])).iter().sum();
+            cpu::tensor(vec![total as f32], 1)?
+        })
     };
     let high = f64::from(levels(bits, signed).1);
     let step = (total * (2.0 / (x.elem_count() as f64 * high.sqrt())))?;
@@ -194,18 +201,18 @@ impl Scale {
 }
 
 simd! {
-    fn quantize(x: &[f32], y: &mut [f32], scale: &Scale) {
+    fn quantize<T: Element>(x: &[T], y: &mut [T], scale: &Scale) {
         let scale = *scale;
         for (y, x) in y.iter_mut().zip(x) {
-            let level = clamp(scale.position(*x).round_ties_even(), scale.levels);
-            *y = level.mul_add(scale.step, scale.offset);
+            let level = clamp(scale.position(x.float()).round_ties_even(), scale.levels);
+            *y = T::nearest(level.mul_add(scale.step, scale.offset));
         }
     }
 }
 
 simd! {
     /// The gradient of `x`; returns the sums of those of `s` and `β`.
-    fn slopes(x: &[f32], gy: &[f32], gx: &mut [f32], scale: &Scale) -> [f64; 2] {
+    fn slopes<T: Element>(x: &[T], gy: &[T], gx: &mut [T], scale: &Scale) -> [f64; 2] {
         let scale = *scale;
         let (low, high) = scale.levels;
         let mut sums: [Lanes; 2] = [[0.0; LANES]; 2];
@@ -213,14 +220,15 @@ simd! {
         for ((x, gy), gx) in x.chunks(LANES).zip(gy.chunks(LANES)).zip(gx.chunks_mut(LANES)) {
             let sums = by_step.iter_mut().zip(by_offset.iter_mut());
             for ((((by_step, by_offset), x), gy), gx) in sums.zip(x).zip(gy).zip(gx) {
-                let position = scale.position(*x);
+                let position = scale.position(x.float());
                 let slope = position.round_ties_even() - position;
                 let slope = if position <= low { low } else { slope };
                 let slope = if position >= high { high } else { slope };
                 let clipped = position <= low || position >= high;
-                *gx = if clipped { 0.0 } else { *gy };
+                *gx = if clipped { T::default() } else { *gy };
+                let gy = gy.float();
                 *by_step += f64::from(gy * slope);
-                *by_offset += f64::from(if clipped { *gy } else { 0.0 });
+                *by_offset += f64::from(if clipped { gy } else { 0.0 });
             }
         }
         sums.map(|lanes| lanes.iter().sum())
@@ -229,11 +237,11 @@ simd! {
 
 simd! {
     /// The sum of the absolute values.
-    fn magnitude(x: &[f32]) -> f64 {
+    fn magnitude<T: Element>(x: &[T]) -> f64 {
         let mut sums: Lanes = [0.0; LANES];
         for x in x.chunks(LANES) {
             for (sum, x) in sums.iter_mut().zip(x) {
-                *sum += f64::from(x.abs());
+                *sum += f64::from(x.float().abs());
             }
         }
         sums.iter().sum()

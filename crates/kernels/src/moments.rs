@@ -5,6 +5,7 @@
 //! the range of `f32`, is computed again, alone.
 
 use crate::cpu::simd;
+use crate::elements::Element;
 use crate::tile::{TILES, fold, tile_rows};
 
 /// Rows whose mean is the pivot, at least; fewer only where there are fewer.
@@ -92,7 +93,7 @@ impl MomentAccumulator {
     }
 
     /// Returns the moments of all rows that were added, which are `z`.
-    pub(crate) fn finish(self, z: &[f32]) -> Moments {
+    pub(crate) fn finish<T: Element>(self, z: &[T]) -> Moments {
         let Self { rows, pivot, mut min, mut max, sums, all_squares, .. } = self;
         let channels = sums.len();
         debug_assert_eq!(z.len(), rows * channels);
@@ -112,7 +113,7 @@ impl MomentAccumulator {
             if squares <= MAX_CANCELLATION * centred && MEAN_SQUARES.contains(&(squares / rows)) {
                 (f64::from(pivot[i]) + sum / rows, centred)
             } else {
-                in_two_passes(z[i..].iter().step_by(channels).map(|z| f64::from(*z)), rows)
+                in_two_passes(z[i..].iter().step_by(channels).map(|z| f64::from(z.float())), rows)
             }
         };
         let (mean, squares) = (0..channels).map(of_channel).unzip();

@@ -20,13 +20,13 @@ pub(crate) mod gpu;
 use crate::affine::AffineActivation;
 use crate::check::Check;
 use crate::cpu::{self, open, simd, values};
+use crate::elements::{Element, Sink, by_element};
 use crate::moments::{MomentAccumulator, Moments};
 use crate::tile::{TILES, block_rows, fold, tiled};
-use crate::work::{Written, blocks, parts, write_tiles};
+use crate::work::{Written, blocks, parts};
 use crate::{Activation, FeatureMap, Quantizer, Result, profiler};
 use candle_core::Tensor;
 use quant_core::{Bits, Grid};
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The statistics of a batch, each `[C]`.
@@ -76,14 +76,16 @@ pub fn channel_stats(z: &Tensor) -> Result<Stats> {
     if crate::gpu::runs(z.device()) {
         return gpu::channel_stats(&z);
     }
-    let opened = open(&z);
-    let z = opened.floats()?;
-    Stats::of_parts(parts(rows, c, |part| {
-        let z = &z[part.start * c..part.end * c];
-        let mut moments = MomentAccumulator::new(c);
-        z.chunks(block_rows(c) * c).for_each(|z| moments.add(z));
-        moments.finish(z)
-    }))
+    by_element!(z.dtype(), T => {
+        let opened = open(&z);
+        let z: &[T] = opened.elements()?;
+        Stats::of_parts(parts(rows, c, |part| {
+            let z = &z[part.start * c..part.end * c];
+            let (mut moments, mut floats) = (MomentAccumulator::new(c), Vec::new());
+            z.chunks(block_rows(c) * c).for_each(|z| moments.add(T::floats(z, &mut floats)));
+            moments.finish(z)
+        }))
+    })
 }
 
 /// `1 / √(variance + epsilon)`.
@@ -158,16 +160,18 @@ pub fn forward(
     }
     check.quantizer(quant)?;
     let affine = AffineActivation::new(&check, c, scale, shift, act)?;
-    let opened = open(&tensor);
-    let z = opened.floats()?;
-    FeatureMap::write(
-        opened.dims(),
-        (rows, c),
-        quant,
-        block_rows(c),
-        || (),
-        |(), rows, y| affine.write(&z[rows.start * c..rows.end * c], y),
-    )
+    by_element!(tensor.dtype(), T => {
+        let opened = open(&tensor);
+        let z: &[T] = opened.elements()?;
+        FeatureMap::write::<T, _>(
+            opened.dims(),
+            (rows, c),
+            quant,
+            block_rows(c),
+            || (),
+            |(), rows, y| affine.write(&z[rows.start * c..rows.end * c], y),
+        )
+    })
 }
 
 /// [`forward`] without a quantizer, on the CPU left to its readers ([`FeatureMap::Deferred`]).
@@ -318,7 +322,9 @@ impl Epilogue {
             Some(sums) => sums,
             None => {
                 let _note = self.note_sums();
-                found = self.read(|of| Ok(of.sums(open(&gy).floats()?)))?;
+                found = by_element!(gy.dtype(), T => {
+                    self.read::<T, _>(|of| Ok(of.sums(open(&gy).elements()?)))?
+                });
                 &found
             }
         };
@@ -346,7 +352,7 @@ impl Epilogue {
     }
 
     /// Opens the epilogue, and calls `f` with it.
-    fn read<R>(&self, f: impl FnOnce(&OpenEpilogue<'_>) -> Result<R>) -> Result<R> {
+    fn read<T: Element, R>(&self, f: impl FnOnce(&OpenEpilogue<'_, T>) -> Result<R>) -> Result<R> {
         let opened = open(&self.z);
         let (scale, shift) = (tiled(&self.scale)?, tiled(&self.shift)?);
         let mean = match self.mean() {
@@ -355,15 +361,15 @@ impl Epilogue {
         };
         let channels = self.scale.elem_count();
         let gate = Gate { bounds: self.act.bounds(), grid: self.quantizer().map(cpu::grid).transpose()? };
-        f(&OpenEpilogue { z: opened.floats()?, channels, scale, shift, mean, gate })
+        f(&OpenEpilogue { z: opened.elements()?, channels, scale, shift, mean, gate })
     }
 
     /// Opens what made an operation's input of dimensions `x`, if anything is known of it, and calls `f` with it.
-    pub(crate) fn read_below<R>(
+    pub(crate) fn read_below<T: Element, R>(
         below: Option<&Self>,
         check: &Check,
         x: &[usize],
-        f: impl FnOnce(Option<&OpenEpilogue<'_>>) -> Result<R>,
+        f: impl FnOnce(Option<&OpenEpilogue<'_, T>>) -> Result<R>,
     ) -> Result<R> {
         match below {
             None => f(None),
@@ -382,8 +388,8 @@ pub(crate) fn bytes_with(x: &FeatureMap, below: Option<&Epilogue>) -> usize {
 }
 
 /// An [`Epilogue`] open for reading, the values of channels repeated over the rows of a tile.
-pub(crate) struct OpenEpilogue<'a> {
-    z: &'a [f32],
+pub(crate) struct OpenEpilogue<'a, T> {
+    z: &'a [T],
     channels: usize,
     scale: Vec<f32>,
     shift: Vec<f32>,
@@ -391,19 +397,20 @@ pub(crate) struct OpenEpilogue<'a> {
     gate: Gate,
 }
 
-impl OpenEpilogue<'_> {
+impl<T: Element> OpenEpilogue<'_, T> {
     /// The elements of some rows.
     fn part(&self, rows: Range<usize>) -> Range<usize> {
         rows.start * self.channels..rows.end * self.channels
     }
 
     /// The sums over the whole of `gy`.
-    fn sums(&self, gy: &[f32]) -> GradientSums {
+    fn sums(&self, gy: &[T]) -> GradientSums {
         let (c, per_block) = (self.channels, block_rows(self.channels));
         let found = parts(gy.len() / c, c, |part| {
-            let mut sums = GradientAccumulator::new(self);
+            let (mut sums, mut floats) = (GradientAccumulator::new(self), Vec::new());
             for start in part.clone().step_by(per_block) {
-                sums.add(start, &gy[self.part(start..part.end.min(start + per_block))]);
+                let gy = &gy[self.part(start..part.end.min(start + per_block))];
+                sums.add(start, T::floats(gy, &mut floats));
             }
             sums.finish()
         });
@@ -427,8 +434,8 @@ impl GradientSums {
 }
 
 /// Adds up the [`GradientSums`] of rows, block by block.
-pub(crate) struct GradientAccumulator<'a> {
-    of: &'a OpenEpilogue<'a>,
+pub(crate) struct GradientAccumulator<'a, T> {
+    of: &'a OpenEpilogue<'a, T>,
     /// Tiles in the next two, which have one element for each position of a tile. They are folded after the block
     /// that brings them to [`TILES`].
     tiles: usize,
@@ -437,8 +444,8 @@ pub(crate) struct GradientAccumulator<'a> {
     sums: GradientSums,
 }
 
-impl<'a> GradientAccumulator<'a> {
-    pub(crate) fn new(of: &'a OpenEpilogue<'a>) -> Self {
+impl<'a, T: Element> GradientAccumulator<'a, T> {
+    pub(crate) fn new(of: &'a OpenEpilogue<'a, T>) -> Self {
         let tile = || vec![0.0; of.scale.len()];
         let sums = || vec![0.0; of.channels];
         Self { of, tiles: 0, g: tile(), products: tile(), sums: GradientSums { g: sums(), products: sums() } }
@@ -489,33 +496,41 @@ impl DeferredGradient {
         if crate::gpu::runs(z.device()) {
             return gpu::gradient(&self.of, &self.gy, &self.slope, &self.offset);
         }
-        self.read(|gradient| {
+        by_element!(z.dtype(), T => self.read::<T, _>(|gradient| {
             let c = gradient.of.channels;
             let size = (z.elem_count() / c, c);
-            let (gz, _) = blocks(size, block_rows(c), || (), |(), rows, gz| (gradient.rows(rows, gz), ()));
+            let (gz, _) = blocks(
+                size,
+                block_rows(c),
+                || (),
+                |(), rows, gz| (gradient.rows(rows, Sink::<T>::Floats(gz)), ()),
+            );
             cpu::tensor(gz, z.dims())
-        })
+        }))
     }
 
     /// Opens the gradient, and calls `f` with it.
-    pub(crate) fn read<R>(&self, f: impl FnOnce(&OpenGradient<'_>) -> Result<R>) -> Result<R> {
+    pub(crate) fn read<T: Element, R>(
+        &self,
+        f: impl FnOnce(&OpenGradient<'_, T>) -> Result<R>,
+    ) -> Result<R> {
         let gy = open(&self.gy);
-        let (gy, slope, offset) = (gy.floats()?, tiled(&self.slope)?, tiled(&self.offset)?);
+        let (gy, slope, offset) = (gy.elements()?, tiled(&self.slope)?, tiled(&self.offset)?);
         self.of.read(|of| f(&OpenGradient { of, gy, slope, offset }))
     }
 }
 
 /// A [`DeferredGradient`] with its tensors open for reading.
-pub(crate) struct OpenGradient<'a> {
-    of: &'a OpenEpilogue<'a>,
-    gy: &'a [f32],
+pub(crate) struct OpenGradient<'a, T> {
+    of: &'a OpenEpilogue<'a, T>,
+    gy: &'a [T],
     slope: Vec<f32>,
     offset: Vec<f32>,
 }
 
-impl OpenGradient<'_> {
+impl<T: Element> OpenGradient<'_, T> {
     /// Writes the gradient of some rows.
-    pub(crate) fn rows<'z>(&self, rows: Range<usize>, gz: &'z mut [MaybeUninit<f32>]) -> Written<'z> {
+    pub(crate) fn rows<'z, Z: Element>(&self, rows: Range<usize>, gz: Sink<'z, Z>) -> Written<'z> {
         let OpenEpilogue { z, scale, shift, mean, gate, .. } = self.of;
         let part = self.of.part(rows);
         let (z, gy) = (&z[part.clone()], &self.gy[part]);
@@ -554,8 +569,8 @@ fn gated(u: f32, gy: f32, (lo, hi): (f32, f32), passes: impl Fn(f32) -> bool) ->
 
 simd! {
     /// Adds `g` and `g·(z − mean)` of some rows to the sums of a tile.
-    fn add_batch_sums(
-        z: &[f32],
+    fn add_batch_sums<T: Element>(
+        z: &[T],
         gy: &[f32],
         scale: &[f32],
         shift: &[f32],
@@ -576,8 +591,8 @@ simd! {
 
 /// Adds some tiles at a time, as the sums are loaded and stored each time.
 #[inline(always)]
-fn add_tiles(
-    z: &[f32],
+fn add_tiles<T: Element>(
+    z: &[T],
     gy: &[f32],
     channels: [&[f32]; 3],
     sum: &mut [f32],
@@ -588,7 +603,8 @@ fn add_tiles(
     let (groups, of_gy) = (z.chunks_exact(4 * tile), gy.chunks_exact(4 * tile));
     let rest = groups.remainder().chunks(tile).zip(of_gy.remainder().chunks(tile));
     for (z, gy) in groups.zip(of_gy) {
-        let [z, gy] = [z, gy].map(|all| std::array::from_fn::<_, 4, _>(|i| &all[i * tile..][..tile]));
+        let z = std::array::from_fn::<_, 4, _>(|i| &z[i * tile..][..tile]);
+        let gy = std::array::from_fn(|i| &gy[i * tile..][..tile]);
         add_products(z, gy, channels, sum, product, g);
     }
     for (z, gy) in rest {
@@ -597,8 +613,8 @@ fn add_tiles(
 }
 
 #[inline(always)]
-fn add_products<const N: usize>(
-    z: [&[f32]; N],
+fn add_products<T: Element, const N: usize>(
+    z: [&[T]; N],
     gy: [&[f32]; N],
     channels: [&[f32]; 3],
     sum: &mut [f32],
@@ -612,9 +628,10 @@ fn add_products<const N: usize>(
     for i in 0..n {
         let (mut s, mut p) = (sum[i], product[i]);
         for (z, gy) in z.iter().zip(&gy) {
-            let g = g(z[i].mul_add(scale[i], shift[i]), gy[i]);
+            let z = z[i].float();
+            let g = g(z.mul_add(scale[i], shift[i]), gy[i]);
             s += g;
-            p = g.mul_add(z[i] - mean[i], p);
+            p = g.mul_add(z - mean[i], p);
         }
         (sum[i], product[i]) = (s, p);
     }
@@ -622,10 +639,10 @@ fn add_products<const N: usize>(
 
 simd! {
     /// `∂z = scale·g + slope·(z − mean) + offset`.
-    fn gradient<'z>(
-        z: &[f32],
-        gy: &[f32],
-        gz: &'z mut [MaybeUninit<f32>],
+    fn gradient<'z, T: Element, Z: Element>(
+        z: &[T],
+        gy: &[T],
+        gz: Sink<'z, Z>,
         scale: &[f32],
         shift: &[f32],
         mean: &[f32],
@@ -634,24 +651,24 @@ simd! {
         gate: Gate,
     ) -> Written<'z> {
         #[inline(always)]
-        fn tiles<'z>(
-            z: &[f32],
-            gy: &[f32],
-            gz: &'z mut [MaybeUninit<f32>],
+        fn tiles<'z, T: Element, Z: Element>(
+            z: &[T],
+            gy: &[T],
+            gz: Sink<'z, Z>,
             [scale, shift, mean, slope, offset]: [&[f32]; 5],
             g: impl Fn(f32, f32) -> f32 + Copy,
         ) -> Written<'z> {
             assert!(z.len() == gy.len() && z.len() == gz.len());
-            let gz = write_tiles(gz, scale.len(), |start, n| {
+            gz.write_tiles(scale.len(), |start, n| {
                 let (z, gy) = (&z[start..][..n], &gy[start..][..n]);
                 let (scale, shift, mean) = (&scale[..n], &shift[..n], &mean[..n]);
                 let (slope, offset) = (&slope[..n], &offset[..n]);
                 move |i| {
-                    let g = g(z[i].mul_add(scale[i], shift[i]), gy[i]);
-                    scale[i].mul_add(g, slope[i].mul_add(z[i] - mean[i], offset[i]))
+                    let z = z[i].float();
+                    let g = g(z.mul_add(scale[i], shift[i]), gy[i].float());
+                    scale[i].mul_add(g, slope[i].mul_add(z - mean[i], offset[i]))
                 }
-            });
-            gz.into()
+            })
         }
         let (channels, bounds) = ([scale, shift, mean, slope, offset], gate.bounds);
         match gate.grid {

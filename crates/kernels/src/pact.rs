@@ -13,6 +13,7 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
+use crate::elements::{Element, by_element};
 use crate::learned::{LANES, Lanes, map_and_sum};
 use crate::work::{CHUNK, fill};
 use crate::{Result, profiler};
@@ -37,9 +38,11 @@ pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<T
     }
     let alpha = bound(&alpha)?;
     let grid = if signed { Grid::symmetric(alpha, bits) } else { Grid::spanning(0.0, alpha, bits) };
-    let opened = open(&x);
-    let x = opened.floats()?;
-    cpu::tensor(fill(x.len(), CHUNK, |part, y| quantize(&x[part], y, &grid)), opened.dims())
+    by_element!(x.dtype(), T => {
+        let opened = open(&x);
+        let x: &[T] = opened.elements()?;
+        cpu::tensor(fill(x.len(), CHUNK, |part, y| quantize(&x[part], y, &grid)), opened.dims())
+    })
 }
 
 /// The gradients of `x` and of `α`. They do not depend on the bits.
@@ -52,12 +55,14 @@ pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result
         return gpu::backward(&x, &gy, &alpha, signed);
     }
     let alpha = bound(&alpha)?;
-    let (opened, gy) = (open(&x), open(&gy));
-    let (x, gy) = (opened.floats()?, gy.floats()?);
     let low = if signed { -alpha } else { 0.0 };
-    let (gx, [sum]) =
-        map_and_sum(x.len(), |part, gx| [pass(&x[part.clone()], &gy[part], gx, low, alpha, signed)]);
-    Ok(Gradients { x: cpu::tensor(gx, opened.dims())?, alpha: cpu::tensor(vec![sum as f32], 1)? })
+    by_element!(x.dtype(), T => {
+        let (opened, gy) = (open(&x), open(&gy));
+        let (x, gy): (&[T], _) = (opened.elements()?, gy.elements()?);
+        let (gx, [sum]) =
+            map_and_sum(x.len(), |part, gx| [pass(&x[part.clone()], &gy[part], gx, low, alpha, signed)]);
+        Ok(Gradients { x: cpu::tensor(gx, opened.dims())?, alpha: cpu::tensor(vec![sum as f32], 1)? })
+    })
 }
 
 /// The value of `α`, where one below 0 stands for 0; NaN stays NaN.
@@ -67,24 +72,26 @@ fn bound(alpha: &Tensor) -> Result<f32> {
 }
 
 simd! {
-    fn quantize(x: &[f32], y: &mut [f32], grid: &Grid) {
+    fn quantize<T: Element>(x: &[T], y: &mut [T], grid: &Grid) {
         let grid = *grid;
         for (y, x) in y.iter_mut().zip(x) {
-            *y = grid.fake(*x);
+            *y = T::nearest(grid.fake(x.float()));
         }
     }
 }
 
 simd! {
     /// The gradient of `x`; returns that of `α`.
-    fn pass(x: &[f32], gy: &[f32], gx: &mut [f32], low: f32, high: f32, signed: bool) -> f64 {
+    fn pass<T: Element>(x: &[T], gy: &[T], gx: &mut [T], low: f32, high: f32, signed: bool) -> f64 {
         let below = if signed { -1.0 } else { 0.0 };
         let mut sums: Lanes = [0.0; LANES];
         for ((x, gy), gx) in x.chunks(LANES).zip(gy.chunks(LANES)).zip(gx.chunks_mut(LANES)) {
             for (((sum, x), gy), gx) in sums.iter_mut().zip(x).zip(gy).zip(gx) {
-                *gx = if *x > low && *x < high { *gy } else { 0.0 };
-                let low_share = if *x <= low { below * gy } else { 0.0 };
-                let share = if *x >= high { *gy } else { low_share };
+                let x = x.float();
+                *gx = if x > low && x < high { *gy } else { T::default() };
+                let gy = gy.float();
+                let low_share = if x <= low { below * gy } else { 0.0 };
+                let share = if x >= high { gy } else { low_share };
                 *sum += f64::from(share);
             }
         }

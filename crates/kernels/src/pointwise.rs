@@ -18,12 +18,12 @@ use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
 use crate::check::Check;
 use crate::cpu::{self, open};
-use crate::elements::{Stored, signed_levels};
+use crate::elements::{Element, Sink, Stored, by_element, signed_levels};
 use crate::feature::Operand;
 use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue, Stats,
 };
-use crate::product::{self, IntegerPanels, LANES, Left, Operands, Panels};
+use crate::product::{self, IntegerPanels, LANES, Operands, Panels};
 use crate::work::{CHUNK, Progress, Written, append, blocks, fill};
 use crate::{Activation, FeatureMap, ProductSizes, Quantizer, Result, Weight, profiler};
 use candle_core::Tensor;
@@ -38,7 +38,7 @@ pub fn forward<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result
     if crate::gpu::runs(w.value.device()) {
         return gpu::forward(&check, &x, w);
     }
-    with_product(&check, &x, w, |product| blockwise::plain(product))
+    by_element!(x.dtype(), T => with_product::<T, _>(&check, &x, w, |product| blockwise::plain(product)))
 }
 
 /// [`forward`], with the statistics of `z`.
@@ -49,7 +49,7 @@ pub fn forward_stats<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> 
         let stats = norm::channel_stats(&z)?;
         return Ok((z, stats));
     }
-    with_product(&check, &x, w, |product| blockwise::with_stats(product))
+    by_element!(x.dtype(), T => with_product::<T, _>(&check, &x, w, |product| blockwise::with_stats(product)))
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
@@ -66,10 +66,10 @@ pub fn forward_normalized<'a>(
         return norm::forward(&z, scale, shift, act, quant);
     }
     check.quantizer(quant)?;
-    with_product(&check, &x, w, |product| {
+    by_element!(x.dtype(), T => with_product::<T, _>(&check, &x, w, |product| {
         let affine = AffineActivation::new(&check, product.sizes.columns, scale, shift, act)?;
         blockwise::normalized(product, &affine, quant)
-    })
+    }))
 }
 
 /// The gradient of the input: `∂z[…, Cout] · wᵀ`, of shape `[…, Cin]`.
@@ -86,10 +86,12 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w);
     }
-    let panels = Panels::transposed(open(&w).floats()?, depth);
-    let opened = open(&gz);
-    let factors = Factors::Floats(Operand::Stored(Stored::Float(opened.floats()?)), panels);
-    blockwise::plain(&Product { factors, dims: with_channels(gz.dims(), columns), sizes })
+    by_element!(gz.dtype(), T => {
+        let panels = Panels::<T>::transposed(open(&w).floats()?, depth);
+        let opened = open(&gz);
+        let factors = Factors::Floats(Operand::Stored(Stored::Floats(opened.elements()?)), panels);
+        blockwise::plain(&Product { factors, dims: with_channels(gz.dims(), columns), sizes })
+    })
 }
 
 /// The gradient of the weight: `xᵀ · ∂z`, of shape `[Cin, Cout]`.
@@ -101,16 +103,16 @@ pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_weight(&check, &x, gz);
     }
-    x.read(&check, "x", |x| {
-        let gz = check.float("gz", gz)?;
+    let gz = check.dtype("gz", gz, x.dtype())?;
+    by_element!(x.dtype(), T => x.read::<T, _>(&check, "x", |x| {
         let gz = open(&gz);
-        let gz = gz.floats()?;
-        let of_rows = |rows: Range<usize>, block: &mut Vec<f32>| {
+        let gz = gz.elements()?;
+        let of_rows = |rows: Range<usize>, block: &mut Vec<T>| {
             block.extend_from_slice(&gz[rows.start * columns..rows.end * columns]);
         };
         let (gw, ..) = gradients(x, of_rows, None, sizes);
         cpu::tensor(gw, (depth, columns))
-    })
+    }))
 }
 
 /// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([Cin, Cout], […, Cin])`. `below` is what
@@ -133,18 +135,20 @@ pub fn backward(
         let gz = gz.tensor()?;
         return Ok((gpu::grad_weight(&check, &x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?.into()));
     }
-    let transposed = Panels::transposed(open(&w).floats()?, columns);
-    let (gw, gx, sums) = x.read(&check, "x", |x| {
-        gz.read(|gz| {
-            Epilogue::read_below(below, &check, dims, |below| {
-                let of_rows = |rows: Range<usize>, block: &mut Vec<f32>| {
-                    append(block, rows.len() * columns, |block| gz.rows(rows, block));
-                };
-                Ok(gradients(x, of_rows, Some((&transposed, below)), sizes))
+    by_element!(x.dtype(), T => {
+        let transposed = Panels::<T>::transposed(open(&w).floats()?, columns);
+        let (gw, gx, sums) = x.read(&check, "x", |x| {
+            gz.read::<T, _>(|gz| {
+                Epilogue::read_below(below, &check, dims, |below| {
+                    let of_rows = |rows: Range<usize>, block: &mut Vec<T>| {
+                        append(block, rows.len() * columns, |block| gz.rows(rows, Sink::Floats(block)));
+                    };
+                    Ok(gradients(x, of_rows, Some((&transposed, below)), sizes))
+                })
             })
-        })
-    })?;
-    Ok((cpu::tensor(gw, (depth, columns))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
+        })?;
+        Ok((cpu::tensor(gw, (depth, columns))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
+    })
 }
 
 /// The sizes of the forward product, from `x[…, depth]` and `gz[…, columns]`.
@@ -171,11 +175,11 @@ fn forward_sizes(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Product
 }
 
 /// Checks the operands of a forward product, and calls `f` with it.
-fn with_product<R>(
+fn with_product<T: Element, R>(
     check: &Check,
     x: &FeatureMap,
     w: Weight<'_>,
-    f: impl FnOnce(&Product<'_>) -> Result<R>,
+    f: impl FnOnce(&Product<'_, T>) -> Result<R>,
 ) -> Result<R> {
     let sizes = forward_sizes(check, x, w)?;
     let ProductSizes { rows, columns, depth } = sizes;
@@ -198,12 +202,12 @@ fn with_product<R>(
 }
 
 /// The levels of both operands, if each of the weights fits a signed byte: so with up to 7 bits.
-fn level_factors<'a>(
+fn level_factors<'a, T: Element>(
     check: &Check,
     (x, x_grid): (&'a [u8], Grid),
     w: &Tensor,
     quant: Quantizer<'_>,
-) -> Result<Option<Factors<'a>>> {
+) -> Result<Option<Factors<'a, T>>> {
     check.grids(w, quant)?;
     if quant.bits.max_level() > 127 {
         return Ok(None);
@@ -223,14 +227,14 @@ fn level_factors<'a>(
 }
 
 /// The operands of a forward product.
-enum Factors<'a> {
-    Floats(Operand<'a>, Panels),
+enum Factors<'a, T: Element> {
+    Floats(Operand<'a, T>, Panels<T>),
     Levels { x: &'a [u8], zero_point: i32, w: IntegerPanels, scale: Vec<f32> },
 }
 
 /// A forward product, whose result has the dimensions `dims`.
-struct Product<'a> {
-    factors: Factors<'a>,
+struct Product<'a, T: Element> {
+    factors: Factors<'a, T>,
     dims: Vec<usize>,
     sizes: ProductSizes,
 }
@@ -240,8 +244,9 @@ fn rows_per_block(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
     (4 * CHUNK / (depth + columns)).max(64).next_multiple_of(8)
 }
 
-impl Blockwise for Product<'_> {
-    type Scratch = Vec<f32>;
+impl<T: Element> Blockwise for Product<'_, T> {
+    type Element = T;
+    type Scratch = (Vec<T>, Operands<T>);
 
     fn dims(&self) -> &[usize] {
         &self.dims
@@ -251,13 +256,13 @@ impl Blockwise for Product<'_> {
         rows_per_block(self.sizes)
     }
 
-    fn scratch(&self) -> Vec<f32> {
-        Vec::new()
+    fn scratch(&self) -> Self::Scratch {
+        Default::default()
     }
 
     fn compute<'z>(
         &self,
-        scratch: &mut Vec<f32>,
+        (elements, operands): &mut Self::Scratch,
         rows: Range<usize>,
         z: &'z mut [MaybeUninit<f32>],
     ) -> Written<'z> {
@@ -268,8 +273,8 @@ impl Blockwise for Product<'_> {
                 product::set_levels(&x[part], depth, *zero_point, w, scale, z)
             }
             Factors::Floats(x, panels) => {
-                let x = Left::rows(x.part(part).floats(scratch), depth);
-                product::set(x, panels.right(), ProductSizes { rows: rows.len(), ..self.sizes }, z)
+                let x = x.part(part).elements(elements);
+                product::set(x, panels, ProductSizes { rows: rows.len(), ..self.sizes }, operands, z)
             }
         }
     }
@@ -281,20 +286,20 @@ const PARTIAL_SUMS: usize = 1 << 20;
 /// The gradients of a forward product, where `gz(rows, block)` appends these rows of `∂z`: of the weight, and, if the
 /// transposed weight is given, of the input, with the sums of what made it. The weight's and these are summed up in
 /// parts, whose number depends on the shape alone.
-fn gradients(
-    x: Operand<'_>,
-    gz: impl Fn(Range<usize>, &mut Vec<f32>) + Sync + Send,
-    input: Option<(&Panels, Option<&OpenEpilogue<'_>>)>,
+fn gradients<T: Element>(
+    x: Operand<'_, T>,
+    gz: impl Fn(Range<usize>, &mut Vec<T>) + Sync + Send,
+    input: Option<(&Panels<T>, Option<&OpenEpilogue<'_, T>>)>,
     sizes: ProductSizes,
-) -> (Vec<f32>, Vec<f32>, Option<GradientSums>) {
+) -> (Vec<f32>, Vec<T>, Option<GradientSums>) {
     let ProductSizes { rows, columns, depth } = sizes;
     let per_block = rows_per_block(sizes);
     let parts = (PARTIAL_SUMS / (depth * columns)).clamp(4, 16);
     let per_part = rows.div_ceil(parts).next_multiple_of(per_block);
     let width = if input.is_some() { depth } else { 0 };
     let room = per_block.min(rows) * columns + LANES;
-    let init = || (Vec::with_capacity(room), Vec::new(), Operands::default());
-    let (gx, parts) = blocks((rows, width), per_part, init, |(block, floats, operands), rows, gx| {
+    let init = || (Vec::with_capacity(room), Vec::new(), Vec::new(), Operands::default());
+    let (gx, parts) = blocks((rows, width), per_part, init, |(block, elements, floats, operands), rows, gx| {
         let mut gw = vec![0.0; depth * columns];
         let mut sums = input.and_then(|(_, below)| below).map(GradientAccumulator::new);
         let mut gx = Progress::new(gx);
@@ -304,16 +309,17 @@ fn gradients(
             block.clear();
             gz(rows.clone(), block);
             // What is read beyond the last row.
-            block.extend_from_slice(&[0.0; LANES]);
+            block.extend_from_slice(&[T::default(); LANES]);
             if let Some((w, _)) = input {
                 let sizes = ProductSizes { rows: m, columns: depth, depth: columns };
-                let gz = Left::rows(&block[..m * columns], columns);
-                let gx = gx.next(m * depth, |gx| product::set(gz, w.right(), sizes, gx));
+                let gz = &block[..m * columns];
+                let gx =
+                    T::next_floats(&mut gx, m * depth, floats, |gx| product::set(gz, w, sizes, operands, gx));
                 if let Some(sums) = &mut sums {
                     sums.add(start, gx);
                 }
             }
-            let x = x.part(rows.start * depth..rows.end * depth).floats(floats);
+            let x = x.part(rows.start * depth..rows.end * depth).elements(elements);
             let sizes = ProductSizes { rows: depth, columns, depth: m };
             product::add_transposed(x, block, sizes, operands, &mut gw);
         }

@@ -4,6 +4,7 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
+use crate::elements::{Element, by_element};
 use crate::work::{CHUNK, fill, generate};
 use crate::{FeatureMap, Result, profiler};
 use candle_core::{DType, Tensor};
@@ -19,14 +20,14 @@ pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
     }
     let image = h * w * c;
     let images = (CHUNK / image).max(1);
-    x.read(&check, "x", |x| {
-        let mean = |floats: &mut Vec<f32>, range: Range<usize>, y: &mut [f32]| {
+    by_element!(x.dtype(), T => x.read::<T, _>(&check, "x", |x| {
+        let mean = |elements: &mut Vec<T>, range: Range<usize>, y: &mut [f32]| {
             for (at, y) in (range.start / c..).zip(y.chunks_exact_mut(c)) {
-                mean_rows(x.part(at * image..(at + 1) * image).floats(floats), h * w, y);
+                mean_rows(x.part(at * image..(at + 1) * image).elements(elements), h * w, y);
             }
         };
         cpu::tensor(generate(n * c, images * c, Vec::new, mean).0, (n, c))
-    })
+    }))
 }
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the means, `[N, C]`.
@@ -34,7 +35,7 @@ pub fn backward(gy: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     backward_as(gy, h, w, DType::F32)
 }
 
-/// [`backward`] in a given dtype: `F32`, on a GPU also `BF16`.
+/// [`backward`] in a given dtype: `F32` or `BF16`.
 pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tensor> {
     let check = Check("pool::backward");
     if gy.rank() != 2 || gy.elem_count() == 0 {
@@ -45,30 +46,29 @@ pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tens
     if crate::gpu::runs(gy.device()) {
         return gpu::backward(&gy, h, w, dtype);
     }
-    if dtype != DType::F32 {
-        return Err(check.setting(format!("a gradient in {dtype:?} on the CPU, which has F32")));
-    }
     let (n, c) = gy.dims2()?;
     let opened = open(&gy);
     let gy = opened.floats()?;
     let share = 1.0 / (h * w) as f32;
-    let gx = fill(n * h * w * c, h * w * c, |range, gx| {
-        let gy = &gy[range.start / (h * w)..][..c];
-        for gx in gx.chunks_exact_mut(c) {
-            for (gx, gy) in gx.iter_mut().zip(gy) {
-                *gx = gy * share;
+    by_element!(dtype, T => {
+        let gx = fill(n * h * w * c, h * w * c, |range, gx| {
+            let gy = &gy[range.start / (h * w)..][..c];
+            for gx in gx.chunks_exact_mut(c) {
+                for (gx, gy) in gx.iter_mut().zip(gy) {
+                    *gx = T::nearest(gy * share);
+                }
             }
-        }
-    });
-    cpu::tensor(gx, (n, h, w, c))
+        });
+        cpu::tensor(gx, (n, h, w, c))
+    })
 }
 
 simd! {
     /// The mean of the rows of `x` into `y`, which comes zeroed.
-    fn mean_rows(x: &[f32], rows: usize, y: &mut [f32]) {
+    fn mean_rows<T: Element>(x: &[T], rows: usize, y: &mut [f32]) {
         for x in x.chunks_exact(y.len()) {
             for (y, x) in y.iter_mut().zip(x) {
-                *y += x;
+                *y += x.float();
             }
         }
         for y in y {

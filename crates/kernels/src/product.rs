@@ -1,4 +1,4 @@
-//! The matrix products behind [`crate::pointwise`]: of floats, and of quantization levels.
+//! The matrix products behind [`crate::pointwise`]: of floats, of halves of floats, and of quantization levels.
 //!
 //! A feature map has many rows and few channels, so a product is done for a block of rows that stays in
 //! cache, and whatever else is to be done with these rows follows at once. Within a block, a tile of some
@@ -7,12 +7,17 @@
 //! The left operand is read one element at a time, the right one by vectors. Weights are packed into [`Panels`]
 //! first; feature maps are read where they lie, unless both are wide ([`add_transposed`]).
 //!
+//! Halves (`bf16`) are multiplied in pairs of neighbours in the depth, as processors with AVX512-BF16 do, whose sums may
+//! differ from those of others in the last bits.
+//!
 //! Integer products are exact, so they have the same bits by their nature. AVX-512 VNNI multiplies unsigned by
 //! signed bytes and adds up four products at a time.
 
 use crate::ProductSizes;
 use crate::cpu::{Instructions, simd};
+use crate::elements::Element;
 use crate::work::Written;
+use half::bf16;
 use std::mem::MaybeUninit;
 
 /// Columns of a vector: one register of AVX-512, two of AVX2.
@@ -21,28 +26,161 @@ pub(crate) const LANES: usize = 16;
 /// Rows of a tile.
 const ROWS: usize = 8;
 
-/// About as much of the depth as tiles sum up in one go: so much of 3 vectors of columns, 27 KiB, stays in the
+/// About as much of the depth as tiles sum up in one go, in factors: so much of 3 vectors of columns, 27 KiB, stays in the
 /// first-level cache while the rows pass. Sums that go on begin with what the result holds: the same bits.
 const DEPTH: usize = 144;
 
-/// A matrix that is read by elements, 8 rows at a time: `(i, p)` is at `i/8·panel + i%8·row + p·depth`.
+/// What is multiplied at once.
+pub(crate) trait Factor: Copy + Default + Send + Sync {
+    /// What it is made of.
+    type Element: Element<Factor = Self>;
+
+    /// How many elements, neighbours in the depth.
+    const ELEMENTS: usize;
+
+    /// The factors of `rows` of `depth` elements each, the missing ones of the last factor of a row 0.
+    fn of_rows<'a>(rows: &'a [Self::Element], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self];
+
+    /// The factors of rows of `columns` elements each, as rows of so many factors. As many elements follow the last row
+    /// as are `left_over`, and so many factors follow the last one; what they are has no effect.
+    fn of_columns<'a>(
+        rows: &'a [Self::Element],
+        columns: usize,
+        left_over: usize,
+        factors: &'a mut Vec<Self>,
+    ) -> &'a [Self];
+
+    /// `sum + a·b` in each lane.
+    fn add_product(a: Self, b: [Self; LANES], sum: [f32; LANES]) -> [f32; LANES];
+
+    /// [`product`], by the instructions that the machine has.
+    fn product(
+        a: Left<Self>,
+        b: Right<Self>,
+        sizes: ProductSizes,
+        c: &mut [MaybeUninit<f32>],
+        add: bool,
+        most: usize,
+    ) {
+        product(a, b, sizes, c, add, most);
+    }
+}
+
+impl Factor for f32 {
+    type Element = Self;
+
+    const ELEMENTS: usize = 1;
+
+    fn of_rows<'a>(rows: &'a [Self], _: usize, _: &'a mut Vec<Self>) -> &'a [Self] {
+        rows
+    }
+
+    fn of_columns<'a>(rows: &'a [Self], _: usize, _: usize, _: &'a mut Vec<Self>) -> &'a [Self] {
+        rows
+    }
+
+    #[inline(always)]
+    fn add_product(a: Self, b: [Self; LANES], mut sum: [f32; LANES]) -> [f32; LANES] {
+        for lane in 0..LANES {
+            sum[lane] = a.mul_add(b[lane], sum[lane]);
+        }
+        sum
+    }
+}
+
+/// Two halves that are neighbours in the depth.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub(crate) struct Pair([bf16; 2]);
+
+impl Factor for Pair {
+    type Element = bf16;
+
+    const ELEMENTS: usize = 2;
+
+    fn of_rows<'a>(rows: &'a [bf16], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
+        if depth.is_multiple_of(2) {
+            // SAFETY: pairs are so many halves.
+            #[allow(unsafe_code)]
+            return unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), rows.len() / 2) };
+        }
+        factors.clear();
+        let pair = |pair: &[bf16]| Self([pair[0], pair.get(1).copied().unwrap_or_default()]);
+        rows.chunks_exact(depth).for_each(|row| factors.extend(row.chunks(2).map(pair)));
+        factors
+    }
+
+    fn of_columns<'a>(
+        rows: &'a [bf16],
+        columns: usize,
+        left_over: usize,
+        factors: &'a mut Vec<Self>,
+    ) -> &'a [Self] {
+        factors.clear();
+        interleave(&rows[..rows.len() - left_over], columns, factors);
+        factors.extend(std::iter::repeat_n(Self::default(), left_over));
+        factors
+    }
+
+    #[inline(always)]
+    fn add_product(a: Self, b: [Self; LANES], mut sum: [f32; LANES]) -> [f32; LANES] {
+        for i in 0..2 {
+            for lane in 0..LANES {
+                sum[lane] = a.0[i].float().mul_add(b[lane].0[i].float(), sum[lane]);
+            }
+        }
+        sum
+    }
+
+    fn product(
+        a: Left<Self>,
+        b: Right<Self>,
+        sizes: ProductSizes,
+        c: &mut [MaybeUninit<f32>],
+        add: bool,
+        most: usize,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if Instructions::current() >= Instructions::WIDE && is_x86_feature_detected!("avx512bf16") {
+            // SAFETY: the machine has the instructions.
+            #[allow(unsafe_code)]
+            return unsafe { dot::product(a, b, sizes, c, add, most) };
+        }
+        product(a, b, sizes, c, add, most);
+    }
+}
+
+simd! {
+    /// Appends the pairs of rows that follow each other, a missing one being 0.
+    fn interleave(rows: &[bf16], columns: usize, pairs: &mut Vec<Pair>) {
+        for rows in rows.chunks(2 * columns) {
+            let (first, second) = rows.split_at(columns);
+            match second.len() {
+                0 => pairs.extend(first.iter().map(|first| Pair([*first, bf16::ZERO]))),
+                _ => pairs.extend(first.iter().zip(second).map(|(first, second)| Pair([*first, *second]))),
+            }
+        }
+    }
+}
+
+/// A matrix that is read by factors, 8 rows at a time: `(i, p)` is at `i/8·panel + i%8·row + p·depth`.
 #[derive(Clone, Copy)]
-pub(crate) struct Left<'a> {
-    elements: &'a [f32],
+pub(crate) struct Left<'a, F> {
+    factors: &'a [F],
     panel: usize,
     row: usize,
     depth: usize,
 }
 
-impl<'a> Left<'a> {
+impl<'a, F> Left<'a, F> {
     /// `a[rows, depth]` as it lies in memory.
-    pub(crate) fn rows(elements: &'a [f32], depth: usize) -> Self {
-        Self { elements, panel: ROWS * depth, row: depth, depth: 1 }
+    fn rows(factors: &'a [F], depth: usize) -> Self {
+        Self { factors, panel: ROWS * depth, row: depth, depth: 1 }
     }
 
     /// The transpose of `a[depth, rows]` as it lies in memory.
-    fn columns(elements: &'a [f32], rows: usize) -> Self {
-        Self { elements, panel: ROWS, row: 1, depth: rows }
+    fn columns(factors: &'a [F], rows: usize) -> Self {
+        Self { factors, panel: ROWS, row: 1, depth: rows }
     }
 
     #[inline(always)]
@@ -53,17 +191,17 @@ impl<'a> Left<'a> {
 
 /// A matrix that is read by vectors: columns `16j…` of depth `p` are at `j·panel + p·depth`.
 #[derive(Clone, Copy)]
-pub(crate) struct Right<'a> {
-    elements: &'a [f32],
+pub(crate) struct Right<'a, F> {
+    factors: &'a [F],
     panel: usize,
     depth: usize,
 }
 
-impl<'a> Right<'a> {
-    /// Rows of `columns` elements as they lie in memory. The last vector of a row may begin before its end
-    /// and end after it, so [`LANES`] elements must follow the last row; what they are has no effect.
-    fn rows(elements: &'a [f32], columns: usize) -> Self {
-        Self { elements, panel: LANES, depth: columns }
+impl<'a, F> Right<'a, F> {
+    /// Rows of `columns` factors as they lie in memory. The last vector of a row may begin before its end
+    /// and end after it, so [`LANES`] factors must follow the last row; what they are has no effect.
+    fn rows(factors: &'a [F], columns: usize) -> Self {
+        Self { factors, panel: LANES, depth: columns }
     }
 
     #[inline(always)]
@@ -75,26 +213,26 @@ impl<'a> Right<'a> {
 /// A line of the cache: vectors that lie in two lines take twice as long to read.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([f32; LANES]);
+struct Line<F>([F; LANES]);
 
 /// The columns of a matrix, `W` at a time, all of the depth, those that are missing 0.
 #[derive(Default)]
-struct Packed<const W: usize> {
-    lines: Vec<Line>,
+struct Packed<F, const W: usize> {
+    lines: Vec<Line<F>>,
     depth: usize,
 }
 
-impl<const W: usize> Packed<W> {
+impl<F: Factor, const W: usize> Packed<F, W> {
     /// Takes the columns of `rows[depth, columns]`.
     #[inline(always)]
     #[allow(unsafe_code)]
-    fn pack(&mut self, rows: &[f32], columns: usize) {
+    fn pack(&mut self, rows: &[F], columns: usize) {
         self.depth = rows.len() / columns;
         let panels = columns.div_ceil(W);
         let lines = (panels * self.depth * W).div_ceil(LANES);
         self.lines.clear();
         self.lines.reserve(lines);
-        let packed = self.lines.as_mut_ptr().cast::<[f32; W]>();
+        let packed = self.lines.as_mut_ptr().cast::<[F; W]>();
         // Some rows at a time, so that whole lines are read and written.
         for (at, rows) in rows.chunks(ROWS * columns).enumerate() {
             for panel in 0..panels {
@@ -106,7 +244,7 @@ impl<const W: usize> Packed<W> {
                         if first + W <= columns {
                             *vectors.add(p) = *row.as_ptr().add(first).cast();
                         } else {
-                            let mut vector = [0.0; W];
+                            let mut vector = [F::default(); W];
                             vector[..columns - first].copy_from_slice(&row[first..]);
                             *vectors.add(p) = vector;
                         }
@@ -117,39 +255,39 @@ impl<const W: usize> Packed<W> {
         // SAFETY: all vectors were written; half a line may be left over after the last one.
         unsafe {
             if panels * self.depth * W < lines * LANES {
-                packed.add(panels * self.depth).write([0.0; W]);
+                packed.add(panels * self.depth).write([F::default(); W]);
             }
             self.lines.set_len(lines);
         }
     }
 
     #[allow(unsafe_code)]
-    fn elements(&self) -> &[f32] {
-        // SAFETY: a line is so many floats.
+    fn factors(&self) -> &[F] {
+        // SAFETY: a line is so many factors.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * LANES) }
     }
 }
 
-impl Packed<ROWS> {
-    fn left(&self) -> Left<'_> {
-        Left { elements: self.elements(), panel: self.depth * ROWS, row: 1, depth: ROWS }
+impl<F: Factor> Packed<F, ROWS> {
+    fn left(&self) -> Left<'_, F> {
+        Left { factors: self.factors(), panel: self.depth * ROWS, row: 1, depth: ROWS }
     }
 }
 
-impl Packed<LANES> {
-    fn right(&self) -> Right<'_> {
-        Right { elements: self.elements(), panel: self.depth * LANES, depth: LANES }
+impl<F: Factor> Packed<F, LANES> {
+    fn right(&self) -> Right<'_, F> {
+        Right { factors: self.factors(), panel: self.depth * LANES, depth: LANES }
     }
 }
 
-/// Weights as the right operand.
-pub(crate) struct Panels(Packed<LANES>);
+/// Weights as the right operand of maps of elements `T`.
+pub(crate) struct Panels<T: Element>(Packed<T::Factor, LANES>);
 
-impl Panels {
+impl<T: Element> Panels<T> {
     /// From `w[depth, columns]`.
     pub(crate) fn new(w: &[f32], columns: usize) -> Self {
-        let mut packed = Packed::default();
-        packed.pack(w, columns);
+        let (mut packed, mut factors) = (Packed { lines: Vec::new(), depth: 0 }, Vec::new());
+        packed.pack(T::Factor::of_columns(&T::all_nearest(w), columns, 0, &mut factors), columns);
         Self(packed)
     }
 
@@ -159,15 +297,19 @@ impl Panels {
         let rows: Vec<f32> = (0..depth).flat_map(|p| (0..columns).map(move |j| w[j * depth + p])).collect();
         Self::new(&rows, columns)
     }
-
-    pub(crate) fn right(&self) -> Right<'_> {
-        self.0.right()
-    }
 }
 
 /// Writes `c = a·b`.
-pub(crate) fn set<'c>(a: Left, b: Right, sizes: ProductSizes, c: &'c mut [MaybeUninit<f32>]) -> Written<'c> {
-    product(a, b, sizes, c, false, DEPTH);
+pub(crate) fn set<'c, T: Element>(
+    a: &[T],
+    b: &Panels<T>,
+    sizes: ProductSizes,
+    operands: &mut Operands<T>,
+    c: &'c mut [MaybeUninit<f32>],
+) -> Written<'c> {
+    let depth = sizes.depth.div_ceil(T::Factor::ELEMENTS);
+    let a = Left::rows(T::Factor::of_rows(a, sizes.depth, &mut operands.left_factors), depth);
+    T::Factor::product(a, b.0.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
     // SAFETY: without `add`, `product` writes all of `c`.
     #[allow(unsafe_code)]
     unsafe {
@@ -175,11 +317,19 @@ pub(crate) fn set<'c>(a: Left, b: Right, sizes: ProductSizes, c: &'c mut [MaybeU
     }
 }
 
-/// Memory for the operands of [`add_transposed`].
-#[derive(Default)]
-pub(crate) struct Operands {
-    left: Packed<ROWS>,
-    right: Packed<LANES>,
+/// Memory for the operands of products.
+pub(crate) struct Operands<T: Element> {
+    left_factors: Vec<T::Factor>,
+    right_factors: Vec<T::Factor>,
+    left: Packed<T::Factor, ROWS>,
+    right: Packed<T::Factor, LANES>,
+}
+
+impl<T: Element> Default for Operands<T> {
+    fn default() -> Self {
+        let (left, right) = (Packed { lines: Vec::new(), depth: 0 }, Packed { lines: Vec::new(), depth: 0 });
+        Self { left_factors: Vec::new(), right_factors: Vec::new(), left, right }
+    }
 }
 
 /// `c += aᵀ·b` of `a[depth, rows]` and `b[depth, columns]`, after whose last row [`LANES`] elements must follow; what
@@ -187,11 +337,11 @@ pub(crate) struct Operands {
 ///
 /// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A row
 /// of theirs costs `rows + columns` copies for `rows·columns` products, so narrow ones are not.
-pub(crate) fn add_transposed(
-    a: &[f32],
-    b: &[f32],
+pub(crate) fn add_transposed<T: Element>(
+    a: &[T],
+    b: &[T],
     sizes: ProductSizes,
-    operands: &mut Operands,
+    operands: &mut Operands<T>,
     c: &mut [f32],
 ) {
     let ProductSizes { rows, columns, depth } = sizes;
@@ -199,10 +349,34 @@ pub(crate) fn add_transposed(
     // SAFETY: `product` writes nothing but floats.
     #[allow(unsafe_code)]
     let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
+    let elements = T::Factor::ELEMENTS;
     if rows * columns < PACKED * (rows + columns) {
-        product(Left::columns(a, rows), Right::rows(b, columns), sizes, c, true, DEPTH / 2);
-    } else {
-        add_packed(a, &b[..depth * columns], sizes, operands, c);
+        let a = T::Factor::of_columns(a, rows, 0, &mut operands.left_factors);
+        let b = T::Factor::of_columns(b, columns, LANES, &mut operands.right_factors);
+        let sizes = ProductSizes { depth: depth.div_ceil(elements), ..sizes };
+        T::Factor::product(Left::columns(a, rows), Right::rows(b, columns), sizes, c, true, DEPTH / 2);
+        return;
+    }
+    let step = equal_steps(depth.div_ceil(elements), PACKED_DEPTH) * elements;
+    for (a, b) in a.chunks(step * rows).zip(b[..depth * columns].chunks(step * columns)) {
+        let a = T::Factor::of_columns(a, rows, 0, &mut operands.left_factors);
+        let b = T::Factor::of_columns(b, columns, 0, &mut operands.right_factors);
+        pack((a, rows), (b, columns), &mut operands.left, &mut operands.right);
+        let sizes = ProductSizes { depth: a.len() / rows, ..sizes };
+        T::Factor::product(operands.left.left(), operands.right.right(), sizes, c, true, DEPTH);
+    }
+}
+
+simd! {
+    /// Packs operands, each with its number of columns.
+    fn pack<F: Factor>(
+        a: (&[F], usize),
+        b: (&[F], usize),
+        left: &mut Packed<F, ROWS>,
+        right: &mut Packed<F, LANES>,
+    ) {
+        left.pack(a.0, a.1);
+        right.pack(b.0, b.1);
     }
 }
 
@@ -212,25 +386,6 @@ const PACKED: usize = 40;
 /// [`DEPTH`] where the left operand passes through the first-level cache, too.
 const PACKED_DEPTH: usize = 96;
 
-simd! {
-    fn add_packed(
-        a: &[f32],
-        b: &[f32],
-        sizes: ProductSizes,
-        operands: &mut Operands,
-        c: &mut [MaybeUninit<f32>],
-    ) {
-        let ProductSizes { rows, columns, depth } = sizes;
-        let step = equal_steps(depth, PACKED_DEPTH);
-        for (a, b) in a.chunks(step * rows).zip(b.chunks(step * columns)) {
-            operands.left.pack(a, rows);
-            operands.right.pack(b, columns);
-            let sizes = ProductSizes { depth: a.len() / rows, ..sizes };
-            product(operands.left.left(), operands.right.right(), sizes, c, true, DEPTH);
-        }
-    }
-}
-
 /// Equal steps of about `step` that cover `depth`.
 fn equal_steps(depth: usize, step: usize) -> usize {
     depth.div_ceil(((depth + step / 2) / step).max(1))
@@ -238,35 +393,104 @@ fn equal_steps(depth: usize, step: usize) -> usize {
 
 simd! {
     /// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
-    fn product(
-        a: Left,
-        b: Right,
+    fn product<F: Factor>(
+        a: Left<F>,
+        b: Right<F>,
         sizes: ProductSizes,
         c: &mut [MaybeUninit<f32>],
         add: bool,
         most: usize,
     ) {
-        let ProductSizes { rows, columns, depth } = sizes;
-        assert_eq!(c.len(), rows * columns);
-        if !add && (cfg!(debug_assertions) || depth == 0) {
-            // Where the product writes all of it: NaN, so that tests see what it does not write.
-            c.fill(MaybeUninit::new(if depth == 0 { 0.0 } else { f32::NAN }));
-        }
-        if rows == 0 || columns == 0 || depth == 0 {
-            return;
-        }
-        assert!(a.position(rows - 1, depth - 1) < a.elements.len());
-        assert!(b.position(columns - 1, depth - 1) + LANES <= b.elements.len());
-        let c = c.as_mut_ptr().cast();
-        let step = equal_steps(depth, most);
-        // SAFETY: by the assertions, all that is read lies in the operands and all that is written in `c`.
-        #[allow(unsafe_code)]
-        unsafe {
-            if Instructions::current() >= Instructions::WIDE {
-                tiles::<3>(a, b, sizes, step, c, add);
-            } else {
-                tiles::<1>(a, b, sizes, step, c, add);
+        sum_up::<F, Plain>(a, b, sizes, c, add, most);
+    }
+}
+
+/// How the product of a factor and a vector of them is added to a sum in each lane.
+trait Multiply<F> {
+    fn add_product(a: F, b: [F; LANES], sum: [f32; LANES]) -> [f32; LANES];
+}
+
+/// By arithmetic that every machine has.
+struct Plain;
+
+impl<F: Factor> Multiply<F> for Plain {
+    #[inline(always)]
+    fn add_product(a: F, b: [F; LANES], sum: [f32; LANES]) -> [f32; LANES] {
+        F::add_product(a, b, sum)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod dot {
+    use super::{LANES, Left, Multiply, Pair, ProductSizes, Right, sum_up};
+    use std::arch::x86_64::*;
+    use std::mem::{MaybeUninit, transmute};
+
+    /// [`super::product`] by AVX512-BF16.
+    ///
+    /// # Safety
+    /// The machine must have the instructions.
+    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2,avx512bf16")]
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn product(
+        a: Left<Pair>,
+        b: Right<Pair>,
+        sizes: ProductSizes,
+        c: &mut [MaybeUninit<f32>],
+        add: bool,
+        most: usize,
+    ) {
+        sum_up::<Pair, Dot>(a, b, sizes, c, add, most);
+    }
+
+    /// By `VDPBF16PS`, where [`product`] is compiled for it.
+    struct Dot;
+
+    impl Multiply<Pair> for Dot {
+        #[inline(always)]
+        fn add_product(a: Pair, b: [Pair; LANES], sum: [f32; LANES]) -> [f32; LANES] {
+            // SAFETY: this is inlined in `product` alone, whose caller has made sure of the instructions; vectors are
+            // so many numbers of the same sizes.
+            #[allow(unsafe_code)]
+            unsafe {
+                let a = _mm512_set1_epi32(transmute::<Pair, i32>(a));
+                let sum = _mm512_dpbf16_ps(transmute(sum), transmute(a), transmute(b));
+                transmute(sum)
             }
+        }
+    }
+}
+
+/// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
+#[inline(always)]
+fn sum_up<F: Factor, M: Multiply<F>>(
+    a: Left<F>,
+    b: Right<F>,
+    sizes: ProductSizes,
+    c: &mut [MaybeUninit<f32>],
+    add: bool,
+    most: usize,
+) {
+    let ProductSizes { rows, columns, depth } = sizes;
+    assert_eq!(c.len(), rows * columns);
+    if !add && (cfg!(debug_assertions) || depth == 0) {
+        // Where the product writes all of it: NaN, so that tests see what it does not write.
+        c.fill(MaybeUninit::new(if depth == 0 { 0.0 } else { f32::NAN }));
+    }
+    if rows == 0 || columns == 0 || depth == 0 {
+        return;
+    }
+    assert!(a.position(rows - 1, depth - 1) < a.factors.len());
+    assert!(b.position(columns - 1, depth - 1) + LANES <= b.factors.len());
+    let c = c.as_mut_ptr().cast();
+    let step = equal_steps(depth, most);
+    // SAFETY: by the assertions, all that is read lies in the operands and all that is written in `c`.
+    #[allow(unsafe_code)]
+    unsafe {
+        if Instructions::current() >= Instructions::WIDE {
+            tiles::<F, M, 3>(a, b, sizes, step, c, add);
+        } else {
+            tiles::<F, M, 1>(a, b, sizes, step, c, add);
         }
     }
 }
@@ -279,9 +503,9 @@ simd! {
 /// rows of `columns` floats; if `add`, initialized.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn tiles<const V: usize>(
-    a: Left,
-    b: Right,
+unsafe fn tiles<F: Factor, M: Multiply<F>, const V: usize>(
+    a: Left<F>,
+    b: Right<F>,
     ProductSizes { rows, columns, depth }: ProductSizes,
     step: usize,
     c: *mut f32,
@@ -300,9 +524,9 @@ unsafe fn tiles<const V: usize>(
             // caller guarantees.
             unsafe {
                 let tile = Tile {
-                    a: a.elements.as_ptr().add(a.position(i, p)),
+                    a: a.factors.as_ptr().add(a.position(i, p)),
                     a_steps: (a.row, a.depth),
-                    b: b.elements.as_ptr().add(b.position(j, p)),
+                    b: b.factors.as_ptr().add(b.position(j, p)),
                     b_steps: (b.panel, b.depth),
                     depth: step.min(depth - p),
                     c: c.add(i * columns + j),
@@ -311,15 +535,15 @@ unsafe fn tiles<const V: usize>(
                     add: add || p > 0,
                 };
                 i += match (rows - i, width.div_ceil(LANES)) {
-                    (ROWS.., 3) if V >= 3 => tile.sum::<ROWS, 3>(),
-                    (ROWS.., 2) if V >= 2 => tile.sum::<ROWS, 2>(),
-                    (ROWS.., _) if V >= 2 => tile.sum::<ROWS, 1>(),
-                    (4.., 3) if V >= 3 => tile.sum::<4, 3>(),
-                    (4.., 2) if V >= 2 => tile.sum::<4, 2>(),
-                    (4.., _) => tile.sum::<4, 1>(),
-                    (_, 3) if V >= 3 => tile.sum::<1, 3>(),
-                    (_, 2) if V >= 2 => tile.sum::<1, 2>(),
-                    _ => tile.sum::<1, 1>(),
+                    (ROWS.., 3) if V >= 3 => tile.sum::<M, ROWS, 3>(),
+                    (ROWS.., 2) if V >= 2 => tile.sum::<M, ROWS, 2>(),
+                    (ROWS.., _) if V >= 2 => tile.sum::<M, ROWS, 1>(),
+                    (4.., 3) if V >= 3 => tile.sum::<M, 4, 3>(),
+                    (4.., 2) if V >= 2 => tile.sum::<M, 4, 2>(),
+                    (4.., _) => tile.sum::<M, 4, 1>(),
+                    (_, 3) if V >= 3 => tile.sum::<M, 1, 3>(),
+                    (_, 2) if V >= 2 => tile.sum::<M, 1, 2>(),
+                    _ => tile.sum::<M, 1, 1>(),
                 };
             }
             if i == rows {
@@ -331,10 +555,10 @@ unsafe fn tiles<const V: usize>(
 }
 
 /// A tile of the result: where it and its operands begin, and the steps in them (rows or panels, depth).
-struct Tile {
-    a: *const f32,
+struct Tile<F> {
+    a: *const F,
     a_steps: (usize, usize),
-    b: *const f32,
+    b: *const F,
     b_steps: (usize, usize),
     depth: usize,
     c: *mut f32,
@@ -345,25 +569,25 @@ struct Tile {
     add: bool,
 }
 
-impl Tile {
+impl<F: Factor> Tile<F> {
     /// Sums up `R` rows by `V` vectors, and returns `R`.
     ///
     /// # Safety
     /// The operands and the result must have so many rows, and `V` vectors hold the tile's columns.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn sum<const R: usize, const V: usize>(&self) -> usize {
+    unsafe fn sum<M: Multiply<F>, const R: usize, const V: usize>(&self) -> usize {
         // SAFETY: the caller has made sure of `R` rows of `columns` in `c`; the buffer has `R` rows of `V` vectors.
         unsafe {
             if self.columns == V * LANES {
-                self.sum_into::<R, V>(self.c, self.c_step);
+                self.sum_into::<M, R, V>(self.c, self.c_step);
             } else {
                 let mut buffer = [[[0.0f32; LANES]; V]; R];
                 let (buffer, step) = (buffer.as_mut_ptr().cast::<f32>(), V * LANES);
                 if self.add {
                     copy_rows((self.c, self.c_step), (buffer, step), R, self.columns);
                 }
-                self.sum_into::<R, V>(buffer, step);
+                self.sum_into::<M, R, V>(buffer, step);
                 copy_rows((buffer, step), (self.c, self.c_step), R, self.columns);
             }
         }
@@ -376,7 +600,7 @@ impl Tile {
     /// `c` must have `R` such rows of `V` vectors, and the operands as [`Tile::sum`] needs them.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn sum_into<const R: usize, const V: usize>(&self, c: *mut f32, step: usize) {
+    unsafe fn sum_into<M: Multiply<F>, const R: usize, const V: usize>(&self, c: *mut f32, step: usize) {
         // Indices and values, not iterators and references, keep the sums in registers.
         let mut sums = [[[0.0f32; LANES]; V]; R];
         let vector = |i: usize, j: usize| c.wrapping_add(i * step + j * LANES).cast::<[f32; LANES]>();
@@ -397,17 +621,15 @@ impl Tile {
                 }
             }
             for p in 0..self.depth {
-                let mut vectors = [[0.0; LANES]; V];
+                let mut vectors = [[F::default(); LANES]; V];
                 for j in 0..V {
                     let b = self.b.add(j * self.b_steps.0 + p * self.b_steps.1);
-                    vectors[j] = b.cast::<[f32; LANES]>().read_unaligned();
+                    vectors[j] = b.cast::<[F; LANES]>().read_unaligned();
                 }
                 for i in 0..R {
                     let a = *self.a.add(i * self.a_steps.0 + p * self.a_steps.1);
                     for j in 0..V {
-                        for lane in 0..LANES {
-                            sums[i][j][lane] = a.mul_add(vectors[j][lane], sums[i][j][lane]);
-                        }
+                        sums[i][j] = M::add_product(a, vectors[j], sums[i][j]);
                     }
                 }
             }
@@ -705,8 +927,8 @@ mod tests {
             assert_same_everywhere(|| {
                 let context = format!("{m} × {n}, depth {k}");
                 for panels in [Panels::new(&b, n), Panels::transposed(&weights, k)] {
-                    let mut found = Vec::new();
-                    append(&mut found, m * n, |c| set(Left::rows(&a, k), panels.right(), sizes, c));
+                    let (mut found, mut operands) = (Vec::new(), Operands::default());
+                    append(&mut found, m * n, |c| set(&a, &panels, sizes, &mut operands, c));
                     let found = cpu::tensor(found, m * n).unwrap();
                     assert_eq!(elements(&found), elements(&set_plainly), "{context}");
                 }
@@ -716,6 +938,47 @@ mod tests {
                 assert_eq!(elements(&found), elements(&added_plainly), "{context}");
                 vec![found]
             });
+        }
+    }
+
+    /// Halves are multiplied as the floats that they stand for, whatever the instructions; what is left is the rounding of
+    /// the sums.
+    #[test]
+    fn pairs_are_multiplied_as_their_floats() {
+        for (m, n, k) in SIZES {
+            let halves = |seed, len| bf16::all_nearest(&values(seed, len)).into_owned();
+            let (a, b, start) = (halves(1, m * k), halves(2, k * n), values(3, m * n));
+            let float = |x: &bf16| f64::from(x.float());
+            let sums = |start: &dyn Fn(usize) -> f64| -> Vec<f64> {
+                let product = |at: usize, p: usize| float(&a[at / n * k + p]) * float(&b[p * n + at % n]);
+                (0..m * n).map(|at| start(at) + (0..k).map(|p| product(at, p)).sum::<f64>()).collect()
+            };
+            let (set_plainly, added_plainly) = (sums(&|_| 0.0), sums(&|at| f64::from(start[at])));
+            let transposed: Vec<bf16> = (0..k * m).map(|at| a[at % m * k + at / m]).collect();
+            let followed: Vec<bf16> = b.iter().copied().chain([bf16::NAN; LANES]).collect();
+            let weights: Vec<f32> = b.iter().map(|b| b.float()).collect();
+            let columns: Vec<f32> = (0..n * k).map(|at| weights[at % k * n + at / k]).collect();
+            let sizes = ProductSizes { rows: m, columns: n, depth: k };
+            let close = |found: &[f32], expected: &[f64], context: &str| {
+                // Of k terms below 1, each added with half a last place of a sum that stays below k.
+                let bound = f64::from(f32::EPSILON) * (k * k) as f64;
+                for (found, expected) in found.iter().zip(expected) {
+                    assert!((f64::from(*found) - expected).abs() <= bound, "{context}: {found}, {expected}");
+                }
+            };
+            for allowed in 0..3 {
+                with_instructions(allowed, || {
+                    let context = format!("{m} × {n}, depth {k}, instructions {allowed}");
+                    for panels in [Panels::new(&weights, n), Panels::transposed(&columns, k)] {
+                        let (mut found, mut operands) = (Vec::new(), Operands::default());
+                        append(&mut found, m * n, |c| set(&a, &panels, sizes, &mut operands, c));
+                        close(&found, &set_plainly, &context);
+                    }
+                    let mut sums = start.clone();
+                    add_transposed(&transposed, &followed, sizes, &mut Operands::default(), &mut sums);
+                    close(&sums, &added_plainly, &context);
+                });
+            }
         }
     }
 }

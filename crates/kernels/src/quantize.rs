@@ -8,6 +8,7 @@ pub(crate) mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
+use crate::elements::{Element, by_element};
 use crate::work::{CHUNK, fill, parts};
 use crate::{Quantizer, Result, profiler};
 use candle_core::Tensor;
@@ -23,10 +24,12 @@ pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
         return gpu::forward(&x, quant);
     }
     let grids = cpu::grids(quant)?;
-    let opened = open(&x);
-    let x = opened.floats()?;
-    let y = fill(x.len(), whole_rows(grids.len()), |part, y| fake(&x[part], y, &grids));
-    cpu::tensor(y, opened.dims())
+    by_element!(x.dtype(), T => {
+        let opened = open(&x);
+        let x: &[T] = opened.elements()?;
+        let y = fill(x.len(), whole_rows(grids.len()), |part, y| fake(&x[part], y, &grids));
+        cpu::tensor(y, opened.dims())
+    })
 }
 
 /// The straight-through gradient: `gy` where the quantizer does not clamp `x`, else 0.
@@ -39,12 +42,14 @@ pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor>
         return gpu::backward(&x, &gy, quant);
     }
     let grids = cpu::grids(quant)?;
-    let (opened, gy) = (open(&x), open(&gy));
-    let (x, gy) = (opened.floats()?, gy.floats()?);
-    let gx = fill(x.len(), whole_rows(grids.len()), |part, gx| {
-        mask(&x[part.clone()], &gy[part], gx, &grids);
-    });
-    cpu::tensor(gx, opened.dims())
+    by_element!(x.dtype(), T => {
+        let (opened, gy) = (open(&x), open(&gy));
+        let (x, gy): (&[T], _) = (opened.elements()?, gy.elements()?);
+        let gx = fill(x.len(), whole_rows(grids.len()), |part, gx| {
+            mask(&x[part.clone()], &gy[part], gx, &grids);
+        });
+        cpu::tensor(gx, opened.dims())
+    })
 }
 
 /// The smallest and the largest element, `[2]`.
@@ -58,12 +63,14 @@ pub fn min_max(x: &Tensor) -> Result<Tensor> {
     if crate::gpu::runs(x.device()) {
         return gpu::min_max(&x);
     }
-    let opened = open(&x);
-    let x = opened.floats()?;
-    let (lo, hi) = parts(x.len(), 1, |part| extremes(&x[part]))
-        .into_iter()
-        .fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
-    cpu::tensor(vec![lo, hi], 2)
+    by_element!(x.dtype(), T => {
+        let opened = open(&x);
+        let x: &[T] = opened.elements()?;
+        let (lo, hi) = parts(x.len(), 1, |part| extremes(&x[part]))
+            .into_iter()
+            .fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
+        cpu::tensor(vec![lo, hi], 2)
+    })
 }
 
 /// Moves a range towards that of a batch, in place: `range += momentum · (batch − range)`. A momentum
@@ -89,16 +96,16 @@ fn whole_rows(channels: usize) -> usize {
 
 simd! {
     /// Of whole rows, where each channel has a grid.
-    fn fake(x: &[f32], y: &mut [f32], grids: &[Grid]) {
+    fn fake<T: Element>(x: &[T], y: &mut [T], grids: &[Grid]) {
         if let [grid] = *grids {
             for (y, x) in y.iter_mut().zip(x) {
-                *y = grid.fake(*x);
+                *y = T::nearest(grid.fake(x.float()));
             }
         } else {
             let c = grids.len();
             for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
                 for ((y, x), grid) in y.iter_mut().zip(x).zip(grids) {
-                    *y = grid.fake(*x);
+                    *y = T::nearest(grid.fake(x.float()));
                 }
             }
         }
@@ -107,16 +114,16 @@ simd! {
 
 simd! {
     /// Of whole rows, where each channel has a grid.
-    fn mask(x: &[f32], gy: &[f32], gx: &mut [f32], grids: &[Grid]) {
+    fn mask<T: Element>(x: &[T], gy: &[T], gx: &mut [T], grids: &[Grid]) {
         if let [grid] = *grids {
             for ((gx, gy), x) in gx.iter_mut().zip(gy).zip(x) {
-                *gx = if grid.passes(*x) { *gy } else { 0.0 };
+                *gx = if grid.passes(x.float()) { *gy } else { T::default() };
             }
         } else {
             let c = grids.len();
             for ((gx, gy), x) in gx.chunks_exact_mut(c).zip(gy.chunks_exact(c)).zip(x.chunks_exact(c)) {
                 for (((gx, gy), x), grid) in gx.iter_mut().zip(gy).zip(x).zip(grids) {
-                    *gx = if grid.passes(*x) { *gy } else { 0.0 };
+                    *gx = if grid.passes(x.float()) { *gy } else { T::default() };
                 }
             }
         }
@@ -124,12 +131,13 @@ simd! {
 }
 
 simd! {
-    fn extremes(x: &[f32]) -> (f32, f32) {
+    fn extremes<T: Element>(x: &[T]) -> (f32, f32) {
         // Independent lanes, so that the loop vectorizes.
         const LANES: usize = 64;
         let (mut lo, mut hi) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
         for x in x.chunks(LANES) {
-            for ((lo, hi), &x) in lo.iter_mut().zip(&mut hi).zip(x) {
+            for ((lo, hi), x) in lo.iter_mut().zip(&mut hi).zip(x) {
+                let x = x.float();
                 *lo = if x < *lo { x } else { *lo };
                 *hi = if x > *hi { x } else { *hi };
             }

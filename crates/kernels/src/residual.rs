@@ -7,7 +7,7 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
-use crate::elements::{Sink, Stored};
+use crate::elements::{Element, Sink, Stored, by_element};
 use crate::tile::{block_rows, tiled};
 use crate::work::{CHUNK, Progress, Written, blocks, write_with};
 use crate::{FeatureMap, Quantizer, Result, profiler};
@@ -21,15 +21,15 @@ pub fn add(a: &Tensor, b: impl Into<FeatureMap>) -> Result<Tensor> {
     if crate::gpu::runs(a.device()) {
         return gpu::add(&check, a, &b, None);
     }
-    with_operands(&check, a, &b, |x, b| {
+    by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, &b, |x, b| {
         let (sum, _) = blocks(
             (x.len(), 1),
             CHUNK,
             || (),
-            |(), part, y| (sums(&x[part.clone()], b.part(part), Sink::Float(y)), ()),
+            |(), part, y| (sums(&x[part.clone()], b.part(part), Sink::<T>::Floats(y)), ()),
         );
         cpu::tensor(sum, a.dims())
-    })
+    }))
 }
 
 /// `Q(a + b)`.
@@ -45,8 +45,8 @@ pub fn add_quantize(
     if crate::gpu::runs(a.device()) {
         return Ok(FeatureMap::of(gpu::add(&check, a, &b, quant)?, a.dtype(), quant));
     }
-    with_operands(&check, a, &b, |x, b| {
-        FeatureMap::write(
+    by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, &b, |x, b| {
+        FeatureMap::write::<T, _>(
             a.dims(),
             (x.len(), 1),
             quant,
@@ -54,7 +54,7 @@ pub fn add_quantize(
             || (),
             |(), part, y| sums(&x[part.clone()], b.part(part), y),
         )
-    })
+    }))
 }
 
 /// The sum `scale·z + shift + b`, with `scale` and `shift` `[C]`, of the shape of `z`, and its smallest and
@@ -73,7 +73,7 @@ pub fn add_normalized(
         return gpu::add_normalized(&check, z, &scale, &shift, &b);
     }
     let (scale, shift) = (tiled(&scale)?, tiled(&shift)?);
-    with_operands(&check, z, &b, |x, b| {
+    by_element!(z.dtype(), T => with_operands::<T, _>(&check, z, &b, |x, b| {
         let (sum, ranges) = blocks(
             (rows, c),
             block_rows(c),
@@ -85,8 +85,8 @@ pub fn add_normalized(
         );
         let range =
             ranges.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
-        Ok((cpu::tensor(sum, z.dims())?, cpu::tensor(vec![range.0, range.1], 2)?))
-    })
+        Ok((cpu::tensor::<T>(sum, z.dims())?, cpu::tensor(vec![range.0, range.1], 2)?))
+    }))
 }
 
 fn same_dims(check: &Check, a: &Tensor, b: &FeatureMap) -> Result<()> {
@@ -97,34 +97,34 @@ fn same_dims(check: &Check, a: &Tensor, b: &FeatureMap) -> Result<()> {
 }
 
 /// Checks the operands, and calls `f` with their elements.
-fn with_operands<R>(
+fn with_operands<T: Element, R>(
     check: &Check,
     a: &Tensor,
     b: &FeatureMap,
-    f: impl FnOnce(&[f32], Stored<'_>) -> Result<R>,
+    f: impl FnOnce(&[T], Stored<'_, T>) -> Result<R>,
 ) -> Result<R> {
     same_dims(check, a, b)?;
-    let a = check.float("a", a)?;
-    b.read_stored(check, "b", |b| f(open(&a).floats()?, b))
+    let a = check.dtype("a", a, T::DTYPE)?;
+    b.read_stored(check, "b", |b| f(open(&a).elements()?, b))
 }
 
 simd! {
     /// Writes the sum of each pair of elements.
-    fn sums<'y>(a: &[f32], b: Stored<'_>, y: Sink<'y>) -> Written<'y> {
+    fn sums<'y, T: Element>(a: &[T], b: Stored<'_, T>, y: Sink<'y, T>) -> Written<'y> {
         assert!(a.len() == y.len() && b.len() == y.len());
         match b {
-            Stored::Float(b) => y.write_with(|i| a[i] + b[i]),
-            Stored::Levels(b, grid) => y.write_with(|i| a[i] + grid.value(f32::from(b[i]))),
+            Stored::Floats(b) => y.write_with(|i| a[i].float() + b[i].float()),
+            Stored::Levels(b, grid) => y.write_with(|i| a[i].float() + grid.value(f32::from(b[i]))),
         }
     }
 }
 
 simd! {
     /// Writes `scale·z + shift + b` of whole rows; returns the smallest and the largest sum, too.
-    fn normalized_sums<'y>(
-        z: &[f32],
-        b: Stored<'_>,
-        sums: &'y mut [MaybeUninit<f32>],
+    fn normalized_sums<'y, T: Element>(
+        z: &[T],
+        b: Stored<'_, T>,
+        sums: &'y mut [MaybeUninit<T>],
         scale: &[f32],
         shift: &[f32],
     ) -> (Written<'y>, (f32, f32)) {
@@ -135,21 +135,22 @@ simd! {
             let written = sums.next(z.len(), |y| {
                 let n = y.len();
                 let (z, scale, shift) = (&z[..n], &scale[..n], &shift[..n]);
-                let normalized = |i: usize| z[i].mul_add(scale[i], shift[i]);
+                let normalized = |i: usize| z[i].float().mul_add(scale[i], shift[i]);
                 match b {
-                    Stored::Float(b) => {
+                    Stored::Floats(b) => {
                         let b = &b[..n];
-                        write_with(y, |i| normalized(i) + b[i]).into()
+                        write_with(y, |i| T::nearest(normalized(i) + b[i].float())).into()
                     }
                     Stored::Levels(b, grid) => {
                         let b = &b[..n];
-                        write_with(y, |i| normalized(i) + grid.value(f32::from(b[i]))).into()
+                        write_with(y, |i| T::nearest(normalized(i) + grid.value(f32::from(b[i])))).into()
                     }
                 }
             });
             for sum in written {
-                lo = if *sum < lo { *sum } else { lo };
-                hi = if *sum > hi { *sum } else { hi };
+                let sum = sum.float();
+                lo = if sum < lo { sum } else { lo };
+                hi = if sum > hi { sum } else { hi };
             }
         }
         (sums.finish().into(), (lo, hi))

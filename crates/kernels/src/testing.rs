@@ -140,18 +140,24 @@ pub(crate) fn assert_same_on_threads(operation: impl Fn() -> Vec<Tensor> + Sync)
     one
 }
 
-/// Asserts that an operation gives the same bits whatever the number of threads and the vector instructions.
+/// Runs `f` with the vector instructions up to a number, of which 0 stands for the least.
 ///
 /// What is allowed is global, so other tests may run with less meanwhile; they hold with any instructions.
-#[track_caller]
-pub(crate) fn assert_same_everywhere(operation: impl Fn() -> Vec<Tensor> + Sync) {
+pub(crate) fn with_instructions<R>(allowed: u8, f: impl FnOnce() -> R) -> R {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let best = assert_same_on_threads(&operation);
+    ALLOWED.store(allowed, Ordering::Relaxed);
+    let found = f();
+    ALLOWED.store(u8::MAX, Ordering::Relaxed);
+    found
+}
+
+/// Asserts that an operation gives the same bits whatever the number of threads and the vector instructions.
+#[track_caller]
+pub(crate) fn assert_same_everywhere(operation: impl Fn() -> Vec<Tensor> + Sync) {
+    let best = with_instructions(u8::MAX, || assert_same_on_threads(&operation));
     for allowed in [0, 1] {
-        ALLOWED.store(allowed, Ordering::Relaxed);
-        let found = assert_same_on_threads(&operation);
-        ALLOWED.store(u8::MAX, Ordering::Relaxed);
+        let found = with_instructions(allowed, || assert_same_on_threads(&operation));
         assert!(found == best, "vector instructions {allowed} give other bits");
     }
 }

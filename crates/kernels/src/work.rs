@@ -193,21 +193,25 @@ pub(crate) fn blocks<T: Copy + Send, S, R: Send>(
 
 /// Computes `len` elements in chunks of `chunk` on all threads, for kernels that want them zeroed; that is done chunk by
 /// chunk, while a chunk is about to be in cache anyway. `f(state, range, elements)` gets the positions of its elements.
-pub(crate) fn generate<S, R: Send>(
+pub(crate) fn generate<T: Copy + Default + Send, S, R: Send>(
     len: usize,
     chunk: usize,
     init: impl Fn() -> S + Sync + Send,
-    f: impl Fn(&mut S, Range<usize>, &mut [f32]) -> R + Sync + Send,
-) -> (Vec<f32>, Vec<R>) {
+    f: impl Fn(&mut S, Range<usize>, &mut [T]) -> R + Sync + Send,
+) -> (Vec<T>, Vec<R>) {
     write_parts(cut(len, chunk, |range| range.len()), usize::MAX, init, |state, range, block| {
-        let elements = write_with(block, |_| 0.0);
+        let elements = write_with(block, |_| T::default());
         let found = f(state, range, elements);
         (elements.into(), found)
     })
 }
 
 /// `len` elements computed in chunks by `f(range, elements)`; see [`generate`].
-pub(crate) fn fill(len: usize, chunk: usize, f: impl Fn(Range<usize>, &mut [f32]) + Sync + Send) -> Vec<f32> {
+pub(crate) fn fill<T: Copy + Default + Send>(
+    len: usize,
+    chunk: usize,
+    f: impl Fn(Range<usize>, &mut [T]) + Sync + Send,
+) -> Vec<T> {
     generate(len, chunk, || (), |(), range, elements| f(range, elements)).0
 }
 
@@ -228,11 +232,11 @@ pub(crate) fn parts<R: Send>(
 
 /// As [`parts`], where each part of the rows also writes its share of the elements: those from `position(start)` to
 /// `position(end)`.
-pub(crate) fn parts_writing<R: Send>(
+pub(crate) fn parts_writing<T: Copy + Send, R: Send>(
     (rows, width): (usize, usize),
     position: impl Fn(usize) -> usize,
-    f: impl for<'a> Fn(Range<usize>, &'a mut [MaybeUninit<f32>]) -> (Written<'a>, R) + Sync + Send,
-) -> (Vec<f32>, Vec<R>) {
+    f: impl for<'a> Fn(Range<usize>, &'a mut [MaybeUninit<T>]) -> (Written<'a>, R) + Sync + Send,
+) -> (Vec<T>, Vec<R>) {
     let per_part = rows.div_ceil(MAX_PARTS).max(MIN_PART.div_ceil(width.max(1)));
     let parts = cut(rows, per_part, |rows| position(rows.end) - position(rows.start));
     write_parts(parts, 1, || (), |(), rows, block| f(rows, block))
