@@ -49,12 +49,14 @@ pub enum Below<'a> {
 
 /// `z[N, Ho, Wo, C_out]` of `x[N, H, W, C_in]`.
 pub fn forward<'a>(kernel: Kernel, x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
-    let (x, w) = (x.into(), w.into());
-    match kernel {
-        Kernel::Full { size, stride } => pointwise::forward(&patches(&x, size, stride)?, w),
-        Kernel::Depthwise { stride } => depthwise::forward(x, w.value, stride),
-        Kernel::Pointwise => pointwise::forward(x, w),
+    fn of(kernel: Kernel, x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
+        match kernel {
+            Kernel::Full { size, stride } => pointwise::forward(&patches(x, size, stride)?, w),
+            Kernel::Depthwise { stride } => depthwise::forward(x, w.value, stride),
+            Kernel::Pointwise => pointwise::forward(x, w),
+        }
     }
+    of(kernel, &x.into(), w.into())
 }
 
 /// [`forward`], with the statistics of `z`.
@@ -63,12 +65,14 @@ pub fn forward_stats<'a>(
     x: impl Into<FeatureMap>,
     w: impl Into<Weight<'a>>,
 ) -> Result<(Tensor, Stats)> {
-    let (x, w) = (x.into(), w.into());
-    match kernel {
-        Kernel::Full { size, stride } => pointwise::forward_stats(&patches(&x, size, stride)?, w),
-        Kernel::Depthwise { stride } => depthwise::forward_stats(x, w.value, stride),
-        Kernel::Pointwise => pointwise::forward_stats(x, w),
+    fn of(kernel: Kernel, x: &FeatureMap, w: Weight<'_>) -> Result<(Tensor, Stats)> {
+        match kernel {
+            Kernel::Full { size, stride } => pointwise::forward_stats(&patches(x, size, stride)?, w),
+            Kernel::Depthwise { stride } => depthwise::forward_stats(x, w.value, stride),
+            Kernel::Pointwise => pointwise::forward_stats(x, w),
+        }
     }
+    of(kernel, &x.into(), w.into())
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C_out]`; `z` is never in memory as a whole.
@@ -80,14 +84,25 @@ pub fn forward_normalized<'a>(
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let (x, w) = (x.into(), w.into());
-    match kernel {
-        Kernel::Full { size, stride } => {
-            pointwise::forward_normalized(&patches(&x, size, stride)?, w, affine, act, quant)
+    fn of(
+        kernel: Kernel,
+        x: &FeatureMap,
+        w: Weight<'_>,
+        affine: (&Tensor, &Tensor),
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Result<FeatureMap> {
+        match kernel {
+            Kernel::Full { size, stride } => {
+                pointwise::forward_normalized(&patches(x, size, stride)?, w, affine, act, quant)
+            }
+            Kernel::Depthwise { stride } => {
+                depthwise::forward_normalized(x, w.value, stride, affine, act, quant)
+            }
+            Kernel::Pointwise => pointwise::forward_normalized(x, w, affine, act, quant),
         }
-        Kernel::Depthwise { stride } => depthwise::forward_normalized(x, w.value, stride, affine, act, quant),
-        Kernel::Pointwise => pointwise::forward_normalized(x, w, affine, act, quant),
     }
+    of(kernel, &x.into(), w.into(), affine, act, quant)
 }
 
 /// The gradients of the weight, of its shape, and, unless the image lies `below`, of the input `x[N, H, W, C_in]`.
@@ -101,32 +116,43 @@ pub fn backward(
     gz: &DeferredGradient,
     below: Below<'_>,
 ) -> Result<(Tensor, Option<MapGradient>)> {
-    let x = x.into();
-    let epilogue = match below {
-        Below::Image => return Ok((grad_weight(kernel, x, &gz.tensor()?)?, None)),
-        Below::Map => None,
-        Below::Epilogue(epilogue) => Some(epilogue),
-    };
-    let (gw, gx) = match kernel {
-        Kernel::Full { .. } => {
-            let message = "a full convolution has no gradient of its input; only an image can lie below it";
-            return Err(Check("convolution::backward").setting(message.into()));
-        }
-        Kernel::Depthwise { stride } => depthwise::backward(x, w, gz, stride, epilogue)?,
-        Kernel::Pointwise => pointwise::backward(x, w, gz, epilogue)?,
-    };
-    Ok((gw, Some(gx)))
+    fn of(
+        kernel: Kernel,
+        x: &FeatureMap,
+        w: &Tensor,
+        gz: &DeferredGradient,
+        below: Below<'_>,
+    ) -> Result<(Tensor, Option<MapGradient>)> {
+        let epilogue = match below {
+            Below::Image => return Ok((grad_weight(kernel, x, &gz.tensor()?)?, None)),
+            Below::Map => None,
+            Below::Epilogue(epilogue) => Some(epilogue),
+        };
+        let (gw, gx) = match kernel {
+            Kernel::Full { .. } => {
+                let message =
+                    "a full convolution has no gradient of its input; only an image can lie below it";
+                return Err(Check("convolution::backward").setting(message.into()));
+            }
+            Kernel::Depthwise { stride } => depthwise::backward(x, w, gz, stride, epilogue)?,
+            Kernel::Pointwise => pointwise::backward(x, w, gz, epilogue)?,
+        };
+        Ok((gw, Some(gx)))
+    }
+    of(kernel, &x.into(), w, gz, below)
 }
 
 /// The gradient of the weight, of its shape, from that of the output, `gz[N, Ho, Wo, C_out]`.
 pub fn grad_weight(kernel: Kernel, x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
-    let x = x.into();
-    match kernel {
-        // The patches are gathered again: to keep them from the forward pass would take `k·k` inputs.
-        Kernel::Full { size, stride } => pointwise::grad_weight(&patches(&x, size, stride)?, gz),
-        Kernel::Depthwise { stride } => depthwise::grad_weight(x, gz, stride),
-        Kernel::Pointwise => pointwise::grad_weight(x, gz),
+    fn of(kernel: Kernel, x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
+        match kernel {
+            // The patches are gathered again: to keep them from the forward pass would take `k·k` inputs.
+            Kernel::Full { size, stride } => pointwise::grad_weight(&patches(x, size, stride)?, gz),
+            Kernel::Depthwise { stride } => depthwise::grad_weight(x, gz, stride),
+            Kernel::Pointwise => pointwise::grad_weight(x, gz),
+        }
     }
+    of(kernel, &x.into(), gz)
 }
 
 /// The rows that make a full convolution a product.

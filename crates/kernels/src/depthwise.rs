@@ -20,7 +20,7 @@ use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
-use crate::elements::{Element, Sink, Stored, by_element};
+use crate::elements::{Element, Stored, by_element};
 use crate::feature::Operand;
 use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue,
@@ -34,22 +34,28 @@ use std::ops::Range;
 
 /// `z[N, Ho, Wo, C]` of `x[N, H, W, C]` and `w[3, 3, C]`.
 pub fn forward(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<Tensor> {
-    let (check, x) = (Check("depthwise::forward"), x.into());
-    if crate::gpu::runs(w.device()) {
-        return gpu::forward(&check, &x, w, stride);
+    fn of(x: &FeatureMap, w: &Tensor, stride: usize) -> Result<Tensor> {
+        let check = Check("depthwise::forward");
+        if crate::gpu::runs(w.device()) {
+            return gpu::forward(&check, x, w, stride);
+        }
+        by_element!(x.dtype(), T => with_gather::<T, _>(&check, x, w, stride, |gather| blockwise::plain(gather)))
     }
-    by_element!(x.dtype(), T => with_gather::<T, _>(&check, &x, w, stride, |gather| blockwise::plain(gather)))
+    of(&x.into(), w, stride)
 }
 
 /// [`forward`], with the statistics of `z`.
 pub fn forward_stats(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
-    let (check, x) = (Check("depthwise::forward_stats"), x.into());
-    if crate::gpu::runs(w.device()) {
-        return gpu::forward_stats(&check, &x, w, stride);
+    fn of(x: &FeatureMap, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
+        let check = Check("depthwise::forward_stats");
+        if crate::gpu::runs(w.device()) {
+            return gpu::forward_stats(&check, x, w, stride);
+        }
+        by_element!(x.dtype(), T => {
+            with_gather::<T, _>(&check, x, w, stride, |gather| blockwise::with_stats(gather))
+        })
     }
-    by_element!(x.dtype(), T => {
-        with_gather::<T, _>(&check, &x, w, stride, |gather| blockwise::with_stats(gather))
-    })
+    of(&x.into(), w, stride)
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
@@ -57,19 +63,29 @@ pub fn forward_normalized(
     x: impl Into<FeatureMap>,
     w: &Tensor,
     stride: usize,
-    (scale, shift): (&Tensor, &Tensor),
+    affine: (&Tensor, &Tensor),
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let (check, x) = (Check("depthwise::forward_normalized"), x.into());
-    if crate::gpu::runs(w.device()) {
-        return norm::forward(&gpu::forward(&check, &x, w, stride)?, scale, shift, act, quant);
+    fn of(
+        x: &FeatureMap,
+        w: &Tensor,
+        stride: usize,
+        (scale, shift): (&Tensor, &Tensor),
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Result<FeatureMap> {
+        let check = Check("depthwise::forward_normalized");
+        if crate::gpu::runs(w.device()) {
+            return norm::forward(&gpu::forward(&check, x, w, stride)?, scale, shift, act, quant);
+        }
+        check.quantizer(quant)?;
+        by_element!(x.dtype(), T => with_gather::<T, _>(&check, x, w, stride, |gather| {
+            let affine = AffineActivation::new(&check, gather.to.2, scale, shift, act)?;
+            blockwise::normalized(gather, &affine, quant)
+        }))
     }
-    check.quantizer(quant)?;
-    by_element!(x.dtype(), T => with_gather::<T, _>(&check, &x, w, stride, |gather| {
-        let affine = AffineActivation::new(&check, gather.to.2, scale, shift, act)?;
-        blockwise::normalized(gather, &affine, quant)
-    }))
+    of(&x.into(), w, stride, affine, act, quant)
 }
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the output; `size` is the `(h, w)` of the
@@ -97,19 +113,22 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
 
 /// The gradient of the weight, `[3, 3, C]`.
 pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor, stride: usize) -> Result<Tensor> {
-    let (check, x) = (Check("depthwise::grad_weight"), x.into());
-    let (n, height, width, c) = check.map_sizes("x", x.dims())?;
-    let geometry = Geometry::new(&check, height, width, c, stride)?;
-    let _note = profiler::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
-    geometry.check_output(&check, n, gz)?;
-    let gz = check.map_float("gz", gz)?;
-    if crate::gpu::runs(gz.device()) {
-        return gpu::grad_weight(&check, &x, &gz, stride);
+    fn of(x: &FeatureMap, gz: &Tensor, stride: usize) -> Result<Tensor> {
+        let check = Check("depthwise::grad_weight");
+        let (n, height, width, c) = check.map_sizes("x", x.dims())?;
+        let geometry = Geometry::new(&check, height, width, c, stride)?;
+        let _note = profiler::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
+        geometry.check_output(&check, n, gz)?;
+        let gz = check.map_float("gz", gz)?;
+        if crate::gpu::runs(gz.device()) {
+            return gpu::grad_weight(&check, x, &gz, stride);
+        }
+        let gw = by_element!(x.dtype(), T => {
+            x.read::<T, _>(&check, "x", |x| Ok(weight_gradient(x, open(&gz).elements()?, n, &geometry)))?
+        });
+        cpu::tensor(gw, (3, 3, c))
     }
-    let gw = by_element!(x.dtype(), T => {
-        x.read::<T, _>(&check, "x", |x| Ok(weight_gradient(x, open(&gz).elements()?, n, &geometry)))?
-    });
-    cpu::tensor(gw, (3, 3, c))
+    of(&x.into(), gz, stride)
 }
 
 /// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([3, 3, C], [N, H, W, C])`. `below` is what
@@ -121,31 +140,40 @@ pub fn backward(
     stride: usize,
     below: Option<&Epilogue>,
 ) -> Result<(Tensor, MapGradient)> {
-    let (check, x) = (Check("depthwise::backward"), x.into());
-    let dims = x.dims();
-    let (n, height, width, c) = check.map_sizes("x", dims)?;
-    if crate::gpu::runs(w.device()) {
-        let gz = gz.tensor()?;
-        return Ok((grad_weight(&x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?.into()));
-    }
-    let geometry = Geometry::new(&check, height, width, c, stride)?;
-    let outputs = gz.z().elem_count();
-    let bytes = norm::bytes_with(&x, below) + 4 * n * height * width * c + 8 * outputs;
-    let _note = profiler::note(check.0, 36 * outputs, bytes);
-    geometry.check_output(&check, n, gz.z())?;
-    let w = check.dims("w", w, &[3, 3, c])?;
-    let w = open(&w);
-    let w = w.floats()?;
-    by_element!(x.dtype(), T => {
-        let (gw, gx, sums) = x.read::<T, _>(&check, "x", |x| {
-            gz.read::<T, _>(|gz| {
-                Epilogue::read_below(below, &check, dims, |below| {
-                    Ok(gradients(x, w, gz, below, n, &geometry))
+    fn of(
+        x: &FeatureMap,
+        w: &Tensor,
+        gz: &DeferredGradient,
+        stride: usize,
+        below: Option<&Epilogue>,
+    ) -> Result<(Tensor, MapGradient)> {
+        let check = Check("depthwise::backward");
+        let dims = x.dims();
+        let (n, height, width, c) = check.map_sizes("x", dims)?;
+        if crate::gpu::runs(w.device()) {
+            let gz = gz.tensor()?;
+            return Ok((grad_weight(x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?.into()));
+        }
+        let geometry = Geometry::new(&check, height, width, c, stride)?;
+        let outputs = gz.z().elem_count();
+        let bytes = norm::bytes_with(x, below) + 4 * n * height * width * c + 8 * outputs;
+        let _note = profiler::note(check.0, 36 * outputs, bytes);
+        geometry.check_output(&check, n, gz.z())?;
+        let w = check.dims("w", w, &[3, 3, c])?;
+        let w = open(&w);
+        let w = w.floats()?;
+        by_element!(x.dtype(), T => {
+            let (gw, gx, sums) = x.read::<T, _>(&check, "x", |x| {
+                gz.read::<T, _>(|gz| {
+                    Epilogue::read_below(below, &check, dims, |below| {
+                        Ok(gradients(x, w, gz, below, n, &geometry))
+                    })
                 })
-            })
-        })?;
-        Ok((cpu::tensor(gw, (3, 3, c))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
-    })
+            })?;
+            Ok((cpu::tensor(gw, (3, 3, c))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
+        })
+    }
+    of(&x.into(), w, gz, stride, below)
 }
 
 /// Checks the operands, and calls `f` with the forward convolution.
@@ -713,7 +741,7 @@ fn gradients<T: Element>(
             let gz = window.get(image, first..(oh + rows + 1).min(ho), len, |rows, elements| {
                 let row = image * ho * wo;
                 append(elements, rows.len() * len, |block| {
-                    gz.rows(row + rows.start * wo..row + rows.end * wo, Sink::Floats(block))
+                    gz.rows(row + rows.start * wo..row + rows.end * wo, block)
                 });
             });
             let of_band = &gz[(oh - first) * len..][..rows * len];

@@ -214,20 +214,8 @@ impl<'a, T: Element> Sink<'a, T> {
         of_tile: impl Fn(usize, usize) -> F,
     ) -> Written<'a> {
         match self {
-            Self::Floats(y) => {
-                let of_tile = |start, len| {
-                    let f = of_tile(start, len);
-                    move |i| T::nearest(f(i))
-                };
-                write_tiles(y, tile, of_tile).into()
-            }
-            Self::Levels(y, grid) => {
-                let of_tile = |start, len| {
-                    let f = of_tile(start, len);
-                    move |i| byte(grid.level(f(i)))
-                };
-                write_tiles(y, tile, of_tile).into()
-            }
+            Self::Floats(y) => write_tiles(y, tile, of_tile, T::nearest).into(),
+            Self::Levels(y, grid) => write_tiles(y, tile, of_tile, |x| byte(grid.level(x))).into(),
         }
     }
 }

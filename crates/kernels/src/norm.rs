@@ -20,13 +20,14 @@ pub(crate) mod gpu;
 use crate::affine::AffineActivation;
 use crate::check::Check;
 use crate::cpu::{self, open, simd, values};
-use crate::elements::{Element, Sink, by_element};
+use crate::elements::{Element, by_element};
 use crate::moments::{MomentAccumulator, Moments};
 use crate::tile::{TILES, block_rows, fold, tiled};
-use crate::work::{Written, blocks, parts};
+use crate::work::{Written, blocks, parts, write_tiles};
 use crate::{Activation, FeatureMap, Quantizer, Result, profiler};
 use candle_core::Tensor;
 use quant_core::{Bits, Grid};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The statistics of a batch, each `[C]`.
@@ -503,17 +504,14 @@ impl DeferredGradient {
                 size,
                 block_rows(c),
                 || (),
-                |(), rows, gz| (gradient.rows(rows, Sink::<T>::Floats(gz)), ()),
+                |(), rows, gz| (gradient.rows(rows, gz), ()),
             );
             cpu::tensor(gz, z.dims())
         }))
     }
 
     /// Opens the gradient, and calls `f` with it.
-    pub(crate) fn read<T: Element, R>(
-        &self,
-        f: impl FnOnce(&OpenGradient<'_, T>) -> Result<R>,
-    ) -> Result<R> {
+    pub(crate) fn read<T: Element, R>(&self, f: impl FnOnce(&OpenGradient<'_, T>) -> Result<R>) -> Result<R> {
         let gy = open(&self.gy);
         let (gy, slope, offset) = (gy.elements()?, tiled(&self.slope)?, tiled(&self.offset)?);
         self.of.read(|of| f(&OpenGradient { of, gy, slope, offset }))
@@ -530,7 +528,7 @@ pub(crate) struct OpenGradient<'a, T> {
 
 impl<T: Element> OpenGradient<'_, T> {
     /// Writes the gradient of some rows.
-    pub(crate) fn rows<'z, Z: Element>(&self, rows: Range<usize>, gz: Sink<'z, Z>) -> Written<'z> {
+    pub(crate) fn rows<'z>(&self, rows: Range<usize>, gz: &'z mut [MaybeUninit<T>]) -> Written<'z> {
         let OpenEpilogue { z, scale, shift, mean, gate, .. } = self.of;
         let part = self.of.part(rows);
         let (z, gy) = (&z[part.clone()], &self.gy[part]);
@@ -639,10 +637,10 @@ fn add_products<T: Element, const N: usize>(
 
 simd! {
     /// `∂z = scale·g + slope·(z − mean) + offset`.
-    fn gradient<'z, T: Element, Z: Element>(
+    fn gradient<'z, T: Element>(
         z: &[T],
         gy: &[T],
-        gz: Sink<'z, Z>,
+        gz: &'z mut [MaybeUninit<T>],
         scale: &[f32],
         shift: &[f32],
         mean: &[f32],
@@ -651,24 +649,25 @@ simd! {
         gate: Gate,
     ) -> Written<'z> {
         #[inline(always)]
-        fn tiles<'z, T: Element, Z: Element>(
+        fn tiles<'z, T: Element>(
             z: &[T],
             gy: &[T],
-            gz: Sink<'z, Z>,
+            gz: &'z mut [MaybeUninit<T>],
             [scale, shift, mean, slope, offset]: [&[f32]; 5],
             g: impl Fn(f32, f32) -> f32 + Copy,
         ) -> Written<'z> {
             assert!(z.len() == gy.len() && z.len() == gz.len());
-            gz.write_tiles(scale.len(), |start, n| {
-                let (z, gy) = (&z[start..][..n], &gy[start..][..n]);
+            let of_tile = |start: usize, n: usize| {
+                let (z, gy): (&[T], &[T]) = (&z[start..][..n], &gy[start..][..n]);
                 let (scale, shift, mean) = (&scale[..n], &shift[..n], &mean[..n]);
                 let (slope, offset) = (&slope[..n], &offset[..n]);
-                move |i| {
+                move |i: usize| {
                     let z = z[i].float();
                     let g = g(z.mul_add(scale[i], shift[i]), gy[i].float());
                     scale[i].mul_add(g, slope[i].mul_add(z - mean[i], offset[i]))
                 }
-            })
+            };
+            write_tiles(gz, scale.len(), of_tile, T::nearest).into()
         }
         let (channels, bounds) = ([scale, shift, mean, slope, offset], gate.bounds);
         match gate.grid {

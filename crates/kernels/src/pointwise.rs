@@ -18,7 +18,7 @@ use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
 use crate::check::Check;
 use crate::cpu::{self, open};
-use crate::elements::{Element, Sink, Stored, by_element, signed_levels};
+use crate::elements::{Element, Stored, by_element, signed_levels};
 use crate::feature::Operand;
 use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue, Stats,
@@ -34,42 +34,57 @@ use std::ops::Range;
 
 /// `z = x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
 pub fn forward<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
-    let (check, x, w) = (Check("pointwise::forward"), x.into(), w.into());
-    if crate::gpu::runs(w.value.device()) {
-        return gpu::forward(&check, &x, w);
+    fn of(x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
+        let check = Check("pointwise::forward");
+        if crate::gpu::runs(w.value.device()) {
+            return gpu::forward(&check, x, w);
+        }
+        by_element!(x.dtype(), T => with_product::<T, _>(&check, x, w, |product| blockwise::plain(product)))
     }
-    by_element!(x.dtype(), T => with_product::<T, _>(&check, &x, w, |product| blockwise::plain(product)))
+    of(&x.into(), w.into())
 }
 
 /// [`forward`], with the statistics of `z`.
 pub fn forward_stats<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<(Tensor, Stats)> {
-    let (check, x, w) = (Check("pointwise::forward_stats"), x.into(), w.into());
-    if crate::gpu::runs(w.value.device()) {
-        let z = gpu::forward(&check, &x, w)?;
-        let stats = norm::channel_stats(&z)?;
-        return Ok((z, stats));
+    fn of(x: &FeatureMap, w: Weight<'_>) -> Result<(Tensor, Stats)> {
+        let check = Check("pointwise::forward_stats");
+        if crate::gpu::runs(w.value.device()) {
+            let z = gpu::forward(&check, x, w)?;
+            let stats = norm::channel_stats(&z)?;
+            return Ok((z, stats));
+        }
+        by_element!(x.dtype(), T => with_product::<T, _>(&check, x, w, |product| blockwise::with_stats(product)))
     }
-    by_element!(x.dtype(), T => with_product::<T, _>(&check, &x, w, |product| blockwise::with_stats(product)))
+    of(&x.into(), w.into())
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
 pub fn forward_normalized<'a>(
     x: impl Into<FeatureMap>,
     w: impl Into<Weight<'a>>,
-    (scale, shift): (&Tensor, &Tensor),
+    affine: (&Tensor, &Tensor),
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let (check, x, w) = (Check("pointwise::forward_normalized"), x.into(), w.into());
-    if crate::gpu::runs(w.value.device()) {
-        let z = gpu::forward(&check, &x, w)?;
-        return norm::forward(&z, scale, shift, act, quant);
+    fn of(
+        x: &FeatureMap,
+        w: Weight<'_>,
+        (scale, shift): (&Tensor, &Tensor),
+        act: Activation,
+        quant: Option<Quantizer<'_>>,
+    ) -> Result<FeatureMap> {
+        let check = Check("pointwise::forward_normalized");
+        if crate::gpu::runs(w.value.device()) {
+            let z = gpu::forward(&check, x, w)?;
+            return norm::forward(&z, scale, shift, act, quant);
+        }
+        check.quantizer(quant)?;
+        by_element!(x.dtype(), T => with_product::<T, _>(&check, x, w, |product| {
+            let affine = AffineActivation::new(&check, product.sizes.columns, scale, shift, act)?;
+            blockwise::normalized(product, &affine, quant)
+        }))
     }
-    check.quantizer(quant)?;
-    by_element!(x.dtype(), T => with_product::<T, _>(&check, &x, w, |product| {
-        let affine = AffineActivation::new(&check, product.sizes.columns, scale, shift, act)?;
-        blockwise::normalized(product, &affine, quant)
-    }))
+    of(&x.into(), w.into(), affine, act, quant)
 }
 
 /// The gradient of the input: `∂z[…, Cout] · wᵀ`, of shape `[…, Cin]`.
@@ -96,23 +111,26 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
 
 /// The gradient of the weight: `xᵀ · ∂z`, of shape `[Cin, Cout]`.
 pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
-    let (check, x) = (Check("pointwise::grad_weight"), x.into());
-    let sizes = sizes(&check, &x, gz)?;
-    let ProductSizes { rows, columns, depth } = sizes;
-    let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (rows + depth) * columns);
-    if crate::gpu::runs(gz.device()) {
-        return gpu::grad_weight(&check, &x, gz);
+    fn of(x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
+        let check = Check("pointwise::grad_weight");
+        let sizes = sizes(&check, x, gz)?;
+        let ProductSizes { rows, columns, depth } = sizes;
+        let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (rows + depth) * columns);
+        if crate::gpu::runs(gz.device()) {
+            return gpu::grad_weight(&check, x, gz);
+        }
+        let gz = check.dtype("gz", gz, x.dtype())?;
+        by_element!(x.dtype(), T => x.read::<T, _>(&check, "x", |x| {
+            let gz = open(&gz);
+            let gz = gz.elements()?;
+            let of_rows = |rows: Range<usize>, block: &mut Vec<T>| {
+                block.extend_from_slice(&gz[rows.start * columns..rows.end * columns]);
+            };
+            let (gw, ..) = gradients(x, of_rows, None, sizes);
+            cpu::tensor(gw, (depth, columns))
+        }))
     }
-    let gz = check.dtype("gz", gz, x.dtype())?;
-    by_element!(x.dtype(), T => x.read::<T, _>(&check, "x", |x| {
-        let gz = open(&gz);
-        let gz = gz.elements()?;
-        let of_rows = |rows: Range<usize>, block: &mut Vec<T>| {
-            block.extend_from_slice(&gz[rows.start * columns..rows.end * columns]);
-        };
-        let (gw, ..) = gradients(x, of_rows, None, sizes);
-        cpu::tensor(gw, (depth, columns))
-    }))
+    of(&x.into(), gz)
 }
 
 /// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([Cin, Cout], […, Cin])`. `below` is what
@@ -124,31 +142,39 @@ pub fn backward(
     gz: &DeferredGradient,
     below: Option<&Epilogue>,
 ) -> Result<(Tensor, MapGradient)> {
-    let (check, x) = (Check("pointwise::backward"), x.into());
-    let sizes = sizes(&check, &x, gz.z())?;
-    let ProductSizes { rows, columns, depth } = sizes;
-    let w = check.dims("w", w, &[depth, columns])?;
-    let bytes = norm::bytes_with(&x, below) + 4 * (rows * (depth + 2 * columns) + 2 * depth * columns);
-    let _note = profiler::note(check.0, 2 * sizes.operations(), bytes);
-    let dims = x.dims();
-    if crate::gpu::runs(w.device()) {
-        let gz = gz.tensor()?;
-        return Ok((gpu::grad_weight(&check, &x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?.into()));
-    }
-    by_element!(x.dtype(), T => {
-        let transposed = Panels::<T>::transposed(open(&w).floats()?, columns);
-        let (gw, gx, sums) = x.read(&check, "x", |x| {
-            gz.read::<T, _>(|gz| {
-                Epilogue::read_below(below, &check, dims, |below| {
-                    let of_rows = |rows: Range<usize>, block: &mut Vec<T>| {
-                        append(block, rows.len() * columns, |block| gz.rows(rows, Sink::Floats(block)));
-                    };
-                    Ok(gradients(x, of_rows, Some((&transposed, below)), sizes))
+    fn of(
+        x: &FeatureMap,
+        w: &Tensor,
+        gz: &DeferredGradient,
+        below: Option<&Epilogue>,
+    ) -> Result<(Tensor, MapGradient)> {
+        let check = Check("pointwise::backward");
+        let sizes = sizes(&check, x, gz.z())?;
+        let ProductSizes { rows, columns, depth } = sizes;
+        let w = check.dims("w", w, &[depth, columns])?;
+        let bytes = norm::bytes_with(x, below) + 4 * (rows * (depth + 2 * columns) + 2 * depth * columns);
+        let _note = profiler::note(check.0, 2 * sizes.operations(), bytes);
+        let dims = x.dims();
+        if crate::gpu::runs(w.device()) {
+            let gz = gz.tensor()?;
+            return Ok((gpu::grad_weight(&check, x, &gz)?, gpu::grad_input(&gz, &w)?.reshape(dims)?.into()));
+        }
+        by_element!(x.dtype(), T => {
+            let transposed = Panels::<T>::transposed(open(&w).floats()?, columns);
+            let (gw, gx, sums) = x.read(&check, "x", |x| {
+                gz.read::<T, _>(|gz| {
+                    Epilogue::read_below(below, &check, dims, |below| {
+                        let of_rows = |rows: Range<usize>, block: &mut Vec<T>| {
+                            append(block, rows.len() * columns, |block| gz.rows(rows, block));
+                        };
+                        Ok(gradients(x, of_rows, Some((&transposed, below)), sizes))
+                    })
                 })
-            })
-        })?;
-        Ok((cpu::tensor(gw, (depth, columns))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
-    })
+            })?;
+            Ok((cpu::tensor(gw, (depth, columns))?, MapGradient { tensor: cpu::tensor(gx, dims)?, sums }))
+        })
+    }
+    of(&x.into(), w, gz, below)
 }
 
 /// The sizes of the forward product, from `x[…, depth]` and `gz[…, columns]`.
@@ -299,32 +325,34 @@ fn gradients<T: Element>(
     let width = if input.is_some() { depth } else { 0 };
     let room = per_block.min(rows) * columns + LANES;
     let init = || (Vec::with_capacity(room), Vec::new(), Vec::new(), Operands::default());
-    let (gx, parts) = blocks((rows, width), per_part, init, |(block, elements, floats, operands), rows, gx| {
-        let mut gw = vec![0.0; depth * columns];
-        let mut sums = input.and_then(|(_, below)| below).map(GradientAccumulator::new);
-        let mut gx = Progress::new(gx);
-        for start in rows.clone().step_by(per_block) {
-            let rows = start..rows.end.min(start + per_block);
-            let m = rows.len();
-            block.clear();
-            gz(rows.clone(), block);
-            // What is read beyond the last row.
-            block.extend_from_slice(&[T::default(); LANES]);
-            if let Some((w, _)) = input {
-                let sizes = ProductSizes { rows: m, columns: depth, depth: columns };
-                let gz = &block[..m * columns];
-                let gx =
-                    T::next_floats(&mut gx, m * depth, floats, |gx| product::set(gz, w, sizes, operands, gx));
-                if let Some(sums) = &mut sums {
-                    sums.add(start, gx);
+    let (gx, parts) =
+        blocks((rows, width), per_part, init, |(block, elements, floats, operands), rows, gx| {
+            let mut gw = vec![0.0; depth * columns];
+            let mut sums = input.and_then(|(_, below)| below).map(GradientAccumulator::new);
+            let mut gx = Progress::new(gx);
+            for start in rows.clone().step_by(per_block) {
+                let rows = start..rows.end.min(start + per_block);
+                let m = rows.len();
+                block.clear();
+                gz(rows.clone(), block);
+                // What is read beyond the last row.
+                block.extend_from_slice(&[T::default(); LANES]);
+                if let Some((w, _)) = input {
+                    let sizes = ProductSizes { rows: m, columns: depth, depth: columns };
+                    let gz = &block[..m * columns];
+                    let gx = T::next_floats(&mut gx, m * depth, floats, |gx| {
+                        product::set(gz, w, sizes, operands, gx)
+                    });
+                    if let Some(sums) = &mut sums {
+                        sums.add(start, gx);
+                    }
                 }
+                let x = x.part(rows.start * depth..rows.end * depth).elements(elements);
+                let sizes = ProductSizes { rows: depth, columns, depth: m };
+                product::add_transposed(x, block, sizes, operands, &mut gw);
             }
-            let x = x.part(rows.start * depth..rows.end * depth).elements(elements);
-            let sizes = ProductSizes { rows: depth, columns, depth: m };
-            product::add_transposed(x, block, sizes, operands, &mut gw);
-        }
-        (gx.finish().into(), (gw, sums.map(GradientAccumulator::finish)))
-    });
+            (gx.finish().into(), (gw, sums.map(GradientAccumulator::finish)))
+        });
     let (mut of_weight, of_below): (Vec<Vec<f32>>, Vec<_>) = parts.into_iter().unzip();
     let gw = if of_weight.len() == 1 {
         of_weight.remove(0)

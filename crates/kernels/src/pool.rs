@@ -12,22 +12,25 @@ use std::ops::Range;
 
 /// The mean over the positions of `x[N, H, W, C]`, `[N, C]`, in `f32`.
 pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
-    let (check, x) = (Check("pool::global_average"), x.into());
-    let (n, h, w, c) = check.map_sizes("x", x.dims())?;
-    let _note = profiler::note(check.0, 0, x.bytes() + 4 * n * c);
-    if crate::gpu::runs(x.device()) {
-        return gpu::global_average(&check, &x);
+    fn of(x: &FeatureMap) -> Result<Tensor> {
+        let check = Check("pool::global_average");
+        let (n, h, w, c) = check.map_sizes("x", x.dims())?;
+        let _note = profiler::note(check.0, 0, x.bytes() + 4 * n * c);
+        if crate::gpu::runs(x.device()) {
+            return gpu::global_average(&check, x);
+        }
+        let image = h * w * c;
+        let images = (CHUNK / image).max(1);
+        by_element!(x.dtype(), T => x.read::<T, _>(&check, "x", |x| {
+            let mean = |elements: &mut Vec<T>, range: Range<usize>, y: &mut [f32]| {
+                for (at, y) in (range.start / c..).zip(y.chunks_exact_mut(c)) {
+                    mean_rows(x.part(at * image..(at + 1) * image).elements(elements), h * w, y);
+                }
+            };
+            cpu::tensor(generate(n * c, images * c, Vec::new, mean).0, (n, c))
+        }))
     }
-    let image = h * w * c;
-    let images = (CHUNK / image).max(1);
-    by_element!(x.dtype(), T => x.read::<T, _>(&check, "x", |x| {
-        let mean = |elements: &mut Vec<T>, range: Range<usize>, y: &mut [f32]| {
-            for (at, y) in (range.start / c..).zip(y.chunks_exact_mut(c)) {
-                mean_rows(x.part(at * image..(at + 1) * image).elements(elements), h * w, y);
-            }
-        };
-        cpu::tensor(generate(n * c, images * c, Vec::new, mean).0, (n, c))
-    }))
+    of(&x.into())
 }
 
 /// The gradient of the input, `[N, h, w, C]`, from that of the means, `[N, C]`.

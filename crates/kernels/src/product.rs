@@ -50,8 +50,8 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
         factors: &'a mut Vec<Self>,
     ) -> &'a [Self];
 
-    /// `sum + a·b` in each lane.
-    fn add_product(a: Self, b: [Self; LANES], sum: [f32; LANES]) -> [f32; LANES];
+    /// `sum + a·b`.
+    fn add_product(a: Self, b: Self, sum: f32) -> f32;
 
     /// [`product`], by the instructions that the machine has.
     fn product(
@@ -80,11 +80,8 @@ impl Factor for f32 {
     }
 
     #[inline(always)]
-    fn add_product(a: Self, b: [Self; LANES], mut sum: [f32; LANES]) -> [f32; LANES] {
-        for lane in 0..LANES {
-            sum[lane] = a.mul_add(b[lane], sum[lane]);
-        }
-        sum
+    fn add_product(a: Self, b: Self, sum: f32) -> f32 {
+        a.mul_add(b, sum)
     }
 }
 
@@ -123,13 +120,9 @@ impl Factor for Pair {
     }
 
     #[inline(always)]
-    fn add_product(a: Self, b: [Self; LANES], mut sum: [f32; LANES]) -> [f32; LANES] {
-        for i in 0..2 {
-            for lane in 0..LANES {
-                sum[lane] = a.0[i].float().mul_add(b[lane].0[i].float(), sum[lane]);
-            }
-        }
-        sum
+    fn add_product(a: Self, b: Self, sum: f32) -> f32 {
+        let [a, b] = [a, b].map(|pair| pair.0.map(Element::float));
+        a[1].mul_add(b[1], a[0].mul_add(b[0], sum))
     }
 
     fn product(
@@ -405,20 +398,19 @@ simd! {
     }
 }
 
-/// How the product of a factor and a vector of them is added to a sum in each lane.
+/// How the products of a factor and a vector of them are added to the sums of the lanes.
 trait Multiply<F> {
-    fn add_product(a: F, b: [F; LANES], sum: [f32; LANES]) -> [f32; LANES];
-}
-
-/// By arithmetic that every machine has.
-struct Plain;
-
-impl<F: Factor> Multiply<F> for Plain {
+    /// Adds them by one instruction, if there is one; returns whether there is.
     #[inline(always)]
-    fn add_product(a: F, b: [F; LANES], sum: [f32; LANES]) -> [f32; LANES] {
-        F::add_product(a, b, sum)
+    fn add_products(_a: F, _b: &[F; LANES], _sums: &mut [f32; LANES]) -> bool {
+        false
     }
 }
+
+/// Lane by lane, which compilers make vectors of.
+struct Plain;
+
+impl<F> Multiply<F> for Plain {}
 
 #[cfg(target_arch = "x86_64")]
 mod dot {
@@ -448,15 +440,16 @@ mod dot {
 
     impl Multiply<Pair> for Dot {
         #[inline(always)]
-        fn add_product(a: Pair, b: [Pair; LANES], sum: [f32; LANES]) -> [f32; LANES] {
+        fn add_products(a: Pair, b: &[Pair; LANES], sums: &mut [f32; LANES]) -> bool {
             // SAFETY: this is inlined in `product` alone, whose caller has made sure of the instructions; vectors are
             // so many numbers of the same sizes.
             #[allow(unsafe_code)]
             unsafe {
                 let a = _mm512_set1_epi32(transmute::<Pair, i32>(a));
-                let sum = _mm512_dpbf16_ps(transmute(sum), transmute(a), transmute(b));
-                transmute(sum)
+                let sum = _mm512_dpbf16_ps(transmute(*sums), transmute(a), transmute(*b));
+                *sums = transmute(sum);
             }
+            true
         }
     }
 }
@@ -629,7 +622,11 @@ impl<F: Factor> Tile<F> {
                 for i in 0..R {
                     let a = *self.a.add(i * self.a_steps.0 + p * self.a_steps.1);
                     for j in 0..V {
-                        sums[i][j] = M::add_product(a, vectors[j], sums[i][j]);
+                        if !M::add_products(a, &vectors[j], &mut sums[i][j]) {
+                            for lane in 0..LANES {
+                                sums[i][j][lane] = F::add_product(a, vectors[j][lane], sums[i][j][lane]);
+                            }
+                        }
                     }
                 }
             }

@@ -16,20 +16,23 @@ use std::mem::MaybeUninit;
 
 /// `a + b`.
 pub fn add(a: &Tensor, b: impl Into<FeatureMap>) -> Result<Tensor> {
-    let (check, b) = (Check("residual::add"), b.into());
-    let _note = profiler::note(check.0, 0, b.bytes() + 8 * a.elem_count());
-    if crate::gpu::runs(a.device()) {
-        return gpu::add(&check, a, &b, None);
+    fn of(a: &Tensor, b: &FeatureMap) -> Result<Tensor> {
+        let check = Check("residual::add");
+        let _note = profiler::note(check.0, 0, b.bytes() + 8 * a.elem_count());
+        if crate::gpu::runs(a.device()) {
+            return gpu::add(&check, a, b, None);
+        }
+        by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, b, |x, b| {
+            let (sum, _) = blocks(
+                (x.len(), 1),
+                CHUNK,
+                || (),
+                |(), part, y| (sums(&x[part.clone()], b.part(part), Sink::<T>::Floats(y)), ()),
+            );
+            cpu::tensor(sum, a.dims())
+        }))
     }
-    by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, &b, |x, b| {
-        let (sum, _) = blocks(
-            (x.len(), 1),
-            CHUNK,
-            || (),
-            |(), part, y| (sums(&x[part.clone()], b.part(part), Sink::<T>::Floats(y)), ()),
-        );
-        cpu::tensor(sum, a.dims())
-    }))
+    of(a, &b.into())
 }
 
 /// `Q(a + b)`.
@@ -38,23 +41,26 @@ pub fn add_quantize(
     b: impl Into<FeatureMap>,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    let (check, b) = (Check("residual::add_quantize"), b.into());
-    check.quantizer(quant)?;
-    let written = if quant.is_some() { 1 } else { 4 };
-    let _note = profiler::note(check.0, 0, b.bytes() + (4 + written) * a.elem_count());
-    if crate::gpu::runs(a.device()) {
-        return Ok(FeatureMap::of(gpu::add(&check, a, &b, quant)?, a.dtype(), quant));
+    fn of(a: &Tensor, b: &FeatureMap, quant: Option<Quantizer<'_>>) -> Result<FeatureMap> {
+        let check = Check("residual::add_quantize");
+        check.quantizer(quant)?;
+        let written = if quant.is_some() { 1 } else { 4 };
+        let _note = profiler::note(check.0, 0, b.bytes() + (4 + written) * a.elem_count());
+        if crate::gpu::runs(a.device()) {
+            return Ok(FeatureMap::of(gpu::add(&check, a, b, quant)?, a.dtype(), quant));
+        }
+        by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, b, |x, b| {
+            FeatureMap::write::<T, _>(
+                a.dims(),
+                (x.len(), 1),
+                quant,
+                CHUNK,
+                || (),
+                |(), part, y| sums(&x[part.clone()], b.part(part), y),
+            )
+        }))
     }
-    by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, &b, |x, b| {
-        FeatureMap::write::<T, _>(
-            a.dims(),
-            (x.len(), 1),
-            quant,
-            CHUNK,
-            || (),
-            |(), part, y| sums(&x[part.clone()], b.part(part), y),
-        )
-    }))
+    of(a, &b.into(), quant)
 }
 
 /// The sum `scale·z + shift + b`, with `scale` and `shift` `[C]`, of the shape of `z`, and its smallest and
@@ -65,28 +71,31 @@ pub fn add_normalized(
     shift: &Tensor,
     b: impl Into<FeatureMap>,
 ) -> Result<(Tensor, Tensor)> {
-    let (check, b) = (Check("residual::add_normalized"), b.into());
-    let (rows, c) = check.rows("z", z)?;
-    let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-    let _note = profiler::note(check.0, 0, b.bytes() + 8 * z.elem_count());
-    if crate::gpu::runs(z.device()) {
-        return gpu::add_normalized(&check, z, &scale, &shift, &b);
+    fn of(z: &Tensor, scale: &Tensor, shift: &Tensor, b: &FeatureMap) -> Result<(Tensor, Tensor)> {
+        let check = Check("residual::add_normalized");
+        let (rows, c) = check.rows("z", z)?;
+        let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
+        let _note = profiler::note(check.0, 0, b.bytes() + 8 * z.elem_count());
+        if crate::gpu::runs(z.device()) {
+            return gpu::add_normalized(&check, z, &scale, &shift, b);
+        }
+        let (scale, shift) = (tiled(&scale)?, tiled(&shift)?);
+        by_element!(z.dtype(), T => with_operands::<T, _>(&check, z, b, |x, b| {
+            let (sum, ranges) = blocks(
+                (rows, c),
+                block_rows(c),
+                || (),
+                |(), rows, sum| {
+                    let part = rows.start * c..rows.end * c;
+                    normalized_sums(&x[part.clone()], b.part(part), sum, &scale, &shift)
+                },
+            );
+            let range =
+                ranges.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
+            Ok((cpu::tensor::<T>(sum, z.dims())?, cpu::tensor(vec![range.0, range.1], 2)?))
+        }))
     }
-    let (scale, shift) = (tiled(&scale)?, tiled(&shift)?);
-    by_element!(z.dtype(), T => with_operands::<T, _>(&check, z, &b, |x, b| {
-        let (sum, ranges) = blocks(
-            (rows, c),
-            block_rows(c),
-            || (),
-            |(), rows, sum| {
-                let part = rows.start * c..rows.end * c;
-                normalized_sums(&x[part.clone()], b.part(part), sum, &scale, &shift)
-            },
-        );
-        let range =
-            ranges.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |a, b| (a.0.min(b.0), a.1.max(b.1)));
-        Ok((cpu::tensor::<T>(sum, z.dims())?, cpu::tensor(vec![range.0, range.1], 2)?))
-    }))
+    of(z, scale, shift, &b.into())
 }
 
 fn same_dims(check: &Check, a: &Tensor, b: &FeatureMap) -> Result<()> {

@@ -64,16 +64,21 @@ pub(crate) fn write_with<T: Copy>(block: &mut [MaybeUninit<T>], f: impl Fn(usize
     }
 }
 
-/// Writes a block tile by tile: `of_tile(start, len)` returns the function of the elements of the tile that begins at
-/// `start`, by their position in the tile. The last tile may be shorter than the others.
+/// Writes a block tile by tile: `of_tile(start, len)` returns the function of the floats of the tile that begins at
+/// `start`, by their position in the tile, and `element` makes elements of them. The last tile may be shorter than the
+/// others.
 #[inline(always)]
-pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> T>(
+pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32>(
     block: &mut [MaybeUninit<T>],
     tile: usize,
     of_tile: impl Fn(usize, usize) -> F,
+    element: impl Fn(f32) -> T,
 ) -> &mut [T] {
     for (i, elements) in block.chunks_mut(tile).enumerate() {
-        write_with(elements, of_tile(i * tile, elements.len()));
+        let f = of_tile(i * tile, elements.len());
+        for (i, at) in elements.iter_mut().enumerate() {
+            at.write(element(f(i)));
+        }
     }
     // SAFETY: the loop has written each tile.
     #[allow(unsafe_code)]
