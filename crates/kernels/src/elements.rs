@@ -182,6 +182,18 @@ simd! {
     }
 }
 
+simd! {
+    /// Writes levels less their zero point, which are exact in 8 bits.
+    pub(crate) fn whole_numbers<'y, T: Element>(
+        q: &[u8],
+        grid: &Grid,
+        y: &'y mut [MaybeUninit<T>],
+    ) -> Written<'y> {
+        let (q, zero_point) = (&q[..y.len()], grid.zero_point());
+        write_with(y, |i| T::nearest(f32::from(q[i]) - zero_point)).into()
+    }
+}
+
 /// Memory for the elements of a feature map that a kernel writes.
 pub(crate) enum Sink<'a, T> {
     Floats(&'a mut [MaybeUninit<T>]),

@@ -8,7 +8,7 @@ pub(crate) mod gpu;
 use crate::affine::AffineActivation;
 use crate::check::Check;
 use crate::cpu::{self, open};
-use crate::elements::{Element, Sink, Stored, by_element, copy};
+use crate::elements::{Element, Sink, Stored, by_element, copy, whole_numbers};
 use crate::tile::block_rows;
 use crate::work::{CHUNK, Written, append, blocks};
 use crate::{Activation, Quantizer, Result, profiler};
@@ -279,6 +279,26 @@ impl<'a, T: Element> Operand<'a, T> {
         }
         scratch.clear();
         self.append_to(scratch)
+    }
+
+    /// The elements as factors of a product that is multiplied by [`Operand::scale`]: levels as whole numbers where their
+    /// values would be rounded.
+    pub(crate) fn factors(self, scratch: &'a mut Vec<T>) -> &'a [T] {
+        match self {
+            Self::Stored(Stored::Levels(q, grid)) if T::DTYPE == DType::BF16 => {
+                scratch.clear();
+                append(scratch, q.len(), |y| whole_numbers(q, &grid, y))
+            }
+            _ => self.elements(scratch),
+        }
+    }
+
+    /// What the product of [`Operand::factors`] is to be multiplied by.
+    pub(crate) fn scale(self) -> f32 {
+        match self {
+            Self::Stored(Stored::Levels(_, grid)) if T::DTYPE == DType::BF16 => grid.step(),
+            _ => 1.0,
+        }
     }
 
     /// Appends the elements, and returns them.

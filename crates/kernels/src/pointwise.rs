@@ -299,8 +299,10 @@ impl<T: Element> Blockwise for Product<'_, T> {
                 product::set_levels(&x[part], depth, *zero_point, w, scale, z)
             }
             Factors::Floats(x, panels) => {
-                let x = x.part(part).elements(elements);
-                product::set(x, panels, ProductSizes { rows: rows.len(), ..self.sizes }, operands, z)
+                let sizes = ProductSizes { rows: rows.len(), ..self.sizes };
+                let z = product::set(x.part(part).factors(elements), panels, sizes, operands, z);
+                scale_by(x.scale(), z);
+                z.into()
             }
         }
     }
@@ -341,20 +343,20 @@ fn gradients<T: Element>(
                     let sizes = ProductSizes { rows: m, columns: depth, depth: columns };
                     let gz = &block[..m * columns];
                     let gx = T::next_floats(&mut gx, m * depth, floats, |gx| {
-                        product::set(gz, w, sizes, operands, gx)
+                        product::set(gz, w, sizes, operands, gx).into()
                     });
                     if let Some(sums) = &mut sums {
                         sums.add(start, gx);
                     }
                 }
-                let x = x.part(rows.start * depth..rows.end * depth).elements(elements);
+                let x = x.part(rows.start * depth..rows.end * depth).factors(elements);
                 let sizes = ProductSizes { rows: depth, columns, depth: m };
                 product::add_transposed(x, block, sizes, operands, &mut gw);
             }
             (gx.finish().into(), (gw, sums.map(GradientAccumulator::finish)))
         });
     let (mut of_weight, of_below): (Vec<Vec<f32>>, Vec<_>) = parts.into_iter().unzip();
-    let gw = if of_weight.len() == 1 {
+    let mut gw = if of_weight.len() == 1 {
         of_weight.remove(0)
     } else {
         fill(depth * columns, CHUNK / 4, |range, gw| {
@@ -365,7 +367,15 @@ fn gradients<T: Element>(
             }
         })
     };
+    scale_by(x.scale(), &mut gw);
     (gw, gx, GradientSums::of_parts(of_below.into_iter().flatten()))
+}
+
+/// Multiplies a product of [`Operand::factors`] by what they were divided by.
+fn scale_by(scale: f32, product: &mut [f32]) {
+    if scale != 1.0 {
+        product.iter_mut().for_each(|element| *element *= scale);
+    }
 }
 
 /// The dimensions of a tensor with another number of channels.

@@ -4,7 +4,8 @@ mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
-use crate::elements::{Element, by_element};
+use crate::elements::{Element, Stored, by_element};
+use crate::feature::Operand;
 use crate::work::{CHUNK, fill, generate};
 use crate::{FeatureMap, Result, profiler};
 use candle_core::{DType, Tensor};
@@ -24,7 +25,11 @@ pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
         by_element!(x.dtype(), T => x.read::<T, _>(&check, "x", |x| {
             let mean = |elements: &mut Vec<T>, range: Range<usize>, y: &mut [f32]| {
                 for (at, y) in (range.start / c..).zip(y.chunks_exact_mut(c)) {
-                    mean_rows(x.part(at * image..(at + 1) * image).elements(elements), h * w, y);
+                    let image = match x.part(at * image..(at + 1) * image) {
+                        Operand::Stored(image) => image,
+                        deferred => Stored::Floats(deferred.elements(elements)),
+                    };
+                    mean_rows(image, h * w, y);
                 }
             };
             cpu::tensor(generate(n * c, images * c, Vec::new, mean).0, (n, c))
@@ -68,14 +73,22 @@ pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tens
 
 simd! {
     /// The mean of the rows of `x` into `y`, which comes zeroed.
-    fn mean_rows<T: Element>(x: &[T], rows: usize, y: &mut [f32]) {
-        for x in x.chunks_exact(y.len()) {
-            for (y, x) in y.iter_mut().zip(x) {
-                *y += x.float();
-            }
+    fn mean_rows<T: Element>(x: Stored<'_, T>, rows: usize, y: &mut [f32]) {
+        match x {
+            Stored::Floats(x) => add_rows(x, |x| x.float(), y),
+            Stored::Levels(x, grid) => add_rows(x, |q| grid.value(f32::from(q)), y),
         }
         for y in y {
             *y /= rows as f32;
+        }
+    }
+}
+
+#[inline(always)]
+fn add_rows<X: Copy>(x: &[X], value: impl Fn(X) -> f32, y: &mut [f32]) {
+    for x in x.chunks_exact(y.len()) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += value(*x);
         }
     }
 }

@@ -292,21 +292,21 @@ impl<T: Element> Panels<T> {
     }
 }
 
-/// Writes `c = a·b`.
+/// Writes `c = a·b`, and returns it.
 pub(crate) fn set<'c, T: Element>(
     a: &[T],
     b: &Panels<T>,
     sizes: ProductSizes,
     operands: &mut Operands<T>,
     c: &'c mut [MaybeUninit<f32>],
-) -> Written<'c> {
+) -> &'c mut [f32] {
     let depth = sizes.depth.div_ceil(T::Factor::ELEMENTS);
     let a = Left::rows(T::Factor::of_rows(a, sizes.depth, &mut operands.left_factors), depth);
     T::Factor::product(a, b.0.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
     // SAFETY: without `add`, `product` writes all of `c`.
     #[allow(unsafe_code)]
     unsafe {
-        c.assume_init_ref().into()
+        c.assume_init_mut()
     }
 }
 
@@ -925,7 +925,7 @@ mod tests {
                 let context = format!("{m} × {n}, depth {k}");
                 for panels in [Panels::new(&b, n), Panels::transposed(&weights, k)] {
                     let (mut found, mut operands) = (Vec::new(), Operands::default());
-                    append(&mut found, m * n, |c| set(&a, &panels, sizes, &mut operands, c));
+                    append(&mut found, m * n, |c| set(&a, &panels, sizes, &mut operands, c).into());
                     let found = cpu::tensor(found, m * n).unwrap();
                     assert_eq!(elements(&found), elements(&set_plainly), "{context}");
                 }
@@ -968,7 +968,7 @@ mod tests {
                     let context = format!("{m} × {n}, depth {k}, instructions {allowed}");
                     for panels in [Panels::new(&weights, n), Panels::transposed(&columns, k)] {
                         let (mut found, mut operands) = (Vec::new(), Operands::default());
-                        append(&mut found, m * n, |c| set(&a, &panels, sizes, &mut operands, c));
+                        append(&mut found, m * n, |c| set(&a, &panels, sizes, &mut operands, c).into());
                         close(&found, &set_plainly, &context);
                     }
                     let mut sums = start.clone();
