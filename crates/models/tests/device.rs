@@ -1,5 +1,5 @@
 //! Whole training steps and evaluation with the kernels for GPUs beside those for the CPU: emulated, and where one
-//! answers on a GPU.
+//! answers on a GPU; and those with maps of `bf16` on either beside those with floats.
 
 use candle_core::{DType, Device, Tensor};
 use kernels::gpu::emulation::{self, Order};
@@ -190,6 +190,9 @@ fn check(
         }
         panic!("{}", errors.join("\n"));
     };
+    if dtype == DType::BF16 {
+        check("on the CPU", &|seed| train(&network, &Device::Cpu, dtype, steps, seed));
+    }
     match emulation::available() {
         Ok(()) => check("emulated", &|seed| {
             emulation::run(Order::Forward, || train(&network, &Device::Cpu, dtype, steps, seed))
@@ -264,6 +267,39 @@ fn steps_with_a_bias() {
         network.fold().unwrap();
     };
     check("bias", deep(), fold, DType::F32, 1, &FLOAT);
+}
+
+/// The kernels for GPUs and those for the CPU round at the same places, so that they are nearer to each other than to what
+/// is computed with floats.
+#[test]
+fn half_precision_is_rounded_alike() {
+    if let Err(message) = emulation::available() {
+        return eprintln!("skipped: {message}");
+    }
+    let network = shallow();
+    let here = || train(&network, &Device::Cpu, DType::BF16, 2, 7);
+    let [floats, cpu, gpu] =
+        [train(&network, &Device::Cpu, DType::F32, 2, 7), here(), emulation::run(Order::Forward, here)];
+    let off = |a: &Outcome, b: &Outcome| apart(&all(&a.gradients), &all(&b.gradients));
+    let (twins, rounding) = (off(&gpu, &cpu), off(&cpu, &floats));
+    assert!(twins < 0.3 * rounding, "the twins are {twins:.1e} apart, and floats {rounding:.1e}");
+}
+
+#[test]
+fn half_precision_has_the_same_bits_on_any_number_of_threads() {
+    let mut network = shallow();
+    for quantized in [false, true] {
+        if quantized {
+            network.quantize(&quantization(4, 4, Fold::Unfolded)).unwrap();
+        }
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let outcome = pool.install(|| train(&network, &Device::Cpu, DType::BF16, 2, 7));
+            (outcome.losses, outcome.gradients, outcome.tensors, outcome.logits)
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(5), "quantized: {quantized}");
+    }
 }
 
 #[test]
