@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use common::{bits_of, data, images, mobilenet, pretrain, quantization, recipe, run_well, training, values};
 use datasets::DataSource;
 use models::{Extras, HEAD, Network, Node, Version};
@@ -175,7 +175,6 @@ fn every_real_image_stays_on_the_grid() {
         seed: 0,
         folder: folder.path(),
         identity: "real images",
-        dtype: DType::F32,
         limit: None,
     };
     let network = fit(network, &run, &mut |_| ()).unwrap().network;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use common::{bits, data, pretrain, quantization, recipe, run_well, training};
 use models::{Fold, Method, Network, Quantization, Role, Version};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -66,7 +66,6 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
                     seed: 2,
                     folder,
                     identity: name,
-                    dtype: DType::F32,
                     limit: None,
                 },
                 observe,

@@ -37,7 +37,7 @@ struct Flags {
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
 
-    /// How ours computes on a GPU: f32, tf32 (products round their operands to 10 bits) or bf16 (feature maps are stored so)
+    /// How ours computes: f32, bf16 (feature maps are stored so) or on a GPU tf32 (products round their operands to 10 bits)
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     arithmetic: Arithmetic,
 
@@ -133,8 +133,8 @@ pub fn main() -> Result<()> {
         // It runs as the programs do that train.
         return process::run(|| {
             let (device, name) = device::open(&flags.device)?;
-            let (dtype, _) = flags.arithmetic.set(&device, name)?;
-            ours::serve(std::io::stdin().lock(), std::io::stdout(), (&device, dtype))
+            let (arithmetic, _) = flags.arithmetic.set(&device, name)?;
+            ours::serve(std::io::stdin().lock(), std::io::stdout(), (&device, arithmetic.dtype()))
         });
     }
     if !(flags.seconds > 0.0 && flags.seconds <= 600.0) {

@@ -2,7 +2,7 @@
 
 use crate::output;
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use clap::ValueEnum;
 
 /// The device that `--device` asks for, and its name for the records.
@@ -25,7 +25,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     }
 }
 
-/// How it is computed, `--arithmetic`. What is learned, and all statistics, are float32 in each.
+/// How it is computed, `--arithmetic`: in place of what a profile says of its trainings ([`train::Arithmetic`]). What is learned, and all statistics, are float32 in each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Arithmetic {
     /// In float32.
@@ -44,25 +44,28 @@ impl Arithmetic {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().into())
     }
 
-    /// Sets what a program on `device`, which is so named, is to do; gives the dtype of its feature maps and the name for
-    /// the records.
+    /// Sets how products on `device`, which is so named, are computed; gives in which feature maps are kept, and the name
+    /// for the records.
     ///
     /// # Errors
     /// TF32 on a CPU.
-    pub fn set(self, device: &Device, name: String) -> Result<(DType, String)> {
+    pub fn set(self, device: &Device, name: String) -> Result<(train::Arithmetic, String)> {
         if device.is_cpu() && self == Self::Tf32 {
             bail!("--arithmetic tf32 is for GPUs, and this runs on {name}: expected f32 or bf16");
         }
         Ok(match self {
-            Self::F32 => (DType::F32, name),
+            Self::F32 => (train::Arithmetic::F32, name),
             Self::Tf32 => {
                 kernels::gpu::set_tf32(true);
-                (DType::F32, name + ", TF32")
+                (train::Arithmetic::F32, name + ", TF32")
             }
-            Self::Bf16 => (DType::BF16, name + ", bfloat16"),
+            Self::Bf16 => (train::Arithmetic::Bf16, name + BFLOAT16),
         })
     }
 }
+
+/// What stands behind a device's name where feature maps are kept in bfloat16.
+pub(crate) const BFLOAT16: &str = ", bfloat16";
 
 /// What `--device` can say.
 #[derive(Debug, PartialEq, Eq)]
@@ -139,7 +142,7 @@ fn gpu(number: usize) -> Result<(Device, String)> {
 #[cfg(feature = "cuda")]
 fn works(number: usize) -> Result<Device> {
     let device = Device::new_cuda(number)?;
-    let ones = candle_core::Tensor::ones(1000, DType::F32, &device)?;
+    let ones = candle_core::Tensor::ones(1000, candle_core::DType::F32, &device)?;
     let sum = (ones.affine(2.0, 1.0)?.sum_all()?).to_scalar::<f32>()?;
     if sum != 3000.0 {
         bail!("a sum of 3000 came out as {sum}");
@@ -175,8 +178,8 @@ mod tests {
     #[test]
     fn a_cpu_has_no_tensor_cores() {
         let set = |arithmetic: Arithmetic| arithmetic.set(&Device::Cpu, "cpu".into());
-        assert_eq!(set(Arithmetic::F32).unwrap(), (DType::F32, "cpu".into()));
-        assert_eq!(set(Arithmetic::Bf16).unwrap(), (DType::BF16, "cpu, bfloat16".into()));
+        assert_eq!(set(Arithmetic::F32).unwrap(), (train::Arithmetic::F32, "cpu".into()));
+        assert_eq!(set(Arithmetic::Bf16).unwrap(), (train::Arithmetic::Bf16, "cpu, bfloat16".into()));
         let error = set(Arithmetic::Tf32).unwrap_err().to_string();
         assert!(error.contains("for GPUs") && error.contains("expected f32 or bf16"), "{error}");
     }

@@ -45,9 +45,10 @@ pub struct Flags {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
 
-    /// How a GPU computes: f32, tf32 (products round their operands to 10 bits) or bf16 (feature maps are stored so)
-    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
-    pub arithmetic: Arithmetic,
+    /// How it is computed: f32, bf16 (feature maps are stored so) or on a GPU tf32 (products round their operands to 10
+    /// bits); as the profile says of each training if not given
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub arithmetic: Option<Arithmetic>,
 
     /// Stop after about that many minutes: after the last epoch that ends in time, at least one. The same command then
     /// goes on from there, on any device. The exit code is 75 where something is left to do

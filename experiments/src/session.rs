@@ -5,12 +5,12 @@ use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, output, process, signals, slurm};
 use anyhow::{Context as _, Result, bail};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
 use models::Network;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use train::TimeLimit;
+use train::{Arithmetic, TimeLimit};
 use workflow::{Outcome, Planned, Provenance, Purpose, Resources, Stage, StageKind, Store};
 
 /// Training images that stand in for the test set where a table chooses settings.
@@ -57,7 +57,6 @@ pub(crate) struct Session {
     /// The command and what it ran on.
     pub provenance: Provenance,
     device: Device,
-    dtype: DType,
     store: Store,
     display: Display,
     out: PathBuf,
@@ -68,7 +67,6 @@ impl Session {
     pub fn open(flags: &Flags, chooses: bool) -> Result<Self> {
         let limit = flags.time_limit.map(TimeLimit::after);
         let (device, name) = device::open(&flags.device)?;
-        let (dtype, device_name) = flags.arithmetic.set(&device, name)?;
         let mut profile = match &flags.config {
             Some(path) => Profile::read(path)?,
             None => Profile::named(flags.profile(&device))?,
@@ -77,6 +75,17 @@ impl Session {
             profile.data.hold_out.get_or_insert(HOLD_OUT);
         }
         flags.narrow(&mut profile)?;
+        let device_name = match flags.arithmetic {
+            Some(wanted) => {
+                let (arithmetic, name) = wanted.set(&device, name)?;
+                profile.training.0.values_mut().for_each(|training| training.arithmetic = arithmetic);
+                name
+            }
+            None if profile.training.0.values().any(|training| training.arithmetic == Arithmetic::Bf16) => {
+                name + device::BFLOAT16
+            }
+            None => name,
+        };
         let seeds = flags.seeds.clone().unwrap_or_else(|| profile.seeds.clone());
         profile::check_seeds(&seeds).context("--seeds")?;
         let mut display = Display::new();
@@ -102,7 +111,6 @@ impl Session {
                 device: device_name,
             },
             device,
-            dtype,
             store: match limit {
                 Some(limit) => store.within(limit),
                 None => store,
@@ -151,8 +159,8 @@ impl Session {
 
     /// What the stage gives, run if it has not been; `None` where the time limit ended it.
     pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
-        let Self { data, device, dtype, provenance, store, display, .. } = self;
-        let resources = Resources { data: &**data, device, dtype: *dtype, provenance };
+        let Self { data, device, provenance, store, display, .. } = self;
+        let resources = Resources { data: &**data, device, provenance };
         match store.run(stage, &resources, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();
@@ -170,8 +178,8 @@ impl Session {
 
     /// The network that a stage gives.
     pub fn network(&mut self, stage: &Stage) -> Result<Network> {
-        let Self { data, device, dtype, provenance, store, display, .. } = self;
-        let resources = Resources { data: &**data, device, dtype: *dtype, provenance };
+        let Self { data, device, provenance, store, display, .. } = self;
+        let resources = Resources { data: &**data, device, provenance };
         Ok(store.produce(stage, device, &resources, &mut |event| display.stage(event))?.1)
     }
 

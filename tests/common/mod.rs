@@ -2,14 +2,14 @@
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use datasets::{Augmentation, Dataset, InMemoryDataset};
 use models::{Fold, Input, MobileNet, Network, Quantization, Version};
 use pfq::PfQ;
 use quant_core::Precision;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use train::{Decay, Training};
+use train::{Arithmetic, Decay, Training};
 use workflow::{
     Event, Outcome, Provenance, Purpose, Recipe, Resources, Result, Stage, StageKind, Store, Trainings,
 };
@@ -37,6 +37,7 @@ pub fn training(epochs: usize) -> Training {
         range_momentum: 0.1,
         augmentation: Augmentation { pad: 2, flip: true },
         decay: Decay::Cosine,
+        arithmetic: Arithmetic::F32,
     }
 }
 
@@ -78,7 +79,7 @@ pub fn run(
 ) -> (Result<Outcome>, Vec<String>) {
     let provenance =
         Provenance { command: "test".into(), git_commit: "none".into(), device: "processor".into() };
-    let resources = Resources { data, device: &Device::Cpu, dtype: DType::F32, provenance: &provenance };
+    let resources = Resources { data, device: &Device::Cpu, provenance: &provenance };
     let mut told = Vec::new();
     let outcome = store.run(stage, &resources, &mut |event| {
         let text = match &event {

@@ -1,7 +1,7 @@
 use crate::evaluate::evaluate_on;
 use crate::totals::Totals;
 use crate::{Error, Evaluation, Result, TimeLimit, Training};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use datasets::{Dataset, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
 use kernels::sgd::{self, Rule, Update};
@@ -23,8 +23,6 @@ pub struct TrainingRun<'a> {
     pub folder: &'a Path,
     /// Names the run; a checkpoint of another run is an error, not a start.
     pub identity: &'a str,
-    /// In which feature maps and their gradients are kept: `F32`, on a GPU also `BF16`. What is learned is `F32`.
-    pub dtype: DType,
     /// When to stop, if the run is to go on another time.
     pub limit: Option<&'a TimeLimit>,
 }
@@ -111,7 +109,7 @@ pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress
         }
         None => (State::new(network)?, None),
     };
-    let mut feed = Feed::new(run.data, state.network.device(), run.dtype);
+    let mut feed = Feed::new(run.data, state.network.device(), run.training.arithmetic.dtype());
     // A checkpoint does not have the evaluation of its last epoch.
     if let Some(trained) = trained {
         state.evaluate(trained, run, &mut feed)?;

@@ -12,7 +12,7 @@ mod totals;
 pub use evaluate::{Evaluation, evaluate};
 pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, Velocities, fit, step};
 pub use limit::TimeLimit;
-pub use settings::{Decay, Training};
+pub use settings::{Arithmetic, Decay, Training};
 
 /// What can go wrong while training.
 #[derive(Debug, thiserror::Error)]

@@ -1,4 +1,5 @@
 use crate::{Error, Result};
+use candle_core::DType;
 use datasets::Augmentation;
 use serde::{Deserialize, Serialize};
 use std::f64::consts::PI;
@@ -32,6 +33,35 @@ pub struct Training {
     /// this.)
     #[serde(default, skip_serializing_if = "Decay::is_cosine")]
     pub decay: Decay,
+    /// In which feature maps and their gradients are kept. (Not written where it is `f32`, likewise.)
+    #[serde(default, skip_serializing_if = "Arithmetic::is_f32")]
+    pub arithmetic: Arithmetic,
+}
+
+/// In which feature maps and their gradients are kept. Parameters, their gradients, statistics, sums and everything from
+/// the pooled features on are `f32` always.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Arithmetic {
+    /// As they are computed.
+    #[default]
+    F32,
+    /// With 8 bits of precision: half of the memory, which is most of what a training step waits for.
+    Bf16,
+}
+
+impl Arithmetic {
+    fn is_f32(&self) -> bool {
+        *self == Self::F32
+    }
+
+    /// The dtype of the images, and so of all maps.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// How the learning rate decays after the warm-up.

@@ -15,7 +15,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
-use train::{Decay, EpochMetrics, Error, Progress, TimeLimit, Trained, Training, TrainingRun, evaluate, fit};
+use train::{
+    Arithmetic, Decay, EpochMetrics, Error, Progress, TimeLimit, Trained, Training, TrainingRun, evaluate,
+    fit,
+};
 
 /// Classes of [`data`]: five textures, in warm or in cold colours.
 const CLASSES: usize = 10;
@@ -105,12 +108,13 @@ fn training() -> Training {
         range_momentum: 0.1,
         augmentation: Augmentation { pad: 2, flip: true },
         decay: Decay::Cosine,
+        arithmetic: Arithmetic::F32,
     }
 }
 
 /// The run of these tests: of seed 3, in float32, without a limit.
 fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &'a Path) -> TrainingRun<'a> {
-    TrainingRun { data, training, seed: 3, folder, identity: "the-run", dtype: DType::F32, limit: None }
+    TrainingRun { data, training, seed: 3, folder, identity: "the-run", limit: None }
 }
 
 /// A run in `folder` from its beginning or its checkpoint.
@@ -389,39 +393,41 @@ fn large() -> Network {
 fn a_run_goes_on_from_device_to_device() {
     let (data, training) = (data(TRAIN, 50), training());
     let expected = run_through(network(), &training, 3).metrics;
-    let epoch = |device: &Device, dtype: DType, folder: &Path| {
+    let epoch = |device: &Device, arithmetic: Arithmetic, folder: &Path| {
         let limit = TimeLimit::after(Duration::ZERO);
         let limit = Some(&limit);
         let network = network().to_device(device).unwrap();
-        let run = TrainingRun { dtype, limit, ..the_run(&data, &training, folder) };
+        let training = Training { arithmetic, ..training };
+        let run = TrainingRun { limit, ..the_run(&data, &training, folder) };
         fit(network, &run, &mut |_| ())
     };
-    let check = |place: &str, dtype: DType, elsewhere: &dyn Fn(&Path) -> train::Result<Trained>| {
+    let check = |place: &str, arithmetic: Arithmetic, elsewhere: &dyn Fn(&Path) -> train::Result<Trained>| {
         let folder = tempfile::tempdir().unwrap();
         elsewhere(folder.path()).unwrap_err();
-        epoch(&Device::Cpu, DType::F32, folder.path()).unwrap_err();
+        epoch(&Device::Cpu, Arithmetic::F32, folder.path()).unwrap_err();
         let found = elsewhere(folder.path()).unwrap().metrics;
         // Half precision has 8 bits.
-        let (whole, first) = if dtype == DType::F32 { (0.02, 1e-4) } else { (0.05, 0.01) };
+        let (whole, first) = if arithmetic == Arithmetic::F32 { (0.02, 1e-4) } else { (0.05, 0.01) };
         assert_eq!(found.len(), EPOCHS);
         for (found, expected) in found.iter().zip(&expected) {
             let off = (found.train_loss - expected.train_loss).abs();
-            eprintln!("{place}, {dtype:?}, epoch {}: the training loss is {off:.1e} off", found.epoch);
+            eprintln!("{place}, {arithmetic:?}, epoch {}: the training loss is {off:.1e} off", found.epoch);
             assert!(off <= whole, "{place}: {found:?} and not {expected:?}");
         }
         // The same images in the same order, or the first epoch would already be another.
         assert!((found[0].train_loss - expected[0].train_loss).abs() <= first, "{place}: {found:?}");
     };
-    for dtype in [DType::F32, DType::BF16] {
+    check("on the CPU", Arithmetic::Bf16, &|folder| epoch(&Device::Cpu, Arithmetic::Bf16, folder));
+    for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
         match emulation::available() {
-            Ok(()) => check("emulated", dtype, &|folder| {
-                emulation::run(Order::Forward, || epoch(&Device::Cpu, dtype, folder))
+            Ok(()) => check("emulated", arithmetic, &|folder| {
+                emulation::run(Order::Forward, || epoch(&Device::Cpu, arithmetic, folder))
             }),
             Err(message) => eprintln!("skipped: {message}"),
         }
         #[cfg(feature = "cuda")]
         match Device::new_cuda(0) {
-            Ok(device) => check("on the GPU", dtype, &|folder| epoch(&device, dtype, folder)),
+            Ok(device) => check("on the GPU", arithmetic, &|folder| epoch(&device, arithmetic, folder)),
             Err(error) => eprintln!("skipped: no GPU answers: {error}"),
         }
     }
@@ -615,6 +621,7 @@ fn it_learns() {
         label_smoothing: 0.0,
         augmentation: Augmentation { pad: 2, flip: true },
         decay: Decay::Cosine,
+        arithmetic: Arithmetic::F32,
         ..training()
     };
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! The learning-rate schedule against PyTorch's and by hand, and the settings that are refused.
 
 use datasets::Augmentation;
-use train::{Decay, Error, Training};
+use train::{Arithmetic, Decay, Error, Training};
 
 fn training(learning_rate: f64, warmup_epochs: f64, cosine_epochs: f64) -> Training {
     Training {
@@ -16,6 +16,7 @@ fn training(learning_rate: f64, warmup_epochs: f64, cosine_epochs: f64) -> Train
         range_momentum: 0.1,
         augmentation: Augmentation::none(),
         decay: Decay::Cosine,
+        arithmetic: Arithmetic::F32,
     }
 }
 

@@ -12,7 +12,7 @@ use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, WeightGrid};
 use pfq::PfQ;
 use serde_json::{Value, json};
-use train::{Decay, Training};
+use train::{Arithmetic, Decay, Training};
 use whole_file::seal;
 
 /// The highest [`version`].
@@ -118,6 +118,7 @@ fn training_settings(training: &Training) -> Result<Value> {
         range_momentum,
         augmentation: Augmentation { pad, flip },
         decay,
+        arithmetic,
     } = training;
     let mut settings = json!({
         "warmup_epochs": finite("warmup_epochs", *warmup_epochs)?,
@@ -134,6 +135,10 @@ fn training_settings(training: &Training) -> Result<Value> {
     match decay {
         Decay::Cosine => {}
         Decay::AccuracyDrop => settings["decay"] = "accuracy_drop".into(),
+    }
+    match arithmetic {
+        Arithmetic::F32 => {}
+        Arithmetic::Bf16 => settings["arithmetic"] = "bf16".into(),
     }
     Ok(settings)
 }
@@ -219,6 +224,7 @@ mod tests {
             range_momentum: 0.01,
             augmentation: Augmentation { pad: 4, flip: true },
             decay: Decay::Cosine,
+            arithmetic: Arithmetic::F32,
         }
     }
 
@@ -286,6 +292,7 @@ mod tests {
                 "25adc9815d529178",
             ),
             (pretrain(network, Training { decay: Decay::AccuracyDrop, ..training }, 0), "aeac80adf73a079a"),
+            (pretrain(network, Training { arithmetic: Arithmetic::Bf16, ..training }, 0), "d9acabf1f96325f5"),
             (tune(quantization, training, 0), "ff279a61187eec70"),
             (tune(quantization, Training { learning_rate: 1e-5, ..training }, 0), "6a8a4276110668ac"),
             (tune(quantization, training, 1), "c44c97671ed11dba"),

@@ -1,6 +1,6 @@
 use crate::outcome::{METRICS, NETWORK, OUTCOME};
 use crate::{DataOrigin, Error, Outcome, Provenance, Result, Stage, StageKind, key};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use datasets::Dataset;
 use models::{Extras, Network};
 use std::collections::BTreeMap;
@@ -26,8 +26,6 @@ pub struct Resources<'a> {
     pub data: &'a dyn Dataset,
     /// Where tensors live.
     pub device: &'a Device,
-    /// In which feature maps are kept while a stage trains: `F32`, on a GPU also `BF16`.
-    pub dtype: DType,
     /// Recorded with every outcome.
     pub provenance: &'a Provenance,
 }
@@ -263,7 +261,7 @@ impl Store {
         resources: &Resources,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
-        let Resources { data, device, dtype, provenance } = *resources;
+        let Resources { data, device, provenance } = *resources;
         let started = Instant::now();
         let key = stage.key(data.fingerprint())?;
         let mut parent_network = None;
@@ -282,7 +280,7 @@ impl Store {
         };
         let train = |network, training: &train::Training, seed, observe: &mut dyn FnMut(Event)| {
             let limit = self.limit.as_deref();
-            let run = TrainingRun { data, training, seed, folder, identity: &key, dtype, limit };
+            let run = TrainingRun { data, training, seed, folder, identity: &key, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {

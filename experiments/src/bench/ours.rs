@@ -13,7 +13,7 @@ use quant_core::Bits;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
 use std::time::Instant;
-use train::{Decay, Training};
+use train::{Arithmetic, Decay, Training};
 
 /// Steps before the first that is timed, as many as PyTorch's worker makes.
 const WARM_UP: usize = 3;
@@ -151,6 +151,7 @@ pub(super) fn network(
             range_momentum,
             augmentation: Augmentation::none(),
             decay: Decay::Cosine,
+            arithmetic: Arithmetic::F32,
         };
         let velocities = train::Velocities::zeros(&network)?;
         Box::new(move || Ok(train::step(&mut network, &velocities, &images, &labels, &training, rate)?.loss))
