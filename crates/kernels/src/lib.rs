@@ -1,20 +1,21 @@
 //! The numerical operations of a quantized network over Candle tensors, each in one file with its
 //! definition, its derivative, its kernels and its tests against a plain-Candle reference.
 //!
-//! Feature maps are NHWC (`[images, height, width, channels]`), floats are contiguous `f32`, and
-//! nothing uses Candle's autograd: a network owns its forward and backward passes and calls the
-//! functions here for both. Three promises hold for all of them:
+//! Feature maps are NHWC (`[images, height, width, channels]`) and contiguous. They and their gradients are `f32`, or all
+//! of them `bf16`; everything else is `f32`, and so are all sums. Nothing uses Candle's autograd: a network owns its
+//! forward and backward passes and calls the functions here for both. Three promises hold for all of them:
 //!
 //! * **No host synchronization.** What a kernel needs (quantization ranges, statistics) it reads from
 //!   tensors; what it finds it returns as tensors.
-//! * **The same bits whatever the number of threads** and whatever the instruction set: work is cut in
-//!   pieces that depend on the shapes alone, and sums are combined in a fixed order.
+//! * **The same bits whatever the number of threads** and, of `f32`, whatever the instruction set: work is cut in
+//!   pieces that depend on the shapes alone, and sums are combined in a fixed order. (With `bf16` maps a processor's own
+//!   products may differ in the last bits of their sums.)
 //! * **Clear errors.** A wrong shape or dtype names the operation and the argument.
 //!
 //! What the forward pass hands on is a [`FeatureMap`]: floats, or the levels of their quantizer, one byte each.
 //!
-//! An operation runs where its tensors are. On a GPU (feature `cuda`) feature maps may be `bf16`; everything else is
-//! `f32` there too ([`gpu`] says how the kernels are launched and tested).
+//! An operation runs where its tensors are: on the CPU, or (feature `cuda`) on a GPU ([`gpu`] says how the kernels are
+//! launched and tested).
 
 mod affine;
 pub mod augment;

@@ -445,9 +445,10 @@ mod dot {
             // so many numbers of the same sizes.
             #[allow(unsafe_code)]
             unsafe {
-                let a = _mm512_set1_epi32(transmute::<Pair, i32>(a));
-                let sum = _mm512_dpbf16_ps(transmute(*sums), transmute(a), transmute(*b));
-                *sums = transmute(sum);
+                let a = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(transmute::<Pair, i32>(a)));
+                let b = transmute::<[Pair; LANES], __m512bh>(*b);
+                let sum = _mm512_dpbf16_ps(transmute::<[f32; LANES], __m512>(*sums), a, b);
+                *sums = transmute::<__m512, [f32; LANES]>(sum);
             }
             true
         }
