@@ -252,6 +252,8 @@ class Mode:
         self.device = torch.device(flags.device)
         self.on_gpu = self.device.type == "cuda"
         self.channels_last, self.compile, self.autocast = flags.channels_last, flags.compile, flags.autocast
+        # Whether the case says so; on a GPU the flags do.
+        self.half = False
         if self.on_gpu:
             self.device = torch.device("cuda", self.device.index or 0)
             torch.cuda.set_device(self.device)
@@ -259,7 +261,7 @@ class Mode:
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
 
     def precision(self):
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast or self.half)
 
     def compiled(self, function):
         if not self.compile:
@@ -278,6 +280,7 @@ class Mode:
 
 
 def set_up(request, mode):
+    mode.half = not mode.on_gpu and request["case"].get("arithmetic") == "bf16"
     before = mode.resident("VmRSS")
     torch.manual_seed(0)
     make = network_step if isinstance(request["case"]["what"], str) else operation_step

@@ -37,9 +37,10 @@ struct Flags {
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
 
-    /// How ours computes: f32, bf16 (feature maps are stored so) or on a GPU tf32 (products round their operands to 10 bits)
-    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
-    arithmetic: Arithmetic,
+    /// How it is computed: f32, bf16 (ours stores feature maps so, PyTorch runs under autocast on a CPU), or on a GPU tf32
+    /// (products round their operands to 10 bits). f32 if not given, and on a CPU that has instructions for it bf16 too
+    #[arg(long, value_enum, value_name = "KIND")]
+    arithmetic: Option<Arithmetic>,
 
     /// A Python interpreter that has torch; without it, PyTorch is installed in the target folder
     #[arg(long, value_name = "FILE")]
@@ -92,7 +93,7 @@ const SETTINGS: Settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1
 const REST: Duration = Duration::from_millis(30);
 
 /// What a reader of the results should know.
-const NOTES: [&str; 8] = [
+const NOTES: [&str; 9] = [
     "train is forward pass, cross-entropy, backward pass, and SGD with momentum and weight decay; eval is the \
      forward pass with running statistics. The images are in memory, the same in every step.",
     "A4/W4 is fake quantization of every weight and activation to 4 bits, 8 in the first and last layer, with \
@@ -103,6 +104,8 @@ const NOTES: [&str; 8] = [
     "PyTorch has what helps it: fused SGD, ReLU and residual sums in place, the same allocator settings as ours \
      (pages are kept; 10 to 20 % faster), and for torch.compile a fake quantizer that does not cut the graph, \
      which PyTorch's module does.",
+    "bf16: ours keeps feature maps and their gradients in bfloat16, PyTorch runs under autocast to it. Its fused fake \
+     quantizer takes float32 only, so under autocast it runs in float32.",
     "torch.compile is measured at the first batch size only, as compiling takes up to minutes for each case.",
     "Memory is that of the measured steps, not of compiling.",
     "A turn is at least one step, so it takes longer than --seconds for the large networks.",
@@ -133,24 +136,29 @@ pub fn main() -> Result<()> {
         // It runs as the programs do that train.
         return process::run(|| {
             let (device, name) = device::open(&flags.device)?;
-            let (arithmetic, _) = flags.arithmetic.set(&device, name)?;
-            ours::serve(std::io::stdin().lock(), std::io::stdout(), (&device, arithmetic.dtype()))
+            flags.arithmetic.unwrap_or_default().set(&device, name)?;
+            ours::serve(std::io::stdin().lock(), std::io::stdout(), &device)
         });
     }
     if !(flags.seconds > 0.0 && flags.seconds <= 600.0) {
         bail!("--seconds {}: expected more than 0, at most 600", flags.seconds);
     }
     // Before anything else, as without it there is nothing to measure.
-    let (place, device_name) = {
+    let (place, device_name, arithmetics) = {
         let (device, name) = device::open(&flags.device)?;
-        let (_, name) = flags.arithmetic.set(&device, name)?;
-        (if device.is_cpu() { Place::Cpu } else { Place::Gpu }, name)
+        let (arithmetic, name) = flags.arithmetic.unwrap_or_default().set(&device, name)?;
+        let place = if device.is_cpu() { Place::Cpu } else { Place::Gpu };
+        let mut arithmetics = vec![arithmetic];
+        if flags.arithmetic.is_none() && place == Place::Cpu && machine::has_bf16() {
+            arithmetics.push(train::Arithmetic::Bf16);
+        }
+        (place, name, arithmetics)
     };
     let mut batches: Vec<usize> = flags.batches.iter().copied().map(usize::from).collect();
     if batches.is_empty() {
         batches.push(if place == Place::Cpu { 64 } else { 128 });
     }
-    let cases = Case::all(&batches)?;
+    let cases = Case::all(&batches, &arithmetics)?;
     let filter = Filter::parse(&flags.only, &cases)?;
     let cases: Vec<Case> = cases.into_iter().filter(|case| filter.picks(case)).collect();
     if cases.is_empty() {
@@ -176,7 +184,7 @@ pub fn main() -> Result<()> {
         implementations,
         python,
         device: flags.device.clone(),
-        arithmetic: flags.arithmetic,
+        arithmetic: flags.arithmetic.unwrap_or_default(),
         place,
         threads,
         rounds: flags.rounds.into(),
@@ -360,6 +368,7 @@ impl Bench {
             batch: case.batch,
             what: case.what(),
             precision: case.precision().into(),
+            arithmetic: case.arithmetic().into(),
             implementation: implementation.id.into(),
             threads: self.threads,
             ..Speed::default()

@@ -49,6 +49,9 @@ pub struct Speed {
     pub what: String,
     /// "float" or "a4w4".
     pub precision: String,
+    /// In which feature maps are kept: "f32" or "bf16"; under autocast in PyTorch.
+    #[serde(default = "f32_maps")]
+    pub arithmetic: String,
     /// One of [`IMPLEMENTATIONS`].
     pub implementation: String,
     /// The median over the rounds; empty where the implementation did not run.
@@ -125,9 +128,15 @@ impl Speed {
         matches!(self.what.as_str(), "train" | "eval")
     }
 
-    fn case(&self) -> (&str, u64, usize, &str, &str) {
-        (&self.network, self.width.to_bits(), self.batch, &self.what, &self.precision)
+    fn case(&self) -> (&str, u64, usize, &str, &str, &str) {
+        let Self { network, width, batch, what, precision, arithmetic, .. } = self;
+        (network, width.to_bits(), *batch, what, precision, arithmetic)
     }
+}
+
+/// The arithmetic of files from before there was another.
+fn f32_maps() -> String {
+    "f32".into()
 }
 
 /// The rows of one case.
@@ -269,6 +278,10 @@ pub(crate) fn tables(rows: &[Speed]) -> Vec<(String, Table<'static>)> {
     let all = [
         ("Whole networks, images a second".into(), table(&NETWORKS, &networks, network_cells)),
         (
+            "At its best: the fastest of each, whatever it computes in; the ratio is that of the medians".into(),
+            best_table(&networks),
+        ),
+        (
             format!("Single operations, forward and backward, ms for {batch} images"),
             table(&OPERATIONS, &operations, operation_cells),
         ),
@@ -308,6 +321,41 @@ fn network_cells(case: &Case) -> Vec<String> {
         optional(case.row(mode.id).and_then(|row| row.ratio_of_ours), |ratio| format!("×{ratio:.2}"))
     }));
     cells
+}
+
+/// The cases that were measured in both arithmetics, each once, ours in the faster one beside PyTorch in its.
+fn best_table(networks: &[&Case]) -> Table<'static> {
+    let columns = [("network", false), ("what", false), ("bits", false), ("batch", true), ("ours", true)];
+    let head = columns.into_iter().chain([("PyTorch's best", true), ("ratio", true)]).collect();
+    let same = |a: &&&Case, b: &&&Case| {
+        let but_arithmetic = |case: &Case| {
+            let (network, width, batch, what, precision, _) = case.first().case();
+            (network.to_string(), width, batch, what.to_string(), precision.to_string())
+        };
+        but_arithmetic(a) == but_arithmetic(b)
+    };
+    let groups = networks.chunk_by(|a, b| same(&a, &b)).filter(|group| group.len() > 1);
+    let fastest = |rows: Vec<&Speed>| -> Option<(f64, String)> {
+        let of = |row: &Speed| {
+            Some((row.images_per_second?, format!("{}, {}", label(&row.implementation), row.arithmetic)))
+        };
+        rows.into_iter().filter_map(of).max_by(|a, b| a.0.total_cmp(&b.0))
+    };
+    let row = |group: &[&Case]| {
+        let ours = fastest(group.iter().filter_map(|case| case.row(OURS)).collect());
+        let best = fastest(group.iter().filter_map(|case| case.best()).collect());
+        let Speed { network, width, batch, what, precision, .. } = group[0].first();
+        let mut cells =
+            vec![model_label(network, *width), what.clone(), bits_label(precision), batch.to_string()];
+        let cell = |found: &Option<(f64, String)>| {
+            optional(found.as_ref(), |(speed, by)| format!("{} ({by})", three_figures(*speed)))
+        };
+        cells.extend([cell(&ours).replace("ours, ", ""), cell(&best)]);
+        let ratio = ours.zip(best).map(|((ours, _), (best, _))| ours / best);
+        cells.push(optional(ratio, |ratio| format!("×{ratio:.2}")));
+        cells.into_iter().map(Cell::from).collect()
+    };
+    Table { head, rows: groups.map(row).collect() }
 }
 
 const OPERATIONS: [Column; 4] =
@@ -371,8 +419,8 @@ fn share_cells(case: &Case) -> Vec<String> {
 
 /// Network, what, bits and batch.
 fn case_cells(case: &Case) -> Vec<String> {
-    let Speed { network, width, batch, what, precision, .. } = case.first();
-    vec![model_label(network, *width), what.clone(), precision_label(precision), batch.to_string()]
+    let Speed { network, width, batch, what, .. } = case.first();
+    vec![model_label(network, *width), what.clone(), precision_label(case.first()), batch.to_string()]
 }
 
 fn best_cell(case: &Case, show: impl Fn(f64) -> String) -> String {
@@ -391,7 +439,13 @@ fn label(implementation: &str) -> &str {
     known.map_or(implementation, |known| known.label)
 }
 
-fn precision_label(precision: &str) -> String {
+/// Bits, and the arithmetic where it is not float32.
+fn precision_label(row: &Speed) -> String {
+    let bits = bits_label(&row.precision);
+    if row.arithmetic == f32_maps() { bits } else { format!("{bits}, {}", row.arithmetic) }
+}
+
+fn bits_label(precision: &str) -> String {
     match precision {
         "a4w4" => "A4/W4".into(),
         other => other.into(),
@@ -434,6 +488,7 @@ pub(crate) mod tests {
                 batch: 64,
                 what: what.into(),
                 precision: precision.into(),
+                arithmetic: f32_maps(),
                 implementation: implementation.id.into(),
                 peak_mib: Some(300.0 + 100.0 * i as f64),
                 before_mib: Some(if i == 0 { 10.0 } else { 200.0 }),
@@ -481,6 +536,26 @@ pub(crate) mod tests {
         for extension in ["csv", "md", "svg", "png"] {
             assert!(folder.path().join(format!("cuda.{extension}")).exists(), "{extension}");
         }
+    }
+
+    /// Ours is the fastest in bf16, at 240 images a second, and PyTorch in float32, at 180.
+    #[test]
+    fn the_best_of_each_stands_beside_the_other() {
+        let floats = case("mobilenet_v2", 1.0, "train", "float");
+        let mut halves = floats.clone();
+        for row in &mut halves {
+            row.arithmetic = "bf16".into();
+            let factor = if row.implementation == OURS { 1.2 } else { 0.5 };
+            row.images_per_second = row.images_per_second.map(|speed| factor * speed);
+        }
+        let text = markdown(&[floats.clone(), halves].concat(), &About::default());
+        for part in [
+            "| MobileNetV2 | train | float | 64 | 240 (bf16) | 180 (channels_last, f32) | ×1.33 |",
+            "| MobileNetV2 | train | float, bf16 | 64 | 240 |",
+        ] {
+            assert!(text.contains(part), "no {part} in {text}");
+        }
+        assert!(!markdown(&floats, &About::default()).contains("At its best"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use kernels::Activation;
 use models::{Fold, HEAD, Input, Kernel, MobileNet, Network, Node, Quantization, Version};
 use quant_core::{Bits, Precision};
 use serde::{Deserialize, Serialize};
+use train::Arithmetic;
 
 /// Classes of CIFAR-100.
 pub(super) const CLASSES: usize = 100;
@@ -20,6 +21,9 @@ pub(super) struct Case {
     pub(super) what: What,
     /// Whether it is with fake quantization, A4/W4.
     pub(super) quantized: bool,
+    /// In which feature maps are kept; PyTorch runs in `bf16` under autocast.
+    #[serde(default)]
+    pub(super) arithmetic: Arithmetic,
 }
 
 /// What a step is.
@@ -80,22 +84,33 @@ pub(super) struct Layers {
 }
 
 impl Case {
-    /// Every case, networks first, in the order of the report.
-    pub(super) fn all(batches: &[usize]) -> Result<Vec<Self>> {
+    /// Every case, networks first, in the order of the report. Single operations have the first arithmetic alone.
+    pub(super) fn all(batches: &[usize], arithmetics: &[Arithmetic]) -> Result<Vec<Self>> {
         let mut cases = Vec::new();
         for &batch in batches {
             for network in [Version::V1, Version::V2] {
                 for width in [1.0, 0.25] {
                     for what in [What::Train, What::Eval] {
                         for quantized in [false, true] {
-                            cases.push(Self { network, width, batch, what: what.clone(), quantized });
+                            for &arithmetic in arithmetics {
+                                let what = what.clone();
+                                cases.push(Self { network, width, batch, what, quantized, arithmetic });
+                            }
                         }
                     }
                 }
             }
         }
         let batch = batches.first().copied().unwrap_or(64);
-        let of = |what: What, quantized| Self { network: Version::V2, width: 1.0, batch, what, quantized };
+        let arithmetic = arithmetics.first().copied().unwrap_or_default();
+        let of = |what: What, quantized| Self {
+            network: Version::V2,
+            width: 1.0,
+            batch,
+            what,
+            quantized,
+            arithmetic,
+        };
         for layer in operations()? {
             let quantized = layer.output_bits.is_some();
             cases.push(of(What::Operation(layer), quantized));
@@ -140,10 +155,19 @@ impl Case {
         if self.quantized { "a4w4" } else { "float" }
     }
 
+    /// "f32" or "bf16".
+    pub(super) fn arithmetic(&self) -> &'static str {
+        match self.arithmetic {
+            Arithmetic::F32 => "f32",
+            Arithmetic::Bf16 => "bf16",
+        }
+    }
+
     /// All that tells it from the others.
     pub(super) fn name(&self) -> String {
         let Self { network, width, batch, .. } = self;
-        format!("{} {width:?} {batch} {} {}", network.name(), self.what(), self.precision())
+        let network = network.name();
+        format!("{network} {width:?} {batch} {} {} {}", self.what(), self.precision(), self.arithmetic())
     }
 }
 
@@ -262,13 +286,13 @@ impl Layers {
     }
 }
 
-/// Which cases `--only` picks. A term is a network, a width, a batch size, a precision, or a part of what is
+/// Which cases `--only` picks. A term is a network, a width, a batch size, a precision, an arithmetic, or a part of what is
 /// measured; a case is picked if it fits a term of every kind given.
 #[derive(Debug, Default)]
 pub(super) struct Filter(Vec<(usize, Vec<String>)>);
 
 /// The parts of a case that a term can be about.
-const KINDS: usize = 5;
+const KINDS: usize = 6;
 
 fn fits(case: &Case, kind: usize, term: &str) -> bool {
     match kind {
@@ -276,6 +300,7 @@ fn fits(case: &Case, kind: usize, term: &str) -> bool {
         1 => format!("{:?}", case.width) == term,
         2 => case.batch.to_string() == term,
         3 => case.precision() == term,
+        4 => case.arithmetic() == term,
         _ => case.what().contains(term),
     }
 }
@@ -288,7 +313,7 @@ impl Filter {
             let Some(kind) = (0..KINDS).find(|&kind| cases.iter().any(|case| fits(case, kind, term))) else {
                 let names: Vec<String> = cases.iter().map(Case::name).collect();
                 bail!(
-                    "--only {term} fits no case; the cases are (network, width, batch, what, bits):\n  {}",
+                    "--only {term} fits no case; the cases are (network, width, batch, what, bits, arithmetic):\n  {}",
                     names.join("\n  ")
                 );
             };
@@ -312,7 +337,7 @@ mod tests {
 
     #[test]
     fn filters_narrow_down() {
-        let cases = Case::all(&[64, 128]).unwrap();
+        let cases = Case::all(&[64, 128], &[Arithmetic::F32]).unwrap();
         let check = |terms: &[&str], expected: &[&str]| {
             let terms: Vec<String> = terms.iter().map(|term| term.to_string()).collect();
             let filter = Filter::parse(&terms, &cases).unwrap();
@@ -320,16 +345,16 @@ mod tests {
                 cases.iter().filter(|case| filter.picks(case)).map(Case::name).collect();
             assert_eq!(picked, expected, "{terms:?}");
         };
-        check(&["mobilenet_v2", "1.0", "64", "train", "a4w4"], &["mobilenet_v2 1.0 64 train a4w4"]);
+        check(&["mobilenet_v2", "1.0", "64", "train", "a4w4"], &["mobilenet_v2 1.0 64 train a4w4 f32"]);
         check(
             &["mobilenet_v1", "0.25", "128", "eval", "train", "float"],
-            &["mobilenet_v1 0.25 128 train float", "mobilenet_v1 0.25 128 eval float"],
+            &["mobilenet_v1 0.25 128 train float f32", "mobilenet_v1 0.25 128 eval float f32"],
         );
         check(
             &["depthwise s2"],
             &[
-                "mobilenet_v2 1.0 64 depthwise s2 96@32x32 float",
-                "mobilenet_v2 1.0 64 depthwise s2 144@16x16 float",
+                "mobilenet_v2 1.0 64 depthwise s2 96@32x32 float f32",
+                "mobilenet_v2 1.0 64 depthwise s2 144@16x16 float f32",
             ],
         );
         let all = Filter::parse(&[], &cases).unwrap();
@@ -340,16 +365,18 @@ mod tests {
 
     #[test]
     fn case_names_are_different() {
-        let cases = Case::all(&[64, 128]).unwrap();
+        let cases = Case::all(&[64, 128], &[Arithmetic::F32, Arithmetic::Bf16]).unwrap();
         let names: std::collections::BTreeSet<String> = cases.iter().map(Case::name).collect();
         assert_eq!(names.len(), cases.len());
-        assert_eq!(cases.iter().filter(|case| case.of_network()).count(), 32);
+        assert_eq!(cases.iter().filter(|case| case.of_network()).count(), 64);
     }
 
     #[test]
     fn every_quantizer_is_described() {
         let check = |network, quantizers| {
-            let case = Case { network, width: 0.25, batch: 1, what: What::Train, quantized: true };
+            let arithmetic = Arithmetic::F32;
+            let case =
+                Case { network, width: 0.25, batch: 1, what: What::Train, quantized: true, arithmetic };
             assert_eq!(Layers::of(&case.build().unwrap()).quantizers(), quantizers);
             let float = Case { quantized: false, ..case };
             assert_eq!(Layers::of(&float.build().unwrap()).quantizers(), 0);

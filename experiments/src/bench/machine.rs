@@ -61,6 +61,12 @@ fn ticks_of_process(text: &str) -> Option<u64> {
     Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
+/// Whether the processor has instructions for products of bfloat16.
+pub(super) fn has_bf16() -> bool {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    info.split_whitespace().any(|word| matches!(word, "avx512_bf16" | "amx_bf16"))
+}
+
 /// The machine and its state, as (name, value); what is not known is left out.
 pub(super) fn facts(threads: usize) -> Vec<(String, String)> {
     let read = |path: &str| std::fs::read_to_string(path).ok();

@@ -13,7 +13,7 @@ use quant_core::Bits;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
 use std::time::Instant;
-use train::{Arithmetic, Decay, Training};
+use train::{Decay, Training};
 
 /// Steps before the first that is timed, as many as PyTorch's worker makes.
 const WARM_UP: usize = 3;
@@ -32,23 +32,20 @@ enum Request {
 /// One step of a case; gives a number that is finite if all went well.
 pub(super) type Work = Box<dyn FnMut() -> Result<Tensor>>;
 
-/// Where it is computed, and in which dtype feature maps are kept.
-pub(super) type Place<'a> = (&'a Device, DType);
-
-/// Answers requests until there are no more; computes at `place`.
-pub(super) fn serve(requests: impl BufRead, mut answers: impl Write, place: Place) -> Result<()> {
+/// Answers requests until there are no more; computes on `device`.
+pub(super) fn serve(requests: impl BufRead, mut answers: impl Write, device: &Device) -> Result<()> {
     let threads = rayon::current_num_threads();
     say(&mut answers, &Hello { version: env!("CARGO_PKG_VERSION").into(), threads })?;
     let mut work: Option<Work> = None;
     for line in requests.lines() {
         let answer = match serde_json::from_str(&line?)? {
-            Request::Setup { case, settings } => set_up(&case, settings, place).map(|(step, ready)| {
+            Request::Setup { case, settings } => set_up(&case, settings, device).map(|(step, ready)| {
                 work = Some(step);
                 serde_json::to_value(ready)
             }),
             Request::Run(Run { run: steps }) => {
                 let work = work.as_mut().context("nothing has been set up");
-                work.and_then(|work| run(work, steps, place.0)).map(serde_json::to_value)
+                work.and_then(|work| run(work, steps, device)).map(serde_json::to_value)
             }
         };
         match answer {
@@ -65,12 +62,13 @@ fn say(answers: &mut impl Write, value: &impl Serialize) -> Result<()> {
     Ok(answers.flush()?)
 }
 
-fn set_up(case: &Case, settings: Settings, place: Place) -> Result<(Work, Ready)> {
-    let device = place.0;
+fn set_up(case: &Case, settings: Settings, device: &Device) -> Result<(Work, Ready)> {
     let before_mib = resident_mib("VmRSS");
     let (mut work, parameters, quantizers) = match &case.what {
-        What::Operation(layer) => (operation(layer, case.batch, settings, place)?, 0, 0),
-        _ => network(case, settings, place)?,
+        What::Operation(layer) => {
+            (operation(layer, case.batch, settings, device, case.arithmetic.dtype())?, 0, 0)
+        }
+        _ => network(case, settings, device)?,
     };
     for _ in 0..WARM_UP {
         work()?;
@@ -125,16 +123,12 @@ pub(super) fn random(dims: &[usize], device: &Device) -> Result<Tensor> {
 }
 
 /// A step of a whole network, its number of parameters and of quantizers.
-pub(super) fn network(
-    case: &Case,
-    settings: Settings,
-    (device, dtype): Place,
-) -> Result<(Work, usize, usize)> {
+pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Result<(Work, usize, usize)> {
     let mut network = case.build()?.to_device(device)?;
     let parameters = network.parameters().iter().map(|p| p.tensor.elem_count()).sum();
     let quantizers = Layers::of(&network).quantizers();
     let [h, w, channels] = network.input;
-    let images = random(&[case.batch, h, w, channels], device)?.to_dtype(dtype)?;
+    let images = random(&[case.batch, h, w, channels], device)?.to_dtype(case.arithmetic.dtype())?;
     let labels: Vec<u32> = (0..case.batch).map(|i| (i % CLASSES) as u32).collect();
     let labels = Tensor::from_vec(labels, case.batch, device)?;
     let Settings { rate, momentum, weight_decay, range_momentum } = settings;
@@ -151,7 +145,7 @@ pub(super) fn network(
             range_momentum,
             augmentation: Augmentation::none(),
             decay: Decay::Cosine,
-            arithmetic: Arithmetic::F32,
+            arithmetic: case.arithmetic,
         };
         let velocities = train::Velocities::zeros(&network)?;
         Box::new(move || Ok(train::step(&mut network, &velocities, &images, &labels, &training, rate)?.loss))
@@ -166,7 +160,7 @@ pub(super) fn network(
 }
 
 /// Forward and backward pass of one operation.
-fn operation(layer: &Layer, batch: usize, settings: Settings, (device, dtype): Place) -> Result<Work> {
+fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device, dtype: DType) -> Result<Work> {
     let random = |dims: &[usize]| random(dims, device);
     let &Layer { size, stride, inputs, outputs, input_size: [h, w], output_size: [ho, wo], .. } = layer;
     let maps = |h: usize, w: usize, channels: usize| -> Result<Tensor> {
@@ -229,12 +223,10 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    const CPU: Place = (&Device::Cpu, DType::F32);
-
     fn answers(requests: &[Value]) -> Vec<Value> {
         let requests: Vec<String> = requests.iter().map(Value::to_string).collect();
         let mut answers = Vec::new();
-        serve(requests.join("\n").as_bytes(), &mut answers, CPU).unwrap();
+        serve(requests.join("\n").as_bytes(), &mut answers, &Device::Cpu).unwrap();
         String::from_utf8(answers).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
@@ -263,9 +255,11 @@ mod tests {
 
     #[test]
     fn every_operation_runs() {
-        for case in Case::all(&[1]).unwrap().iter().filter(|case| !case.of_network()) {
+        for case in
+            Case::all(&[1], &[train::Arithmetic::F32]).unwrap().iter().filter(|case| !case.of_network())
+        {
             let settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
-            let (mut work, _) = set_up(case, settings, CPU).unwrap();
+            let (mut work, _) = set_up(case, settings, &Device::Cpu).unwrap();
             assert!(run(&mut work, 1, &Device::Cpu).unwrap().seconds > 0.0, "{}", case.name());
         }
     }

@@ -6,7 +6,7 @@ use super::ours;
 use super::{SETTINGS, machine};
 use crate::process;
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use clap::Parser;
 use kernels::norm::{BatchNormalization, Epilogue};
 use kernels::pointwise;
@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use train::Arithmetic;
 
 /// Flags of the profile.
 #[derive(Debug, Clone, Parser)]
@@ -138,7 +139,7 @@ fn peaks() -> Result<Peaks> {
 }
 
 fn case(network: Version, width: f64, quantized: bool, batch: usize) -> Case {
-    Case { network, width, batch, what: What::Train, quantized }
+    Case { network, width, batch, what: What::Train, quantized, arithmetic: Arithmetic::F32 }
 }
 
 /// Profiles one kind of step.
@@ -152,7 +153,7 @@ fn step(
 ) -> Result<()> {
     let batch = usize::from(flags.batch);
     let case = case(version, width, quantized, batch);
-    let (mut step, ..) = ours::network(&case, SETTINGS, (&Device::Cpu, DType::F32))?;
+    let (mut step, ..) = ours::network(&case, SETTINGS, &Device::Cpu)?;
     for _ in 0..3 {
         step()?;
     }

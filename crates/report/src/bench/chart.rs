@@ -99,7 +99,7 @@ impl Chart<'_> {
         for (index, case) in cases.iter().enumerate() {
             let centre = frame.left + wide * (index as f64 + 0.5);
             self.group(canvas, case, centre, wide, frame)?;
-            let label = precision_label(&case.first().precision);
+            let label = precision_label(case.first());
             canvas.text(&label, (centre, frame.bottom + 19.0), &INK_PLAIN.sized(13.0).held(HPos::Center))?;
         }
         Ok(())
