@@ -21,7 +21,7 @@ pub struct Import {
     pub width: Option<f64>,
     /// Number of classes; from the classifier if not given.
     pub classes: Option<usize>,
-    /// CIFAR or ImageNet strides, which no tensor tells.
+    /// The strides, which no tensor tells.
     pub input: Input,
     /// φ after every convolution but V2's projections, which no tensor tells.
     pub activation: Activation,

@@ -91,8 +91,9 @@ fn network_settings(network: &MobileNet) -> Result<Value> {
     Ok(json!({
         "version": version.name(),
         "input": match input {
-            Input::Cifar => "cifar",
-            Input::Imagenet => "imagenet",
+            Input::Cifar => "cifar".into(),
+            Input::Imagenet => "imagenet".into(),
+            Input::Other(strides) => format!("strides {strides}"),
         },
         "classes": classes,
         "width": finite("width", *width)?,

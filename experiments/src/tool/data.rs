@@ -33,7 +33,7 @@ pub(super) fn load(
         data = data.with_context(|| {
             format!(
                 "the network's input of {height}×{width} pixels is ImageNet's (public weights trained on CIFAR-100's \
-                 32×32: --strides cifar)"
+                 32×32: say their --strides)"
             )
         });
     }
