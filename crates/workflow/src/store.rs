@@ -280,20 +280,21 @@ impl Store {
             parent_network = outcome.network_hash().map(String::from);
             Ok(network)
         };
-        let train = |network, training: &train::Training, seed, observe: &mut dyn FnMut(Event)| {
+        let train = |network, parent_network, training, seed, observe: &mut dyn FnMut(Event)| {
             let limit = self.limit.as_deref();
-            let run = TrainingRun { data, training, seed, folder, identity: &key, dtype, limit };
+            let run =
+                TrainingRun { data, training, seed, folder, identity: &key, parent_network, dtype, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {
             StageKind::Pretrain { network, training, seed } => {
-                let trained = train(network.init(*seed, device)?, training, *seed, observe)?;
+                let trained = train(network.init(*seed, device)?, None, training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
             StageKind::FineTune { quantization, training, seed } => {
                 let mut network = input(device, observe)?;
                 network.quantize(quantization)?;
-                let trained = train(network, training, *seed, observe)?;
+                let trained = train(network, parent_network.as_deref(), training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
             // Many small results of weights alone, each of which decides on the next: on a CPU wherever images are.
