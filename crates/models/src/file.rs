@@ -226,6 +226,19 @@ impl Network {
         self.save_in_parts(path, extras, usize::MAX).map(drop)
     }
 
+    /// The SHA-256, in lower-case hex, of the network: of the one file that holds it and nothing else.
+    pub fn sha256(&self) -> Result<String> {
+        let fail = |e: &dyn std::fmt::Display| fail(Path::new(&self.name), e);
+        let tensors: Vec<(String, Bytes)> = self
+            .tensors()
+            .into_iter()
+            .map(|(name, tensor)| Ok((name, bytes(&tensor)?)))
+            .collect::<Result<_>>()?;
+        let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(&e))?;
+        let metadata = HashMap::from([(STRUCTURE.to_string(), structure)]);
+        Ok(sha256(safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(&e))?))
+    }
+
     /// Writes files of at most `most` bytes each.
     fn save_in_parts(&self, path: &Path, extras: &Extras, most: usize) -> Result<BTreeMap<String, String>> {
         let mut tensors = Vec::new();

@@ -30,6 +30,8 @@ pub struct Resources<'a> {
     pub dtype: DType,
     /// Recorded with every outcome.
     pub provenance: &'a Provenance,
+    /// What a workflow begins with that does not pre-train.
+    pub given: Option<&'a Network>,
 }
 
 /// What the store tells while it works.
@@ -87,6 +89,7 @@ impl Store {
     /// When a setting is not finite.
     pub fn folder(&self, stage: &Stage, data_fingerprint: &str) -> Result<PathBuf> {
         let kind = match stage.kind {
+            StageKind::Given { .. } => "given",
             StageKind::Pretrain { .. } => "pretrain",
             StageKind::Prune { .. } => "prune",
             StageKind::FineTune { .. } => "finetune",
@@ -263,7 +266,7 @@ impl Store {
         resources: &Resources,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
-        let Resources { data, device, dtype, provenance } = *resources;
+        let Resources { data, device, dtype, provenance, given } = *resources;
         let started = Instant::now();
         let key = stage.key(data.fingerprint())?;
         let mut parent_network = None;
@@ -287,6 +290,14 @@ impl Store {
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {
+            StageKind::Given { hash } => {
+                let expected = format!("{hash:032x}");
+                let given =
+                    given.filter(|given| given.sha256().is_ok_and(|found| found.starts_with(&expected)));
+                let given =
+                    given.ok_or_else(|| file_error(folder, format!("no network {expected}… was given")))?;
+                (given.to_device(device)?, Vec::new(), None)
+            }
             StageKind::Pretrain { network, training, seed } => {
                 let trained = train(network.init(*seed, device)?, None, training, *seed, observe)?;
                 (trained.network, trained.metrics, None)

@@ -1,4 +1,4 @@
-use super::data;
+use super::data::{self, Wanted};
 use super::network::NetworkFile;
 use crate::progress::duration;
 use anyhow::Result;
@@ -14,10 +14,10 @@ pub(super) struct Eval {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// For a network with an input of 32×32, CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic),
-    /// synthetic, hub, or a folder with the official files. With an input of 224×224, ImageNet: auto ($PFQ_IMAGENET,
-    /// ./imagenet), hub, or a folder with val/<class>/*.JPEG, flat val/*.JPEG and a list of classes, the official
-    /// archives, or the hub's tables
+    /// A folder val/<class>/* of pictures, of any classes. For a network with an input of 32×32 also CIFAR-100: auto ($PFQ_DATA,
+    /// ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a folder with the official files. With an input of 64×64
+    /// or more, ImageNet: auto ($PFQ_IMAGENET, ./imagenet), hub, or a folder with class folders, flat val/*.JPEG and a list of
+    /// classes, the official archives, or the hub's tables
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     data: String,
 
@@ -33,7 +33,13 @@ pub(super) struct Eval {
 impl Eval {
     pub fn run(&self) -> Result<String> {
         let (network, mut text) = self.network.open()?;
-        let data = data::load(&self.data, self.limit, self.bad_percent, &network)?;
+        let wanted = Wanted {
+            place: &self.data,
+            limits: [None, self.limit],
+            bad_percent: self.bad_percent,
+            settings: None,
+        };
+        let data = data::load(wanted, &network)?;
         let started = Instant::now();
         let evaluation = train::evaluate(&network, &*data)?;
         let skipped = data.skipped();

@@ -59,7 +59,7 @@ fn quantized(bits: u32) -> Result<Precision, String> {
 }
 
 /// Of activations and weights.
-fn bits(text: &str) -> Result<[Precision; 2], String> {
+pub(super) fn bits(text: &str) -> Result<[Precision; 2], String> {
     let (activations, weights) = parse_bits(&text.to_ascii_lowercase())
         .ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
     Ok([quantized(activations)?, quantized(weights)?])
