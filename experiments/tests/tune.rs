@@ -113,6 +113,13 @@ fn an_interrupted_run_goes_on_to_the_same_network() {
     let top1 = top1.split("→ ").nth(1).unwrap().split(';').next().unwrap();
     let evaluated = pfq(&["eval", "out.safetensors", "--data", "pictures"]);
     assert!(evaluated.contains(&format!("top-1 {top1}")), "{evaluated} and {top1}");
+    // In whole numbers too.
+    let whole = pfq(&["eval", "out.safetensors", "--data", "pictures", "--integer"]);
+    assert!(whole.contains(&format!("simulated: top-1 {top1}")), "{whole} and {top1}");
+    assert!(
+        whole.contains("in whole numbers: top-1") && whole.contains("of 18 predictions differ"),
+        "{whole}"
+    );
     pfq(&["export", "out.safetensors", "out.onnx"]);
     assert!(pfq(&["verify", "runs"]).contains("nothing wrong"));
 }
@@ -131,6 +138,10 @@ fn other_methods_tune_too() {
         let (network, _) = Network::load(&folder.path().join(out), &Device::Cpu).unwrap();
         assert_eq!(network.input, [40, 40, 3]);
     }
+    // A float network has no whole numbers.
+    let mut eval = Command::new(env!("CARGO_BIN_EXE_pfq"));
+    eval.current_dir(folder.path()).args(["eval", "net.safetensors", "--data", "pictures", "--integer"]);
+    assert!(said(&eval.output().unwrap()).contains("the output is not quantized"));
     // The network that they begin with is one stage.
     let names =
         std::fs::read_dir(folder.path().join("runs")).unwrap().map(|entry| entry.unwrap().file_name());
