@@ -2,9 +2,13 @@
 
 mod tiny;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
+use datasets::imagenet::Options;
+use datasets::{DataSource, Dataset};
 use image::{Rgb, RgbImage};
-use models::{Extras, Input, MobileNet, Network, Version};
+use models::{Extras, Input, MobileNet, Network, Step, Version};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -33,7 +37,16 @@ fn place() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     pictures(&folder.path().join("pictures"), &["cat", "dog", "newt"]);
     let config = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 3) };
-    let network = config.init(7, &Device::Cpu).unwrap();
+    let mut network = config.init(7, &Device::Cpu).unwrap();
+    // As small as it begins, the classifier would give logits that tell nothing.
+    let classifier = network.units_mut().next_back().unwrap();
+    classifier.weight = (&classifier.weight * 100.0).unwrap();
+    let mut random = ChaCha8Rng::seed_from_u64(1);
+    let pixels = (0..16 * 32 * 32 * 3).map(|_| random.random_range(-2f32..2.0)).collect();
+    let images = Tensor::from_vec(pixels, (16, 32, 32, 3), &Device::Cpu).unwrap();
+    for _ in 0..20 {
+        network.forward_train(&images, Step { range_momentum: 0.1 }).unwrap();
+    }
     network.save(&folder.path().join("net.safetensors"), &Extras::default()).unwrap();
     tiny::write_profile(folder.path());
     let path = folder.path().join("tiny.toml");
@@ -146,6 +159,33 @@ fn other_methods_tune_too() {
     let names =
         std::fs::read_dir(folder.path().join("runs")).unwrap().map(|entry| entry.unwrap().file_name());
     assert_eq!(names.filter(|name| name.to_string_lossy().starts_with("network-given-")).count(), 1);
+}
+
+/// Of few levels, those between the extremes that images give serve better than those of β ± 6γ.
+#[test]
+fn ranges_come_from_images_where_there_are_any() {
+    let folder = place();
+    let quantize = |out: &str, flags: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pfq"));
+        command.current_dir(folder.path()).args(["quantize", "net.safetensors", out, "--bits", "a4w8"]);
+        succeeded(command.args(flags).output().unwrap()).0
+    };
+    quantize("without.safetensors", &[]);
+    let text = quantize("with.safetensors", &["--data", "pictures", "--images", "30"]);
+    assert!(text.contains("from 30 training images"), "{text}");
+
+    let options = Options { side: 32, resize: 36, ..Options::default() };
+    let place = DataSource::Folder(folder.path().join("pictures"));
+    let data = datasets::imagenet::load(&place, &options, &mut |_| ()).unwrap();
+    let images = data.test_batches(18).next().unwrap().unwrap().images;
+    let network = |name: &str| Network::load(&folder.path().join(name), &Device::Cpu).unwrap().0;
+    let float = network("net.safetensors").forward(&images).unwrap();
+    let off = |name: &str| -> f32 {
+        let logits = network(name).forward(&images).unwrap();
+        (logits - &float).unwrap().abs().unwrap().mean_all().unwrap().to_scalar().unwrap()
+    };
+    let (with, without) = (off("with.safetensors"), off("without.safetensors"));
+    assert!(with < 0.8 * without, "off by {with} and {without}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use rescale::Rescale;
 pub use rescale::{MOST_SHIFT, MULTIPLIER_BITS};
 
 /// Bits behind the point of a sum's level that its summands keep where they are not quantized themselves, which leaves 11 bits
-/// before it. With 12 behind it, a level in each map of some thousand would be another one than in the simulation.
+/// before it. With 12 behind it, a level in some eight thousand would be another one than in the simulation.
 pub const FRACTION: u32 = 20;
 
 /// Bits behind the point of a logit.

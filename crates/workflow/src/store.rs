@@ -409,7 +409,7 @@ pub(crate) const DAMAGED: &str = "damaged-";
 
 /// Lowest and highest value of a normalized image: black and white in the channel where they lie
 /// farthest out.
-fn image_range(data: &dyn Dataset) -> (f32, f32) {
+pub fn image_range(data: &dyn Dataset) -> (f32, f32) {
     let ends =
         |pixel: f32| data.mean().into_iter().zip(data.std()).map(move |(mean, std)| (pixel - mean) / std);
     (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))
