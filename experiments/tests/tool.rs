@@ -292,6 +292,19 @@ fn networks_are_exported() {
     // Every weight is there, as a float.
     assert!(bytes > 4 * open(Path::new(input)).0.weights(), "{bytes}");
     check_error(&["export", input, "net.pb"], &["net.pb", ".onnx"]);
+    // PyTorch's names are compared in the crate `models`.
+    let state = folder.path().join("state.safetensors");
+    let state = state.to_str().unwrap();
+    let torch = ["--format", "safetensors-torch"];
+    let text = run(&[&["export", input, state], &torch[..]].concat());
+    assert!(text.contains("with torchvision's names"), "{text}");
+    assert!(run(&["macs", state]).contains("named as in torchvision"));
+    let pruned = folder.path().join("pruned.safetensors");
+    let pruned = pruned.to_str().unwrap();
+    run(&["prune", input, pruned]);
+    check_error(&[&["export", pruned, state], &torch[..]].concat(), &["no such network", "pruned"]);
+    check_error(&[&["export", input, out], &torch[..]].concat(), &[".safetensors"]);
+    check_error(&[&["export", input, state, "--fold"], &torch[..]].concat(), &["are about ONNX"]);
     check_error(&["export", input, out, "--mean", "0.5,0.5", "--std", "1,1,1"], &["--mean", "three numbers"]);
     check_error(&["export", input, out, "--mean", "0,0,0", "--std", "1,0,1"], &["--std", "above 0"]);
 }
