@@ -57,6 +57,9 @@ impl Eval {
         for skipped in &skipped {
             text += &format!("left out {}: {}\n", skipped.file, skipped.why);
         }
+        if data.test_images() == skipped.len() {
+            bail!("{text}{} has no test images that could be used", data.source());
+        }
         text += &format!(
             "{} from {}: {} test images in {}\ntop-1 {:.2} %, loss {:.4}\n",
             data.name(),
