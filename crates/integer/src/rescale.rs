@@ -34,7 +34,8 @@ impl<const N: usize> Rescale<N> {
         let fixed = |value: f64| (value * one).round();
         let half = one / 2.0;
         let bound: f64 = ratios.iter().zip(most).map(|(&ratio, most)| fixed(ratio).abs() * most).sum();
-        if !(bound + fixed(added).abs() + half < 2f64.powi(62)) {
+        let most = bound + fixed(added).abs() + half;
+        if most.is_nan() || most >= 2f64.powi(62) {
             return Err(Error::Range { place: place.into(), bits: 62 });
         }
         Ok(Self {

@@ -232,7 +232,7 @@ impl Network {
         let tensors: Vec<(String, Bytes)> = self
             .tensors()
             .into_iter()
-            .map(|(name, tensor)| Ok((name, bytes(&tensor)?)))
+            .map(|(name, tensor)| Ok((name, bytes(tensor)?)))
             .collect::<Result<_>>()?;
         let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(&e))?;
         let metadata = HashMap::from([(STRUCTURE.to_string(), structure)]);

@@ -155,7 +155,7 @@ impl Tune {
             std::process::exit(TIME_LIMIT);
         }
         session.tell_skipped();
-        let plan = session.plan(&[end.clone()])?;
+        let plan = session.plan(std::slice::from_ref(&end))?;
         let outcomes: Vec<Outcome> = plan.into_iter().filter_map(|planned| planned.outcome).collect();
         let mut extras = Extras::default();
         let stages: Vec<&str> = outcomes.iter().map(|outcome| outcome.key.as_str()).collect();
