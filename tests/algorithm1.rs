@@ -175,6 +175,7 @@ fn every_real_image_stays_on_the_grid() {
         seed: 0,
         folder: folder.path(),
         identity: "real images",
+        parent_network: None,
         limit: None,
     };
     let network = fit(network, &run, &mut |_| ()).unwrap().network;

@@ -66,6 +66,7 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
                     seed: 2,
                     folder,
                     identity: name,
+                    parent_network: None,
                     limit: None,
                 },
                 observe,

@@ -530,8 +530,50 @@ fn a_stage_is_made_from_what_is_before_it() {
     let (store, data, end) = (Store::new(folder.path()), small(), short_workflow());
     run_well(&store, &end, &data);
     let [root, next, _] = &end.lineage()[..] else { panic!("three stages") };
-    // As if the first stage had been run anew on a machine that gives other bits.
-    let place = store.folder(root, &data.fingerprint).unwrap();
+    replace_network(&store, root);
+    let error = store.outcome(next, &data.fingerprint).unwrap_err().to_string();
+    assert!(error.contains("was made from a network of SHA-256"), "{error}");
+    let (_, told) = run_well(&store, next, &data);
+    assert_eq!(executed(&told), [&next.label()]);
+}
+
+/// Nor does a training go on from a checkpoint that began from another network.
+#[test]
+fn a_checkpoint_goes_on_from_the_network_that_it_began_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, data) = (Store::new(folder.path()), small());
+    let recipe = recipe(4);
+    let (training, root) = (recipe.trainings.get(Purpose::Activations).unwrap(), pretrain(Version::V1, 1, 0));
+    let end = root.then(StageKind::FineTune { quantization: recipe.quantization, training, seed: 1 });
+    run_well(&store, &root, &data);
+    // It stops after its first epoch, with a checkpoint.
+    let limited = store.clone().within(TimeLimit::after(Duration::ZERO));
+    assert!(run(&limited, &end, &data, &mut |_, _| ()).0.unwrap_err().is_time_limit());
+    let checkpoint = store.folder(&end, &data.fingerprint).unwrap().join("checkpoint.safetensors");
+    let began = std::fs::read(&checkpoint).unwrap();
+
+    replace_network(&store, &root);
+    let error = story(&run(&store.clone().strict(), &end, &data, &mut |_, _| ()).0.unwrap_err());
+    assert!(
+        error.contains("checkpoint.safetensors") && error.contains("began from a network of SHA-256"),
+        "{error}"
+    );
+    let (_, told) = run_well(&store, &end, &data);
+    assert!(told.contains(&format!("set aside {}", end.label())), "{told:?}");
+    let aside = checkpoint.with_file_name("damaged-1").join("checkpoint.safetensors");
+    assert!(std::fs::read(aside).unwrap() == began);
+    // As it would be without the old checkpoint.
+    let ended = |store: &Store| bits(&store.network(&end, &data.fingerprint, &Device::Cpu).unwrap());
+    let found = ended(&store);
+    std::fs::remove_dir_all(checkpoint.parent().unwrap()).unwrap();
+    run_well(&store, &end, &data);
+    assert!(ended(&store) == found, "the old checkpoint left something");
+}
+
+/// Gives the stage another network, as if it had been run anew on a machine that gives other bits.
+fn replace_network(store: &Store, stage: &Stage) {
+    let data = small();
+    let place = store.folder(stage, &data.fingerprint).unwrap();
     let (other_folder, other) = (tempfile::tempdir().unwrap(), pretrain(Version::V1, 1, 1));
     let other_store = Store::new(other_folder.path());
     run_well(&other_store, &other, &data);
@@ -544,8 +586,4 @@ fn a_stage_is_made_from_what_is_before_it() {
     outcome["files"] = read(&other_place)["files"].clone();
     outcome["seal"] = whole_file::seal::of(&outcome).into();
     std::fs::write(place.join("outcome.json"), outcome.to_string()).unwrap();
-    let error = store.outcome(next, &data.fingerprint).unwrap_err().to_string();
-    assert!(error.contains("was made from a network of SHA-256"), "{error}");
-    let (_, told) = run_well(&store, next, &data);
-    assert_eq!(executed(&told), [&next.label()]);
 }

@@ -2,7 +2,7 @@ use crate::device::Arithmetic;
 use crate::profile::Profile;
 use anyhow::{Result, bail};
 use candle_core::Device;
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use datasets::imagenet::{ClassChoice, Limit};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -41,19 +41,9 @@ pub struct Flags {
     #[arg(long, value_name = "IMAGES")]
     pub limit: Option<Limit>,
 
-    /// auto (a GPU if this program can use one and it answers, else the CPU), cpu, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: String,
-
-    /// How it is computed: f32, bf16 (feature maps are stored so) or on a GPU tf32 (products round their operands to 10
-    /// bits); as the profile says of each training if not given
-    #[arg(long, value_enum, value_name = "KIND")]
-    pub arithmetic: Option<Arithmetic>,
-
-    /// Stop after about that many minutes: after the last epoch that ends in time, at least one. The same command then
-    /// goes on from there, on any device. The exit code is 75 where something is left to do
-    #[arg(long, value_name = "MINUTES", value_parser = minutes)]
-    pub time_limit: Option<Duration>,
+    /// Where and how long stages run, and where they are kept.
+    #[command(flatten)]
+    pub running: Running,
 
     /// Seeds of the fine-tuning, e.g. 0,1,2; the profile's if not given
     #[arg(long, value_name = "SEEDS", value_delimiter = ',')]
@@ -79,6 +69,24 @@ pub struct Flags {
     /// Folder for the results
     #[arg(long, value_name = "DIR", default_value = "results")]
     pub out: PathBuf,
+}
+
+/// Where and how long stages run, and where they are kept.
+#[derive(Debug, Clone, Args)]
+pub struct Running {
+    /// auto (a GPU if this program can use one and it answers, else the CPU), cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: String,
+
+    /// How it is computed: f32, bf16 (feature maps are stored so) or on a GPU tf32 (products round their operands to 10
+    /// bits); as the profile says of each training if not given
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub arithmetic: Option<Arithmetic>,
+
+    /// Stop after about that many minutes: after the last epoch that ends in time, at least one. The same command then
+    /// goes on from there, on any device. The exit code is 75 where something is left to do
+    #[arg(long, value_name = "MINUTES", value_parser = minutes)]
+    pub time_limit: Option<Duration>,
 
     /// Folder that keeps finished stages and checkpoints
     #[arg(long, value_name = "DIR", default_value = "runs")]
@@ -197,10 +205,10 @@ mod tests {
     #[test]
     fn time_limits_are_minutes() {
         let parse = |words: &[&str]| Flags::try_parse_from([&["table"], words].concat());
-        let limit = |text: &str| parse(&["--time-limit", text]).map(|flags| flags.time_limit);
+        let limit = |text: &str| parse(&["--time-limit", text]).map(|flags| flags.running.time_limit);
         assert_eq!(limit("8").unwrap(), Some(Duration::from_secs(480)));
         assert_eq!(limit("0.5").unwrap(), Some(Duration::from_secs(30)));
-        assert_eq!(parse(&[]).unwrap().time_limit, None);
+        assert_eq!(parse(&[]).unwrap().running.time_limit, None);
         for text in ["0", "-1", "NaN", "inf", "soon"] {
             let error = limit(text).unwrap_err().to_string();
             assert!(error.contains("minutes") || error.contains("unexpected argument"), "{error}");

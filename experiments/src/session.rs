@@ -1,6 +1,6 @@
 //! What every program that runs stages opens: settings, data, device and store.
 
-use crate::flags::{Flags, PlanFormat, TIME_LIMIT};
+use crate::flags::{Flags, PlanFormat, Running, TIME_LIMIT};
 use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, output, process, signals, slurm};
@@ -46,6 +46,36 @@ pub(crate) fn main(work: impl FnOnce() -> Result<Done> + Send) -> Result<()> {
     Ok(())
 }
 
+/// Where stages run and are kept.
+pub(crate) struct Machine {
+    device: Device,
+    /// In place of the profile's.
+    arithmetic: Option<Arithmetic>,
+    /// The device's, with such an arithmetic.
+    name: String,
+    store: Store,
+}
+
+impl Machine {
+    /// As the flags say. A time limit begins.
+    pub fn open(running: &Running) -> Result<Self> {
+        let limit = running.time_limit.map(TimeLimit::after);
+        let (device, name) = device::open(&running.device)?;
+        let (arithmetic, name) = match running.arithmetic {
+            Some(wanted) => wanted.set(&device, name).map(|(arithmetic, name)| (Some(arithmetic), name))?,
+            None => (None, name),
+        };
+        let mut store = Store::new(&running.store);
+        if running.strict {
+            store = store.strict();
+        }
+        if let Some(limit) = limit {
+            store = store.within(limit);
+        }
+        Ok(Self { device, arithmetic, name, store })
+    }
+}
+
 /// Settings, data, device and store, as the flags ask for them.
 pub(crate) struct Session {
     /// All settings.
@@ -56,8 +86,9 @@ pub(crate) struct Session {
     pub data: Box<dyn Dataset>,
     /// The command and what it ran on.
     pub provenance: Provenance,
-    device: Device,
-    store: Store,
+    machine: Machine,
+    /// What workflows begin with that do not pre-train.
+    given: Option<Network>,
     display: Display,
     out: PathBuf,
 }
@@ -65,31 +96,58 @@ pub(crate) struct Session {
 impl Session {
     /// Opens all of it. If the work `chooses` settings, training images stand in for the test set.
     pub fn open(flags: &Flags, chooses: bool) -> Result<Self> {
-        let limit = flags.time_limit.map(TimeLimit::after);
-        let (device, name) = device::open(&flags.device)?;
+        let machine = Machine::open(&flags.running)?;
         let mut profile = match &flags.config {
             Some(path) => Profile::read(path)?,
-            None => Profile::named(flags.profile(&device))?,
+            None => Profile::named(flags.profile(&machine.device))?,
         };
         if chooses {
             profile.data.hold_out.get_or_insert(HOLD_OUT);
         }
         flags.narrow(&mut profile)?;
-        let device_name = match flags.arithmetic {
-            Some(wanted) => {
-                let (arithmetic, name) = wanted.set(&device, name)?;
-                profile.training.0.values_mut().for_each(|training| training.arithmetic = arithmetic);
-                name
-            }
-            None if profile.training.0.values().any(|training| training.arithmetic == Arithmetic::Bf16) => {
-                name + device::BFLOAT16
-            }
-            None => name,
-        };
         let seeds = flags.seeds.clone().unwrap_or_else(|| profile.seeds.clone());
         profile::check_seeds(&seeds).context("--seeds")?;
         let mut display = Display::new();
         let data = load(&flags.data, &profile.data, &mut display)?;
+        let out = flags.out.clone();
+        let session = Self { seeds, out, display, ..Self::of(machine, profile, data) };
+        session.tell_data();
+        Ok(session)
+    }
+
+    /// With the machine's store, for the stages of workflows that begin with a given network.
+    pub fn given(machine: Machine, profile: Profile, data: Box<dyn Dataset>, network: Network) -> Self {
+        let session = Self { given: Some(network), ..Self::of(machine, profile, data) };
+        session.tell_data();
+        session
+    }
+
+    fn of(machine: Machine, mut profile: Profile, data: Box<dyn Dataset>) -> Self {
+        let mut device = machine.name.clone();
+        let trainings = &mut profile.training.0;
+        if let Some(arithmetic) = machine.arithmetic {
+            trainings.values_mut().for_each(|training| training.arithmetic = arithmetic);
+        } else if trainings.values().any(|training| training.arithmetic == Arithmetic::Bf16) {
+            device += device::BFLOAT16;
+        }
+        Self {
+            seeds: profile.seeds.clone(),
+            profile,
+            data,
+            provenance: Provenance {
+                command: command_line(),
+                git_commit: env!("PFQ_COMMIT").into(),
+                device,
+            },
+            machine,
+            given: None,
+            display: Display::new(),
+            out: PathBuf::new(),
+        }
+    }
+
+    fn tell_data(&self) {
+        let Self { data, display, .. } = self;
         display.line(&format!(
             "data: {} from {}: {} training, {} test images",
             data.name(),
@@ -97,27 +155,6 @@ impl Session {
             data.train_images(),
             data.test_images()
         ));
-        let mut store = Store::new(&flags.store);
-        if flags.strict {
-            store = store.strict();
-        }
-        Ok(Self {
-            profile,
-            seeds,
-            data,
-            provenance: Provenance {
-                command: command_line(),
-                git_commit: env!("PFQ_COMMIT").into(),
-                device: device_name,
-            },
-            device,
-            store: match limit {
-                Some(limit) => store.within(limit),
-                None => store,
-            },
-            display,
-            out: flags.out.clone(),
-        })
     }
 
     /// The folder of the results called `name`.
@@ -159,8 +196,10 @@ impl Session {
 
     /// What the stage gives, run if it has not been; `None` where the time limit ended it.
     pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
-        let Self { data, device, provenance, store, display, .. } = self;
-        let resources = Resources { data: &**data, device, provenance };
+        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } =
+            self;
+        let (data, given) = (&**data, given.as_ref());
+        let resources = Resources { data, device, provenance, given };
         match store.run(stage, &resources, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();
@@ -173,13 +212,15 @@ impl Session {
 
     /// The stages that `ends` need, each once, with what they gave if they have been run.
     pub fn plan(&self, ends: &[Arc<Stage>]) -> Result<Vec<Planned>> {
-        Ok(self.store.plan(ends, self.data.fingerprint())?)
+        Ok(self.machine.store.plan(ends, self.data.fingerprint())?)
     }
 
     /// The network that a stage gives.
     pub fn network(&mut self, stage: &Stage) -> Result<Network> {
-        let Self { data, device, provenance, store, display, .. } = self;
-        let resources = Resources { data: &**data, device, provenance };
+        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } =
+            self;
+        let (data, given) = (&**data, given.as_ref());
+        let resources = Resources { data, device, provenance, given };
         Ok(store.produce(stage, device, &resources, &mut |event| display.stage(event))?.1)
     }
 

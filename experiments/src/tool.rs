@@ -1,5 +1,5 @@
 //! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation, quantization
-//! without training, export; and verification of stores and results.
+//! with training and without, export; and verification of stores and results.
 
 mod data;
 mod eval;
@@ -9,6 +9,7 @@ mod network;
 mod prune;
 mod quantize;
 mod text;
+mod tune;
 mod variance;
 mod verify;
 
@@ -39,6 +40,7 @@ enum Command {
     Macs(macs::Macs),
     Eval(eval::Eval),
     Quantize(quantize::Quantize),
+    Tune(tune::Tune),
     Export(export::Export),
     Verify(verify::Verify),
 }
@@ -55,6 +57,7 @@ impl Cli {
             Command::Macs(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Quantize(command) => command.run(),
+            Command::Tune(command) => command.run(),
             Command::Export(command) => command.run(),
             Command::Verify(command) => command.run(),
         }

@@ -110,7 +110,9 @@ fn variances_are_shown_drawn_and_written() {
         "--threshold",
         "1e-6",
     ]);
-    assert!(text.contains("mobilenet_v2, width 0.1, named as in torchvision; 10 classes"), "{text}");
+    let what = "mobilenet_v2, width 0.1, named as in torchvision, strides 2,1,2,2,2,1,2,1 (assumed; --strides says others); \
+                10 classes, 224×224";
+    assert!(text.contains(what), "{text}");
     // The seven planted ones, and the depthwise filter that reads a planted zero.
     assert!(text.contains("8 of ") && text.contains("τ = 1e-6"), "{text}");
     let csv = std::fs::read_to_string(path("v.csv")).unwrap();
@@ -177,6 +179,75 @@ fn a_closed_output_is_no_error() {
     assert!(output.status.code() == Some(1) && error.starts_with("Error: standard output"), "{error}");
 }
 
+/// Weights don't tell their strides; those of the networks that are published for CIFAR are others than this project's.
+#[test]
+fn strides_are_taken_as_given() {
+    let folder = tempfile::tempdir().unwrap();
+    // The names and shapes of torchvision's MobileNetV2 of width 1, which the published networks for CIFAR-100 have too.
+    let config = models::MobileNet {
+        first_expansion: false,
+        ..models::MobileNet::new(models::Version::V2, models::Input::Cifar, 100)
+    };
+    let mut tensors = std::collections::HashMap::new();
+    for (index, unit) in config.init(0, &Device::Cpu).unwrap().units().enumerate() {
+        let (filters, channels) = (unit.filters(), unit.input_channels());
+        let (convolution, norm) = names(index);
+        let dims = unit.kernel.pytorch_dims(channels, filters);
+        let shape = if unit.batch_norm().is_some() { &dims[..] } else { &dims[..2] };
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+        tensors.insert(format!("{convolution}.weight"), zeros(shape));
+        let fields: &[&str] = match &unit.norm {
+            Norm::Batch(_) => &["weight", "bias", "running_mean", "running_var"],
+            Norm::Bias(_) => &["bias"],
+        };
+        fields.iter().for_each(|field| drop(tensors.insert(format!("{norm}.{field}"), zeros(&[filters]))));
+    }
+    let file = folder.path().join("cifar100_mobilenetv2.safetensors");
+    candle_core::safetensors::save(&tensors, &file).unwrap();
+    let file = file.to_str().unwrap();
+    let macs = |strides: &[&str]| run(&[&["macs", file], strides].concat());
+    let lines = |text: &str| {
+        let ends = text.lines().next().zip(text.lines().last());
+        ends.map(|(first, last)| (first.to_string(), last.to_string())).unwrap()
+    };
+    // The published figure of 88.09 M.
+    let (head, total) = lines(&macs(&["--strides", "1,1,1,2,2,1,2,1"]));
+    assert!(head.contains("strides 1,1,1,2,2,1,2,1; 100 classes, 32×32"), "{head}");
+    assert!(total.contains("88.09 M MACs") && total.contains("32×32"), "{total}");
+    let (head, total) = lines(&macs(&["--strides", "cifar"]));
+    assert!(head.contains("strides 1,1,2,2,1,1,1,1; "), "{head}");
+    assert!(total.contains("146.19 M MACs"), "{total}");
+    // Torchvision's 300.8 M with 1000 classes.
+    let (head, total) = lines(&macs(&[]));
+    assert!(head.contains("2,1,2,2,2,1,2,1 (assumed; --strides says others)"), "{head}");
+    assert!(total.contains("299.62 M MACs") && total.contains("224×224"), "{total}");
+
+    // The pruned file says its strides itself.
+    let out = folder.path().join("pruned.safetensors");
+    let out = out.to_str().unwrap();
+    run(&["prune", file, out, "--strides", "1,1,1,2,2,1,2,1"]);
+    assert!(run(&["macs", out]).contains("32×32 images"));
+    for wrong in ["1,1,2", "1,1,1,2,2,1,2,3", "1,1,1,2,2,1,2,0", "1,1,1,2,2,1,2,", "none"] {
+        check_error(&["macs", file, "--strides", wrong], &["--strides", "8 of a MobileNetV2", "14 of a V1"]);
+    }
+    // As many as a V1 has.
+    check_error(&["macs", file, "--strides", "2,1,1,1,1,1,1,1,1,1,1,1,2,1"], &["14 strides", "expected 8"]);
+}
+
+/// Torchvision's names of a MobileNetV2's unit: of its convolution, and of its normalization or bias.
+fn names(unit: usize) -> (String, String) {
+    let parts: &[(&str, &str)] = &[("0.0", "0.1"), ("1.0", "1.1"), ("2", "3")];
+    let (place, convolution, norm) = match unit {
+        0 => ("features.0".to_string(), "0", "1"),
+        1 => ("features.1.conv".into(), "0.0", "0.1"),
+        2 => ("features.1.conv".into(), "1", "2"),
+        3..51 => (format!("features.{}.conv", unit / 3 + 1), parts[unit % 3].0, parts[unit % 3].1),
+        51 => ("features.18".into(), "0", "1"),
+        _ => return ("classifier.1".into(), "classifier.1".into()),
+    };
+    (format!("{place}.{convolution}"), format!("{place}.{norm}"))
+}
+
 /// A network with the strides for CIFAR is evaluated before and after pruning, to the same accuracy.
 #[test]
 fn evaluation_before_and_after_pruning_agrees() {
@@ -221,6 +292,19 @@ fn networks_are_exported() {
     // Every weight is there, as a float.
     assert!(bytes > 4 * open(Path::new(input)).0.weights(), "{bytes}");
     check_error(&["export", input, "net.pb"], &["net.pb", ".onnx"]);
+    // PyTorch's names are compared in the crate `models`.
+    let state = folder.path().join("state.safetensors");
+    let state = state.to_str().unwrap();
+    let torch = ["--format", "safetensors-torch"];
+    let text = run(&[&["export", input, state], &torch[..]].concat());
+    assert!(text.contains("with torchvision's names"), "{text}");
+    assert!(run(&["macs", state]).contains("named as in torchvision"));
+    let pruned = folder.path().join("pruned.safetensors");
+    let pruned = pruned.to_str().unwrap();
+    run(&["prune", input, pruned]);
+    check_error(&[&["export", pruned, state], &torch[..]].concat(), &["no such network", "pruned"]);
+    check_error(&[&["export", input, out], &torch[..]].concat(), &[".safetensors"]);
+    check_error(&[&["export", input, state, "--fold"], &torch[..]].concat(), &["are about ONNX"]);
     check_error(&["export", input, out, "--mean", "0.5,0.5", "--std", "1,1,1"], &["--mean", "three numbers"]);
     check_error(&["export", input, out, "--mean", "0,0,0", "--std", "1,0,1"], &["--std", "above 0"]);
 }

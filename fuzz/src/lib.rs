@@ -21,7 +21,10 @@ pub const TARGETS: [Target; 10] = [
     ("labels", |data| in_folder(|folder| fuzzing::labels(data, folder))),
     ("profile", |data| with_file(data, "input.toml", |path| drop(experiments::Profile::read(path)))),
     ("results_csv", |data| with_file(data, "input.csv", |path| drop(report::read_csv(path)))),
-    ("results_json", |data| with_file(data, "input.json", |path| drop(report::read_stages(path)))),
+    ("results_json", |data| {
+        // It is read from its folder.
+        with_file(data, report::STAGES, |path| drop(path.parent().map(report::read_stages)));
+    }),
 ];
 
 /// A network of any kind. One that is read can be counted and copied, and computing with it ends, with an error at worst.

@@ -899,8 +899,11 @@ mod tests {
     use candle_core::Tensor;
 
     /// Rows, columns and depths around those of tiles and steps of the depth, narrow operands and wide ones.
-    const SIZES: [(usize, usize, usize); 7] =
-        [(1, 1, 1), (9, 5, 3), (13, 50, 300), (67, 64, 217), (16, 160, 144), (101, 97, 95), (250, 130, 90)];
+    const SIZES: &[(usize, usize, usize)] = if cfg!(miri) {
+        &[(1, 1, 1), (9, 5, 3), (17, 35, 20)]
+    } else {
+        &[(1, 1, 1), (9, 5, 3), (13, 50, 300), (67, 64, 217), (16, 160, 144), (101, 97, 95), (250, 130, 90)]
+    };
 
     fn values(seed: u64, len: usize) -> Vec<f32> {
         random(seed, &[len]).to_vec1().unwrap()
@@ -909,7 +912,7 @@ mod tests {
     /// To the bit: sums in the order of the depth with fused multiply–add, whatever the blocks, tiles and steps.
     #[test]
     fn sums_are_in_the_order_of_the_depth() {
-        for (m, n, k) in SIZES {
+        for &(m, n, k) in SIZES {
             let (a, b, start) = (values(1, m * k), values(2, k * n), values(3, m * n));
             let plain = |start: &dyn Fn(usize) -> f32| -> Tensor {
                 let sum = |at: usize| {

@@ -7,7 +7,7 @@
 //! no longer names are removed after it is written.
 
 use crate::structure::Structure;
-use crate::{Error, Network, Result, seal};
+use crate::{Error, Naming, Network, Result, seal};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
@@ -226,6 +226,19 @@ impl Network {
         self.save_in_parts(path, extras, usize::MAX).map(drop)
     }
 
+    /// The SHA-256, in lower-case hex, of the network: of the one file that holds it and nothing else.
+    pub fn sha256(&self) -> Result<String> {
+        let fail = |e: &dyn std::fmt::Display| fail(Path::new(&self.name), e);
+        let tensors: Vec<(String, Bytes)> = self
+            .tensors()
+            .into_iter()
+            .map(|(name, tensor)| Ok((name, bytes(tensor)?)))
+            .collect::<Result<_>>()?;
+        let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(&e))?;
+        let metadata = HashMap::from([(STRUCTURE.to_string(), structure)]);
+        Ok(sha256(safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(&e))?))
+    }
+
     /// Writes files of at most `most` bytes each.
     fn save_in_parts(&self, path: &Path, extras: &Extras, most: usize) -> Result<BTreeMap<String, String>> {
         let mut tensors = Vec::new();
@@ -264,6 +277,21 @@ impl Network {
             }
         }
         Ok(hashes)
+    }
+
+    /// Writes [`Network::state_dict`] to a safetensors file, whole or not at all; gives whose names the tensors have.
+    ///
+    /// # Errors
+    /// Those of [`Network::state_dict`], and when the file can't be written.
+    pub fn save_state_dict(&self, path: &Path) -> Result<Naming> {
+        let (naming, tensors) = self.state_dict()?;
+        let tensors: Vec<(String, Bytes)> =
+            tensors.iter().map(|(name, tensor)| Ok((name.clone(), bytes(tensor)?))).collect::<Result<_>>()?;
+        // As PyTorch's libraries have it, which refuse others.
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(path, e))?;
+        whole_file::write(path, data).map_err(|e| fail(path, format!("could not be written: {e}")))?;
+        Ok(naming)
     }
 
     /// Removes what [`Network::save`] wrote to `path`, its parts included; nothing if there is nothing.

@@ -4,7 +4,7 @@
 //! description. Strides are not in any tensor; they are those for ImageNet unless something else is said.
 
 use crate::file::STRUCTURE;
-use crate::{Error, HEAD, Input, MobileNet, Network, Norm, Result, Version, input, pth};
+use crate::{Error, HEAD, Input, MobileNet, Network, Norm, Result, Unit, Version, input, pth};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use safetensors::tensor::SafeTensors;
@@ -21,7 +21,7 @@ pub struct Import {
     pub width: Option<f64>,
     /// Number of classes; from the classifier if not given.
     pub classes: Option<usize>,
-    /// CIFAR or ImageNet strides, which no tensor tells.
+    /// The strides, which no tensor tells.
     pub input: Input,
     /// φ after every convolution but V2's projections, which no tensor tells.
     pub activation: Activation,
@@ -313,11 +313,8 @@ fn width_of(config: &MobileNet, naming: Naming, tensors: &BTreeMap<String, Tenso
         .map(|(name, _)| tensors.get(&format!("{name}.weight")).and_then(|t| t.dims().first().copied()))
         .collect();
     let there = filters.iter().flatten().count();
-    // Channels are rounded, so several widths may fit: those that are published come first.
-    let usual = [1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.25];
-    let widths = usual.into_iter().chain((1..=80).map(|n| f64::from(n) / 20.0));
     let mut best = (0, 1.0);
-    for width in widths.chain((1..=400).map(|n| f64::from(n) / 100.0)) {
+    for width in widths() {
         let network = MobileNet { width, ..*config }.outline()?;
         let fitting = network.units().zip(&filters).filter(|(u, f)| **f == Some(u.filters())).count();
         if fitting > best.0 {
@@ -328,6 +325,92 @@ fn width_of(config: &MobileNet, naming: Naming, tensors: &BTreeMap<String, Tenso
         }
     }
     Ok(best.1)
+}
+
+/// The widths that a network may have. Channels are rounded, so several may fit: those that are published come first.
+fn widths() -> impl Iterator<Item = f64> {
+    let usual = [1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.25];
+    let widths = usual.into_iter().chain((1..=80).map(|n| f64::from(n) / 20.0));
+    widths.chain((1..=400).map(|n| f64::from(n) / 100.0))
+}
+
+impl Network {
+    /// The tensors under the names and in the shapes that torchvision has for a MobileNetV2, or timm for a V1, so that
+    /// `load_state_dict` takes them: the inverse of [`Network::open`]. Counts of batches are left out, as PyTorch sets them itself.
+    ///
+    /// # Errors
+    /// When the network is quantized or folded, has been pruned, or is otherwise none that these libraries have.
+    pub fn state_dict(&self) -> Result<(Naming, BTreeMap<String, Tensor>)> {
+        let refuse = |problem: &str| Error::Structure {
+            network: self.name.clone(),
+            place: "its layers".into(),
+            problem: format!("{problem}: torchvision and timm have no such network"),
+        };
+        if self.nodes.iter().any(|node| node.quantizer().is_some())
+            || self.units().any(|unit| unit.weight_quantizer.is_some())
+        {
+            return Err(refuse("are quantized"));
+        }
+        if self.units().any(|unit| unit.batch_norm().is_none() != (unit.name == HEAD)) {
+            return Err(refuse("have no batch normalization, which has been folded"));
+        }
+        let config = self.config()?.ok_or_else(|| {
+            refuse("have not the numbers of filters of any width, as of a network that was pruned, or another order")
+        })?;
+        let naming = match config.version {
+            Version::V1 => Naming::Timm,
+            Version::V2 if config.first_expansion => {
+                return Err(refuse("begin with a block that has its expansion, as the paper's do"));
+            }
+            Version::V2 => Naming::Torchvision,
+        };
+        let mut tensors = BTreeMap::new();
+        for (unit, (convolution, norm)) in self.units().zip(naming.layers(&config)) {
+            let mut weight = unit.in_pytorch_layout(&unit.weight)?;
+            if unit.name == HEAD {
+                weight = weight.flatten_from(1)?;
+            }
+            tensors.insert(format!("{convolution}.weight"), weight);
+            let fields = match &unit.norm {
+                Norm::Batch(of) => vec![
+                    ("weight", &of.gamma),
+                    ("bias", &of.beta),
+                    ("running_mean", &of.mean),
+                    ("running_var", &of.variance),
+                ],
+                Norm::Bias(bias) => vec![("bias", bias)],
+            };
+            tensors.extend(
+                fields.into_iter().map(|(field, tensor)| (format!("{norm}.{field}"), tensor.clone())),
+            );
+        }
+        Ok((naming, tensors))
+    }
+
+    /// What it is, if its layers are those of a MobileNet of some width.
+    fn config(&self) -> Result<Option<MobileNet>> {
+        let kinds = [(Version::V2, false), (Version::V2, true), (Version::V1, true)];
+        for (version, first_expansion) in kinds {
+            for width in widths() {
+                let config = MobileNet {
+                    width,
+                    first_expansion,
+                    ..MobileNet::new(version, Input::Imagenet, self.classes())
+                };
+                let outline = config.outline()?;
+                if outline.units().count() != self.units().count() {
+                    break;
+                }
+                let same = |(a, b): (&Unit, &Unit)| {
+                    a.kernel.is_depthwise() == b.kernel.is_depthwise() && a.weight.dims() == b.weight.dims()
+                };
+                if outline.units().zip(self.units()).all(same) {
+                    return Ok(Some(config));
+                }
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// The tensors of a file, to be taken by name, and what went wrong with that.

@@ -4,6 +4,8 @@ use kernels::Activation;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
 
 /// Which MobileNet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +37,94 @@ pub enum Input {
     Cifar,
     /// 224 × 224, the usual strides.
     Imagenet,
+    /// Strides of other networks: for 224 × 224 where they make a side 32 times shorter or more, as the usual ones do, for
+    /// 32 × 32 otherwise.
+    Other(Strides),
+}
+
+impl Input {
+    /// The strides of such a network.
+    pub fn strides(self, version: Version) -> Strides {
+        match (self, version) {
+            // On CIFAR only the 12th block has stride 2 (16×16 → 8×8): the choice that gives 510.84 M.
+            (Self::Cifar, Version::V1) => Strides::of(&[2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1]),
+            (Self::Imagenet, Version::V1) => Strides::of(&[2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]),
+            // On CIFAR two of the seven stages halve the map (8×8 at the end): 147.24 M.
+            (Self::Cifar, Version::V2) => Strides::of(&[1, 1, 2, 2, 1, 1, 1, 1]),
+            (Self::Imagenet, Version::V2) => Strides::of(&[2, 1, 2, 2, 2, 1, 2, 1]),
+            (Self::Other(strides), _) => strides,
+        }
+    }
+
+    /// Rows and columns of the images.
+    pub fn side(self) -> usize {
+        match self {
+            Self::Cifar => 32,
+            Self::Imagenet => 224,
+            Self::Other(strides) if strides.as_slice().iter().product::<usize>() < 32 => 32,
+            Self::Other(_) => 224,
+        }
+    }
+}
+
+/// The strides of a MobileNet, the stem's first: of V1 those of the 13 blocks follow, of V2 those of the seven stages, which
+/// are those of their first blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Strides {
+    /// Zeros behind the last.
+    values: [usize; Self::MOST],
+}
+
+impl Strides {
+    const MOST: usize = 14;
+
+    fn of(strides: &[usize]) -> Self {
+        let mut values = [0; Self::MOST];
+        values[..strides.len()].copy_from_slice(strides);
+        Self { values }
+    }
+
+    /// The strides in their order.
+    pub fn as_slice(&self) -> &[usize] {
+        let count = self.values.iter().position(|&stride| stride == 0).unwrap_or(Self::MOST);
+        &self.values[..count]
+    }
+
+    /// How many a network has.
+    fn count(version: Version) -> usize {
+        match version {
+            Version::V1 => 14,
+            Version::V2 => 8,
+        }
+    }
+}
+
+impl fmt::Display for Strides {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let strides: Vec<String> = self.as_slice().iter().map(usize::to_string).collect();
+        f.write_str(&strides.join(","))
+    }
+}
+
+/// From numbers with commas between, such as `1,1,1,2,2,1,2,1`.
+impl FromStr for Strides {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let strides: Option<Vec<usize>> = text
+            .split(',')
+            .map(|s| s.trim().parse().ok().filter(|stride| (1..=2).contains(stride)))
+            .collect();
+        let counts = [Version::V1, Version::V2].map(Self::count);
+        strides.filter(|strides| counts.contains(&strides.len())).map(|strides| Self::of(&strides)).ok_or_else(|| {
+            format!(
+                "{text:?}: expected strides of 1 or 2 with commas between: {} of a MobileNetV2 (the stem's and those of the \
+                 seven stages) or {} of a V1 (the stem's and those of the 13 blocks)",
+                counts[1], counts[0]
+            )
+        })
+    }
 }
 
 /// The largest width multiplier.
@@ -87,21 +177,30 @@ impl MobileNet {
 
     /// The network with the weights that `draw` makes from their shape and standard deviation.
     fn build(&self, device: &Device, draw: &mut Draw) -> Result<Network> {
-        // Before anything is made of these sizes.
-        if !((1..=MOST_CHANNELS).contains(&self.classes) && self.width > 0.0 && self.width <= MOST_WIDTH) {
-            return Err(Error::Structure {
+        let refuse = |problem| {
+            Err(Error::Structure {
                 network: self.version.name().into(),
                 place: "its settings".into(),
-                problem: format!(
-                    "{} classes and width {}: expected 1 to {MOST_CHANNELS}, and more than 0, at most {MOST_WIDTH}",
-                    self.classes, self.width
-                ),
-            });
-        }
-        let side = match self.input {
-            Input::Cifar => 32,
-            Input::Imagenet => 224,
+                problem,
+            })
         };
+        // Before anything is made of these sizes.
+        if !((1..=MOST_CHANNELS).contains(&self.classes) && self.width > 0.0 && self.width <= MOST_WIDTH) {
+            return refuse(format!(
+                "{} classes and width {}: expected 1 to {MOST_CHANNELS}, and more than 0, at most {MOST_WIDTH}",
+                self.classes, self.width
+            ));
+        }
+        let strides = self.input.strides(self.version);
+        let &[stem, ref strides @ ..] = strides.as_slice() else { return refuse("no strides".into()) };
+        if 1 + strides.len() != Strides::count(self.version) {
+            return refuse(format!(
+                "{} strides: expected {}, the stem's first",
+                1 + strides.len(),
+                Strides::count(self.version)
+            ));
+        }
+        let side = self.input.side();
         let mut b = Builder {
             network: Network::of_image(self.version.name(), [side, side, 3]),
             channels: 3,
@@ -109,8 +208,8 @@ impl MobileNet {
             device,
         };
         match self.version {
-            Version::V1 => self.build_v1(&mut b)?,
-            Version::V2 => self.build_v2(&mut b)?,
+            Version::V1 => self.build_v1(&mut b, stem, strides)?,
+            Version::V2 => self.build_v2(&mut b, stem, strides)?,
         }
         let weight = (b.draw)(&[b.channels, self.classes], 0.01)?;
         let mut network = b.network;
@@ -125,15 +224,10 @@ impl MobileNet {
         if (rounded as f64) < 0.9 * exact { rounded + 8 } else { rounded }
     }
 
-    fn build_v1(&self, b: &mut Builder) -> Result<()> {
+    fn build_v1(&self, b: &mut Builder, stem: usize, strides: &[usize]) -> Result<()> {
         let channels = [64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024];
-        // On CIFAR only the 12th block has stride 2 (16×16 → 8×8): the choice that gives 510.84 M.
-        let strides = match self.input {
-            Input::Cifar => [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1],
-            Input::Imagenet => [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1],
-        };
-        b.unit("stem", Kernel::Full { size: 3, stride: 2 }, self.scaled(32), self.activation)?;
-        for (i, (c, stride)) in channels.into_iter().zip(strides).enumerate() {
+        b.unit("stem", Kernel::Full { size: 3, stride: stem }, self.scaled(32), self.activation)?;
+        for (i, (c, &stride)) in channels.into_iter().zip(strides).enumerate() {
             let input = b.channels;
             b.unit(format!("blocks.{i}.depthwise"), Kernel::Depthwise { stride }, input, self.activation)?;
             b.unit(format!("blocks.{i}.pointwise"), Kernel::Pointwise, self.scaled(c), self.activation)?;
@@ -141,16 +235,11 @@ impl MobileNet {
         Ok(())
     }
 
-    fn build_v2(&self, b: &mut Builder) -> Result<()> {
+    fn build_v2(&self, b: &mut Builder, stem: usize, strides: &[usize]) -> Result<()> {
         let stages = [(1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)];
-        // On CIFAR two of the seven stages halve the map (8×8 at the end): 147.24 M.
-        let (stem, strides) = match self.input {
-            Input::Cifar => (1, [1, 2, 2, 1, 1, 1, 1]),
-            Input::Imagenet => (2, [1, 2, 2, 2, 1, 2, 1]),
-        };
         b.unit("stem", Kernel::Full { size: 3, stride: stem }, self.scaled(32), self.activation)?;
         let mut block = 0;
-        for ((expansion, c, repeats), stage_stride) in stages.into_iter().zip(strides) {
+        for ((expansion, c, repeats), &stage_stride) in stages.into_iter().zip(strides) {
             for repeat in 0..repeats {
                 let stride = if repeat == 0 { stage_stride } else { 1 };
                 let (input, output, shortcut) = (b.channels, self.scaled(c), b.network.last());

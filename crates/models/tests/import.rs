@@ -40,6 +40,25 @@ fn check(name: &str, extension: &str, naming: Naming, version: Version) {
     let error = distance(&logits, &expected(name));
     assert!(error < TOLERANCE, "{name}: logits differ by {error}");
 
+    // Given back its names, it has the tensors of the file, to the bit, or as torchvision has them.
+    let folder = tempfile::tempdir().unwrap();
+    let back = folder.path().join("back.safetensors");
+    let names = network.save_state_dict(&back).unwrap();
+    assert_eq!(names, if version == Version::V2 { Naming::Torchvision } else { Naming::Timm });
+    // The others are in half precision, or within a checkpoint.
+    if naming == Naming::Torchvision {
+        let theirs = candle_core::pickle::read_all(&path).unwrap();
+        let mut theirs: HashMap<String, Tensor> = theirs.into_iter().collect();
+        theirs.retain(|name, _| !name.ends_with("num_batches_tracked"));
+        let ours = candle_core::safetensors::load(&back, &Device::Cpu).unwrap();
+        assert_eq!(ours.len(), theirs.len());
+        for (name, tensor) in &theirs {
+            assert_eq!(distance(&ours[name], &tensor.to_dtype(DType::F32).unwrap()), 0.0, "{name}");
+        }
+    }
+    let (again, _) = Network::open(&back, &Import::default(), &Device::Cpu).unwrap();
+    assert_eq!(distance(&again.forward(&expected("images")).unwrap(), &logits), 0.0);
+
     // Saved as our own, it is the same network.
     let folder = tempfile::tempdir().unwrap();
     let own = folder.path().join("own.safetensors");
@@ -169,6 +188,26 @@ fn names_may_be_wrapped_and_the_first_expansion_there() {
     assert_eq!(origin, Origin::Public { naming: Naming::Timm, config });
     let images = expected("images");
     assert_eq!(distance(&read.forward(&images).unwrap(), &network.forward(&images).unwrap()), 0.0);
+}
+
+#[test]
+fn what_no_library_has_gets_no_names() {
+    let refused = |network: &Network, what: &str| {
+        let error = network.state_dict().unwrap_err().to_string();
+        assert!(error.contains(what) && error.contains("torchvision and timm have no such"), "{error}");
+    };
+    let open = || Network::open(&file("torchvision_v2.pth"), &Import::default(), &Device::Cpu).unwrap().0;
+    let mut quantized = open();
+    let eight = quant_core::Precision::try_from(8).unwrap();
+    quantized.quantize(&models::Quantization { weights: eight, ..Default::default() }).unwrap();
+    refused(&quantized, "are quantized");
+    // A filter less, as of a network that was pruned.
+    let mut pruned = open();
+    let last = pruned.units_mut().next_back().unwrap();
+    last.weight = last.weight.narrow(0, 1, last.input_channels() - 1).unwrap();
+    refused(&pruned, "of any width");
+    let paper = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
+    refused(&paper.init(0, &Device::Cpu).unwrap(), "its expansion");
 }
 
 #[test]

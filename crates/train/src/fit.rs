@@ -23,6 +23,9 @@ pub struct TrainingRun<'a> {
     pub folder: &'a Path,
     /// Names the run; a checkpoint of another run is an error, not a start.
     pub identity: &'a str,
+    /// SHA-256 of the file of the network that training begins from, where it is from one. A checkpoint that began from another
+    /// is damaged.
+    pub parent_network: Option<&'a str>,
     /// When to stop, if the run is to go on another time.
     pub limit: Option<&'a TimeLimit>,
 }
@@ -289,6 +292,9 @@ impl State {
             extras.tensors.insert(velocity_name(parameter), velocity.clone());
         }
         extras.metadata.insert("identity".into(), run.identity.into());
+        if let Some(hash) = run.parent_network {
+            extras.metadata.insert("parent_network".into(), hash.into());
+        }
         extras.metadata.insert("metrics".into(), json(&self.metrics));
         extras.metadata.insert("trained".into(), json(&trained));
         self.network.save(&Self::checkpoint(run), &extras)?;
@@ -311,6 +317,15 @@ impl State {
                 run.identity
             );
             return Err(fail(problem));
+        }
+        // Older checkpoints don't say what they began from.
+        if let (Some(began), Some(now)) = (extras.metadata.get("parent_network"), run.parent_network)
+            && began != now
+        {
+            let path = path.display().to_string();
+            let problem =
+                format!("its training began from a network of SHA-256 {began}, and that is {now} now");
+            return Err(models::Error::Damaged { path, problem }.into());
         }
         let unreadable = |e: serde_json::Error| {
             fail(format!("its metrics can't be read ({e}); delete the file to begin anew"))

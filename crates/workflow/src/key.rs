@@ -23,6 +23,7 @@ const RESULT_VERSION: u32 = 3;
 /// that come after one change with its own; those before it stay.
 fn version(kind: &StageKind) -> u32 {
     match kind {
+        StageKind::Given { .. } => RESULT_VERSION,
         StageKind::Pretrain { .. } => RESULT_VERSION,
         StageKind::Prune { .. } => RESULT_VERSION,
         StageKind::FineTune { .. } => RESULT_VERSION,
@@ -64,6 +65,7 @@ pub(crate) fn fits(outcome: &Outcome) -> bool {
 /// What a stage does with all of its settings, as they enter its key and stand in its outcome.
 pub(crate) fn settings(kind: &StageKind) -> Result<Value> {
     Ok(match kind {
+        StageKind::Given { hash } => json!({ "given": { "network": format!("{hash:032x}") } }),
         StageKind::Pretrain { network, training, seed } => json!({
             "pretrain": { "network": network_settings(network)?, "training": training_settings(training)?, "seed": seed },
         }),
@@ -91,8 +93,9 @@ fn network_settings(network: &MobileNet) -> Result<Value> {
     Ok(json!({
         "version": version.name(),
         "input": match input {
-            Input::Cifar => "cifar",
-            Input::Imagenet => "imagenet",
+            Input::Cifar => "cifar".into(),
+            Input::Imagenet => "imagenet".into(),
+            Input::Other(strides) => format!("strides {strides}"),
         },
         "classes": classes,
         "width": finite("width", *width)?,
@@ -321,6 +324,7 @@ mod tests {
             (prune(Some(1e-5), false), "1b988b3394e3007e"),
             (prune(Some(0.01), true), "a346b57ab71799b2"),
             (prune(Some(0.01), false), "cf659e615224c90a"),
+            (StageKind::Given { hash: 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef }, "25fb37fcf136b8cd"),
             (equalize(dfq, quantization), "318efb97f695a427"),
             (equalize(Dfq { equalize: false, ..dfq }, quantization), "7b1792c95995d273"),
             (equalize(Dfq { absorb: false, ..dfq }, quantization), "b9224843d3d1831a"),

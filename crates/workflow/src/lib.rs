@@ -17,7 +17,7 @@ mod verify;
 pub use outcome::{DataOrigin, Outcome, Provenance};
 pub use recipe::{Purpose, Recipe, Trainings};
 pub use stage::{Stage, StageKind};
-pub use store::{Event, Planned, Resources, Store};
+pub use store::{Event, Planned, Resources, Store, image_range};
 pub use verify::{Checked, Finding, verify};
 
 /// What can go wrong while running stages.

@@ -9,13 +9,18 @@ use train::Training;
 pub struct Stage {
     /// What is done.
     pub kind: StageKind,
-    /// The stage whose network is the input; none for pre-training.
+    /// The stage whose network is the input; none for the first one.
     pub parent: Option<Arc<Stage>>,
 }
 
 /// What a stage does, with all of its settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum StageKind {
+    /// Takes the network that [`Resources::given`](crate::Resources::given) has, as one begins that was trained elsewhere.
+    Given {
+        /// The first 128 bits of its [`Network::sha256`](models::Network::sha256).
+        hash: u128,
+    },
     /// Trains a fresh network in float.
     Pretrain {
         /// Which network.
@@ -75,7 +80,7 @@ impl Stage {
     pub fn model(&self) -> &'static str {
         match &self.origin().kind {
             StageKind::Pretrain { network, .. } => network.version.name(),
-            // Only `root` makes stages without a parent, and tables begin with pre-training.
+            // Only `root` makes stages without a parent: this one was given.
             _ => "network",
         }
     }
@@ -89,6 +94,7 @@ impl Stage {
     /// What it does, e.g. `fine-tune A4/W4`.
     pub fn step(&self) -> String {
         match &self.kind {
+            StageKind::Given { .. } => "as given".into(),
             StageKind::Pretrain { .. } => "pre-train".into(),
             StageKind::Prune { pfq } if pfq.bias_correction => "PfQ".into(),
             StageKind::Prune { .. } => "PfQ without bias correction".into(),
@@ -107,7 +113,7 @@ impl Stage {
     pub fn seed(&self) -> Option<u64> {
         match &self.kind {
             StageKind::Pretrain { seed, .. } | StageKind::FineTune { seed, .. } => Some(*seed),
-            StageKind::Prune { .. } | StageKind::Equalize { .. } => None,
+            StageKind::Given { .. } | StageKind::Prune { .. } | StageKind::Equalize { .. } => None,
         }
     }
 
@@ -115,7 +121,7 @@ impl Stage {
     pub fn training(&self) -> Option<&Training> {
         match &self.kind {
             StageKind::Pretrain { training, .. } | StageKind::FineTune { training, .. } => Some(training),
-            StageKind::Prune { .. } | StageKind::Equalize { .. } => None,
+            StageKind::Given { .. } | StageKind::Prune { .. } | StageKind::Equalize { .. } => None,
         }
     }
 }

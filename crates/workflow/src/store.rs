@@ -28,6 +28,8 @@ pub struct Resources<'a> {
     pub device: &'a Device,
     /// Recorded with every outcome.
     pub provenance: &'a Provenance,
+    /// What a workflow begins with that does not pre-train.
+    pub given: Option<&'a Network>,
 }
 
 /// What the store tells while it works.
@@ -85,6 +87,7 @@ impl Store {
     /// When a setting is not finite.
     pub fn folder(&self, stage: &Stage, data_fingerprint: &str) -> Result<PathBuf> {
         let kind = match stage.kind {
+            StageKind::Given { .. } => "given",
             StageKind::Pretrain { .. } => "pretrain",
             StageKind::Prune { .. } => "prune",
             StageKind::FineTune { .. } => "finetune",
@@ -261,7 +264,7 @@ impl Store {
         resources: &Resources,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
-        let Resources { data, device, provenance } = *resources;
+        let Resources { data, device, provenance, given } = *resources;
         let started = Instant::now();
         let key = stage.key(data.fingerprint())?;
         let mut parent_network = None;
@@ -278,20 +281,29 @@ impl Store {
             parent_network = outcome.network_hash().map(String::from);
             Ok(network)
         };
-        let train = |network, training: &train::Training, seed, observe: &mut dyn FnMut(Event)| {
+        let train = |network, parent_network, training, seed, observe: &mut dyn FnMut(Event)| {
             let limit = self.limit.as_deref();
-            let run = TrainingRun { data, training, seed, folder, identity: &key, limit };
+            let run =
+                TrainingRun { data, training, seed, folder, identity: &key, parent_network, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let (network, metrics, report) = match &stage.kind {
+            StageKind::Given { hash } => {
+                let expected = format!("{hash:032x}");
+                let given =
+                    given.filter(|given| given.sha256().is_ok_and(|found| found.starts_with(&expected)));
+                let given =
+                    given.ok_or_else(|| file_error(folder, format!("no network {expected}… was given")))?;
+                (given.to_device(device)?, Vec::new(), None)
+            }
             StageKind::Pretrain { network, training, seed } => {
-                let trained = train(network.init(*seed, device)?, training, *seed, observe)?;
+                let trained = train(network.init(*seed, device)?, None, training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
             StageKind::FineTune { quantization, training, seed } => {
                 let mut network = input(device, observe)?;
                 network.quantize(quantization)?;
-                let trained = train(network, training, *seed, observe)?;
+                let trained = train(network, parent_network.as_deref(), training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
             // Many small results of weights alone, each of which decides on the next: on a CPU wherever images are.
@@ -395,7 +407,7 @@ pub(crate) const DAMAGED: &str = "damaged-";
 
 /// Lowest and highest value of a normalized image: black and white in the channel where they lie
 /// farthest out.
-fn image_range(data: &dyn Dataset) -> (f32, f32) {
+pub fn image_range(data: &dyn Dataset) -> (f32, f32) {
     let ends =
         |pixel: f32| data.mean().into_iter().zip(data.std()).map(move |(mean, std)| (pixel - mean) / std);
     (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))

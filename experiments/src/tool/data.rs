@@ -1,39 +1,67 @@
-//! Test images for `pfq eval`.
+//! Images for the tool's commands.
 
+use crate::profile::DataSettings;
 use crate::progress::Display;
-use crate::{profile, session};
+use crate::session;
 use anyhow::{Context as _, Result, bail};
 use datasets::Dataset;
 use datasets::imagenet::{Limit, Options};
 use models::Network;
+use std::path::Path;
 
-/// Rows and columns of the smallest images that are ImageNet's rather than CIFAR-100's.
+/// Rows and columns of the smallest images that are ImageNet's rather than CIFAR-100's, where `--data` names no pictures.
 const LARGE: usize = 64;
 
-/// The test images that `--data` asks for, of the data set that the network's input is laid out for.
-pub(super) fn load(
-    wanted: &str,
-    limit: Option<usize>,
-    bad_percent: f64,
-    network: &Network,
-) -> Result<Box<dyn Dataset>> {
+/// What makes a folder one of pictures rather than of CIFAR-100's files.
+const OF_PICTURES: [&str; 6] =
+    ["train", "val", "validation", "ILSVRC", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"];
+
+/// Which images a command takes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    /// As `--data` says it.
+    pub place: &'a str,
+    /// So many training and so many test images at most.
+    pub limits: [Option<usize>; 2],
+    /// Of pictures, the share that may be damaged, in percent.
+    pub bad_percent: f64,
+    /// How much of CIFAR-100 is taken, and how pictures are cropped.
+    pub settings: Option<&'a DataSettings>,
+}
+
+/// The images that are wanted, at the size of the network's input: pictures where the place is a folder of them or the input is
+/// large, CIFAR-100 otherwise.
+pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>> {
+    let Wanted { place, limits: [train, test], bad_percent, settings } = wanted;
     let [height, width, _] = network.input;
-    let imagenet = (height >= LARGE).then(|| Options {
-        side: height,
-        resize: height * 8 / 7,
-        test_limit: limit.map(Limit::Total),
-        bad_percent,
-        ..Options::default()
+    let is_folder_of_pictures = OF_PICTURES.iter().any(|name| Path::new(place).join(name).exists());
+    let imagenet = (is_folder_of_pictures || height >= LARGE).then(|| {
+        let given = settings.and_then(|settings| settings.imagenet.clone()).unwrap_or_default();
+        Options {
+            side: height,
+            resize: height * 8 / 7,
+            train_limit: train.map(Limit::Total),
+            test_limit: test.map(Limit::Total),
+            bad_percent,
+            ..given
+        }
     });
     let of_imagenet = imagenet.is_some();
-    let test_images = limit.filter(|_| !of_imagenet);
-    let settings = profile::DataSettings { train_images: None, test_images, hold_out: None, imagenet };
-    let mut data = session::load(wanted, &settings, &mut Display::new());
-    if of_imagenet {
+    let of_cifar = |limit: Option<usize>, given: fn(&DataSettings) -> Option<usize>| {
+        limit.or_else(|| settings.and_then(given)).filter(|_| !of_imagenet)
+    };
+    let settings = DataSettings {
+        train_images: of_cifar(train, |settings| settings.train_images),
+        test_images: of_cifar(test, |settings| settings.test_images),
+        hold_out: None,
+        imagenet,
+    };
+    let mut data = session::load(place, &settings, &mut Display::new());
+    if of_imagenet && !is_folder_of_pictures {
         data = data.with_context(|| {
             format!(
                 "the network's input of {height}×{width} pixels is ImageNet's (public weights trained on CIFAR-100's \
-                 32×32: --strides cifar)"
+                 32×32: say their --strides)"
             )
         });
     }

@@ -1,8 +1,11 @@
-use super::data;
+use super::data::{self, Wanted};
 use super::network::NetworkFile;
 use crate::progress::duration;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
+use datasets::Dataset;
+use integer::{Engine, FRACTION, MULTIPLIER_BITS};
+use models::Network;
 use std::time::Instant;
 
 /// Measures the top-1 accuracy and the loss on test images
@@ -14,10 +17,10 @@ pub(super) struct Eval {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// For a network with an input of 32×32, CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic),
-    /// synthetic, hub, or a folder with the official files. With an input of 224×224, ImageNet: auto ($PFQ_IMAGENET,
-    /// ./imagenet), hub, or a folder with val/<class>/*.JPEG, flat val/*.JPEG and a list of classes, the official
-    /// archives, or the hub's tables
+    /// A folder val/<class>/* of pictures, of any classes. For a network with an input of 32×32 also CIFAR-100: auto ($PFQ_DATA,
+    /// ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a folder with the official files. With an input of 64×64
+    /// or more, ImageNet: auto ($PFQ_IMAGENET, ./imagenet), hub, or a folder with class folders, flat val/*.JPEG and a list of
+    /// classes, the official archives, or the hub's tables
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     data: String,
 
@@ -28,17 +31,34 @@ pub(super) struct Eval {
     /// Of ImageNet's pictures, leave out up to so many that are damaged before that is an error
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
     bad_percent: f64,
+
+    /// Evaluate in whole numbers too, as an engine for integers does, and compare: of a network whose weights and activations
+    /// are all quantized
+    #[arg(long)]
+    integer: bool,
 }
 
 impl Eval {
     pub fn run(&self) -> Result<String> {
         let (network, mut text) = self.network.open()?;
-        let data = data::load(&self.data, self.limit, self.bad_percent, &network)?;
+        let wanted = Wanted {
+            place: &self.data,
+            limits: [None, self.limit],
+            bad_percent: self.bad_percent,
+            settings: None,
+        };
+        let data = data::load(wanted, &network)?;
         let started = Instant::now();
+        if self.integer {
+            return Ok(text + &compared(&network, &*data)?);
+        }
         let evaluation = train::evaluate(&network, &*data)?;
         let skipped = data.skipped();
         for skipped in &skipped {
             text += &format!("left out {}: {}\n", skipped.file, skipped.why);
+        }
+        if data.test_images() == skipped.len() {
+            bail!("{text}{} has no test images that could be used", data.source());
         }
         text += &format!(
             "{} from {}: {} test images in {}\ntop-1 {:.2} %, loss {:.4}\n",
@@ -51,4 +71,44 @@ impl Eval {
         );
         Ok(text)
     }
+}
+
+/// The simulation with floats beside the evaluation in whole numbers.
+fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
+    /// Images whose logits are computed at once.
+    const BATCH: usize = 100;
+    let engine = Engine::new(network)?;
+    let (mut images, mut hits, mut different, mut distance, mut largest) = (0, [0; 2], 0, 0f32, 0f32);
+    for batch in data.test_batches(BATCH) {
+        let batch = batch?;
+        let logits = [network.forward(&batch.images)?, engine.logits(&batch.images)?];
+        let [simulated, whole] = logits.map(|logits| logits.to_vec2::<f32>());
+        for ((a, b), label) in simulated?.iter().zip(whole?).zip(batch.labels.to_vec1::<u32>()?) {
+            let predictions = [best(a), best(&b)];
+            images += 1;
+            different += usize::from(predictions[0] != predictions[1]);
+            for (hits, prediction) in hits.iter_mut().zip(predictions) {
+                *hits += usize::from(prediction == label as usize);
+            }
+            distance = a.iter().zip(b).fold(distance, |most, (a, b)| most.max((a - b).abs()));
+            largest = a.iter().fold(largest, |most, a| most.max(a.abs()));
+        }
+    }
+    if images == 0 {
+        bail!("{} has no test images", data.name());
+    }
+    let [simulated, whole] = hits.map(|hits| 100.0 * hits as f64 / images as f64);
+    Ok(format!(
+        "{} from {}: {images} test images\nsimulated: top-1 {simulated:.2} %\nin whole numbers: top-1 {whole:.2} % (multipliers of \
+         {MULTIPLIER_BITS} bits, residuals with {FRACTION} bits behind the point)\n{different} of {images} predictions differ; \
+         logits by {distance:.2e} at most, of logits up to {largest:.2}\n",
+        data.name(),
+        data.source(),
+    ))
+}
+
+/// The first of the largest logits.
+fn best(logits: &[f32]) -> usize {
+    let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
+    best.unwrap_or_default()
 }

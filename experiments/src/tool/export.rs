@@ -1,10 +1,10 @@
 use super::network::NetworkFile;
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use onnx::{Normalize, Options};
 use std::path::PathBuf;
 
-/// Writes the network for other runtimes: ONNX, with QuantizeLinear and DequantizeLinear where it is quantized
+/// Writes the network for others: ONNX, with QuantizeLinear and DequantizeLinear where it is quantized, or PyTorch's state dict
 #[derive(Debug, Args)]
 #[command(after_help = "Example: pfq export pruned.safetensors pruned.onnx\n\n\
                   The graph maps `images` [N, 3, H, W] to `logits` [N, classes]. Images are normalized before, as the network \
@@ -13,9 +13,14 @@ pub(super) struct Export {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// Where the network goes: a .onnx file
+    /// Where the network goes: a .onnx file, or a .safetensors file
     #[arg(value_name = "OUT")]
     out: PathBuf,
+
+    /// onnx, or safetensors-torch: the tensors of a float network that has not been pruned, with the names of torchvision
+    /// (MobileNetV2) or timm (V1)
+    #[arg(long, value_enum, default_value = "onnx")]
+    format: Format,
 
     /// Fold batch normalization into the weights (of quantized ones: into a step for each filter)
     #[arg(long)]
@@ -34,8 +39,36 @@ pub(super) struct Export {
     std: Option<Vec<f32>>,
 }
 
+/// What is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Onnx,
+    SafetensorsTorch,
+}
+
 impl Export {
     pub fn run(&self) -> Result<String> {
+        match self.format {
+            Format::Onnx => self.onnx(),
+            Format::SafetensorsTorch => self.state_dict(),
+        }
+    }
+
+    fn state_dict(&self) -> Result<String> {
+        let out = self.out.display();
+        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
+            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
+        }
+        if self.fold || self.int8 || self.mean.is_some() {
+            bail!("--fold, --int8, --mean and --std are about ONNX: leave them out");
+        }
+        self.network.refuse_to_overwrite(&[&self.out])?;
+        let (network, text) = self.network.open()?;
+        let naming = network.save_state_dict(&self.out)?;
+        Ok(format!("{text}written to {out}, with {}'s names\n", naming.name()))
+    }
+
+    fn onnx(&self) -> Result<String> {
         let out = self.out.display();
         if self.out.extension().is_none_or(|extension| extension != "onnx") {
             bail!("{out}: expected a name that ends in .onnx, which is what is written");

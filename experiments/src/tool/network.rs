@@ -27,9 +27,11 @@ pub(super) struct NetworkFile {
     #[arg(long, value_name = "N", help_heading = "Public weights")]
     classes: Option<usize>,
 
-    /// Their strides, which no tensor tells: those for 224×224 images (imagenet, if not given) or for 32×32 (cifar)
-    #[arg(long, value_enum, help_heading = "Public weights")]
-    strides: Option<Strides>,
+    /// Their strides, which no tensor tells: the usual ones for 224×224 images (imagenet, if not given), this project's for
+    /// 32×32 (cifar), or numbers: of a V2 the stem's and those of the seven stages, such as 1,1,1,2,2,1,2,1, of a V1 the
+    /// stem's and those of the 13 blocks
+    #[arg(long, value_name = "STRIDES", value_parser = strides, help_heading = "Public weights")]
+    strides: Option<Input>,
 
     /// Their activation, which no tensor tells: relu6 if not given
     #[arg(long, value_enum, help_heading = "Public weights")]
@@ -48,10 +50,12 @@ enum Arch {
     MobilenetV2,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Strides {
-    Imagenet,
-    Cifar,
+fn strides(text: &str) -> Result<Input, String> {
+    match text {
+        "imagenet" => Ok(Input::Imagenet),
+        "cifar" => Ok(Input::Cifar),
+        numbers => numbers.parse().map(Input::Other).map_err(|what| format!("{what}, imagenet, or cifar")),
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -77,11 +81,7 @@ impl NetworkFile {
             }),
             width: self.width,
             classes: self.classes,
-            input: match self.strides {
-                Some(Strides::Cifar) => Input::Cifar,
-                Some(Strides::Imagenet) => Input::Imagenet,
-                None => default.input,
-            },
+            input: self.strides.unwrap_or(default.input),
             activation: match self.activation {
                 Some(Phi::Relu) => Activation::Relu,
                 Some(Phi::Relu6) => Activation::Relu6,
@@ -96,7 +96,14 @@ impl NetworkFile {
                 network.name.clone()
             }
             Origin::Public { naming, config } => {
-                format!("{}, width {}, named as in {}", network.name, config.width, naming.name())
+                format!(
+                    "{}, width {}, named as in {}, strides {}{}",
+                    network.name,
+                    config.width,
+                    naming.name(),
+                    config.input.strides(config.version),
+                    if self.strides.is_some() { "" } else { " (assumed; --strides says others)" },
+                )
             }
         };
         let [height, width, _] = network.input;

@@ -1,19 +1,23 @@
+use super::data::{self, Wanted};
 use super::network::NetworkFile;
 use super::text::table;
 use crate::flags::parse_bits;
 use anyhow::{Context, Result, bail};
 use baselines::{Dfq, DfqReport};
+use candle_core::Tensor;
 use clap::Args;
-use models::{Extras, Fold, Quantization, WeightGrid};
+use datasets::{Augmentation, Dataset};
+use models::{Extras, Fold, Network, Quantization, WeightGrid};
 use quant_core::Precision;
 use std::path::PathBuf;
+use workflow::image_range;
 
 /// Quantizes a trained network without training (DFQ), and writes it
 #[derive(Debug, Args)]
 #[command(after_help = "Example: pfq quantize mobilenet_v2.pth a8w8.safetensors --bits a8w8\n\n\
                   Batch normalization is folded, ReLU6 becomes ReLU, weight ranges are equalized across layers, high biases \
                   absorbed, ranges of activations set to β ± 6γ and the bias of quantized weights corrected. No images are \
-                  needed.")]
+                  needed; with --data ranges of activations are those that images give.")]
 pub(super) struct Quantize {
     #[command(flatten)]
     network: NetworkFile,
@@ -34,8 +38,16 @@ pub(super) struct Quantize {
     #[arg(long)]
     per_channel: bool,
 
-    /// The lowest and the highest value of a normalized image; those of ImageNet's or, where the input is smaller than 64×64,
-    /// CIFAR-100's mean and standard deviation if not given
+    /// Take the ranges of activations from images instead of β ± 6γ: a folder with train/<class>/*, or what else pfq tune takes
+    #[arg(long, value_name = "WHERE")]
+    data: Option<String>,
+
+    /// With --data: from so many training images, spread over the classes
+    #[arg(long, value_name = "IMAGES", default_value_t = 1000)]
+    images: usize,
+
+    /// The lowest and the highest value of a normalized image; those of black and white with the mean and standard deviation of
+    /// --data, or else of ImageNet or, where the input is smaller than 64×64, CIFAR-100 if not given
     #[arg(long, value_name = "LO,HI", value_delimiter = ',', allow_hyphen_values = true)]
     image_range: Option<Vec<f32>>,
 }
@@ -59,7 +71,7 @@ fn quantized(bits: u32) -> Result<Precision, String> {
 }
 
 /// Of activations and weights.
-fn bits(text: &str) -> Result<[Precision; 2], String> {
+pub(super) fn bits(text: &str) -> Result<[Precision; 2], String> {
     let (activations, weights) = parse_bits(&text.to_ascii_lowercase())
         .ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
     Ok([quantized(activations)?, quantized(weights)?])
@@ -73,7 +85,13 @@ impl Quantize {
         }
         self.network.refuse_to_overwrite(&[&self.out])?;
         let (network, mut text) = self.network.open()?;
+        let data = self.data.as_deref().map(|place| {
+            let limits = [Some(self.images), None];
+            data::load(Wanted { place, limits, bad_percent: 1.0, settings: None }, &network)
+        });
+        let data = data.transpose()?;
         let image_range = match self.image_range.as_deref() {
+            None if data.is_some() => data.as_deref().map_or(CIFAR, image_range),
             None if network.input[0] < 64 => CIFAR,
             None => IMAGENET,
             Some(&[lo, hi]) if lo.is_finite() && hi.is_finite() && lo <= 0.0 && 0.0 < hi => (lo, hi),
@@ -89,16 +107,50 @@ impl Quantize {
             weight_grid: if self.per_channel { WeightGrid::Channel } else { WeightGrid::Tensor },
             ..Quantization::default()
         };
-        let (quantized, report) = Dfq::default().apply(&network, &quantization, image_range)?;
+        let (mut quantized, report) = Dfq::default().apply(&network, &quantization, image_range)?;
+        let seen = data.map(|data| ranges_of_images(&mut quantized, &*data)).transpose()?;
         let mut extras = Extras::default();
         extras.metadata.insert("dfq".into(), serde_json::to_string(&report)?);
         quantized
             .save_in_one_file(&self.out, &extras)
             .with_context(|| format!("{out} could not be written"))?;
         text += &described(&report);
+        if let Some(images) = seen {
+            text += &format!("ranges of activations from {images} training images\n");
+        }
         text += &format!("written to {out}\n");
         Ok(text)
     }
+}
+
+/// Sets the range of each activation, but for the image's, to the mean of its extremes in batches of training images, as
+/// training would; gives the number of images.
+fn ranges_of_images(quantized: &mut Network, data: &dyn Dataset) -> Result<usize> {
+    const BATCH: usize = 50;
+    let mut float = quantized.duplicate()?;
+    float.nodes.iter_mut().for_each(|node| *node.quantizer_mut() = None);
+    let mut sums = vec![(0f64, 0f64); float.nodes.len()];
+    let (mut images, mut batches) = (0, 0);
+    for batch in data.train_batches(BATCH, Augmentation { pad: 0, flip: false }, 0, 0) {
+        let batch = batch?;
+        (images, batches) = (images + batch.labels.elem_count(), batches + 1);
+        float.forward_observed(&batch.images, &mut |node, _, y| {
+            let extreme = |tensor: candle_core::Result<Tensor>| tensor?.to_scalar::<f32>().map(f64::from);
+            let (low, high) = &mut sums[node];
+            *low += extreme(y.min_all())?;
+            *high += extreme(y.max_all())?;
+            Ok(())
+        })?;
+    }
+    if images == 0 {
+        bail!("{} has no training images to take ranges from", data.source());
+    }
+    for (node, (low, high)) in quantized.nodes.iter_mut().zip(sums).skip(1) {
+        if let Some(quantizer) = node.quantizer_mut() {
+            quantizer.set_range((low / f64::from(batches)) as f32, (high / f64::from(batches)) as f32)?;
+        }
+    }
+    Ok(images)
 }
 
 fn described(report: &DfqReport) -> String {

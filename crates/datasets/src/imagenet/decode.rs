@@ -1,5 +1,7 @@
 //! Pictures from the bytes of their files.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::io::Cursor;
 
 use image::{ImageError, ImageFormat, ImageReader};
@@ -30,8 +32,8 @@ pub(super) struct Picture {
 ///
 /// The result is that of `PIL.Image.open(..).convert("RGB")`: grey becomes three equal channels, CMYK and
 /// YCCK are taken as Adobe writes them (inverted), an alpha channel is dropped, of 16 bits the upper 8 count,
-/// and the orientation in EXIF is ignored. A JPEG that ends before its picture does is refused. The error
-/// says what is wrong.
+/// and the orientation in EXIF is ignored. A JPEG whose data end before its picture does is refused, also where the marker of
+/// an end follows. The error says what is wrong.
 pub(super) fn decode(bytes: &[u8]) -> Result<Picture, String> {
     let format = match bytes {
         [0xff, 0xd8, 0xff, ..] => jpeg,
@@ -54,14 +56,22 @@ fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
     if has_separate_scans(bytes) {
         return Err("the JPEG has its channels in separate scans, which the decoder does not support".into());
     }
-    match jpeg_with(bytes, true) {
-        // A complete picture should not be lost for what libjpeg only warns of. But if the data end before
-        // the picture does, the decoder would make up the rest.
-        Err(what) if has_end(bytes) && !what.contains("Premature end") => jpeg_with(bytes, false),
+    if lacks_scans(bytes) {
+        return Err("the JPEG is truncated or damaged: it ends before the last of its scans".into());
+    }
+    match jpeg_with(&with_ones(bytes), true) {
+        // A complete picture should not be lost for what libjpeg only warns of. But where a scan's data end or are damaged
+        // before the picture is complete, the decoder would make up the rest.
+        Err(what) if has_end(bytes) && !INCOMPLETE.iter().any(|part| what.contains(part)) => {
+            jpeg_with(bytes, false)
+        }
         Err(what) => Err(format!("the JPEG is truncated or damaged: {what}")),
         done => done,
     }
 }
+
+/// Of the decoder's errors those after which no more blocks are decoded.
+const INCOMPLETE: [&str; 3] = ["Premature end", "Bad Huffman Code", "more than bits left"];
 
 fn jpeg_with(bytes: &[u8], strict: bool) -> Result<Picture, String> {
     let options = DecoderOptions::default().set_strict_mode(strict).jpeg_set_out_colorspace(ColorSpace::RGB);
@@ -79,25 +89,97 @@ fn has_end(bytes: &[u8]) -> bool {
     bytes[bytes.len().saturating_sub(NEAR)..].windows(2).any(|pair| pair == [0xff, 0xd9])
 }
 
+/// The JPEG with sixteen bytes of ones before the marker of its end. Where a scan's data end too early the decoder goes on with
+/// zeros, which it takes for blocks; but no code consists of ones alone, so that it meets an error in these. Data that are
+/// complete are not read so far.
+fn with_ones(bytes: &[u8]) -> Cow<'_, [u8]> {
+    let scans = segments(bytes).filter(|(marker, _)| *marker == SCAN);
+    match bytes.windows(2).rposition(|pair| pair == [0xff, 0xd9]) {
+        // Behind the first scan of a progressive JPEG the decoder expects a marker at once.
+        Some(end) if !is_progressive(bytes) || scans.count() > 1 => {
+            Cow::Owned([&bytes[..end], &[0xff, 0].repeat(16), &bytes[end..]].concat())
+        }
+        _ => Cow::Borrowed(bytes),
+    }
+}
+
+/// The markers of frames (sequential, extended, progressive) and of scans.
+const SEQUENTIAL: u8 = 0xc0;
+const EXTENDED: u8 = 0xc1;
+const PROGRESSIVE: u8 = 0xc2;
+const SCAN: u8 = 0xda;
+
+/// A JPEG's headers: their markers and what they contain. The data of scans between them are passed over.
+fn segments(bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    // A header is a marker (255 and a number that is neither 0 nor 255), a length and a segment.
+    std::iter::from_fn(move || {
+        loop {
+            let at = rest.windows(2).position(|pair| pair[0] == 0xff && ![0, 0xff].contains(&pair[1]))?;
+            let marker = rest[at + 1];
+            rest = &rest[at + 2..];
+            match marker {
+                // Restarts have no length.
+                0xd0..=0xd7 => continue,
+                0xd9 => return None,
+                _ => {}
+            }
+            let &[high, low, ref after @ ..] = rest else { return None };
+            let length = usize::from(u16::from_be_bytes([high, low])).saturating_sub(2).min(after.len());
+            let (segment, behind) = after.split_at(length);
+            rest = behind;
+            return Some((marker, segment));
+        }
+    })
+}
+
+fn is_progressive(bytes: &[u8]) -> bool {
+    segments(bytes).take_while(|(marker, _)| *marker != SCAN).any(|(marker, _)| marker == PROGRESSIVE)
+}
+
 /// Whether the first scan of a sequential JPEG lacks a channel. zune-jpeg (0.5.15) can decode such a picture
 /// to wrong pixels without an error: where a channel has fewer rows than another, and where a scan ends in
 /// flat blocks.
 fn has_separate_scans(bytes: &[u8]) -> bool {
     let mut channels = 0;
-    let mut rest = bytes.get(2..).unwrap_or_default();
-    // Headers are a marker (255 and a number that is neither 0 nor 255), a length and a segment.
-    while let Some(at) = rest.windows(2).position(|pair| pair[0] == 0xff && ![0, 0xff].contains(&pair[1])) {
-        let &[_, marker, high, low, ref after @ ..] = &rest[at..] else { return false };
-        let length = usize::from(u16::from_be_bytes([high, low])).saturating_sub(2);
-        let segment = &after[..length.min(after.len())];
+    for (marker, segment) in segments(bytes) {
         match (marker, segment) {
-            (0xc0 | 0xc1, [_, _, _, _, _, count, ..]) => channels = *count,
-            (0xda, [scanned, ..]) => return *scanned < channels,
+            (SEQUENTIAL | EXTENDED, [_, _, _, _, _, count, ..]) => channels = *count,
+            (SCAN, [scanned, ..]) => return *scanned < channels,
             _ => {}
         }
-        rest = &after[segment.len()..];
     }
     false
+}
+
+/// Whether a progressive JPEG ends before scans that others announce: those that refine what has been sent without its
+/// last bits, and those of the remaining frequencies of a channel of which some have been sent.
+fn lacks_scans(bytes: &[u8]) -> bool {
+    if !is_progressive(bytes) {
+        return false;
+    }
+    // For each channel's number the bits that its 64 coefficients still lack; none where nothing has been sent.
+    let mut lacking: BTreeMap<u8, [Option<u8>; 64]> = BTreeMap::new();
+    for (_, segment) in segments(bytes).filter(|(marker, _)| *marker == SCAN) {
+        let Some((&count, rest)) = segment.split_first() else { return true };
+        let channels = 2 * usize::from(count);
+        let (Some(channels), Some(&[from, to, bits])) =
+            (rest.get(..channels), rest.get(channels..).and_then(<[u8]>::first_chunk))
+        else {
+            return true;
+        };
+        for channel in channels.iter().step_by(2) {
+            let coefficients = lacking.entry(*channel).or_insert([None; 64]);
+            if let Some(range) = coefficients.get_mut(usize::from(from)..=usize::from(to)) {
+                range.fill(Some(bits & 0xf));
+            }
+        }
+    }
+    lacking.values().any(|coefficients| {
+        let unrefined = coefficients.iter().flatten().any(|&bits| bits > 0);
+        let sent = coefficients[1..].iter().flatten().count();
+        unrefined || (sent > 0 && sent < 63)
+    })
 }
 
 fn png(bytes: &[u8]) -> Result<Picture, String> {
@@ -324,6 +406,41 @@ mod tests {
         refused(&png);
         let wide = png_of(&DynamicImage::ImageLuma8(ImageBuffer::new(1 << 15, 4)));
         assert_eq!(decode(&wide).unwrap().pixels.len(), 3 << 17);
+    }
+
+    /// Some programs close what they have of a picture with an end marker, and libjpeg makes up the rest.
+    #[test]
+    fn a_part_of_a_picture_is_refused_although_it_has_an_end() {
+        let closed = |part: &[u8]| [part, &[0xff, 0xd9]].concat();
+        let begin = |jpeg: &[u8]| {
+            let scan = jpeg.windows(2).position(|pair| pair == [0xff, 0xda]).unwrap();
+            scan + 2 + usize::from(u16::from_be_bytes([jpeg[scan + 2], jpeg[scan + 3]]))
+        };
+        let refused = |jpeg: &[u8], what: &str| {
+            let error = decode(jpeg).map(|picture| (picture.width, picture.height)).expect_err(what);
+            assert!(error.contains("truncated or damaged"), "{what}: {error}");
+        };
+        let whole = jpeg_of(&scene(100, 80, 1));
+        // Two bytes are the marker, and up to two more the end of the last block.
+        for end in (begin(&whole)..whole.len() - 4).step_by(11) {
+            refused(&closed(&whole[..end]), &format!("the first {end} bytes of {}", whole.len()));
+        }
+        // What follows the end marker does not matter.
+        refused(&[&closed(&whole[..whole.len() / 2])[..], &[0; 50]].concat(), "with a tail");
+        // Flat blocks, of which the decoder would make any number from the zeros behind the data.
+        for factor in [(1, 1), (2, 1), (2, 2)] {
+            let flat = flat_blocks((96, 96), [factor, (1, 1), (1, 1)], &[&[0, 1, 2]], false);
+            assert!(decode(&flat).is_ok());
+            for end in (begin(&flat)..flat.len() - 4).step_by(7) {
+                refused(&closed(&flat[..end]), &format!("{end} bytes of flat blocks"));
+            }
+        }
+        // Scans are missing, or a part of the last one.
+        let progressive = beside_pil!("progressive").0;
+        assert!(decode(progressive).is_ok());
+        for end in begin(progressive)..progressive.len() - 4 {
+            refused(&closed(&progressive[..end]), &format!("{end} bytes, progressive"));
+        }
     }
 
     #[test]

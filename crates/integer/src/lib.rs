@@ -1,0 +1,394 @@
+//! Quantized networks in whole numbers.
+//!
+//! Training simulates quantization: values are floats on a lattice. [`Engine`] computes with the levels themselves, as an engine
+//! for integers does: levels of 8 bits or fewer, products summed up in 32 bits, and from these sums to the next levels by a
+//! multiplier of [`MULTIPLIER_BITS`] bits, an addition and a shift in 64 bits. No float is between the image's levels and the logits.
+//!
+//! What is not quantized in between, the branch of a residual, keeps [`FRACTION`] bits behind the point of the sum's level;
+//! logits keep [`LOGIT_FRACTION`].
+
+#![forbid(unsafe_code)]
+
+mod rescale;
+
+use candle_core::{DType, Device, Tensor};
+use models::{Kernel, Lattice, Network, Node, Norm, Quantizer, Unit};
+use rayon::prelude::*;
+use rescale::Rescale;
+
+pub use rescale::{MOST_SHIFT, MULTIPLIER_BITS};
+
+/// Bits behind the point of a sum's level that its summands keep where they are not quantized themselves, which leaves 11 bits
+/// before it. With 12 behind it, a level in some eight thousand would be another one than in the simulation.
+pub const FRACTION: u32 = 20;
+
+/// Bits behind the point of a logit.
+pub const LOGIT_FRACTION: u32 = 16;
+
+/// Why a network can't be evaluated in whole numbers.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The network or its tensors could not be used.
+    #[error(transparent)]
+    Model(#[from] models::Error),
+    /// Candle.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// Something is float.
+    #[error(
+        "{place}: {what} is not quantized; expected a network whose weights and activations all are, as of pfq quantize or tune"
+    )]
+    Float {
+        /// The node.
+        place: String,
+        /// Weights or output.
+        what: &'static str,
+    },
+    /// Numbers may not fit.
+    #[error("{place}: numbers of {bits} bits and a sign may not do")]
+    Range {
+        /// The node.
+        place: String,
+        /// How many there are.
+        bits: u32,
+    },
+    /// Images of another size.
+    #[error("images of the shape {found:?}: expected [N, {0}, {1}, {2}]", expected[0], expected[1], expected[2])]
+    Images {
+        /// Their shape.
+        found: Vec<usize>,
+        /// Height, width and channels of the network's input.
+        expected: [usize; 3],
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A quantized network in whole numbers.
+#[derive(Debug)]
+pub struct Engine {
+    input: [usize; 3],
+    image: Quantizer,
+    image_scale: Scale,
+    /// Of every node but the image.
+    steps: Vec<Step>,
+    /// Height, width and channels of each node's output.
+    shapes: Vec<[usize; 3]>,
+}
+
+/// What the whole numbers `u` of a node's output stand for: `offset + step·u`. Of quantized ones `u` is the level less the zero
+/// point.
+#[derive(Debug, Clone, Copy)]
+struct Scale {
+    step: f64,
+    offset: f64,
+    lowest: i64,
+    highest: i64,
+}
+
+impl Scale {
+    fn of(lattice: &Lattice) -> Self {
+        let zero = i64::from(lattice.zero_points[0]);
+        Self {
+            step: lattice.steps[0].into(),
+            offset: lattice.offset.into(),
+            lowest: -zero,
+            highest: i64::from(lattice.max_level) - zero,
+        }
+    }
+
+    /// Not quantized, 32 bits.
+    fn fine(step: f64) -> Self {
+        Self { step, offset: 0.0, lowest: i32::MIN.into(), highest: i32::MAX.into() }
+    }
+
+    /// Less what an activation cuts off.
+    fn within(self, (low, high): (f32, f32)) -> Self {
+        let level = |bound: f32| ((f64::from(bound) - self.offset) / self.step).round_ties_even();
+        let bounded = |bound: f32| level(bound).clamp(self.lowest as f64, self.highest as f64) as i64;
+        Self { lowest: bounded(low), highest: bounded(high), ..self }
+    }
+
+    /// The largest absolute value of the whole numbers.
+    fn most(self) -> f64 {
+        self.lowest.unsigned_abs().max(self.highest.unsigned_abs()) as f64
+    }
+
+    fn clamp(self, number: i64) -> i32 {
+        number.clamp(self.lowest, self.highest) as i32
+    }
+}
+
+/// What is computed for a node.
+#[derive(Debug)]
+enum Step {
+    Unit(Convolution),
+    Sum { inputs: [usize; 2], rescale: Rescale<2>, output: Scale },
+    Pool { input: usize, rescale: Rescale<1>, output: Scale },
+}
+
+/// A convolution with all that follows it.
+#[derive(Debug)]
+struct Convolution {
+    input: usize,
+    kernel: Kernel,
+    /// Levels less the zero point, as `[taps·C_in, C_out]` or `[taps, C]`.
+    weights: Vec<i16>,
+    /// For each filter, of the four sums of [`Sums`].
+    rescale: Vec<Rescale<4>>,
+    /// Whether the sum of what is read, and that of the weights, count: where the lattice of the other has an offset.
+    sums_inputs: bool,
+    sums_weights: bool,
+    output: Scale,
+}
+
+/// Over the taps that lie within the map, for each filter: the sums of products, of what is read, and of weights.
+struct Sums {
+    products: Vec<i32>,
+    inputs: Vec<i32>,
+    weights: Vec<i32>,
+}
+
+impl Engine {
+    /// Of a network whose activations and weights are all quantized.
+    ///
+    /// # Errors
+    /// [`Error::Float`] where something is not, [`Error::Range`] where numbers are too large.
+    pub fn new(network: &Network) -> Result<Self> {
+        let network = &network.to_device(&Device::Cpu)?;
+        let shapes = network.shapes();
+        let readers = network.readers();
+        let mut scales: Vec<Scale> = Vec::new();
+        let mut image = None;
+        let mut steps = Vec::new();
+        for (index, node) in network.nodes.iter().enumerate() {
+            let place = node.name();
+            let output = match node.quantizer() {
+                Some(quantizer) => lattice(quantizer, place)?,
+                None if index == network.last() => Scale::fine(2f64.powi(-(LOGIT_FRACTION as i32))),
+                // What only sums read is as fine as the first of them needs it.
+                None => {
+                    let sums = readers[index].iter().map(|&reader| match &network.nodes[reader] {
+                        Node::Sum(sum) => sum.quantizer.as_ref(),
+                        _ => None,
+                    });
+                    let sums: Option<Vec<&Quantizer>> = sums.collect();
+                    let first = sums.as_deref().and_then(<[_]>::first).copied();
+                    let float = || Error::Float { place: place.into(), what: "the output" };
+                    Scale::fine(
+                        lattice(first.ok_or_else(float)?, place)?.step * 2f64.powi(-(FRACTION as i32)),
+                    )
+                }
+            };
+            let output = output.within(node.activation().bounds());
+            match node {
+                Node::Image(_) => image = node.quantizer().cloned(),
+                Node::Unit(unit) => {
+                    let unit = Convolution::new(unit, scales[unit.input], output, network.epsilon)?;
+                    steps.push(Step::Unit(unit));
+                }
+                Node::Sum(sum) => {
+                    let [a, b] = sum.inputs.map(|input| scales[input]);
+                    let ratios = [a, b].map(|scale| scale.step / output.step);
+                    let added = (a.offset + b.offset - output.offset) / output.step;
+                    let rescale = Rescale::new(ratios, added, [a.most(), b.most()], place)?;
+                    steps.push(Step::Sum { inputs: sum.inputs, rescale, output });
+                }
+                Node::Pool(pool) => {
+                    let (x, [height, width, _]) = (scales[pool.input], shapes[pool.input]);
+                    let area = (height * width) as f64;
+                    let added = (x.offset - output.offset) / output.step;
+                    let rescale =
+                        Rescale::new([x.step / output.step / area], added, [x.most() * area], place)?;
+                    steps.push(Step::Pool { input: pool.input, rescale, output });
+                }
+            }
+            scales.push(output);
+        }
+        let image = image.ok_or(Error::Float { place: "input".into(), what: "the image" })?;
+        Ok(Self { input: network.input, image, image_scale: scales[0], steps, shapes })
+    }
+
+    /// The logits `[N, classes]` of normalized images `[N, H, W, C]`, whose levels are those of the simulation.
+    pub fn logits(&self, images: &Tensor) -> Result<Tensor> {
+        let [height, width, channels] = self.input;
+        if images.dims().get(1..) != Some(&self.input) {
+            return Err(Error::Images { found: images.dims().into(), expected: self.input });
+        }
+        let Scale { step, offset, .. } = self.image_scale;
+        let images = self.image.apply(&images.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)?;
+        let values = images.flatten_all()?.to_vec1::<f32>()?;
+        let one = height * width * channels;
+        let logits: Vec<Vec<f32>> = values
+            .par_chunks(one)
+            .map(|image| {
+                let level = |&value: &f32| ((f64::from(value) - offset) / step).round() as i64;
+                self.run(image.iter().map(|value| self.image_scale.clamp(level(value))).collect())
+            })
+            .collect();
+        let count = logits.len();
+        Ok(Tensor::from_vec(logits.concat(), (count, self.shapes[self.shapes.len() - 1][2]), &Device::Cpu)?)
+    }
+
+    /// The logits of an image's whole numbers.
+    fn run(&self, image: Vec<i32>) -> Vec<f32> {
+        let step = 2f32.powi(-(LOGIT_FRACTION as i32));
+        self.outputs(image).pop().unwrap_or_default().into_iter().map(|logit| logit as f32 * step).collect()
+    }
+
+    /// The whole numbers of every node.
+    fn outputs(&self, image: Vec<i32>) -> Vec<Vec<i32>> {
+        let mut outputs = vec![image];
+        for step in &self.steps {
+            let index = outputs.len();
+            outputs.push(match step {
+                Step::Unit(unit) => {
+                    unit.run(&outputs[unit.input], self.shapes[unit.input], self.shapes[index])
+                }
+                Step::Sum { inputs: [a, b], rescale, output } => {
+                    let pairs = outputs[*a].iter().zip(&outputs[*b]);
+                    pairs.map(|(&a, &b)| output.clamp(rescale.apply([a.into(), b.into()]))).collect()
+                }
+                Step::Pool { input, rescale, output } => {
+                    let channels = self.shapes[*input][2];
+                    let mut sums = vec![0; channels];
+                    for pixel in outputs[*input].chunks_exact(channels) {
+                        sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += i64::from(x));
+                    }
+                    sums.into_iter().map(|sum| output.clamp(rescale.apply([sum]))).collect()
+                }
+            });
+        }
+        outputs
+    }
+}
+
+/// The lattice of a quantizer of activations.
+fn lattice(quantizer: &Quantizer, place: &str) -> Result<Scale> {
+    // It is the same for every tensor.
+    let lattice = quantizer.lattice(&Tensor::zeros(1, DType::F32, &Device::Cpu)?)?;
+    lattice.as_ref().map(Scale::of).ok_or_else(|| Error::Float { place: place.into(), what: "the output" })
+}
+
+impl Convolution {
+    fn new(unit: &Unit, x: Scale, output: Scale, epsilon: f64) -> Result<Self> {
+        let place = unit.name.as_str();
+        let levels = unit.weight_levels(epsilon)?;
+        let levels = levels.ok_or_else(|| Error::Float { place: place.into(), what: "the weight" })?;
+        let filters = unit.filters();
+        let zeros: Vec<f32> = levels.lattice.zero_points.iter().map(|&zero| f32::from(zero)).collect();
+        let centred = levels.levels.broadcast_sub(&Tensor::new(zeros, &Device::Cpu)?)?;
+        let weights: Vec<i16> =
+            centred.flatten_all()?.to_vec1::<f32>()?.into_iter().map(|level| level as i16).collect();
+        // What is left to be done behind the convolution.
+        let (factor, shift) = match &unit.norm {
+            Norm::Bias(bias) => (vec![1.0; filters], bias.to_vec1::<f32>()?),
+            Norm::Batch(norm) => {
+                let (factor, shift) = norm.affine(epsilon)?;
+                let factor = if levels.folded { vec![1.0; filters] } else { factor.to_vec1::<f32>()? };
+                (factor, shift.to_vec1::<f32>()?)
+            }
+        };
+        let offset = f64::from(levels.lattice.offset);
+        let taps = (weights.len() / filters) as f64;
+        let mut sizes = vec![0.0; filters];
+        for row in weights.chunks_exact(filters) {
+            sizes.iter_mut().zip(row).for_each(|(size, &weight)| *size += f64::from(weight.unsigned_abs()));
+        }
+        let of_filter = |filter: usize| {
+            let steps = &levels.lattice.steps;
+            let step = f64::from(steps[filter.min(steps.len() - 1)]);
+            let factor = f64::from(factor[filter]) / output.step;
+            let ratios = [x.step * step, x.step * offset, x.offset * step, x.offset * offset];
+            let most = [x.most() * sizes[filter], x.most() * taps, sizes[filter], taps];
+            if most.iter().any(|&most| most >= 2f64.powi(31)) {
+                return Err(Error::Range { place: place.into(), bits: 31 });
+            }
+            let added = (f64::from(shift[filter]) - output.offset) / output.step;
+            Rescale::new(ratios.map(|ratio| ratio * factor), added, most, place)
+        };
+        let rescale = (0..filters).map(of_filter).collect::<Result<_>>()?;
+        Ok(Self {
+            input: unit.input,
+            kernel: unit.kernel,
+            weights,
+            rescale,
+            sums_inputs: offset != 0.0,
+            sums_weights: x.offset != 0.0,
+            output,
+        })
+    }
+
+    fn run(
+        &self,
+        x: &[i32],
+        [height, width, channels]: [usize; 3],
+        [rows, columns, filters]: [usize; 3],
+    ) -> Vec<i32> {
+        // Levels have at most 8 bits.
+        let x: Vec<i16> = x.iter().map(|&x| x as i16).collect();
+        let (side, stride) = (self.kernel.side(), self.kernel.stride());
+        let padding = (side - 1) / 2;
+        let mut output = Vec::with_capacity(rows * columns * filters);
+        let zeros = || vec![0; filters];
+        let mut sums = Sums { products: zeros(), inputs: zeros(), weights: zeros() };
+        for (row, column) in (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))) {
+            sums.products.fill(0);
+            sums.inputs.fill(0);
+            sums.weights.fill(0);
+            let mut taps = 0;
+            for tap in 0..side * side {
+                let place = |at: usize, tap: usize, end: usize| {
+                    (at * stride + tap).checked_sub(padding).filter(|&place| place < end)
+                };
+                let (Some(y), Some(z)) = (place(row, tap / side, height), place(column, tap % side, width))
+                else {
+                    continue;
+                };
+                let pixel = &x[(y * width + z) * channels..][..channels];
+                taps += self.add(tap, pixel, filters, &mut sums);
+            }
+            for (filter, rescale) in self.rescale.iter().enumerate() {
+                let Sums { products, inputs, weights } = &sums;
+                let sums = [products[filter].into(), inputs[filter].into(), weights[filter].into(), taps];
+                output.push(self.output.clamp(rescale.apply(sums)));
+            }
+        }
+        output
+    }
+
+    /// Adds what a tap reads; gives the number of products of each filter.
+    fn add(&self, tap: usize, pixel: &[i16], filters: usize, sums: &mut Sums) -> i64 {
+        if self.kernel.is_depthwise() {
+            let weights = &self.weights[tap * filters..][..filters];
+            for (sum, (&x, &w)) in sums.products.iter_mut().zip(pixel.iter().zip(weights)) {
+                *sum += i32::from(x) * i32::from(w);
+            }
+            if self.sums_inputs {
+                sums.inputs.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += i32::from(x));
+            }
+            if self.sums_weights {
+                sums.weights.iter_mut().zip(weights).for_each(|(sum, &w)| *sum += i32::from(w));
+            }
+            return 1;
+        }
+        let weights = &self.weights[tap * pixel.len() * filters..][..pixel.len() * filters];
+        for (&x, weights) in pixel.iter().zip(weights.chunks_exact(filters)) {
+            // Half of what follows a ReLU.
+            if x != 0 {
+                for (sum, &w) in sums.products.iter_mut().zip(weights) {
+                    *sum += i32::from(x) * i32::from(w);
+                }
+            }
+            if self.sums_weights {
+                sums.weights.iter_mut().zip(weights).for_each(|(sum, &w)| *sum += i32::from(w));
+            }
+        }
+        if self.sums_inputs {
+            let sum: i32 = pixel.iter().map(|&x| i32::from(x)).sum();
+            sums.inputs.iter_mut().for_each(|all| *all += sum);
+        }
+        pixel.len() as i64
+    }
+}

@@ -1,0 +1,217 @@
+use super::data::{self, Wanted};
+use super::network::NetworkFile;
+use super::quantize::bits;
+use super::text::{millions, table};
+use crate::flags::{Running, TIME_LIMIT};
+use crate::profile::Profile;
+use crate::progress::duration;
+use crate::session::{Machine, Session};
+use crate::{output, signals};
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use models::{Extras, HEAD, Method, Network};
+use quant_core::Precision;
+use std::path::PathBuf;
+use std::sync::Arc;
+use workflow::{Outcome, Purpose, Recipe, Stage, StageKind};
+
+/// Quantizes a trained network by training on images of your own: Algorithm 1, or another method
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example: pfq tune mobilenet_v2.pth a4w4.safetensors --bits a4w4 --data my/pictures\n\n\
+                  Each stage is kept in --store as it ends, and a checkpoint after each epoch: the same command goes on \
+                  from there after an interruption, with the same result."
+)]
+pub(super) struct Tune {
+    #[command(flatten)]
+    network: NetworkFile,
+
+    /// Where the quantized network goes: a .safetensors file
+    #[arg(value_name = "OUT")]
+    out: PathBuf,
+
+    /// Bits of activations and weights, 2 to 8 each, such as a4w4
+    #[arg(long, value_name = "aNwM", value_parser = bits)]
+    bits: [Precision; 2],
+
+    /// The images: a folder with train/<class>/* and val/<class>/*, of any classes, or ImageNet in any of its forms; for a
+    /// network with an input of 32×32 also CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic),
+    /// synthetic, hub, or a folder with the official files
+    #[arg(long, value_name = "WHERE")]
+    data: String,
+
+    /// ours (Algorithm 1: prune, tune activations, prune, tune both), once (prune, tune both at once), dfq (equalize, tune
+    /// both), or a method that learns its quantizers (tune both)
+    #[arg(long, value_enum, default_value = "ours")]
+    method: Way,
+
+    /// Epochs of each of Algorithm 1's two trainings; other methods train twice as many. Those of the settings if not given
+    #[arg(long, value_name = "EPOCHS")]
+    epochs: Option<u16>,
+
+    /// A settings file: its trainings, pruning, quantization and DFQ hold. Those of profile paper if not given, on pictures those
+    /// of imagenet
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Seed of the order of the images and of their augmentation
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    seed: u64,
+
+    /// Rows and columns of the images; those that the network is laid out for if not given
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    size: Option<u16>,
+
+    /// Take only so many training images, spread over the classes
+    #[arg(long, value_name = "IMAGES")]
+    train_limit: Option<usize>,
+
+    /// Take only so many test images, likewise
+    #[arg(long, value_name = "IMAGES")]
+    test_limit: Option<usize>,
+
+    /// Of pictures, leave out up to so many that are damaged before that is an error
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    bad_percent: f64,
+
+    /// Where and how long stages run, and where they are kept.
+    #[command(flatten)]
+    running: Running,
+}
+
+/// How a network is quantized.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Way {
+    Ours,
+    Once,
+    Dfq,
+    Pact,
+    Dsq,
+    Lsq,
+}
+
+impl Way {
+    fn workflow(self, recipe: &Recipe, given: &Arc<Stage>) -> workflow::Result<Arc<Stage>> {
+        match self {
+            Self::Ours => recipe.algorithm1(given),
+            Self::Once => recipe.fine_tune_once(given),
+            Self::Dfq => recipe.dfq_with_fine_tune(given),
+            Self::Pact => recipe.learned(given, Method::Pact),
+            Self::Dsq => recipe.learned(given, Method::Dsq),
+            Self::Lsq => recipe.learned(given, Method::Lsq),
+        }
+    }
+}
+
+impl Tune {
+    pub fn run(&self) -> Result<String> {
+        signals::watch();
+        let out = self.out.display();
+        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
+            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
+        }
+        self.network.refuse_to_overwrite(&[&self.out])?;
+        let folder = self.out.parent().filter(|folder| !folder.as_os_str().is_empty());
+        whole_file::check(folder.unwrap_or(".".as_ref()))
+            .with_context(|| format!("{out} can't be written"))?;
+        let (mut network, text) = self.network.open()?;
+        if network.units().any(|unit| {
+            unit.weight_quantizer.is_some() || (unit.batch_norm().is_none() != (unit.name == HEAD))
+        }) {
+            bail!(
+                "{} is quantized, or its batch normalization is folded: expected a float network as it was trained",
+                self.network.file.display()
+            );
+        }
+        if let Some(size) = self.size {
+            network.input = [size.into(), size.into(), 3];
+        }
+        output::print(text.trim_end());
+
+        let machine = Machine::open(&self.running)?;
+        let given = self.config.as_deref().map(Profile::read).transpose()?;
+        let wanted = Wanted {
+            place: &self.data,
+            limits: [self.train_limit, self.test_limit],
+            bad_percent: self.bad_percent,
+            settings: given.as_ref().map(|profile| &profile.data),
+        };
+        let data = data::load(wanted, &network)?;
+        let mut profile = match given {
+            Some(profile) => profile,
+            // Pictures are cropped at random, and CIFAR-100's images are padded.
+            None => Profile::named(if data.in_memory().is_none() { "imagenet" } else { "paper" })?,
+        };
+        if let Some(epochs) = self.epochs {
+            set_epochs(&mut profile, f64::from(epochs))?;
+        }
+        let [activations, weights] = self.bits;
+        let recipe = profile.recipe(activations, weights, self.seed);
+        let hash = u128::from_str_radix(&network.sha256()?[..32], 16)?;
+        let end = self.method.workflow(&recipe, &Stage::root(StageKind::Given { hash }))?;
+        let mut session = Session::given(machine, profile, data, network);
+        if session.run(&end)?.is_none() {
+            output::print("The time limit is over and stages are left: run the same command again to go on.");
+            std::process::exit(TIME_LIMIT);
+        }
+        session.tell_skipped();
+        let plan = session.plan(std::slice::from_ref(&end))?;
+        let outcomes: Vec<Outcome> = plan.into_iter().filter_map(|planned| planned.outcome).collect();
+        let mut extras = Extras::default();
+        let stages: Vec<&str> = outcomes.iter().map(|outcome| outcome.key.as_str()).collect();
+        extras.metadata.insert("stages".into(), stages.join(","));
+        let tuned = session.network(&end)?.to_device(&candle_core::Device::Cpu)?;
+        tuned.save_in_one_file(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
+        Ok(report(&outcomes, &tuned) + &format!("written to {out}\n"))
+    }
+}
+
+/// Has each of Algorithm 1's trainings take so many epochs, and any other as many as both together.
+fn set_epochs(profile: &mut Profile, epochs: f64) -> Result<()> {
+    for (purpose, training) in &mut profile.training.0 {
+        let both = matches!(purpose, Purpose::Once | Purpose::Dfq | Purpose::Learned(_));
+        if *purpose != Purpose::Pretraining {
+            training.warmup_epochs = 0.0;
+            training.cosine_epochs = if both { 2.0 * epochs } else { epochs };
+            training.validate().context("--epochs")?;
+        }
+    }
+    Ok(())
+}
+
+/// What each stage gave.
+fn report(outcomes: &[Outcome], tuned: &Network) -> String {
+    let removed = |outcome: &Outcome| {
+        let report =
+            outcome.report.clone().and_then(|report| serde_json::from_value::<pfq::Report>(report).ok());
+        report.map_or_else(String::new, |report| {
+            report.layers.iter().map(|layer| layer.removed).sum::<usize>().to_string()
+        })
+    };
+    let rows: Vec<Vec<String>> = outcomes
+        .iter()
+        .map(|outcome| {
+            vec![
+                outcome.step.clone(),
+                format!("{:.2}", outcome.evaluation.top1_percent),
+                removed(outcome),
+                millions(outcome.macs),
+                millions(outcome.weights),
+                duration(outcome.seconds),
+            ]
+        })
+        .collect();
+    let mut text = table(&["stage", "top-1 %", "filters removed", "M MACs", "M weights", "time"], &rows);
+    if let (Some(first), Some(last)) = (outcomes.first(), outcomes.last()) {
+        let share = |now: u64, then: u64| 100.0 * (then - now) as f64 / then as f64;
+        text += &format!(
+            "top-1 {:.2} % → {:.2} %; MACs less by {:.1} %, weights by {:.1} %; {} classes\n",
+            first.evaluation.top1_percent,
+            last.evaluation.top1_percent,
+            share(last.macs, first.macs),
+            share(last.weights, first.weights),
+            tuned.classes()
+        );
+    }
+    text
+}
