@@ -1,5 +1,5 @@
 use anyhow::{Context, Result, bail};
-use baselines::Dfq;
+use baselines::{Calibration, Dfq};
 use datasets::imagenet::Options;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, Version, WeightGrid};
@@ -218,6 +218,9 @@ impl Profile {
             equalize: _,
             absorb: _,
             correct_bias: _,
+            cap: _,
+            normalization: _,
+            calibration,
         } = self.dfq;
         check(positive(range_sigmas), "dfq.range_sigmas", range_sigmas, "a number above 0")?;
         let absorbs = absorb_sigmas >= 0.0 && absorb_sigmas.is_finite();
@@ -229,6 +232,12 @@ impl Profile {
             "more than 0, less than 1",
         )?;
         check((1..=100_000).contains(&max_sweeps), "dfq.max_sweeps", max_sweeps, "1 to 100000")?;
+        if let Some(Calibration { batches, batch, momentum }) = calibration {
+            check(batches > 0, "dfq.calibration.batches", batches, "at least 1")?;
+            check((1..=65_536).contains(&batch), "dfq.calibration.batch", batch, "1 to 65536")?;
+            let moves = momentum > 0.0 && momentum <= 1.0;
+            check(moves, "dfq.calibration.momentum", momentum, "more than 0, at most 1")?;
+        }
         if let Some(options) = imagenet {
             options.validate().context("data.imagenet")?;
             if self.data.train_images.or(self.data.test_images).is_some() {
@@ -362,6 +371,19 @@ mod tests {
                 check(&format!("{key} = "), &format!("{key} = {value} # "), &[key, "expected"]);
             }
         }
+        for (key, values) in
+            [("batches", ["0"].as_slice()), ("batch", &["0", "70000"]), ("momentum", &["0.0", "nan", "1.5"])]
+        {
+            for value in values {
+                let given = [("batches", "100"), ("batch", "64"), ("momentum", "0.01")];
+                let given = given
+                    .map(|(name, usual)| format!("{name} = {}", if name == key { value } else { usual }));
+                let calibration = format!("[dfq]\ncalibration = {{ {} }}", given.join(", "));
+                check("[dfq]", &calibration, &[&format!("dfq.calibration.{key}"), "expected"]);
+            }
+        }
+        check("[dfq]", "[dfq]\ncap = \"six\"", &["six", "none", "per_channel"]);
+        check("[dfq]", "[dfq]\nnormalization = \"folded\"", &["folded", "frozen", "live"]);
         for value in ["0", "1000000"] {
             check("max_sweeps = ", &format!("max_sweeps = {value} # "), &["max_sweeps", "expected"]);
         }

@@ -184,6 +184,7 @@ fn shrink_filters(unit: &mut Unit, keep: &[bool]) -> Result<()> {
     let indices = indices(keep, &unit.weight)?;
     let select = |tensor: &Tensor| tensor.contiguous()?.index_select(&indices, 0);
     unit.weight = unit.kernel.select_filters(&unit.weight, &indices)?;
+    unit.cap = unit.cap.as_ref().map(select).transpose()?;
     unit.norm = match &unit.norm {
         Norm::Batch(norm) => Norm::Batch(BatchNorm {
             gamma: select(&norm.gamma)?,

@@ -70,6 +70,8 @@ fn branches() -> Network {
     let third = unit(&mut n, "d.third", b, Depthwise { stride: 1 }, 16, Identity);
     sum(&mut n, "d", [c, third], Relu6);
     n.push_head(random(&[16, 5], (-0.5, 0.5), 30), random(&[5], (-0.5, 0.5), 31));
+    // Below the constants that are planted.
+    n.nodes[expand].unit_mut().unwrap().cap = Some(random(&[12], (0.3, 0.6), 32));
     n.validate().unwrap();
     settled(n)
 }

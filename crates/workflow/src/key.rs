@@ -6,7 +6,7 @@
 //! before, and the keys of stored stages stay what they are.
 
 use crate::{Error, Outcome, Result, Stage, StageKind};
-use baselines::Dfq;
+use baselines::{Calibration, Cap, Dfq};
 use datasets::Augmentation;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, WeightGrid};
@@ -163,8 +163,20 @@ fn quantization_settings(quantization: &Quantization) -> Value {
 }
 
 fn dfq_settings(dfq: &Dfq) -> Result<Value> {
-    let Dfq { equalize, absorb, correct_bias, range_sigmas, absorb_sigmas, tolerance, max_sweeps } = dfq;
-    Ok(json!({
+    let Dfq {
+        equalize,
+        absorb,
+        correct_bias,
+        range_sigmas,
+        absorb_sigmas,
+        tolerance,
+        max_sweeps,
+        cap,
+        // It must be what the quantization's `fold` says.
+        normalization: _,
+        calibration,
+    } = dfq;
+    let mut settings = json!({
         "equalize": equalize,
         "absorb": absorb,
         "correct_bias": correct_bias,
@@ -172,7 +184,16 @@ fn dfq_settings(dfq: &Dfq) -> Result<Value> {
         "absorb_sigmas": finite("absorb_sigmas", *absorb_sigmas)?,
         "tolerance": finite("tolerance", *tolerance)?,
         "max_sweeps": max_sweeps,
-    }))
+    });
+    match cap {
+        Cap::None => {}
+        Cap::PerChannel => settings["cap"] = "per_channel".into(),
+    }
+    if let Some(Calibration { batches, batch, momentum }) = calibration {
+        let momentum = finite("calibration.momentum", *momentum)?;
+        settings["calibration"] = json!({ "batches": batches, "batch": batch, "momentum": momentum });
+    }
+    Ok(settings)
 }
 
 /// A number of a key.
@@ -248,6 +269,7 @@ mod tests {
         use models::Version;
         let (network, training, quantization, three) = (network(), training(), quantization(4), precision(3));
         let dfq = Dfq::default();
+        let calibration = Calibration { batches: 100, batch: 64, momentum: 0.01 };
         let keys = [
             (pretrain(network, training, 0), "6bde133e0811c12a"),
             (pretrain(MobileNet { version: Version::V2, ..network }, training, 0), "3ef7754008a8fd81"),
@@ -322,6 +344,8 @@ mod tests {
             (equalize(Dfq { absorb_sigmas: 2.0, ..dfq }, quantization), "b7ddbbef2fa71e39"),
             (equalize(Dfq { tolerance: 1e-6, ..dfq }, quantization), "d396aadbe53d91b9"),
             (equalize(Dfq { max_sweeps: 1, ..dfq }, quantization), "053af0c33afd2452"),
+            (equalize(Dfq { cap: Cap::PerChannel, ..dfq }, quantization), "d52667047b413c05"),
+            (equalize(Dfq { calibration: Some(calibration), ..dfq }, quantization), "e991bfc11003cb99"),
             (equalize(dfq, Quantization { fold: Fold::Frozen, ..quantization }), "27c697b6882fdd37"),
         ];
         for (kind, key) in keys {

@@ -148,8 +148,7 @@ impl Recipe {
 
     /// "DFQ + fine-tune" of Table 3.
     pub fn dfq_with_fine_tune(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
-        // DFQ is defined on the folded network.
-        let quantization = Quantization { fold: Fold::Frozen, ..self.quantization };
+        let quantization = Quantization { fold: self.dfq.fold(), ..self.quantization };
         let tuned = self.fine_tune(quantization, Purpose::Dfq)?;
         Ok(pretrained.then(StageKind::Equalize { dfq: self.dfq, quantization }).then(tuned))
     }

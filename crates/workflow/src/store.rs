@@ -1,5 +1,7 @@
-use crate::outcome::{METRICS, NETWORK, OUTCOME};
+use crate::outcome::{METRICS, NETWORK, OUTCOME, RANGES};
+use crate::ranges::Ranges;
 use crate::{DataOrigin, Error, Outcome, Provenance, Result, Stage, StageKind, key};
+use baselines::Calibration;
 use candle_core::{DType, Device};
 use datasets::Dataset;
 use models::{Extras, Network};
@@ -9,7 +11,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use train::{Evaluation, Progress, TimeLimit, TrainingRun, evaluate, fit};
+use train::{Evaluation, Progress, TimeLimit, TrainingRun, calibrate, evaluate, fit};
 use whole_file::seal;
 
 /// A folder of finished and unfinished stages, one folder each.
@@ -285,6 +287,7 @@ impl Store {
             let run = TrainingRun { data, training, seed, folder, identity: &key, dtype, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
+        let mut ranges = Ranges::default();
         let (network, metrics, report) = match &stage.kind {
             StageKind::Pretrain { network, training, seed } => {
                 let trained = train(network.init(*seed, device)?, training, *seed, observe)?;
@@ -293,6 +296,7 @@ impl Store {
             StageKind::FineTune { quantization, training, seed } => {
                 let mut network = input(device, observe)?;
                 network.quantize(quantization)?;
+                ranges.add("start", &network)?;
                 let trained = train(network, training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
@@ -304,7 +308,12 @@ impl Store {
             StageKind::Equalize { dfq, quantization } => {
                 let (network, report) =
                     dfq.apply(&input(&Device::Cpu, observe)?, quantization, image_range(data))?;
-                (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
+                let mut network = network.to_device(device)?;
+                ranges.add("start", &network)?;
+                if let Some(Calibration { batches, batch, momentum }) = dfq.calibration {
+                    calibrate(&mut network, data, dtype, (batches, batch), momentum)?;
+                }
+                (network, Vec::new(), Some(serde_json::to_value(report)))
             }
         };
         network.check_values()?;
@@ -316,6 +325,10 @@ impl Store {
             None => (evaluate(&network, data)?, started.elapsed().as_secs_f64()),
         };
         let mut files = network.save(&folder.join(NETWORK), &Extras::default())?;
+        ranges.add("end", &network)?;
+        if let Some(hash) = ranges.write(&folder.join(RANGES))? {
+            files.insert(RANGES.into(), hash);
+        }
         if !metrics.is_empty() {
             let path = folder.join(METRICS);
             let hash = seal::sha256_of_file(&path).map_err(|e| file_error(&path, e))?;
@@ -390,7 +403,7 @@ fn set_aside(
 }
 
 /// How the names of a finished stage's files begin.
-const FINISHED: [&str; 3] = ["outcome.", "network.", "metrics."];
+const FINISHED: [&str; 4] = ["outcome.", "network.", "metrics.", "ranges."];
 
 /// What the names of folders with damaged files begin with.
 pub(crate) const DAMAGED: &str = "damaged-";

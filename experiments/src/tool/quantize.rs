@@ -2,7 +2,7 @@ use super::network::NetworkFile;
 use super::text::table;
 use crate::flags::parse_bits;
 use anyhow::{Context, Result, bail};
-use baselines::{Dfq, DfqReport};
+use baselines::{Cap, Dfq, DfqReport};
 use clap::Args;
 use models::{Extras, Fold, Quantization, WeightGrid};
 use quant_core::Precision;
@@ -89,7 +89,8 @@ impl Quantize {
             weight_grid: if self.per_channel { WeightGrid::Channel } else { WeightGrid::Tensor },
             ..Quantization::default()
         };
-        let (quantized, report) = Dfq::default().apply(&network, &quantization, image_range)?;
+        let dfq = Dfq { cap: Cap::PerChannel, ..Dfq::default() };
+        let (quantized, report) = dfq.apply(&network, &quantization, image_range)?;
         let mut extras = Extras::default();
         extras.metadata.insert("dfq".into(), serde_json::to_string(&report)?);
         quantized
