@@ -89,6 +89,9 @@ pub struct QuantizationSettings {
     /// layer if not given.
     #[serde(default)]
     pub weight_grid: WeightGrid,
+    /// Whether DSQ's gradients of its bounds and softness are scaled as LSQ's of its step. Not, if not given.
+    #[serde(default)]
+    pub gradient_scale: bool,
 }
 
 /// Pruning.
@@ -270,7 +273,8 @@ impl Profile {
 
     /// The settings of one table cell's workflows.
     pub fn recipe(&self, activations: Precision, weights: Precision, seed: u64) -> Recipe {
-        let QuantizationSettings { first_layer, last_layer, fold, weight_grid } = self.quantization;
+        let QuantizationSettings { first_layer, last_layer, fold, weight_grid, gradient_scale } =
+            self.quantization;
         // Recipes that need another one say so.
         let method = Method::Uniform;
         Recipe {
@@ -282,8 +286,9 @@ impl Profile {
                 fold,
                 method,
                 weight_grid,
+                gradient_scale,
             },
-            pfq: PfQ { threshold: self.pfq.threshold, bias_correction: true },
+            pfq: PfQ { threshold: self.pfq.threshold, ..PfQ::default() },
             dfq: self.dfq,
             trainings: self.training.clone(),
             seed,
@@ -310,6 +315,21 @@ mod tests {
         for name in ["quick", "reduced", "paper", "imagenet"] {
             assert_eq!(Profile::named(name).unwrap().name, name);
         }
+    }
+
+    /// Profiles in files of this folder that are not built in.
+    #[test]
+    fn other_profiles_are_valid() {
+        for (name, text) in [
+            ("short", include_str!("../profiles/short.toml")),
+            ("fair", include_str!("../profiles/fair.toml")),
+        ] {
+            assert_eq!(Profile::parse(text).unwrap().name, name);
+        }
+        let fair = Profile::parse(include_str!("../profiles/fair.toml")).unwrap();
+        assert_eq!(Profile::parse(&toml::to_string(&fair).unwrap()).unwrap(), fair);
+        let recipe = fair.recipe(Precision::Float, Precision::Float, 0);
+        assert!(recipe.quantization.gradient_scale && recipe.dfq.calibration.is_some());
     }
 
     /// A training is that which it is like, but for what it says itself.

@@ -203,7 +203,17 @@ fn eight_bits(method: Method) -> Quantization {
     let [eight, float] = [8, 32].map(|bits| Precision::try_from(bits).unwrap());
     let (first_layer, last_layer, fold) = (eight, eight, Fold::Unfolded);
     let weight_grid = Default::default();
-    Quantization { activations: eight, weights: float, first_layer, last_layer, fold, weight_grid, method }
+    let gradient_scale = false;
+    Quantization {
+        activations: eight,
+        weights: float,
+        first_layer,
+        last_layer,
+        fold,
+        weight_grid,
+        method,
+        gradient_scale,
+    }
 }
 
 /// Where float32 and float64 lie on either side of a border between levels, of which some of the thousands of values

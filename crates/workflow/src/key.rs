@@ -10,7 +10,7 @@ use baselines::{Calibration, Cap, Dfq};
 use datasets::Augmentation;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, WeightGrid};
-use pfq::PfQ;
+use pfq::{Corrected, Criterion, PfQ};
 use serde_json::{Value, json};
 use train::{Decay, Training};
 use whole_file::seal;
@@ -67,12 +67,7 @@ pub(crate) fn settings(kind: &StageKind) -> Result<Value> {
         StageKind::Pretrain { network, training, seed } => json!({
             "pretrain": { "network": network_settings(network)?, "training": training_settings(training)?, "seed": seed },
         }),
-        StageKind::Prune { pfq: PfQ { threshold, bias_correction } } => json!({
-            "prune": { "pfq": {
-                "threshold": threshold.map(|threshold| finite("threshold", threshold)).transpose()?,
-                "bias_correction": bias_correction,
-            } },
-        }),
+        StageKind::Prune { pfq } => json!({ "prune": { "pfq": pfq_settings(pfq)? } }),
         StageKind::FineTune { quantization, training, seed } => json!({
             "fine_tune": {
                 "quantization": quantization_settings(quantization),
@@ -139,8 +134,16 @@ fn training_settings(training: &Training) -> Result<Value> {
 }
 
 fn quantization_settings(quantization: &Quantization) -> Value {
-    let Quantization { activations, weights, first_layer, last_layer, fold, method, weight_grid } =
-        *quantization;
+    let Quantization {
+        activations,
+        weights,
+        first_layer,
+        last_layer,
+        fold,
+        method,
+        weight_grid,
+        gradient_scale,
+    } = *quantization;
     let mut settings = json!({
         "activations": u32::from(activations),
         "weights": u32::from(weights),
@@ -159,7 +162,29 @@ fn quantization_settings(quantization: &Quantization) -> Value {
         WeightGrid::Tensor => {}
         WeightGrid::Channel => settings["weight_grid"] = "channel".into(),
     }
+    // Other methods do not know it.
+    if gradient_scale && method == Method::Dsq {
+        settings["gradient_scale"] = true.into();
+    }
     settings
+}
+
+fn pfq_settings(pfq: &PfQ) -> Result<Value> {
+    let PfQ { threshold, bias_correction, corrected, criterion } = pfq;
+    let mut settings = json!({
+        "threshold": threshold.map(|threshold| finite("threshold", threshold)).transpose()?,
+        "bias_correction": bias_correction,
+    });
+    match corrected {
+        Corrected::Mean => {}
+        Corrected::Beta => settings["corrected"] = "beta".into(),
+    }
+    match criterion {
+        Criterion::Variance => {}
+        Criterion::SmallestGamma => settings["criterion"] = "smallest_gamma".into(),
+        Criterion::Random { seed } => settings["criterion"] = json!({ "random": { "seed": seed } }),
+    }
+    Ok(settings)
 }
 
 fn dfq_settings(dfq: &Dfq) -> Result<Value> {
@@ -212,7 +237,7 @@ mod tests {
     }
 
     fn prune(threshold: Option<f64>, bias_correction: bool) -> StageKind {
-        StageKind::Prune { pfq: PfQ { threshold, bias_correction } }
+        StageKind::Prune { pfq: PfQ { threshold, bias_correction, ..PfQ::default() } }
     }
 
     fn tune(quantization: Quantization, training: Training, seed: u64) -> StageKind {
@@ -269,6 +294,7 @@ mod tests {
         use models::Version;
         let (network, training, quantization, three) = (network(), training(), quantization(4), precision(3));
         let dfq = Dfq::default();
+        let chosen = |criterion| StageKind::Prune { pfq: PfQ { criterion, ..PfQ::default() } };
         let calibration = Calibration { batches: 100, batch: 64, momentum: 0.01 };
         let keys = [
             (pretrain(network, training, 0), "6bde133e0811c12a"),
@@ -327,6 +353,11 @@ mod tests {
             (tune(Quantization { method: Method::Pact, ..quantization }, training, 0), "df0b1660001a168d"),
             (tune(Quantization { method: Method::Dsq, ..quantization }, training, 0), "142b6e84e8c5e81a"),
             (
+                tune(Quantization { method: Method::Dsq, gradient_scale: true, ..quantization }, training, 0),
+                "fae885b892b466af",
+            ),
+            (tune(Quantization { gradient_scale: true, ..quantization }, training, 0), "ff279a61187eec70"),
+            (
                 tune(Quantization { weight_grid: WeightGrid::Channel, ..quantization }, training, 0),
                 "c083a52cd20e03d5",
             ),
@@ -336,6 +367,12 @@ mod tests {
             (prune(Some(1e-5), false), "1b988b3394e3007e"),
             (prune(Some(0.01), true), "a346b57ab71799b2"),
             (prune(Some(0.01), false), "cf659e615224c90a"),
+            (chosen(Criterion::SmallestGamma), "493816752d7d44b9"),
+            (chosen(Criterion::Random { seed: 1 }), "257433d426d01292"),
+            (
+                StageKind::Prune { pfq: PfQ { corrected: Corrected::Beta, ..PfQ::default() } },
+                "2316e9ae79d3aeb5",
+            ),
             (equalize(dfq, quantization), "318efb97f695a427"),
             (equalize(Dfq { equalize: false, ..dfq }, quantization), "7b1792c95995d273"),
             (equalize(Dfq { absorb: false, ..dfq }, quantization), "b9224843d3d1831a"),
