@@ -16,7 +16,7 @@ use models::{MobileNet, Network, Unit};
 use pfq::PfQ;
 use quant_core::Bits;
 use report::histogram::{Caption, write_rows};
-use report::premise::{PremiseRow, plot};
+use report::premise::{FilterRow, PremiseRow, plot, plot_filters};
 use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Stage};
@@ -43,11 +43,12 @@ pub fn main() -> Result<()> {
         let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
         let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
         let mut found = Vec::new();
+        let threshold = session.profile.pfq.threshold;
         for (config, stage) in subjects {
             let Some(outcome) = session.run(&stage)? else { return Ok(Done::InTime) };
             let network = session.network(&stage)?.to_device(&Device::Cpu)?;
             let rows = measure(&network, &pfq, &batch.images.to_device(&Device::Cpu)?)?;
-            found.push((config, outcome, rows));
+            found.push((config, outcome, rows, filters(&network, threshold)?));
         }
         let folder = session.folder("premise");
         let text = write(&found, &session, &folder)?;
@@ -100,6 +101,30 @@ fn measure(network: &Network, pfq: &PfQ, images: &Tensor) -> Result<Vec<PremiseR
             lowest_output_after: outputs_after[i].0,
             highest_output_after: outputs_after[i].1,
         });
+    }
+    Ok(rows)
+}
+
+/// Every normalized filter; `threshold` is τ, ε if not given.
+fn filters(network: &Network, threshold: Option<f64>) -> Result<Vec<FilterRow>> {
+    let threshold = threshold.unwrap_or(network.epsilon);
+    let mut rows = Vec::new();
+    for unit in network.units() {
+        let Some(norm) = unit.batch_norm() else { continue };
+        let factor = norm.scale(network.epsilon)?.to_vec1::<f32>()?;
+        let [variance, gamma, beta] =
+            [&norm.variance, &norm.gamma, &norm.beta].map(|tensor| tensor.to_vec1::<f32>());
+        let (variance, gamma, beta) = (variance?, gamma?, beta?);
+        rows.extend((0..unit.filters()).map(|filter| FilterRow {
+            model: network.name.clone(),
+            layer: unit.name.clone(),
+            filter,
+            variance: variance[filter],
+            gamma: gamma[filter],
+            beta: beta[filter],
+            factor: factor[filter],
+            below_threshold: f64::from(variance[filter]) < threshold,
+        }));
     }
     Ok(rows)
 }
@@ -158,14 +183,13 @@ fn extremes(network: &Network, images: &Tensor) -> Result<Vec<(f64, f64)>> {
     Ok(all)
 }
 
+/// A network, its pre-training, and what was found of its layers and filters.
+type Measured = (MobileNet, Outcome, Vec<PremiseRow>, Vec<FilterRow>);
+
 /// Writes pictures, CSV, the settings, the stages and a description to `folder`; gives the description.
-fn write(
-    found: &[(MobileNet, Outcome, Vec<PremiseRow>)],
-    session: &Session,
-    folder: &Path,
-) -> Result<String> {
+fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String> {
     let Session { profile, data, provenance, .. } = session;
-    let mut names: Vec<String> = ["premise.csv", "premise.md", PROFILE].map(Into::into).into();
+    let mut names: Vec<String> = ["premise.csv", "filters.csv", "premise.md", PROFILE].map(Into::into).into();
     let mut text = String::from("# The premise: what pruning changes before any training\n\n");
     text += &format!(
         "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
@@ -176,7 +200,7 @@ fn write(
         data.test_images().min(IMAGES)
     );
     text += "| network | | before | after | layers that change |\n|---|---|--:|--:|--:|\n";
-    for (config, outcome, rows) in found {
+    for (config, outcome, rows, filters) in found {
         let model = config.version.name();
         let mut line =
             |what: &str, of: &dyn Fn(&PremiseRow) -> (f64, f64), changes: &dyn Fn(f64, f64) -> bool| {
@@ -212,9 +236,14 @@ fn write(
         let [svg, png] = ["svg", "png"].map(|extension| format!("premise_{model}.{extension}"));
         plot(rows, &caption, &folder.join(&svg), &folder.join(&png))?;
         names.extend([svg, png]);
+        let what = "folding factors of all filters over their running variances";
+        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, threshold);
+        let [svg, png] = ["svg", "png"].map(|extension| format!("filters_{model}.{extension}"));
+        plot_filters(filters, &caption, &folder.join(&svg), &folder.join(&png))?;
+        names.extend([svg, png]);
     }
     text += &format!(
-        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {}\n- Data behind the pictures: `premise.csv`; settings: \
+        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {}\n- Data behind the pictures: `premise.csv`, `filters.csv`; settings: \
          `profile.toml`; training of the networks: `stages.json`\n",
         provenance.command,
         provenance.git_commit,
@@ -222,11 +251,13 @@ fn write(
         data.name(),
         data.source()
     );
-    let rows: Vec<&PremiseRow> = found.iter().flat_map(|(.., rows)| rows).collect();
+    let rows: Vec<&PremiseRow> = found.iter().flat_map(|(_, _, rows, _)| rows).collect();
+    let filters: Vec<&FilterRow> = found.iter().flat_map(|(.., filters)| filters).collect();
+    write_rows(&filters, &folder.join("filters.csv"))?;
     write_rows(&rows, &folder.join("premise.csv"))?;
     report::write_text(&text, &folder.join("premise.md"))?;
     report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
-    let stages: Vec<&Outcome> = found.iter().map(|(_, outcome, _)| outcome).collect();
+    let stages: Vec<&Outcome> = found.iter().map(|(_, outcome, ..)| outcome).collect();
     report::write_stages(&stages, folder, &names)?;
     Ok(text)
 }
@@ -256,6 +287,11 @@ mod tests {
         norm.variance = Tensor::new(variance, &Device::Cpu).unwrap();
         let rows = measure(&network, &PfQ::default(), &images).unwrap();
         assert_eq!(rows.len(), network.units().count());
+        let all = super::filters(&network, None).unwrap();
+        assert_eq!(all.len(), network.units().rev().skip(1).map(Unit::filters).sum::<usize>());
+        let low: Vec<&FilterRow> = all.iter().filter(|row| row.below_threshold).collect();
+        assert!(low.len() == 1 && low[0].layer == "blocks.3.expand" && low[0].filter == 5, "{low:?}");
+        assert!((low[0].factor - 316.2).abs() < 0.1 && low[0].gamma == 1.0, "{low:?}");
         for row in &rows {
             match row.layer.as_str() {
                 "blocks.3.expand" => {

@@ -66,6 +66,84 @@ struct Chart<'a> {
     caption: &'a Caption,
 }
 
+/// One filter of a pre-trained network: a line of `filters.csv`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FilterRow {
+    /// The network.
+    pub model: String,
+    /// The layer.
+    pub layer: String,
+    /// The filter's index in it.
+    pub filter: usize,
+    /// Its running variance V.
+    pub variance: f32,
+    /// γ.
+    pub gamma: f32,
+    /// β.
+    pub beta: f32,
+    /// The factor of its weights when normalization is folded, γ/√(V + ε).
+    pub factor: f32,
+    /// Whether V is below τ.
+    pub below_threshold: bool,
+}
+
+/// Draws a network's filters as points, the size of the folding factor over the running variance, both on logarithmic scales,
+/// those below τ apart; as SVG and as PNG (2400×1440).
+///
+/// # Errors
+/// When a file can't be written.
+pub fn plot_filters(rows: &[FilterRow], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
+    Scatter { rows, caption }.write(svg, png)
+}
+
+struct Scatter<'a> {
+    rows: &'a [FilterRow],
+    caption: &'a Caption,
+}
+
+impl Picture for Scatter<'_> {
+    fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
+        canvas.text(&self.caption.title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
+        canvas.text(&self.caption.subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        let low = self.rows.iter().filter(|row| row.below_threshold).count();
+        let of_low = format!("V < τ = {:.0e}: {low} of {} filters", self.caption.threshold, self.rows.len());
+        canvas.legend(112.0, &[(&of_low, Sign::Filled(ORANGE)), ("other filters", Sign::Filled(BLUE))])?;
+        // What is 0 or lower still stands at the lowest power.
+        let power = |value: f32| f64::from(value.abs()).log10().clamp(-12.0, 6.0);
+        let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 152.0, 620.0);
+        let span = |of: fn(&FilterRow) -> f32| {
+            let powers = || self.rows.iter().map(|row| power(of(row)));
+            let low = powers().fold(0.0, f64::min).floor();
+            (low, powers().fold(low + 1.0, f64::max).ceil())
+        };
+        let ((x0, x1), (y0, y1)) = (span(|row| row.variance), span(|row| row.factor));
+        let across = |value: f64| left + (right - left) * (value - x0) / (x1 - x0);
+        let height = |value: f64| bottom - (bottom - top) * (value - y0) / (y1 - y0);
+        for tick in y0 as i64..=y1 as i64 {
+            let y = height(tick as f64);
+            canvas.line(&[(left, y), (right, y)], 1.0, GRID)?;
+            let style = SOFT_PLAIN.sized(12.0).held(HPos::Right);
+            canvas.text(&format!("1e{tick}"), (left - 8.0, y + 4.0), &style)?;
+        }
+        for tick in x0 as i64..=x1 as i64 {
+            let x = across(tick as f64);
+            canvas.line(&[(x, top), (x, bottom)], 1.0, GRID)?;
+            let style = SOFT_PLAIN.sized(12.0).held(HPos::Center);
+            canvas.text(&format!("1e{tick}"), (x, bottom + 18.0), &style)?;
+        }
+        for row in self.rows {
+            let (x, y) = (across(power(row.variance)), height(power(row.factor)));
+            let colour = rgb(if row.below_threshold { ORANGE } else { BLUE });
+            canvas.rectangle((x - 1.5, y - 1.5), (x + 1.5, y + 1.5), colour)?;
+        }
+        canvas.text("|γ|/√(V + ε)", (LEFT, top - 14.0), &INK_PLAIN.sized(14.0))?;
+        let style = INK_PLAIN.sized(14.0).held(HPos::Center);
+        canvas.text("running variance V", ((left + right) / 2.0, bottom + 42.0), &style)?;
+        let text = "What is below 1e-12 stands there. Where γ is decayed too, it is next to nothing for a filter of low V, and so is its factor.";
+        canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+    }
+}
+
 /// A line of a panel: a value of each layer, its colour, and how thick it is.
 type Line<'a> = (&'a dyn Fn(&PremiseRow) -> f64, Colour, f64);
 
@@ -171,5 +249,21 @@ mod tests {
             assert!(text.contains(part), "the picture lacks {part:?}");
         }
         assert!(std::fs::read(path("p.png")).unwrap().starts_with(b"\x89PNG"));
+        let filter = |i: usize| FilterRow {
+            model: "m".into(),
+            layer: "last".into(),
+            filter: i,
+            variance: if i == 0 { 0.0 } else { 10f32.powi(i as i32 - 6) },
+            gamma: 1.0,
+            beta: 0.0,
+            factor: -2.0,
+            below_threshold: i < 2,
+        };
+        let filters: Vec<FilterRow> = (0..7).map(filter).collect();
+        plot_filters(&filters, &caption, &path("f.svg"), &path("f.png")).unwrap();
+        let text = std::fs::read_to_string(path("f.svg")).unwrap();
+        for part in ["2 of 7 filters", "running variance", "1e-12", "1e0"] {
+            assert!(text.contains(part), "the picture of filters lacks {part:?}");
+        }
     }
 }
