@@ -36,6 +36,10 @@ report *flags:
 figure3 *flags:
     cargo run --release --bin figure3 -- {{flags}}
 
+# The paper's premise without training: folded weights, their quantization, activation ranges
+premise *flags:
+    cargo run --release --bin premise -- {{flags}}
+
 # The tool for networks in files (just pfq help)
 pfq *arguments:
     cargo run --release --bin pfq -- {{arguments}}

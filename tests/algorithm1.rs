@@ -103,7 +103,7 @@ fn check_file(network: &Network, images: &Tensor) {
 fn check(version: Version, threshold: f64) {
     let folder = tempfile::tempdir().unwrap();
     let (store, data) = (Store::new(folder.path()), data(200, 100, 5));
-    let pfq = PfQ { threshold: Some(threshold), bias_correction: true };
+    let pfq = PfQ { threshold: Some(threshold), ..PfQ::default() };
     let end = Recipe { pfq, ..recipe(4) }.algorithm1(&pretrain(version, 3, 0)).unwrap();
     let (last, told) = run_well(&store, &end, &data);
     assert_eq!(told.len(), 10, "five stages, each begun and finished: {told:?}");

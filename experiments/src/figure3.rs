@@ -18,7 +18,7 @@ use std::sync::Arc;
 use workflow::{Outcome, Stage};
 
 /// Test images that the filters are shown: the first ones.
-const IMAGES: usize = 250;
+pub(crate) const IMAGES: usize = 250;
 /// Bins of a histogram of outputs.
 const BINS: usize = 40;
 const MODELS: [ModelName; 2] = [ModelName::MobilenetV1, ModelName::MobilenetV2];
@@ -38,9 +38,9 @@ pub fn main() -> Result<()> {
 /// The networks that `--only` picks.
 pub(crate) fn subjects(flags: &Flags) -> Result<Vec<ModelName>> {
     let names = MODELS.map(|model| model.version().name());
-    let only = Only::parse(&flags.only, &names, &[])?;
+    let only = Only::parse(&flags.only, &names, &[], &[])?;
     // Before quantization everything is float.
-    let picks = |model: &ModelName| only.picks(model.version().name(), (32, 32), "");
+    let picks = |model: &ModelName| only.picks("", model.version().name(), (32, 32), "");
     let models: Vec<ModelName> = MODELS.into_iter().filter(picks).collect();
     if models.is_empty() {
         bail!("--only {} picks no network; expected {}", flags.only.join(","), names.join(" or "));

@@ -50,7 +50,7 @@ pub struct Flags {
     pub seeds: Option<Vec<u64>>,
 
     /// Run these rows only, e.g. mobilenet_v2,a4w4,ours: a row runs if it fits a term of every kind given
-    /// (model, bits, method)
+    /// (model, bits, method; of a program with several tables also the table, e.g. ablation_fold)
     #[arg(long, value_name = "TERMS", value_delimiter = ',')]
     pub only: Vec<String>,
 
@@ -147,22 +147,29 @@ pub struct Only {
     models: Vec<String>,
     bits: Vec<(u32, u32)>,
     methods: Vec<String>,
+    tables: Vec<String>,
 }
 
 impl Only {
     /// Sorts the terms by kind; an unknown term is an error that names what is allowed.
-    pub fn parse(terms: &[String], models: &[&str], methods: &[&str]) -> Result<Self> {
+    pub fn parse(terms: &[String], models: &[&str], methods: &[&str], tables: &[&str]) -> Result<Self> {
         let mut only = Self::default();
         for term in terms {
             if models.contains(&term.as_str()) {
                 only.models.push(term.clone());
             } else if methods.contains(&term.as_str()) {
                 only.methods.push(term.clone());
+            } else if tables.contains(&term.as_str()) {
+                only.tables.push(term.clone());
             } else if let Some(bits) = parse_bits(term) {
                 only.bits.push(bits);
             } else {
+                let tables = match tables {
+                    [_, _, ..] => format!(", or a table ({})", tables.join(", ")),
+                    _ => String::new(),
+                };
                 bail!(
-                    "--only {term} is unknown: expected a model ({}), bits such as a4w4, or a method ({})",
+                    "--only {term} is unknown: expected a model ({}), bits such as a4w4, or a method ({}){tables}",
                     models.join(", "),
                     methods.join(", ")
                 );
@@ -171,10 +178,16 @@ impl Only {
         Ok(only)
     }
 
+    /// Whether a table is picked: then it is written from all of its rows that have been run.
+    pub fn picks_table(&self, table: &str) -> bool {
+        self.tables.is_empty() || self.tables.iter().any(|picked| picked == table)
+    }
+
     /// Whether a row is picked.
-    pub fn picks(&self, model: &str, bits: (u32, u32), method: &str) -> bool {
+    pub fn picks(&self, table: &str, model: &str, bits: (u32, u32), method: &str) -> bool {
         let fits = |list: &[String], value: &str| list.is_empty() || list.iter().any(|x| x == value);
         fits(&self.models, model)
+            && self.picks_table(table)
             && fits(&self.methods, method)
             && (self.bits.is_empty() || self.bits.contains(&bits))
     }
@@ -192,13 +205,18 @@ mod tests {
 
     fn check(terms: &[&str], picked: &[(&str, (u32, u32), &str)], left: &[(&str, (u32, u32), &str)]) {
         let terms: Vec<String> = terms.iter().map(|t| t.to_string()).collect();
-        let only =
-            Only::parse(&terms, &["mobilenet_v1", "mobilenet_v2"], &["ours", "dfq_with_fine_tune"]).unwrap();
+        let only = Only::parse(
+            &terms,
+            &["mobilenet_v1", "mobilenet_v2"],
+            &["ours", "dfq_with_fine_tune"],
+            &["table3", "table4"],
+        )
+        .unwrap();
         for row in picked {
-            assert!(only.picks(row.0, row.1, row.2), "{terms:?} should pick {row:?}");
+            assert!(only.picks("table3", row.0, row.1, row.2), "{terms:?} should pick {row:?}");
         }
         for row in left {
-            assert!(!only.picks(row.0, row.1, row.2), "{terms:?} should leave {row:?}");
+            assert!(!only.picks("table3", row.0, row.1, row.2), "{terms:?} should leave {row:?}");
         }
     }
 
@@ -250,10 +268,20 @@ mod tests {
     }
 
     #[test]
+    fn tables_narrow_down_too() {
+        let row = ("mobilenet_v1", (4, 4), "ours");
+        check(&["table3", "ours"], &[row], &[("mobilenet_v1", (4, 4), "dfq_with_fine_tune")]);
+        check(&["table4", "ours"], &[], &[row]);
+        check(&["table3", "table4"], &[row], &[]);
+    }
+
+    #[test]
     fn unknown_terms_name_what_is_allowed() {
-        let error = Only::parse(&["resnet".into()], &["mobilenet_v2"], &["ours"]).unwrap_err().to_string();
+        let error = Only::parse(&["resnet".into()], &["mobilenet_v2"], &["ours"], &["table3", "table4"])
+            .unwrap_err()
+            .to_string();
         assert!(
-            error.contains("resnet") && error.contains("mobilenet_v2") && error.contains("ours"),
+            ["resnet", "mobilenet_v2", "ours", "table4"].iter().all(|part| error.contains(part)),
             "{error}"
         );
     }

@@ -1,7 +1,7 @@
 //! What the table binaries share: flags, profiles, progress, and running a table's stages.
 //!
-//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; Figure 3 is [`mod@figure3`], the tool for
-//! networks in files [`mod@tool`], the benchmark beside PyTorch [`mod@bench`], the page of all results
+//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; Figure 3 is [`mod@figure3`], the measurement of the
+//! premise [`mod@premise`], the tool for networks in files [`mod@tool`], the benchmark beside PyTorch [`mod@bench`], the page of all results
 //! [`report_page`]. Only this crate parses flags and prints.
 
 #![forbid(unsafe_code)]
@@ -11,6 +11,7 @@ mod device;
 pub mod figure3;
 mod flags;
 mod output;
+pub mod premise;
 mod process;
 mod profile;
 mod progress;

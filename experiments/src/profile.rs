@@ -1,5 +1,5 @@
 use anyhow::{Context, Result, bail};
-use baselines::Dfq;
+use baselines::{Calibration, Dfq};
 use datasets::imagenet::Options;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, Version, WeightGrid};
@@ -89,6 +89,9 @@ pub struct QuantizationSettings {
     /// layer if not given.
     #[serde(default)]
     pub weight_grid: WeightGrid,
+    /// Whether DSQ's gradients of its bounds and softness are scaled as LSQ's of its step. Not, if not given.
+    #[serde(default)]
+    pub gradient_scale: bool,
 }
 
 /// Pruning.
@@ -218,6 +221,9 @@ impl Profile {
             equalize: _,
             absorb: _,
             correct_bias: _,
+            cap: _,
+            normalization: _,
+            calibration,
         } = self.dfq;
         check(positive(range_sigmas), "dfq.range_sigmas", range_sigmas, "a number above 0")?;
         let absorbs = absorb_sigmas >= 0.0 && absorb_sigmas.is_finite();
@@ -229,6 +235,12 @@ impl Profile {
             "more than 0, less than 1",
         )?;
         check((1..=100_000).contains(&max_sweeps), "dfq.max_sweeps", max_sweeps, "1 to 100000")?;
+        if let Some(Calibration { batches, batch, momentum }) = calibration {
+            check(batches > 0, "dfq.calibration.batches", batches, "at least 1")?;
+            check((1..=65_536).contains(&batch), "dfq.calibration.batch", batch, "1 to 65536")?;
+            let moves = momentum > 0.0 && momentum <= 1.0;
+            check(moves, "dfq.calibration.momentum", momentum, "more than 0, at most 1")?;
+        }
         if let Some(options) = imagenet {
             options.validate().context("data.imagenet")?;
             if self.data.train_images.or(self.data.test_images).is_some() {
@@ -261,7 +273,8 @@ impl Profile {
 
     /// The settings of one table cell's workflows.
     pub fn recipe(&self, activations: Precision, weights: Precision, seed: u64) -> Recipe {
-        let QuantizationSettings { first_layer, last_layer, fold, weight_grid } = self.quantization;
+        let QuantizationSettings { first_layer, last_layer, fold, weight_grid, gradient_scale } =
+            self.quantization;
         // Recipes that need another one say so.
         let method = Method::Uniform;
         Recipe {
@@ -273,8 +286,9 @@ impl Profile {
                 fold,
                 method,
                 weight_grid,
+                gradient_scale,
             },
-            pfq: PfQ { threshold: self.pfq.threshold, bias_correction: true },
+            pfq: PfQ { threshold: self.pfq.threshold, ..PfQ::default() },
             dfq: self.dfq,
             trainings: self.training.clone(),
             seed,
@@ -301,6 +315,21 @@ mod tests {
         for name in ["quick", "reduced", "paper", "imagenet"] {
             assert_eq!(Profile::named(name).unwrap().name, name);
         }
+    }
+
+    /// Profiles in files of this folder that are not built in.
+    #[test]
+    fn other_profiles_are_valid() {
+        for (name, text) in [
+            ("short", include_str!("../profiles/short.toml")),
+            ("fair", include_str!("../profiles/fair.toml")),
+        ] {
+            assert_eq!(Profile::parse(text).unwrap().name, name);
+        }
+        let fair = Profile::parse(include_str!("../profiles/fair.toml")).unwrap();
+        assert_eq!(Profile::parse(&toml::to_string(&fair).unwrap()).unwrap(), fair);
+        let recipe = fair.recipe(Precision::Float, Precision::Float, 0);
+        assert!(recipe.quantization.gradient_scale && recipe.dfq.calibration.is_some());
     }
 
     /// A training is that which it is like, but for what it says itself.
@@ -362,6 +391,19 @@ mod tests {
                 check(&format!("{key} = "), &format!("{key} = {value} # "), &[key, "expected"]);
             }
         }
+        for (key, values) in
+            [("batches", ["0"].as_slice()), ("batch", &["0", "70000"]), ("momentum", &["0.0", "nan", "1.5"])]
+        {
+            for value in values {
+                let given = [("batches", "100"), ("batch", "64"), ("momentum", "0.01")];
+                let given = given
+                    .map(|(name, usual)| format!("{name} = {}", if name == key { value } else { usual }));
+                let calibration = format!("[dfq]\ncalibration = {{ {} }}", given.join(", "));
+                check("[dfq]", &calibration, &[&format!("dfq.calibration.{key}"), "expected"]);
+            }
+        }
+        check("[dfq]", "[dfq]\ncap = \"six\"", &["six", "none", "per_channel"]);
+        check("[dfq]", "[dfq]\nnormalization = \"folded\"", &["folded", "frozen", "live"]);
         for value in ["0", "1000000"] {
             check("max_sweeps = ", &format!("max_sweeps = {value} # "), &["max_sweeps", "expected"]);
         }

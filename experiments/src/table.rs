@@ -83,34 +83,38 @@ pub fn all() -> Result<()> {
 
 /// Which rows `--only` picks: some of those that the tables have.
 fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
-    let only = Only::parse(&flags.only, &names(tables, Table::models), &names(tables, Table::methods))?;
-    let picked = |(model, bits, method): (ModelName, (u32, u32), &Method)| {
-        only.picks(model.version().name(), bits, method.name)
+    let of = |f: fn(&Table) -> Vec<&'static str>| names(tables, f);
+    let titles = of(|table| vec![table.name]);
+    let only = Only::parse(&flags.only, &of(Table::models), &of(Table::methods), &titles)?;
+    let picked = |table: &&Table| {
+        let row = |(model, bits, method): (ModelName, (u32, u32), &Method)| {
+            only.picks(table.name, model.version().name(), bits, method.name)
+        };
+        table.combinations().into_iter().any(row)
     };
-    if !tables.iter().flat_map(|table| table.combinations()).any(picked) {
-        bail!(
-            "--only {} picks no row of {}",
-            flags.only.join(","),
-            names(tables, |t| vec![t.name]).join(", ")
-        );
+    if !tables.iter().any(picked) {
+        bail!("--only {} picks no row of {}", flags.only.join(","), titles.join(", "));
     }
     Ok(only)
 }
 
 /// Runs what is missing of the tables and writes them.
 fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
+    let tables: Vec<&Table> = tables.iter().copied().filter(|table| only.picks_table(table.name)).collect();
     let rows = tables.iter().map(|table| table.rows(session)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
-    let picked: Vec<&RowPlan> = rows
+    let picked: Vec<&RowPlan> = tables
         .iter()
-        .flatten()
-        .filter(|row| only.picks(row.model.version().name(), row.bits, row.method))
+        .zip(&rows)
+        .flat_map(|(table, rows)| rows.iter().map(|row| (table.name, row)))
+        .filter(|(table, row)| only.picks(table, row.model.version().name(), row.bits, row.method))
+        .map(|(_, row)| row)
         .collect();
     let ends: Vec<Arc<Stage>> = picked.iter().map(|row| row.stage.clone()).collect();
-    let title = if let [table] = tables { table.name } else { "tables" };
+    let title = if let [table] = tables[..] { table.name } else { "tables" };
     if let Some(done) = session.part(&ends, title, flags)? {
         return Ok(done);
     }
-    for table in tables {
+    for table in &tables {
         session.claim(table.name)?;
     }
     let mut done = Done::All;

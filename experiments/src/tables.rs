@@ -1,13 +1,14 @@
 //! The tables of the paper, and our own of what it leaves open.
 
 use crate::{Method, ModelName, Table};
+use baselines::{Cap, Dfq, Normalization};
 use kernels::Activation;
 use models::{Fold, Method as Quantizers, Quantization, WeightGrid};
-use pfq::PfQ;
+use pfq::{Corrected, Criterion, PfQ};
 use quant_core::Precision;
 use std::sync::Arc;
-use train::Decay;
-use workflow::{Recipe, Result, Stage, StageKind};
+use train::{Decay, Training};
+use workflow::{Purpose, Recipe, Result, Stage, StageKind};
 
 const BOTH: &[ModelName] = &[ModelName::MobilenetV1, ModelName::MobilenetV2];
 
@@ -101,17 +102,36 @@ pub const BEYOND: Table = Table {
         Method { name: "pact", workflow: |r, network| r.learned(network, Quantizers::Pact) },
         Method { name: "dsq", workflow: |r, network| r.learned(network, Quantizers::Dsq) },
         Method { name: "LSQ", workflow: |r, network| r.learned(network, Quantizers::Lsq) },
+        Method {
+            name: "DFQ + fine-tune at the paper's rate",
+            workflow: |r, network| at_rate(r, Purpose::Dfq, PAPERS_RATE)?.dfq_with_fine_tune(network),
+        },
         Method { name: "ours", workflow: Recipe::algorithm1 },
     ],
     chooses: false,
 };
 
+/// The candidates for the learning rate of a training: four for each, so that no method has more tries than another. What is
+/// chosen stands in the profile then.
+macro_rules! rates {
+    ($purpose:expr, $workflow:expr, $($rate:literal),+) => {
+        &[$(Method {
+            name: stringify!($rate),
+            workflow: |r, network| {
+                let workflow: fn(&Recipe, &Arc<Stage>) -> Result<Arc<Stage>> = $workflow;
+                workflow(&at_rate(r, $purpose, $rate)?, network)
+            },
+        }),+]
+    };
+}
+
 /// Every table of the paper, in the order that brings the main result first.
 pub const ALL: [&Table; 5] = [&TABLE3, &TABLE1, &TABLE2, &TABLE4, &TABLE5];
 
 /// One table for each point that the paper leaves open: Algorithm 1 with the setting's alternatives, its default
-/// last, on MobileNetV2 at 4 bits.
-pub const ABLATIONS: [&Table; 6] = [
+/// last, on MobileNetV2 at 4 bits. After these what DFQ's settings do, what its claims rest on, and the rates that each method's
+/// training may have.
+pub const ABLATIONS: [&Table; 21] = [
     &ablation(
         "ablation_threshold",
         "The threshold τ",
@@ -176,10 +196,331 @@ pub const ABLATIONS: [&Table; 6] = [
             Method { name: "5e-4", workflow: |r, network| weight_decay(r, network, 5e-4) },
         ],
     ),
+    &ablation(
+        "ablation_norm_decay",
+        "Weight decay of γ and β in pre-training",
+        &[
+            Method { name: "not decayed", workflow: |r, network| decay_norm(r, network, false) },
+            Method { name: "decayed", workflow: |r, network| decay_norm(r, network, true) },
+        ],
+    ),
+    &Table {
+        name: "ablation_dfq_alone",
+        title: "DFQ without fine-tuning, at 8 bits",
+        models: BOTH,
+        bits: &[(8, 8)],
+        methods: &[
+            Method {
+                name: "nothing prepared",
+                workflow: |r, network| Ok(prepared(r, network, |_| UNPREPARED)),
+            },
+            Method { name: "ReLU for ReLU6", workflow: |r, network| Ok(prepared(r, network, as_published)) },
+            Method {
+                name: "caps of 6/s",
+                workflow: |r, network| {
+                    Ok(prepared(r, network, |dfq| Dfq { cap: Cap::PerChannel, ..as_published(dfq) }))
+                },
+            },
+            Method { name: "as the profile says", workflow: |r, network| Ok(r.dfq_alone(network)) },
+        ],
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_dfq",
+        title: "DFQ + fine-tune, one setting changed at a time",
+        models: BOTH,
+        bits: &[(4, 4), (3, 3)],
+        methods: &[
+            Method {
+                name: "as published",
+                workflow: |r, network| {
+                    dfq_with(&at_rate(r, Purpose::Dfq, PAPERS_RATE)?, network, as_published)
+                },
+            },
+            Method {
+                name: "the paper's rate",
+                workflow: |r, network| at_rate(r, Purpose::Dfq, PAPERS_RATE)?.dfq_with_fine_tune(network),
+            },
+            Method {
+                name: "ReLU for ReLU6",
+                workflow: |r, network| dfq_with(r, network, |dfq| Dfq { cap: Cap::None, ..dfq }),
+            },
+            Method {
+                name: "ranges β ± 6γ",
+                workflow: |r, network| dfq_with(r, network, |dfq| Dfq { calibration: None, ..dfq }),
+            },
+            Method {
+                name: "frozen normalization",
+                workflow: |r, network| {
+                    dfq_with(r, network, |dfq| Dfq { normalization: Normalization::Frozen, ..dfq })
+                },
+            },
+            Method {
+                name: "live normalization",
+                workflow: |r, network| {
+                    dfq_with(r, network, |dfq| Dfq { normalization: Normalization::Live, ..dfq })
+                },
+            },
+            Method {
+                name: "30 epochs",
+                workflow: |r, network| {
+                    trained_by(r, Purpose::Dfq, |training| training.cosine_epochs = 30.0)?
+                        .dfq_with_fine_tune(network)
+                },
+            },
+            Method { name: "as the profile says", workflow: Recipe::dfq_with_fine_tune },
+        ],
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_running_statistics",
+        title: "Activations quantized, running statistics in training: where bias correction can matter",
+        models: BOTH,
+        bits: &[(4, 32), (3, 32)],
+        methods: &[
+            Method { name: "original", workflow: Recipe::frozen_activations_only },
+            Method {
+                name: "pfq_without_bias_correction",
+                workflow: |r, network| {
+                    let pfq = PfQ { bias_correction: false, ..r.pfq };
+                    r.frozen_activations_only(&Recipe { pfq, ..r.clone() }.pruned(network))
+                },
+            },
+            Method { name: "pfq", workflow: |r, network| r.frozen_activations_only(&r.pruned(network)) },
+        ],
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_pfq_and_fold",
+        title: "PfQ where filters are quantized as they are folded",
+        models: BOTH,
+        bits: &[(4, 4), (3, 3)],
+        methods: &[
+            Method {
+                name: "frozen without PfQ",
+                workflow: |r, network| folded(r, Fold::Frozen).algorithm1_unpruned(network),
+            },
+            Method {
+                name: "frozen with PfQ",
+                workflow: |r, network| folded(r, Fold::Frozen).algorithm1(network),
+            },
+            Method {
+                name: "batch statistics without PfQ",
+                workflow: |r, network| folded(r, Fold::BatchStatistics).algorithm1_unpruned(network),
+            },
+            Method {
+                name: "batch statistics with PfQ",
+                workflow: |r, network| folded(r, Fold::BatchStatistics).algorithm1(network),
+            },
+        ],
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_correction",
+        title: "Where live normalization takes the constants up",
+        models: BOTH,
+        bits: &[(4, 32), (3, 32)],
+        methods: &[
+            Method { name: "nowhere", workflow: Recipe::pfq_without_bias_correction },
+            Method {
+                name: "in β",
+                workflow: |r, network| pruned_by(r, network, PfQ { corrected: Corrected::Beta, ..r.pfq }),
+            },
+            Method { name: "in the running mean", workflow: Recipe::pfq },
+        ],
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_pfq_and_quantizer",
+        title: "PfQ before quantizers that learn",
+        models: BOTH,
+        bits: &[(4, 4), (3, 3)],
+        methods: &[
+            Method { name: "PACT", workflow: |r, network| r.learned(network, Quantizers::Pact) },
+            Method {
+                name: "PACT after PfQ",
+                workflow: |r, network| r.learned(&r.pruned(network), Quantizers::Pact),
+            },
+            Method { name: "DSQ", workflow: |r, network| r.learned(network, Quantizers::Dsq) },
+            Method {
+                name: "DSQ after PfQ",
+                workflow: |r, network| r.learned(&r.pruned(network), Quantizers::Dsq),
+            },
+            Method { name: "LSQ", workflow: |r, network| r.learned(network, Quantizers::Lsq) },
+            Method {
+                name: "LSQ after PfQ",
+                workflow: |r, network| r.learned(&r.pruned(network), Quantizers::Lsq),
+            },
+        ],
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_criterion",
+        title: "Activations quantized, as many filters pruned by other criteria",
+        models: BOTH,
+        bits: &[(4, 32), (3, 32)],
+        methods: &[
+            Method { name: "no pruning", workflow: Recipe::activations_only },
+            Method {
+                name: "by lot",
+                workflow: |r, network| {
+                    pruned_by(r, network, PfQ { criterion: Criterion::Random { seed: r.seed }, ..r.pfq })
+                },
+            },
+            Method {
+                name: "smallest γ",
+                workflow: |r, network| {
+                    pruned_by(r, network, PfQ { criterion: Criterion::SmallestGamma, ..r.pfq })
+                },
+            },
+            Method { name: "PfQ", workflow: Recipe::pfq },
+        ],
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_rate_dfq",
+        title: "The rate of DFQ + fine-tune",
+        models: BOTH,
+        bits: &[(4, 4)],
+        methods: rates!(Purpose::Dfq, |r, network| r.dfq_with_fine_tune(network), 1e-4, 3e-4, 1e-3, 3e-3),
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_rate_activations",
+        title: "The rate of Algorithm 1 up to its first stage",
+        models: BOTH,
+        bits: &[(4, 32)],
+        methods: rates!(Purpose::Activations, |r, network| r.pfq(network), 1e-3, 3e-3, 1e-2, 3e-2),
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_rate_weights",
+        title: "The rate of Algorithm 1, its second stage",
+        models: BOTH,
+        bits: &[(4, 4)],
+        methods: rates!(Purpose::Weights, |r, network| r.algorithm1(network), 1e-4, 3e-4, 1e-3, 3e-3),
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_rate_once",
+        title: "The rate of fine-tuning once after PfQ",
+        models: BOTH,
+        bits: &[(4, 4)],
+        methods: rates!(Purpose::Once, |r, network| r.fine_tune_once(network), 1e-3, 3e-3, 1e-2, 3e-2),
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_rate_pact",
+        title: "The rate of PACT",
+        models: BOTH,
+        bits: &[(4, 4)],
+        methods: rates!(
+            Purpose::Learned(Quantizers::Pact),
+            |r, network| r.learned(network, Quantizers::Pact),
+            1e-3,
+            3e-3,
+            1e-2,
+            3e-2
+        ),
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_rate_dsq",
+        title: "The rate of DSQ",
+        models: BOTH,
+        bits: &[(4, 4)],
+        methods: rates!(
+            Purpose::Learned(Quantizers::Dsq),
+            |r, network| r.learned(network, Quantizers::Dsq),
+            1e-3,
+            3e-3,
+            1e-2,
+            3e-2
+        ),
+        chooses: true,
+    },
+    &Table {
+        name: "ablation_rate_lsq",
+        title: "The rate of LSQ",
+        models: BOTH,
+        bits: &[(4, 4)],
+        methods: rates!(
+            Purpose::Learned(Quantizers::Lsq),
+            |r, network| r.learned(network, Quantizers::Lsq),
+            1e-3,
+            3e-3,
+            1e-2,
+            3e-2
+        ),
+        chooses: true,
+    },
 ];
 
 const fn ablation(name: &'static str, title: &'static str, methods: &'static [Method]) -> Table {
     Table { name, title, models: &[ModelName::MobilenetV2], bits: &[(4, 4)], methods, chooses: true }
+}
+
+/// The paper's rate of DFQ's fine-tuning, given for ImageNet.
+const PAPERS_RATE: f64 = 1e-4;
+
+/// Nothing but quantizers, with ranges from the statistics.
+const UNPREPARED: Dfq = Dfq {
+    equalize: false,
+    absorb: false,
+    correct_bias: false,
+    range_sigmas: 6.0,
+    absorb_sigmas: 3.0,
+    tolerance: 1e-3,
+    max_sweeps: 1,
+    cap: Cap::None,
+    normalization: Normalization::Frozen,
+    calibration: None,
+};
+
+/// DFQ as its paper has it, for use without data.
+fn as_published(dfq: Dfq) -> Dfq {
+    Dfq { cap: Cap::None, normalization: Normalization::Frozen, calibration: None, ..dfq }
+}
+
+/// DFQ without fine-tuning, its settings changed.
+fn prepared(recipe: &Recipe, pretrained: &Arc<Stage>, change: fn(Dfq) -> Dfq) -> Arc<Stage> {
+    Recipe { dfq: change(recipe.dfq), ..recipe.clone() }.dfq_alone(pretrained)
+}
+
+/// DFQ with fine-tuning, its settings changed.
+fn dfq_with(recipe: &Recipe, pretrained: &Arc<Stage>, change: fn(Dfq) -> Dfq) -> Result<Arc<Stage>> {
+    Recipe { dfq: change(recipe.dfq), ..recipe.clone() }.dfq_with_fine_tune(pretrained)
+}
+
+/// The recipe with one of its trainings changed.
+fn trained_by(recipe: &Recipe, purpose: Purpose, change: impl FnOnce(&mut Training)) -> Result<Recipe> {
+    let mut training = recipe.trainings.get(purpose)?;
+    change(&mut training);
+    let mut recipe = recipe.clone();
+    recipe.trainings.set(purpose, training);
+    Ok(recipe)
+}
+
+/// The recipe with another learning rate for one of its trainings.
+fn at_rate(recipe: &Recipe, purpose: Purpose, rate: f64) -> Result<Recipe> {
+    trained_by(recipe, purpose, |training| training.learning_rate = rate)
+}
+
+fn folded(recipe: &Recipe, fold: Fold) -> Recipe {
+    Recipe { quantization: Quantization { fold, ..recipe.quantization }, ..recipe.clone() }
+}
+
+/// Pruned so, and fine-tuned with only the activations quantized.
+fn pruned_by(recipe: &Recipe, pretrained: &Arc<Stage>, pfq: PfQ) -> Result<Arc<Stage>> {
+    Recipe { pfq, ..recipe.clone() }.pfq(pretrained)
+}
+
+fn decay_norm(recipe: &Recipe, pretrained: &Arc<Stage>, decay_norm: bool) -> Result<Arc<Stage>> {
+    repretrained(recipe, pretrained, |kind| {
+        if let StageKind::Pretrain { training, .. } = kind {
+            training.decay_norm = decay_norm;
+        }
+    })
 }
 
 fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: f64) -> Result<Arc<Stage>> {
@@ -188,7 +529,7 @@ fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: f64) -> Result
 }
 
 fn fold(recipe: &Recipe, pretrained: &Arc<Stage>, fold: Fold) -> Result<Arc<Stage>> {
-    with_quantization(recipe, pretrained, Quantization { fold, ..recipe.quantization })
+    folded(recipe, fold).algorithm1(pretrained)
 }
 
 fn weight_grid(recipe: &Recipe, pretrained: &Arc<Stage>, weight_grid: WeightGrid) -> Result<Arc<Stage>> {

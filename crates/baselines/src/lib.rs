@@ -6,16 +6,23 @@
 
 mod dfq;
 
-pub use dfq::{Dfq, DfqReport, LayerReport};
+pub use dfq::{Calibration, Cap, Dfq, DfqReport, LayerReport, Normalization};
 
 use models::{Fold, Method};
 
 /// What can be wrong with the preparation of a network.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// DFQ works on folded filters, and they stay folded.
-    #[error("DFQ folds batch normalization for good: set `fold` to \"frozen\", found {0:?}")]
-    Fold(Fold),
+    /// What quantizes goes against what DFQ leaves of batch normalization.
+    #[error(
+        "DFQ leaves batch normalization as its `normalization` says: set `fold` to {expected:?}, found {found:?}"
+    )]
+    Fold {
+        /// What the quantization says.
+        found: Fold,
+        /// What goes with DFQ's settings.
+        expected: Fold,
+    },
     /// DFQ sets the ranges of uniform quantizers.
     #[error("DFQ prepares uniform quantizers: set `method` to \"uniform\", found {0:?}")]
     Method(Method),

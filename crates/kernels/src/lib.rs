@@ -21,6 +21,7 @@ mod affine;
 pub mod augment;
 pub mod bias;
 mod blockwise;
+pub mod cap;
 mod check;
 pub mod convolution;
 mod cpu;

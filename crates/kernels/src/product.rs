@@ -946,7 +946,7 @@ mod tests {
     /// the sums.
     #[test]
     fn pairs_are_multiplied_as_their_floats() {
-        for (m, n, k) in SIZES {
+        for &(m, n, k) in SIZES {
             let halves = |seed, len| bf16::all_nearest(&values(seed, len)).into_owned();
             let (a, b, start) = (halves(1, m * k), halves(2, k * n), values(3, m * n));
             let float = |x: &bf16| f64::from(x.float());

@@ -1,7 +1,7 @@
 //! Quantized values as whole numbers, for what computes with them outside the passes.
 
-use crate::{Result, Unit};
-use candle_core::Tensor;
+use crate::{Network, Result, Unit};
+use candle_core::{DType, Tensor};
 use quant_core::{Bits, Grid};
 
 /// The values that a quantizer gives: level `q`, 0 … `max_level`, stands for `offset + step·(q − zero_point)`.
@@ -29,6 +29,60 @@ pub struct WeightLevels {
     pub folded: bool,
 }
 
+/// What a quantizer of a network spans.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorRange {
+    /// Name of the node.
+    pub node: String,
+    /// Whether it is that of the node's weights; that of its output otherwise.
+    pub weights: bool,
+    /// Bit width.
+    pub bits: Bits,
+    /// The lowest value of all grids; of weights whose grid is that of the folded filters, with the factor in it.
+    pub lo: f32,
+    /// The highest.
+    pub hi: f32,
+}
+
+impl Network {
+    /// What every quantizer spans, in the order of the nodes, the weights' first; those are left out that no training batch
+    /// has set.
+    pub fn ranges(&self) -> Result<Vec<TensorRange>> {
+        let mut all = Vec::new();
+        for node in &self.nodes {
+            let mut push = |weights, bits, lattice: Lattice| {
+                let (lo, hi) = lattice.range();
+                all.push(TensorRange { node: node.name().into(), weights, bits, lo, hi });
+            };
+            if let Some((unit, quantizer)) =
+                node.unit().and_then(|unit| Some((unit, unit.weight_quantizer.as_ref()?)))
+                && let Some(levels) = unit.weight_levels(self.epsilon)?
+            {
+                push(true, quantizer.bits, levels.lattice);
+            }
+            if let Some(quantizer) = node.quantizer()
+                && let Some(lattice) = quantizer.lattice(&Tensor::zeros(1, DType::F32, self.device())?)?
+            {
+                push(false, quantizer.bits, lattice);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Gives the uniform quantizers of activations the ranges that they have in `other`, a copy of this network.
+    pub fn take_ranges(&mut self, other: &Self) -> Result<()> {
+        for (node, other) in self.nodes.iter_mut().zip(&other.nodes) {
+            if let (Some(quantizer), Some(range)) =
+                (node.quantizer_mut(), other.quantizer().and_then(|q| q.range()))
+            {
+                let range = range.to_vec1::<f32>()?;
+                quantizer.set_range(range[0], range[1])?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Lattice {
     /// Of one grid, or of one for each output channel.
     pub(crate) fn of_grids(grids: impl IntoIterator<Item = Grid>, bits: Bits) -> Self {
@@ -37,12 +91,14 @@ impl Lattice {
         Self { steps, zero_points, offset: 0.0, max_level: bits.max_level() as u8 }
     }
 
-    /// The lowest and the highest value where there is one grid.
+    /// The lowest and the highest value, of all grids where there are several.
     pub fn range(&self) -> (f32, f32) {
-        let at = |level: u8| {
-            (f32::from(level) - f32::from(self.zero_points[0])).mul_add(self.steps[0], self.offset)
+        let at = |level: u8, (step, zero_point): (&f32, &u8)| {
+            (f32::from(level) - f32::from(*zero_point)).mul_add(*step, self.offset)
         };
-        (at(0), at(self.max_level))
+        let all = || self.steps.iter().zip(&self.zero_points);
+        let (lowest, highest) = (all().map(|grid| at(0, grid)), all().map(|grid| at(self.max_level, grid)));
+        (lowest.fold(f32::INFINITY, f32::min), highest.fold(f32::NEG_INFINITY, f32::max))
     }
 
     /// The levels of values that are on the lattice, channels last.

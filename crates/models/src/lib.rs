@@ -26,7 +26,7 @@ pub use count::Layer;
 pub use file::{Extras, MAX_FILE_BYTES};
 pub use import::{Import, Naming, Origin};
 pub use kernels::convolution::Kernel;
-pub use lattice::{Lattice, WeightLevels};
+pub use lattice::{Lattice, TensorRange, WeightLevels};
 pub use mobilenet::{Input, MobileNet, Strides, Version};
 pub use network::{BatchNorm, HEAD, Image, MOST_CHANNELS, MOST_SIDE, Network, Node, Norm, Pool, Sum, Unit};
 pub use parameter::{Gradients, Parameter, Role};

@@ -38,7 +38,7 @@ pub struct Image {
     pub quantizer: Option<Quantizer>,
 }
 
-/// One convolution with what follows it: `Q(φ(norm(x ∗ w)))`.
+/// One convolution with what follows it: `Q(min(φ(norm(x ∗ w)), cap))`.
 #[derive(Debug)]
 pub struct Unit {
     /// Unique name, e.g. `blocks.3.depthwise`; that of the classifier is [`HEAD`].
@@ -55,6 +55,9 @@ pub struct Unit {
     pub norm: Norm,
     /// φ.
     pub activation: Activation,
+    /// Upper bounds `[C]` of what φ gives, none of them negative or infinite, if it has any but its own; not learned. What
+    /// cross-layer equalization makes of ReLU6 is ReLU with caps of 6/s ([`kernels::cap`]).
+    pub cap: Option<Tensor>,
     /// Quantizer of the output.
     pub output_quantizer: Option<Quantizer>,
 }
@@ -179,6 +182,7 @@ impl Node {
     /// The quantizer, if it is a part of the kernel that computes the output.
     pub(crate) fn fused(&self) -> Option<kernels::Quantizer<'_>> {
         match self {
+            Self::Unit(Unit { cap: Some(_), .. }) => None,
             Self::Unit(_) | Self::Sum(_) => self.quantizer()?.grid(),
             Self::Image(_) | Self::Pool(_) => None,
         }
@@ -229,12 +233,13 @@ impl Unit {
                 "has weights of the shape {dims:?}: expected {expected:?}, with 1 to {MOST_CHANNELS} filters"
             ));
         }
-        let of_filters = match &self.norm {
+        let mut of_filters = match &self.norm {
             Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
                 vec![("gamma", gamma), ("beta", beta), ("mean", mean), ("variance", variance)]
             }
             Norm::Bias(bias) => vec![("bias", bias)],
         };
+        of_filters.extend(self.cap.as_ref().map(|cap| ("cap", cap)));
         let misfit = of_filters.into_iter().find(|(_, tensor)| tensor.dims() != [filters]);
         let misfit = misfit.map(|(name, tensor)| {
             format!("has a {name} of the shape {:?}: expected [{filters}]", tensor.dims())
@@ -276,7 +281,7 @@ macro_rules! slots {
                 };
                 let (name, quantizer) = match node {
                     Node::Image(Image { quantizer }) => ("input", quantizer),
-                    Node::Unit(Unit { name, weight, weight_quantizer, norm, output_quantizer, .. }) => {
+                    Node::Unit(Unit { name, weight, weight_quantizer, norm, cap, output_quantizer, .. }) => {
                         push(name, "weight", Some(Role::Weight), weight);
                         for (field, role, tensor) in weight_quantizer.$iter().flat_map(Quantizer::$method) {
                             push(name, &format!("weight_{field}"), role, tensor);
@@ -289,6 +294,9 @@ macro_rules! slots {
                                 push(name, "variance", None, variance);
                             }
                             Norm::Bias(bias) => push(name, "bias", Some(Role::NormOrBias), bias),
+                        }
+                        if let Some(cap) = cap {
+                            push(name, "cap", None, cap);
                         }
                         (name.as_str(), output_quantizer)
                     }
@@ -335,6 +343,7 @@ impl Network {
             weight_quantizer: None,
             norm,
             activation,
+            cap: None,
             output_quantizer: None,
         }));
     }

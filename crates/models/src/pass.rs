@@ -2,7 +2,7 @@
 //!
 //! The order within a node is that of [`Node`]: what it computes, activation, quantizer. A unit or a sum whose quantizer
 //! is uniform leaves it to the kernel that applies the activation ([`Node::fused`]), which hands on levels; every other
-//! quantizer takes the floats that the kernel gives.
+//! quantizer takes the floats that the kernel gives. So does that of a unit with caps, which come between.
 //!
 //! A pass runs where the network is ([`Network::to_device`]), which must be where its images are. On a GPU the images'
 //! dtype is that in which feature maps and their gradients are stored: `F32`, or, from compute capability 8.0 on,
@@ -14,7 +14,7 @@ use crate::{BatchNorm, Gradients, Kernel, Network, Node, Norm, Quantizer, Result
 use candle_core::{DType, Tensor};
 use kernels::convolution::{self, Below};
 use kernels::norm::{self, Epilogue, MapGradient, Running};
-use kernels::{Activation, FeatureMap, Weight, bias, pool, quantize, residual};
+use kernels::{Activation, FeatureMap, Weight, bias, cap, pool, quantize, residual};
 use std::ops::Index;
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
@@ -135,6 +135,8 @@ struct UnitRecord {
     shift: Tensor,
     /// What followed, as the forward pass applied it.
     epilogue: Epilogue,
+    /// What the caps gave, and the caps, if it has any.
+    capped: Option<[Tensor; 2]>,
     /// What the quantizer did, where it is not a part of the epilogue.
     quantized: Option<Quantized>,
 }
@@ -239,16 +241,27 @@ impl Unit {
                 (z, stats, None, bias.ones_like()?, bias.clone())
             }
         };
-        if let (Some(quantizer), Some(stats)) = (&mut self.output_quantizer, &stats) {
+        if let (Some(quantizer), Some(stats), None) = (&mut self.output_quantizer, &stats, &self.cap) {
             let extremes = || Ok(norm::output_range(stats, &scale, &shift, act)?);
             quantizer.observe(extremes, step.range_momentum)?;
         }
-        let quant = self.output_quantizer.as_ref().and_then(Quantizer::grid);
+        let quant = self.output_quantizer.as_ref().and_then(Quantizer::grid).filter(|_| self.cap.is_none());
         let epilogue = match &batch {
             Some(batch) => Epilogue::batch(&z, batch, act, quant)?,
             None => Epilogue::affine(&z, &scale, &shift, act, quant)?,
         };
+        let mut capped = None;
         let (y, quantized) = match (readers, quant) {
+            _ if self.cap.is_some() => {
+                let y = norm::forward(&z, &scale, &shift, act, None)?.to_float()?;
+                let y = self.cap.as_ref().map_or(Ok(y.clone()), |cap| cap::forward(&y, cap))?;
+                capped = self.cap.clone().map(|cap| [y.clone(), cap]);
+                if let Some(quantizer) = &mut self.output_quantizer {
+                    quantizer.observe(|| Ok(quantize::min_max(&y)?), step.range_momentum)?;
+                }
+                let (y, quantized) = train_levels(y, &mut self.output_quantizer, step)?;
+                (Output::Map(y), quantized)
+            }
             (Readers::Sum, _) => (Output::Affine { z, scale, shift }, None),
             (_, Some(_)) => (Output::Map(norm::forward(&z, &scale, &shift, act, quant)?), None),
             (readers, None) => {
@@ -264,7 +277,8 @@ impl Unit {
             Norm::Batch(norm) => (Some(norm.gamma.clone()), norm.beta.clone()),
             Norm::Bias(bias) => (None, bias.clone()),
         };
-        Ok((y, UnitRecord { input: self.input, x, kernel, weight, gamma, shift, epilogue, quantized }))
+        let input = self.input;
+        Ok((y, UnitRecord { input, x, kernel, weight, gamma, shift, epilogue, capped, quantized }))
     }
 }
 
@@ -309,11 +323,7 @@ impl Sum {
             let extremes = || extremes.map_or_else(|| Ok(quantize::min_max(&y)?), Ok);
             quantizer.observe(extremes, step.range_momentum)?;
         }
-        let levels = self.quantizer.as_ref().map(|quantizer| quantizer.levels(&y)).transpose()?.flatten();
-        let (y, quantized) = match levels {
-            Some((y, quantized)) => (y, Some(quantized)),
-            None => train_quantizer(FeatureMap::Float(y), &mut self.quantizer, step)?,
-        };
+        let (y, quantized) = train_levels(y, &mut self.quantizer, step)?;
         Ok((y, SumRecord { inputs: self.inputs, normalized, activated, quantized }))
     }
 }
@@ -323,6 +333,19 @@ fn identity(map: &Tensor) -> Result<(Tensor, Tensor)> {
     let ones = Tensor::ones(map.dim(candle_core::D::Minus1)?, DType::F32, map.device())?;
     let zeros = ones.zeros_like()?;
     Ok((ones, zeros))
+}
+
+/// [`train_quantizer`], but that a uniform quantizer, which has observed `y`, hands on levels.
+fn train_levels(
+    y: Tensor,
+    quantizer: &mut Option<Quantizer>,
+    step: Step,
+) -> Result<(FeatureMap, Option<Quantized>)> {
+    let levels = quantizer.as_ref().map(|quantizer| quantizer.levels(&y)).transpose()?.flatten();
+    match levels {
+        Some((y, quantized)) => Ok((y, Some(quantized))),
+        None => train_quantizer(FeatureMap::Float(y), quantizer, step),
+    }
 }
 
 /// What a quantizer that is not fused makes of `y` in a training step, and what its gradient needs; `y` itself without
@@ -363,7 +386,13 @@ impl Network {
                 Node::Sum(sum) => (None, sum.evaluate(sum.inputs.map(|input| &outputs[input]), quant)?),
                 Node::Pool(pool) => (None, FeatureMap::Float(pool::global_average(&outputs[pool.input])?)),
             };
-            if let Some(quantizer) = node.quantizer().filter(|_| quant.is_none()) {
+            if let Node::Unit(Unit { cap: Some(cap), output_quantizer, .. }) = node {
+                let capped = cap::forward(&y.to_float()?, cap)?;
+                let levels = output_quantizer.as_ref().map(|q| q.levels(&capped)).transpose()?.flatten();
+                y = levels.map_or(FeatureMap::Float(capped), |(y, _)| y);
+            }
+            let is_left = quant.is_none() && !matches!(y, FeatureMap::Levels(_));
+            if let Some(quantizer) = node.quantizer().filter(|_| is_left) {
                 y = FeatureMap::Float(quantizer.apply(&y.to_float()?)?);
             }
             if let Some(observe) = &mut observe {
@@ -413,11 +442,12 @@ impl Network {
     /// What reads each node's output.
     fn kinds_of_readers(&self, readers: &[Vec<usize>]) -> Vec<Readers> {
         let of = |(node, readers): (&Node, &Vec<usize>)| match (node, &readers[..]) {
-            (Node::Unit(Unit { activation: Activation::Identity, output_quantizer: None, .. }), [reader])
-                if matches!(self.nodes[*reader], Node::Sum(_)) =>
-            {
-                Readers::Sum
-            }
+            (
+                Node::Unit(Unit {
+                    activation: Activation::Identity, cap: None, output_quantizer: None, ..
+                }),
+                [reader],
+            ) if matches!(self.nodes[*reader], Node::Sum(_)) => Readers::Sum,
             (_, [_]) => Readers::One,
             _ => Readers::Several,
         };
@@ -475,6 +505,9 @@ impl UnitRecord {
         if let Some(quantized) = &self.quantized {
             g = quantized.backward(&g.tensor, gradients)?.into();
         }
+        if let Some([y, cap]) = &self.capped {
+            g = cap::backward(y, &g.tensor, cap)?.into();
+        }
         let norm::Gradients { z: gz, gamma, shift } = self.epilogue.backward(&g)?;
         match (&self.gamma, gamma) {
             (Some(parameter), Some(gamma)) => {
@@ -514,7 +547,7 @@ fn below<'a>(records: &'a [Record], readers: &[Vec<usize>], input: usize) -> Bel
     match &records[input] {
         Record::Image => Below::Image,
         _ if readers[input].len() > 1 => Below::Map,
-        Record::Unit(UnitRecord { epilogue, quantized: None, .. }) => Below::Epilogue(epilogue),
+        Record::Unit(UnitRecord { epilogue, capped: None, quantized: None, .. }) => Below::Epilogue(epilogue),
         Record::Sum(SumRecord { normalized: Some(unit), activated: None, quantized: None, .. }) => {
             below(records, readers, *unit)
         }

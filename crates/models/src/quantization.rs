@@ -57,6 +57,10 @@ pub struct Quantization {
     /// How many grids a weight tensor has where it is uniform. (Not written where it is one, likewise.)
     #[serde(default, skip_serializing_if = "is_default")]
     pub weight_grid: WeightGrid,
+    /// Whether DSQ's gradients of bounds and softness, sums over all values, are scaled as LSQ scales that of its step; of no
+    /// effect in other methods. (Not written where they are not, likewise.)
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub gradient_scale: bool,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -66,7 +70,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 impl Network {
     /// Attaches the quantizers that `settings` ask for, in place. Quantizers of the same kind that are there already
     /// keep their ranges and what they learned (they carry over from an earlier stage); the ranges of new ones are set
-    /// by the first training batch. With [`Fold::Frozen`] and quantized weights, folds batch normalization first.
+    /// by the first training batch. With [`Fold::Frozen`] folds batch normalization first, whatever the weights' bits.
     ///
     /// # Errors
     /// When a learned method is to go with folded batch normalization.
@@ -78,14 +82,15 @@ impl Network {
             return Err(self.structure_error("quantization", problem));
         }
         let Quantization { activations, weights, first_layer, last_layer, .. } = *settings;
-        if fold == Fold::Frozen && weights.bits().is_some() {
+        if fold == Fold::Frozen {
             self.fold()?;
         }
         let device = self.device().clone();
         let activation =
             |place: &mut Option<Quantizer>, precision: Precision, method, signed| -> Result<()> {
                 let bits = activations.bits().and(precision.bits());
-                let new = |bits| Quantizer::of_activations(place.take(), bits, method, signed, &device);
+                let new =
+                    |bits| Quantizer::of_activations(place.take(), bits, method, settings, signed, &device);
                 *place = bits.map(new).transpose()?;
                 Ok(())
             };

@@ -138,6 +138,11 @@ struct Slot {
 }
 
 impl Method {
+    /// The schemes that settings ask for.
+    fn schemes_as(self, settings: &Quantization) -> &'static Schemes {
+        if self == Self::Dsq && settings.gradient_scale { &dsq::SCALED } else { self.schemes() }
+    }
+
     /// What settings and the keys of stored stages call the method.
     pub fn name(self) -> &'static str {
         self.schemes().name
@@ -173,10 +178,11 @@ impl Quantizer {
         old: Option<Self>,
         bits: Bits,
         method: Method,
+        settings: &Quantization,
         signed: bool,
         device: &Device,
     ) -> Result<Self> {
-        let schemes = method.schemes();
+        let schemes = method.schemes_as(settings);
         Self::carried_over(old, bits, if signed { schemes.signed } else { schemes.unsigned }, device)
     }
 
@@ -191,7 +197,7 @@ impl Quantizer {
         settings: &Quantization,
         weight: &Tensor,
     ) -> Result<Self> {
-        let scheme = match method.schemes().weights {
+        let scheme = match method.schemes_as(settings).weights {
             [only] => *only,
             all => {
                 let wanted = (settings.fold == Fold::BatchStatistics, settings.weight_grid);
@@ -382,7 +388,7 @@ impl Entry {
     /// The quantizer, with `empty` in the place of each of its tensors.
     pub(crate) fn quantizer(self, empty: &Tensor) -> Result<Quantizer, String> {
         let Self { bits, ready, folded, kind } = self;
-        let all = Method::ALL.iter().map(|method| method.schemes());
+        let all = Method::ALL.iter().map(|method| method.schemes()).chain([&dsq::SCALED]);
         let scheme = match folded {
             None => all.flat_map(|all| [all.unsigned, all.signed]).find(|scheme| scheme.kind() == kind),
             Some(folded) => {

@@ -34,6 +34,9 @@ struct UnitEntry {
     activation: Activation,
     /// Whether batch normalization is live; a bias otherwise.
     normalized: bool,
+    /// Whether the activation has caps; not written where it has none, as in the files from before there were any.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    capped: bool,
     weight_quantizer: Option<Entry>,
     /// Where a residual ends, that of the sum.
     output_quantizer: Option<Entry>,
@@ -67,6 +70,7 @@ impl NodeEntry {
                     kernel: unit.kernel,
                     activation: unit.activation,
                     normalized: unit.batch_norm().is_some(),
+                    capped: unit.cap.is_some(),
                     weight_quantizer: unit.weight_quantizer.as_ref().map(Entry::of_weights),
                     output_quantizer: quantizer,
                 },
@@ -99,6 +103,7 @@ impl NodeEntry {
                     false => Norm::Bias(empty.clone()),
                 },
                 activation: unit.activation,
+                cap: unit.capped.then(|| empty.clone()),
                 output_quantizer: quantizer(unit.output_quantizer, empty)?,
             }),
             Self::Sum { name, inputs, activation, quantizer: entry } => {
@@ -184,6 +189,7 @@ impl Structure {
             kernel: Kernel::Pointwise,
             activation: Activation::Identity,
             normalized: false,
+            capped: false,
             weight_quantizer: self.head_weight_quantizer.clone(),
             output_quantizer: None,
         };

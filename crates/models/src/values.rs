@@ -3,14 +3,15 @@
 use crate::{Network, Result};
 
 impl Network {
-    /// Checks that every parameter, running statistic and range is finite, and no running variance negative. Its outputs
+    /// Checks that every parameter, running statistic and range is finite, and no running variance or cap negative. Its outputs
     /// need not show it: quantizers map NaN to a level.
     ///
     /// # Errors
     /// Names the first tensor that has such numbers, and in it the first filter: the place along the last dimension.
     pub fn check_values(&self) -> Result<()> {
         for (name, tensor) in self.tensors() {
-            let least = if name.ends_with(".variance") { 0.0 } else { f32::MIN };
+            let least =
+                if [".variance", ".cap"].iter().any(|end| name.ends_with(end)) { 0.0 } else { f32::MIN };
             let wrong = |value: &f32| !(value.is_finite() && *value >= least);
             let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
             if let Some(first) = values.iter().position(wrong) {

@@ -1,5 +1,5 @@
 //! A network that branches, as no MobileNet does, against plain Candle with its autograd: projections on a shortcut,
-//! activations after sums, an output with three readers.
+//! activations after sums, an output with three readers, caps of channels.
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use kernels::{Activation, loss::softmax_cross_entropy};
@@ -55,8 +55,8 @@ fn network() -> Network {
     let stem = unit(&mut n, "stem", 0, Full { size: 3, stride: 1 }, 8, Relu);
     // As it is, added before an activation.
     let expand = unit(&mut n, "a.expand", stem, Pointwise, 12, Relu6);
-    let depthwise = unit(&mut n, "a.depthwise", expand, Depthwise { stride: 1 }, 12, Relu6);
-    let project = unit(&mut n, "a.project", depthwise, Pointwise, 8, Identity);
+    let depthwise_of_a = unit(&mut n, "a.depthwise", expand, Depthwise { stride: 1 }, 12, Relu6);
+    let project = unit(&mut n, "a.project", depthwise_of_a, Pointwise, 8, Identity);
     let a = sum(&mut n, "a", [stem, project], Relu);
     // Through a projection.
     let depthwise = unit(&mut n, "b.depthwise", a, Depthwise { stride: 2 }, 8, Relu);
@@ -70,6 +70,11 @@ fn network() -> Network {
     let second = unit(&mut n, "d.second", b, Pointwise, 16, Identity);
     sum(&mut n, "d", [first, second], Relu6);
     n.push_head(random(&[16, 5], 3), random(&[5], 4));
+    // Some of their values lie above, also where a sum reads them.
+    for node in [depthwise_of_a, shortcut, second] {
+        let unit = n.nodes[node].unit_mut().unwrap();
+        unit.cap = Some(((random(&[unit.filters()], node as u64) * 0.5).unwrap() + 0.7).unwrap());
+    }
     n.validate().unwrap();
     n
 }
@@ -127,6 +132,14 @@ impl<'a> Reference<'a> {
                 Activation::Identity => y,
                 Activation::Relu => y.relu()?,
                 Activation::Relu6 => (y.relu()? - (y - 6.0)?.relu()?)?,
+            };
+            let y = match node.unit().and_then(|unit| unit.cap.as_ref()) {
+                Some(cap) => {
+                    let above =
+                        y.broadcast_sub(&cap.to_dtype(DType::F64)?.reshape((1, (), 1, 1))?)?.relu()?;
+                    (y - above)?
+                }
+                None => y,
             };
             outputs.push(match node.quantizer().and_then(Quantizer::range) {
                 Some(range) => fake(&y, range, node.quantizer().unwrap().bits.max_level())?,
@@ -190,7 +203,17 @@ fn eight_bits(method: Method) -> Quantization {
     let [eight, float] = [8, 32].map(|bits| Precision::try_from(bits).unwrap());
     let (first_layer, last_layer, fold) = (eight, eight, Fold::Unfolded);
     let weight_grid = Default::default();
-    Quantization { activations: eight, weights: float, first_layer, last_layer, fold, weight_grid, method }
+    let gradient_scale = false;
+    Quantization {
+        activations: eight,
+        weights: float,
+        first_layer,
+        last_layer,
+        fold,
+        weight_grid,
+        method,
+        gradient_scale,
+    }
 }
 
 /// Where float32 and float64 lie on either side of a border between levels, of which some of the thousands of values
@@ -284,6 +307,7 @@ fn what_the_passes_cannot_run_is_an_error() {
     check(&|n| unit(n, "a.project", &|u| u.name = "stem".into()), "stem.", "two tensors");
     check(&|n| drop(n.nodes.remove(0)), "stem", "must be the image");
     check(&|n| n.nodes.truncate(13), "c", "classifies");
+    check(&|n| unit(n, "a.expand", &|u| u.cap = Some(random(&[3], 1))), "a.expand", "a cap of the shape [3]");
     let full = |u: &mut Unit| {
         u.kernel = Kernel::Full { size: 3, stride: 1 };
         u.weight = random(&[9 * 16, 16], 1);

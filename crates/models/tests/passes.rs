@@ -142,10 +142,13 @@ fn an_observed_pass_gives_the_same_bits() {
     for version in [Version::V1, Version::V2] {
         let folds = [Fold::Unfolded, Fold::BatchStatistics, Fold::Frozen];
         let settings = folds.map(|fold| Some(quantization(4, 3, fold)));
-        for settings in settings.into_iter().chain([None, Some(quantization(4, 32, Fold::Unfolded))]) {
+        let float_weights = [Fold::Unfolded, Fold::Frozen].map(|fold| Some(quantization(4, 32, fold)));
+        for settings in settings.into_iter().chain([None]).chain(float_weights) {
             let mut network = network(version, true);
             if let Some(settings) = &settings {
                 network.quantize(settings).unwrap();
+                let folded = network.units().all(|unit| unit.batch_norm().is_none());
+                assert_eq!(folded, settings.fold == Fold::Frozen);
             }
             let images = random(&[2, 12, 12, 3], 5);
             network.forward_train(&images, STEP).unwrap();

@@ -50,6 +50,15 @@ pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)
             Some(quantizer) => lattice_of(quantizer, network)?,
             None => None,
         };
+        // min(φ(x), cap) = φ(min(x, cap)) where a cap is one of φ's values. Here it keeps runtimes from taking the activation
+        // for one that their quantized convolution has built in.
+        let x = match node.unit().and_then(|unit| unit.cap.as_ref()) {
+            Some(cap) => {
+                let cap = builder.tensor(format!("{name}.cap"), &cap.reshape((1, (), 1, 1))?)?;
+                builder.node("Min", format!("{name}.capped"), &[&x, &cap], vec![])
+            }
+            None => x,
+        };
         let in_float = node.unit().is_some_and(|unit| unit.weight_quantizer.is_none());
         let x = activation(&mut builder, &name, x, node.activation(), lattice.as_ref(), in_float);
         outputs.push(match lattice {

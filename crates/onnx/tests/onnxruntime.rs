@@ -87,6 +87,9 @@ fn network(version: Version, settings: Option<&Quantization>) -> Network {
         gamma[filters / 3] = 0.0;
         norm.gamma = Tensor::new(gamma, &Device::Cpu).unwrap();
         norm.beta = random(200 + i as u64, &[filters], -0.5, 0.5);
+        if i % 5 == 2 {
+            unit.cap = Some(random(300 + i as u64, &[filters], 0.5, 3.0));
+        }
     }
     let batch = images(16, &network);
     let train = |network: &mut Network| {
@@ -187,6 +190,8 @@ fn a_network_of_other_nodes() {
         sum.activation = Activation::Relu6;
     }
     network.push_unit("b", Kernel::Pointwise, random(5, &[6, 5], -0.5, 0.5), bias(6, 5), Activation::Relu6);
+    let last = network.last();
+    network.nodes[last].unit_mut().unwrap().cap = Some(random(9, &[5], 0.0, 0.5));
     network.push_head(random(7, &[5, 4], -1.0, 1.0), random(8, &[4], -1.0, 1.0));
     network.validate().unwrap();
     let images = images(6, &network);

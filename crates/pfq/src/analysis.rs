@@ -43,6 +43,7 @@ impl Constants {
     ///   and away from the zero-padded border otherwise;
     /// * a sum is constant where both summands are;
     /// * a pooled channel is constant where it was before;
+    /// * caps are the most that a constant is;
     /// * an activation quantizer maps the constant to its grid.
     pub fn find(network: &Network, threshold: f64) -> Result<Self> {
         let mut low = Vec::with_capacity(network.nodes.len());
@@ -63,6 +64,11 @@ impl Constants {
             };
             for value in values.iter_mut().flatten() {
                 *value = node.activation().apply(*value);
+            }
+            if let Some(cap) = node.unit().and_then(|unit| unit.cap.as_ref()) {
+                for (value, cap) in values.iter_mut().zip(cap.to_vec1::<f32>()?) {
+                    *value = value.map(|value| value.min(cap));
+                }
             }
             quantize(&mut values, node.quantizer())?;
             low.push(is_low);

@@ -17,7 +17,7 @@ mod prune;
 
 pub use analysis::{Constants, LayerVariance, variances};
 pub use groups::{Group, groups};
-pub use prune::{LayerReport, PfQ, Report};
+pub use prune::{Corrected, Criterion, LayerReport, PfQ, Report};
 
 /// What can go wrong while pruning.
 #[derive(Debug, thiserror::Error)]

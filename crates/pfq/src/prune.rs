@@ -1,6 +1,8 @@
 use crate::{Constants, Error, Group, Result, groups};
 use candle_core::Tensor;
 use models::{BatchNorm, Network, Node, Norm, Unit};
+use rand::{SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 /// Pruning for quantization: which filters count as constant, and whether their constants are kept.
@@ -13,12 +15,52 @@ pub struct PfQ {
     /// Whether the readers of a removed channel take up its constant. `false` is the paper's
     /// "PfQ (w/o bias correction)".
     pub bias_correction: bool,
+    /// Which of a live normalization's numbers takes the constants up.
+    #[serde(default)]
+    pub corrected: Corrected,
+    /// By what the filters are chosen.
+    #[serde(default)]
+    pub criterion: Criterion,
 }
 
 impl Default for PfQ {
     fn default() -> Self {
-        Self { threshold: None, bias_correction: true }
+        Self {
+            threshold: None,
+            bias_correction: true,
+            corrected: Corrected::default(),
+            criterion: Criterion::default(),
+        }
     }
+}
+
+/// What bias correction changes where normalization is live. Either way evaluation gives the same, up to rounding.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Corrected {
+    /// The running mean, `μ ← μ − Σ_j w_j a_j`, which training does not read: there a constant goes off with the mean of the
+    /// batch, whether it is removed or not.
+    #[default]
+    Mean,
+    /// The shift, `β ← β + γ/√(V+ε)·Σ_j w_j a_j`, which training keeps, although its normalization has taken nothing away.
+    Beta,
+}
+
+/// By what filters are chosen. Of those that are not [`Criterion::Variance`], each layer loses as many as that would take, so
+/// that weights and multiply–accumulates are the same; they give no constants, and `φ(β)`, near their means, stands for these.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Criterion {
+    /// A running variance below τ: PfQ.
+    #[default]
+    Variance,
+    /// Those with the smallest |γ|, of channels that several units make by the largest of theirs.
+    SmallestGamma,
+    /// By lot, from a seed.
+    Random {
+        /// The seed.
+        seed: u64,
+    },
 }
 
 /// What pruning did.
@@ -73,42 +115,18 @@ impl PfQ {
     /// # Errors
     /// When weights are quantized already, or τ is not positive.
     pub fn apply(&self, network: &Network) -> Result<(Network, Report)> {
-        let threshold = self.threshold.unwrap_or(network.epsilon);
-        if !(threshold.is_finite() && threshold > 0.0) {
-            return Err(Error::Threshold(threshold));
-        }
-        if let Some(unit) = network.units().find(|u| u.weight_quantizer.is_some()) {
-            return Err(Error::QuantizedWeights(unit.name.clone()));
-        }
-        let constants = Constants::find(network, threshold)?;
+        let Choice { threshold, constants, keep, low_in_part, kept_as_last } = self.choose(network)?;
+        // What filters give that vary is taken to be what they would give if they did not.
+        let given = match self.criterion {
+            Criterion::Variance => &constants,
+            _ => &Constants::find(network, f64::MAX)?,
+        };
         let mut pruned = network.duplicate()?;
-        let mut low_in_part = 0;
-        let mut kept_as_last = 0;
-        // keep[i][j]: channel j of node i's output stays.
-        let mut keep: Vec<Vec<bool>> =
-            network.shapes().into_iter().map(|[.., channels]| vec![true; channels]).collect();
-        for group in groups(network) {
-            let mut stays: Vec<bool> = (0..keep[group.nodes[0]].len())
-                .map(|j| group.read.iter().any(|&i| constants.output[i][j].is_none()))
-                .collect();
-            if !stays.contains(&true) {
-                stays[most_varied(network, &group)?] = true;
-                kept_as_last += 1;
-            }
-            if group.tied {
-                let low = |j: usize| group.nodes.iter().any(|&i| constants.low[i][j]);
-                low_in_part += (0..stays.len()).filter(|&j| stays[j] && low(j)).count();
-            }
-            for &i in &group.nodes {
-                keep[i] = stays.clone();
-            }
-        }
-
         let readers = network.readers();
         for (i, keep) in keep.iter().enumerate().filter(|(_, keep)| keep.contains(&false)) {
             for &reader in &readers[i] {
                 if let Node::Unit(unit) = &mut pruned.nodes[reader] {
-                    self.shrink_input(unit, keep, &constants.output[i])?;
+                    self.shrink_input(unit, keep, &given.output[i], network.epsilon)?;
                 }
             }
             if let Node::Unit(unit) = &mut pruned.nodes[i] {
@@ -141,10 +159,62 @@ impl PfQ {
         Ok((pruned, report))
     }
 
-    /// Removes from a unit the slices that read channels that go, with bias correction: `μ ← μ − Σ_j w_j a_j` where it
-    /// is normalized, `b ← b + Σ_j w_j a_j` where it has a bias. A depthwise one shares the channels and needs nothing
+    /// Which channels of each node's output stay: `kept[i][j]` of node i's channel j.
+    ///
+    /// # Errors
+    /// As [`PfQ::apply`].
+    pub fn kept(&self, network: &Network) -> Result<Vec<Vec<bool>>> {
+        Ok(self.choose(network)?.keep)
+    }
+
+    fn choose(&self, network: &Network) -> Result<Choice> {
+        let threshold = self.threshold.unwrap_or(network.epsilon);
+        if !(threshold.is_finite() && threshold > 0.0) {
+            return Err(Error::Threshold(threshold));
+        }
+        if let Some(unit) = network.units().find(|u| u.weight_quantizer.is_some()) {
+            return Err(Error::QuantizedWeights(unit.name.clone()));
+        }
+        let constants = Constants::find(network, threshold)?;
+        let mut low_in_part = 0;
+        let mut kept_as_last = 0;
+        // keep[i][j]: channel j of node i's output stays.
+        let mut keep: Vec<Vec<bool>> =
+            network.shapes().into_iter().map(|[.., channels]| vec![true; channels]).collect();
+        for (number, group) in groups(network).into_iter().enumerate() {
+            let mut stays: Vec<bool> = (0..keep[group.nodes[0]].len())
+                .map(|j| group.read.iter().any(|&i| constants.output[i][j].is_none()))
+                .collect();
+            if !stays.contains(&true) {
+                stays[most_varied(network, &group)?] = true;
+                kept_as_last += 1;
+            }
+            if group.tied {
+                let low = |j: usize| group.nodes.iter().any(|&i| constants.low[i][j]);
+                low_in_part += (0..stays.len()).filter(|&j| stays[j] && low(j)).count();
+            }
+            let removed = stays.iter().filter(|&&stays| !stays).count();
+            if let Some(order) = self.criterion.order(network, &group, number)? {
+                stays.fill(true);
+                order.into_iter().take(removed).for_each(|j| stays[j] = false);
+            }
+            for &i in &group.nodes {
+                keep[i] = stays.clone();
+            }
+        }
+        Ok(Choice { threshold, constants, keep, low_in_part, kept_as_last })
+    }
+
+    /// Removes from a unit the slices that read channels that go, with bias correction: as [`Corrected`] says where it is
+    /// normalized, `b ← b + Σ_j w_j a_j` where it has a bias. A depthwise one shares the channels and needs nothing
     /// here.
-    fn shrink_input(&self, unit: &mut Unit, keep: &[bool], constants: &[Option<f32>]) -> Result<()> {
+    fn shrink_input(
+        &self,
+        unit: &mut Unit,
+        keep: &[bool],
+        constants: &[Option<f32>],
+        epsilon: f64,
+    ) -> Result<()> {
         if unit.kernel.is_depthwise() {
             return Ok(());
         }
@@ -155,13 +225,51 @@ impl PfQ {
             let lost = Tensor::from_vec(lost, (1, keep.len()), unit.weight.device())?;
             let shift = lost.repeat((1, unit.kernel.taps()))?.matmul(&unit.weight)?.squeeze(0)?;
             match &mut unit.norm {
-                Norm::Batch(norm) => norm.mean = (&norm.mean - shift)?,
+                Norm::Batch(norm) => match self.corrected {
+                    Corrected::Mean => norm.mean = (&norm.mean - shift)?,
+                    Corrected::Beta => norm.beta = (&norm.beta + (norm.scale(epsilon)? * shift)?)?,
+                },
                 Norm::Bias(bias) => *bias = (&*bias + shift)?,
             }
         }
         unit.weight = unit.kernel.select_inputs(&unit.weight, &indices(keep, &unit.weight)?)?;
         Ok(())
     }
+}
+
+impl Criterion {
+    /// The channels of a group, those first that go first; none where running variances decide.
+    fn order(self, network: &Network, group: &Group, number: usize) -> Result<Option<Vec<usize>>> {
+        let norms = group.nodes.iter().filter_map(|&i| network.nodes[i].unit()?.batch_norm());
+        let gammas = norms.map(|norm| norm.gamma.abs()?.to_vec1::<f32>());
+        let gammas = gammas.collect::<candle_core::Result<Vec<_>>>()?;
+        let mut order: Vec<usize> = (0..gammas.first().map_or(0, Vec::len)).collect();
+        match self {
+            Self::Variance => return Ok(None),
+            Self::SmallestGamma => {
+                let largest = |j: usize| gammas.iter().map(|gamma| gamma[j]).fold(0.0, f32::max);
+                order.sort_by(|&a, &b| largest(a).total_cmp(&largest(b)));
+            }
+            Self::Random { seed } => {
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                rng.set_stream(number as u64);
+                order.shuffle(&mut rng);
+            }
+        }
+        Ok(Some(order))
+    }
+}
+
+/// What is to go.
+struct Choice {
+    /// τ as used.
+    threshold: f64,
+    constants: Constants,
+    /// `keep[i][j]`: channel j of node i's output stays.
+    keep: Vec<Vec<bool>>,
+    /// As in the [`Report`].
+    low_in_part: usize,
+    kept_as_last: usize,
 }
 
 /// The channel of `group` with the largest running variance in any of its normalized units.
@@ -184,6 +292,7 @@ fn shrink_filters(unit: &mut Unit, keep: &[bool]) -> Result<()> {
     let indices = indices(keep, &unit.weight)?;
     let select = |tensor: &Tensor| tensor.contiguous()?.index_select(&indices, 0);
     unit.weight = unit.kernel.select_filters(&unit.weight, &indices)?;
+    unit.cap = unit.cap.as_ref().map(select).transpose()?;
     unit.norm = match &unit.norm {
         Norm::Batch(norm) => Norm::Batch(BatchNorm {
             gamma: select(&norm.gamma)?,

@@ -5,7 +5,7 @@ use kernels::Activation;
 use models::{
     BatchNorm, Fold, Input, Kernel, Method, MobileNet, Network, Node, Norm, Quantization, Step, Sum, Version,
 };
-use pfq::{PfQ, Report};
+use pfq::{Corrected, Criterion, PfQ, Report};
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -70,6 +70,8 @@ fn branches() -> Network {
     let third = unit(&mut n, "d.third", b, Depthwise { stride: 1 }, 16, Identity);
     sum(&mut n, "d", [c, third], Relu6);
     n.push_head(random(&[16, 5], (-0.5, 0.5), 30), random(&[5], (-0.5, 0.5), 31));
+    // Below the constants that are planted.
+    n.nodes[expand].unit_mut().unwrap().cap = Some(random(&[12], (0.3, 0.6), 32));
     n.validate().unwrap();
     settled(n)
 }
@@ -293,6 +295,59 @@ fn without_bias_correction_the_constants_are_lost() {
     let corrected = PfQ::default().apply(&network).unwrap().0;
     assert_eq!(pruned.macs(), corrected.macs());
     assert!(distance(&before, &pruned.forward(&images()).unwrap()) > 1e-3);
+}
+
+/// Evaluation is the same whichever of mean and shift takes the constants up.
+#[test]
+fn shifts_take_constants_up_as_means_do() {
+    let mut network = network(Version::V2);
+    plant(&mut network, "stem", 2, 0.8);
+    plant(&mut network, "blocks.4.expand", 7, 1.7);
+    let apply = |corrected| PfQ { corrected, ..PfQ::default() }.apply(&network).unwrap().0;
+    let (mean, beta) = (apply(Corrected::Mean), apply(Corrected::Beta));
+    let error = distance(&mean.forward(&images()).unwrap(), &beta.forward(&images()).unwrap());
+    assert!(error < 1e-5, "logits differ by {error}");
+    let moved = |network: &Network, of: fn(&BatchNorm) -> &Tensor| {
+        let norms =
+            mean.units().zip(network.units()).filter_map(|(a, b)| Some((a.batch_norm()?, b.batch_norm()?)));
+        norms.filter(|(a, b)| values(of(a)) != values(of(b))).count()
+    };
+    // What reads the two channels: an expansion behind the stem, and a projection behind the depthwise layer.
+    assert_eq!((moved(&beta, |norm| &norm.beta), moved(&beta, |norm| &norm.mean)), (2, 2));
+}
+
+/// Other criteria take as many filters of each layer: by lot, the same for a seed, or the smallest |γ|.
+#[test]
+fn other_criteria_take_as_many() {
+    let mut network = network(Version::V2);
+    for (unit, channel) in [("stem", 2), ("blocks.4.expand", 7), ("blocks.4.expand", 9), ("last", 11)] {
+        plant(&mut network, unit, channel, 0.8);
+    }
+    // The smallest of this layer, and of what follows it, which has the same channels.
+    for name in ["blocks.4.expand", "blocks.4.depthwise"] {
+        let unit = network.units_mut().find(|unit| unit.name == name).unwrap();
+        let filters = unit.filters();
+        let Norm::Batch(norm) = &mut unit.norm else { panic!("a new network is normalized") };
+        let gamma = (0..filters).map(|j| if j == 3 || j == 20 { -1e-3 } else { 1.0 }).collect::<Vec<f32>>();
+        norm.gamma = Tensor::new(gamma, &Device::Cpu).unwrap();
+    }
+    let pfq = |criterion| PfQ { criterion, ..PfQ::default() };
+    let (expected, report) = pfq(Criterion::Variance).apply(&network).unwrap();
+    let of_layer = |criterion| {
+        let node = network.nodes.iter().position(|node| node.name() == "blocks.4.expand").unwrap();
+        let kept = &pfq(criterion).kept(&network).unwrap()[node];
+        (0..kept.len()).filter(|&j| !kept[j]).collect::<Vec<usize>>()
+    };
+    assert_eq!(of_layer(Criterion::Variance), [7, 9]);
+    assert_eq!(of_layer(Criterion::SmallestGamma), [3, 20]);
+    let by_lot = [1, 1, 2].map(|seed| of_layer(Criterion::Random { seed }));
+    assert!(by_lot[0] == by_lot[1] && by_lot[0] != by_lot[2], "{by_lot:?}");
+    for criterion in [Criterion::SmallestGamma, Criterion::Random { seed: 1 }] {
+        let (pruned, other) = pfq(criterion).apply(&network).unwrap();
+        assert_eq!(removed(&other), removed(&report));
+        assert_eq!((pruned.macs(), pruned.weights()), (expected.macs(), expected.weights()));
+        assert!(values(&pruned.forward(&images()).unwrap()).iter().all(|logit| logit.is_finite()));
+    }
 }
 
 #[test]

@@ -26,6 +26,7 @@ mod names;
 mod page;
 mod paper;
 mod plot;
+pub mod premise;
 mod row;
 mod scale;
 mod stage;

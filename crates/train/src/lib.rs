@@ -3,12 +3,14 @@
 
 #![forbid(unsafe_code)]
 
+mod calibrate;
 mod evaluate;
 mod fit;
 mod limit;
 mod settings;
 mod totals;
 
+pub use calibrate::calibrate;
 pub use evaluate::{Evaluation, evaluate};
 pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, Velocities, fit, step};
 pub use limit::TimeLimit;

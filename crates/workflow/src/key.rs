@@ -6,11 +6,11 @@
 //! before, and the keys of stored stages stay what they are.
 
 use crate::{Error, Outcome, Result, Stage, StageKind};
-use baselines::Dfq;
+use baselines::{Calibration, Cap, Dfq};
 use datasets::Augmentation;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, WeightGrid};
-use pfq::PfQ;
+use pfq::{Corrected, Criterion, PfQ};
 use serde_json::{Value, json};
 use train::{Arithmetic, Decay, Training};
 use whole_file::seal;
@@ -69,12 +69,7 @@ pub(crate) fn settings(kind: &StageKind) -> Result<Value> {
         StageKind::Pretrain { network, training, seed } => json!({
             "pretrain": { "network": network_settings(network)?, "training": training_settings(training)?, "seed": seed },
         }),
-        StageKind::Prune { pfq: PfQ { threshold, bias_correction } } => json!({
-            "prune": { "pfq": {
-                "threshold": threshold.map(|threshold| finite("threshold", threshold)).transpose()?,
-                "bias_correction": bias_correction,
-            } },
-        }),
+        StageKind::Prune { pfq } => json!({ "prune": { "pfq": pfq_settings(pfq)? } }),
         StageKind::FineTune { quantization, training, seed } => json!({
             "fine_tune": {
                 "quantization": quantization_settings(quantization),
@@ -147,8 +142,16 @@ fn training_settings(training: &Training) -> Result<Value> {
 }
 
 fn quantization_settings(quantization: &Quantization) -> Value {
-    let Quantization { activations, weights, first_layer, last_layer, fold, method, weight_grid } =
-        *quantization;
+    let Quantization {
+        activations,
+        weights,
+        first_layer,
+        last_layer,
+        fold,
+        method,
+        weight_grid,
+        gradient_scale,
+    } = *quantization;
     let mut settings = json!({
         "activations": u32::from(activations),
         "weights": u32::from(weights),
@@ -167,12 +170,46 @@ fn quantization_settings(quantization: &Quantization) -> Value {
         WeightGrid::Tensor => {}
         WeightGrid::Channel => settings["weight_grid"] = "channel".into(),
     }
+    // Other methods do not know it.
+    if gradient_scale && method == Method::Dsq {
+        settings["gradient_scale"] = true.into();
+    }
     settings
 }
 
+fn pfq_settings(pfq: &PfQ) -> Result<Value> {
+    let PfQ { threshold, bias_correction, corrected, criterion } = pfq;
+    let mut settings = json!({
+        "threshold": threshold.map(|threshold| finite("threshold", threshold)).transpose()?,
+        "bias_correction": bias_correction,
+    });
+    match corrected {
+        Corrected::Mean => {}
+        Corrected::Beta => settings["corrected"] = "beta".into(),
+    }
+    match criterion {
+        Criterion::Variance => {}
+        Criterion::SmallestGamma => settings["criterion"] = "smallest_gamma".into(),
+        Criterion::Random { seed } => settings["criterion"] = json!({ "random": { "seed": seed } }),
+    }
+    Ok(settings)
+}
+
 fn dfq_settings(dfq: &Dfq) -> Result<Value> {
-    let Dfq { equalize, absorb, correct_bias, range_sigmas, absorb_sigmas, tolerance, max_sweeps } = dfq;
-    Ok(json!({
+    let Dfq {
+        equalize,
+        absorb,
+        correct_bias,
+        range_sigmas,
+        absorb_sigmas,
+        tolerance,
+        max_sweeps,
+        cap,
+        // It must be what the quantization's `fold` says.
+        normalization: _,
+        calibration,
+    } = dfq;
+    let mut settings = json!({
         "equalize": equalize,
         "absorb": absorb,
         "correct_bias": correct_bias,
@@ -180,7 +217,16 @@ fn dfq_settings(dfq: &Dfq) -> Result<Value> {
         "absorb_sigmas": finite("absorb_sigmas", *absorb_sigmas)?,
         "tolerance": finite("tolerance", *tolerance)?,
         "max_sweeps": max_sweeps,
-    }))
+    });
+    match cap {
+        Cap::None => {}
+        Cap::PerChannel => settings["cap"] = "per_channel".into(),
+    }
+    if let Some(Calibration { batches, batch, momentum }) = calibration {
+        let momentum = finite("calibration.momentum", *momentum)?;
+        settings["calibration"] = json!({ "batches": batches, "batch": batch, "momentum": momentum });
+    }
+    Ok(settings)
 }
 
 /// A number of a key.
@@ -199,7 +245,7 @@ mod tests {
     }
 
     fn prune(threshold: Option<f64>, bias_correction: bool) -> StageKind {
-        StageKind::Prune { pfq: PfQ { threshold, bias_correction } }
+        StageKind::Prune { pfq: PfQ { threshold, bias_correction, ..PfQ::default() } }
     }
 
     fn tune(quantization: Quantization, training: Training, seed: u64) -> StageKind {
@@ -257,6 +303,8 @@ mod tests {
         use models::Version;
         let (network, training, quantization, three) = (network(), training(), quantization(4), precision(3));
         let dfq = Dfq::default();
+        let chosen = |criterion| StageKind::Prune { pfq: PfQ { criterion, ..PfQ::default() } };
+        let calibration = Calibration { batches: 100, batch: 64, momentum: 0.01 };
         let keys = [
             (pretrain(network, training, 0), "6bde133e0811c12a"),
             (pretrain(MobileNet { version: Version::V2, ..network }, training, 0), "3ef7754008a8fd81"),
@@ -315,6 +363,11 @@ mod tests {
             (tune(Quantization { method: Method::Pact, ..quantization }, training, 0), "df0b1660001a168d"),
             (tune(Quantization { method: Method::Dsq, ..quantization }, training, 0), "142b6e84e8c5e81a"),
             (
+                tune(Quantization { method: Method::Dsq, gradient_scale: true, ..quantization }, training, 0),
+                "fae885b892b466af",
+            ),
+            (tune(Quantization { gradient_scale: true, ..quantization }, training, 0), "ff279a61187eec70"),
+            (
                 tune(Quantization { weight_grid: WeightGrid::Channel, ..quantization }, training, 0),
                 "c083a52cd20e03d5",
             ),
@@ -325,6 +378,12 @@ mod tests {
             (prune(Some(0.01), true), "a346b57ab71799b2"),
             (prune(Some(0.01), false), "cf659e615224c90a"),
             (StageKind::Given { hash: 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef }, "25fb37fcf136b8cd"),
+            (chosen(Criterion::SmallestGamma), "493816752d7d44b9"),
+            (chosen(Criterion::Random { seed: 1 }), "257433d426d01292"),
+            (
+                StageKind::Prune { pfq: PfQ { corrected: Corrected::Beta, ..PfQ::default() } },
+                "2316e9ae79d3aeb5",
+            ),
             (equalize(dfq, quantization), "318efb97f695a427"),
             (equalize(Dfq { equalize: false, ..dfq }, quantization), "7b1792c95995d273"),
             (equalize(Dfq { absorb: false, ..dfq }, quantization), "b9224843d3d1831a"),
@@ -333,6 +392,8 @@ mod tests {
             (equalize(Dfq { absorb_sigmas: 2.0, ..dfq }, quantization), "b7ddbbef2fa71e39"),
             (equalize(Dfq { tolerance: 1e-6, ..dfq }, quantization), "d396aadbe53d91b9"),
             (equalize(Dfq { max_sweeps: 1, ..dfq }, quantization), "053af0c33afd2452"),
+            (equalize(Dfq { cap: Cap::PerChannel, ..dfq }, quantization), "d52667047b413c05"),
+            (equalize(Dfq { calibration: Some(calibration), ..dfq }, quantization), "e991bfc11003cb99"),
             (equalize(dfq, Quantization { fold: Fold::Frozen, ..quantization }), "27c697b6882fdd37"),
         ];
         for (kind, key) in keys {

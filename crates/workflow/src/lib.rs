@@ -9,6 +9,7 @@
 
 mod key;
 mod outcome;
+mod ranges;
 mod recipe;
 mod stage;
 mod store;

@@ -15,6 +15,9 @@ pub(crate) const NETWORK: &str = "network.safetensors";
 /// A training's metrics.
 pub(crate) const METRICS: &str = "metrics.csv";
 
+/// What its quantizers spanned when it began and when it ended.
+pub(crate) const RANGES: &str = "ranges.csv";
+
 /// Who made a result, with what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provenance {

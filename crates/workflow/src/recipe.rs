@@ -109,21 +109,44 @@ pub struct Recipe {
 impl Recipe {
     /// "Original" of Table 1: fine-tuning with only the activations quantized, of the network as it is.
     pub fn activations_only(&self, network: &Arc<Stage>) -> Result<Arc<Stage>> {
-        // How batch normalization is folded, and how many grids weights have, says nothing while they are float, and
-        // must not make another stage.
-        let quantization = Quantization {
-            weights: Precision::Float,
-            fold: Fold::Unfolded,
-            weight_grid: WeightGrid::Tensor,
-            ..self.quantization
-        };
+        self.activations_only_with(network, Fold::Unfolded)
+    }
+
+    /// The same by running statistics, also in training: normalization is folded before, so that what bias correction wrote
+    /// into a running mean is a part of a bias from then on.
+    pub fn frozen_activations_only(&self, network: &Arc<Stage>) -> Result<Arc<Stage>> {
+        self.activations_only_with(network, Fold::Frozen)
+    }
+
+    fn activations_only_with(&self, network: &Arc<Stage>, fold: Fold) -> Result<Arc<Stage>> {
+        // How the settings fold batch normalization for weights, and how many grids these have, says nothing while they are
+        // float, and must not make another stage.
+        let weight_grid = WeightGrid::Tensor;
+        let quantization = Quantization { weights: Precision::Float, fold, weight_grid, ..self.quantization };
         Ok(network.then(self.fine_tune(quantization, Purpose::Activations)?))
+    }
+
+    /// The pre-trained network after pruning.
+    pub fn pruned(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+        pretrained.then(StageKind::Prune { pfq: self.pfq })
+    }
+
+    /// [`Recipe::algorithm1`] without its prunings.
+    pub fn algorithm1_unpruned(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
+        let tuned = self.fine_tune(self.quantization, Purpose::Weights)?;
+        Ok(self.activations_only(pretrained)?.then(tuned))
+    }
+
+    /// DFQ without fine-tuning.
+    pub fn dfq_alone(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
+        let quantization = Quantization { fold: self.dfq.fold(), ..self.quantization };
+        pretrained.then(StageKind::Equalize { dfq: self.dfq, quantization })
     }
 
     /// "PfQ" of Table 1, which is Algorithm 1 up to step 3: prune, then fine-tune with only the activations
     /// quantized.
     pub fn pfq(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
-        self.activations_only(&pretrained.then(StageKind::Prune { pfq: self.pfq }))
+        self.activations_only(&self.pruned(pretrained))
     }
 
     /// "PfQ (w/o bias correction)" of Table 1: the same, but the constants of removed filters are lost.
@@ -136,22 +159,21 @@ impl Recipe {
     /// once.
     pub fn fine_tune_once(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let tuned = self.fine_tune(self.quantization, Purpose::Once)?;
-        Ok(pretrained.then(StageKind::Prune { pfq: self.pfq }).then(tuned))
+        Ok(self.pruned(pretrained).then(tuned))
     }
 
     /// Algorithm 1 of the paper (method section 3) on a pre-trained network: prune, fine-tune with
     /// quantized activations, prune again, fine-tune with quantized activations and weights.
     pub fn algorithm1(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let tuned = self.fine_tune(self.quantization, Purpose::Weights)?;
-        Ok(self.pfq(pretrained)?.then(StageKind::Prune { pfq: self.pfq }).then(tuned))
+        Ok(self.pruned(&self.pfq(pretrained)?).then(tuned))
     }
 
     /// "DFQ + fine-tune" of Table 3.
     pub fn dfq_with_fine_tune(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
-        // DFQ is defined on the folded network.
-        let quantization = Quantization { fold: Fold::Frozen, ..self.quantization };
+        let quantization = Quantization { fold: self.dfq.fold(), ..self.quantization };
         let tuned = self.fine_tune(quantization, Purpose::Dfq)?;
-        Ok(pretrained.then(StageKind::Equalize { dfq: self.dfq, quantization }).then(tuned))
+        Ok(self.dfq_alone(pretrained).then(tuned))
     }
 
     /// A method that learns, such as "PACT" and "DSQ" of Table 4: fine-tuning once with activations and weights

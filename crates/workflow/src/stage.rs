@@ -1,6 +1,6 @@
 use baselines::Dfq;
 use models::{Method, MobileNet, Quantization};
-use pfq::PfQ;
+use pfq::{Corrected, Criterion, PfQ};
 use std::sync::Arc;
 use train::Training;
 
@@ -96,8 +96,13 @@ impl Stage {
         match &self.kind {
             StageKind::Given { .. } => "as given".into(),
             StageKind::Pretrain { .. } => "pre-train".into(),
-            StageKind::Prune { pfq } if pfq.bias_correction => "PfQ".into(),
-            StageKind::Prune { .. } => "PfQ without bias correction".into(),
+            StageKind::Prune { pfq } => match (pfq.criterion, pfq.bias_correction, pfq.corrected) {
+                (Criterion::SmallestGamma, ..) => "pruning by γ".into(),
+                (Criterion::Random { seed }, ..) => format!("pruning by lot {seed}"),
+                (_, false, _) => "PfQ without bias correction".into(),
+                (_, true, Corrected::Beta) => "PfQ with correction of β".into(),
+                (_, true, Corrected::Mean) => "PfQ".into(),
+            },
             StageKind::FineTune { quantization: q, .. } => {
                 let method = match q.method {
                     Method::Uniform => String::new(),

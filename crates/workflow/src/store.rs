@@ -1,6 +1,8 @@
-use crate::outcome::{METRICS, NETWORK, OUTCOME};
+use crate::outcome::{METRICS, NETWORK, OUTCOME, RANGES};
+use crate::ranges::Ranges;
 use crate::{DataOrigin, Error, Outcome, Provenance, Result, Stage, StageKind, key};
-use candle_core::Device;
+use baselines::Calibration;
+use candle_core::{DType, Device};
 use datasets::Dataset;
 use models::{Extras, Network};
 use std::collections::BTreeMap;
@@ -9,7 +11,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use train::{Evaluation, Progress, TimeLimit, TrainingRun, evaluate, fit};
+use train::{Evaluation, Progress, TimeLimit, TrainingRun, calibrate, evaluate, fit};
 use whole_file::seal;
 
 /// A folder of finished and unfinished stages, one folder each.
@@ -287,6 +289,7 @@ impl Store {
                 TrainingRun { data, training, seed, folder, identity: &key, parent_network, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
+        let mut ranges = Ranges::default();
         let (network, metrics, report) = match &stage.kind {
             StageKind::Given { hash } => {
                 let expected = format!("{hash:032x}");
@@ -303,6 +306,7 @@ impl Store {
             StageKind::FineTune { quantization, training, seed } => {
                 let mut network = input(device, observe)?;
                 network.quantize(quantization)?;
+                ranges.add("start", &network)?;
                 let trained = train(network, parent_network.as_deref(), training, *seed, observe)?;
                 (trained.network, trained.metrics, None)
             }
@@ -314,7 +318,12 @@ impl Store {
             StageKind::Equalize { dfq, quantization } => {
                 let (network, report) =
                     dfq.apply(&input(&Device::Cpu, observe)?, quantization, image_range(data))?;
-                (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
+                let mut network = network.to_device(device)?;
+                ranges.add("start", &network)?;
+                if let Some(Calibration { batches, batch, momentum }) = dfq.calibration {
+                    calibrate(&mut network, data, DType::F32, (batches, batch), momentum)?;
+                }
+                (network, Vec::new(), Some(serde_json::to_value(report)))
             }
         };
         network.check_values()?;
@@ -326,6 +335,10 @@ impl Store {
             None => (evaluate(&network, data)?, started.elapsed().as_secs_f64()),
         };
         let mut files = network.save(&folder.join(NETWORK), &Extras::default())?;
+        ranges.add("end", &network)?;
+        if let Some(hash) = ranges.write(&folder.join(RANGES))? {
+            files.insert(RANGES.into(), hash);
+        }
         if !metrics.is_empty() {
             let path = folder.join(METRICS);
             let hash = seal::sha256_of_file(&path).map_err(|e| file_error(&path, e))?;
@@ -400,7 +413,7 @@ fn set_aside(
 }
 
 /// How the names of a finished stage's files begin.
-const FINISHED: [&str; 3] = ["outcome.", "network.", "metrics."];
+const FINISHED: [&str; 4] = ["outcome.", "network.", "metrics.", "ranges."];
 
 /// What the names of folders with damaged files begin with.
 pub(crate) const DAMAGED: &str = "damaged-";

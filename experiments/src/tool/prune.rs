@@ -36,7 +36,8 @@ impl Prune {
         }
         self.network.refuse_to_overwrite(&[&self.out])?;
         let (network, mut text) = self.network.open()?;
-        let method = PfQ { threshold: self.threshold, bias_correction: !self.no_bias_correction };
+        let method =
+            PfQ { threshold: self.threshold, bias_correction: !self.no_bias_correction, ..PfQ::default() };
         let (pruned, report) = method.apply(&network)?;
         let mut extras = Extras::default();
         extras.metadata.insert("pfq".into(), serde_json::to_string(&report)?);

@@ -3,7 +3,7 @@ use super::network::NetworkFile;
 use super::text::table;
 use crate::flags::parse_bits;
 use anyhow::{Context, Result, bail};
-use baselines::{Dfq, DfqReport};
+use baselines::{Cap, Dfq, DfqReport};
 use candle_core::Tensor;
 use clap::Args;
 use datasets::{Augmentation, Dataset};
@@ -107,7 +107,8 @@ impl Quantize {
             weight_grid: if self.per_channel { WeightGrid::Channel } else { WeightGrid::Tensor },
             ..Quantization::default()
         };
-        let (mut quantized, report) = Dfq::default().apply(&network, &quantization, image_range)?;
+        let dfq = Dfq { cap: Cap::PerChannel, ..Dfq::default() };
+        let (mut quantized, report) = dfq.apply(&network, &quantization, image_range)?;
         let seen = data.map(|data| ranges_of_images(&mut quantized, &*data)).transpose()?;
         let mut extras = Extras::default();
         extras.metadata.insert("dfq".into(), serde_json::to_string(&report)?);

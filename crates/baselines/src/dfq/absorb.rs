@@ -1,16 +1,16 @@
 //! Step 4: absorption of high biases (Nagel et al., section 4.1, "Absorbing high biases").
 
-use super::folded::Folded;
+use super::draft::Draft;
 use crate::Result;
 use candle_core::Tensor;
 use kernels::Activation;
 use models::Kernel;
 
-impl Folded {
+impl Draft {
     /// Moves `c = max(0, β − n·γ)` of every channel behind a ReLU into the bias of the pointwise unit
     /// that reads it: `b¹ ← b¹ − c`, `b² ← b² + W²c`. As `φ(y − c) = φ(y) − c` wherever `y ≥ c`, which
     /// holds for all but the lowest tail of `N(β, γ²)` (0.13 % at n = 3), outputs stay nearly the
-    /// same, while the activation's range shrinks by c. Gives the number of channels for each node.
+    /// same, while the activation's range, and its cap, shrink by c. Gives the number of channels for each node.
     pub(crate) fn absorb(&mut self, sigmas: f64) -> Result<Vec<usize>> {
         let mut counts = vec![0; self.channels.len()];
         for [maker, reader] in self.pairs() {
@@ -20,15 +20,18 @@ impl Folded {
             }
             let mut amounts = Vec::with_capacity(self.channels[maker].len());
             for channel in &mut self.channels[maker] {
-                let amount = (channel.mean - sigmas * channel.deviation).max(0.0);
+                // Of what is above the cap nothing arrives.
+                let amount = (channel.mean - sigmas * channel.deviation).max(0.0).min(channel.cap);
                 channel.mean -= amount;
+                channel.cap -= amount;
                 amounts.push(amount as f32);
             }
             counts[maker] = amounts.iter().filter(|&&amount| amount > 0.0).count();
             let amounts = Tensor::new(amounts, self.network.device())?;
             let gained = kernel.response(&self.unit(reader).weight, &amounts)?;
-            self.add_to_bias(maker, &amounts.neg()?)?;
-            self.add_to_bias(reader, &gained)?;
+            self.set_caps(maker)?;
+            self.add_to_output(maker, &amounts.neg()?)?;
+            self.add_to_convolution(reader, &gained)?;
         }
         Ok(counts)
     }
@@ -36,7 +39,7 @@ impl Folded {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{chain, gaussian_images, relative_difference};
+    use super::super::testing::{FROZEN, chain, gaussian_images, relative_difference};
     use super::*;
     use Activation::{Identity, Relu, Relu6};
     use Kernel::{Depthwise, Pointwise};
@@ -59,7 +62,7 @@ mod tests {
     fn outputs_stay_and_the_range_shrinks() {
         let network = network(Relu);
         let images = gaussian_images(4, &network).clamp(-1f32, 1f32).unwrap();
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         // Not the first unit, which a depthwise one reads, nor the last.
         assert_eq!(folded.absorb(3.0).unwrap(), [0, 0, 2, 0, 0, 0]);
         let means: Vec<f64> = folded.channels[2].iter().map(|c| c.mean).collect();
@@ -81,10 +84,27 @@ mod tests {
         assert!(relative_difference(&before, &after) < 1e-4);
     }
 
+    /// A cap sinks with what is absorbed, which is no more than the cap: outputs stay also where values are cut off.
+    #[test]
+    fn caps_sink() {
+        let mut draft = Draft::new(&network(Relu), FROZEN).unwrap();
+        // The second unit gives 50 ± 1 and 40 ± 2, of which 3 deviations below are 47 and 34.
+        for (channel, cap) in draft.channels[2].iter_mut().zip([48.5, 30.0]) {
+            channel.cap = cap;
+        }
+        draft.set_caps(2).unwrap();
+        let images = gaussian_images(4, &draft.network).clamp(-1f32, 1f32).unwrap();
+        let before = draft.network.forward(&images).unwrap();
+        draft.absorb(3.0).unwrap();
+        let caps = draft.unit(2).cap.as_ref().unwrap().to_vec1::<f32>().unwrap();
+        assert!((caps[0] - 1.5).abs() < 1e-4 && caps[1] == 0.0, "{caps:?}");
+        assert!(relative_difference(&before, &draft.network.forward(&images).unwrap()) < 1e-4);
+    }
+
     #[test]
     fn only_behind_relu() {
         for activation in [Identity, Relu6] {
-            assert_eq!(Folded::new(&network(activation)).unwrap().absorb(3.0).unwrap(), [0; 6]);
+            assert_eq!(Draft::new(&network(activation), FROZEN).unwrap().absorb(3.0).unwrap(), [0; 6]);
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Step 6: analytic bias correction (Nagel et al., section 4.2, appendices B and C).
 
-use super::folded::Folded;
+use super::draft::Draft;
 use crate::Result;
 use candle_core::Tensor;
 
-impl Folded {
+impl Draft {
     /// Takes the mean error that quantized weights `W̃` make out of every bias:
     /// `b ← b − (W̃ − W)·E[x]`. `E[x]` is the mean of the layer's input, from the statistics of the
-    /// float network (what is corrected has its mean again): see [`Folded::outputs`]. Gives the mean |change| for each
+    /// float network (what is corrected has its mean again): see [`Draft::outputs`]. Gives the mean |change| for each
     /// unit, the classifier included; it is 0 where the weights are not quantized.
     pub(crate) fn correct_bias(&mut self) -> Result<Vec<f64>> {
         let outputs = self.outputs();
@@ -19,7 +19,7 @@ impl Folded {
             let quantizer = unit.weight_quantizer.as_ref();
             let quantized = quantizer.map_or(Ok(unit.weight.clone()), |q| q.apply(&unit.weight))?;
             let change = unit.kernel.response(&(&unit.weight - quantized)?, &Tensor::new(input, &device)?)?;
-            self.add_to_bias(i, &change)?;
+            self.add_to_convolution(i, &change)?;
             changes.push(mean_abs(&change)?);
         }
         Ok(changes)
@@ -32,8 +32,8 @@ fn mean_abs(tensor: &Tensor) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::folded::bias_mut;
-    use super::super::testing::{chain, channel_means, gaussian_images, mobilenet, quantization};
+    use super::super::draft::bias_mut;
+    use super::super::testing::{FROZEN, chain, channel_means, gaussian_images, mobilenet, quantization};
     use super::*;
     use kernels::Activation::{self, Identity, Relu};
     use models::{Kernel, Network, Quantization, Version, WeightGrid};
@@ -52,7 +52,7 @@ mod tests {
             .norm(0, &[[0.0, 2.0, 0.0, 1.0], [0.0, -5.0, 0.0, 1.0]])
             .network;
         network.epsilon = 0.0;
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         folded.network.quantize(&weights_only(2)).unwrap();
         let changes = folded.correct_bias().unwrap();
         // Levels 0, 1, 2, 3. The inputs are 2 and 0: only 1.1 → 1 counts, 0.1 · 2 too low.
@@ -70,7 +70,7 @@ mod tests {
         let units = chain(1, &UNITS, &[&[1.0, 1.0], &[1.1, 0.4, 3.0, 0.9]]);
         let mut network = units.norm(0, &[[0.0, 2.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]).network;
         network.epsilon = 0.0;
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         let settings = Quantization { weight_grid: WeightGrid::Channel, ..weights_only(2) };
         folded.network.quantize(&settings).unwrap();
         folded.correct_bias().unwrap();
@@ -81,7 +81,7 @@ mod tests {
     #[test]
     fn expected_input_is_the_clipped_mean() {
         // A standard normal input after ReLU has mean 1/√(2π); 1.4 → 1.
-        let mut folded = Folded::new(&chain(1, &UNITS, &[&[1.0], &[1.4, 3.0]]).network).unwrap();
+        let mut folded = Draft::new(&chain(1, &UNITS, &[&[1.0], &[1.4, 3.0]]).network, FROZEN).unwrap();
         folded.network.quantize(&weights_only(2)).unwrap();
         folded.correct_bias().unwrap();
         let bias = bias_mut(folded.unit_mut(2)).to_vec1::<f32>().unwrap();
@@ -89,7 +89,7 @@ mod tests {
     }
 
     /// Mean over all channels of the error of their means before the activation, in deviations.
-    fn error(folded: &Folded, reference: &Network, images: &Tensor) -> f64 {
+    fn error(folded: &Draft, reference: &Network, images: &Tensor) -> f64 {
         let (want, got) = (channel_means(reference, images), channel_means(&folded.network, images));
         let mut errors = Vec::new();
         for ((want, got), channels) in want.iter().zip(&got).zip(&folded.channels) {
@@ -105,7 +105,7 @@ mod tests {
     fn check(version: Version) {
         let network = mobilenet(version, Relu);
         let images = gaussian_images(16, &network);
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         folded.equalize(1e-2, 100).unwrap();
         let reference = folded.network.duplicate().unwrap();
         folded.network.quantize(&weights_only(4)).unwrap();

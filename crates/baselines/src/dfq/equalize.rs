@@ -1,18 +1,18 @@
 //! Step 3: cross-layer equalization of weight ranges (Nagel et al., section 4.1, appendix A).
 
-use super::folded::{Folded, bias_mut};
+use super::draft::Draft;
 use crate::Result;
 use candle_core::Tensor;
 
-impl Folded {
+impl Draft {
     /// Scales every channel between the two units of a pair by
     /// `s_i = √(r¹_i·r²_i) / r²_i`, where `r¹_i` is the largest |weight| that makes the channel and
     /// `r²_i` the largest that reads it: `W¹ ← W¹/s`, `b¹ ← b¹/s`, `W² ← s·W²`, after which both
-    /// ranges are `√(r¹_i·r²_i)`. Sweeps over all [pairs](Folded::pairs), as one moves the ranges of
+    /// ranges are `√(r¹_i·r²_i)`. Sweeps over all [pairs](Draft::pairs), as one moves the ranges of
     /// its neighbours, until no scale differs from 1 by more than `tolerance` or `max_sweeps` are
-    /// done. Gives the number of sweeps and the [imbalance](Folded::imbalance) that is left.
+    /// done. Gives the number of sweeps and the [imbalance](Draft::imbalance) that is left.
     ///
-    /// With activations that are positively homogeneous (ReLU, identity) outputs do not change.
+    /// With activations that are positively homogeneous (ReLU, identity) outputs do not change; a cap becomes `cap/s`.
     pub(crate) fn equalize(&mut self, tolerance: f64, max_sweeps: usize) -> Result<(usize, f64)> {
         let mut sweeps = 0;
         loop {
@@ -65,13 +65,12 @@ impl Folded {
         for (channel, s) in self.channels[maker].iter_mut().zip(scales) {
             channel.mean /= s;
             channel.deviation /= s;
+            channel.cap /= s;
         }
+        self.set_caps(maker)?;
         let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
         let scales = Tensor::new(scales, self.network.device())?;
-        let maker = self.unit_mut(maker);
-        maker.weight = maker.weight.broadcast_div(&scales)?;
-        let bias = bias_mut(maker);
-        *bias = (&*bias / &scales)?;
+        self.divide(maker, &scales)?;
         let reader = self.unit_mut(reader);
         reader.weight = reader.kernel.scale_inputs(&reader.weight, &scales)?;
         Ok(())
@@ -80,7 +79,8 @@ impl Folded {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{chain, gaussian_images, mobilenet, relative_difference, unbalance};
+    use super::super::draft::bias_mut;
+    use super::super::testing::{FROZEN, chain, gaussian_images, mobilenet, relative_difference, unbalance};
     use super::*;
     use kernels::Activation::{Identity, Relu};
     use models::{Kernel, Version};
@@ -91,7 +91,7 @@ mod tests {
     fn check(version: Version) {
         let network = mobilenet(version, Relu);
         let images = gaussian_images(4, &network);
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         let before = folded.imbalance().unwrap();
         let (sweeps, remaining) = folded.equalize(TOLERANCE, 1000).unwrap();
         assert!(before > 1.0 && remaining <= TOLERANCE && sweeps > 1, "{before}, {remaining}, {sweeps}");
@@ -128,7 +128,7 @@ mod tests {
         )
         .norm(0, &[[1.0, 0.5, 0.0, 1.0], [1.0, -2.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]])
         .network;
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         assert_eq!(folded.equalize(1e-3, 10).unwrap().0, 1);
         let weight = |i: usize| folded.unit(i).weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let close = |got: Vec<f32>, want: &[f32]| {
@@ -149,7 +149,7 @@ mod tests {
             chain(1, &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)], &[&[1e-12], &[1.0]])
                 .norm(0, &[[1.0, 0.5, 0.0, 1e-20]])
                 .network;
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         assert_eq!(folded.equalize(1e-3, 10).unwrap(), (0, 0.0));
         assert_eq!(folded.channels[1][0].mean, 0.5);
     }
@@ -161,7 +161,7 @@ mod tests {
         let first = 5;
         unbalance(&mut network, [first, first + 1], |channel| if channel % 8 == 3 { 1000.0 } else { 1.0 });
         let spread = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         let before = spread(&folded.unit(first).weight);
         folded.equalize(TOLERANCE, 1000).unwrap();
         let after = spread(&folded.unit(first).weight);

@@ -1,12 +1,13 @@
 //! Step 5: activation ranges from batch normalization (Nagel et al., section 5).
 
-use super::folded::{Folded, summed};
+use super::draft::{Draft, summed};
+use super::normal::Moments;
 use crate::Result;
 use models::{Node, Quantizer};
 use quant_core::{Error, Grid};
 
-impl Folded {
-    /// Sets the range of every activation quantizer: `β ± n·γ` over the unit's channels, cut to the activation's bounds;
+impl Draft {
+    /// Sets the range of every activation quantizer: `β ± n·γ` over the unit's channels, cut to the activation's bounds and the caps;
     /// the same of a sum; for the pooled features the range of what is pooled; `image` for the image. All but `image` are
     /// widened to hold zero.
     ///
@@ -25,8 +26,8 @@ impl Folded {
         let outputs = self.outputs();
         let mut ranges: Vec<(f32, f32)> = Vec::with_capacity(outputs.len());
         for (node, channels) in self.network.nodes.iter().zip(&self.channels) {
-            // Mean and deviation before the activation.
-            let spreads: Vec<(f64, f64)> = match node {
+            // Mean and deviation before the activation, and the cap.
+            let spreads: Vec<(f64, f64, f64)> = match node {
                 Node::Image(_) => {
                     ranges.push(image);
                     continue;
@@ -35,16 +36,19 @@ impl Folded {
                     ranges.push(ranges[pool.input]);
                     continue;
                 }
-                Node::Unit(_) => channels.iter().map(|c| (c.mean, c.deviation)).collect(),
-                Node::Sum(sum) => summed(sum, &outputs).map(|sum| (sum.mean, sum.variance.sqrt())).collect(),
+                Node::Unit(_) => channels.iter().map(|c| (c.mean, c.deviation, c.cap)).collect(),
+                Node::Sum(sum) => {
+                    let spread = |sum: Moments| (sum.mean, sum.variance.sqrt(), f64::INFINITY);
+                    summed(sum, &outputs).map(spread).collect()
+                }
             };
             let (mut low, mut high) = (0f32, 0f32);
-            for (mean, deviation) in spreads {
+            for (mean, deviation, cap) in spreads {
                 let (lo, hi) = ((mean - sigmas * deviation) as f32, (mean + sigmas * deviation) as f32);
                 if !(lo.is_finite() && hi.is_finite()) {
                     return Err(Error::Range { lo, hi }.into());
                 }
-                (low, high) = (low.min(lo), high.max(hi));
+                (low, high) = (low.min(lo), high.max(hi.min(cap as f32)));
             }
             ranges.push((node.activation().apply(low), node.activation().apply(high)));
         }
@@ -62,13 +66,13 @@ fn set(quantizer: &mut Option<Quantizer>, (lo, hi): (f32, f32)) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{chain, insert_sum, quantization};
+    use super::super::testing::{FROZEN, chain, insert_sum, quantization};
     use super::*;
     use kernels::Activation::{Identity, Relu, Relu6};
     use models::Kernel::Pointwise;
 
     /// Image → ReLU → identity → identity + the first unit's output → ReLU6 → ReLU, in one channel.
-    fn folded() -> Folded {
+    fn folded() -> Draft {
         let units = [Relu, Identity, Identity, Relu6, Relu].map(|activation| (Pointwise, activation));
         let mut network = chain(1, &units, &[&[1.0f32] as &[f32]; 5])
             .norm(0, &[[1.0, 20.0, 0.0, 1.0]])
@@ -78,7 +82,7 @@ mod tests {
             .norm(4, &[[0.5, -4.0, 0.0, 1.0]])
             .network;
         insert_sum(&mut network, 1, 3);
-        let mut folded = Folded::new(&network).unwrap();
+        let mut folded = Draft::new(&network, FROZEN).unwrap();
         folded.network.quantize(&quantization(8)).unwrap();
         folded
     }
@@ -107,6 +111,19 @@ mod tests {
         check(6, 0.0, 0.0);
         // The pooled features.
         check(7, 0.0, 0.0);
+    }
+
+    #[test]
+    fn ranges_end_at_the_caps() {
+        let mut draft = folded();
+        draft.channels[1][0].cap = 7.5;
+        draft.set_caps(1).unwrap();
+        draft.set_ranges(6.0, (-2.0, 3.0)).unwrap();
+        let range = draft.network.nodes[1].quantizer().and_then(Quantizer::range).unwrap();
+        assert_eq!(range.to_vec1::<f32>().unwrap(), [0.0, 7.5]);
+        // What is cut off has the mean 7.5 and no variance to speak of.
+        let output = draft.outputs()[1][0];
+        assert!((output.mean - 7.5).abs() < 1e-6 && output.variance < 1e-6, "{output:?}");
     }
 
     #[test]

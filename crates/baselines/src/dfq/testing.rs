@@ -1,5 +1,6 @@
 //! Networks and data for the tests.
 
+use super::Normalization;
 use candle_core::{Device, Tensor};
 use kernels::Activation;
 use models::{
@@ -9,6 +10,8 @@ use models::{
 use quant_core::{Bits, Precision};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+pub(crate) const FROZEN: Normalization = Normalization::Frozen;
 
 /// Everything at `bits` bits.
 pub(crate) fn quantization(bits: u32) -> Quantization {

@@ -1,14 +1,16 @@
 //! The network that all steps work on, and what is known of its channels.
 
 use super::normal::{Moments, clipped};
+use super::{Cap, Normalization};
 use crate::{Error, Result};
 use candle_core::Tensor;
-use kernels::Activation;
-use models::{Network, Node, Norm, Sum, Unit};
+use kernels::{Activation, norm};
+use models::{BatchNorm, Network, Node, Norm, Sum, Unit};
 
-/// A network whose batch normalization has been folded, with the statistics of every unit's channels
-/// before their activation, which DFQ uses in place of data; of every node, none for what is no unit and for the classifier.
-pub(crate) struct Folded {
+/// A network whose weights are those that will be quantized (batch normalization has been folded into them if it is to be
+/// frozen), with the statistics of every unit's channels before their activation, which DFQ uses in place of data; of every
+/// node, none for what is no unit and for the classifier.
+pub(crate) struct Draft {
     pub(crate) network: Network,
     pub(crate) channels: Vec<Vec<Channel>>,
 }
@@ -23,19 +25,21 @@ pub(crate) struct Channel {
     pub(crate) deviation: f64,
     /// Whether `V < ε`: the filter gives nearly a constant.
     pub(crate) constant: bool,
+    /// What the activation's output is at most, beside the activation's own bound; infinite without a cap.
+    pub(crate) cap: f64,
 }
 
 impl Channel {
     /// Mean and variance after the activation.
     pub(crate) fn after(&self, activation: Activation) -> Moments {
         let (lo, hi) = activation.bounds();
-        clipped(self.mean, self.deviation, (lo.into(), hi.into()))
+        clipped(self.mean, self.deviation, (lo.into(), f64::from(hi).min(self.cap)))
     }
 }
 
-impl Folded {
-    /// Step 1: folds batch normalization and keeps its statistics.
-    pub(crate) fn new(network: &Network) -> Result<Self> {
+impl Draft {
+    /// Step 1: folds batch normalization, unless it stays live, and keeps its statistics.
+    pub(crate) fn new(network: &Network, normalization: Normalization) -> Result<Self> {
         let mut channels = Vec::with_capacity(network.nodes.len());
         for (i, node) in network.nodes.iter().enumerate() {
             let Some(unit) = node.unit().filter(|_| i != network.last()) else {
@@ -53,18 +57,33 @@ impl Folded {
                     mean: beta.into(),
                     deviation: f64::from(gamma.abs()) * (variance / (variance + network.epsilon)).sqrt(),
                     constant: variance < network.epsilon,
+                    cap: f64::INFINITY,
                 }
             };
             channels.push(gamma?.into_iter().zip(beta?).zip(variance?).map(of_channel).collect());
         }
         let mut network = network.duplicate()?;
-        network.fold()?;
+        if normalization == Normalization::Frozen {
+            network.fold()?;
+        }
         Ok(Self { network, channels })
     }
 
-    /// Step 2: ReLU for ReLU6, as equalization needs `φ(s·x) = s·φ(x)` (Nagel et al., section 4.1), and
-    /// absorption `φ(y − c) = φ(y) − c` above c. Where a value exceeds 6 this changes the outputs.
-    pub(crate) fn replace_relu6(&mut self) {
+    /// Step 2: what stands for ReLU6, as equalization needs `φ(s·x) = s·φ(x)` (Nagel et al., section 4.1), and absorption
+    /// `φ(y − c) = φ(y) − c` above c. [`Cap::None`] is ReLU everywhere, which changes the outputs where a value exceeds 6;
+    /// [`Cap::PerChannel`] is ReLU with caps of 6 in units that may be scaled.
+    pub(crate) fn free_relu6(&mut self, cap: Cap) -> Result<()> {
+        if cap == Cap::PerChannel {
+            for [maker, _] in self.pairs() {
+                let unit = self.unit_mut(maker);
+                if unit.activation == Activation::Relu6 {
+                    unit.activation = Activation::Relu;
+                    self.channels[maker].iter_mut().for_each(|channel| channel.cap = 6.0);
+                    self.set_caps(maker)?;
+                }
+            }
+            return Ok(());
+        }
         for node in &mut self.network.nodes {
             if let Node::Unit(Unit { activation, .. }) | Node::Sum(Sum { activation, .. }) = node
                 && *activation == Activation::Relu6
@@ -72,6 +91,18 @@ impl Folded {
                 *activation = Activation::Relu;
             }
         }
+        Ok(())
+    }
+
+    /// Gives a unit the caps of its channels, if they have any.
+    pub(crate) fn set_caps(&mut self, node: usize) -> Result<()> {
+        let caps = self.channels[node].iter().map(|channel| channel.cap as f32);
+        let caps: Vec<f32> = caps.filter(|cap| cap.is_finite()).collect();
+        if !caps.is_empty() {
+            let caps = Tensor::new(caps, self.network.device())?;
+            self.unit_mut(node).cap = Some(caps);
+        }
+        Ok(())
     }
 
     /// The pairs of nodes of which the second is all that reads the first, both being units: the tensor between them is
@@ -92,7 +123,7 @@ impl Folded {
         self.network.nodes[node].unit().expect("pairs are of units")
     }
 
-    /// [`Folded::unit`], to be changed.
+    /// [`Draft::unit`], to be changed.
     pub(crate) fn unit_mut(&mut self, node: usize) -> &mut Unit {
         self.network.nodes[node].unit_mut().expect("pairs are of units")
     }
@@ -123,10 +154,39 @@ impl Folded {
         outputs
     }
 
-    /// Adds `change` `[C]` to a unit's bias.
-    pub(crate) fn add_to_bias(&mut self, unit: usize, change: &Tensor) -> Result<()> {
-        let bias = bias_mut(self.unit_mut(unit));
-        *bias = (&*bias + change)?;
+    /// Divides a unit's weights, and what it gives before the activation, by `scales` `[C]`. Live normalization has the
+    /// mean `μ/s` and the variance `V/s²` then, so its γ becomes `γ·√((V/s² + ε)/(V + ε))` and its β `β/s`.
+    pub(crate) fn divide(&mut self, unit: usize, scales: &Tensor) -> Result<()> {
+        let epsilon = self.network.epsilon;
+        let unit = self.unit_mut(unit);
+        unit.weight = unit.weight.broadcast_div(scales)?;
+        match &mut unit.norm {
+            Norm::Bias(bias) => *bias = (&*bias / scales)?,
+            Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
+                let before = norm::inv_std(variance, epsilon)?;
+                *variance = (&*variance / scales.sqr()?)?;
+                *gamma = ((&*gamma * before)? / norm::inv_std(variance, epsilon)?)?;
+                *beta = (&*beta / scales)?;
+                *mean = (&*mean / scales)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds `change` `[C]` to what a unit gives before its activation.
+    pub(crate) fn add_to_output(&mut self, unit: usize, change: &Tensor) -> Result<()> {
+        let (Norm::Bias(shift) | Norm::Batch(BatchNorm { beta: shift, .. })) = &mut self.unit_mut(unit).norm;
+        *shift = (&*shift + change)?;
+        Ok(())
+    }
+
+    /// Adds `change` `[C]` to what a unit's convolution gives. Live normalization takes it out of the running mean, as
+    /// training, which normalizes by the mean of the batch, does without it.
+    pub(crate) fn add_to_convolution(&mut self, unit: usize, change: &Tensor) -> Result<()> {
+        match &mut self.unit_mut(unit).norm {
+            Norm::Bias(bias) => *bias = (&*bias + change)?,
+            Norm::Batch(BatchNorm { mean, .. }) => *mean = (&*mean - change)?,
+        }
         Ok(())
     }
 }
@@ -138,6 +198,7 @@ pub(crate) fn summed<'a>(sum: &Sum, outputs: &'a [Vec<Moments>]) -> impl Iterato
 }
 
 /// The bias of a unit of a folded network.
+#[cfg(test)]
 pub(crate) fn bias_mut(unit: &mut Unit) -> &mut Tensor {
     match &mut unit.norm {
         Norm::Bias(bias) => bias,
@@ -147,7 +208,7 @@ pub(crate) fn bias_mut(unit: &mut Unit) -> &mut Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{chain, gaussian_images, insert_sum, mobilenet, relative_difference};
+    use super::super::testing::{FROZEN, chain, gaussian_images, insert_sum, mobilenet, relative_difference};
     use super::*;
     use models::{Kernel, Version};
 
@@ -155,7 +216,7 @@ mod tests {
     fn folding_keeps_outputs_and_statistics() {
         let network = mobilenet(Version::V2, Activation::Relu6);
         let images = gaussian_images(4, &network);
-        let folded = Folded::new(&network).unwrap();
+        let folded = Draft::new(&network, FROZEN).unwrap();
         let (before, after) = (network.forward(&images).unwrap(), folded.network.forward(&images).unwrap());
         assert!(relative_difference(&before, &after) < 1e-4);
     }
@@ -165,7 +226,7 @@ mod tests {
         let network = chain(1, &[(Kernel::Pointwise, Activation::Relu)], &[&[1.0, 1.0, 1.0]])
             .norm(0, &[[2.0, -1.0, 0.0, 1.0], [-2.0, 0.5, 0.0, 3e-5], [0.0, 1.0, 0.0, 1e-9]])
             .network;
-        let folded = Folded::new(&network).unwrap();
+        let folded = Draft::new(&network, FROZEN).unwrap();
         let expect = [(-1.0, 2.0, false), (0.5, 2.0 * 0.75f64.sqrt(), false), (1.0, 0.0, true)];
         for (channel, (mean, deviation, constant)) in folded.channels[1].iter().zip(expect) {
             assert_eq!((channel.mean, channel.constant), (mean, constant));
@@ -175,7 +236,7 @@ mod tests {
 
     #[test]
     fn pairs_leave_out_both_ends_of_residuals() {
-        let folded = Folded::new(&mobilenet(Version::V2, Activation::Relu6)).unwrap();
+        let folded = Draft::new(&mobilenet(Version::V2, Activation::Relu6), FROZEN).unwrap();
         let pairs = folded.pairs();
         let nodes = &folded.network.nodes;
         for (i, node) in nodes.iter().enumerate() {
@@ -203,13 +264,13 @@ mod tests {
         .norm(2, &[[4.0, -2.0, 0.0, 1.0]])
         .network;
         insert_sum(&mut network, 1, 3);
-        let outputs = Folded::new(&network).unwrap().outputs();
+        let outputs = Draft::new(&network, FROZEN).unwrap().outputs();
         let sum = outputs[4][0];
         assert!((sum.mean - (-1.0)).abs() < 1e-4 && (sum.variance - 25.0).abs() < 1e-2, "{sum:?}");
         // An activation after it clips the sum.
         let Node::Sum(node) = &mut network.nodes[4] else { panic!("the sum") };
         node.activation = Relu;
-        let folded = Folded::new(&network).unwrap();
+        let folded = Draft::new(&network, FROZEN).unwrap();
         let clipped = clipped(sum.mean, sum.variance.sqrt(), (0.0, f64::INFINITY));
         assert_eq!(folded.outputs()[4][0], clipped);
         assert!(clipped.mean > 0.0, "{clipped:?}");

@@ -1,0 +1,113 @@
+//! Upper bounds of channels: `y[…,c] = min(x[…,c], cap[c])`, behind an activation.
+//!
+//! Equalization by a factor `s` of each channel turns ReLU6 into `min(max(x, 0), 6/s)` ([`crate::Activation`] has one
+//! bound for all channels). `∂x = ∂y·[y < cap]`: 0 at the kink, as for the activations. The caps are not learned.
+//!
+//! A pass of its own over the map, and on a GPU Candle's operations: it is a baseline's, and nothing else waits for it.
+
+use crate::check::Check;
+use crate::cpu::{self, open, simd};
+use crate::work::{CHUNK, fill};
+use crate::{Result, profiler};
+use candle_core::Tensor;
+
+/// `min(x, cap)`, with `x[…, C]` and `cap[C]`.
+///
+/// # Errors
+/// Wrong shapes and dtypes.
+pub fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
+    let check = Check("cap::forward");
+    let (_, c) = check.rows("x", x)?;
+    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
+    let (x, cap) = (check.map_float("x", x)?, check.dims("cap", cap, &[c])?);
+    if crate::gpu::runs(x.device()) {
+        return Ok(x.broadcast_minimum(&cap.to_dtype(x.dtype())?)?);
+    }
+    let (opened, cap) = (open(&x), cpu::values(&cap)?);
+    let x = opened.floats()?;
+    cpu::tensor(fill(x.len(), whole_rows(c), |part, y| lower(&x[part], &cap, y)), opened.dims())
+}
+
+/// The gradient of the input of [`forward`] from that of its output `y`, both `[…, C]`.
+///
+/// # Errors
+/// Wrong shapes and dtypes.
+pub fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
+    let check = Check("cap::backward");
+    let (_, c) = check.rows("y", y)?;
+    let _note = profiler::note(check.0, 0, 12 * y.elem_count());
+    let (y, cap) = (check.map_float("y", y)?, check.dims("cap", cap, &[c])?);
+    let gy = check.map_of("gy", gy, &y)?;
+    if crate::gpu::runs(y.device()) {
+        let below = y.broadcast_lt(&cap.to_dtype(y.dtype())?)?;
+        return Ok(below.where_cond(&gy, &gy.zeros_like()?)?);
+    }
+    let (opened, gy, cap) = (open(&y), open(&gy), cpu::values(&cap)?);
+    let (y, gy) = (opened.floats()?, gy.floats()?);
+    let gate = |part: std::ops::Range<usize>, gx: &mut [f32]| pass(&y[part.clone()], &gy[part], &cap, gx);
+    cpu::tensor(fill(y.len(), whole_rows(c), gate), opened.dims())
+}
+
+/// The elements of a chunk that ends with a row of `c` channels.
+fn whole_rows(c: usize) -> usize {
+    (CHUNK / c).max(1) * c
+}
+
+simd! {
+    fn lower(x: &[f32], cap: &[f32], y: &mut [f32]) {
+        for (y, x) in y.chunks_mut(cap.len()).zip(x.chunks(cap.len())) {
+            for ((y, x), cap) in y.iter_mut().zip(x).zip(cap) {
+                // NaN stays NaN.
+                *y = if *x > *cap { *cap } else { *x };
+            }
+        }
+    }
+}
+
+simd! {
+    fn pass(y: &[f32], gy: &[f32], cap: &[f32], gx: &mut [f32]) {
+        let c = cap.len();
+        for ((gx, y), gy) in gx.chunks_mut(c).zip(y.chunks(c)).zip(gy.chunks(c)) {
+            for (((gx, y), gy), cap) in gx.iter_mut().zip(y).zip(gy).zip(cap) {
+                *gx = if *y < *cap { *gy } else { 0.0 };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn hand_worked() {
+        let x = tensor(&[1.0, -3.0, 2.0, 5.0, 4.0, 0.5]).reshape((3, 2)).unwrap();
+        let gy = tensor(&[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]).reshape((3, 2)).unwrap();
+        let cap = tensor(&[2.0, 0.5]);
+        let y = forward(&x, &cap).unwrap();
+        assert_eq!(elements(&y), [1.0, -3.0, 2.0, 0.5, 2.0, 0.5]);
+        assert_eq!(elements(&backward(&y, &gy, &cap).unwrap()), [1.0, 2.0, 0.0, 0.0, 0.0, 0.0]);
+    }
+
+    /// Against Candle's operations, over several chunks and channels that are no whole vectors.
+    #[test]
+    fn agrees_with_candle() {
+        for dims in LARGE {
+            let (x, gy, cap) = (random(1, &dims), random(2, &dims), random(3, &dims[3..]));
+            let y = forward(&x, &cap).unwrap();
+            assert_eq!(elements(&y), elements(&x.broadcast_minimum(&cap).unwrap()));
+            let below = x.broadcast_lt(&cap).unwrap().to_dtype(candle_core::DType::F32).unwrap();
+            let expected = (below * &gy).unwrap();
+            assert_eq!(elements(&backward(&y, &gy, &cap).unwrap()), elements(&expected));
+        }
+    }
+
+    #[test]
+    fn wrong_shapes_are_errors() {
+        let (x, cap) = (random(1, &[2, 3]), random(2, &[2]));
+        for error in [forward(&x, &cap), backward(&x, &x, &cap)] {
+            assert!(error.unwrap_err().to_string().contains("cap has shape [2], expected [3]"));
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! The paper's premise without any training: what pruning changes of the dynamic range of folded weights, of the
+//! signal-to-noise ratio of their quantization, and of the ranges of activations, layer by layer.
+//!
+//! The networks are the pre-trained ones that the tables begin with, so they come from the same store.
+
+use crate::figure3::{IMAGES, subjects};
+use crate::flags::Flags;
+use crate::output;
+use crate::session::{self, Done, Session};
+use crate::table::PROFILE;
+use anyhow::{Context as _, Result};
+use candle_core::{Device, Tensor};
+use clap::{CommandFactory, FromArgMatches};
+use kernels::quantize;
+use models::{MobileNet, Network, Unit};
+use pfq::PfQ;
+use quant_core::Bits;
+use report::histogram::{Caption, write_rows};
+use report::premise::{FilterRow, PremiseRow, plot, plot_filters};
+use std::path::Path;
+use std::sync::Arc;
+use workflow::{Outcome, Stage};
+
+/// Runs the binary: parses the flags, pre-trains what is missing, writes the pictures.
+pub fn main() -> Result<()> {
+    let about = "Measures what pruning changes of pre-trained networks, which are trained if they are not in the store: the \
+                 dynamic range of folded weights, the signal-to-noise ratio of their quantization to 4 and 3 bits, and the \
+                 ranges of activations";
+    let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
+    session::main(|| {
+        let models = subjects(&flags)?;
+        let mut session = Session::open(&flags, false)?;
+        let subjects = models.into_iter().map(|model| {
+            let config = session.profile.network(model, session.data.classes())?;
+            Ok((config, session.pretraining(model, session.seeds[0])?))
+        });
+        let subjects = subjects.collect::<Result<Vec<(MobileNet, Arc<Stage>)>>>()?;
+        let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
+        if let Some(done) = session.part(&ends, "premise", &flags)? {
+            return Ok(done);
+        }
+        session.claim("premise")?;
+        let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
+        let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
+        let mut found = Vec::new();
+        let threshold = session.profile.pfq.threshold;
+        for (config, stage) in subjects {
+            let Some(outcome) = session.run(&stage)? else { return Ok(Done::InTime) };
+            let network = session.network(&stage)?.to_device(&Device::Cpu)?;
+            let rows = measure(&network, &pfq, &batch.images.to_device(&Device::Cpu)?)?;
+            found.push((config, outcome, rows, filters(&network, threshold)?));
+        }
+        let folder = session.folder("premise");
+        let text = write(&found, &session, &folder)?;
+        output::print(&format!("{text}\nWritten to {}.", folder.display()));
+        Ok(Done::All)
+    })
+}
+
+/// The layers of a pre-trained network before and after pruning by `pfq`; `images` `[N, H, W, C]` are what outputs are taken of.
+fn measure(network: &Network, pfq: &PfQ, images: &Tensor) -> Result<Vec<PremiseRow>> {
+    let kept = pfq.kept(network)?;
+    let (pruned, _) = pfq.apply(network)?;
+    let outputs = [network, &pruned].map(|network| extremes(network, images));
+    let [outputs_before, outputs_after] = outputs;
+    let (outputs_before, outputs_after) = (outputs_before?, outputs_after?);
+    let (mut before, mut after) = (network.duplicate()?, pruned);
+    before.fold()?;
+    after.fold()?;
+    let mut rows = Vec::new();
+    for (i, node) in before.nodes.iter().enumerate() {
+        let (Some(unit), Some(other)) = (node.unit(), after.nodes[i].unit()) else { continue };
+        let stays = Stays { unit, filters: indices(&kept[i])?, inputs: indices(&kept[unit.input])? };
+        let snr = |bits: u32| -> Result<(f64, f64)> {
+            let bits = Bits::new(bits)?;
+            let with = stays.of(&quantized(&unit.weight, bits)?)?;
+            Ok((decibels(&other.weight, &with)?, decibels(&other.weight, &quantized(&other.weight, bits)?)?))
+        };
+        let ((snr_4_bits_before, snr_4_bits_after), (snr_3_bits_before, snr_3_bits_after)) =
+            (snr(4)?, snr(3)?);
+        let [largest_before, largest_after] = [unit, other].map(largest_of_filters);
+        let (largest_before, largest_after) = (largest_before?, largest_after?);
+        // Of the filters that stay: where most are dead, the median of all would be nothing.
+        let usual = largest_after[largest_after.len() / 2].max(f64::from(f32::MIN_POSITIVE));
+        let [largest_before, largest_after] = [largest_before, largest_after].map(|all| all[all.len() - 1]);
+        rows.push(PremiseRow {
+            model: network.name.clone(),
+            layer: unit.name.clone(),
+            filters_before: unit.filters(),
+            filters_after: other.filters(),
+            largest_weight_before: largest_before,
+            largest_weight_after: largest_after,
+            dynamic_range_before: largest_before / usual,
+            dynamic_range_after: largest_after / usual,
+            snr_4_bits_before,
+            snr_4_bits_after,
+            snr_3_bits_before,
+            snr_3_bits_after,
+            lowest_output_before: outputs_before[i].0,
+            highest_output_before: outputs_before[i].1,
+            lowest_output_after: outputs_after[i].0,
+            highest_output_after: outputs_after[i].1,
+        });
+    }
+    Ok(rows)
+}
+
+/// Every normalized filter; `threshold` is τ, ε if not given.
+fn filters(network: &Network, threshold: Option<f64>) -> Result<Vec<FilterRow>> {
+    let threshold = threshold.unwrap_or(network.epsilon);
+    let mut rows = Vec::new();
+    for unit in network.units() {
+        let Some(norm) = unit.batch_norm() else { continue };
+        let factor = norm.scale(network.epsilon)?.to_vec1::<f32>()?;
+        let [variance, gamma, beta] =
+            [&norm.variance, &norm.gamma, &norm.beta].map(|tensor| tensor.to_vec1::<f32>());
+        let (variance, gamma, beta) = (variance?, gamma?, beta?);
+        rows.extend((0..unit.filters()).map(|filter| FilterRow {
+            model: network.name.clone(),
+            layer: unit.name.clone(),
+            filter,
+            variance: variance[filter],
+            gamma: gamma[filter],
+            beta: beta[filter],
+            factor: factor[filter],
+            below_threshold: f64::from(variance[filter]) < threshold,
+        }));
+    }
+    Ok(rows)
+}
+
+/// What of a unit's weights stays.
+struct Stays<'a> {
+    unit: &'a Unit,
+    filters: Tensor,
+    inputs: Tensor,
+}
+
+impl Stays<'_> {
+    fn of(&self, weight: &Tensor) -> Result<Tensor> {
+        let kernel = self.unit.kernel;
+        let filters = kernel.select_filters(weight, &self.filters)?;
+        // A depthwise filter's input is its own channel.
+        if kernel.is_depthwise() { Ok(filters) } else { Ok(kernel.select_inputs(&filters, &self.inputs)?) }
+    }
+}
+
+fn indices(kept: &[bool]) -> Result<Tensor> {
+    let indices: Vec<u32> = (0..kept.len() as u32).filter(|&j| kept[j as usize]).collect();
+    Ok(Tensor::new(indices, &Device::Cpu)?)
+}
+
+/// On one grid between the extremes.
+fn quantized(weight: &Tensor, bits: Bits) -> Result<Tensor> {
+    let range = &quantize::min_max(weight)?;
+    Ok(quantize::forward(weight, kernels::Quantizer { range, bits })?)
+}
+
+/// Signal to noise: `10·log₁₀(Σw²/Σ(q − w)²)`; infinite where nothing is off.
+fn decibels(weight: &Tensor, quantized: &Tensor) -> Result<f64> {
+    let power = |tensor: &Tensor| -> Result<f64> {
+        let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
+        Ok(values.iter().map(|&value| f64::from(value).powi(2)).sum())
+    };
+    Ok(10.0 * (power(weight)? / power(&(quantized - weight)?)?).log10())
+}
+
+/// The largest size of a weight of each filter, ascending.
+fn largest_of_filters(unit: &Unit) -> Result<Vec<f64>> {
+    let mut filters: Vec<f32> = unit.kernel.filter_ranges(&unit.weight)?.to_vec1()?;
+    filters.sort_by(f32::total_cmp);
+    Ok(filters.into_iter().map(f64::from).collect())
+}
+
+/// The lowest and the highest output of every node.
+fn extremes(network: &Network, images: &Tensor) -> Result<Vec<(f64, f64)>> {
+    let mut all = Vec::new();
+    network.forward_observed(images, &mut |_, _, y| {
+        let ends = quantize::min_max(y)?.to_vec1::<f32>()?;
+        all.push((ends[0].into(), ends[1].into()));
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// A network, its pre-training, and what was found of its layers and filters.
+type Measured = (MobileNet, Outcome, Vec<PremiseRow>, Vec<FilterRow>);
+
+/// Writes pictures, CSV, the settings, the stages and a description to `folder`; gives the description.
+fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String> {
+    let Session { profile, data, provenance, .. } = session;
+    let mut names: Vec<String> = ["premise.csv", "filters.csv", "premise.md", PROFILE].map(Into::into).into();
+    let mut text = String::from("# The premise: what pruning changes before any training\n\n");
+    text += &format!(
+        "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
+         quantized on one grid for each layer; the signal-to-noise ratio is that of the weights that stay, on the layer's \
+         grid before and after. Medians over the layers, and in how many layers a value changes by more than a tenth (1 dB). \
+         Ranges of outputs are those over the first {} test images.\n\n",
+        profile.name,
+        data.test_images().min(IMAGES)
+    );
+    text += "| network | | before | after | layers that change |\n|---|---|--:|--:|--:|\n";
+    for (config, outcome, rows, filters) in found {
+        let model = config.version.name();
+        let mut line =
+            |what: &str, of: &dyn Fn(&PremiseRow) -> (f64, f64), changes: &dyn Fn(f64, f64) -> bool| {
+                let (before, after): (Vec<f64>, Vec<f64>) = rows.iter().map(of).unzip();
+                let changed = before.iter().zip(&after).filter(|(a, b)| changes(**a, **b)).count();
+                text += &format!(
+                    "| {model} ×{} | {what} | {:.2} | {:.2} | {changed} of {} |\n",
+                    config.width,
+                    median(before),
+                    median(after),
+                    rows.len()
+                );
+            };
+        let tenth = |a: f64, b: f64| (a - b).abs() > 0.1 * a.abs().max(b.abs());
+        let decibel = |a: f64, b: f64| (a - b).abs() > 1.0;
+        line("dynamic range of the weights", &|r| (r.dynamic_range_before, r.dynamic_range_after), &tenth);
+        line("signal to noise at 4 bits, dB", &|r| (r.snr_4_bits_before, r.snr_4_bits_after), &decibel);
+        line("signal to noise at 3 bits, dB", &|r| (r.snr_3_bits_before, r.snr_3_bits_after), &decibel);
+        let output = |lo: f64, hi: f64| hi.max(0.0) - lo.min(0.0);
+        let ranges = |r: &PremiseRow| {
+            (
+                output(r.lowest_output_before, r.highest_output_before),
+                output(r.lowest_output_after, r.highest_output_after),
+            )
+        };
+        line("range of the outputs", &ranges, &tenth);
+        let top1 = format!("pre-trained, top-1 {:.2} %", outcome.evaluation.top1_percent);
+        let more = [format!("profile {}", profile.name), top1];
+        let more: Vec<&str> = more.iter().map(String::as_str).collect();
+        let what = "folded weights before and after pruning";
+        let threshold = profile.pfq.threshold.unwrap_or(1e-5);
+        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, threshold);
+        let [svg, png] = ["svg", "png"].map(|extension| format!("premise_{model}.{extension}"));
+        plot(rows, &caption, &folder.join(&svg), &folder.join(&png))?;
+        names.extend([svg, png]);
+        let what = "folding factors of all filters over their running variances";
+        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, threshold);
+        let [svg, png] = ["svg", "png"].map(|extension| format!("filters_{model}.{extension}"));
+        plot_filters(filters, &caption, &folder.join(&svg), &folder.join(&png))?;
+        names.extend([svg, png]);
+    }
+    text += &format!(
+        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {}\n- Data behind the pictures: `premise.csv`, `filters.csv`; settings: \
+         `profile.toml`; training of the networks: `stages.json`\n",
+        provenance.command,
+        provenance.git_commit,
+        provenance.device,
+        data.name(),
+        data.source()
+    );
+    let rows: Vec<&PremiseRow> = found.iter().flat_map(|(_, _, rows, _)| rows).collect();
+    let filters: Vec<&FilterRow> = found.iter().flat_map(|(.., filters)| filters).collect();
+    write_rows(&filters, &folder.join("filters.csv"))?;
+    write_rows(&rows, &folder.join("premise.csv"))?;
+    report::write_text(&text, &folder.join("premise.md"))?;
+    report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
+    let stages: Vec<&Outcome> = found.iter().map(|(_, outcome, ..)| outcome).collect();
+    report::write_stages(&stages, folder, &names)?;
+    Ok(text)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use models::{Input, Norm, Version};
+
+    /// A filter of hardly any variance whose factor is large sets its layer's grid: without it the others keep their levels.
+    #[test]
+    fn a_filter_that_spans_the_grid_is_seen() {
+        let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
+        let mut network = config.init(1, &Device::Cpu).unwrap();
+        let data = Arc::new(datasets::synthetic(40, 40, 3).unwrap());
+        let images = datasets::test_batches(&data, 20).next().unwrap().unwrap().images;
+        let unit = network.units_mut().find(|unit| unit.name == "blocks.3.expand").unwrap();
+        let filters = unit.filters();
+        let Norm::Batch(norm) = &mut unit.norm else { panic!("a new network is normalized") };
+        // γ/√(V + ε) is 316 there, and 1 elsewhere.
+        let variance = (0..filters).map(|j| if j == 5 { 0.0 } else { 1.0 }).collect::<Vec<f32>>();
+        norm.variance = Tensor::new(variance, &Device::Cpu).unwrap();
+        let rows = measure(&network, &PfQ::default(), &images).unwrap();
+        assert_eq!(rows.len(), network.units().count());
+        let all = super::filters(&network, None).unwrap();
+        assert_eq!(all.len(), network.units().rev().skip(1).map(Unit::filters).sum::<usize>());
+        let low: Vec<&FilterRow> = all.iter().filter(|row| row.below_threshold).collect();
+        assert!(low.len() == 1 && low[0].layer == "blocks.3.expand" && low[0].filter == 5, "{low:?}");
+        assert!((low[0].factor - 316.2).abs() < 0.1 && low[0].gamma == 1.0, "{low:?}");
+        for row in &rows {
+            match row.layer.as_str() {
+                "blocks.3.expand" => {
+                    assert_eq!(row.filters_before - row.filters_after, 1);
+                    assert!(row.dynamic_range_before > 100.0 && row.dynamic_range_after < 3.0, "{row:?}");
+                    // All others round to zero, which is as much noise as signal; then some 20 dB at 4 bits.
+                    assert!(row.snr_4_bits_before.abs() < 1.0 && row.snr_4_bits_after > 12.0, "{row:?}");
+                    assert!(
+                        row.snr_3_bits_after > 5.0 && row.snr_3_bits_after < row.snr_4_bits_after,
+                        "{row:?}"
+                    );
+                }
+                "blocks.3.depthwise" => assert_eq!(row.filters_before - row.filters_after, 1),
+                "blocks.2.expand" => {
+                    assert_eq!(row.filters_before, row.filters_after);
+                    assert_eq!(row.snr_4_bits_before, row.snr_4_bits_after);
+                    assert_eq!(row.highest_output_before, row.highest_output_after);
+                }
+                _ => {}
+            }
+        }
+    }
+}
