@@ -1,5 +1,6 @@
 //! The paper's premise, measured without any training: what pruning changes of the weights that are quantized.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use plotters::prelude::DrawingBackend;
@@ -131,12 +132,21 @@ impl Picture for Scatter<'_> {
             let style = SOFT_PLAIN.sized(12.0).held(HPos::Center);
             canvas.text(&format!("1e{tick}"), (x, bottom + 18.0), &style)?;
         }
+        let mut drawn = HashSet::new();
         for row in self.rows {
             let (x, y) = (across(power(row.variance)), height(power(row.factor)));
+            // Thousands lie on each other, which would make the file as large as the page that shows it.
+            if !drawn.insert((x.round() as i64, y.round() as i64, row.below_threshold)) {
+                continue;
+            }
             let colour = rgb(if row.below_threshold { ORANGE } else { BLUE });
             canvas.rectangle((x - 1.5, y - 1.5), (x + 1.5, y + 1.5), colour)?;
         }
-        canvas.text("|γ|/√(V + ε)", (LEFT, top - 14.0), &INK_PLAIN.sized(14.0))?;
+        canvas.text(
+            "size of the folding factor, γ / root of (V + ε)",
+            (LEFT, top - 14.0),
+            &INK_PLAIN.sized(14.0),
+        )?;
         let style = INK_PLAIN.sized(14.0).held(HPos::Center);
         canvas.text("running variance V", ((left + right) / 2.0, bottom + 42.0), &style)?;
         let text = "What is below 1e-12 stands there. Where γ is decayed too, it is next to nothing for a filter of low V, and so is its factor.";
