@@ -134,11 +134,7 @@ impl Session {
             seeds: profile.seeds.clone(),
             profile,
             data,
-            provenance: Provenance {
-                command: command_line(),
-                git_commit: env!("PFQ_COMMIT").into(),
-                device,
-            },
+            provenance: Provenance { command: command_line(), git_commit: env!("PFQ_COMMIT").into(), device },
             machine,
             given: None,
             display: Display::new(),
@@ -196,8 +192,7 @@ impl Session {
 
     /// What the stage gives, run if it has not been; `None` where the time limit ended it.
     pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
-        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } =
-            self;
+        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } = self;
         let (data, given) = (&**data, given.as_ref());
         let resources = Resources { data, device, provenance, given };
         match store.run(stage, &resources, &mut |event| display.stage(event)) {
@@ -217,8 +212,7 @@ impl Session {
 
     /// The network that a stage gives.
     pub fn network(&mut self, stage: &Stage) -> Result<Network> {
-        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } =
-            self;
+        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } = self;
         let (data, given) = (&**data, given.as_ref());
         let resources = Resources { data, device, provenance, given };
         Ok(store.produce(stage, device, &resources, &mut |event| display.stage(event))?.1)

@@ -114,15 +114,7 @@ fn training() -> Training {
 
 /// The run of these tests: of seed 3, in float32, without a limit.
 fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &'a Path) -> TrainingRun<'a> {
-    TrainingRun {
-        data,
-        training,
-        seed: 3,
-        folder,
-        identity: "the-run",
-        parent_network: None,
-        limit: None,
-    }
+    TrainingRun { data, training, seed: 3, folder, identity: "the-run", parent_network: None, limit: None }
 }
 
 /// A run in `folder` from its beginning or its checkpoint.

@@ -285,8 +285,7 @@ impl Store {
         };
         let train = |network, parent_network, training, seed, observe: &mut dyn FnMut(Event)| {
             let limit = self.limit.as_deref();
-            let run =
-                TrainingRun { data, training, seed, folder, identity: &key, parent_network, limit };
+            let run = TrainingRun { data, training, seed, folder, identity: &key, parent_network, limit };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let mut ranges = Ranges::default();
