@@ -7,6 +7,7 @@
 
 use crate::check::Check;
 use crate::cpu::{self, open, simd};
+use crate::elements::{Element, by_element};
 use crate::work::{CHUNK, fill};
 use crate::{Result, profiler};
 use candle_core::Tensor;
@@ -23,9 +24,11 @@ pub fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
     if crate::gpu::runs(x.device()) {
         return Ok(x.broadcast_minimum(&cap.to_dtype(x.dtype())?)?);
     }
-    let (opened, cap) = (open(&x), cpu::values(&cap)?);
-    let x = opened.floats()?;
-    cpu::tensor(fill(x.len(), whole_rows(c), |part, y| lower(&x[part], &cap, y)), opened.dims())
+    by_element!(x.dtype(), T => {
+        let (opened, cap) = (open(&x), cpu::values(&cap)?);
+        let x: &[T] = opened.elements()?;
+        cpu::tensor(fill(x.len(), whole_rows(c), |part, y| lower(&x[part], &cap, y)), opened.dims())
+    })
 }
 
 /// The gradient of the input of [`forward`] from that of its output `y`, both `[…, C]`.
@@ -42,10 +45,12 @@ pub fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
         let below = y.broadcast_lt(&cap.to_dtype(y.dtype())?)?;
         return Ok(below.where_cond(&gy, &gy.zeros_like()?)?);
     }
-    let (opened, gy, cap) = (open(&y), open(&gy), cpu::values(&cap)?);
-    let (y, gy) = (opened.floats()?, gy.floats()?);
-    let gate = |part: std::ops::Range<usize>, gx: &mut [f32]| pass(&y[part.clone()], &gy[part], &cap, gx);
-    cpu::tensor(fill(y.len(), whole_rows(c), gate), opened.dims())
+    by_element!(y.dtype(), T => {
+        let (opened, gy, cap) = (open(&y), open(&gy), cpu::values(&cap)?);
+        let (y, gy): (&[T], _) = (opened.elements()?, gy.elements()?);
+        let gate = |part: std::ops::Range<usize>, gx: &mut [T]| pass(&y[part.clone()], &gy[part], &cap, gx);
+        cpu::tensor(fill(y.len(), whole_rows(c), gate), opened.dims())
+    })
 }
 
 /// The elements of a chunk that ends with a row of `c` channels.
@@ -54,22 +59,23 @@ fn whole_rows(c: usize) -> usize {
 }
 
 simd! {
-    fn lower(x: &[f32], cap: &[f32], y: &mut [f32]) {
+    fn lower<T: Element>(x: &[T], cap: &[f32], y: &mut [T]) {
         for (y, x) in y.chunks_mut(cap.len()).zip(x.chunks(cap.len())) {
             for ((y, x), cap) in y.iter_mut().zip(x).zip(cap) {
                 // NaN stays NaN.
-                *y = if *x > *cap { *cap } else { *x };
+                *y = if x.float() > *cap { T::nearest(*cap) } else { *x };
             }
         }
     }
 }
 
 simd! {
-    fn pass(y: &[f32], gy: &[f32], cap: &[f32], gx: &mut [f32]) {
+    fn pass<T: Element>(y: &[T], gy: &[T], cap: &[f32], gx: &mut [T]) {
         let c = cap.len();
         for ((gx, y), gy) in gx.chunks_mut(c).zip(y.chunks(c)).zip(gy.chunks(c)) {
             for (((gx, y), gy), cap) in gx.iter_mut().zip(y).zip(gy).zip(cap) {
-                *gx = if *y < *cap { *gy } else { 0.0 };
+                // What was stored: the nearest to the cap.
+                *gx = if y.float() < T::nearest(*cap).float() { *gy } else { T::default() };
             }
         }
     }

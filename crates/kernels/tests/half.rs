@@ -38,6 +38,7 @@ in_halves! {
     statistics_at_every_scale
     quantizers
     learned_quantizers
+    caps
     residuals_and_pooling
     patches
 }

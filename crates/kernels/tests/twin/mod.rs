@@ -6,7 +6,7 @@ use kernels::norm::{BatchNormalization, Epilogue, Running};
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Weight};
 use kernels::{
-    bias, depthwise, dorefa, dsq, im2col, loss, lsq, norm, pact, pointwise, pool, quantize, residual, sgd,
+    bias, cap, depthwise, dorefa, dsq, im2col, loss, lsq, norm, pact, pointwise, pool, quantize, residual, sgd,
 };
 use quant_core::Bits;
 use rand::{Rng, SeedableRng};
@@ -22,6 +22,7 @@ macro_rules! all {
             statistics_at_every_scale
             quantizers
             learned_quantizers
+            caps
             residuals_and_pooling
             losses
             biases
@@ -492,6 +493,20 @@ fn lsq_quantizer(other: &dyn Other, b: u32, len: usize, steps: &[f32]) {
                 Ok(vec![y, grads.x, grads.step, by_offset, begin, others[0].clone(), step, offset])
             });
         }
+    }
+}
+
+pub fn caps(other: &dyn Other) {
+    for dims in shapes() {
+        let (x, gy) = (random(1, &dims), random(2, &dims));
+        // Halves, so that what is compared with a cap is the same in either dtype.
+        let cap = random(3, &[dims[3]]).to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+        let context = format!("caps {dims:?}");
+        check(other, &context, &[&x, &gy], &[&cap], [&[SAME; 2]; 2], |maps, others| {
+            let y = cap::forward(&maps[0], &others[0])?;
+            let gx = cap::backward(&y, &maps[1], &others[0])?;
+            Ok(vec![y, gx])
+        });
     }
 }
 
