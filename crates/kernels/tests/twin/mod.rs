@@ -6,7 +6,8 @@ use kernels::norm::{BatchNormalization, Epilogue, Running};
 use kernels::sgd::{Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Weight};
 use kernels::{
-    bias, cap, depthwise, dorefa, dsq, im2col, loss, lsq, norm, pact, pointwise, pool, quantize, residual, sgd,
+    bias, cap, depthwise, dorefa, dsq, im2col, loss, lsq, norm, pact, pointwise, pool, quantize, residual,
+    sgd,
 };
 use quant_core::Bits;
 use rand::{Rng, SeedableRng};
