@@ -23,7 +23,6 @@ macro_rules! all {
             statistics_at_every_scale
             quantizers
             learned_quantizers
-            caps
             residuals_and_pooling
             losses
             biases
@@ -497,6 +496,8 @@ fn lsq_quantizer(other: &dyn Other, b: u32, len: usize, steps: &[f32]) {
     }
 }
 
+/// Not a test of [`all!`]: Candle's operations in `bf16`, which caps are on a GPU, need compute capability 8.0.
+#[allow(dead_code)]
 pub fn caps(other: &dyn Other) {
     for dims in shapes() {
         let (x, gy) = (random(1, &dims), random(2, &dims));
