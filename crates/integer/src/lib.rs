@@ -140,7 +140,8 @@ struct Convolution {
     /// Whether the sum of what is read, and that of the weights, count: where the lattice of the other has an offset.
     sums_inputs: bool,
     sums_weights: bool,
-    output: Scale,
+    /// Of each filter, which may have a cap of its own.
+    outputs: Vec<Scale>,
 }
 
 /// Over the taps that lie within the map, for each filter: the sums of products, of what is read, and of weights.
@@ -266,8 +267,7 @@ impl Engine {
 
 /// The lattice of a quantizer of activations.
 fn lattice(quantizer: &Quantizer, place: &str) -> Result<Scale> {
-    // It is the same for every tensor.
-    let lattice = quantizer.lattice(&Tensor::zeros(1, DType::F32, &Device::Cpu)?)?;
+    let lattice = quantizer.output_lattice()?;
     lattice.as_ref().map(Scale::of).ok_or_else(|| Error::Float { place: place.into(), what: "the output" })
 }
 
@@ -309,6 +309,14 @@ impl Convolution {
             Rescale::new(ratios.map(|ratio| ratio * factor), added, most, place)
         };
         let rescale = (0..filters).map(of_filter).collect::<Result<_>>()?;
+        // The level of the smaller of two values is the smaller of their levels.
+        let outputs = match &unit.cap {
+            None => vec![output; filters],
+            Some(caps) => {
+                let capped = |cap| output.within((f32::NEG_INFINITY, cap));
+                caps.to_vec1::<f32>()?.into_iter().map(capped).collect()
+            }
+        };
         Ok(Self {
             input: unit.input,
             kernel: unit.kernel,
@@ -316,7 +324,7 @@ impl Convolution {
             rescale,
             sums_inputs: offset != 0.0,
             sums_weights: x.offset != 0.0,
-            output,
+            outputs,
         })
     }
 
@@ -349,10 +357,10 @@ impl Convolution {
                 let pixel = &x[(y * width + z) * channels..][..channels];
                 taps += self.add(tap, pixel, filters, &mut sums);
             }
-            for (filter, rescale) in self.rescale.iter().enumerate() {
+            for (filter, (rescale, scale)) in self.rescale.iter().zip(&self.outputs).enumerate() {
                 let Sums { products, inputs, weights } = &sums;
                 let sums = [products[filter].into(), inputs[filter].into(), weights[filter].into(), taps];
-                output.push(self.output.clamp(rescale.apply(sums)));
+                output.push(scale.clamp(rescale.apply(sums)));
             }
         }
         output

@@ -1,59 +1,16 @@
 //! Networks in whole numbers beside the simulation with floats, for every method, fold and grid.
 
+#[path = "../../models/tests/networks/mod.rs"]
+mod networks;
+
 use candle_core::{Device, Tensor};
 use integer::{Engine, Error};
-use models::{Fold, Input, Method, MobileNet, Network, Norm, Quantization, Step, Version, WeightGrid};
+use models::{Fold, Input, Method, MobileNet, Network, Quantization, Version, WeightGrid};
+use networks::{images, random, settings};
 use quant_core::Precision;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
-fn random(seed: u64, shape: &[usize], lo: f32, hi: f32) -> Tensor {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let values = (0..shape.iter().product()).map(|_| random.random_range(lo..hi)).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
-/// Images with smooth and coarse parts, so that channels differ.
-fn images(count: usize, network: &Network) -> Tensor {
-    let [h, w, c] = network.input;
-    let pixels = random(7, &[count, h, w, c], -2.0, 2.0);
-    pixels.broadcast_add(&random(8, &[count, 1, 1, c], -1.0, 1.0)).unwrap()
-}
-
-/// A narrow network, quantized so, with γ and β of every sort, γ below 0 and equal to 0 among them, and ranges of images.
-fn network(version: Version, settings: &Quantization) -> Network {
-    let config = MobileNet { width: 0.1, ..MobileNet::new(version, Input::Cifar, 10) };
-    let mut network = config.init(3, &Device::Cpu).unwrap();
-    for (i, unit) in network.units_mut().enumerate() {
-        let filters = unit.filters();
-        let Norm::Batch(norm) = &mut unit.norm else {
-            // As small as it begins, the classifier would give logits that tell nothing.
-            unit.weight = (&unit.weight * 30.0).unwrap();
-            continue;
-        };
-        let mut gamma = random(100 + i as u64, &[filters], 0.5, 1.5).to_vec1::<f32>().unwrap();
-        gamma[filters / 2] *= -1.0;
-        gamma[filters / 3] = 0.0;
-        norm.gamma = Tensor::new(gamma, &Device::Cpu).unwrap();
-        norm.beta = random(200 + i as u64, &[filters], -0.5, 0.5);
-    }
-    let batch = images(8, &network);
-    let train = |network: &mut Network| {
-        for _ in 0..8 {
-            network.forward_train(&batch, Step { range_momentum: 0.1 }).unwrap();
-        }
-    };
-    train(&mut network);
-    network.quantize(settings).unwrap();
-    train(&mut network);
-    network
-}
-
-fn settings(bits: u32, method: Method) -> Quantization {
-    let precision = |bits| Precision::try_from(bits).unwrap();
-    let (activations, ends) = (precision(bits), precision(8));
-    let quantization = Quantization { first_layer: ends, last_layer: ends, ..Quantization::default() };
-    Quantization { activations, weights: activations, method, ..quantization }
+fn network(version: Version, settings: &Quantization, capped: bool) -> Network {
+    networks::network(version, Some(settings), (8, 8), capped)
 }
 
 /// For each image the largest difference of its logits, as a part of the largest logit, ascending.
@@ -86,10 +43,19 @@ fn logits_are_those_of_the_simulation() {
     cases.push((Version::V2, channels));
     cases.push((Version::V1, Quantization { fold: Fold::Frozen, ..channels }));
     cases.push((Version::V2, settings(8, Method::Uniform)));
-    for (version, settings) in cases {
+    let frozen = Quantization { fold: Fold::Frozen, ..uniform };
+    let with_caps = [
+        (Version::V1, frozen),
+        (Version::V2, frozen),
+        (Version::V2, uniform),
+        (Version::V2, settings(4, Method::Pact)),
+    ];
+    let cases = cases.into_iter().map(|case| (case, false));
+    for ((version, settings), capped) in cases.chain(with_caps.map(|case| (case, true))) {
         let Quantization { activations, method, fold, weight_grid, .. } = settings;
-        let name = format!("{version:?} {} {fold:?} {weight_grid:?} A{activations}", method.name());
-        let differences = differences(&network(version, &settings));
+        let caps = if capped { " with caps" } else { "" };
+        let name = format!("{version:?} {} {fold:?} {weight_grid:?} A{activations}{caps}", method.name());
+        let differences = differences(&network(version, &settings, capped));
         let (half, most) = (differences[differences.len() / 2], differences[differences.len() - 1]);
         println!("{name}: {half:e} half, {most:e} at most");
         // The logits' own grid, 2⁻¹⁶, and float32. With DSQ a filter that is constant, as its γ is 0, lies in the middle of two
@@ -110,7 +76,7 @@ fn what_is_float_is_named() {
     float.quantize(&activations).unwrap();
     // Not even the ranges have been set.
     assert!(matches!(Engine::new(&float).unwrap_err(), Error::Float { place, .. } if place == "input"));
-    let whole = network(Version::V1, &settings(8, Method::Uniform));
+    let whole = network(Version::V1, &settings(8, Method::Uniform), false);
     let error = Engine::new(&whole).unwrap().logits(&random(0, &[1, 31, 32, 3], 0.0, 1.0)).unwrap_err();
     assert!(error.to_string().contains("[1, 31, 32, 3]: expected [N, 32, 32, 3]"), "{error}");
 }

@@ -1,7 +1,7 @@
 //! Quantized values as whole numbers, for what computes with them outside the passes.
 
 use crate::{Network, Result, Unit};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use quant_core::{Bits, Grid};
 
 /// The values that a quantizer gives: level `q`, 0 … `max_level`, stands for `offset + step·(q − zero_point)`.
@@ -61,7 +61,7 @@ impl Network {
                 push(true, quantizer.bits, levels.lattice);
             }
             if let Some(quantizer) = node.quantizer()
-                && let Some(lattice) = quantizer.lattice(&Tensor::zeros(1, DType::F32, self.device())?)?
+                && let Some(lattice) = quantizer.output_lattice()?
             {
                 push(false, quantizer.bits, lattice);
             }

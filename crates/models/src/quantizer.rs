@@ -271,6 +271,12 @@ impl Quantizer {
         self.scheme.lattice(&self.scheme.by(&self.tensors, x)?, self.bits).map(Some)
     }
 
+    /// [`Quantizer::lattice`] of a quantizer of activations, which needs no tensor.
+    pub fn output_lattice(&self) -> Result<Option<Lattice>> {
+        let device = self.tensors.first().map_or(&Device::Cpu, Tensor::device);
+        self.lattice(&Tensor::zeros(1, DType::F32, device)?)
+    }
+
     /// Whether anything of the quantizer has a gradient.
     pub(crate) fn learns(&self) -> bool {
         self.scheme.tensors().iter().any(|slot| slot.role.is_some())

@@ -5,7 +5,7 @@ use crate::proto::{Entry, Model};
 use crate::{Error, Options, Result};
 use candle_core::{DType, Tensor};
 use kernels::Activation;
-use models::{BatchNorm, Lattice, Network, Node, Norm, Quantizer, Unit, WeightLevels};
+use models::{BatchNorm, Lattice, Network, Node, Norm, Unit, WeightLevels};
 
 /// The names of what goes in and what comes out.
 const IMAGES: &str = "images";
@@ -47,7 +47,7 @@ pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)
         };
         let lattice = match node.quantizer() {
             // Those of activations are the same for every tensor.
-            Some(quantizer) => lattice_of(quantizer, network)?,
+            Some(quantizer) => quantizer.output_lattice()?,
             None => None,
         };
         // min(φ(x), cap) = φ(min(x, cap)) where a cap is one of φ's values. Here it keeps runtimes from taking the activation
@@ -75,10 +75,6 @@ pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)
     ];
     let input = (IMAGES, [channels, height, width]);
     Ok(builder.finish(&network.name, input, (LOGITS, network.classes()), metadata))
-}
-
-fn lattice_of(quantizer: &Quantizer, network: &Network) -> Result<Option<Lattice>> {
-    Ok(quantizer.lattice(&Tensor::zeros(1, DType::F32, network.device())?)?)
 }
 
 /// A convolution and its normalization.

@@ -3,15 +3,15 @@
 //! It needs the Python that `scripts/onnx-environment` makes in the target folder, or one with onnxruntime, onnx and numpy
 //! in the environment variable `PFQ_ONNX_PYTHON`; without it the tests say so and pass.
 
+#[path = "../../models/tests/networks/mod.rs"]
+mod networks;
+
 use candle_core::{Device, Tensor};
 use kernels::Activation;
-use models::{
-    Fold, Input, Kernel, Method, MobileNet, Network, Norm, Quantization, Step, Version, WeightGrid,
-};
+use models::{Fold, Kernel, Method, Network, Norm, Quantization, Version, WeightGrid};
+use networks::{images, random, settings};
 use onnx::{Normalize, Options};
 use quant_core::Precision;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -57,59 +57,8 @@ fn distance(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 
-fn random(seed: u64, shape: &[usize], lo: f32, hi: f32) -> Tensor {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let values = (0..shape.iter().product()).map(|_| random.random_range(lo..hi)).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
-/// Images with smooth and coarse parts, so that channels differ.
-fn images(count: usize, network: &Network) -> Tensor {
-    let [h, w, c] = network.input;
-    let pixels = random(7, &[count, h, w, c], -2.0, 2.0);
-    let tint = random(8, &[count, 1, 1, c], -1.0, 1.0);
-    pixels.broadcast_add(&tint).unwrap()
-}
-
-/// A narrow network with γ and β of every sort, γ below 0 and equal to 0 among them, and the running statistics of images.
 fn network(version: Version, settings: Option<&Quantization>) -> Network {
-    let config = MobileNet { width: 0.1, ..MobileNet::new(version, Input::Cifar, 10) };
-    let mut network = config.init(3, &Device::Cpu).unwrap();
-    for (i, unit) in network.units_mut().enumerate() {
-        let filters = unit.filters();
-        let Norm::Batch(norm) = &mut unit.norm else {
-            // As small as it begins, the classifier would give logits that tell nothing.
-            unit.weight = (&unit.weight * 30.0).unwrap();
-            continue;
-        };
-        let mut gamma = random(100 + i as u64, &[filters], 0.5, 1.5).to_vec1::<f32>().unwrap();
-        gamma[filters / 2] *= -1.0;
-        gamma[filters / 3] = 0.0;
-        norm.gamma = Tensor::new(gamma, &Device::Cpu).unwrap();
-        norm.beta = random(200 + i as u64, &[filters], -0.5, 0.5);
-        if i % 5 == 2 {
-            unit.cap = Some(random(300 + i as u64, &[filters], 0.5, 3.0));
-        }
-    }
-    let batch = images(16, &network);
-    let train = |network: &mut Network| {
-        for _ in 0..30 {
-            network.forward_train(&batch, Step { range_momentum: 0.1 }).unwrap();
-        }
-    };
-    train(&mut network);
-    if let Some(settings) = settings {
-        network.quantize(settings).unwrap();
-        train(&mut network);
-    }
-    network
-}
-
-fn settings(bits: u32, method: Method) -> Quantization {
-    let precision = |bits| Precision::try_from(bits).unwrap();
-    let (activations, first) = (precision(bits), precision(8));
-    let ends = Quantization { first_layer: first, last_layer: first, ..Quantization::default() };
-    Quantization { activations, weights: activations, method, ..ends }
+    networks::network(version, settings, (16, 30), true)
 }
 
 #[test]
