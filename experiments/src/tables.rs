@@ -125,6 +125,13 @@ macro_rules! rates {
     };
 }
 
+/// [`rates!`] of a method that learns its quantizers.
+macro_rules! learned_rates {
+    ($method:expr) => {
+        rates!(Purpose::Learned($method), |r, network| r.learned(network, $method), 1e-3, 3e-3, 1e-2, 3e-2)
+    };
+}
+
 /// Every table of the paper, in the order that brings the main result first.
 pub const ALL: [&Table; 5] = [&TABLE3, &TABLE1, &TABLE2, &TABLE4, &TABLE5];
 
@@ -204,12 +211,11 @@ pub const ABLATIONS: [&Table; 21] = [
             Method { name: "decayed", workflow: |r, network| decay_norm(r, network, true) },
         ],
     ),
-    &Table {
-        name: "ablation_dfq_alone",
-        title: "DFQ without fine-tuning, at 8 bits",
-        models: BOTH,
-        bits: &[(8, 8)],
-        methods: &[
+    &compared(
+        "ablation_dfq_alone",
+        "DFQ without fine-tuning, at 8 bits",
+        &[(8, 8)],
+        &[
             Method {
                 name: "nothing prepared",
                 workflow: |r, network| Ok(prepared(r, network, |_| UNPREPARED)),
@@ -223,14 +229,12 @@ pub const ABLATIONS: [&Table; 21] = [
             },
             Method { name: "as the profile says", workflow: |r, network| Ok(r.dfq_alone(network)) },
         ],
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_dfq",
-        title: "DFQ + fine-tune, one setting changed at a time",
-        models: BOTH,
-        bits: &[(4, 4), (3, 3)],
-        methods: &[
+    ),
+    &compared(
+        "ablation_dfq",
+        "DFQ + fine-tune, one setting changed at a time",
+        &[(4, 4), (3, 3)],
+        &[
             Method {
                 name: "as published",
                 workflow: |r, network| {
@@ -270,14 +274,12 @@ pub const ABLATIONS: [&Table; 21] = [
             },
             Method { name: "as the profile says", workflow: Recipe::dfq_with_fine_tune },
         ],
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_running_statistics",
-        title: "Activations quantized, running statistics in training: where bias correction can matter",
-        models: BOTH,
-        bits: &[(4, 32), (3, 32)],
-        methods: &[
+    ),
+    &compared(
+        "ablation_running_statistics",
+        "Activations quantized, running statistics in training: where bias correction can matter",
+        &[(4, 32), (3, 32)],
+        &[
             Method { name: "original", workflow: Recipe::frozen_activations_only },
             Method {
                 name: "pfq_without_bias_correction",
@@ -288,14 +290,12 @@ pub const ABLATIONS: [&Table; 21] = [
             },
             Method { name: "pfq", workflow: |r, network| r.frozen_activations_only(&r.pruned(network)) },
         ],
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_pfq_and_fold",
-        title: "PfQ where filters are quantized as they are folded",
-        models: BOTH,
-        bits: &[(4, 4), (3, 3)],
-        methods: &[
+    ),
+    &compared(
+        "ablation_pfq_and_fold",
+        "PfQ where filters are quantized as they are folded",
+        &[(4, 4), (3, 3)],
+        &[
             Method {
                 name: "frozen without PfQ",
                 workflow: |r, network| folded(r, Fold::Frozen).algorithm1_unpruned(network),
@@ -313,14 +313,12 @@ pub const ABLATIONS: [&Table; 21] = [
                 workflow: |r, network| folded(r, Fold::BatchStatistics).algorithm1(network),
             },
         ],
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_correction",
-        title: "Where live normalization takes the constants up",
-        models: BOTH,
-        bits: &[(4, 32), (3, 32)],
-        methods: &[
+    ),
+    &compared(
+        "ablation_correction",
+        "Where live normalization takes the constants up",
+        &[(4, 32), (3, 32)],
+        &[
             Method { name: "nowhere", workflow: Recipe::pfq_without_bias_correction },
             Method {
                 name: "in β",
@@ -328,14 +326,12 @@ pub const ABLATIONS: [&Table; 21] = [
             },
             Method { name: "in the running mean", workflow: Recipe::pfq },
         ],
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_pfq_and_quantizer",
-        title: "PfQ before quantizers that learn",
-        models: BOTH,
-        bits: &[(4, 4), (3, 3)],
-        methods: &[
+    ),
+    &compared(
+        "ablation_pfq_and_quantizer",
+        "PfQ before quantizers that learn",
+        &[(4, 4), (3, 3)],
+        &[
             Method { name: "PACT", workflow: |r, network| r.learned(network, Quantizers::Pact) },
             Method {
                 name: "PACT after PfQ",
@@ -352,14 +348,12 @@ pub const ABLATIONS: [&Table; 21] = [
                 workflow: |r, network| r.learned(&r.pruned(network), Quantizers::Lsq),
             },
         ],
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_criterion",
-        title: "Activations quantized, as many filters pruned by other criteria",
-        models: BOTH,
-        bits: &[(4, 32), (3, 32)],
-        methods: &[
+    ),
+    &compared(
+        "ablation_criterion",
+        "Activations quantized, as many filters pruned by other criteria",
+        &[(4, 32), (3, 32)],
+        &[
             Method { name: "no pruning", workflow: Recipe::activations_only },
             Method {
                 name: "by lot",
@@ -375,89 +369,48 @@ pub const ABLATIONS: [&Table; 21] = [
             },
             Method { name: "PfQ", workflow: Recipe::pfq },
         ],
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_rate_dfq",
-        title: "The rate of DFQ + fine-tune",
-        models: BOTH,
-        bits: &[(4, 4)],
-        methods: rates!(Purpose::Dfq, |r, network| r.dfq_with_fine_tune(network), 1e-4, 3e-4, 1e-3, 3e-3),
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_rate_activations",
-        title: "The rate of Algorithm 1 up to its first stage",
-        models: BOTH,
-        bits: &[(4, 32)],
-        methods: rates!(Purpose::Activations, |r, network| r.pfq(network), 1e-3, 3e-3, 1e-2, 3e-2),
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_rate_weights",
-        title: "The rate of Algorithm 1, its second stage",
-        models: BOTH,
-        bits: &[(4, 4)],
-        methods: rates!(Purpose::Weights, |r, network| r.algorithm1(network), 1e-4, 3e-4, 1e-3, 3e-3),
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_rate_once",
-        title: "The rate of fine-tuning once after PfQ",
-        models: BOTH,
-        bits: &[(4, 4)],
-        methods: rates!(Purpose::Once, |r, network| r.fine_tune_once(network), 1e-3, 3e-3, 1e-2, 3e-2),
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_rate_pact",
-        title: "The rate of PACT",
-        models: BOTH,
-        bits: &[(4, 4)],
-        methods: rates!(
-            Purpose::Learned(Quantizers::Pact),
-            |r, network| r.learned(network, Quantizers::Pact),
-            1e-3,
-            3e-3,
-            1e-2,
-            3e-2
-        ),
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_rate_dsq",
-        title: "The rate of DSQ",
-        models: BOTH,
-        bits: &[(4, 4)],
-        methods: rates!(
-            Purpose::Learned(Quantizers::Dsq),
-            |r, network| r.learned(network, Quantizers::Dsq),
-            1e-3,
-            3e-3,
-            1e-2,
-            3e-2
-        ),
-        chooses: true,
-    },
-    &Table {
-        name: "ablation_rate_lsq",
-        title: "The rate of LSQ",
-        models: BOTH,
-        bits: &[(4, 4)],
-        methods: rates!(
-            Purpose::Learned(Quantizers::Lsq),
-            |r, network| r.learned(network, Quantizers::Lsq),
-            1e-3,
-            3e-3,
-            1e-2,
-            3e-2
-        ),
-        chooses: true,
-    },
+    ),
+    &compared(
+        "ablation_rate_dfq",
+        "The rate of DFQ + fine-tune",
+        &[(4, 4)],
+        rates!(Purpose::Dfq, |r, network| r.dfq_with_fine_tune(network), 1e-4, 3e-4, 1e-3, 3e-3),
+    ),
+    &compared(
+        "ablation_rate_activations",
+        "The rate of Algorithm 1 up to its first stage",
+        &[(4, 32)],
+        rates!(Purpose::Activations, |r, network| r.pfq(network), 1e-3, 3e-3, 1e-2, 3e-2),
+    ),
+    &compared(
+        "ablation_rate_weights",
+        "The rate of Algorithm 1, its second stage",
+        &[(4, 4)],
+        rates!(Purpose::Weights, |r, network| r.algorithm1(network), 1e-4, 3e-4, 1e-3, 3e-3),
+    ),
+    &compared(
+        "ablation_rate_once",
+        "The rate of fine-tuning once after PfQ",
+        &[(4, 4)],
+        rates!(Purpose::Once, |r, network| r.fine_tune_once(network), 1e-3, 3e-3, 1e-2, 3e-2),
+    ),
+    &compared("ablation_rate_pact", "The rate of PACT", &[(4, 4)], learned_rates!(Quantizers::Pact)),
+    &compared("ablation_rate_dsq", "The rate of DSQ", &[(4, 4)], learned_rates!(Quantizers::Dsq)),
+    &compared("ablation_rate_lsq", "The rate of LSQ", &[(4, 4)], learned_rates!(Quantizers::Lsq)),
 ];
 
 const fn ablation(name: &'static str, title: &'static str, methods: &'static [Method]) -> Table {
     Table { name, title, models: &[ModelName::MobilenetV2], bits: &[(4, 4)], methods, chooses: true }
+}
+
+/// Methods beside each other on both networks, on training images held out for it.
+const fn compared(
+    name: &'static str,
+    title: &'static str,
+    bits: &'static [(u32, u32)],
+    methods: &'static [Method],
+) -> Table {
+    Table { name, title, models: BOTH, bits, methods, chooses: true }
 }
 
 /// The paper's rate of DFQ's fine-tuning, given for ImageNet.

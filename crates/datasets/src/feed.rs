@@ -28,7 +28,7 @@ pub struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    /// A feed of batches on `device` of images in `dtype`: `F32`, or on an accelerator `BF16`. Copies nothing
+    /// A feed of batches on `device` of images in `dtype`: `F32` or `BF16`. Copies nothing
     /// yet.
     pub fn new(data: &'a dyn Dataset, device: &Device, dtype: DType) -> Self {
         Feed { data, device: device.clone(), dtype, train: None, test: None }

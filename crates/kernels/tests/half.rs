@@ -30,15 +30,5 @@ macro_rules! in_halves {
     };
 }
 
-// Those that have maps.
-in_halves! {
-    convolutions
-    products
-    normalization
-    statistics_at_every_scale
-    quantizers
-    learned_quantizers
-    caps
-    residuals_and_pooling
-    patches
-}
+twin::of_maps!(in_halves);
+in_halves! { caps }

@@ -4,9 +4,9 @@
 //! is uniform leaves it to the kernel that applies the activation ([`Node::fused`]), which hands on levels; every other
 //! quantizer takes the floats that the kernel gives. So does that of a unit with caps, which come between.
 //!
-//! A pass runs where the network is ([`Network::to_device`]), which must be where its images are. On a GPU the images'
-//! dtype is that in which feature maps and their gradients are stored: `F32`, or, from compute capability 8.0 on,
-//! `BF16`, which takes half of the memory traffic. Parameters, their gradients, statistics and everything from the pooled
+//! A pass runs where the network is ([`Network::to_device`]), which must be where its images are. The images' dtype is that
+//! in which feature maps and their gradients are stored: `F32`, or, on a GPU from compute capability 8.0 on, `BF16`, which
+//! takes half of the memory traffic. Parameters, their gradients, statistics and everything from the pooled
 //! features on are `F32` always. Nothing in a pass waits for the GPU.
 
 use crate::quantizer::Quantized;
@@ -251,20 +251,20 @@ impl Unit {
             None => Epilogue::affine(&z, &scale, &shift, act, quant)?,
         };
         let mut capped = None;
-        let (y, quantized) = match (readers, quant) {
-            _ if self.cap.is_some() => {
+        let (y, quantized) = match (&self.cap, readers, quant) {
+            (Some(cap), ..) => {
                 let y = norm::forward(&z, &scale, &shift, act, None)?.to_float()?;
-                let y = self.cap.as_ref().map_or(Ok(y.clone()), |cap| cap::forward(&y, cap))?;
-                capped = self.cap.clone().map(|cap| [y.clone(), cap]);
+                let y = cap::forward(&y, cap)?;
+                capped = Some([y.clone(), cap.clone()]);
                 if let Some(quantizer) = &mut self.output_quantizer {
                     quantizer.observe(|| Ok(quantize::min_max(&y)?), step.range_momentum)?;
                 }
                 let (y, quantized) = train_levels(y, &mut self.output_quantizer, step)?;
                 (Output::Map(y), quantized)
             }
-            (Readers::Sum, _) => (Output::Affine { z, scale, shift }, None),
-            (_, Some(_)) => (Output::Map(norm::forward(&z, &scale, &shift, act, quant)?), None),
-            (readers, None) => {
+            (None, Readers::Sum, _) => (Output::Affine { z, scale, shift }, None),
+            (None, _, Some(_)) => (Output::Map(norm::forward(&z, &scale, &shift, act, quant)?), None),
+            (None, readers, None) => {
                 let y = match readers {
                     Readers::One => norm::deferred(&z, &scale, &shift, act)?,
                     _ => norm::forward(&z, &scale, &shift, act, None)?,

@@ -128,9 +128,9 @@ impl Speed {
         matches!(self.what.as_str(), "train" | "eval")
     }
 
-    fn case(&self) -> (&str, u64, usize, &str, &str, &str) {
-        let Self { network, width, batch, what, precision, arithmetic, .. } = self;
-        (network, width.to_bits(), *batch, what, precision, arithmetic)
+    /// What is done, in whatever arithmetic.
+    fn work(&self) -> (&str, u64, usize, &str, &str) {
+        (&self.network, self.width.to_bits(), self.batch, &self.what, &self.precision)
     }
 }
 
@@ -144,7 +144,7 @@ struct Case<'a>(&'a [Speed]);
 
 impl<'a> Case<'a> {
     fn all(rows: &'a [Speed]) -> impl Iterator<Item = Self> {
-        rows.chunk_by(|a, b| a.case() == b.case()).map(Self)
+        rows.chunk_by(|a, b| (a.work(), &a.arithmetic) == (b.work(), &b.arithmetic)).map(Self)
     }
 
     fn row(&self, id: &str) -> Option<&'a Speed> {
@@ -153,10 +153,7 @@ impl<'a> Case<'a> {
 
     /// The fastest that is not ours.
     fn best(&self) -> Option<&'a Speed> {
-        let others =
-            self.0.iter().filter(|row| row.implementation != OURS && row.images_per_second.is_some());
-        others
-            .max_by(|a, b| a.images_per_second.unwrap_or(0.0).total_cmp(&b.images_per_second.unwrap_or(0.0)))
+        fastest(self.0.iter().filter(|row| row.implementation != OURS)).map(|(_, row)| row)
     }
 
     fn first(&self) -> &'a Speed {
@@ -323,36 +320,33 @@ fn network_cells(case: &Case) -> Vec<String> {
     cells
 }
 
+/// The fastest of some rows that were measured, with its images a second.
+fn fastest<'a>(rows: impl Iterator<Item = &'a Speed>) -> Option<(f64, &'a Speed)> {
+    let measured = rows.filter_map(|row| Some((row.images_per_second?, row)));
+    measured.max_by(|a, b| a.0.total_cmp(&b.0))
+}
+
 /// The cases that were measured in both arithmetics, each once, ours in the faster one beside PyTorch in its.
 fn best_table(networks: &[&Case]) -> Table<'static> {
     let columns = [("network", false), ("what", false), ("bits", false), ("batch", true), ("ours", true)];
     let head = columns.into_iter().chain([("PyTorch's best", true), ("ratio", true)]).collect();
-    let same = |a: &&&Case, b: &&&Case| {
-        let but_arithmetic = |case: &Case| {
-            let (network, width, batch, what, precision, _) = case.first().case();
-            (network.to_string(), width, batch, what.to_string(), precision.to_string())
-        };
-        but_arithmetic(a) == but_arithmetic(b)
-    };
-    let groups = networks.chunk_by(|a, b| same(&a, &b)).filter(|group| group.len() > 1);
-    let fastest = |rows: Vec<&Speed>| -> Option<(f64, String)> {
-        let of = |row: &Speed| {
-            Some((row.images_per_second?, format!("{}, {}", label(&row.implementation), row.arithmetic)))
-        };
-        rows.into_iter().filter_map(of).max_by(|a, b| a.0.total_cmp(&b.0))
-    };
+    let groups =
+        networks.chunk_by(|a, b| a.first().work() == b.first().work()).filter(|group| group.len() > 1);
     let row = |group: &[&Case]| {
-        let ours = fastest(group.iter().filter_map(|case| case.row(OURS)).collect());
-        let best = fastest(group.iter().filter_map(|case| case.best()).collect());
+        let ours = fastest(group.iter().filter_map(|case| case.row(OURS)));
+        let best = fastest(group.iter().filter_map(|case| case.best()));
         let Speed { network, width, batch, what, precision, .. } = group[0].first();
-        let mut cells =
-            vec![model_label(network, *width), what.clone(), bits_label(precision), batch.to_string()];
-        let cell = |found: &Option<(f64, String)>| {
-            optional(found.as_ref(), |(speed, by)| format!("{} ({by})", three_figures(*speed)))
-        };
-        cells.extend([cell(&ours).replace("ours, ", ""), cell(&best)]);
-        let ratio = ours.zip(best).map(|((ours, _), (best, _))| ours / best);
-        cells.push(optional(ratio, |ratio| format!("×{ratio:.2}")));
+        let cells = [
+            model_label(network, *width),
+            what.clone(),
+            bits_label(precision),
+            batch.to_string(),
+            optional(ours, |(speed, row)| format!("{} ({})", three_figures(speed), row.arithmetic)),
+            optional(best, |(speed, row)| {
+                format!("{} ({}, {})", three_figures(speed), label(&row.implementation), row.arithmetic)
+            }),
+            optional(ours.zip(best), |((ours, _), (best, _))| format!("×{:.2}", ours / best)),
+        ];
         cells.into_iter().map(Cell::from).collect()
     };
     Table { head, rows: groups.map(row).collect() }

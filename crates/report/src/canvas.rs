@@ -185,6 +185,12 @@ impl<DB: DrawingBackend> Canvas<DB> {
         self.area.draw(&circle(2.75, WHITE)).map_err(text_of)
     }
 
+    /// A picture's title and what stands under it.
+    pub(crate) fn heading(&self, title: &str, subtitle: &str) -> Drawn {
+        self.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
+        self.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))
+    }
+
     /// A row of entries with its baseline at `y`: a sign and what it means.
     pub(crate) fn legend(&self, y: f64, entries: &[(&str, Sign)]) -> Drawn {
         let style = INK_PLAIN.sized(14.0);

@@ -8,7 +8,7 @@ use plotters::style::text_anchor::HPos;
 use serde::{Deserialize, Serialize};
 
 use crate::canvas::{
-    Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Sign, WIDTH, rgb,
+    Canvas, Drawn, GRID, HEIGHT, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Sign, WIDTH, rgb,
 };
 use crate::file::Result;
 use crate::histogram::Caption;
@@ -104,8 +104,7 @@ struct Scatter<'a> {
 
 impl Picture for Scatter<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
-        canvas.text(&self.caption.title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
-        canvas.text(&self.caption.subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        canvas.heading(&self.caption.title, &self.caption.subtitle)?;
         let low = self.rows.iter().filter(|row| row.below_threshold).count();
         let of_low = format!("V < τ = {:.0e}: {low} of {} filters", self.caption.threshold, self.rows.len());
         canvas.legend(112.0, &[(&of_low, Sign::Filled(ORANGE)), ("other filters", Sign::Filled(BLUE))])?;
@@ -159,8 +158,7 @@ type Line<'a> = (&'a dyn Fn(&PremiseRow) -> f64, Colour, f64);
 
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
-        canvas.text(&self.caption.title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
-        canvas.text(&self.caption.subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        canvas.heading(&self.caption.title, &self.caption.subtitle)?;
         let signs = [("before pruning", Sign::Filled(ORANGE)), ("after pruning", Sign::Filled(BLUE))];
         canvas.legend(112.0, &signs)?;
         let log = |value: f64| value.max(1e-3).log10();

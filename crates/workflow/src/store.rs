@@ -2,7 +2,7 @@ use crate::outcome::{METRICS, NETWORK, OUTCOME, RANGES};
 use crate::ranges::Ranges;
 use crate::{DataOrigin, Error, Outcome, Provenance, Result, Stage, StageKind, key};
 use baselines::Calibration;
-use candle_core::{DType, Device};
+use candle_core::Device;
 use datasets::Dataset;
 use models::{Extras, Network};
 use std::collections::BTreeMap;
@@ -320,7 +320,7 @@ impl Store {
                 let mut network = network.to_device(device)?;
                 ranges.add("start", &network)?;
                 if let Some(Calibration { batches, batch, momentum }) = dfq.calibration {
-                    calibrate(&mut network, data, DType::F32, (batches, batch), momentum)?;
+                    calibrate(&mut network, data, (batches, batch), momentum)?;
                 }
                 (network, Vec::new(), Some(serde_json::to_value(report)))
             }

@@ -56,13 +56,10 @@ impl Export {
 
     fn state_dict(&self) -> Result<String> {
         let out = self.out.display();
-        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
-            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
-        }
+        self.network.check_output(&self.out, "safetensors")?;
         if self.fold || self.int8 || self.mean.is_some() {
             bail!("--fold, --int8, --mean and --std are about ONNX: leave them out");
         }
-        self.network.refuse_to_overwrite(&[&self.out])?;
         let (network, text) = self.network.open()?;
         let naming = network.save_state_dict(&self.out)?;
         Ok(format!("{text}written to {out}, with {}'s names\n", naming.name()))
@@ -70,9 +67,7 @@ impl Export {
 
     fn onnx(&self) -> Result<String> {
         let out = self.out.display();
-        if self.out.extension().is_none_or(|extension| extension != "onnx") {
-            bail!("{out}: expected a name that ends in .onnx, which is what is written");
-        }
+        self.network.check_output(&self.out, "onnx")?;
         let normalize = match (&self.mean, &self.std) {
             (Some(mean), Some(std)) => Some(normalize(mean, std)?),
             _ => None,

@@ -117,6 +117,14 @@ impl NetworkFile {
         Ok((network, line))
     }
 
+    /// Checks that a file to be written has the extension of what is written, and is not the network.
+    pub fn check_output(&self, out: &Path, extension: &str) -> Result<()> {
+        if out.extension().is_none_or(|found| found != extension) {
+            bail!("{}: expected a name that ends in .{extension}, which is what is written", out.display());
+        }
+        self.refuse_to_overwrite(&[out])
+    }
+
     /// Checks that none of the files to be written is the network, or one of the others.
     pub fn refuse_to_overwrite(&self, written: &[&Path]) -> Result<()> {
         let place = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.into());

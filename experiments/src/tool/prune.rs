@@ -1,6 +1,6 @@
 use super::network::NetworkFile;
 use super::text::{millions, table};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 use models::Extras;
 use pfq::{PfQ, Report};
@@ -31,10 +31,7 @@ pub(super) struct Prune {
 impl Prune {
     pub fn run(&self) -> Result<String> {
         let out = self.out.display();
-        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
-            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
-        }
-        self.network.refuse_to_overwrite(&[&self.out])?;
+        self.network.check_output(&self.out, "safetensors")?;
         let (network, mut text) = self.network.open()?;
         let method =
             PfQ { threshold: self.threshold, bias_correction: !self.no_bias_correction, ..PfQ::default() };

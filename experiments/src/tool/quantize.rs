@@ -4,7 +4,6 @@ use super::text::table;
 use crate::flags::parse_bits;
 use anyhow::{Context, Result, bail};
 use baselines::{Cap, Dfq, DfqReport};
-use candle_core::Tensor;
 use clap::Args;
 use datasets::{Augmentation, Dataset};
 use models::{Extras, Fold, Network, Quantization, WeightGrid};
@@ -80,10 +79,7 @@ pub(super) fn bits(text: &str) -> Result<[Precision; 2], String> {
 impl Quantize {
     pub fn run(&self) -> Result<String> {
         let out = self.out.display();
-        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
-            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
-        }
-        self.network.refuse_to_overwrite(&[&self.out])?;
+        self.network.check_output(&self.out, "safetensors")?;
         let (network, mut text) = self.network.open()?;
         let data = self.data.as_deref().map(|place| {
             let limits = [Some(self.images), None];
@@ -136,10 +132,10 @@ fn ranges_of_images(quantized: &mut Network, data: &dyn Dataset) -> Result<usize
         let batch = batch?;
         (images, batches) = (images + batch.labels.elem_count(), batches + 1);
         float.forward_observed(&batch.images, &mut |node, _, y| {
-            let extreme = |tensor: candle_core::Result<Tensor>| tensor?.to_scalar::<f32>().map(f64::from);
+            let ends = kernels::quantize::min_max(y)?.to_vec1::<f32>()?;
             let (low, high) = &mut sums[node];
-            *low += extreme(y.min_all())?;
-            *high += extreme(y.max_all())?;
+            *low += f64::from(ends[0]);
+            *high += f64::from(ends[1]);
             Ok(())
         })?;
     }

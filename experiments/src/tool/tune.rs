@@ -107,10 +107,7 @@ impl Tune {
     pub fn run(&self) -> Result<String> {
         signals::watch();
         let out = self.out.display();
-        if self.out.extension().is_none_or(|extension| extension != "safetensors") {
-            bail!("{out}: expected a name that ends in .safetensors, which is what is written");
-        }
-        self.network.refuse_to_overwrite(&[&self.out])?;
+        self.network.check_output(&self.out, "safetensors")?;
         let folder = self.out.parent().filter(|folder| !folder.as_os_str().is_empty());
         whole_file::check(folder.unwrap_or(".".as_ref()))
             .with_context(|| format!("{out} can't be written"))?;
@@ -203,13 +200,12 @@ fn report(outcomes: &[Outcome], tuned: &Network) -> String {
         .collect();
     let mut text = table(&["stage", "top-1 %", "filters removed", "M MACs", "M weights", "time"], &rows);
     if let (Some(first), Some(last)) = (outcomes.first(), outcomes.last()) {
-        let share = |now: u64, then: u64| 100.0 * (then - now) as f64 / then as f64;
         text += &format!(
             "top-1 {:.2} % → {:.2} %; MACs less by {:.1} %, weights by {:.1} %; {} classes\n",
             first.evaluation.top1_percent,
             last.evaluation.top1_percent,
-            share(last.macs, first.macs),
-            share(last.weights, first.weights),
+            report::pruned_percent(first.macs, last.macs),
+            report::pruned_percent(first.weights, last.weights),
             tuned.classes()
         );
     }

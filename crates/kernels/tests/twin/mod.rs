@@ -13,8 +13,8 @@ use quant_core::Bits;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Calls a macro with the names of all tests of this file.
-macro_rules! all {
+/// Calls a macro with the names of this file's tests of maps, which may be of either dtype.
+macro_rules! of_maps {
     ($of_each:ident) => {
         $of_each! {
             convolutions
@@ -24,10 +24,20 @@ macro_rules! all {
             quantizers
             learned_quantizers
             residuals_and_pooling
+            patches
+        }
+    };
+}
+pub(crate) use of_maps;
+
+/// Calls a macro with the names of all tests of this file.
+macro_rules! all {
+    ($of_each:ident) => {
+        twin::of_maps!($of_each);
+        $of_each! {
             losses
             biases
             descent
-            patches
             augmentation
             finite_differences
         }

@@ -27,8 +27,7 @@ struct Chart<'a> {
 
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
-        canvas.text(self.about.place.title(), (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
-        canvas.text(&self.subtitle(), (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        canvas.heading(self.about.place.title(), &self.subtitle())?;
         self.legend(canvas, 118.0)?;
         let mut columns: Vec<(&str, f64)> = Vec::new();
         for case in &self.cases {

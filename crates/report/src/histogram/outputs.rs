@@ -33,9 +33,7 @@ struct Panel {
 
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
-        let (title, subtitle) = (&self.caption.title, &self.caption.subtitle);
-        canvas.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
-        canvas.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        canvas.heading(&self.caption.title, &self.caption.subtitle)?;
 
         let columns = self.filters.len().max(1) as f64;
         let wide = (WIDTH - LEFT - 24.0) / columns;

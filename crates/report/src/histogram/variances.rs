@@ -54,9 +54,7 @@ struct Chart<'a> {
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
         let tau = self.caption.threshold;
-        let (title, subtitle) = (&self.caption.title, &self.caption.subtitle);
-        canvas.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
-        canvas.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))?;
+        canvas.heading(&self.caption.title, &self.caption.subtitle)?;
         self.legend(canvas, 118.0)?;
 
         let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 172.0, 606.0);
