@@ -159,6 +159,10 @@ pub const ABLATIONS: [&Table; 21] = [
                 name: "batch statistics",
                 workflow: |r, network| fold(r, network, Fold::BatchStatistics),
             },
+            Method {
+                name: "float statistics",
+                workflow: |r, network| fold(r, network, Fold::FloatStatistics),
+            },
             Method { name: "unfolded", workflow: |r, network| fold(r, network, Fold::Unfolded) },
         ],
     ),
@@ -305,12 +309,12 @@ pub const ABLATIONS: [&Table; 21] = [
                 workflow: |r, network| folded(r, Fold::Frozen).algorithm1(network),
             },
             Method {
-                name: "batch statistics without PfQ",
-                workflow: |r, network| folded(r, Fold::BatchStatistics).algorithm1_unpruned(network),
+                name: "float statistics without PfQ",
+                workflow: |r, network| folded(r, Fold::FloatStatistics).algorithm1_unpruned(network),
             },
             Method {
-                name: "batch statistics with PfQ",
-                workflow: |r, network| folded(r, Fold::BatchStatistics).algorithm1(network),
+                name: "float statistics with PfQ",
+                workflow: |r, network| folded(r, Fold::FloatStatistics).algorithm1(network),
             },
         ],
     ),

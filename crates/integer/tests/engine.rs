@@ -36,7 +36,7 @@ fn logits_are_those_of_the_simulation() {
     let uniform = settings(4, Method::Uniform);
     let mut cases: Vec<(Version, Quantization)> =
         Method::ALL.iter().map(|method| (Version::V2, settings(4, *method))).collect();
-    for fold in [Fold::Frozen, Fold::BatchStatistics] {
+    for fold in [Fold::Frozen, Fold::BatchStatistics, Fold::FloatStatistics] {
         cases.push((Version::V2, Quantization { fold, ..uniform }));
     }
     let channels = Quantization { weight_grid: WeightGrid::Channel, ..uniform };

@@ -485,6 +485,22 @@ pub struct DeferredGradient {
 }
 
 impl DeferredGradient {
+    /// The gradient of `z` where the loss reads nothing of it but its statistics, from those of their mean and variance,
+    /// `[C]`: `∂μ/M + 2·∂V·(z − μ)/M` over `M` rows.
+    pub fn of_statistics(
+        z: &Tensor,
+        norm: &BatchNormalization,
+        mean: &Tensor,
+        variance: &Tensor,
+    ) -> Result<Self> {
+        let check = Check("norm::DeferredGradient::of_statistics");
+        let (rows, c) = check.rows("z", z)?;
+        let of = Epilogue::batch(z, norm, Activation::Identity, None)?;
+        let slope = (check.dims("variance", variance, &[c])? * (2.0 / rows as f64))?;
+        let offset = (check.dims("mean", mean, &[c])? / rows as f64)?;
+        Ok(Self { of, gy: z.zeros_like()?, slope, offset })
+    }
+
     /// The convolution's output, whose gradient this is.
     pub fn z(&self) -> &Tensor {
         &self.of.z

@@ -10,10 +10,10 @@
 //! features on are `F32` always. Nothing in a pass waits for the GPU.
 
 use crate::quantizer::Quantized;
-use crate::{BatchNorm, Gradients, Kernel, Network, Node, Norm, Quantizer, Result, Sum, Unit};
+use crate::{BatchNorm, Fold, Gradients, Kernel, Network, Node, Norm, Quantizer, Result, Sum, Unit};
 use candle_core::{DType, Tensor};
 use kernels::convolution::{self, Below};
-use kernels::norm::{self, Epilogue, MapGradient, Running};
+use kernels::norm::{self, BatchNormalization, DeferredGradient, Epilogue, MapGradient, Running, Stats};
 use kernels::{Activation, FeatureMap, Weight, bias, cap, pool, quantize, residual};
 use std::ops::Index;
 
@@ -133,12 +133,20 @@ struct UnitRecord {
     /// The parameters of what followed the convolution: γ, if it was normalized, and β or the bias.
     gamma: Option<Tensor>,
     shift: Tensor,
+    /// The convolution by the float weights whose statistics fold the filters, with [`Fold::FloatStatistics`].
+    float: Option<FloatConvolution>,
     /// What followed, as the forward pass applied it.
     epilogue: Epilogue,
     /// What the caps gave, and the caps, if it has any.
     capped: Option<[Tensor; 2]>,
     /// What the quantizer did, where it is not a part of the epilogue.
     quantized: Option<Quantized>,
+}
+
+/// A convolution by the float weights, and its normalization by the batch.
+struct FloatConvolution {
+    z: Tensor,
+    norm: BatchNormalization,
 }
 
 struct SumRecord {
@@ -162,22 +170,37 @@ impl Unit {
     /// The weights as the products see them, quantized if the unit says so; batch normalization's
     /// running statistics give the folding factor.
     fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
-        let (parameter, value) = (self.weight.clone(), self.weight.clone());
-        let mut used = UsedWeight { parameter, value, quantized: None, divided: false };
-        let Some(quantizer) = &self.weight_quantizer else { return Ok(used) };
-        let factor = self.batch_norm().filter(|_| quantizer.folded());
+        let factor = self.batch_norm().filter(|_| self.weight_quantizer.as_ref().is_some_and(Quantizer::folded));
         let factor = factor.map(|norm| norm.scale(epsilon)).transpose()?;
-        if let Some(factor) = &factor {
-            used.value = used.value.broadcast_mul(factor)?;
-        }
-        let (value, quantized) = quantizer.forward(&used.value)?;
-        (used.value, used.quantized, used.divided) = (value, Some(quantized), factor.is_some());
+        let mut used = self.quantized_weight(factor.as_ref())?;
         if let Some(factor) = factor {
             // A factor of 0 stands for a filter whose γ is 0: its weights are 0 already.
             let divisor = (&factor + factor.eq(0.0)?.to_dtype(factor.dtype())?)?;
-            used.value = used.value.broadcast_div(&divisor)?;
+            (used.value, used.divided) = (used.value.broadcast_div(&divisor)?, true);
         }
         Ok(used)
+    }
+
+    /// The weights times a factor for each filter, quantized if the unit says so.
+    fn quantized_weight(&self, factor: Option<&Tensor>) -> Result<UsedWeight> {
+        let parameter = self.weight.clone();
+        let value = factor.map_or(Ok(parameter.clone()), |factor| parameter.broadcast_mul(factor))?;
+        let quantized = self.weight_quantizer.as_ref().map(|quantizer| quantizer.forward(&value)).transpose()?;
+        let (value, quantized) = quantized.map_or((value, None), |(value, quantized)| (value, Some(quantized)));
+        Ok(UsedWeight { parameter, value, quantized, divided: false })
+    }
+
+    /// The convolution of `x[N, H, W, C]` by the float weights whose statistics fold the filters, if they do; moves the running
+    /// statistics towards them.
+    fn float_convolution(&mut self, x: &FeatureMap, epsilon: f64) -> Result<Option<FloatConvolution>> {
+        let fold = self.weight_quantizer.as_ref().map(Quantizer::fold);
+        match &mut self.norm {
+            Norm::Batch(norm) if fold == Some(Fold::FloatStatistics) => {
+                let (z, stats) = convolution::forward_stats(self.kernel, x.clone(), &self.weight)?;
+                Ok(Some(FloatConvolution { norm: norm.prepare(&z, &stats, epsilon)?, z }))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// The output for `x` but for a quantizer that is not fused, by the running statistics. With `observed` also the
@@ -217,20 +240,26 @@ impl Unit {
         if let Some(quantizer) = &mut self.weight_quantizer {
             quantizer.settle(&self.weight, step.range_momentum)?;
         }
-        let weight = self.used_weight(epsilon)?;
+        let float = self.float_convolution(&x, epsilon)?;
+        let weight = match &float {
+            Some(float) => self.quantized_weight(Some(&float.norm.scale))?,
+            None => self.used_weight(epsilon)?,
+        };
         let (kernel, act, operand) = (self.kernel, self.activation, weight.operand());
-        let (z, stats, batch, scale, shift) = match &mut self.norm {
-            Norm::Batch(BatchNorm { gamma, beta, mean, variance }) => {
+        let bias = match (&float, &self.norm) {
+            (Some(float), _) => Some(float.norm.shift.clone()),
+            (None, Norm::Bias(bias)) => Some(bias.clone()),
+            (None, Norm::Batch(_)) => None,
+        };
+        let (z, stats, batch, scale, shift) = match (bias, &mut self.norm) {
+            (None, Norm::Batch(norm)) => {
                 let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
-                let running = Running { mean: mean.clone(), variance: variance.clone() };
-                let rows = z.elem_count() / gamma.elem_count();
-                let (batch, running) =
-                    norm::prepare(&stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
-                (*mean, *variance) = (running.mean, running.variance);
+                let batch = norm.prepare(&z, &stats, epsilon)?;
                 let (scale, shift) = (batch.scale.clone(), batch.shift.clone());
                 (z, Some(stats), Some(batch), scale, shift)
             }
-            Norm::Bias(bias) => {
+            (bias, _) => {
+                let bias = bias.expect("a unit without normalization has a bias");
                 // Without normalization statistics serve the quantizer's range alone.
                 let (z, stats) = if self.output_quantizer.is_none() {
                     (convolution::forward(kernel, &x, operand)?, None)
@@ -238,7 +267,7 @@ impl Unit {
                     let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
                     (z, Some(stats))
                 };
-                (z, stats, None, bias.ones_like()?, bias.clone())
+                (z, stats, None, bias.ones_like()?, bias)
             }
         };
         if let (Some(quantizer), Some(stats), None) = (&mut self.output_quantizer, &stats, &self.cap) {
@@ -278,7 +307,19 @@ impl Unit {
             Norm::Bias(bias) => (None, bias.clone()),
         };
         let input = self.input;
-        Ok((y, UnitRecord { input, x, kernel, weight, gamma, shift, epilogue, capped, quantized }))
+        Ok((y, UnitRecord { input, x, kernel, weight, gamma, shift, float, epilogue, capped, quantized }))
+    }
+}
+
+impl BatchNorm {
+    /// The normalization of a training step, by the statistics of its `z[N, H, W, C]`; moves the running ones towards them.
+    fn prepare(&mut self, z: &Tensor, stats: &Stats, epsilon: f64) -> Result<BatchNormalization> {
+        let Self { gamma, beta, mean, variance } = self;
+        let running = Running { mean: mean.clone(), variance: variance.clone() };
+        let rows = z.elem_count() / gamma.elem_count();
+        let (batch, running) = norm::prepare(stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
+        (*mean, *variance) = (running.mean, running.variance);
+        Ok(batch)
     }
 }
 
@@ -509,6 +550,9 @@ impl UnitRecord {
             g = cap::backward(y, &g.tensor, cap)?.into();
         }
         let norm::Gradients { z: gz, gamma, shift } = self.epilogue.backward(&g)?;
+        if let Some(float) = &self.float {
+            return self.backward_folded(float, &gz, &shift, below, gradients);
+        }
         match (&self.gamma, gamma) {
             (Some(parameter), Some(gamma)) => {
                 gradients.set(parameter, gamma);
@@ -526,6 +570,40 @@ impl UnitRecord {
         };
         gradients.set(&self.weight.parameter, gw);
         Ok(gx)
+    }
+
+    /// [`UnitRecord::backward`] from the gradients of what the folded filters gave, and of the shift that followed, where `s·w`
+    /// with the factor `s = γ/√(V+ε)` was quantized, and the shift was `β − μ·s`: `μ` and `V` are those of a convolution that
+    /// has gradients of its own.
+    fn backward_folded(
+        &self,
+        float: &FloatConvolution,
+        gz: &DeferredGradient,
+        gshift: &Tensor,
+        below: Below<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<MapGradient>> {
+        let (w, BatchNormalization { mean, inv_std, scale, .. }) = (&self.weight.parameter, &float.norm);
+        let below = if matches!(below, Below::Image) { Below::Image } else { Below::Map };
+        let (gw, gx) = convolution::backward(self.kernel, &self.x, &self.weight.value, gz, below)?;
+        let gw = match &self.weight.quantized {
+            Some(quantized) => quantized.backward(&gw, gradients)?,
+            None => gw,
+        };
+        let of_filters = (&gw * w)?.reshape(((), scale.elem_count()))?.sum(0)?;
+        let gscale = (of_filters - (mean * gshift)?)?;
+        if let Some(gamma) = &self.gamma {
+            gradients.set(gamma, (&gscale * inv_std)?);
+        }
+        gradients.set(&self.shift, gshift.clone());
+        // ∂s/∂V = −s/(2(V+ε)).
+        let gvariance = (((gscale * scale)? * inv_std.sqr()?)? * -0.5)?;
+        let gmean = (scale * gshift)?.neg()?;
+        let gu = DeferredGradient::of_statistics(&float.z, &float.norm, &gmean, &gvariance)?;
+        let (gw_float, gx_float) = convolution::backward(self.kernel, &self.x, w, &gu, below)?;
+        gradients.set(w, (gw.broadcast_mul(scale)? + gw_float)?);
+        let (Some(gx), Some(gx_float)) = (gx, gx_float) else { return Ok(None) };
+        Ok(Some(residual::add(&gx.tensor, &gx_float.tensor)?.into()))
     }
 }
 

@@ -19,6 +19,10 @@ pub enum Fold {
     /// variance of zero, its folding factor grows to `γ/√ε`, and then its weights span the range of
     /// the whole layer.
     BatchStatistics,
+    /// The filters are folded with the statistics that a second convolution, by the float weights, has on the batch, and the
+    /// folded filters are quantized: what training computes with is what is deployed (Jacob et al. 2018, figure C.8;
+    /// Krishnamoorthi 2018, section 3.2.2). Gradients go through both convolutions and the statistics.
+    FloatStatistics,
     /// Folded for good with the running statistics; a bias is left.
     Frozen,
 }

@@ -55,7 +55,7 @@ struct Schemes {
     unsigned: &'static dyn Scheme,
     /// For activations of both signs.
     signed: &'static dyn Scheme,
-    /// For weights; the settings choose by [`Scheme::folded`] and [`Scheme::weight_grid`] where there are several.
+    /// For weights; the settings choose by [`Scheme::fold`] and [`Scheme::weight_grid`] where there are several.
     weights: &'static [&'static dyn Scheme],
 }
 
@@ -72,10 +72,10 @@ trait Scheme: Debug + Sync {
         &[]
     }
 
-    /// For weights: whether they are multiplied by the factor of their batch normalization before, and divided by it
-    /// after they are quantized.
-    fn folded(&self) -> bool {
-        false
+    /// For weights: whether they are multiplied by the factor of their batch normalization before they are quantized, and
+    /// by which statistics in training. [`Fold::Frozen`] is none of the scheme's business.
+    fn fold(&self) -> Fold {
+        Fold::Unfolded
     }
 
     /// For weights: how many grids they have.
@@ -189,7 +189,7 @@ impl Quantizer {
     /// A quantizer of `weight`, likewise; a new one is set by the weights as they are. With
     /// [`Fold::BatchStatistics`] the grid is that of the filters times `γ/√(V+ε)` of the
     /// running variance, so that what is deployed, the folded weights, lies on one grid while batch normalization stays
-    /// live. Only uniform weights have that, and the choice of grids.
+    /// live; with [`Fold::FloatStatistics`] training takes the batch's variance. Only uniform weights have that, and the choice of grids.
     pub(crate) fn of_weights(
         old: Option<Self>,
         bits: Bits,
@@ -200,9 +200,10 @@ impl Quantizer {
         let scheme = match method.schemes_as(settings).weights {
             [only] => *only,
             all => {
-                let wanted = (settings.fold == Fold::BatchStatistics, settings.weight_grid);
+                let fold = if settings.fold == Fold::Frozen { Fold::Unfolded } else { settings.fold };
+                let wanted = (fold, settings.weight_grid);
                 *all.iter()
-                    .find(|scheme| (scheme.folded(), scheme.weight_grid()) == wanted)
+                    .find(|scheme| (scheme.fold(), scheme.weight_grid()) == wanted)
                     .expect("all there are")
             }
         };
@@ -221,7 +222,7 @@ impl Quantizer {
     ) -> Result<Self> {
         let is_same = |old: &Self| {
             let fits = old.bits == bits || scheme.spans_any_bits();
-            fits && (old.kind(), old.folded()) == (scheme.kind(), scheme.folded())
+            fits && (old.kind(), old.scheme.fold()) == (scheme.kind(), scheme.fold())
         };
         if let Some(old) = old.filter(is_same) {
             return Ok(Self { bits, ..old });
@@ -239,7 +240,12 @@ impl Quantizer {
     /// For weights: whether the grid is that of the folded filters. Without effect where batch normalization has been
     /// folded already.
     pub fn folded(&self) -> bool {
-        self.scheme.folded()
+        self.fold() != Fold::Unfolded
+    }
+
+    /// How, and by which statistics in training.
+    pub(crate) fn fold(&self) -> Fold {
+        self.scheme.fold()
     }
 
     /// The range `[2]`, the lowest and the highest value, of a uniform quantizer of activations; none while no
@@ -399,7 +405,7 @@ impl Entry {
             None => all.flat_map(|all| [all.unsigned, all.signed]).find(|scheme| scheme.kind() == kind),
             Some(folded) => {
                 let mut weights = all.flat_map(|all| all.weights).copied();
-                weights.find(|scheme| (scheme.kind(), scheme.folded()) == (kind.clone(), folded))
+                weights.find(|scheme| (scheme.kind(), scheme.fold() != Fold::Unfolded) == (kind.clone(), folded))
             }
         };
         let scheme = scheme.ok_or_else(|| format!("there is no quantizer of kind {kind} here"))?;

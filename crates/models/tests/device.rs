@@ -237,6 +237,19 @@ fn quantized_steps_with_folded_weights() {
 }
 
 #[test]
+fn quantized_steps_folded_with_float_statistics() {
+    let settings = quantization(8, 8, Fold::FloatStatistics);
+    check(
+        "A8/W8, float statistics",
+        deep(),
+        |network| network.quantize(&settings).unwrap(),
+        DType::F32,
+        1,
+        &LEVELS,
+    );
+}
+
+#[test]
 fn quantized_steps_with_grids_of_channels() {
     let settings = Quantization { weight_grid: WeightGrid::Channel, ..quantization(4, 4, Fold::Unfolded) };
     let quantize = |network: &mut Network| network.quantize(&settings).unwrap();

@@ -180,6 +180,12 @@ fn quantized_weights_on_the_folded_grid() {
     check("folded", [4, 4, 5, 6], Fold::BatchStatistics, false);
 }
 
+/// Filters are folded with the statistics of a convolution by the float weights, and gradients go through both.
+#[test]
+fn quantized_weights_folded_with_float_statistics() {
+    check("float_statistics", [4, 4, 5, 6], Fold::FloatStatistics, false);
+}
+
 /// Normalization is folded for good; biases are learned in its place.
 #[test]
 fn quantized_weights_with_normalization_folded() {

@@ -198,7 +198,7 @@ fn entries_in_files_stay_what_they_were() {
 /// that, and a network with one grid for each tensor becomes another.
 #[test]
 fn channels_have_grids_of_their_own() {
-    for fold in [Fold::Unfolded, Fold::BatchStatistics] {
+    for fold in [Fold::Unfolded, Fold::BatchStatistics, Fold::FloatStatistics] {
         let [tensor, channel] = [WeightGrid::Tensor, WeightGrid::Channel].map(|weight_grid| {
             let mut network = float();
             network.quantize(&Quantization { weight_grid, ..settings(Method::Uniform, fold) }).unwrap();
@@ -207,7 +207,7 @@ fn channels_have_grids_of_their_own() {
         for (a, b) in tensor.units().zip(channel.units()) {
             let [of_tensor, of_channel] = [a, b].map(|unit| {
                 let quantizer = unit.weight_quantizer.as_ref().unwrap();
-                assert_eq!(quantizer.folded(), fold == Fold::BatchStatistics);
+                assert_eq!(quantizer.folded(), fold != Fold::Unfolded);
                 quantizer.apply(&unit.weight).unwrap()
             });
             let filters = |t: &Tensor| t.flatten_to(t.rank() - 2).unwrap().t().unwrap().contiguous().unwrap();

@@ -140,7 +140,7 @@ fn gradients_with_folded_norm() {
 #[test]
 fn an_observed_pass_gives_the_same_bits() {
     for version in [Version::V1, Version::V2] {
-        let folds = [Fold::Unfolded, Fold::BatchStatistics, Fold::Frozen];
+        let folds = [Fold::Unfolded, Fold::BatchStatistics, Fold::FloatStatistics, Fold::Frozen];
         let settings = folds.map(|fold| Some(quantization(4, 3, fold)));
         let float_weights = [Fold::Unfolded, Fold::Frozen].map(|fold| Some(quantization(4, 32, fold)));
         for settings in settings.into_iter().chain([None]).chain(float_weights) {
@@ -178,7 +178,7 @@ fn an_observed_pass_gives_the_same_bits() {
 
 #[test]
 fn eight_bits_are_close_to_float() {
-    for fold in [Fold::Unfolded, Fold::BatchStatistics, Fold::Frozen] {
+    for fold in [Fold::Unfolded, Fold::BatchStatistics, Fold::FloatStatistics, Fold::Frozen] {
         let mut network = network(Version::V2, true);
         let images = random(&[8, 32, 32, 3], 3);
         for _ in 0..60 {
@@ -196,8 +196,15 @@ fn eight_bits_are_close_to_float() {
 
 #[test]
 fn a_file_gives_the_same_network_back() {
+    for fold in [Fold::BatchStatistics, Fold::FloatStatistics] {
+        check_file(fold);
+    }
+}
+
+/// The network that is read is evaluated, and trains on, as the one that was written.
+fn check_file(fold: Fold) {
     let mut network = network(Version::V2, true);
-    network.quantize(&quantization(4, 4, Fold::BatchStatistics)).unwrap();
+    network.quantize(&quantization(4, 4, fold)).unwrap();
     let images = random(&[2, 32, 32, 3], 4);
     loss(&mut network, &images);
     let folder = tempfile::tempdir().unwrap();
@@ -206,13 +213,14 @@ fn a_file_gives_the_same_network_back() {
     extras.metadata.insert("note".into(), "kept".into());
     extras.tensors.insert("velocity".into(), random(&[3], 5));
     network.save(&path, &extras).unwrap();
-    let (read, found) = Network::load(&path, &Device::Cpu).unwrap();
+    let (mut read, found) = Network::load(&path, &Device::Cpu).unwrap();
     assert_eq!(found.metadata, extras.metadata);
     assert_eq!(found.tensors.keys().collect::<Vec<_>>(), ["velocity"]);
     let bits = |t: Tensor| {
         t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
     };
     assert_eq!(bits(network.forward(&images).unwrap()), bits(read.forward(&images).unwrap()));
+    assert_eq!(loss(&mut network, &images), loss(&mut read, &images));
 }
 
 #[test]

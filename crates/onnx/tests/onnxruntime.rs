@@ -105,6 +105,7 @@ fn quantized_networks_give_the_same_logits() {
     cases.push(("frozen".into(), frozen));
     cases.push(("frozen channels".into(), Quantization { weight_grid: WeightGrid::Channel, ..frozen }));
     cases.push(("folded grid".into(), Quantization { fold: Fold::BatchStatistics, ..uniform }));
+    cases.push(("float statistics".into(), Quantization { fold: Fold::FloatStatistics, ..uniform }));
     let float = Precision::Float;
     cases.push(("activations alone".into(), Quantization { weights: float, ..uniform }));
     cases.push(("weights alone".into(), Quantization { activations: float, ..uniform }));

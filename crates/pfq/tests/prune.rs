@@ -260,8 +260,9 @@ fn constants_through_depthwise_layers_are_exact_inside_the_border() {
 #[test]
 fn constants_are_those_of_the_quantized_network() {
     let folded = [3u32, 4, 8].map(|bits| (bits, Fold::BatchStatistics, Method::Uniform));
+    let folded = folded.into_iter().chain([(4, Fold::FloatStatistics, Method::Uniform)]);
     let learned = Method::learned().map(|method| (4, Fold::Unfolded, method));
-    for (bits, fold, method) in folded.into_iter().chain(learned) {
+    for (bits, fold, method) in folded.chain(learned) {
         let mut network = network(Version::V2);
         let precision = |bits| Precision::try_from(bits).unwrap();
         let settings = Quantization {

@@ -160,6 +160,7 @@ fn quantization_settings(quantization: &Quantization) -> Value {
         "fold": match fold {
             Fold::Unfolded => "unfolded",
             Fold::BatchStatistics => "batch_statistics",
+            Fold::FloatStatistics => "float_statistics",
             Fold::Frozen => "frozen",
         },
     });

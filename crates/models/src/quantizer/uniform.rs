@@ -2,7 +2,7 @@
 //! their own.
 
 use super::{Scheme, Schemes, Slopes, Slot};
-use crate::{Lattice, Result, WeightGrid};
+use crate::{Fold, Lattice, Result, WeightGrid};
 use candle_core::Tensor;
 use kernels::{norm, quantize};
 use quant_core::{Bits, Grid};
@@ -14,10 +14,12 @@ pub(super) const SCHEMES: Schemes = Schemes {
     unsigned: &Uniform::Tracked,
     signed: &Uniform::Tracked,
     weights: &[
-        &Uniform::Extremes { grid: WeightGrid::Tensor, folded: false },
-        &Uniform::Extremes { grid: WeightGrid::Tensor, folded: true },
-        &Uniform::Extremes { grid: WeightGrid::Channel, folded: false },
-        &Uniform::Extremes { grid: WeightGrid::Channel, folded: true },
+        &Uniform::Extremes { grid: WeightGrid::Tensor, fold: Fold::Unfolded },
+        &Uniform::Extremes { grid: WeightGrid::Tensor, fold: Fold::BatchStatistics },
+        &Uniform::Extremes { grid: WeightGrid::Tensor, fold: Fold::FloatStatistics },
+        &Uniform::Extremes { grid: WeightGrid::Channel, fold: Fold::Unfolded },
+        &Uniform::Extremes { grid: WeightGrid::Channel, fold: Fold::BatchStatistics },
+        &Uniform::Extremes { grid: WeightGrid::Channel, fold: Fold::FloatStatistics },
     ],
 };
 
@@ -27,14 +29,16 @@ enum Uniform {
     /// Moving averages of the batches' extremes.
     Tracked,
     /// The weights' own extremes.
-    Extremes { grid: WeightGrid, folded: bool },
+    Extremes { grid: WeightGrid, fold: Fold },
 }
 
 impl Scheme for Uniform {
     fn kind(&self) -> Value {
-        match self {
-            Self::Extremes { grid: WeightGrid::Channel, .. } => "channels".into(),
-            _ => Value::Null,
+        match (self.weight_grid(), self.fold()) {
+            (WeightGrid::Channel, Fold::FloatStatistics) => "channels_float_statistics".into(),
+            (WeightGrid::Tensor, Fold::FloatStatistics) => "float_statistics".into(),
+            (WeightGrid::Channel, _) => "channels".into(),
+            (WeightGrid::Tensor, _) => Value::Null,
         }
     }
 
@@ -45,8 +49,11 @@ impl Scheme for Uniform {
         }
     }
 
-    fn folded(&self) -> bool {
-        matches!(self, Self::Extremes { folded: true, .. })
+    fn fold(&self) -> Fold {
+        match self {
+            Self::Tracked => Fold::Unfolded,
+            Self::Extremes { fold, .. } => *fold,
+        }
     }
 
     fn weight_grid(&self) -> WeightGrid {

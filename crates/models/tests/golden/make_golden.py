@@ -59,6 +59,7 @@ CASES = {
     "dsq": ((4, 4, 5, 6), "unfolded", True, "dsq"),
     "channels": ((4, 4, 5, 6), "unfolded", False, "channels"),
     "lsq": ((4, 4, 5, 6), "unfolded", True, "lsq"),
+    "float_statistics": ((4, 4, 5, 6), "float_statistics", False, "uniform"),
 }
 
 
@@ -258,7 +259,7 @@ class Unit(torch.nn.Module):
             channels_in, channels, size, stride, padding=size // 2, groups=groups, bias=False
         )
         self.norm = torch.nn.BatchNorm2d(channels, eps=EPSILON, momentum=0.1)
-        self.bits, self.folded_grid, self.method, self.soft = None, False, "uniform", None
+        self.bits, self.fold, self.method, self.soft = None, "unfolded", "uniform", None
         # Beside the usual, one filter is turned over and one is off.
         with torch.no_grad():
             self.norm.weight.uniform_(0.5, 1.5)
@@ -290,14 +291,29 @@ class Unit(torch.nn.Module):
         if self.channels:
             return fake_quantize_channels(weight, self.bits)
         scale = torch.ones(len(weight))
-        if self.folded_grid and self.norm is not None:
+        if self.fold in ("batch_statistics", "float_statistics") and self.norm is not None:
             scale = self.scale()
         folded = weight * scale[:, None, None, None]
         quantized = fake_quantize(folded, folded.detach().min(), folded.detach().max(), self.bits)
         return quantized / torch.where(scale == 0, 1.0, scale)[:, None, None, None]
 
+    def convolve(self, x, weight):
+        return F.conv2d(x, weight, None, self.conv.stride, self.conv.padding, 1, self.conv.groups)
+
+    def folded_with_float_statistics(self, x):
+        """A training step's output before the activation."""
+        z, norm = self.convolve(x, self.conv.weight), self.norm
+        norm(z)  # moves the running statistics
+        variance, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+        scale = norm.weight / (variance + EPSILON).sqrt()
+        folded = self.conv.weight * scale[:, None, None, None]
+        weight = fake_quantize(folded, folded.detach().min(), folded.detach().max(), self.bits)
+        return self.convolve(x, weight) + (norm.bias - mean * scale)[:, None, None]
+
     def forward(self, x):
-        z = F.conv2d(x, self.weight(), None, self.conv.stride, self.conv.padding, 1, self.conv.groups)
+        if self.fold == "float_statistics" and self.training and self.norm is not None:
+            return activate(self.folded_with_float_statistics(x), self.activation)
+        z = self.convolve(x, self.weight())
         u = z + self.bias[:, None, None] if self.norm is None else self.norm(z)
         return activate(u, self.activation)
 
@@ -321,7 +337,7 @@ class Network(torch.nn.Module):
                 unit.freeze()
         for i, unit in enumerate(self.units):
             unit.bits = weights and (first if i == 0 else weights)
-            unit.folded_grid, unit.channels = fold == "batch_statistics", method == "channels"
+            unit.fold, unit.channels = fold, method == "channels"
             if i > 0:
                 unit.method = method
                 unit.soft = {
