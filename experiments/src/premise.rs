@@ -1,5 +1,5 @@
 //! The paper's premise without any training: what pruning changes of the dynamic range of folded weights, of the
-//! signal-to-noise ratio of their quantization, and of the ranges of activations, layer by layer.
+//! signal-to-noise ratio of their quantization and of their gradients, and of the ranges of activations, layer by layer.
 //!
 //! The networks are the pre-trained ones that the tables begin with, so they come from the same store.
 
@@ -11,12 +11,15 @@ use crate::table::PROFILE;
 use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
 use clap::{CommandFactory, FromArgMatches};
+use datasets::Batch;
+use kernels::loss::softmax_cross_entropy;
 use kernels::quantize;
-use models::{MobileNet, Network, Unit};
+use models::{MobileNet, Network, Quantization, Step, Unit};
 use pfq::PfQ;
-use quant_core::Bits;
+use quant_core::{Bits, Precision};
 use report::histogram::{Caption, write_rows};
 use report::premise::{FilterRow, PremiseRow, plot, plot_filters};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Stage};
@@ -24,8 +27,8 @@ use workflow::{Outcome, Stage};
 /// Runs the binary: parses the flags, pre-trains what is missing, writes the pictures.
 pub fn main() -> Result<()> {
     let about = "Measures what pruning changes of pre-trained networks, which are trained if they are not in the store: the \
-                 dynamic range of folded weights, the signal-to-noise ratio of their quantization to 4 and 3 bits, and the \
-                 ranges of activations";
+                 dynamic range of folded weights, the signal-to-noise ratio of their quantization to 4 and 3 bits, that of their \
+                 gradients under activations of 4 bits, and the ranges of activations";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
     session::main(|| {
         let models = subjects(&flags)?;
@@ -41,13 +44,15 @@ pub fn main() -> Result<()> {
         }
         session.claim("premise")?;
         let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
+        let (images, labels) = (batch.images.to_device(&Device::Cpu)?, batch.labels.to_device(&Device::Cpu)?);
+        let on_cpu = Batch { images, labels };
         let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
         let mut found = Vec::new();
         let threshold = session.profile.pfq.threshold;
         for (config, stage) in subjects {
             let Some(outcome) = session.run(&stage)? else { return Ok(Done::InTime) };
             let network = session.network(&stage)?.to_device(&Device::Cpu)?;
-            let rows = measure(&network, &pfq, &batch.images.to_device(&Device::Cpu)?)?;
+            let rows = measure(&network, &pfq, &on_cpu)?;
             found.push((config, outcome, rows, filters(&network, threshold)?));
         }
         let folder = session.folder("premise");
@@ -57,13 +62,18 @@ pub fn main() -> Result<()> {
     })
 }
 
-/// The layers of a pre-trained network before and after pruning by `pfq`; `images` `[N, H, W, C]` are what outputs are taken of.
-fn measure(network: &Network, pfq: &PfQ, images: &Tensor) -> Result<Vec<PremiseRow>> {
+/// The layers of a pre-trained network before and after pruning by `pfq`; outputs and gradients are those of the batch.
+fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow>> {
     let kept = pfq.kept(network)?;
     let (pruned, _) = pfq.apply(network)?;
-    let outputs = [network, &pruned].map(|network| extremes(network, images));
-    let [outputs_before, outputs_after] = outputs;
-    let (outputs_before, outputs_after) = (outputs_before?, outputs_after?);
+    let (outputs_before, outputs_after) =
+        (extremes(network, &batch.images)?, extremes(&pruned, &batch.images)?);
+    let four = Bits::new(4)?;
+    let gradients = [(network, None), (network, Some(four)), (&pruned, None), (&pruned, Some(four))];
+    let gradients = gradients.map(|(network, bits)| weight_gradients(network, batch, bits));
+    let [float_before, quantized_before, float_after, quantized_after] = gradients;
+    let (float_before, quantized_before) = (float_before?, quantized_before?);
+    let (float_after, quantized_after) = (float_after?, quantized_after?);
     let (mut before, mut after) = (network.duplicate()?, pruned);
     before.fold()?;
     after.fold()?;
@@ -78,6 +88,9 @@ fn measure(network: &Network, pfq: &PfQ, images: &Tensor) -> Result<Vec<PremiseR
         };
         let ((snr_4_bits_before, snr_4_bits_after), (snr_3_bits_before, snr_3_bits_after)) =
             (snr(4)?, snr(3)?);
+        let gradient_snr_before =
+            decibels(&stays.of(&float_before[&unit.name])?, &stays.of(&quantized_before[&unit.name])?)?;
+        let gradient_snr_after = decibels(&float_after[&unit.name], &quantized_after[&unit.name])?;
         let [largest_before, largest_after] = [unit, other].map(largest_of_filters);
         let (largest_before, largest_after) = (largest_before?, largest_after?);
         // Of the filters that stay: where most are dead, the median of all would be nothing.
@@ -96,6 +109,8 @@ fn measure(network: &Network, pfq: &PfQ, images: &Tensor) -> Result<Vec<PremiseR
             snr_4_bits_after,
             snr_3_bits_before,
             snr_3_bits_after,
+            gradient_snr_before,
+            gradient_snr_after,
             lowest_output_before: outputs_before[i].0,
             highest_output_before: outputs_before[i].1,
             lowest_output_after: outputs_after[i].0,
@@ -172,6 +187,31 @@ fn largest_of_filters(unit: &Unit) -> Result<Vec<f64>> {
     Ok(filters.into_iter().map(f64::from).collect())
 }
 
+/// The gradient of each unit's weights, by the unit's name, in a training step of Algorithm 1's first stage: normalization has
+/// the batch's statistics, activations are quantized to `bits` between the batch's extremes, or not at all, and weights are float.
+fn weight_gradients(network: &Network, batch: &Batch, bits: Option<Bits>) -> Result<HashMap<String, Tensor>> {
+    let mut network = network.duplicate()?;
+    if let Some(bits) = bits {
+        let [activations, end] = [bits, Bits::new(8)?].map(Precision::Quantized);
+        network.quantize(&Quantization {
+            activations,
+            first_layer: end,
+            last_layer: end,
+            ..Quantization::default()
+        })?;
+    }
+    let (logits, tape) = network.forward_train(&batch.images, Step { range_momentum: 1.0 })?;
+    let loss = softmax_cross_entropy(&logits, &batch.labels, 0.0)?;
+    let gradients = network.backward(tape, &loss.grad)?;
+    let parameters = network.parameters();
+    let of = |unit: &Unit| {
+        let parameter = parameters.iter().find(|p| p.tensor.id() == unit.weight.id());
+        let parameter = parameter.expect("the weights of every unit are parameters");
+        Ok((unit.name.clone(), gradients.of(parameter)?.clone()))
+    };
+    network.units().map(of).collect()
+}
+
 /// The lowest and the highest output of every node.
 fn extremes(network: &Network, images: &Tensor) -> Result<Vec<(f64, f64)>> {
     let mut all = Vec::new();
@@ -195,7 +235,8 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
          quantized on one grid for each layer; the signal-to-noise ratio is that of the weights that stay, on the layer's \
          grid before and after. Medians over the layers, and in how many layers a value changes by more than a tenth (1 dB). \
-         Ranges of outputs are those over the first {} test images.\n\n",
+         Gradients are those of the weights that stay, in one step with the batch's statistics and activations of 4 bits, beside \
+         the same step without quantization. Gradients and ranges of outputs are those over the first {} test images.\n\n",
         profile.name,
         data.test_images().min(IMAGES)
     );
@@ -219,6 +260,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         line("dynamic range of the weights", &|r| (r.dynamic_range_before, r.dynamic_range_after), &tenth);
         line("signal to noise at 4 bits, dB", &|r| (r.snr_4_bits_before, r.snr_4_bits_after), &decibel);
         line("signal to noise at 3 bits, dB", &|r| (r.snr_3_bits_before, r.snr_3_bits_after), &decibel);
+        line("signal to noise of the gradients, dB", &|r| (r.gradient_snr_before, r.gradient_snr_after), &decibel);
         let output = |lo: f64, hi: f64| hi.max(0.0) - lo.min(0.0);
         let ranges = |r: &PremiseRow| {
             (
@@ -275,17 +317,17 @@ mod tests {
     /// A filter of hardly any variance whose factor is large sets its layer's grid: without it the others keep their levels.
     #[test]
     fn a_filter_that_spans_the_grid_is_seen() {
-        let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
+        let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 100) };
         let mut network = config.init(1, &Device::Cpu).unwrap();
         let data = Arc::new(datasets::synthetic(40, 40, 3).unwrap());
-        let images = datasets::test_batches(&data, 20).next().unwrap().unwrap().images;
+        let batch = datasets::test_batches(&data, 20).next().unwrap().unwrap();
         let unit = network.units_mut().find(|unit| unit.name == "blocks.3.expand").unwrap();
         let filters = unit.filters();
         let Norm::Batch(norm) = &mut unit.norm else { panic!("a new network is normalized") };
         // γ/√(V + ε) is 316 there, and 1 elsewhere.
         let variance = (0..filters).map(|j| if j == 5 { 0.0 } else { 1.0 }).collect::<Vec<f32>>();
         norm.variance = Tensor::new(variance, &Device::Cpu).unwrap();
-        let rows = measure(&network, &PfQ::default(), &images).unwrap();
+        let rows = measure(&network, &PfQ::default(), &batch).unwrap();
         assert_eq!(rows.len(), network.units().count());
         let all = super::filters(&network, None).unwrap();
         assert_eq!(all.len(), network.units().rev().skip(1).map(Unit::filters).sum::<usize>());
@@ -293,6 +335,7 @@ mod tests {
         assert!(low.len() == 1 && low[0].layer == "blocks.3.expand" && low[0].filter == 5, "{low:?}");
         assert!((low[0].factor - 316.2).abs() < 0.1 && low[0].gamma == 1.0, "{low:?}");
         for row in &rows {
+            assert!(row.gradient_snr_before.is_finite() && row.gradient_snr_after.is_finite(), "{row:?}");
             match row.layer.as_str() {
                 "blocks.3.expand" => {
                     assert_eq!(row.filters_before - row.filters_after, 1);

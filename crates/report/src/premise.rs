@@ -43,6 +43,11 @@ pub struct PremiseRow {
     pub snr_3_bits_before: f64,
     /// To 3 bits, after.
     pub snr_3_bits_after: f64,
+    /// Signal to noise, in decibels, of the gradient of the weights that stay, in a training step with the batch's statistics whose
+    /// activations are quantized to 4 bits, beside the same step without quantization, before.
+    pub gradient_snr_before: f64,
+    /// After.
+    pub gradient_snr_after: f64,
     /// The lowest output of the layer over the images, after its activation, before pruning.
     pub lowest_output_before: f64,
     /// The highest, before.
@@ -53,8 +58,8 @@ pub struct PremiseRow {
     pub highest_output_after: f64,
 }
 
-/// Draws a network's layers in two panels, before and after: the dynamic range of folded weights on a logarithmic scale, and
-/// the signal-to-noise ratio of their quantization to 4 and to 3 bits; as SVG and as PNG (2400×1440).
+/// Draws a network's layers in three panels, before and after: the dynamic range of folded weights on a logarithmic scale, the
+/// signal-to-noise ratio of their quantization to 4 and to 3 bits, and that of their gradients; as SVG and as PNG (2400×1440).
 ///
 /// # Errors
 /// When a file can't be written, or there is no layer.
@@ -167,7 +172,7 @@ impl Picture for Chart<'_> {
             (&|row| log(row.dynamic_range_after), BLUE, 2.0),
         ];
         let title = "largest folded weight / median of the staying filters' largest";
-        self.panel(canvas, (152.0, 372.0), title, &ranges, &|tick| format!("1e{tick}"))?;
+        self.panel(canvas, (152.0, 284.0), title, &ranges, &|tick| format!("1e{tick}"))?;
         let snr: [Line; 4] = [
             (&|row| row.snr_4_bits_before, ORANGE, 2.5),
             (&|row| row.snr_4_bits_after, BLUE, 2.5),
@@ -175,7 +180,11 @@ impl Picture for Chart<'_> {
             (&|row| row.snr_3_bits_after, BLUE, 1.0),
         ];
         let title = "signal to noise of the weights that stay, dB: 4 bits (thick), 3 bits (thin)";
-        self.panel(canvas, (430.0, 650.0), title, &snr, &|tick| format!("{tick}"))?;
+        self.panel(canvas, (338.0, 470.0), title, &snr, &|tick| format!("{tick}"))?;
+        let gradients: [Line; 2] =
+            [(&|row| row.gradient_snr_before, ORANGE, 2.0), (&|row| row.gradient_snr_after, BLUE, 2.0)];
+        let title = "signal to noise of the gradients of the weights that stay, dB: activations of 4 bits";
+        self.panel(canvas, (524.0, 656.0), title, &gradients, &|tick| format!("{tick}"))?;
         let text = "From left to right: the layers in their order. One grid for each layer, between the extremes of its weights.";
         canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
     }
@@ -245,6 +254,8 @@ mod tests {
             snr_4_bits_after: 17.0,
             snr_3_bits_before: if i == 2 { f64::INFINITY } else { -6.0 },
             snr_3_bits_after: 11.0,
+            gradient_snr_before: 1.0,
+            gradient_snr_after: 2.0,
             lowest_output_before: 0.0,
             highest_output_before: 6.0,
             lowest_output_after: 0.0,
