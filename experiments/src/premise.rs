@@ -260,7 +260,11 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         line("dynamic range of the weights", &|r| (r.dynamic_range_before, r.dynamic_range_after), &tenth);
         line("signal to noise at 4 bits, dB", &|r| (r.snr_4_bits_before, r.snr_4_bits_after), &decibel);
         line("signal to noise at 3 bits, dB", &|r| (r.snr_3_bits_before, r.snr_3_bits_after), &decibel);
-        line("signal to noise of the gradients, dB", &|r| (r.gradient_snr_before, r.gradient_snr_after), &decibel);
+        line(
+            "signal to noise of the gradients, dB",
+            &|r| (r.gradient_snr_before, r.gradient_snr_after),
+            &decibel,
+        );
         let output = |lo: f64, hi: f64| hi.max(0.0) - lo.min(0.0);
         let ranges = |r: &PremiseRow| {
             (

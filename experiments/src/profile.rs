@@ -73,6 +73,10 @@ pub struct NetworkSettings {
     pub width: f64,
     /// `relu6` or `relu`.
     pub activation: Activation,
+    /// Weight decay of its pre-training; that of `training.pretraining` if not given. What share of a network gets a low
+    /// variance follows from it, and differs between networks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
 }
 
 /// What the tables' bit widths leave open.
@@ -196,8 +200,11 @@ impl Profile {
             bail!("name = {:?} names a folder: expected letters, digits, - and _", self.name);
         }
         for (model, network) in &self.networks {
-            let (key, width) = (format!("networks.{}.width", model.version().name()), network.width);
-            check(width > 0.0 && width <= 4.0, &key, width, "more than 0, at most 4")?;
+            let NetworkSettings { width, weight_decay, activation: _ } = *network;
+            let key = |of: &str| format!("networks.{}.{of}", model.version().name());
+            check(width > 0.0 && width <= 4.0, &key("width"), width, "more than 0, at most 4")?;
+            let decay = weight_decay.unwrap_or_default();
+            check((0.0..1.0).contains(&decay), &key("weight_decay"), decay, "0 up to 1")?;
         }
         let DataSettings { train_images, test_images, hold_out, imagenet } = &self.data;
         for (key, images) in
@@ -266,9 +273,16 @@ impl Profile {
         let Some(settings) = self.networks.get(&model) else {
             bail!("the settings have no [networks.{}]", model.version().name());
         };
-        let NetworkSettings { width, activation } = *settings;
+        let NetworkSettings { width, activation, weight_decay: _ } = *settings;
         let input = if self.data.imagenet.is_some() { Input::Imagenet } else { Input::Cifar };
         Ok(MobileNet { width, activation, ..MobileNet::new(model.version(), input, classes) })
+    }
+
+    /// How a model's network is pre-trained.
+    pub fn pretraining(&self, model: ModelName) -> Result<Training> {
+        let training = self.training.get(Purpose::Pretraining)?;
+        let own = self.networks.get(&model).and_then(|network| network.weight_decay);
+        Ok(Training { weight_decay: own.unwrap_or(training.weight_decay), ..training })
     }
 
     /// The settings of one table cell's workflows.
@@ -365,7 +379,7 @@ mod tests {
         check("fold = \"unfolded\"", "fold = \"melted\"", &["melted", "frozen", "batch_statistics"]);
         check("weight_grid = \"tensor\"", "weight_grid = \"row\"", &["row", "tensor", "channel"]);
         check("first_layer = 8", "first_layer = 9", &["9", "2 to 8"]);
-        check("batch = ", "batch = 0 # ", &["batch", "1 to 65536"]);
+        check("\nbatch = ", "\nbatch = 0 # ", &["batch", "1 to 65536"]);
         check("width = ", "width = 0 # ", &["width", "more than 0"]);
         check("like = \"once\"", "like = \"twice\"", &["training.dfq.like", "twice", "once"]);
         check("like = \"activations\"", "like = \"weights\"", &["training.weights is like itself"]);
@@ -388,7 +402,7 @@ mod tests {
             ("range_momentum", ["0.0", "nan", "1.5"]),
         ] {
             for value in values {
-                check(&format!("{key} = "), &format!("{key} = {value} # "), &[key, "expected"]);
+                check(&format!("\n{key} = "), &format!("\n{key} = {value} # "), &[key, "expected"]);
             }
         }
         for (key, values) in
@@ -398,18 +412,22 @@ mod tests {
                 let given = [("batches", "100"), ("batch", "64"), ("momentum", "0.01")];
                 let given = given
                     .map(|(name, usual)| format!("{name} = {}", if name == key { value } else { usual }));
-                let calibration = format!("[dfq]\ncalibration = {{ {} }}", given.join(", "));
-                check("[dfq]", &calibration, &[&format!("dfq.calibration.{key}"), "expected"]);
+                let calibration = format!("calibration = {{ {} }} #", given.join(", "));
+                check("calibration = ", &calibration, &[&format!("dfq.calibration.{key}"), "expected"]);
             }
         }
-        check("[dfq]", "[dfq]\ncap = \"six\"", &["six", "none", "per_channel"]);
-        check("[dfq]", "[dfq]\nnormalization = \"folded\"", &["folded", "frozen", "live"]);
+        check("cap = ", "cap = \"six\" # ", &["six", "none", "per_channel"]);
+        check("normalization = ", "normalization = \"folded\" # ", &["folded", "frozen", "live"]);
         for value in ["0", "1000000"] {
             check("max_sweeps = ", &format!("max_sweeps = {value} # "), &["max_sweeps", "expected"]);
         }
         // What is no whole number at all, TOML's reader names by its line.
         for value in ["-1", "nan", "1.5"] {
             check("max_sweeps = ", &format!("max_sweeps = {value} # "), &["line ", "expected usize"]);
+        }
+        for value in ["-1e-4", "nan", "1.0"] {
+            let network = format!("[networks.mobilenet_v1]\nweight_decay = {value}");
+            check("[networks.mobilenet_v1]", &network, &["networks.mobilenet_v1.weight_decay", "0 up to 1"]);
         }
         check("pad = 4", "pad = 1000", &["augmentation.pad", "0 to 112"]);
         check("[data]", "[data]\nimagenet = { bad_percent = nan }", &["data.imagenet", "bad_percent"]);

@@ -11,7 +11,7 @@ use models::Network;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use train::{Arithmetic, TimeLimit};
-use workflow::{Outcome, Planned, Provenance, Purpose, Resources, Stage, StageKind, Store};
+use workflow::{Outcome, Planned, Provenance, Resources, Stage, StageKind, Store};
 
 /// Training images that stand in for the test set where a table chooses settings.
 const HOLD_OUT: usize = 5000;
@@ -185,7 +185,7 @@ impl Session {
     pub fn pretraining(&self, model: ModelName, seed: u64) -> Result<Arc<Stage>> {
         Ok(Stage::root(StageKind::Pretrain {
             network: self.profile.network(model, self.data.classes())?,
-            training: self.profile.training.get(Purpose::Pretraining)?,
+            training: self.profile.pretraining(model)?,
             seed: self.profile.pretraining_seed.unwrap_or(seed),
         }))
     }

@@ -170,7 +170,8 @@ impl Unit {
     /// The weights as the products see them, quantized if the unit says so; batch normalization's
     /// running statistics give the folding factor.
     fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
-        let factor = self.batch_norm().filter(|_| self.weight_quantizer.as_ref().is_some_and(Quantizer::folded));
+        let factor =
+            self.batch_norm().filter(|_| self.weight_quantizer.as_ref().is_some_and(Quantizer::folded));
         let factor = factor.map(|norm| norm.scale(epsilon)).transpose()?;
         let mut used = self.quantized_weight(factor.as_ref())?;
         if let Some(factor) = factor {
@@ -185,8 +186,10 @@ impl Unit {
     fn quantized_weight(&self, factor: Option<&Tensor>) -> Result<UsedWeight> {
         let parameter = self.weight.clone();
         let value = factor.map_or(Ok(parameter.clone()), |factor| parameter.broadcast_mul(factor))?;
-        let quantized = self.weight_quantizer.as_ref().map(|quantizer| quantizer.forward(&value)).transpose()?;
-        let (value, quantized) = quantized.map_or((value, None), |(value, quantized)| (value, Some(quantized)));
+        let quantized =
+            self.weight_quantizer.as_ref().map(|quantizer| quantizer.forward(&value)).transpose()?;
+        let (value, quantized) =
+            quantized.map_or((value, None), |(value, quantized)| (value, Some(quantized)));
         Ok(UsedWeight { parameter, value, quantized, divided: false })
     }
 

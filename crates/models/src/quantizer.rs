@@ -405,7 +405,8 @@ impl Entry {
             None => all.flat_map(|all| [all.unsigned, all.signed]).find(|scheme| scheme.kind() == kind),
             Some(folded) => {
                 let mut weights = all.flat_map(|all| all.weights).copied();
-                weights.find(|scheme| (scheme.kind(), scheme.fold() != Fold::Unfolded) == (kind.clone(), folded))
+                weights
+                    .find(|scheme| (scheme.kind(), scheme.fold() != Fold::Unfolded) == (kind.clone(), folded))
             }
         };
         let scheme = scheme.ok_or_else(|| format!("there is no quantizer of kind {kind} here"))?;
