@@ -7,7 +7,7 @@ use models::{Fold, Method as Quantizers, Quantization, WeightGrid};
 use pfq::{Corrected, Criterion, PfQ};
 use quant_core::Precision;
 use std::sync::Arc;
-use train::{Decay, Training};
+use train::{Arithmetic, Decay, Training};
 use workflow::{Purpose, Recipe, Result, Stage, StageKind};
 
 const BOTH: &[ModelName] = &[ModelName::MobilenetV1, ModelName::MobilenetV2];
@@ -138,7 +138,7 @@ pub const ALL: [&Table; 5] = [&TABLE3, &TABLE1, &TABLE2, &TABLE4, &TABLE5];
 /// One table for each point that the paper leaves open: Algorithm 1 with the setting's alternatives, its default
 /// last, on MobileNetV2 at 4 bits. After these what DFQ's settings do, what its claims rest on, and the rates that each method's
 /// training may have.
-pub const ABLATIONS: [&Table; 21] = [
+pub const ABLATIONS: [&Table; 23] = [
     &ablation(
         "ablation_threshold",
         "The threshold τ",
@@ -375,6 +375,36 @@ pub const ABLATIONS: [&Table; 21] = [
         ],
     ),
     &compared(
+        "ablation_arithmetic",
+        "What feature maps and their gradients are stored in, in every training: Algorithm 1",
+        &[(4, 4), (3, 3)],
+        &[
+            Method {
+                name: "bf16",
+                workflow: |r, network| computed_in(r, network, Arithmetic::Bf16, Recipe::algorithm1),
+            },
+            Method {
+                name: "f32",
+                workflow: |r, network| computed_in(r, network, Arithmetic::F32, Recipe::algorithm1),
+            },
+        ],
+    ),
+    &compared(
+        "ablation_arithmetic_of_dfq",
+        "What feature maps and their gradients are stored in, in every training: DFQ + fine-tune",
+        &[(4, 4), (3, 3)],
+        &[
+            Method {
+                name: "bf16",
+                workflow: |r, network| computed_in(r, network, Arithmetic::Bf16, Recipe::dfq_with_fine_tune),
+            },
+            Method {
+                name: "f32",
+                workflow: |r, network| computed_in(r, network, Arithmetic::F32, Recipe::dfq_with_fine_tune),
+            },
+        ],
+    ),
+    &compared(
         "ablation_rate_dfq",
         "The rate of DFQ + fine-tune",
         &[(4, 4)],
@@ -523,6 +553,23 @@ fn weight_decay(recipe: &Recipe, pretrained: &Arc<Stage>, weight_decay: f64) -> 
             training.weight_decay = weight_decay;
         }
     })
+}
+
+/// A workflow whose trainings are all computed so, that of the network included.
+fn computed_in(
+    recipe: &Recipe,
+    pretrained: &Arc<Stage>,
+    arithmetic: Arithmetic,
+    workflow: fn(&Recipe, &Arc<Stage>) -> Result<Arc<Stage>>,
+) -> Result<Arc<Stage>> {
+    let (mut recipe, mut kind) = (recipe.clone(), pretrained.kind);
+    for training in recipe.trainings.0.values_mut() {
+        training.arithmetic = arithmetic;
+    }
+    if let StageKind::Pretrain { training, .. } = &mut kind {
+        training.arithmetic = arithmetic;
+    }
+    workflow(&recipe, &Stage::root(kind))
 }
 
 /// Algorithm 1 on a network that was pre-trained otherwise.
