@@ -368,7 +368,7 @@ impl Bench {
             batch: case.batch,
             what: case.what(),
             precision: case.precision().into(),
-            arithmetic: case.arithmetic().into(),
+            arithmetic: case.arithmetic.name().into(),
             implementation: implementation.id.into(),
             threads: self.threads,
             ..Speed::default()

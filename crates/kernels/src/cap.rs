@@ -19,7 +19,7 @@ use candle_core::Tensor;
 pub fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
     let check = Check("cap::forward");
     let (_, c) = check.rows("x", x)?;
-    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
     let (x, cap) = (check.map_float("x", x)?, check.dims("cap", cap, &[c])?);
     if crate::gpu::runs(x.device()) {
         return Ok(x.broadcast_minimum(&cap.to_dtype(x.dtype())?)?);
@@ -38,7 +38,7 @@ pub fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
 pub fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
     let check = Check("cap::backward");
     let (_, c) = check.rows("y", y)?;
-    let _note = profiler::note(check.0, 0, 12 * y.elem_count());
+    let _note = profiler::note(check.0, 0, 3 * y.dtype().size_in_bytes() * y.elem_count());
     let (y, cap) = (check.map_float("y", y)?, check.dims("cap", cap, &[c])?);
     let gy = check.map_of("gy", gy, &y)?;
     if crate::gpu::runs(y.device()) {

@@ -98,7 +98,8 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
     geometry.check_output(&check, n, gz)?;
     let Geometry { h, w: width, ho, wo, .. } = geometry;
     let gz = check.map_float("gz", gz)?;
-    let _note = profiler::note(check.0, 18 * n * ho * wo * c, 4 * n * c * (ho * wo + h * width));
+    let bytes = gz.dtype().size_in_bytes() * n * c * (ho * wo + h * width);
+    let _note = profiler::note(check.0, 18 * n * ho * wo * c, bytes);
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w, stride, size);
     }
@@ -117,7 +118,8 @@ pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor, stride: usize) -> Resu
         let check = Check("depthwise::grad_weight");
         let (n, height, width, c) = check.map_sizes("x", x.dims())?;
         let geometry = Geometry::new(&check, height, width, c, stride)?;
-        let _note = profiler::note(check.0, 18 * gz.elem_count(), x.bytes() + 4 * gz.elem_count());
+        let bytes = x.bytes() + gz.dtype().size_in_bytes() * gz.elem_count();
+        let _note = profiler::note(check.0, 18 * gz.elem_count(), bytes);
         geometry.check_output(&check, n, gz)?;
         let gz = check.map_float("gz", gz)?;
         if crate::gpu::runs(gz.device()) {
@@ -156,7 +158,8 @@ pub fn backward(
         }
         let geometry = Geometry::new(&check, height, width, c, stride)?;
         let outputs = gz.z().elem_count();
-        let bytes = norm::bytes_with(x, below) + 4 * n * height * width * c + 8 * outputs;
+        let size = gz.z().dtype().size_in_bytes();
+        let bytes = norm::bytes_with(x, below) + size * (n * height * width * c + 2 * outputs);
         let _note = profiler::note(check.0, 36 * outputs, bytes);
         geometry.check_output(&check, n, gz.z())?;
         let w = check.dims("w", w, &[3, 3, c])?;
@@ -188,7 +191,7 @@ fn with_gather<T: Element, R>(
     let w = check.dims("w", w, &[3, 3, c])?;
     let Geometry { h, w: width, ho, wo, .. } = Geometry::new(check, height, width, c, stride)?;
     let outputs = n * ho * wo * c;
-    let _note = profiler::note(check.0, 18 * outputs, x.bytes() + 4 * outputs);
+    let _note = profiler::note(check.0, 18 * outputs, x.bytes() + size_of::<T>() * outputs);
     x.read(check, "x", |x| {
         let w = open(&w);
         f(&Gather::new(x, w.floats()?, Direction::Forward, stride, n, (h, width), (ho, wo, c)))

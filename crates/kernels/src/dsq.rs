@@ -47,7 +47,7 @@ pub struct Gradients {
 /// The nearest level of each element: the hard value; `bounds` is `[2] = (l, u)`.
 pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
     let check = Check("dsq::forward");
-    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
     let (x, bounds) = (check.map_float("x", x)?, check.dims("bounds", bounds, &[2])?);
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, &bounds, bits);
@@ -69,7 +69,7 @@ pub fn backward(
     bits: Bits,
 ) -> Result<Gradients> {
     let check = Check("dsq::backward");
-    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 3 * x.dtype().size_in_bytes() * x.elem_count());
     let (x, bounds) = (check.map_float("x", x)?, check.dims("bounds", bounds, &[2])?);
     let softness = check.dims("softness", softness, &[1])?;
     let gy = check.map_of("gy", gy, &x)?;

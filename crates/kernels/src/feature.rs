@@ -70,7 +70,7 @@ impl FeatureMap {
     pub fn quantize(x: &Tensor, quant: Option<Quantizer<'_>>) -> Result<Self> {
         let check = Check("feature::quantize");
         let Some(quant) = quant else { return Ok(Self::Float(x.clone())) };
-        let _note = profiler::note(check.0, 0, 5 * x.elem_count());
+        let _note = profiler::note(check.0, 0, (x.dtype().size_in_bytes() + 1) * x.elem_count());
         check.quantizer(Some(quant))?;
         let x = check.map_float("x", x)?;
         if crate::gpu::runs(x.device()) {

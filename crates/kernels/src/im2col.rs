@@ -24,7 +24,8 @@ pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Resu
             "a kernel of {kernel} with stride {stride} and padding {padding} does not fit {h}×{w} images"
         )));
     }
-    let _note = profiler::note(check.0, 0, 4 * (1 + kernel * kernel / (stride * stride)) * x.elem_count());
+    let bytes = x.dtype().size_in_bytes() * (1 + kernel * kernel / (stride * stride)) * x.elem_count();
+    let _note = profiler::note(check.0, 0, bytes);
     let x = check.map_float("x", x)?;
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, kernel, stride, padding);

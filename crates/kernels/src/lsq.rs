@@ -62,7 +62,7 @@ pub struct Gradients {
 /// The quantized values, of the shape of `x`.
 pub fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
     let check = Check("lsq::forward");
-    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
     let x = check.map_float("x", x)?;
     params.check(&check)?;
     if crate::gpu::runs(x.device()) {
@@ -79,7 +79,7 @@ pub fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
 /// The gradients, with `items` the `N` of `g`: the number of weights, or of the features of one image.
 pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Result<Gradients> {
     let check = Check("lsq::backward");
-    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 3 * x.dtype().size_in_bytes() * x.elem_count());
     let x = check.map_float("x", x)?;
     let gy = check.map_of("gy", gy, &x)?;
     params.check(&check)?;

@@ -72,7 +72,7 @@ pub struct Running {
 pub fn channel_stats(z: &Tensor) -> Result<Stats> {
     let check = Check("norm::channel_stats");
     let (rows, c) = check.rows("z", z)?;
-    let _note = profiler::note(check.0, 0, 4 * z.elem_count());
+    let _note = profiler::note(check.0, 0, z.dtype().size_in_bytes() * z.elem_count());
     let z = check.map_float("z", z)?;
     if crate::gpu::runs(z.device()) {
         return gpu::channel_stats(&z);
@@ -153,8 +153,9 @@ pub fn forward(
 ) -> Result<FeatureMap> {
     let check = Check("norm::forward");
     let (rows, c) = check.rows("z", z)?;
-    let written = if quant.is_some() { 1 } else { 4 };
-    let _note = profiler::note(check.0, 0, (4 + written) * rows * c);
+    let read = z.dtype().size_in_bytes();
+    let written = if quant.is_some() { 1 } else { read };
+    let _note = profiler::note(check.0, 0, (read + written) * rows * c);
     let tensor = check.map_float("z", z)?;
     if crate::gpu::runs(z.device()) {
         return gpu::forward(&check, &tensor, scale, shift, act, quant);
@@ -349,7 +350,7 @@ impl Epilogue {
     }
 
     fn note_sums(&self) -> profiler::Note {
-        profiler::note("norm::backward: sums", 0, 8 * self.z.elem_count())
+        profiler::note("norm::backward: sums", 0, 2 * self.z.dtype().size_in_bytes() * self.z.elem_count())
     }
 
     /// Opens the epilogue, and calls `f` with it.
@@ -384,7 +385,7 @@ impl Epilogue {
 pub(crate) fn bytes_with(x: &FeatureMap, below: Option<&Epilogue>) -> usize {
     match (x, below) {
         (FeatureMap::Deferred(_), _) | (_, None) => x.bytes(),
-        (_, Some(below)) => x.bytes() + 4 * below.z.elem_count(),
+        (_, Some(below)) => x.bytes() + below.z.dtype().size_in_bytes() * below.z.elem_count(),
     }
 }
 
@@ -509,7 +510,8 @@ impl DeferredGradient {
     /// The whole gradient, of the shape of `z`.
     pub fn tensor(&self) -> Result<Tensor> {
         let z = &self.of.z;
-        let _note = profiler::note("norm::backward: gradient", 0, 12 * z.elem_count());
+        let _note =
+            profiler::note("norm::backward: gradient", 0, 3 * z.dtype().size_in_bytes() * z.elem_count());
         if crate::gpu::runs(z.device()) {
             return gpu::gradient(&self.of, &self.gy, &self.slope, &self.offset);
         }

@@ -31,7 +31,7 @@ pub struct Gradients {
 /// `x`, clipped to `[0, α]`, or to `[−α, α]` if `signed`, and rounded to the levels; `alpha` is `[1]`.
 pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let check = Check("pact::forward");
-    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
     let (x, alpha) = (check.map_float("x", x)?, check.dims("alpha", alpha, &[1])?);
     if crate::gpu::runs(x.device()) {
         return gpu::forward(&x, &alpha, bits, signed);
@@ -48,7 +48,7 @@ pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<T
 /// The gradients of `x` and of `α`. They do not depend on the bits.
 pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result<Gradients> {
     let check = Check("pact::backward");
-    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 3 * x.dtype().size_in_bytes() * x.elem_count());
     let (x, alpha) = (check.map_float("x", x)?, check.dims("alpha", alpha, &[1])?);
     let gy = check.map_of("gy", gy, &x)?;
     if crate::gpu::runs(x.device()) {

@@ -96,7 +96,8 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
         _ => return Err(check.shape("w", w, format!("[input channels, {depth}]"))),
     };
     let sizes = ProductSizes { rows, columns, depth };
-    let _note = profiler::note(check.0, sizes.operations(), 4 * (rows * (depth + columns) + depth * columns));
+    let bytes = gz.dtype().size_in_bytes() * rows * (depth + columns) + 4 * depth * columns;
+    let _note = profiler::note(check.0, sizes.operations(), bytes);
     let (gz, w) = (check.map_float("gz", gz)?, check.float("w", w)?);
     if crate::gpu::runs(gz.device()) {
         return gpu::grad_input(&gz, &w);
@@ -115,7 +116,8 @@ pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
         let check = Check("pointwise::grad_weight");
         let sizes = sizes(&check, x, gz)?;
         let ProductSizes { rows, columns, depth } = sizes;
-        let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (rows + depth) * columns);
+        let bytes = x.bytes() + (gz.dtype().size_in_bytes() * rows + 4 * depth) * columns;
+        let _note = profiler::note(check.0, sizes.operations(), bytes);
         if crate::gpu::runs(gz.device()) {
             return gpu::grad_weight(&check, x, gz);
         }
@@ -152,7 +154,8 @@ pub fn backward(
         let sizes = sizes(&check, x, gz.z())?;
         let ProductSizes { rows, columns, depth } = sizes;
         let w = check.dims("w", w, &[depth, columns])?;
-        let bytes = norm::bytes_with(x, below) + 4 * (rows * (depth + 2 * columns) + 2 * depth * columns);
+        let of_maps = gz.z().dtype().size_in_bytes() * rows * (depth + 2 * columns);
+        let bytes = norm::bytes_with(x, below) + of_maps + 8 * depth * columns;
         let _note = profiler::note(check.0, 2 * sizes.operations(), bytes);
         let dims = x.dims();
         if crate::gpu::runs(w.device()) {
@@ -209,7 +212,8 @@ fn with_product<T: Element, R>(
 ) -> Result<R> {
     let sizes = forward_sizes(check, x, w)?;
     let ProductSizes { rows, columns, depth } = sizes;
-    let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (depth + rows) * columns);
+    let bytes = x.bytes() + (4 * depth + size_of::<T>() * rows) * columns;
+    let _note = profiler::note(check.0, sizes.operations(), bytes);
     let dims = with_channels(x.dims(), columns);
     let value = check.float("w", w.value)?;
     x.read(check, "x", |x| {

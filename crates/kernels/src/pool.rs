@@ -49,7 +49,7 @@ pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tens
     if gy.rank() != 2 || gy.elem_count() == 0 {
         return Err(check.shape("gy", gy, "[images, channels]"));
     }
-    let _note = profiler::note(check.0, 0, 4 * gy.elem_count() * (h * w + 1));
+    let _note = profiler::note(check.0, 0, gy.elem_count() * (dtype.size_in_bytes() * h * w + 4));
     let gy = check.float("gy", gy)?;
     if crate::gpu::runs(gy.device()) {
         return gpu::backward(&gy, h, w, dtype);

@@ -17,7 +17,7 @@ use quant_core::Grid;
 /// `Q(x)`, of the shape of `x`.
 pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::forward");
-    let _note = profiler::note(check.0, 0, 8 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
     check.grids(x, quant)?;
     let x = check.map_float("x", x)?;
     if crate::gpu::runs(x.device()) {
@@ -36,7 +36,7 @@ pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
 pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::backward");
     check.grids(x, quant)?;
-    let _note = profiler::note(check.0, 0, 12 * x.elem_count());
+    let _note = profiler::note(check.0, 0, 3 * x.dtype().size_in_bytes() * x.elem_count());
     let (x, gy) = (check.map_float("x", x)?, check.map_of("gy", gy, x)?);
     if crate::gpu::runs(x.device()) {
         return gpu::backward(&x, &gy, quant);
@@ -58,7 +58,7 @@ pub fn min_max(x: &Tensor) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return Err(check.shape("x", x, "at least one element"));
     }
-    let _note = profiler::note(check.0, 0, 4 * x.elem_count());
+    let _note = profiler::note(check.0, 0, x.dtype().size_in_bytes() * x.elem_count());
     let x = check.map_float("x", x)?;
     if crate::gpu::runs(x.device()) {
         return gpu::min_max(&x);

@@ -18,7 +18,7 @@ use std::mem::MaybeUninit;
 pub fn add(a: &Tensor, b: impl Into<FeatureMap>) -> Result<Tensor> {
     fn of(a: &Tensor, b: &FeatureMap) -> Result<Tensor> {
         let check = Check("residual::add");
-        let _note = profiler::note(check.0, 0, b.bytes() + 8 * a.elem_count());
+        let _note = profiler::note(check.0, 0, b.bytes() + 2 * a.dtype().size_in_bytes() * a.elem_count());
         if crate::gpu::runs(a.device()) {
             return gpu::add(&check, a, b, None);
         }
@@ -44,8 +44,9 @@ pub fn add_quantize(
     fn of(a: &Tensor, b: &FeatureMap, quant: Option<Quantizer<'_>>) -> Result<FeatureMap> {
         let check = Check("residual::add_quantize");
         check.quantizer(quant)?;
-        let written = if quant.is_some() { 1 } else { 4 };
-        let _note = profiler::note(check.0, 0, b.bytes() + (4 + written) * a.elem_count());
+        let read = a.dtype().size_in_bytes();
+        let written = if quant.is_some() { 1 } else { read };
+        let _note = profiler::note(check.0, 0, b.bytes() + (read + written) * a.elem_count());
         if crate::gpu::runs(a.device()) {
             return Ok(FeatureMap::of(gpu::add(&check, a, b, quant)?, a.dtype(), quant));
         }
@@ -75,7 +76,7 @@ pub fn add_normalized(
         let check = Check("residual::add_normalized");
         let (rows, c) = check.rows("z", z)?;
         let (scale, shift) = (check.dims("scale", scale, &[c])?, check.dims("shift", shift, &[c])?);
-        let _note = profiler::note(check.0, 0, b.bytes() + 8 * z.elem_count());
+        let _note = profiler::note(check.0, 0, b.bytes() + 2 * z.dtype().size_in_bytes() * z.elem_count());
         if crate::gpu::runs(z.device()) {
             return gpu::add_normalized(&check, z, &scale, &shift, b);
         }

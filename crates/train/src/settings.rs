@@ -55,6 +55,14 @@ impl Arithmetic {
         *self == Self::F32
     }
 
+    /// As settings have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
     /// The dtype of the images, and so of all maps.
     pub fn dtype(self) -> DType {
         match self {

@@ -155,19 +155,11 @@ impl Case {
         if self.quantized { "a4w4" } else { "float" }
     }
 
-    /// "f32" or "bf16".
-    pub(super) fn arithmetic(&self) -> &'static str {
-        match self.arithmetic {
-            Arithmetic::F32 => "f32",
-            Arithmetic::Bf16 => "bf16",
-        }
-    }
-
     /// All that tells it from the others.
     pub(super) fn name(&self) -> String {
         let Self { network, width, batch, .. } = self;
         let network = network.name();
-        format!("{network} {width:?} {batch} {} {} {}", self.what(), self.precision(), self.arithmetic())
+        format!("{network} {width:?} {batch} {} {} {}", self.what(), self.precision(), self.arithmetic.name())
     }
 }
 
@@ -300,7 +292,7 @@ fn fits(case: &Case, kind: usize, term: &str) -> bool {
         1 => format!("{:?}", case.width) == term,
         2 => case.batch.to_string() == term,
         3 => case.precision() == term,
-        4 => case.arithmetic() == term,
+        4 => case.arithmetic.name() == term,
         _ => case.what().contains(term),
     }
 }

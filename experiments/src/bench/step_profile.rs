@@ -38,7 +38,9 @@ struct Flags {
 }
 
 /// What the machine can do.
+#[derive(Clone, Copy)]
 struct Peaks {
+    /// Of products of maps that are stored so.
     flops: f64,
     bytes: f64,
 }
@@ -50,6 +52,7 @@ struct Line {
     width: f64,
     batch: usize,
     precision: &'static str,
+    arithmetic: &'static str,
     operation: String,
     calls_per_step: f64,
     ms_per_step: f64,
@@ -73,26 +76,48 @@ fn run(flags: &Flags) -> Result<()> {
     for (name, value) in machine::facts(rayon::current_num_threads()) {
         writeln!(text, "- {name}: {value}")?;
     }
-    let peaks = peaks()?;
-    let (product, copy) = (peaks.flops / 1e9, peaks.bytes / 1e9);
-    writeln!(text, "- peak of a large matrix product (float32, 2048 × 1024 × 1024): {product:.0} GFLOP/s")?;
-    writeln!(text, "- peak of a large copy (256 MiB; bytes read and written): {copy:.1} GB/s")?;
+    let bytes = copy()?;
+    let mut all = Vec::new();
+    for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
+        let peaks = Peaks { flops: product(arithmetic)?, bytes };
+        let (name, gigaflops) = (arithmetic.name(), peaks.flops / 1e9);
+        writeln!(
+            text,
+            "- peak of a large matrix product ({name}, 2048 × 1024 × 1024): {gigaflops:.0} GFLOP/s"
+        )?;
+        all.push((arithmetic, peaks));
+    }
+    writeln!(text, "- peak of a large copy (256 MiB; bytes read and written): {:.1} GB/s", bytes / 1e9)?;
     text.push_str(
         "\nGFLOP/s count multiplications and additions, GB/s what an operation must read and write at least: each \
          operand and each result once. What stays in cache can exceed the copy. *Other* is what the step does \
-         between the operations: small tensors per channel, memory management.\n",
+         between the operations: small tensors per channel, memory management. In bf16, feature maps and their gradients have two \
+         bytes a number.\n",
     );
     let mut lines = Vec::new();
     for (version, width) in [(Version::V2, 1.0), (Version::V2, 0.25), (Version::V1, 1.0), (Version::V1, 0.25)]
     {
         for quantized in [false, true] {
-            let from = lines.len();
-            step(version, width, quantized, flags, &peaks, &mut lines)?;
-            table(&lines[from..], &mut text)?;
+            for (arithmetic, peaks) in &all {
+                let batch = flags.batch.into();
+                let case = Case {
+                    network: version,
+                    width,
+                    batch,
+                    what: What::Train,
+                    quantized,
+                    arithmetic: *arithmetic,
+                };
+                let from = lines.len();
+                step(&case, flags.steps, peaks, &mut lines)?;
+                table(&lines[from..], &mut text)?;
+            }
         }
     }
     for width in [1.0, 0.25] {
-        shapes(width, flags.batch.into(), &peaks, &mut text)?;
+        for (arithmetic, peaks) in &all {
+            shapes(width, flags.batch.into(), *arithmetic, peaks, &mut text)?;
+        }
     }
     print!("{text}");
     let mut csv = csv::Writer::from_writer(Vec::new());
@@ -119,12 +144,18 @@ fn best(mut operation: impl FnMut() -> Result<()>) -> Result<Duration> {
     Ok(best)
 }
 
-fn peaks() -> Result<Peaks> {
-    let (a, b) = (random(&[2048, 1024])?, random(&[1024, 1024])?);
+/// Multiplications and additions a second of a large product of a map that is stored so.
+fn product(arithmetic: Arithmetic) -> Result<f64> {
+    let (a, b) = (random(&[2048, 1024])?.to_dtype(arithmetic.dtype())?, random(&[1024, 1024])?);
     let product = best(|| {
         std::hint::black_box(pointwise::forward(&a, &b)?);
         Ok(())
     })?;
+    Ok(2.0 * (2048.0 * 1024.0 * 1024.0) / product.as_secs_f64())
+}
+
+/// Bytes a second of a large copy, read and written.
+fn copy() -> Result<f64> {
     let from = vec![1.0f32; 64 << 20];
     let mut to = vec![0.0f32; 64 << 20];
     let copy = best(|| {
@@ -132,34 +163,18 @@ fn peaks() -> Result<Peaks> {
         to.par_chunks_mut(part).zip(from.par_chunks(part)).for_each(|(to, from)| to.copy_from_slice(from));
         Ok(())
     })?;
-    Ok(Peaks {
-        flops: 2.0 * (2048.0 * 1024.0 * 1024.0) / product.as_secs_f64(),
-        bytes: 8.0 * from.len() as f64 / copy.as_secs_f64(),
-    })
+    Ok(8.0 * from.len() as f64 / copy.as_secs_f64())
 }
 
-fn case(network: Version, width: f64, quantized: bool, batch: usize) -> Case {
-    Case { network, width, batch, what: What::Train, quantized, arithmetic: Arithmetic::F32 }
-}
-
-/// Profiles one kind of step.
-fn step(
-    version: Version,
-    width: f64,
-    quantized: bool,
-    flags: &Flags,
-    peaks: &Peaks,
-    lines: &mut Vec<Line>,
-) -> Result<()> {
-    let batch = usize::from(flags.batch);
-    let case = case(version, width, quantized, batch);
-    let (mut step, ..) = ours::network(&case, SETTINGS, &Device::Cpu)?;
+/// Profiles one kind of step over some steps.
+fn step(case: &Case, steps: u16, peaks: &Peaks, lines: &mut Vec<Line>) -> Result<()> {
+    let (mut step, ..) = ours::network(case, SETTINGS, &Device::Cpu)?;
     for _ in 0..3 {
         step()?;
     }
     profiler::start();
     let started = Instant::now();
-    for _ in 0..flags.steps {
+    for _ in 0..steps {
         step()?;
     }
     let whole = started.elapsed();
@@ -176,20 +191,21 @@ fn step(
         let least = (cost.operations as f64 / peaks.flops).max(cost.bytes as f64 / peaks.bytes);
         least_of_all += least;
         lines.push(Line {
-            network: version.name(),
-            width,
-            batch,
+            network: case.network.name(),
+            width: case.width,
+            batch: case.batch,
             precision: case.precision(),
+            arithmetic: case.arithmetic.name(),
             operation: operation.into(),
-            calls_per_step: cost.calls as f64 / f64::from(flags.steps),
-            ms_per_step: 1e3 * seconds / f64::from(flags.steps),
+            calls_per_step: cost.calls as f64 / f64::from(steps),
+            ms_per_step: 1e3 * seconds / f64::from(steps),
             share_percent: 100.0 * seconds / whole.as_secs_f64(),
             gflop_per_second: flops / 1e9,
             share_of_peak_product_percent: 100.0 * flops / peaks.flops,
             gb_per_second: bytes / 1e9,
             share_of_peak_copy_percent: 100.0 * bytes / peaks.bytes,
             least_ms_per_step: 1e3 * if operation == "whole step" { least_of_all } else { least }
-                / f64::from(flags.steps),
+                / f64::from(steps),
         });
     }
     Ok(())
@@ -202,8 +218,8 @@ fn table(lines: &[Line], text: &mut String) -> Result<()> {
     let rate = first.batch as f64 / whole * 1e3;
     writeln!(
         text,
-        "\n## {}, width {}, batch {}, {}: {whole:.1} ms, {rate:.0} images/s\n",
-        first.network, first.width, first.batch, first.precision
+        "\n## {}, width {}, batch {}, {}, {}: {whole:.1} ms, {rate:.0} images/s\n",
+        first.network, first.width, first.batch, first.precision, first.arithmetic
     )?;
     writeln!(
         text,
@@ -236,17 +252,19 @@ fn table(lines: &[Line], text: &mut String) -> Result<()> {
 }
 
 /// The pointwise products of MobileNetV2, each shape on its own, beside what bounds it.
-fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<()> {
+fn shapes(width: f64, batch: usize, arithmetic: Arithmetic, peaks: &Peaks, text: &mut String) -> Result<()> {
+    let (name, dtype) = (arithmetic.name(), arithmetic.dtype());
     writeln!(
         text,
-        "\n## Pointwise products of mobilenet_v2, width {width}, batch {batch}, float, shape by shape\n\n\
+        "\n## Pointwise products of mobilenet_v2, width {width}, batch {batch}, float, {name}, shape by shape\n\n\
          *Bound* is the least time that the peaks above allow: the larger of the multiplications at the product's and \
          the bytes at the copy's. The backward pass computes the gradient of its own output as it goes, from two \
          tensors of its size, so it moves twice the bytes of a plain product.\n\n\
          | channels | rows | forward + statistics | of peak | of bound | backward | of peak | of bound |\n\
          |---|--:|--:|--:|--:|--:|--:|--:|"
     )?;
-    let network = case(Version::V2, width, false, batch).build()?;
+    let case = Case { network: Version::V2, width, batch, what: What::Train, quantized: false, arithmetic };
+    let network = case.build()?;
     let mut seen = Vec::new();
     for (node, [h, w, n]) in network.nodes.iter().zip(network.shapes()) {
         let Some(unit) = node.unit().filter(|unit| unit.kernel == Kernel::Pointwise && unit.name != HEAD)
@@ -258,7 +276,7 @@ fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<
             continue;
         }
         seen.push((k, n, rows));
-        let (x, gy) = (random(&[rows, k])?, random(&[rows, n])?);
+        let (x, gy) = (random(&[rows, k])?.to_dtype(dtype)?, random(&[rows, n])?.to_dtype(dtype)?);
         let zeros = random(&[n])?.zeros_like()?;
         let ones = zeros.ones_like()?;
         let (z, stats) = pointwise::forward_stats(&x, &unit.weight)?;
@@ -274,17 +292,18 @@ fn shapes(width: f64, batch: usize, peaks: &Peaks, text: &mut String) -> Result<
             Ok(())
         })?;
         let flops = (2 * rows * k * n) as f64;
-        let cell = |time: Duration, flops: f64, floats: usize| {
+        let cell = |time: Duration, flops: f64, of_maps: usize, of_weights: usize| {
             let seconds = time.as_secs_f64();
-            let bound = (flops / peaks.flops).max(4.0 * floats as f64 / peaks.bytes);
+            let bytes = dtype.size_in_bytes() * of_maps + 4 * of_weights;
+            let bound = (flops / peaks.flops).max(bytes as f64 / peaks.bytes);
             let share = 100.0 * flops / seconds / peaks.flops;
             format!("{:.2} ms | {share:.0} % | {:.0} %", 1e3 * seconds, 100.0 * bound / seconds)
         };
         writeln!(
             text,
             "| {k} → {n} | {rows} | {} | {} |",
-            cell(forward, flops, rows * (k + n) + k * n),
-            cell(backward, 2.0 * flops, rows * (2 * k + 2 * n) + 2 * k * n)
+            cell(forward, flops, rows * (k + n), k * n),
+            cell(backward, 2.0 * flops, rows * (2 * k + 2 * n), 2 * k * n)
         )?;
     }
     Ok(())

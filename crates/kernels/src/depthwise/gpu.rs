@@ -112,7 +112,7 @@ fn convolve_map(
     let w = check.dims("w", w, &[3, 3, c])?;
     let Geometry { ho, wo, .. } = Geometry::new(check, h, width, c, stride)?;
     let outputs = n * ho * wo * c;
-    let _note = profiler::note(check.0, 18 * outputs, x.bytes() + 4 * outputs);
+    let _note = profiler::note(check.0, 18 * outputs, x.bytes() + x.dtype().size_in_bytes() * outputs);
     let strips = Strips::new(n, (h, width), (ho, wo), c, (ho, wo), columns(stride));
     convolve(&Map::new(check, "x", x)?, &w, (stride, false), &strips, x.dtype(), stats)
 }

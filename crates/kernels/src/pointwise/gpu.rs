@@ -51,7 +51,8 @@ fn factor(check: &Check, x: &FeatureMap) -> Result<(Tensor, Option<Tensor>)> {
 pub(super) fn forward(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
     let sizes = forward_sizes(check, x, w)?;
     let ProductSizes { rows, columns, depth } = sizes;
-    let _note = profiler::note(check.0, sizes.operations(), x.bytes() + 4 * (depth + rows) * columns);
+    let bytes = x.bytes() + (4 * depth + x.dtype().size_in_bytes() * rows) * columns;
+    let _note = profiler::note(check.0, sizes.operations(), bytes);
     let value = check.float("w", w.value)?;
     let z = match (x, w.quantized) {
         (FeatureMap::Levels(levels), Some((original, quant)))
