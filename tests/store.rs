@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 use train::TimeLimit;
-use workflow::{Error, Event, Purpose, Recipe, Stage, StageKind, Store};
+use workflow::{Error, Event, Outcome, Published, Purpose, Recipe, Stage, StageKind, Store};
 
 /// Names the store to another process.
 const STORE: &str = "PFQ_TEST_STORE";
@@ -74,6 +74,68 @@ fn a_stage_runs_once() {
     std::fs::remove_dir_all(store.folder(&end, &data.fingerprint).unwrap()).unwrap();
     let (_, told) = run_well(&store, &end, &data);
     assert_eq!(executed(&told), [&labels[1], &labels[2]]);
+}
+
+/// A store that lacks a stage takes what is published of it, as far as its own networks are those that it came from.
+#[test]
+fn published_stages_count_as_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, data, end) = (Store::new(folder.path().join("first")), small(), short_workflow());
+    let lineage = end.lineage();
+    let labels: Vec<String> = lineage.iter().map(|stage| stage.label()).collect();
+    let (expected, _) = run_well(&first, &end, &data);
+    let outcome = |stage: &Stage| first.outcome(stage, &data.fingerprint).unwrap().unwrap();
+    let outcomes: Vec<Outcome> = lineage.iter().map(|stage| outcome(stage)).collect();
+    // Networks of some of the stages, by their place.
+    let networks = |places: &[usize]| {
+        let file = |stage: &Stage| first.network_file(stage, &data.fingerprint).unwrap();
+        places.iter().map(|&place| (outcomes[place].key.clone(), file(&lineage[place]))).collect()
+    };
+    let beside = |name: &str, outcomes: &[Outcome], places: &[usize]| {
+        let published = Published::new(outcomes.to_vec(), networks(places)).unwrap();
+        Store::new(folder.path().join(name)).beside(published)
+    };
+    let check_plan = |store: &Store, ends: &[Arc<Stage>], expected: &[(bool, bool)]| {
+        let plan = store.plan(ends, &data.fingerprint).unwrap();
+        let found: Vec<_> = plan.iter().map(|planned| (planned.published, planned.to_do)).collect();
+        assert_eq!(found, expected);
+    };
+
+    // The last one is done, and what came before is known.
+    let store = beside("last", &outcomes, &[2]);
+    check_plan(&store, &lineage[2..], &[(true, false); 3]);
+    let (found, told) = run_well(&store, &end, &data);
+    assert_eq!((found, told), (expected.clone(), vec![format!("found {}", labels[2])]));
+    assert!(!folder.path().join("last").exists());
+    assert!(
+        bits(&store.network(&end, &data.fingerprint, &Device::Cpu).unwrap())
+            == bits(&first.network(&end, &data.fingerprint, &Device::Cpu).unwrap())
+    );
+    // A network that is not published is to be made where it is asked for, or what comes after.
+    check_plan(&store, &lineage[1..2], &[(true, true), (true, true)]);
+
+    // The first one is done, the last one is to be made from it.
+    let store = beside("first_alone", &outcomes, &[0]);
+    check_plan(&store, &lineage[2..], &[(true, false), (true, true), (true, true)]);
+    let (outcome, told) = run_well(&store, &end, &data);
+    assert_eq!(executed(&told), [&labels[1], &labels[2]]);
+    assert_eq!(outcome.network_hash(), expected.network_hash());
+    check_plan(&store, &lineage[2..], &[(true, false), (false, false), (false, false)]);
+
+    // Made from another network than the store has.
+    let store = beside("mixed", &outcomes, &[1, 2]);
+    run_well(&store, &lineage[0], &data);
+    check_plan(&store, &lineage[2..], &[(false, false), (true, false), (true, false)]);
+    let mut others = outcomes.clone();
+    others[1].parent_network = Some("0".repeat(64));
+    let store = beside("mixed", &others, &[1, 2]);
+    check_plan(&store, &lineage[2..], &[(false, false), (false, true), (false, true)]);
+    let (_, told) = run_well(&store, &end, &data);
+    assert_eq!(executed(&told), [&labels[1], &labels[2]]);
+
+    // What is published is of the stages that it came with.
+    let error = Published::new(outcomes[..2].to_vec(), networks(&[2])).unwrap_err().to_string();
+    assert!(error.contains(&outcomes[2].key), "{error}");
 }
 
 /// The keys of a workflow's stages.

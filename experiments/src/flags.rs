@@ -19,7 +19,7 @@ pub const TIME_LIMIT: i32 = 75;
 )]
 pub struct Flags {
     /// Settings to use: quick (about ten minutes on 2 cores), reduced (the real CIFAR-100 with narrow
-    /// networks, hours), paper (the full networks) or imagenet (those on ImageNet-1000, for table4); paper on a GPU and quick on a CPU if not given
+    /// networks, hours), full (the full networks, a night), paper (these by the paper's settings) or imagenet (those on ImageNet-1000, for table4); paper on a GPU and quick on a CPU if not given
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub profile: Option<String>,
 
@@ -62,11 +62,18 @@ pub struct Flags {
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t, requires = "plan")]
     pub format: PlanFormat,
 
-    /// Run the stage with this key only, and what it needs, and write no results: a job of a cluster. --plan shows the keys
+    /// Run the stage with this key only, and what it needs, and write no results: a job of a cluster. --plan shows the keys. A
+    /// stage whose network is published is run all the same, and compared with it
     #[arg(long, value_name = "KEY", conflicts_with = "plan")]
     pub stage: Option<String>,
 
-    /// Folder for the results
+    /// Run nothing, and copy the networks of the rows that are done from the store to networks/PROFILE/ in the folder for the
+    /// results, beside those of other rows there: at all bits that of ours and the best baseline's, and the float and the pruned
+    /// one
+    #[arg(long, conflicts_with_all = ["plan", "stage"])]
+    pub publish: bool,
+
+    /// Folder for the results; stages of networks that are published in networks/PROFILE/ there count as done
     #[arg(long, value_name = "DIR", default_value = "results")]
     pub out: PathBuf,
 }

@@ -159,6 +159,7 @@ const IMAGENET_SIDE: usize = 224;
 
 const QUICK: &str = include_str!("../profiles/quick.toml");
 const REDUCED: &str = include_str!("../profiles/reduced.toml");
+const FULL: &str = include_str!("../profiles/full.toml");
 const PAPER: &str = include_str!("../profiles/paper.toml");
 const IMAGENET: &str = include_str!("../profiles/imagenet.toml");
 
@@ -168,10 +169,11 @@ impl Profile {
         let text = match name {
             "quick" => QUICK,
             "reduced" => REDUCED,
+            "full" => FULL,
             "paper" => PAPER,
             "imagenet" => IMAGENET,
             _ => bail!(
-                "--profile {name} is unknown: expected quick, reduced, paper or imagenet (or --config FILE)"
+                "--profile {name} is unknown: expected quick, reduced, full, paper or imagenet (or --config FILE)"
             ),
         };
         Self::parse(text).with_context(|| format!("profile {name}"))
@@ -326,7 +328,7 @@ mod tests {
 
     #[test]
     fn built_in_profiles_are_valid_and_named_as_asked() {
-        for name in ["quick", "reduced", "paper", "imagenet"] {
+        for name in ["quick", "reduced", "full", "paper", "imagenet"] {
             assert_eq!(Profile::named(name).unwrap().name, name);
         }
     }
@@ -344,6 +346,41 @@ mod tests {
         assert_eq!(Profile::parse(&toml::to_string(&fair).unwrap()).unwrap(), fair);
         let recipe = fair.recipe(Precision::Float, Precision::Float, 0);
         assert!(recipe.quantization.gradient_scale && recipe.dfq.calibration.is_some());
+    }
+
+    /// What brings low-variance filters: rate × decay, summed over the steps of pre-training on CIFAR-100's 50,000 images.
+    #[test]
+    fn full_networks_decay_as_much_as_the_papers() {
+        let sum = |name: &str| {
+            let training = Profile::named(name).unwrap().training.get(Purpose::Pretraining).unwrap();
+            let steps = 50_000 / training.batch;
+            let rate = |step: usize| training.rate((step as f64 + 0.5) / steps as f64, &[]);
+            (0..training.epochs() * steps).map(rate).sum::<f64>() * training.weight_decay
+        };
+        for name in ["paper", "full"] {
+            assert!((sum(name) - 1.5).abs() < 0.01, "{name}: {}", sum(name));
+        }
+    }
+
+    /// It is `fair` but for width, length and arithmetic.
+    #[test]
+    fn full_networks_are_trained_as_fair_ones() {
+        let mut full = Profile::named("full").unwrap();
+        let fair = Profile::parse(include_str!("../profiles/fair.toml")).unwrap();
+        full.name = fair.name.clone();
+        full.seeds = fair.seeds.clone();
+        full.networks.values_mut().for_each(|network| network.width = 0.25);
+        for (purpose, training) in &mut full.training.0 {
+            let fair = fair.training.get(*purpose).unwrap();
+            assert_eq!(training.arithmetic, train::Arithmetic::Bf16);
+            assert_eq!(
+                training.epochs(),
+                if *purpose == Purpose::Pretraining { 40 } else { 5 * fair.epochs() }
+            );
+            let Training { warmup_epochs, cosine_epochs, weight_decay, arithmetic, .. } = fair;
+            *training = Training { warmup_epochs, cosine_epochs, weight_decay, arithmetic, ..*training };
+        }
+        assert_eq!(full, fair);
     }
 
     /// A training is that which it is like, but for what it says itself.

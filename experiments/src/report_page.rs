@@ -1,9 +1,12 @@
 //! The page of all results: finds what lies under `results/` and writes `results/index.html`.
 
-use crate::{output, tables};
+use crate::networks::{self, Folder};
+use crate::{output, process, tables};
 use anyhow::{Context, Error, Result, bail};
 use clap::Parser;
-use report::{Claim, Deviation, Exhibit, Page, STAGES, Stages, TableEntry, TableResults};
+use report::{
+    Claim, Deviation, Exhibit, NETWORKS, Page, PublishedNetworks, STAGES, Stages, TableEntry, TableResults,
+};
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
@@ -21,11 +24,23 @@ struct Flags {
     /// The page; index.html in that folder if not given. Its links to files only work there
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+
+    /// Make no page, and evaluate every published network (networks/PROFILE/ in the folder with the results): prints what was
+    /// said and what is found. The exit code is 1 where they differ
+    #[arg(long)]
+    verify: bool,
+
+    /// The images for --verify, as the tables' --data says them
+    #[arg(long, value_name = "WHERE", default_value = "auto", requires = "verify")]
+    data: String,
 }
 
 /// Runs the binary: reads the results, writes the page, prints the verdicts.
 pub fn main() -> Result<()> {
     let flags = Flags::parse();
+    if flags.verify {
+        return process::run(|| networks::verify(&flags.results, &flags.data));
+    }
     let page = read(&flags.results)?;
     let out = flags.out.unwrap_or_else(|| flags.results.join("index.html"));
     let html = page.html();
@@ -46,6 +61,7 @@ pub fn deviations() -> report::Result<Vec<Deviation>> {
 }
 
 /// Everything that a folder of results holds: `<table>/<profile>/<table>.csv` are a table's rows, `bench/` is speed, and
+/// `networks/<profile>/` are published networks, and
 /// whatever else has pictures or CSV files, as `figure3/<profile>/`, is shown as it is.
 pub fn read(results: &Path) -> Result<Page> {
     let tables = tables::ALL.iter().chain(&tables::ABLATIONS).map(|table| TableEntry {
@@ -65,6 +81,21 @@ pub fn read(results: &Path) -> Result<Page> {
             let speeds = folder.join("pytorch.csv");
             if speeds.is_file() {
                 page.speeds = report::bench::read_csv(&speeds)?;
+            }
+            continue;
+        }
+        if name == networks::FOLDER {
+            for profile in entries(&folder, Path::is_dir)? {
+                let exhibit = exhibit(results, &[&name, &profile], "", &[NETWORKS])?;
+                let folder = folder.join(&profile);
+                if let Some(networks) = Folder::read(&folder)? {
+                    report::read_stages(&folder)?.check_files(&folder)?;
+                    page.networks.push(PublishedNetworks {
+                        profile,
+                        rows: networks.rows().to_vec(),
+                        exhibit,
+                    });
+                }
             }
             continue;
         }

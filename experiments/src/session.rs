@@ -1,6 +1,7 @@
 //! What every program that runs stages opens: settings, data, device and store.
 
 use crate::flags::{Flags, PlanFormat, Running, TIME_LIMIT};
+use crate::networks::{self, Folder};
 use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
 use crate::{device, output, process, signals, slurm};
@@ -89,6 +90,8 @@ pub(crate) struct Session {
     machine: Machine,
     /// What workflows begin with that do not pre-train.
     given: Option<Network>,
+    /// Keys of stages whose networks are published.
+    published: Vec<String>,
     display: Display,
     out: PathBuf,
 }
@@ -110,9 +113,29 @@ impl Session {
         let mut display = Display::new();
         let data = load(&flags.data, &profile.data, &mut display)?;
         let out = flags.out.clone();
-        let session = Self { seeds, out, display, ..Self::of(machine, profile, data) };
+        let mut session = Self { seeds, out, display, ..Self::of(machine, profile, data) };
         session.tell_data();
+        match session.take_published() {
+            // What can't be used is about to be replaced.
+            Err(error) if flags.publish => session.display.line(&format!("not taken: {error:#}")),
+            result => result?,
+        }
         Ok(session)
+    }
+
+    /// Has stages whose networks are published beside the results count as done.
+    fn take_published(&mut self) -> Result<()> {
+        let place = self.folder(networks::FOLDER);
+        if let Some(folder) = Folder::read(&place)? {
+            self.display.line(&format!(
+                "{} networks are published in {}",
+                folder.rows().len(),
+                place.display()
+            ));
+            self.published = folder.rows().iter().map(|row| row.key.clone()).collect();
+            self.machine.store = self.machine.store.clone().beside(folder.published()?);
+        }
+        Ok(())
     }
 
     /// With the machine's store, for the stages of workflows that begin with a given network.
@@ -137,6 +160,7 @@ impl Session {
             provenance: Provenance { command: command_line(), git_commit: env!("PFQ_COMMIT").into(), device },
             machine,
             given: None,
+            published: Vec::new(),
             display: Display::new(),
             out: PathBuf::new(),
         }
@@ -192,10 +216,19 @@ impl Session {
 
     /// What the stage gives, run if it has not been; `None` where the time limit ended it.
     pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
+        self.run_by(Store::run, stage)
+    }
+
+    /// [`Session::run`], also where the stage's network is published.
+    fn run_here(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
+        self.run_by(Store::run_here, stage)
+    }
+
+    fn run_by(&mut self, run: Run, stage: &Stage) -> Result<Option<Outcome>> {
         let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } = self;
         let (data, given) = (&**data, given.as_ref());
         let resources = Resources { data, device, provenance, given };
-        match store.run(stage, &resources, &mut |event| display.stage(event)) {
+        match run(store, stage, &resources, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();
                 display.line(&format!("{:#}", anyhow::Error::from(error)));
@@ -208,6 +241,16 @@ impl Session {
     /// The stages that `ends` need, each once, with what they gave if they have been run.
     pub fn plan(&self, ends: &[Arc<Stage>]) -> Result<Vec<Planned>> {
         Ok(self.machine.store.plan(ends, self.data.fingerprint())?)
+    }
+
+    /// Whether a stage's network is published, whether or not the store has it too.
+    pub fn is_published(&self, stage: &Stage) -> bool {
+        stage.key(self.data.fingerprint()).is_ok_and(|key| self.published.contains(&key))
+    }
+
+    /// The file of a finished stage's network.
+    pub fn network_file(&self, stage: &Stage) -> Result<PathBuf> {
+        Ok(self.machine.store.network_file(stage, self.data.fingerprint())?)
     }
 
     /// The network that a stage gives.
@@ -233,6 +276,11 @@ impl Session {
     /// Does what the flags ask for instead of the whole work, which ends in the stages `ends`: shows its plan, or runs one
     /// of its stages. `None` where they ask for the whole. `title` names the jobs of a cluster.
     pub fn part(&mut self, ends: &[Arc<Stage>], title: &str, flags: &Flags) -> Result<Option<Done>> {
+        if flags.publish {
+            bail!(
+                "--publish is of rows of tables, and {title} has none: publish with the program of a table, as table3"
+            );
+        }
         match (&flags.stage, flags.plan, flags.format) {
             (None, false, _) => Ok(None),
             (None, true, PlanFormat::Text) => self.show_plan(ends).map(|()| Some(Done::All)),
@@ -250,7 +298,12 @@ impl Session {
                         plan.len()
                     )
                 })?;
-                Ok(Some(self.run(&planned.stage)?.map_or(Done::InTime, |_| Done::All)))
+                let published = planned.outcome.as_ref().filter(|_| planned.published);
+                let Some(outcome) = self.run_here(&planned.stage)? else { return Ok(Some(Done::InTime)) };
+                if let Some(published) = published {
+                    output::print(&repeated(&outcome, published));
+                }
+                Ok(Some(Done::All))
             }
         }
     }
@@ -262,7 +315,8 @@ impl Session {
         // Multiply–accumulates of the forward passes that an epoch needs, evaluation counted in.
         let epoch_work = |macs: u64| macs as f64 * (train + test / 3.0);
         let (mut work, mut seconds) = (0.0, 0.0);
-        for outcome in plan.iter().filter_map(|p| p.outcome.as_ref()) {
+        // Published ones were run on another machine.
+        for outcome in plan.iter().filter(|p| !p.published).filter_map(|p| p.outcome.as_ref()) {
             work += epoch_work(outcome.macs) * outcome.metrics.len() as f64;
             seconds += outcome.metrics.iter().map(|m| m.seconds).sum::<f64>();
         }
@@ -274,10 +328,12 @@ impl Session {
         let mut left = 0.0;
         for planned in &plan {
             let label = planned.stage.label();
-            let status = match (&planned.outcome, planned.stage.training()) {
+            let status = match (planned.outcome.as_ref().filter(|_| !planned.to_do), planned.stage.training())
+            {
                 (Some(outcome), _) => {
                     let top1 = outcome.evaluation.top1_percent;
-                    format!("done: top-1 {top1:.2} %, took {}", duration(outcome.seconds))
+                    let done = if planned.published { "published" } else { "done" };
+                    format!("{done}: top-1 {top1:.2} %, took {}", duration(outcome.seconds))
                 }
                 (None, None) => "to do: seconds".into(),
                 (None, Some(training)) => {
@@ -294,10 +350,29 @@ impl Session {
             };
             output::print(&format!("{}  {label:<48} {status}", planned.key));
         }
-        let done = plan.iter().filter(|p| p.outcome.is_some()).count();
+        let done = plan.iter().filter(|p| !p.to_do).count();
         let left = duration(left);
         output::print(&format!("{done} of {} stages done; about {left} left (from {basis}).", plan.len()));
         Ok(())
+    }
+}
+
+/// How a stage is run: [`Store::run`] or [`Store::run_here`].
+type Run = fn(&Store, &Stage, &Resources, &mut dyn FnMut(workflow::Event)) -> workflow::Result<Outcome>;
+
+/// A stage that was run again beside what is published of it.
+fn repeated(now: &Outcome, published: &Outcome) -> String {
+    let shown = |outcome: &Outcome| outcome.network_hash().map_or("unknown", |hash| &hash[..16]).to_string();
+    match now.network_hash() == published.network_hash() {
+        true => format!("{}: the published network again, to the bit (SHA-256 {}…)", now.label, shown(now)),
+        false => format!(
+            "{}: another network (SHA-256 {}…, top-1 {:.2} %) than the published one (SHA-256 {}…, top-1 {:.2} %)",
+            now.label,
+            shown(now),
+            now.evaluation.top1_percent,
+            shown(published),
+            published.evaluation.top1_percent
+        ),
     }
 }
 

@@ -46,7 +46,7 @@ pub(crate) fn script(plan: &[Planned], fingerprint: &str, command: &[String], ti
     let mut levels: Vec<Vec<&Planned>> = Vec::new();
     let mut level_of: BTreeMap<String, usize> = BTreeMap::new();
     // Parents come before their children.
-    for planned in plan.iter().filter(|planned| planned.outcome.is_none()) {
+    for planned in plan.iter().filter(|planned| planned.to_do) {
         let parent = planned.stage.parent.as_ref().map(|parent| parent.key(fingerprint)).transpose()?;
         let level = parent.and_then(|parent| level_of.get(&parent)).map_or(0, |level| level + 1);
         level_of.insert(planned.key.clone(), level);

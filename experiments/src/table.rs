@@ -1,6 +1,7 @@
 //! Running a table: profile and flags → stages → rows → files.
 
 use crate::flags::{Flags, Only};
+use crate::networks::{self, Pick};
 use crate::profile::ModelName;
 use crate::session::{self, Done, Session};
 use crate::{figure3, output, tables};
@@ -11,7 +12,7 @@ use report::{Paper, Row};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use workflow::{Outcome, Recipe, Stage};
+use workflow::{Outcome, Planned, Recipe, Stage, StageKind};
 
 /// A table of the paper, or one of our own like it: which workflows stand in its columns, for which models
 /// and bits.
@@ -74,7 +75,12 @@ pub fn all() -> Result<()> {
         let mut session = Session::open(&flags, false)?;
         let done = run(&tables::ALL, &only, &mut session, &flags)?;
         // `--only` picks rows of tables, and the figure begins with stages that a plan of all tables has.
-        if done == Done::InTime || flags.plan || flags.stage.is_some() || !flags.only.is_empty() {
+        if done == Done::InTime
+            || flags.plan
+            || flags.publish
+            || flags.stage.is_some()
+            || !flags.only.is_empty()
+        {
             return Ok(done);
         }
         figure3::run(&figure3::subjects(&flags)?, &mut session, &flags)
@@ -102,14 +108,24 @@ fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
 fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
     let tables: Vec<&Table> = tables.iter().copied().filter(|table| only.picks_table(table.name)).collect();
     let rows = tables.iter().map(|table| table.rows(session)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
-    let picked: Vec<&RowPlan> = tables
+    let picked: Vec<(&Table, Vec<&RowPlan>)> = tables
         .iter()
         .zip(&rows)
-        .flat_map(|(table, rows)| rows.iter().map(|row| (table.name, row)))
-        .filter(|(table, row)| only.picks(table, row.model.version().name(), row.bits, row.method))
-        .map(|(_, row)| row)
+        .map(|(table, rows)| {
+            let picks =
+                |row: &&RowPlan| only.picks(table.name, row.model.version().name(), row.bits, row.method);
+            (*table, rows.iter().filter(picks).collect())
+        })
         .collect();
-    let ends: Vec<Arc<Stage>> = picked.iter().map(|row| row.stage.clone()).collect();
+    if flags.publish {
+        let all =
+            tables.iter().zip(&rows).map(|(table, rows)| (*table, rows.iter().collect())).collect::<Vec<_>>();
+        let picks = to_publish(&all, &picked, session)?;
+        output::print(&networks::publish(&picks, session)?);
+        return Ok(Done::All);
+    }
+    let ends: Vec<Arc<Stage>> =
+        picked.iter().flat_map(|(_, rows)| rows).map(|row| row.stage.clone()).collect();
     let title = if let [table] = tables[..] { table.name } else { "tables" };
     if let Some(done) = session.part(&ends, title, flags)? {
         return Ok(done);
@@ -118,9 +134,9 @@ fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> 
         session.claim(table.name)?;
     }
     let mut done = Done::All;
-    // A finished stage needs those before it no more, but the table does.
-    for stage in picked.iter().flat_map(|row| row.stage.lineage()) {
-        if session.run(&stage)?.is_none() {
+    // A finished stage needs those before it no more, but the table does; of a published one it has what it needs.
+    for planned in session.plan(&ends)?.iter().filter(|planned| planned.to_do || !planned.published) {
+        if session.run(&planned.stage)?.is_none() {
             done = Done::InTime;
             break;
         }
@@ -133,6 +149,23 @@ fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> 
         }
     }
     Ok(done)
+}
+
+/// The networks of the rows that are picked, and of the others those that are published already.
+fn to_publish(
+    all: &[(&Table, Vec<&RowPlan>)],
+    picked: &[(&Table, Vec<&RowPlan>)],
+    session: &Session,
+) -> Result<Vec<Pick>> {
+    let of = |rows: &[(&Table, Vec<&RowPlan>)]| -> Result<Vec<Pick>> {
+        let picks = rows.iter().map(|(table, rows)| table.networks(rows, session));
+        Ok(picks.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    };
+    let picked = of(picked)?;
+    let mut picks = of(all)?;
+    picks.retain(|pick| picked.iter().any(|of| of.stage == pick.stage) || session.is_published(&pick.stage));
+    picks.extend(picked);
+    Ok(picks)
 }
 
 /// What tables name, each once.
@@ -180,35 +213,62 @@ impl Table {
         Ok(rows)
     }
 
+    /// The networks that are published of those rows that are done: at all bits of a model ours and that of the method which
+    /// is best of the others by its mean over the seeds, and the float and the pruned network that ours come from.
+    fn networks(&self, rows: &[&RowPlan], session: &Session) -> Result<Vec<Pick>> {
+        let ends: Vec<Arc<Stage>> = rows.iter().map(|row| row.stage.clone()).collect();
+        let fingerprint = session.data.fingerprint();
+        let plan = session.plan(&ends)?;
+        let top1 = |row: &RowPlan| {
+            let key = row.stage.key(fingerprint).ok()?;
+            let planned = plan.iter().find(|planned| planned.key == key && !planned.to_do)?;
+            Some(planned.outcome.as_ref()?.evaluation.top1_percent)
+        };
+        let ours = self.methods.last().map_or("", |method| method.name);
+        let mut picks = Vec::new();
+        for &model in self.models {
+            for &bits in self.bits {
+                let done: Vec<(&RowPlan, f64)> = rows
+                    .iter()
+                    .filter(|row| (row.model, row.bits) == (model, bits))
+                    .filter_map(|row| Some((*row, top1(row)?)))
+                    .collect();
+                let mean = |method: &str| {
+                    let of: Vec<f64> =
+                        done.iter().filter(|(row, _)| row.method == method).map(|(_, top1)| *top1).collect();
+                    of.iter().sum::<f64>() / of.len() as f64
+                };
+                let others = done.iter().map(|(row, _)| row.method).filter(|method| *method != ours);
+                let best = others.max_by(|a, b| mean(a).total_cmp(&mean(b)));
+                for (row, _) in &done {
+                    if row.method == ours {
+                        picks.extend(before(row));
+                    }
+                    if row.method == ours || Some(row.method) == best {
+                        picks.push(end(row));
+                    }
+                }
+            }
+        }
+        Ok(picks)
+    }
+
     /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from those
     /// rows that have been run; gives the table as text. `None`, and nothing written, where none has.
     fn write(&self, session: &Session, plans: &[RowPlan], folder: &Path) -> Result<Option<String>> {
         let Session { profile, data, provenance, .. } = session;
         let ends: Vec<Arc<Stage>> = plans.iter().map(|row| row.stage.clone()).collect();
         let plan = session.plan(&ends)?;
-        let done: BTreeMap<&str, &Outcome> =
-            plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect();
+        let done = done(&plan);
         let mut rows = Vec::new();
         let mut outcomes: Vec<&Outcome> = Vec::new();
         for planned in plans {
-            let lineage = planned.stage.lineage();
-            let keys = lineage.iter().map(|stage| stage.key(data.fingerprint()));
-            let keys = keys.collect::<workflow::Result<Vec<String>>>()?;
             // A row that `--only` left out, now or in earlier runs, is not in the table.
-            if keys.last().is_none_or(|key| !done.contains_key(key.as_str())) {
+            let key = planned.stage.key(data.fingerprint())?;
+            if plan.iter().any(|planned| planned.key == key && planned.to_do) {
                 continue;
             }
-            let find = |(stage, key): (&Arc<Stage>, &String)| {
-                done.get(key.as_str()).copied().with_context(|| {
-                    format!(
-                        "stage {} ({key}) is missing from the store, and {} was made from it: run the table again without \
-                         --only to make it anew",
-                        stage.label(),
-                        planned.stage.label()
-                    )
-                })
-            };
-            let lineage = lineage.iter().zip(&keys).map(find).collect::<Result<Vec<&Outcome>>>()?;
+            let lineage = line(&planned.stage, data.fingerprint(), &done)?;
             rows.push(self.row(session, planned, &lineage)?.compare(Paper::published()));
             for outcome in lineage {
                 if !outcomes.iter().any(|known| known.key == outcome.key) {
@@ -277,6 +337,70 @@ impl Table {
             wall_seconds: lineage.iter().map(|outcome| outcome.seconds).sum(),
         })
     }
+}
+
+/// What stages of a plan gave, by their keys.
+pub(crate) fn done(plan: &[Planned]) -> BTreeMap<&str, &Outcome> {
+    plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect()
+}
+
+/// What a stage and those before it gave, the first one first.
+///
+/// # Errors
+/// Where one is missing, or was made from another network than that of the stage before it.
+pub(crate) fn line<'a>(
+    stage: &Arc<Stage>,
+    fingerprint: &str,
+    done: &BTreeMap<&str, &'a Outcome>,
+) -> Result<Vec<&'a Outcome>> {
+    let mut line: Vec<&Outcome> = Vec::new();
+    for of in stage.lineage() {
+        let key = of.key(fingerprint)?;
+        let outcome = *done.get(key.as_str()).with_context(|| {
+            format!(
+                "stage {} ({key}) is missing from the store, and {} was made from it: run the table again without --only to \
+                 make it anew",
+                of.label(),
+                stage.label()
+            )
+        })?;
+        if let (Some(then), Some(now)) =
+            (&outcome.parent_network, line.last().and_then(|parent| parent.network_hash()))
+            && then != now
+        {
+            bail!(
+                "stage {} ({key}) was made from another network than the published one of the stage before it: write results \
+                 elsewhere (--out), so that what is published does not count",
+                of.label()
+            );
+        }
+        line.push(outcome);
+    }
+    Ok(line)
+}
+
+/// The network that a row is about.
+fn end(row: &RowPlan) -> Pick {
+    let RowPlan { model, bits: (a, w), method, seed, stage } = row;
+    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
+    let name = format!(
+        "{}-a{a}w{w}-{}-seed{seed}",
+        model.version().name(),
+        method.chars().map(plain).collect::<String>()
+    );
+    Pick { name, subject: format!("A{a}/W{w} {method}"), seed: *seed, model: *model, stage: stage.clone() }
+}
+
+/// The float network that a row began with, and that network right after the first pruning, where there is one.
+fn before(row: &RowPlan) -> Vec<Pick> {
+    let lineage = row.stage.lineage();
+    let seed = lineage[0].seed().unwrap_or(row.seed);
+    let pruned = lineage.get(1).filter(|stage| matches!(stage.kind, StageKind::Prune { .. }));
+    let picks = [("float", lineage.first()), ("pruned", pruned)].map(|(subject, stage)| {
+        let name = format!("{}-{subject}-seed{seed}", row.model.version().name());
+        Some(Pick { name, subject: subject.into(), seed, model: row.model, stage: stage?.clone() })
+    });
+    picks.into_iter().flatten().collect()
 }
 
 /// What a reader of the table should know: the float networks it began from, and what pruning did.

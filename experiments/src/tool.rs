@@ -8,7 +8,7 @@ mod macs;
 mod network;
 mod prune;
 mod quantize;
-mod text;
+pub(crate) mod text;
 mod tune;
 mod variance;
 mod verify;

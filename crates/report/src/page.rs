@@ -13,6 +13,7 @@ use crate::bench::{self, Speed};
 use crate::claims::Claim;
 use crate::deviations::Deviation;
 use crate::names::{FLOAT, bits_label, dataset_label, method_label, model_label, table_label};
+use crate::network::NetworkRow;
 use crate::paper::{Paper, PaperRow, distinct};
 use crate::row::Row;
 use crate::stage::{StageRecord, trace};
@@ -48,6 +49,17 @@ pub struct TableResults {
     pub exhibit: Exhibit,
 }
 
+/// The published networks of a profile: what a folder `networks/<profile>/` holds.
+#[derive(Clone, Debug, Default)]
+pub struct PublishedNetworks {
+    /// The profile of settings.
+    pub profile: String,
+    /// The networks.
+    pub rows: Vec<NetworkRow>,
+    /// The folder's files.
+    pub exhibit: Exhibit,
+}
+
 /// What the page is made of.
 #[derive(Clone, Debug, Default)]
 pub struct Page {
@@ -57,6 +69,8 @@ pub struct Page {
     pub runs: Vec<TableResults>,
     /// The paper's figures and whatever else was made, a folder each.
     pub exhibits: Vec<Exhibit>,
+    /// The networks that are published.
+    pub networks: Vec<PublishedNetworks>,
     /// Speeds beside PyTorch.
     pub speeds: Vec<Speed>,
     /// The rest of the folder of benchmarks.
@@ -76,17 +90,19 @@ impl Page {
     /// The page.
     pub fn html(&self) -> String {
         let judged = self.judged();
-        let sections = [
+        let mut sections = vec![
             ("claims", "Claims", judged::summary(&judged, &self.profiles())),
             ("tables", "Tables", self.tables(&judged)),
             ("evidence", "Evidence for each claim", judged::evidence(&judged)),
             ("figures", "Figures and further measurements", self.figures()),
             ("curves", "Training curves", self.curves()),
+            ("networks", "Published networks", self.networks()),
             ("speed", "Speed", self.speed()),
             ("provenance", "What was run, where and how", self.provenance()),
             ("deviations", "Deviations from the paper", self.deviations()),
             ("reading", "How to read this page", reading()),
         ];
+        sections.retain(|(id, ..)| *id != "networks" || !self.networks.is_empty());
         let page = html! {
             (DOCTYPE)
             html lang="en" {
@@ -177,7 +193,7 @@ impl Page {
 
     /// The profiles that were run, the paper's own first.
     fn profiles(&self) -> Vec<&str> {
-        const KNOWN: [&str; 3] = ["paper", "reduced", "quick"];
+        const KNOWN: [&str; 4] = ["paper", "full", "reduced", "quick"];
         let found: BTreeSet<&str> = self.tested().map(|run| run.profile.as_str()).collect();
         let mut found: Vec<&str> = found.into_iter().collect();
         found.sort_by_key(|profile| KNOWN.iter().position(|known| known == profile).unwrap_or(KNOWN.len()));
@@ -250,6 +266,22 @@ impl Page {
         }
     }
 
+    fn networks(&self) -> Markup {
+        html! {
+            p {
+                "Networks behind these figures, with which they can be checked without any training: "
+                code { "cargo run --release --bin report -- --verify" } " evaluates all of them, and prints what is said here \
+                 beside what it finds. The programs of the tables take them for what they are, so that a later stage can be \
+                 repeated without those before it."
+            }
+            @for of in &self.networks {
+                h3 { "Profile " (of.profile) }
+                (table_html(&format!("Networks of profile {}", of.profile), &of.table()))
+                (of.exhibit.links())
+            }
+        }
+    }
+
     fn speed(&self) -> Markup {
         let tables = bench::tables(&self.speeds);
         html! {
@@ -300,6 +332,36 @@ impl Page {
             p { "What the paper leaves open, and where we knowingly do something else." }
             div.prose { (table_html("Deviations and choices", &table)) }
         }
+    }
+}
+
+impl PublishedNetworks {
+    fn table(&self) -> Table<'_> {
+        let head: Vec<Column> = vec![
+            ("network", false),
+            ("what it is", false),
+            ("seed", true),
+            ("top-1, %", true),
+            ("MACs, M", true),
+            ("size, MiB", true),
+            ("SHA-256", false),
+            ("file", false),
+        ];
+        let cells = |row: &NetworkRow| {
+            [
+                model_label(&row.model, row.width),
+                row.subject.clone(),
+                row.seed.to_string(),
+                format!("{:.2}", row.top1_percent),
+                format!("{:.1}", row.macs as f64 / 1e6),
+                format!("{:.1}", row.bytes as f64 / f64::from(1 << 20)),
+                format!("{:.12}…", row.sha256),
+                row.file.clone(),
+            ]
+            .map(Cell::from)
+            .into()
+        };
+        Table { head, rows: self.rows.iter().map(cells).collect() }
     }
 }
 

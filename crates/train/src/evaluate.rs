@@ -1,6 +1,5 @@
-use crate::Result;
 use crate::totals::{Means, Totals};
-use candle_core::DType;
+use crate::{Arithmetic, Result};
 use datasets::{Dataset, Feed};
 use models::Network;
 use serde::{Deserialize, Serialize};
@@ -20,7 +19,12 @@ const PIXELS: usize = 32 * 224 * 224;
 
 /// Evaluates `network`, on its device, on the test images of `data`.
 pub fn evaluate(network: &Network, data: &dyn Dataset) -> Result<Evaluation> {
-    evaluate_on(network, &mut Feed::new(data, network.device(), DType::F32))
+    evaluate_in(network, data, Arithmetic::F32)
+}
+
+/// [`evaluate`] as a training in that arithmetic does after each epoch, to the same bits.
+pub fn evaluate_in(network: &Network, data: &dyn Dataset, arithmetic: Arithmetic) -> Result<Evaluation> {
+    evaluate_on(network, &mut Feed::new(data, network.device(), arithmetic.dtype()))
 }
 
 /// Evaluates `network` on the test images of `feed`, which is on the network's device.

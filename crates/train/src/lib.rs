@@ -11,7 +11,7 @@ mod settings;
 mod totals;
 
 pub use calibrate::calibrate;
-pub use evaluate::{Evaluation, evaluate};
+pub use evaluate::{Evaluation, evaluate, evaluate_in};
 pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, Velocities, fit, step};
 pub use limit::TimeLimit;
 pub use settings::{Arithmetic, Decay, Training};

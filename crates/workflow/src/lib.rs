@@ -9,6 +9,7 @@
 
 mod key;
 mod outcome;
+mod published;
 mod ranges;
 mod recipe;
 mod stage;
@@ -16,6 +17,7 @@ mod store;
 mod verify;
 
 pub use outcome::{DataOrigin, Outcome, Provenance};
+pub use published::Published;
 pub use recipe::{Purpose, Recipe, Trainings};
 pub use stage::{Stage, StageKind};
 pub use store::{Event, Planned, Resources, Store, image_range};
@@ -47,6 +49,17 @@ pub enum Error {
     /// A file of the store is missing or is not what was written.
     #[error("{path} is damaged: {problem}")]
     Damaged {
+        /// The file.
+        path: String,
+        /// What was found and what was expected.
+        problem: String,
+    },
+    /// A published network is missing or is not what was published.
+    #[error(
+        "{path}, a published network, can't be used: {problem}; restore the file, or remove its folder to do without \
+         what is published"
+    )]
+    Published {
         /// The file.
         path: String,
         /// What was found and what was expected.

@@ -1,11 +1,11 @@
 use crate::store::file_error;
-use crate::{Error, Result};
+use crate::{Error, Result, key};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
-use train::{EpochMetrics, Evaluation};
+use train::{Arithmetic, EpochMetrics, Evaluation};
 use whole_file::seal;
 
 /// The file that says that a stage is done.
@@ -101,16 +101,42 @@ impl Outcome {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(file_error(&path, e)),
         };
-        let damaged = |problem: String| Error::Damaged { path: path.display().to_string(), problem };
-        let value: Value =
-            serde_json::from_slice(&text).map_err(|e| damaged(format!("can't be understood: {e}")))?;
-        let sealed = seal::check(&value).map_err(damaged)?;
-        let outcome: Self =
-            serde_json::from_value(value).map_err(|e| damaged(format!("can't be understood: {e}")))?;
+        let value = serde_json::from_slice(&text).map_err(|e| format!("can't be understood: {e}"));
+        let outcome = value.and_then(Self::from_value);
+        outcome.map(Some).map_err(|problem| Error::Damaged { path: path.display().to_string(), problem })
+    }
+
+    /// The outcome that was written as `value`.
+    ///
+    /// # Errors
+    /// What was found and what was expected, where it is not what was written.
+    fn from_value(value: Value) -> Result<Self, String> {
+        let sealed = seal::check(&value)?;
+        let outcome: Self = serde_json::from_value(value).map_err(|e| format!("can't be understood: {e}"))?;
         if !sealed && !outcome.files.is_empty() {
-            return Err(damaged("it has no seal, but hashes, which are not without one".into()));
+            return Err("it has no seal, but hashes, which are not without one".into());
         }
-        Ok(Some(outcome))
+        Ok(outcome)
+    }
+
+    /// The outcome that was written to results as `value`, which a key and a seal of its own make sure of.
+    ///
+    /// # Errors
+    /// What was found and what was expected, where it is not what was written, or its key is not that of its settings, its
+    /// parent's key and its data.
+    pub fn of_results(value: Value) -> Result<Self, String> {
+        let outcome = Self::from_value(value)?;
+        match key::fits(&outcome) {
+            true => Ok(outcome),
+            false => Err(format!("its key {} is not that of its settings and data", outcome.key)),
+        }
+    }
+
+    /// How the stage's last evaluation was computed: as its training, and what does not train in `f32`.
+    pub fn arithmetic(&self) -> Arithmetic {
+        let settings = self.stage.as_object().and_then(|kinds| kinds.values().next());
+        let arithmetic = settings.and_then(|settings| settings.get("training")?.get("arithmetic"));
+        arithmetic.and_then(|name| Arithmetic::deserialize(name).ok()).unwrap_or_default()
     }
 
     /// Seals the outcome and writes it to the stage's folder, whole or not at all.

@@ -1,11 +1,11 @@
 use crate::outcome::{METRICS, NETWORK, OUTCOME, RANGES};
 use crate::ranges::Ranges;
-use crate::{DataOrigin, Error, Outcome, Provenance, Result, Stage, StageKind, key};
+use crate::{DataOrigin, Error, Outcome, Provenance, Published, Result, Stage, StageKind, key};
 use baselines::Calibration;
 use candle_core::Device;
 use datasets::Dataset;
 use models::{Extras, Network};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,18 @@ pub struct Store {
     root: PathBuf,
     limit: Option<Arc<TimeLimit>>,
     strict: bool,
+    published: Arc<Published>,
+}
+
+/// Where what a stage gave is known from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// The store.
+    Store,
+    /// What is published, with its network.
+    Published,
+    /// What is published, without its network.
+    Record,
 }
 
 /// What a stage runs on.
@@ -37,7 +49,7 @@ pub struct Resources<'a> {
 /// What the store tells while it works.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// The stage had been run; its outcome is taken from the store.
+    /// The stage had been run; its outcome is taken from the store, or from what is published.
     Found(&'a Outcome),
     /// Another process runs the stage; its end is waited for.
     Waiting(&'a Stage),
@@ -62,6 +74,11 @@ pub struct Planned {
     pub key: String,
     /// What it gave, if it has been run, and is not damaged.
     pub outcome: Option<Outcome>,
+    /// Whether that is known from what is published and not from the store.
+    pub published: bool,
+    /// Whether it is to be run: it has not been, or its network is needed, for itself or by a stage that is to be run, and not
+    /// to be had.
+    pub to_do: bool,
     /// Epochs of an unfinished run that its checkpoint holds.
     pub epochs_done: usize,
 }
@@ -69,7 +86,7 @@ pub struct Planned {
 impl Store {
     /// The store in folder `root`, which is made when the first stage runs.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), limit: None, strict: false }
+        Self { root: root.into(), limit: None, strict: false, published: Arc::default() }
     }
 
     /// The same store, in which nothing is begun that would end after the limit: [`Store::run`] is then an error for
@@ -81,6 +98,12 @@ impl Store {
     /// The same store, in which what is damaged is an error. Otherwise it is set aside, and the stage is run again.
     pub fn strict(self) -> Self {
         Self { strict: true, ..self }
+    }
+
+    /// The same store, for which the stages of published networks count as done where it lacks them. What it has itself is
+    /// preferred, and what is published is left out where that was made from another network than the store has.
+    pub fn beside(self, published: Published) -> Self {
+        Self { published: published.into(), ..self }
     }
 
     /// The folder of a stage.
@@ -98,11 +121,48 @@ impl Store {
         Ok(self.root.join(format!("{}-{kind}-{}", stage.model(), stage.key(data_fingerprint)?)))
     }
 
-    /// What the stage gave, if it has been run.
+    /// The file of a stage's network: in the store, or the published one where it counts as done.
+    ///
+    /// # Errors
+    /// Those of [`Store::outcome`].
+    pub fn network_file(&self, stage: &Stage, data_fingerprint: &str) -> Result<PathBuf> {
+        if let Some((outcome, Source::Published)) = self.known(stage, data_fingerprint)?
+            && let Some(file) = self.published.file(&outcome.key)
+        {
+            return Ok(file.into());
+        }
+        Ok(self.folder(stage, data_fingerprint)?.join(NETWORK))
+    }
+
+    /// What the stage gave, if it has been run: here, or elsewhere and published.
     ///
     /// # Errors
     /// Where it is damaged, of another stage, or made from another network than the one that the stage before it has now.
     pub fn outcome(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
+        Ok(self.known(stage, data_fingerprint)?.map(|(outcome, _)| outcome))
+    }
+
+    /// What the stage gave, and where that is known from.
+    fn known(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<(Outcome, Source)>> {
+        if let Some(outcome) = self.stored(stage, data_fingerprint)? {
+            return Ok(Some((outcome, Source::Store)));
+        }
+        let key = stage.key(data_fingerprint)?;
+        let Some(outcome) = self.published.outcome(&key) else { return Ok(None) };
+        if let Some(parent) = &stage.parent {
+            // It is of use only beside the network that it was made from.
+            let parent = self.known(parent, data_fingerprint)?;
+            let now = parent.as_ref().and_then(|(outcome, _)| outcome.network_hash());
+            if now.is_none() || now != outcome.parent_network.as_deref() {
+                return Ok(None);
+            }
+        }
+        let source = if self.published.has_network(&key)? { Source::Published } else { Source::Record };
+        Ok(Some((outcome.clone(), source)))
+    }
+
+    /// What the stage gave, if it has been run here.
+    fn stored(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
         let folder = self.folder(stage, data_fingerprint)?;
         let Some(outcome) = Outcome::read(&folder)? else { return Ok(None) };
         let damaged = |problem: String| {
@@ -125,9 +185,9 @@ impl Store {
         Ok(Some(Outcome { step, ..outcome }))
     }
 
-    /// What the stage gave; what is damaged counts as not there, unless the store is strict.
-    fn intact(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
-        match self.outcome(stage, data_fingerprint) {
+    /// [`Store::known`]; what is damaged in the store counts as not there, unless the store is strict.
+    fn intact(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<(Outcome, Source)>> {
+        match self.known(stage, data_fingerprint) {
             Err(error) if error.is_damage() && !self.strict => Ok(None),
             result => result,
         }
@@ -136,8 +196,13 @@ impl Store {
     /// The network that a finished stage gave.
     pub fn network(&self, stage: &Stage, data_fingerprint: &str, device: &Device) -> Result<Network> {
         let path = self.folder(stage, data_fingerprint)?.join(NETWORK);
-        let outcome = self.outcome(stage, data_fingerprint)?;
-        Ok(match outcome.as_ref().and_then(Outcome::network_hash) {
+        let known = self.known(stage, data_fingerprint)?;
+        if let Some((outcome, Source::Published)) = &known
+            && let Some(network) = self.published.network(&outcome.key, device)?
+        {
+            return Ok(network);
+        }
+        Ok(match known.as_ref().and_then(|(outcome, _)| outcome.network_hash()) {
             Some(hash) => Network::load_verified(&path, hash, device)?,
             None => Network::load(&path, device)?,
         }
@@ -155,7 +220,7 @@ impl Store {
     ) -> Result<(Outcome, Network)> {
         let fingerprint = resources.data.fingerprint();
         let folder = self.folder(stage, fingerprint)?;
-        if let Some(outcome) = self.intact(stage, fingerprint)? {
+        if let Some((outcome, Source::Store | Source::Published)) = self.intact(stage, fingerprint)? {
             match self.network(stage, fingerprint, device) {
                 Ok(network) => return Ok((outcome, network)),
                 Err(error) if error.is_damage() && !self.strict => {
@@ -176,24 +241,56 @@ impl Store {
     /// The stages that `ends` need, each once, parents before children.
     pub fn plan(&self, ends: &[Arc<Stage>], data_fingerprint: &str) -> Result<Vec<Planned>> {
         let mut plan: Vec<Planned> = Vec::new();
+        let mut records = Vec::new();
         for stage in ends.iter().flat_map(Stage::lineage) {
             let key = stage.key(data_fingerprint)?;
             if plan.iter().any(|p| p.key == key) {
                 continue;
             }
-            let outcome = self.intact(&stage, data_fingerprint)?;
+            let known = self.intact(&stage, data_fingerprint)?;
             // The metrics file has a heading and a line for every epoch.
             let metrics = self.folder(&stage, data_fingerprint)?.join(METRICS);
             let epochs_done =
                 std::fs::read_to_string(metrics).map_or(0, |text| text.lines().count().saturating_sub(1));
-            plan.push(Planned { stage, key, outcome, epochs_done });
+            let (outcome, source) = known.unzip();
+            let published = source.is_some_and(|source| source != Source::Store);
+            // Of a record, what is done from its network decides, which follows.
+            let to_do = source.is_none();
+            let is_record = source == Some(Source::Record);
+            records.push(is_record);
+            plan.push(Planned { stage, key, outcome, published, to_do, epochs_done });
+        }
+        let mut needed =
+            ends.iter().map(|end| end.key(data_fingerprint)).collect::<Result<BTreeSet<String>>>()?;
+        // Children before their parents.
+        for (planned, is_record) in plan.iter_mut().zip(records).rev() {
+            planned.to_do |= is_record && needed.contains(&planned.key);
+            if let (true, Some(parent)) = (planned.to_do, &planned.stage.parent) {
+                needed.insert(parent.key(data_fingerprint)?);
+            }
         }
         Ok(plan)
     }
 
-    /// The outcome of `stage`: from the store if it has been run, else by running it and whatever it
-    /// needs before it.
+    /// The outcome of `stage`: from the store if it has been run, from what is published if its network is, else by running
+    /// it and whatever it needs before it.
     pub fn run(
+        &self,
+        stage: &Stage,
+        resources: &Resources,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<Outcome> {
+        match self.intact(stage, resources.data.fingerprint())? {
+            Some((outcome, Source::Published)) => {
+                observe(Event::Found(&outcome));
+                Ok(outcome)
+            }
+            _ => self.run_here(stage, resources, observe),
+        }
+    }
+
+    /// [`Store::run`] of a stage that is not done before the store has it: its published network does not count.
+    pub fn run_here(
         &self,
         stage: &Stage,
         resources: &Resources,
@@ -201,7 +298,7 @@ impl Store {
     ) -> Result<Outcome> {
         let fingerprint = resources.data.fingerprint();
         let folder = self.folder(stage, fingerprint)?;
-        if let Some(outcome) = self.intact(stage, fingerprint)? {
+        if let Some((outcome, Source::Store)) = self.intact(stage, fingerprint)? {
             tidy(&folder);
             observe(Event::Found(&outcome));
             return Ok(outcome);
@@ -216,7 +313,7 @@ impl Store {
         };
         let lock = self.lock(stage, &folder, observe).map_err(named)?;
         whole_file::sweep(&folder).map_err(|e| named(file_error(&folder, e)))?;
-        match self.outcome(stage, fingerprint) {
+        match self.stored(stage, fingerprint) {
             // Another process has run it while this one waited.
             Ok(Some(outcome)) => {
                 observe(Event::Found(&outcome));

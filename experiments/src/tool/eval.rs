@@ -1,5 +1,6 @@
 use super::data::{self, Wanted};
 use super::network::NetworkFile;
+use crate::networks::PublishedFile;
 use crate::progress::duration;
 use anyhow::{Result, bail};
 use clap::Args;
@@ -12,7 +13,8 @@ use std::time::Instant;
 #[derive(Debug, Args)]
 #[command(after_help = "Example: pfq eval pruned.safetensors --data data/cifar-100-binary\n\n\
                   The images are normalized with the mean and standard deviation of the training images, as in the \
-                  project's own training.")]
+                  project's own training. A published network (results/networks/PROFILE/*) is evaluated on the images and in the \
+                  arithmetic in which its stage was, so that the figure is the table's to the last digit.")]
 pub(super) struct Eval {
     #[command(flatten)]
     network: NetworkFile,
@@ -41,18 +43,22 @@ pub(super) struct Eval {
 impl Eval {
     pub fn run(&self) -> Result<String> {
         let (network, mut text) = self.network.open()?;
+        let published = PublishedFile::find(&self.network.file)?;
         let wanted = Wanted {
             place: &self.data,
             limits: [None, self.limit],
             bad_percent: self.bad_percent,
-            settings: None,
+            settings: published.as_ref().map(|published| published.data()),
         };
         let data = data::load(wanted, &network)?;
         let started = Instant::now();
         if self.integer {
             return Ok(text + &compared(&network, &*data)?);
         }
-        let evaluation = train::evaluate(&network, &*data)?;
+        let (evaluation, said) = match published.filter(|published| published.is_of(&*data)) {
+            Some(published) => published.evaluate(&*data)?,
+            None => (train::evaluate(&network, &*data)?, String::new()),
+        };
         let skipped = data.skipped();
         for skipped in &skipped {
             text += &format!("left out {}: {}\n", skipped.file, skipped.why);
@@ -69,7 +75,7 @@ impl Eval {
             evaluation.top1_percent,
             evaluation.loss
         );
-        Ok(text)
+        Ok(text + &said)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tables and numbers on the terminal.
 
 /// Columns under a heading: the first one to the left, the others to the right.
-pub(super) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
+pub(crate) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     let heading: Vec<String> = heading.iter().map(|cell| cell.to_string()).collect();
     let all = || std::iter::once(&heading).chain(rows);
     let wide: Vec<usize> = (0..heading.len())
@@ -20,7 +20,7 @@ pub(super) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 /// In millions, with two decimals.
-pub(super) fn millions(count: u64) -> String {
+pub(crate) fn millions(count: u64) -> String {
     format!("{:.2}", count as f64 / 1e6)
 }
 

@@ -1,3 +1,4 @@
+use crate::networks::{Folder, TOLERANCE};
 use crate::profile::Profile;
 use crate::progress::Display;
 use crate::{output, session};
@@ -9,9 +10,6 @@ use models::Network;
 use report::STAGES;
 use std::path::{Path, PathBuf};
 use workflow::{Checked, Finding, Outcome};
-
-/// How far a loss may be from the stored one, as a part of it: sums are taken in another order on another device.
-const TOLERANCE: f64 = 1e-4;
 
 /// Checks every hash of a store or of results, and the chain from rows to stages to data
 #[derive(Debug, Args)]
@@ -105,7 +103,7 @@ fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files:
         return Ok(format!("{files}; not evaluated, as these are other data than its {}", outcome.data.name));
     }
     let (network, _) = Network::load(&folder.join("network.safetensors"), &Device::Cpu)?;
-    let now = train::evaluate(&network, data)?;
+    let now = train::evaluate_in(&network, data, outcome.arithmetic())?;
     let then = outcome.evaluation;
     let differs = (now.loss - then.loss).abs() > TOLERANCE * then.loss.abs();
     if differs || (network.macs(), network.weights()) != (outcome.macs, outcome.weights) {
@@ -141,6 +139,11 @@ fn check_results(folder: &Path) -> Result<String> {
     let stages = report::read_stages(folder)?;
     stages.check_files(folder)?;
     let mut rows = 0;
+    if let Some(networks) = Folder::read(folder)? {
+        let count = networks.rows().len();
+        networks.published()?;
+        return Ok(format!("{} files; {count} published networks", stages.files.len() + 1));
+    }
     // <table>/<profile>/<table>.csv
     if let Some(table) = folder.canonicalize()?.parent().and_then(Path::file_name) {
         let path = folder.join(table).with_extension("csv");
