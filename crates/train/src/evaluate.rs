@@ -3,6 +3,7 @@ use crate::totals::{Means, Totals};
 use candle_core::DType;
 use datasets::{Dataset, Feed};
 use models::Network;
+use ranks::Ranks;
 use serde::{Deserialize, Serialize};
 
 /// How a network does on the test set.
@@ -20,11 +21,15 @@ const PIXELS: usize = 32 * 224 * 224;
 
 /// Evaluates `network`, on its device, on the test images of `data`.
 pub fn evaluate(network: &Network, data: &dyn Dataset) -> Result<Evaluation> {
-    evaluate_on(network, &mut Feed::new(data, network.device(), DType::F32))
+    evaluate_on(network, &mut Feed::new(data, network.device(), DType::F32), None)
 }
 
-/// Evaluates `network` on the test images of `feed`, which is on the network's device.
-pub(crate) fn evaluate_on(network: &Network, feed: &mut Feed) -> Result<Evaluation> {
+/// Evaluates `network` on the test images of `feed`, which is on the network's device, and on those of the other ranks.
+pub(crate) fn evaluate_on(
+    network: &Network,
+    feed: &mut Feed,
+    ranks: Option<&dyn Ranks>,
+) -> Result<Evaluation> {
     let mut totals = Totals::default();
     let (height, width) = feed.data().side();
     for batch in feed.test((PIXELS / (height * width).max(1)).clamp(1, IMAGES))? {
@@ -33,6 +38,6 @@ pub(crate) fn evaluate_on(network: &Network, feed: &mut Feed) -> Result<Evaluati
         let step = kernels::loss::softmax_cross_entropy(&logits, &batch.labels, 0.0)?;
         totals.add(&step, batch.labels.elem_count())?;
     }
-    let Means { loss, top1_percent } = totals.read()?;
+    let Means { loss, top1_percent, .. } = totals.read(ranks)?;
     Ok(Evaluation { loss, top1_percent })
 }
