@@ -177,6 +177,7 @@ fn every_real_image_stays_on_the_grid() {
         identity: "real images",
         parent_network: None,
         limit: None,
+        ranks: None,
     };
     let network = fit(network, &run, &mut |_| ()).unwrap().network;
     let mut seen = 0;

@@ -68,6 +68,7 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
                     identity: name,
                     parent_network: None,
                     limit: None,
+                    ranks: None,
                 },
                 observe,
             )

@@ -29,10 +29,8 @@ pub fn main() -> Result<()> {
                  the store: what filters of low and of ordinary running variance give, and the running variances of \
                  every layer";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
-    session::main(|| {
-        let models = subjects(&flags)?;
-        run(&models, &mut Session::open(&flags, false)?, &flags)
-    })
+    let models = subjects(&flags)?;
+    session::main(&flags, false, |session| run(&models, session, &flags))
 }
 
 /// The networks that `--only` picks.
@@ -298,7 +296,7 @@ mod tests {
         let keep: Vec<f32> = (0..dead.filters()).map(|j| if j == 5 { 0.0 } else { 1.0 }).collect();
         dead.weight = dead.weight.broadcast_mul(&Tensor::new(keep, &Device::Cpu).unwrap()).unwrap();
         for _ in 0..STEPS {
-            network.forward_train(images, models::Step { range_momentum: 0.1 }).unwrap();
+            network.forward_train(images, models::Step::alone(0.1)).unwrap();
         }
         network
     }

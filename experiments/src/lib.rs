@@ -10,6 +10,7 @@ pub mod bench;
 mod device;
 pub mod figure3;
 mod flags;
+mod job;
 mod networks;
 mod output;
 pub mod premise;

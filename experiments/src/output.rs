@@ -6,13 +6,22 @@
 use anyhow::{Result, bail};
 use std::io::{self, ErrorKind, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Why standard output could not be written, from then on.
 static BROKEN: OnceLock<io::Error> = OnceLock::new();
 
+/// Whether another process of the job prints what is to be printed.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// From now on nothing but errors is printed: another process of the job does that.
+pub fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
 /// Prints a line, or several, on standard output.
 pub fn print(text: &str) {
-    if BROKEN.get().is_some() {
+    if BROKEN.get().is_some() || SILENT.load(Ordering::Relaxed) {
         return;
     }
     let mut output = io::stdout().lock();
@@ -23,6 +32,13 @@ pub fn print(text: &str) {
 
 /// Tells something on standard error, if that can be written.
 pub fn tell(text: &str) {
+    if !SILENT.load(Ordering::Relaxed) {
+        complain(text);
+    }
+}
+
+/// Tells of an error, whichever process this is.
+pub fn complain(text: &str) {
     writeln!(io::stderr(), "{text}").ok();
 }
 

@@ -30,9 +30,8 @@ pub fn main() -> Result<()> {
                  dynamic range of folded weights, the signal-to-noise ratio of their quantization to 4 and 3 bits, that of their \
                  gradients under activations of 4 bits, and the ranges of activations";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
-    session::main(|| {
-        let models = subjects(&flags)?;
-        let mut session = Session::open(&flags, false)?;
+    let models = subjects(&flags)?;
+    session::main(&flags, false, |session| {
         let subjects = models.into_iter().map(|model| {
             let config = session.profile.network(model, session.data.classes())?;
             Ok((config, session.pretraining(model, session.seeds[0])?))
@@ -56,7 +55,7 @@ pub fn main() -> Result<()> {
             found.push((config, outcome, rows, filters(&network, threshold)?));
         }
         let folder = session.folder("premise");
-        let text = write(&found, &session, &folder)?;
+        let text = write(&found, session, &folder)?;
         output::print(&format!("{text}\nWritten to {}.", folder.display()));
         Ok(Done::All)
     })
@@ -200,7 +199,7 @@ fn weight_gradients(network: &Network, batch: &Batch, bits: Option<Bits>) -> Res
             ..Quantization::default()
         })?;
     }
-    let (logits, tape) = network.forward_train(&batch.images, Step { range_momentum: 1.0 })?;
+    let (logits, tape) = network.forward_train(&batch.images, Step::alone(1.0))?;
     let loss = softmax_cross_entropy(&logits, &batch.labels, 0.0)?;
     let gradients = network.backward(tape, &loss.grad)?;
     let parameters = network.parameters();

@@ -19,14 +19,14 @@ pub fn exit(result: Result<()>) -> ExitCode {
     match result.and_then(|()| output::finish()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::tell(&format!("Error: {}", one_line(&format!("{error:#}"))));
+            output::complain(&format!("Error: {}", one_line(&format!("{error:#}"))));
             ExitCode::FAILURE
         }
     }
 }
 
 /// A message in one line. Where RUST_BACKTRACE is set, Candle puts a backtrace in the middle of its messages.
-fn one_line(message: &str) -> String {
+pub(crate) fn one_line(message: &str) -> String {
     let lines = message.lines().map(|line| if line.starts_with("  ") { without_frame(line) } else { line });
     lines.map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }

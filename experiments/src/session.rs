@@ -1,6 +1,7 @@
 //! What every program that runs stages opens: settings, data, device and store.
 
 use crate::flags::{Flags, PlanFormat, Running, TIME_LIMIT};
+use crate::job::Job;
 use crate::networks::{self, Folder};
 use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
@@ -9,7 +10,10 @@ use anyhow::{Context as _, Result, bail};
 use candle_core::Device;
 use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
 use models::Network;
+use ranks::Ranks;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use train::{Arithmetic, TimeLimit};
 use workflow::{Outcome, Planned, Provenance, Resources, Stage, StageKind, Store};
@@ -30,12 +34,27 @@ pub(crate) enum Done {
     InTime,
 }
 
-/// Runs a program's work where it runs fastest; the exit code tells where the time limit ended it.
-pub(crate) fn main(work: impl FnOnce() -> Result<Done> + Send) -> Result<()> {
+/// Runs a program's work where it runs fastest, in a session as the flags ask for; the exit code tells where the time limit
+/// ended it. If the work `chooses` settings, training images stand in for the test set. Of several processes that train
+/// together, the first does the work.
+pub(crate) fn main(
+    flags: &Flags,
+    chooses: bool,
+    work: impl FnOnce(&mut Session) -> Result<Done> + Send,
+) -> Result<()> {
     signals::watch();
     let mut done = Done::All;
     process::run(|| {
-        done = work()?;
+        let job = Job::open()?;
+        if job.ranks().is_some_and(|ranks| !ranks.is_first()) {
+            output::silence();
+        }
+        let take_part = || {
+            let mut session = Session::open(flags, chooses, job.ranks())?;
+            if session.follow()? { Ok(Done::All) } else { work(&mut session) }
+        };
+        let result = take_part();
+        done = job.end(result)?;
         Ok(())
     })?;
     if done == Done::InTime {
@@ -55,6 +74,8 @@ pub(crate) struct Machine {
     /// The device's, with such an arithmetic.
     name: String,
     store: Store,
+    /// The processes that train together, where there are several.
+    ranks: Option<Rc<dyn Ranks>>,
 }
 
 impl Machine {
@@ -73,7 +94,7 @@ impl Machine {
         if let Some(limit) = limit {
             store = store.within(limit);
         }
-        Ok(Self { device, arithmetic, name, store })
+        Ok(Self { device, arithmetic, name, store, ranks: None })
     }
 }
 
@@ -97,9 +118,9 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Opens all of it. If the work `chooses` settings, training images stand in for the test set.
-    pub fn open(flags: &Flags, chooses: bool) -> Result<Self> {
-        let machine = Machine::open(&flags.running)?;
+    /// Opens all of it, as one of the ranks if there are several.
+    fn open(flags: &Flags, chooses: bool, ranks: Option<Rc<dyn Ranks>>) -> Result<Self> {
+        let machine = Machine { ranks, ..Machine::open(&flags.running)? };
         let mut profile = match &flags.config {
             Some(path) => Profile::read(path)?,
             None => Profile::named(flags.profile(&machine.device))?,
@@ -111,10 +132,22 @@ impl Session {
         let seeds = flags.seeds.clone().unwrap_or_else(|| profile.seeds.clone());
         profile::check_seeds(&seeds).context("--seeds")?;
         let mut display = Display::new();
-        let data = load(&flags.data, &profile.data, &mut display)?;
+        // The first rank fetches and indexes what the others then find.
+        let data = match machine.ranks.as_deref() {
+            Some(ranks) if !ranks.is_first() => {
+                ranks.barrier();
+                load(&flags.data, &profile.data, &mut display)?
+            }
+            ranks => {
+                let data = load(&flags.data, &profile.data, &mut display)?;
+                ranks.inspect(|ranks| ranks.barrier());
+                data
+            }
+        };
         let out = flags.out.clone();
         let mut session = Self { seeds, out, display, ..Self::of(machine, profile, data) };
         session.tell_data();
+        session.tell_ranks();
         match session.take_published() {
             // What can't be used is about to be replaced.
             Err(error) if flags.publish => session.display.line(&format!("not taken: {error:#}")),
@@ -138,6 +171,34 @@ impl Session {
         Ok(())
     }
 
+    /// Takes part in the trainings of the first rank until it ends, if this is another one.
+    fn follow(&self) -> Result<bool> {
+        let Machine { device, ranks, .. } = &self.machine;
+        match ranks.as_deref().filter(|ranks| !ranks.is_first()) {
+            None => Ok(false),
+            Some(ranks) => train::follow(ranks, &*self.data, device).map(|()| true).map_err(Into::into),
+        }
+    }
+
+    /// Tells how batches are divided among ranks.
+    fn tell_ranks(&self) {
+        let Some(ranks) = &self.machine.ranks else { return };
+        let trainings = self.profile.training.0.values();
+        let batches: BTreeSet<usize> = trainings.clone().map(|training| training.batch).collect();
+        let batches: Vec<String> = batches.iter().map(usize::to_string).collect();
+        let together = trainings.filter(|training| training.sync_norm).count();
+        self.display.line(&format!(
+            "{} processes train together: a batch has {} images, of all of them; statistics are those of {}",
+            ranks.size(),
+            batches.join(" or "),
+            match together {
+                0 => "each one's own images",
+                n if n == self.profile.training.0.len() => "the batch",
+                _ => "each one's own images, or of the batch where the profile says sync_norm",
+            }
+        ));
+    }
+
     /// With the machine's store, for the stages of workflows that begin with a given network.
     pub fn given(machine: Machine, profile: Profile, data: Box<dyn Dataset>, network: Network) -> Self {
         let session = Self { given: Some(network), ..Self::of(machine, profile, data) };
@@ -152,6 +213,9 @@ impl Session {
             trainings.values_mut().for_each(|training| training.arithmetic = arithmetic);
         } else if trainings.values().any(|training| training.arithmetic == Arithmetic::Bf16) {
             device += device::BFLOAT16;
+        }
+        if let Some(ranks) = &machine.ranks {
+            device += &format!(", {} processes", ranks.size());
         }
         Self {
             seeds: profile.seeds.clone(),
@@ -225,9 +289,10 @@ impl Session {
     }
 
     fn run_by(&mut self, run: Run, stage: &Stage) -> Result<Option<Outcome>> {
-        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } = self;
-        let (data, given) = (&**data, given.as_ref());
-        let resources = Resources { data, device, provenance, given };
+        let Self { data, machine: Machine { device, store, ranks, .. }, provenance, given, display, .. } =
+            self;
+        let (data, given, ranks) = (&**data, given.as_ref(), ranks.as_deref());
+        let resources = Resources { data, device, provenance, given, ranks };
         match run(store, stage, &resources, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();
@@ -255,9 +320,10 @@ impl Session {
 
     /// The network that a stage gives.
     pub fn network(&mut self, stage: &Stage) -> Result<Network> {
-        let Self { data, machine: Machine { device, store, .. }, provenance, given, display, .. } = self;
-        let (data, given) = (&**data, given.as_ref());
-        let resources = Resources { data, device, provenance, given };
+        let Self { data, machine: Machine { device, store, ranks, .. }, provenance, given, display, .. } =
+            self;
+        let (data, given, ranks) = (&**data, given.as_ref(), ranks.as_deref());
+        let resources = Resources { data, device, provenance, given, ranks };
         Ok(store.produce(stage, device, &resources, &mut |event| display.stage(event))?.1)
     }
 

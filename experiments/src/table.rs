@@ -60,20 +60,17 @@ pub(crate) const PROFILE: &str = "profile.toml";
 /// Runs the binary of one or more tables: parses the flags, runs what is missing, writes the results.
 pub fn main(tables: &[&Table]) -> Result<()> {
     let flags = Flags::parse();
-    session::main(|| {
-        let only = only(tables, &flags)?;
-        let mut session = Session::open(&flags, tables.iter().any(|table| table.chooses))?;
-        run(tables, &only, &mut session, &flags)
-    })
+    let only = only(tables, &flags)?;
+    let chooses = tables.iter().any(|table| table.chooses);
+    session::main(&flags, chooses, |session| run(tables, &only, session, &flags))
 }
 
 /// Runs the binary of every table and Figure 3, which have their stages in common.
 pub fn all() -> Result<()> {
     let flags = Flags::parse();
-    session::main(|| {
-        let only = only(&tables::ALL, &flags)?;
-        let mut session = Session::open(&flags, false)?;
-        let done = run(&tables::ALL, &only, &mut session, &flags)?;
+    let only = only(&tables::ALL, &flags)?;
+    session::main(&flags, false, |session| {
+        let done = run(&tables::ALL, &only, session, &flags)?;
         // `--only` picks rows of tables, and the figure begins with stages that a plan of all tables has.
         if done == Done::InTime
             || flags.plan
@@ -83,7 +80,7 @@ pub fn all() -> Result<()> {
         {
             return Ok(done);
         }
-        figure3::run(&figure3::subjects(&flags)?, &mut session, &flags)
+        figure3::run(&figure3::subjects(&flags)?, session, &flags)
     })
 }
 

@@ -45,7 +45,7 @@ fn place() -> tempfile::TempDir {
     let pixels = (0..16 * 32 * 32 * 3).map(|_| random.random_range(-2f32..2.0)).collect();
     let images = Tensor::from_vec(pixels, (16, 32, 32, 3), &Device::Cpu).unwrap();
     for _ in 0..20 {
-        network.forward_train(&images, Step { range_momentum: 0.1 }).unwrap();
+        network.forward_train(&images, Step::alone(0.1)).unwrap();
     }
     network.save(&folder.path().join("net.safetensors"), &Extras::default()).unwrap();
     tiny::write_profile(folder.path());

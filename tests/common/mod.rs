@@ -38,6 +38,7 @@ pub fn training(epochs: usize) -> Training {
         augmentation: Augmentation { pad: 2, flip: true },
         decay: Decay::Cosine,
         arithmetic: Arithmetic::F32,
+        sync_norm: false,
     }
 }
 
@@ -79,7 +80,8 @@ pub fn run(
 ) -> (Result<Outcome>, Vec<String>) {
     let provenance =
         Provenance { command: "test".into(), git_commit: "none".into(), device: "processor".into() };
-    let resources = Resources { data, device: &Device::Cpu, provenance: &provenance, given: None };
+    let resources =
+        Resources { data, device: &Device::Cpu, provenance: &provenance, given: None, ranks: None };
     let mut told = Vec::new();
     let outcome = store.run(stage, &resources, &mut |event| {
         let text = match &event {

@@ -52,6 +52,27 @@ impl Augmentation {
     }
 }
 
+/// Which part of each batch is made, where several make one together: part `index` of `of`. The parts of a batch hold its
+/// images in their order and are as large as each other, or differ by one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// From 0.
+    pub index: usize,
+    /// Parts of a batch, at least 1.
+    pub of: usize,
+}
+
+impl Part {
+    /// All of it.
+    pub const WHOLE: Part = Part { index: 0, of: 1 };
+
+    /// The positions of this part of a batch.
+    fn positions(self, batch: Range<usize>) -> Range<usize> {
+        let end = |part: usize| batch.start + batch.len() * part / self.of;
+        end(self.index)..end(self.index + 1)
+    }
+}
+
 /// Images for a network, and their labels.
 #[derive(Clone, Debug)]
 pub struct Batch {
@@ -85,10 +106,22 @@ pub fn train_batches(
     seed: u64,
     epoch: usize,
 ) -> Batches {
+    train_parts(data, batch, Part::WHOLE, augmentation, seed, epoch)
+}
+
+/// A part of each of [`train_batches`].
+pub(crate) fn train_parts(
+    data: &Arc<InMemoryDataset>,
+    batch: usize,
+    part: Part,
+    augmentation: Augmentation,
+    seed: u64,
+    epoch: usize,
+) -> Batches {
     let order = order(data.train.len(), seed, epoch);
     let data = Arc::clone(data);
     let table = Normalization::new(&data);
-    Batches::start(order.len(), batch, move |range| {
+    Batches::start(order.len(), batch, part, move |range| {
         let views = order[range].iter().map(|&i| (i, augmentation.view(seed, epoch, i)));
         assemble(&data.train, &table, views)
     })
@@ -105,9 +138,14 @@ pub(crate) fn order(images: usize, seed: u64, epoch: usize) -> Vec<usize> {
 ///
 /// If `batch` is 0, the first item is an error.
 pub fn test_batches(data: &Arc<InMemoryDataset>, batch: usize) -> Batches {
+    test_parts(data, batch, Part::WHOLE)
+}
+
+/// A part of each of [`test_batches`].
+pub(crate) fn test_parts(data: &Arc<InMemoryDataset>, batch: usize, part: Part) -> Batches {
     let data = Arc::clone(data);
     let table = Normalization::new(&data);
-    Batches::start(data.test.len(), batch, move |range| {
+    Batches::start(data.test.len(), batch, part, move |range| {
         assemble(&data.test, &table, range.map(|i| (i, View::default())))
     })
 }
@@ -137,10 +175,11 @@ enum Maker {
 }
 
 impl Batches {
-    /// Batches of `batch` of `images` images. A thread calls `make` with the positions of each batch.
+    /// Parts of batches of `batch` of `images` images. A thread calls `make` with the positions of each part.
     pub(crate) fn start(
         images: usize,
         batch: usize,
+        part: Part,
         mut make: impl FnMut(Range<usize>) -> Result<Batch> + Send + 'static,
     ) -> Batches {
         if batch == 0 {
@@ -148,7 +187,7 @@ impl Batches {
         }
         let (sender, receiver) = sync_channel(AHEAD);
         let worker = std::thread::Builder::new().name("batches".into()).spawn(move || {
-            for range in ranges(images, batch) {
+            for range in ranges(images, batch, part) {
                 let made = make(range);
                 let failed = made.is_err();
                 // An error of the channel means that nobody wants more batches.
@@ -159,7 +198,7 @@ impl Batches {
         });
         match worker {
             Err(error) => Batches::failed(Error::Loader(format!("no thread: {error}"))),
-            Ok(worker) => Batches::of(images, batch, Maker::Thread { receiver, worker }),
+            Ok(worker) => Batches::of(images, batch, part, Maker::Thread { receiver, worker }),
         }
     }
 
@@ -167,18 +206,20 @@ impl Batches {
     pub(crate) fn on_demand(
         images: usize,
         batch: usize,
+        part: Part,
         mut make: impl FnMut(Range<usize>) -> Result<Batch> + Send + 'static,
     ) -> Batches {
         if batch == 0 {
             return Batches::failed(no_images());
         }
-        let mut ranges = ranges(images, batch);
+        let mut ranges = ranges(images, batch, part);
         let next = move || make(ranges.next().ok_or_else(|| Error::Loader("no more images".into()))?);
-        Batches::of(images, batch, Maker::Caller(Box::new(next)))
+        Batches::of(images, batch, part, Maker::Caller(Box::new(next)))
     }
 
-    fn of(images: usize, batch: usize, maker: Maker) -> Batches {
-        let (remaining, last_is_short) = (images.div_ceil(batch), !images.is_multiple_of(batch));
+    fn of(images: usize, batch: usize, part: Part, maker: Maker) -> Batches {
+        let remaining = ranges(images, batch, part).count();
+        let last_is_short = !part.positions(images - images % batch..images).is_empty();
         Batches { maker, place: None, remaining, last_is_short }
     }
 
@@ -272,9 +313,10 @@ impl Drop for Batches {
     }
 }
 
-/// The positions of each batch.
-fn ranges(images: usize, batch: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..images).step_by(batch).map(move |start| start..images.min(start + batch))
+/// The positions of each batch's part, those left out that are empty.
+fn ranges(images: usize, batch: usize, part: Part) -> impl Iterator<Item = Range<usize>> {
+    let batches = (0..images).step_by(batch).map(move |start| start..images.min(start + batch));
+    batches.map(move |batch| part.positions(batch)).filter(|part| !part.is_empty())
 }
 
 fn no_images() -> Error {
@@ -528,6 +570,33 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_a_batch_are_its_images_in_order() {
+        let data = data();
+        let whole = collect(train_batches(&data, 64, VARIED, 1, 2));
+        let tested = collect(test_batches(&data, 32));
+        // The last batch has 38 images, and of the test images 6; five parts are of different sizes.
+        for of in [1, 2, 5] {
+            let together = |parts: Vec<Vec<(Vec<f32>, Vec<u32>)>>| -> Vec<(Vec<f32>, Vec<u32>)> {
+                let batch = |i: usize| {
+                    let parts = parts.iter().map(|part| part[i].clone());
+                    parts.reduce(|(a, b), (c, d)| ([a, c].concat(), [b, d].concat())).unwrap()
+                };
+                (0..parts[0].len()).map(batch).collect()
+            };
+            let parts = |make: &dyn Fn(Part) -> Batches| {
+                together((0..of).map(|index| collect(make(Part { index, of }))).collect())
+            };
+            assert!(parts(&|part| train_parts(&data, 64, part, VARIED, 1, 2)) == whole, "{of} parts");
+            assert!(parts(&|part| test_parts(&data, 32, part)) == tested, "{of} parts of test images");
+        }
+        // Parts of a batch of 6 images for 4: of one and of two. Of a batch smaller than the parts some are left out.
+        let sizes = |index| Part { index, of: 4 }.positions(0..6).len();
+        assert_eq!([0, 1, 2, 3].map(sizes), [1, 2, 1, 2]);
+        let few = |index| collect(test_parts(&data, 34, Part { index, of: 3 })).len();
+        assert_eq!([0, 1, 2].map(few), [2, 3, 3]);
+    }
+
+    #[test]
     fn augmentation_draws_every_view_about_equally_often() {
         let augmentation = Augmentation { pad: 1, flip: true };
         let mut counts = std::collections::HashMap::new();
@@ -554,7 +623,7 @@ mod tests {
         let made = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&made);
         let table = Normalization::new(&data);
-        let mut batches = Batches::start(1_000_000, 1, move |range| {
+        let mut batches = Batches::start(1_000_000, 1, Part::WHOLE, move |range| {
             counter.fetch_add(1, Ordering::SeqCst);
             assemble(&data.train, &table, range.map(|_| (0, View::default())))
         });
@@ -571,7 +640,7 @@ mod tests {
         let table = Normalization::new(&data);
         let failing = |what: fn() -> Error| {
             let (data, table) = (Arc::clone(&data), Normalization(table.0));
-            Batches::start(10, 1, move |range| match range.start {
+            Batches::start(10, 1, Part::WHOLE, move |range| match range.start {
                 2 => Err(what()),
                 _ => assemble(&data.train, &table, range.map(|i| (i, View::default()))),
             })

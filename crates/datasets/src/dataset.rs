@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::batches::{Augmentation, Batches, test_batches, train_batches};
+use crate::batches::{Augmentation, Batches, Part, test_parts, train_parts};
 use crate::memory::InMemoryDataset;
 
 /// A data set to train on and to evaluate with: `Arc<InMemoryDataset>`, or
@@ -40,10 +40,27 @@ pub trait Dataset: Send + Sync {
     /// The training batches of one epoch. They hold each training image once, in an order drawn from (seed,
     /// epoch); what is drawn for its augmentation depends on (seed, epoch, the image's index). A failure is
     /// the last item.
-    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches;
+    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
+        self.train_parts(batch, Part::WHOLE, augmentation, seed, epoch)
+    }
 
     /// The test images in order. A failure is the last item.
-    fn test_batches(&self, batch: usize) -> Batches;
+    fn test_batches(&self, batch: usize) -> Batches {
+        self.test_parts(batch, Part::WHOLE)
+    }
+
+    /// A part of each of [`Dataset::train_batches`]; parts without images are left out.
+    fn train_parts(
+        &self,
+        batch: usize,
+        part: Part,
+        augmentation: Augmentation,
+        seed: u64,
+        epoch: usize,
+    ) -> Batches;
+
+    /// A part of each of [`Dataset::test_batches`], likewise.
+    fn test_parts(&self, batch: usize, part: Part) -> Batches;
 
     /// The whole set if it is in memory. An accelerator can then keep a copy of it.
     fn in_memory(&self) -> Option<&InMemoryDataset> {
@@ -102,12 +119,19 @@ impl Dataset for Arc<InMemoryDataset> {
         &self.fingerprint
     }
 
-    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
-        train_batches(self, batch, augmentation, seed, epoch)
+    fn train_parts(
+        &self,
+        batch: usize,
+        part: Part,
+        augmentation: Augmentation,
+        seed: u64,
+        epoch: usize,
+    ) -> Batches {
+        train_parts(self, batch, part, augmentation, seed, epoch)
     }
 
-    fn test_batches(&self, batch: usize) -> Batches {
-        test_batches(self, batch)
+    fn test_parts(&self, batch: usize, part: Part) -> Batches {
+        test_parts(self, batch, part)
     }
 
     fn in_memory(&self) -> Option<&InMemoryDataset> {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
 
-use crate::batches::{Augmentation, Batch, Batches, View, order};
+use crate::batches::{Augmentation, Batch, Batches, Part, View, order};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::memory::{CHANNELS, Images, InMemoryDataset};
@@ -23,6 +23,7 @@ pub struct Feed<'a> {
     data: &'a dyn Dataset,
     device: Device,
     dtype: DType,
+    part: Part,
     train: Option<Resident>,
     test: Option<Resident>,
 }
@@ -31,7 +32,12 @@ impl<'a> Feed<'a> {
     /// A feed of batches on `device` of images in `dtype`: `F32` or `BF16`. Copies nothing
     /// yet.
     pub fn new(data: &'a dyn Dataset, device: &Device, dtype: DType) -> Self {
-        Feed { data, device: device.clone(), dtype, train: None, test: None }
+        Feed { data, device: device.clone(), dtype, part: Part::WHOLE, train: None, test: None }
+    }
+
+    /// The feed of that part of each batch; parts without images are left out.
+    pub fn part(self, part: Part) -> Self {
+        Feed { part, ..self }
     }
 
     /// The data set.
@@ -57,12 +63,13 @@ impl<'a> Feed<'a> {
         epoch: usize,
     ) -> Result<Batches> {
         let Some(data) = self.copied() else {
-            let batches = self.data.train_batches(batch, augmentation, seed, epoch);
+            let batches = self.data.train_parts(batch, self.part, augmentation, seed, epoch);
             return Ok(batches.on(&self.device, self.dtype));
         };
         let resident = stay(&mut self.train, data, &data.train, &self.device)?;
         let order = order(data.train.len(), seed, epoch);
-        resident.epoch(&order, batch, augmentation.pad, self.dtype, |i| augmentation.view(seed, epoch, i))
+        let view = |i| augmentation.view(seed, epoch, i);
+        resident.epoch(&order, (batch, self.part), augmentation.pad, self.dtype, view)
     }
 
     /// The test images in order, as those of [`Dataset::test_batches`].
@@ -71,10 +78,11 @@ impl<'a> Feed<'a> {
     /// As for [`Feed::train`].
     pub fn test(&mut self, batch: usize) -> Result<Batches> {
         let Some(data) = self.copied() else {
-            return Ok(self.data.test_batches(batch).on(&self.device, self.dtype));
+            return Ok(self.data.test_parts(batch, self.part).on(&self.device, self.dtype));
         };
         let resident = stay(&mut self.test, data, &data.test, &self.device)?;
-        resident.epoch(&Vec::from_iter(0..data.test.len()), batch, 0, self.dtype, |_| View::default())
+        let order = Vec::from_iter(0..data.test.len());
+        resident.epoch(&order, (batch, self.part), 0, self.dtype, |_| View::default())
     }
 }
 
@@ -142,7 +150,7 @@ impl Resident {
     fn epoch(
         &self,
         order: &[usize],
-        batch: usize,
+        (batch, part): (usize, Part),
         pad: usize,
         dtype: DType,
         view: impl Fn(usize) -> View,
@@ -158,7 +166,9 @@ impl Resident {
             pad,
         };
         let resident = self.clone();
-        Ok(Batches::on_demand(order.len(), batch, move |range| resident.batch(&choices.part(range)?, dtype)))
+        Ok(Batches::on_demand(order.len(), batch, part, move |range| {
+            resident.batch(&choices.part(range)?, dtype)
+        }))
     }
 
     fn batch(&self, choices: &Choices, dtype: DType) -> Result<Batch> {
@@ -217,7 +227,9 @@ mod tests {
             for (batch, seed, epoch) in [(64, 1, 0), (7, 1, 3), (500, 2, 0)] {
                 let order = order(data.train.len(), seed, epoch);
                 let found = train
-                    .epoch(&order, batch, augmentation.pad, DType::F32, |i| augmentation.view(seed, epoch, i))
+                    .epoch(&order, (batch, Part::WHOLE), augmentation.pad, DType::F32, |i| {
+                        augmentation.view(seed, epoch, i)
+                    })
                     .unwrap();
                 assert_eq!(found.len(), 230usize.div_ceil(batch));
                 let expected = train_batches(&data, batch, augmentation, seed, epoch);
@@ -225,7 +237,9 @@ mod tests {
             }
         }
         let test = Resident::new(&data, &data.test, &Device::Cpu).unwrap();
-        let found = test.epoch(&Vec::from_iter(0..70), 50, 0, DType::F32, |_| View::default()).unwrap();
+        let found = test
+            .epoch(&Vec::from_iter(0..70), (50, Part::WHOLE), 0, DType::F32, |_| View::default())
+            .unwrap();
         assert!(collect(found) == collect(test_batches(&data, 50)));
     }
 
@@ -246,7 +260,9 @@ mod tests {
     fn unusable_arguments_are_errors() {
         let data = Arc::new(crate::synthetic(30, 20, 1).unwrap());
         let train = Resident::new(&data, &data.train, &Device::Cpu).unwrap();
-        let items = Vec::from_iter(train.epoch(&[0, 1], 0, 0, DType::F32, |_| View::default()).unwrap());
+        let items = Vec::from_iter(
+            train.epoch(&[0, 1], (0, Part::WHOLE), 0, DType::F32, |_| View::default()).unwrap(),
+        );
         assert!(matches!(items.as_slice(), [Err(Error::Invalid(_))]));
         let mut broken = InMemoryDataset::clone(&data);
         broken.train.pixels.truncate(5 * 3072);

@@ -26,7 +26,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use sha2::{Digest, Sha256};
 
-use crate::batches::{Augmentation, Batch, Batches, Normalization, order};
+use crate::batches::{Augmentation, Batch, Batches, Normalization, Part, order};
 use crate::dataset::{Dataset, Skipped};
 use crate::error::{Error, Result};
 use crate::event::Event;
@@ -529,7 +529,14 @@ impl Dataset for ImageNet {
         &self.0.fingerprint
     }
 
-    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
+    fn train_parts(
+        &self,
+        batch: usize,
+        part: Part,
+        augmentation: Augmentation,
+        seed: u64,
+        epoch: usize,
+    ) -> Batches {
         let Augmentation { pad, flip } = augmentation;
         if pad != 0 {
             return Batches::failed(Error::Invalid(format!(
@@ -542,18 +549,18 @@ impl Dataset for ImageNet {
             return self.none(TRAIN);
         }
         let data = self.clone();
-        Batches::start(order.len(), batch, move |range| {
+        Batches::start(order.len(), batch, part, move |range| {
             data.assemble(TRAIN, &order[range], |index| Transform::Train { seed, epoch, index, flip })
         })
     }
 
-    fn test_batches(&self, batch: usize) -> Batches {
+    fn test_parts(&self, batch: usize, part: Part) -> Batches {
         let order: Vec<usize> = (0..self.test_images()).collect();
         if order.is_empty() {
             return self.none(TEST);
         }
         let data = self.clone();
-        Batches::start(order.len(), batch, move |range| {
+        Batches::start(order.len(), batch, part, move |range| {
             data.assemble(TEST, &order[range], |_| Transform::Test)
         })
     }

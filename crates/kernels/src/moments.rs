@@ -28,6 +28,17 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
+    /// Of so many rows with these means, biased variances and extremes.
+    pub(crate) fn new(rows: f64, mean: Vec<f64>, variance: Vec<f64>, min: Vec<f32>, max: Vec<f32>) -> Self {
+        let squares = variance.into_iter().map(|variance| variance * rows).collect();
+        Self { rows, mean, squares, min, max }
+    }
+
+    /// How many rows they are of.
+    pub(crate) fn rows(&self) -> f64 {
+        self.rows
+    }
+
     /// The moments of all parts of the rows together, by the rule of Chan, Golub and LeVeque (1983).
     pub(crate) fn merged(parts: Vec<Self>) -> Option<Self> {
         parts.into_iter().reduce(|mut all, more| {

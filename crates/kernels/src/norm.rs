@@ -24,7 +24,7 @@ use crate::elements::{Element, by_element};
 use crate::moments::{MomentAccumulator, Moments};
 use crate::tile::{TILES, block_rows, fold, tiled};
 use crate::work::{Written, blocks, parts, write_tiles};
-use crate::{Activation, FeatureMap, Quantizer, Result, profiler};
+use crate::{Activation, Error, FeatureMap, Quantizer, Result, profiler};
 use candle_core::Tensor;
 use quant_core::{Bits, Grid};
 use std::mem::MaybeUninit;
@@ -229,6 +229,15 @@ pub struct MapGradient {
     pub(crate) sums: Option<GradientSums>,
 }
 
+/// The sums of numbers over all parts of a batch, each of which gives as many.
+pub type Total<'a> = &'a dyn Fn(&[f64]) -> Vec<f64>;
+
+fn parts_on_a_gpu(op: &'static str) -> Error {
+    let message = "statistics of a batch in several parts are computed on the CPU alone, and this is a GPU: expected each \
+                   part to have its own (sync_norm = false)";
+    Error::Setting { op, message: message.into() }
+}
+
 /// `Σg` and `Σg·(z − mean)` of each channel.
 #[derive(Clone, Debug)]
 pub(crate) struct GradientSums {
@@ -307,6 +316,16 @@ impl Epilogue {
 
     /// The gradients from that of `y`.
     pub fn backward(&self, gradient: &MapGradient) -> Result<Gradients> {
+        self.backward_of_part(gradient, None)
+    }
+
+    /// [`Epilogue::backward`] where `z` may be a part of a batch, whose statistics were [`Stats::merged`]: `total` gives the
+    /// sums of numbers over all parts. The gradients of γ and β are those of this part alone, to be added to those of the
+    /// others; that of `z` takes all parts into account.
+    ///
+    /// # Errors
+    /// With `total` on a GPU.
+    pub fn backward_of_part(&self, gradient: &MapGradient, total: Option<Total<'_>>) -> Result<Gradients> {
         let check = Check("norm::backward");
         let gy = check.map_of("gradient", &gradient.tensor, &self.z)?;
         let gradients = |[slope, offset]: [Tensor; 2], gamma, shift| Gradients {
@@ -315,12 +334,15 @@ impl Epilogue {
             shift,
         };
         if crate::gpu::runs(self.z.device()) {
+            if total.is_some() {
+                return Err(parts_on_a_gpu(check.0));
+            }
             let _note = self.note_sums();
             let [gamma, shift, slope, offset] = gpu::coefficients(self, &gy)?;
             return Ok(gradients([slope, offset], self.batch.as_ref().map(|_| gamma), shift));
         }
         let found;
-        let GradientSums { g, products } = match &gradient.sums {
+        let sums = match &gradient.sums {
             Some(sums) => sums,
             None => {
                 let _note = self.note_sums();
@@ -330,22 +352,26 @@ impl Epilogue {
                 &found
             }
         };
-        let c = g.len();
+        let c = sums.g.len();
         let tensor = |values: Vec<f32>| cpu::tensor(values, c);
-        let shift: Vec<f32> = g.iter().map(|sum| *sum as f32).collect();
         let Some(inv_std) = self.inv_std() else {
             let zeros = self.scale.zeros_like()?;
-            return Ok(gradients([zeros.clone(), zeros], None, tensor(shift)?));
+            return Ok(gradients([zeros.clone(), zeros], None, tensor(sums.shift())?));
         };
         let (inv_std, scale) = (values(inv_std)?, values(&self.scale)?);
-        let gamma: Vec<f32> = products
-            .iter()
-            .zip(&inv_std)
-            .map(|(product, inv_std)| (product * f64::from(*inv_std)) as f32)
-            .collect();
-        let rows = (gy.elem_count() / c) as f32;
-        let slope = (0..c).map(|i| -scale[i] * inv_std[i] * (gamma[i] / rows)).collect();
-        let offset = (0..c).map(|i| -scale[i] * (shift[i] / rows)).collect();
+        let rows = gy.elem_count() / c;
+        let (gamma, shift) = (sums.gamma(&inv_std), sums.shift());
+        // What the derivatives of mean and variance follow from.
+        let (of_gamma, of_shift, rows) = match total {
+            None => (gamma.clone(), shift.clone(), rows),
+            Some(total) => {
+                let (sums, rows) = sums.totals(rows, total);
+                (sums.gamma(&inv_std), sums.shift(), rows)
+            }
+        };
+        let rows = rows as f32;
+        let slope = (0..c).map(|i| -scale[i] * inv_std[i] * (of_gamma[i] / rows)).collect();
+        let offset = (0..c).map(|i| -scale[i] * (of_shift[i] / rows)).collect();
         Ok(gradients([tensor(slope)?, tensor(offset)?], Some(tensor(gamma)?), tensor(shift)?))
     }
 
@@ -433,6 +459,24 @@ impl GradientSums {
             all
         })
     }
+
+    /// The sums, and the rows, of a whole batch of which these are those of a part.
+    fn totals(&self, rows: usize, total: Total<'_>) -> (Self, usize) {
+        let c = self.g.len();
+        let all = total(&[&self.g[..], &self.products, &[rows as f64]].concat());
+        (Self { g: all[..c].to_vec(), products: all[c..2 * c].to_vec() }, all[2 * c] as usize)
+    }
+
+    /// The gradient of γ.
+    fn gamma(&self, inv_std: &[f32]) -> Vec<f32> {
+        let of = |(product, inv_std): (&f64, &f32)| (product * f64::from(*inv_std)) as f32;
+        self.products.iter().zip(inv_std).map(of).collect()
+    }
+
+    /// The gradient of β or the shift.
+    fn shift(&self) -> Vec<f32> {
+        self.g.iter().map(|sum| *sum as f32).collect()
+    }
 }
 
 /// Adds up the [`GradientSums`] of rows, block by block.
@@ -487,15 +531,16 @@ pub struct DeferredGradient {
 
 impl DeferredGradient {
     /// The gradient of `z` where the loss reads nothing of it but its statistics, from those of their mean and variance,
-    /// `[C]`: `∂μ/M + 2·∂V·(z − μ)/M` over `M` rows.
+    /// `[C]`: `∂μ/M + 2·∂V·(z − μ)/M`, if the statistics are over `M` rows.
     pub fn of_statistics(
         z: &Tensor,
         norm: &BatchNormalization,
+        rows: usize,
         mean: &Tensor,
         variance: &Tensor,
     ) -> Result<Self> {
         let check = Check("norm::DeferredGradient::of_statistics");
-        let (rows, c) = check.rows("z", z)?;
+        let (_, c) = check.rows("z", z)?;
         let of = Epilogue::batch(z, norm, Activation::Identity, None)?;
         let slope = (check.dims("variance", variance, &[c])? * (2.0 / rows as f64))?;
         let offset = (check.dims("mean", mean, &[c])? / rows as f64)?;
@@ -555,6 +600,35 @@ impl<T: Element> OpenGradient<'_, T> {
 }
 
 impl Stats {
+    /// What [`Stats::merged`] needs of these, the statistics of so many rows: their number, then every channel's mean, then
+    /// every channel's variance, minimum, and maximum.
+    ///
+    /// # Errors
+    /// On a GPU.
+    pub fn to_values(&self, rows: usize) -> Result<Vec<f64>> {
+        if crate::gpu::runs(self.mean.device()) {
+            return Err(parts_on_a_gpu("norm::Stats::to_values"));
+        }
+        let mut all = vec![rows as f64];
+        for tensor in [&self.mean, &self.variance, &self.min, &self.max] {
+            all.extend(values(tensor)?.into_iter().map(f64::from));
+        }
+        Ok(all)
+    }
+
+    /// The statistics of all parts of a batch together, and the number of their rows, from what [`Stats::to_values`] gave of
+    /// each part, one after the other; of `channels` channels.
+    pub fn merged(parts: &[f64], channels: usize) -> Result<(Self, usize)> {
+        let of = |part: &[f64]| {
+            let floats = |tensor: usize| part[1 + tensor * channels..][..channels].iter().map(|x| *x as f32);
+            let doubles = |tensor: usize| part[1 + tensor * channels..][..channels].to_vec();
+            Moments::new(part[0], doubles(0), doubles(1), floats(2).collect(), floats(3).collect())
+        };
+        let parts: Vec<Moments> = parts.chunks_exact(1 + 4 * channels).map(of).collect();
+        let rows = parts.iter().map(Moments::rows).sum::<f64>() as usize;
+        Ok((Self::of_parts(parts)?, rows))
+    }
+
     /// Of the parts of the rows together, of which there must be one.
     pub(crate) fn of_parts(parts: Vec<Moments>) -> Result<Self> {
         let all = Moments::merged(parts).expect("no map is empty");
@@ -938,6 +1012,55 @@ mod tests {
                 });
             }
         }
+    }
+
+    /// Parts of a batch that are told the sums of all are normalized and have gradients as the whole is. Means and variances
+    /// are rounded once more for each part, as `f32`, which is what the tolerances allow for.
+    #[test]
+    fn parts_of_a_batch_are_as_the_whole() {
+        const C: usize = 5;
+        let (z, gy) = (random(1, &[6, 4, 4, C]), random(2, &[6, 4, 4, C]));
+        let (gamma, beta) = (channels(3, C, 1.0), channels(4, C, 0.5));
+        let act = Activation::Relu6;
+        let whole = channel_stats(&z).unwrap();
+        let norm = BatchNormalization::new(&whole, &gamma, &beta, EPSILON).unwrap();
+        let expected = Epilogue::batch(&z, &norm, act, None).unwrap().backward(&gy.clone().into()).unwrap();
+
+        // Parts of different sizes.
+        let parts: Vec<[Tensor; 2]> = [(0, 1), (1, 2), (3, 3)]
+            .map(|(start, images)| {
+                [&z, &gy].map(|map| map.narrow(0, start, images).unwrap().contiguous().unwrap())
+            })
+            .into();
+        let values = |[z, _]: &[Tensor; 2]| channel_stats(z).unwrap().to_values(z.elem_count() / C).unwrap();
+        let (merged, rows) = Stats::merged(&parts.iter().flat_map(values).collect::<Vec<_>>(), C).unwrap();
+        assert_eq!(rows, 6 * 4 * 4);
+        assert_close(&merged.mean, &whole.mean, 1e-6, "mean");
+        assert_close(&merged.variance, &whole.variance, 1e-6, "variance");
+        assert_eq!(elements(&merged.min), elements(&whole.min));
+        assert_eq!(elements(&merged.max), elements(&whole.max));
+
+        let norm = BatchNormalization::new(&merged, &gamma, &beta, EPSILON).unwrap();
+        let backward = |[z, gy]: &[Tensor; 2], total: Total<'_>| {
+            let epilogue = Epilogue::batch(z, &norm, act, None).unwrap();
+            epilogue.backward_of_part(&gy.clone().into(), Some(total)).unwrap()
+        };
+        let sums = std::cell::RefCell::new(vec![0.0; 2 * C + 1]);
+        for part in &parts {
+            backward(part, &|own| {
+                sums.borrow_mut().iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
+                own.to_vec()
+            });
+        }
+        let found: Vec<Gradients> =
+            parts.iter().map(|part| backward(part, &|_| sums.borrow().clone())).collect();
+        let gz: Vec<Tensor> = found.iter().map(|part| part.z.tensor().unwrap()).collect();
+        assert_close(&Tensor::cat(&gz, 0).unwrap(), &expected.z.tensor().unwrap(), 1e-5, "∂z");
+        let add = |of: fn(&Gradients) -> &Tensor| {
+            found[1..].iter().fold(of(&found[0]).clone(), |sum, part| (sum + of(part)).unwrap())
+        };
+        assert_close(&add(|part| part.gamma.as_ref().unwrap()), &expected.gamma.unwrap(), 1e-5, "∂γ");
+        assert_close(&add(|part| &part.shift), &expected.shift, 1e-5, "∂β");
     }
 
     #[test]

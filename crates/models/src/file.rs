@@ -226,17 +226,22 @@ impl Network {
         self.save_in_parts(path, extras, usize::MAX).map(drop)
     }
 
+    /// The bytes of one file that holds the network and `extras`, without a seal.
+    pub fn to_bytes(&self, extras: &Extras) -> Result<Vec<u8>> {
+        let fail = |e: &dyn std::fmt::Display| fail(Path::new(&self.name), e);
+        let own = self.tensors().into_iter();
+        let extra = extras.tensors.iter().map(|(name, tensor)| (name.clone(), tensor));
+        let tensors: Vec<(String, Bytes)> =
+            own.chain(extra).map(|(name, tensor)| Ok((name, bytes(tensor)?))).collect::<Result<_>>()?;
+        let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(&e))?;
+        let mut metadata: HashMap<String, String> = extras.metadata.clone().into_iter().collect();
+        metadata.insert(STRUCTURE.into(), structure);
+        safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(&e))
+    }
+
     /// The SHA-256, in lower-case hex, of the network: of the one file that holds it and nothing else.
     pub fn sha256(&self) -> Result<String> {
-        let fail = |e: &dyn std::fmt::Display| fail(Path::new(&self.name), e);
-        let tensors: Vec<(String, Bytes)> = self
-            .tensors()
-            .into_iter()
-            .map(|(name, tensor)| Ok((name, bytes(tensor)?)))
-            .collect::<Result<_>>()?;
-        let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(&e))?;
-        let metadata = HashMap::from([(STRUCTURE.to_string(), structure)]);
-        Ok(sha256(safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(&e))?))
+        Ok(sha256(self.to_bytes(&Extras::default())?))
     }
 
     /// Writes files of at most `most` bytes each.
@@ -335,7 +340,11 @@ impl Network {
         Self::from_bytes(path, &data, device)
     }
 
-    fn from_bytes(path: &Path, data: &[u8], device: &Device) -> Result<(Self, Extras)> {
+    /// Reads what [`Network::to_bytes`] gave, or a file's bytes; `path` names them in errors, and is where a file's parts lie.
+    ///
+    /// # Errors
+    /// Those of [`Network::load`].
+    pub fn from_bytes(path: &Path, data: &[u8], device: &Device) -> Result<(Self, Extras)> {
         let (_, header) = SafeTensors::read_metadata(data).map_err(|e| not_whole(path, e))?;
         let mut metadata: BTreeMap<String, String> =
             header.metadata().clone().unwrap_or_default().into_iter().collect();

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod agree;
 mod count;
 mod file;
 mod import;

@@ -15,16 +15,39 @@ use candle_core::{DType, Tensor};
 use kernels::convolution::{self, Below};
 use kernels::norm::{self, BatchNormalization, DeferredGradient, Epilogue, MapGradient, Running, Stats};
 use kernels::{Activation, FeatureMap, Weight, bias, cap, pool, quantize, residual};
+use ranks::Ranks;
 use std::ops::Index;
 
 /// Momentum of the running statistics of batch normalization, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
 
-/// How a training step updates the network's moving averages.
+/// How a training step finds statistics, and updates the network's moving averages.
 #[derive(Debug, Clone, Copy)]
-pub struct Step {
+pub struct Step<'a> {
     /// Share by which a batch moves the activation ranges.
     pub range_momentum: f64,
+    /// Where the images are a part of a batch, those with which the other parts are, if statistics and extremes are to be
+    /// those of the whole batch.
+    pub together: Option<&'a dyn Ranks>,
+}
+
+impl<'a> Step<'a> {
+    /// A step whose statistics are those of the images that it is given.
+    pub const fn alone(range_momentum: f64) -> Self {
+        Self { range_momentum, together: None }
+    }
+
+    /// The statistics of the batch, and the number of its rows, from those of the images here.
+    fn stats(&self, stats: Stats, rows: usize) -> Result<(Stats, usize)> {
+        let Some(ranks) = self.together else { return Ok((stats, rows)) };
+        Ok(Stats::merged(&ranks.gather(&stats.to_values(rows)?), stats.mean.elem_count())?)
+    }
+
+    /// The extremes `[2]` of a tensor over the batch, from those of the images here.
+    fn extremes(&self, extremes: Tensor) -> Result<Tensor> {
+        let Some(ranks) = self.together else { return Ok(extremes) };
+        crate::agree::widest(ranks, &extremes)
+    }
 }
 
 /// What looks on at a forward pass: `observe(node, z, y)`, of the node with this index the output `y`, and if it is a
@@ -110,10 +133,12 @@ struct UsedWeight {
 }
 
 /// What the forward pass leaves for the backward pass.
-pub struct Tape {
+pub struct Tape<'a> {
     /// One for each node.
     records: Vec<Record>,
     readers: Vec<Vec<usize>>,
+    /// [`Step::together`].
+    together: Option<&'a dyn Ranks>,
 }
 
 /// What one node's backward pass needs.
@@ -195,12 +220,18 @@ impl Unit {
 
     /// The convolution of `x[N, H, W, C]` by the float weights whose statistics fold the filters, if they do; moves the running
     /// statistics towards them.
-    fn float_convolution(&mut self, x: &FeatureMap, epsilon: f64) -> Result<Option<FloatConvolution>> {
+    fn float_convolution(
+        &mut self,
+        x: &FeatureMap,
+        epsilon: f64,
+        step: Step<'_>,
+    ) -> Result<Option<FloatConvolution>> {
         let fold = self.weight_quantizer.as_ref().map(Quantizer::fold);
         match &mut self.norm {
             Norm::Batch(norm) if fold == Some(Fold::FloatStatistics) => {
                 let (z, stats) = convolution::forward_stats(self.kernel, x.clone(), &self.weight)?;
-                Ok(Some(FloatConvolution { norm: norm.prepare(&z, &stats, epsilon)?, z }))
+                let (norm, _) = norm.prepare(&z, stats, epsilon, step)?;
+                Ok(Some(FloatConvolution { z, norm }))
             }
             _ => Ok(None),
         }
@@ -238,12 +269,12 @@ impl Unit {
         x: FeatureMap,
         epsilon: f64,
         readers: Readers,
-        step: Step,
+        step: Step<'_>,
     ) -> Result<(Output, UnitRecord)> {
         if let Some(quantizer) = &mut self.weight_quantizer {
             quantizer.settle(&self.weight, step.range_momentum)?;
         }
-        let float = self.float_convolution(&x, epsilon)?;
+        let float = self.float_convolution(&x, epsilon, step)?;
         let weight = match &float {
             Some(float) => self.quantized_weight(Some(&float.norm.scale))?,
             None => self.used_weight(epsilon)?,
@@ -257,7 +288,7 @@ impl Unit {
         let (z, stats, batch, scale, shift) = match (bias, &mut self.norm) {
             (None, Norm::Batch(norm)) => {
                 let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
-                let batch = norm.prepare(&z, &stats, epsilon)?;
+                let (batch, stats) = norm.prepare(&z, stats, epsilon, step)?;
                 let (scale, shift) = (batch.scale.clone(), batch.shift.clone());
                 (z, Some(stats), Some(batch), scale, shift)
             }
@@ -268,6 +299,7 @@ impl Unit {
                     (convolution::forward(kernel, &x, operand)?, None)
                 } else {
                     let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
+                    let (stats, _) = step.stats(stats, z.elem_count() / bias.elem_count())?;
                     (z, Some(stats))
                 };
                 (z, stats, None, bias.ones_like()?, bias)
@@ -289,7 +321,7 @@ impl Unit {
                 let y = cap::forward(&y, cap)?;
                 capped = Some([y.clone(), cap.clone()]);
                 if let Some(quantizer) = &mut self.output_quantizer {
-                    quantizer.observe(|| Ok(quantize::min_max(&y)?), step.range_momentum)?;
+                    quantizer.observe(|| step.extremes(quantize::min_max(&y)?), step.range_momentum)?;
                 }
                 let (y, quantized) = train_levels(y, &mut self.output_quantizer, step)?;
                 (Output::Map(y), quantized)
@@ -315,14 +347,21 @@ impl Unit {
 }
 
 impl BatchNorm {
-    /// The normalization of a training step, by the statistics of its `z[N, H, W, C]`; moves the running ones towards them.
-    fn prepare(&mut self, z: &Tensor, stats: &Stats, epsilon: f64) -> Result<BatchNormalization> {
+    /// The normalization of a training step, and the batch's statistics, from those of its `z[N, H, W, C]`; moves the running ones
+    /// towards them.
+    fn prepare(
+        &mut self,
+        z: &Tensor,
+        stats: Stats,
+        epsilon: f64,
+        step: Step<'_>,
+    ) -> Result<(BatchNormalization, Stats)> {
         let Self { gamma, beta, mean, variance } = self;
+        let (stats, rows) = step.stats(stats, z.elem_count() / gamma.elem_count())?;
         let running = Running { mean: mean.clone(), variance: variance.clone() };
-        let rows = z.elem_count() / gamma.elem_count();
-        let (batch, running) = norm::prepare(stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
+        let (batch, running) = norm::prepare(&stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
         (*mean, *variance) = (running.mean, running.variance);
-        Ok(batch)
+        Ok((batch, stats))
     }
 }
 
@@ -342,7 +381,7 @@ impl Sum {
     }
 
     /// A training step's output, and what its gradient needs.
-    fn train(&mut self, [shortcut, branch]: [&Output; 2], step: Step) -> Result<(FeatureMap, SumRecord)> {
+    fn train(&mut self, [shortcut, branch]: [&Output; 2], step: Step<'_>) -> Result<(FeatureMap, SumRecord)> {
         let (sum, mut extremes, normalized) = match (shortcut, branch) {
             (other, Output::Affine { z, scale, shift }) => {
                 let (sum, extremes) = residual::add_normalized(z, scale, shift, &other.map()?)?;
@@ -364,8 +403,8 @@ impl Sum {
             extremes = None;
         }
         if let Some(quantizer) = &mut self.quantizer {
-            let extremes = || extremes.map_or_else(|| Ok(quantize::min_max(&y)?), Ok);
-            quantizer.observe(extremes, step.range_momentum)?;
+            let extremes = || extremes.map_or_else(|| quantize::min_max(&y), Ok);
+            quantizer.observe(|| step.extremes(extremes()?), step.range_momentum)?;
         }
         let (y, quantized) = train_levels(y, &mut self.quantizer, step)?;
         Ok((y, SumRecord { inputs: self.inputs, normalized, activated, quantized }))
@@ -383,7 +422,7 @@ fn identity(map: &Tensor) -> Result<(Tensor, Tensor)> {
 fn train_levels(
     y: Tensor,
     quantizer: &mut Option<Quantizer>,
-    step: Step,
+    step: Step<'_>,
 ) -> Result<(FeatureMap, Option<Quantized>)> {
     let levels = quantizer.as_ref().map(|quantizer| quantizer.levels(&y)).transpose()?.flatten();
     match levels {
@@ -397,11 +436,14 @@ fn train_levels(
 fn train_quantizer(
     y: FeatureMap,
     quantizer: &mut Option<Quantizer>,
-    step: Step,
+    step: Step<'_>,
 ) -> Result<(FeatureMap, Option<Quantized>)> {
     let Some(quantizer) = quantizer else { return Ok((y, None)) };
     let floats = y.to_float()?;
-    quantizer.settle(&floats, step.range_momentum)?;
+    match quantizer.tracks_extremes() {
+        true => quantizer.observe(|| step.extremes(quantize::min_max(&floats)?), step.range_momentum)?,
+        false => quantizer.settle(&floats, step.range_momentum)?,
+    }
     let (y, quantized) = quantizer.forward(&floats)?;
     Ok((FeatureMap::Float(y), Some(quantized)))
 }
@@ -449,7 +491,7 @@ impl Network {
 
     /// A training forward pass: batch statistics (where normalization is live), moving averages of
     /// statistics and ranges updated. Gives the logits and the tape for [`Network::backward`].
-    pub fn forward_train(&mut self, images: &Tensor, step: Step) -> Result<(Tensor, Tape)> {
+    pub fn forward_train<'a>(&mut self, images: &Tensor, step: Step<'a>) -> Result<(Tensor, Tape<'a>)> {
         let mut outputs: Outputs<Output> = Outputs::new(self);
         let readers = self.kinds_of_readers(&outputs.readers);
         let mut records = Vec::with_capacity(self.nodes.len());
@@ -480,7 +522,7 @@ impl Network {
             outputs.push(node, y);
         }
         let readers = outputs.readers.clone();
-        Ok((outputs.into_last().map()?.to_float()?, Tape { records, readers }))
+        Ok((outputs.into_last().map()?.to_float()?, Tape { records, readers, together: step.together }))
     }
 
     /// What reads each node's output.
@@ -499,8 +541,11 @@ impl Network {
     }
 
     /// The gradients of every parameter from that of the logits `[N, classes]`.
-    pub fn backward(&self, tape: Tape, logits: &Tensor) -> Result<Gradients> {
-        let Tape { mut records, readers } = tape;
+    ///
+    /// Where the step was one of several ranks together, they are those of the images here in what the loss of all images is,
+    /// to be added to those of the other ranks.
+    pub fn backward(&self, tape: Tape<'_>, logits: &Tensor) -> Result<Gradients> {
+        let Tape { mut records, readers, together } = tape;
         let mut gradients = Gradients::default();
         // Those of the nodes' outputs, as far as they have been found.
         let mut found: Vec<Option<MapGradient>> = vec![None; records.len()];
@@ -512,7 +557,7 @@ impl Network {
                 (Record::Unit(unit), Some(g)) => {
                     let below = below(&records, &readers, unit.input);
                     let input = unit.input;
-                    if let Some(g) = unit.backward(g, below, &mut gradients)? {
+                    if let Some(g) = unit.backward(g, below, together, &mut gradients)? {
                         add(&mut found[input], g)?;
                     }
                 }
@@ -544,6 +589,7 @@ impl UnitRecord {
         self,
         mut g: MapGradient,
         below: Below<'_>,
+        together: Option<&dyn Ranks>,
         gradients: &mut Gradients,
     ) -> Result<Option<MapGradient>> {
         if let Some(quantized) = &self.quantized {
@@ -552,9 +598,11 @@ impl UnitRecord {
         if let Some([y, cap]) = &self.capped {
             g = cap::backward(y, &g.tensor, cap)?.into();
         }
-        let norm::Gradients { z: gz, gamma, shift } = self.epilogue.backward(&g)?;
+        let total = together.map(|ranks| |own: &[f64]| ranks.totals(own));
+        let total = total.as_ref().map(|total| total as norm::Total<'_>);
+        let norm::Gradients { z: gz, gamma, shift } = self.epilogue.backward_of_part(&g, total)?;
         if let Some(float) = &self.float {
-            return self.backward_folded(float, &gz, &shift, below, gradients);
+            return self.backward_folded(float, &gz, &shift, below, together, gradients);
         }
         match (&self.gamma, gamma) {
             (Some(parameter), Some(gamma)) => {
@@ -584,6 +632,7 @@ impl UnitRecord {
         gz: &DeferredGradient,
         gshift: &Tensor,
         below: Below<'_>,
+        together: Option<&dyn Ranks>,
         gradients: &mut Gradients,
     ) -> Result<Option<MapGradient>> {
         let (w, BatchNormalization { mean, inv_std, scale, .. }) = (&self.weight.parameter, &float.norm);
@@ -599,15 +648,32 @@ impl UnitRecord {
             gradients.set(gamma, (&gscale * inv_std)?);
         }
         gradients.set(&self.shift, gshift.clone());
+        // The statistics may be those of more images than are here.
+        let rows = float.z.elem_count() / scale.elem_count();
+        let (gscale, gshift, rows) = match together {
+            None => (gscale, gshift.clone(), rows),
+            Some(ranks) => total(ranks, &gscale, gshift, rows)?,
+        };
         // ∂s/∂V = −s/(2(V+ε)).
         let gvariance = (((gscale * scale)? * inv_std.sqr()?)? * -0.5)?;
         let gmean = (scale * gshift)?.neg()?;
-        let gu = DeferredGradient::of_statistics(&float.z, &float.norm, &gmean, &gvariance)?;
+        let gu = DeferredGradient::of_statistics(&float.z, &float.norm, rows, &gmean, &gvariance)?;
         let (gw_float, gx_float) = convolution::backward(self.kernel, &self.x, w, &gu, below)?;
         gradients.set(w, (gw.broadcast_mul(scale)? + gw_float)?);
         let (Some(gx), Some(gx_float)) = (gx, gx_float) else { return Ok(None) };
         Ok(Some(residual::add(&gx.tensor, &gx_float.tensor)?.into()))
     }
+}
+
+/// Sums over all ranks of two gradients `[C]` and of the number of rows.
+fn total(ranks: &dyn Ranks, a: &Tensor, b: &Tensor, rows: usize) -> Result<(Tensor, Tensor, usize)> {
+    let c = a.elem_count();
+    let mut own: Vec<f64> = Tensor::cat(&[a, b], 0)?.to_dtype(DType::F64)?.to_vec1()?;
+    own.push(rows as f64);
+    let mut all = ranks.totals(&own);
+    let rows = all.pop().map_or(rows, |rows| rows as usize);
+    let all = Tensor::new(all, a.device())?.to_dtype(DType::F32)?;
+    Ok((all.narrow(0, 0, c)?, all.narrow(0, c, c)?, rows))
 }
 
 impl SumRecord {

@@ -312,6 +312,11 @@ impl Quantizer {
         self.scheme.grid(&self.tensors, self.bits).filter(|_| self.ready)
     }
 
+    /// Whether the scheme's range follows from the extremes of what it quantizes, so that [`Quantizer::observe`] sets it.
+    pub(crate) fn tracks_extremes(&self) -> bool {
+        self.scheme.grid(&self.tensors, self.bits).is_some()
+    }
+
     /// Before a training step in which a kernel quantizes: moves the range by `momentum` of the distance to the extremes
     /// `[2]` of the batch. The first batch sets it. Does nothing for schemes that are not built into kernels.
     pub(crate) fn observe(&mut self, extremes: impl FnOnce() -> Result<Tensor>, momentum: f64) -> Result<()> {

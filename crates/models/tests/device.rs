@@ -63,7 +63,7 @@ fn train(network: &Network, device: &Device, dtype: DType, steps: usize, seed: u
         network.parameters().iter().map(|parameter| parameter.tensor.zeros_like().unwrap()).collect();
     let (mut losses, mut first) = (Vec::new(), Vec::new());
     for _ in 0..steps {
-        let (logits, tape) = network.forward_train(&images, Step { range_momentum: 0.1 }).unwrap();
+        let (logits, tape) = network.forward_train(&images, Step::alone(0.1)).unwrap();
         let result = softmax_cross_entropy(&logits, &labels, 0.1).unwrap();
         let gradients = network.backward(tape, &result.grad).unwrap();
         let parameters = network.parameters();
@@ -263,7 +263,7 @@ fn steps_with_learned_quantizers() {
         let quantize = |network: &mut Network| {
             network.quantize(&Quantization { method, ..quantization(4, 4, Fold::Unfolded) }).unwrap();
             // The first batch sets the bounds.
-            network.forward_train(&random(&[4, 14, 14, 3], 1), Step { range_momentum: 0.1 }).unwrap();
+            network.forward_train(&random(&[4, 14, 14, 3], 1), Step::alone(0.1)).unwrap();
         };
         check(&format!("{method:?}"), deep(), quantize, DType::F32, 1, &LEVELS);
         check(&format!("{method:?}"), shallow(), quantize, DType::BF16, 1, &HALF_LEVELS);
@@ -275,7 +275,7 @@ fn steps_with_a_bias() {
     let fold = |network: &mut Network| {
         // Statistics of images, so that activations stay in range.
         for seed in 0..30 {
-            network.forward_train(&random(&[4, 14, 14, 3], seed), Step { range_momentum: 0.1 }).unwrap();
+            network.forward_train(&random(&[4, 14, 14, 3], seed), Step::alone(0.1)).unwrap();
         }
         network.fold().unwrap();
     };

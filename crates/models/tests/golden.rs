@@ -136,7 +136,7 @@ fn check_as(case: &'static str, bits: [u32; 4], decay_norm: bool, settings: Quan
     for step in 0..STEPS {
         let images = golden.get(&format!("images{step}"));
         let labels = golden.get(&format!("labels{step}")).to_dtype(DType::U32).unwrap();
-        let (logits, tape) = network.forward_train(&images, Step { range_momentum: RANGE_MOMENTUM }).unwrap();
+        let (logits, tape) = network.forward_train(&images, Step::alone(RANGE_MOMENTUM)).unwrap();
         golden.check(&format!("logits{step}"), &logits);
         let result = softmax_cross_entropy(&logits, &labels, SMOOTHING).unwrap();
         golden.check(&format!("loss{step}"), &result.loss);
@@ -232,8 +232,7 @@ fn cases_are_told_apart() {
             ..Quantization::default()
         })
         .unwrap();
-    let (logits, _) =
-        network.forward_train(&golden.get("images0"), Step { range_momentum: RANGE_MOMENTUM }).unwrap();
+    let (logits, _) = network.forward_train(&golden.get("images0"), Step::alone(RANGE_MOMENTUM)).unwrap();
     let difference = (logits - golden.get("logits0")).unwrap().abs().unwrap().max_all().unwrap();
     assert!(
         difference.to_scalar::<f32>().unwrap() > 1e-2,

@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeSet;
 
-const STEP: Step = Step { range_momentum: 0.1 };
+const STEP: Step = Step::alone(0.1);
 const BITS: u32 = 4;
 
 fn settings(method: Method, fold: Fold) -> Quantization {

@@ -17,7 +17,7 @@ fn a_full_width_v2_step_at_batch_64_stays_below_4_gib() {
     let mut network = MobileNet::new(Version::V2, Input::Cifar, 100).init(0, &device).unwrap();
     let images = Tensor::randn(0f32, 1.0, (64, 32, 32, 3), &device).unwrap();
     let labels = Tensor::zeros(64, DType::U32, &device).unwrap();
-    let (logits, tape) = network.forward_train(&images, Step { range_momentum: 0.01 }).unwrap();
+    let (logits, tape) = network.forward_train(&images, Step::alone(0.01)).unwrap();
     let result = softmax_cross_entropy(&logits, &labels, 0.0).unwrap();
     let gradients = network.backward(tape, &result.grad).unwrap();
     for parameter in &network.parameters() {

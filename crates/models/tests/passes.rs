@@ -7,7 +7,7 @@ use quant_core::Precision;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const STEP: Step = Step { range_momentum: 0.1 };
+const STEP: Step = Step::alone(0.1);
 
 fn network(version: Version, first_expansion: bool) -> Network {
     let config = MobileNet { width: 0.25, first_expansion, ..MobileNet::new(version, Input::Cifar, 10) };

@@ -36,7 +36,7 @@ fn settled(mut network: Network) -> Network {
         }
     }
     for _ in 0..50 {
-        network.forward_train(&images(), Step { range_momentum: 0.1 }).unwrap();
+        network.forward_train(&images(), Step::alone(0.1)).unwrap();
     }
     network
 }
@@ -274,7 +274,7 @@ fn constants_are_those_of_the_quantized_network() {
             ..Quantization::default()
         };
         network.quantize(&settings).unwrap();
-        network.forward_train(&images(), Step { range_momentum: 0.1 }).unwrap();
+        network.forward_train(&images(), Step::alone(0.1)).unwrap();
         for (unit, channel) in [("stem", 1), ("blocks.3.depthwise", 1), ("last", 7)] {
             plant(&mut network, unit, channel, 0.8);
         }

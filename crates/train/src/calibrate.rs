@@ -21,7 +21,7 @@ pub fn calibrate(
     let mut passes = 0;
     for batch in feed.train(batch, Augmentation { pad: 0, flip: false }, 0, 0)?.take(batches) {
         let range_momentum = if passes == 0 { 1.0 } else { momentum };
-        moved.forward_train(&batch?.images, Step { range_momentum })?;
+        moved.forward_train(&batch?.images, Step::alone(range_momentum))?;
         passes += 1;
     }
     if passes == 0 {

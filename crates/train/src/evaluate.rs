@@ -2,6 +2,7 @@ use crate::totals::{Means, Totals};
 use crate::{Arithmetic, Result};
 use datasets::{Dataset, Feed};
 use models::Network;
+use ranks::Ranks;
 use serde::{Deserialize, Serialize};
 
 /// How a network does on the test set.
@@ -24,11 +25,15 @@ pub fn evaluate(network: &Network, data: &dyn Dataset) -> Result<Evaluation> {
 
 /// [`evaluate`] as a training in that arithmetic does after each epoch, to the same bits.
 pub fn evaluate_in(network: &Network, data: &dyn Dataset, arithmetic: Arithmetic) -> Result<Evaluation> {
-    evaluate_on(network, &mut Feed::new(data, network.device(), arithmetic.dtype()))
+    evaluate_on(network, &mut Feed::new(data, network.device(), arithmetic.dtype()), None)
 }
 
-/// Evaluates `network` on the test images of `feed`, which is on the network's device.
-pub(crate) fn evaluate_on(network: &Network, feed: &mut Feed) -> Result<Evaluation> {
+/// Evaluates `network` on the test images of `feed`, which is on the network's device, and on those of the other ranks.
+pub(crate) fn evaluate_on(
+    network: &Network,
+    feed: &mut Feed,
+    ranks: Option<&dyn Ranks>,
+) -> Result<Evaluation> {
     let mut totals = Totals::default();
     let (height, width) = feed.data().side();
     for batch in feed.test((PIXELS / (height * width).max(1)).clamp(1, IMAGES))? {
@@ -37,6 +42,6 @@ pub(crate) fn evaluate_on(network: &Network, feed: &mut Feed) -> Result<Evaluati
         let step = kernels::loss::softmax_cross_entropy(&logits, &batch.labels, 0.0)?;
         totals.add(&step, batch.labels.elem_count())?;
     }
-    let Means { loss, top1_percent } = totals.read()?;
+    let Means { loss, top1_percent, .. } = totals.read(ranks)?;
     Ok(Evaluation { loss, top1_percent })
 }

@@ -1,11 +1,13 @@
 use crate::evaluate::evaluate_on;
-use crate::totals::Totals;
+use crate::together::{Share, Work};
+use crate::totals::{Means, Totals};
 use crate::{Error, Evaluation, Result, TimeLimit, Training};
 use candle_core::Tensor;
 use datasets::{Dataset, Feed};
 use kernels::loss::{Loss, softmax_cross_entropy};
 use kernels::sgd::{self, Rule, Update};
 use models::{Extras, Network, Parameter, Step};
+use ranks::Ranks;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,6 +30,9 @@ pub struct TrainingRun<'a> {
     pub parent_network: Option<&'a str>,
     /// When to stop, if the run is to go on another time.
     pub limit: Option<&'a TimeLimit>,
+    /// The ranks that train together, of which this one is rank 0 and the others are in [`follow`](crate::follow); none where
+    /// this process trains alone.
+    pub ranks: Option<&'a dyn Ranks>,
 }
 
 /// What one epoch gave: a line of `metrics.csv`.
@@ -105,32 +110,17 @@ const STEPS_PER_REPORT: usize = 20;
 /// checkpoint is on the disk, and the same call goes on from it.
 pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress)) -> Result<Trained> {
     run.training.validate()?;
-    let (mut state, trained) = match State::load(&network, run)? {
+    let work = run.work();
+    work.check()?;
+    let (state, trained) = match State::load(&network, run)? {
         Some((state, trained)) => {
             observe(Progress::Resumed { epoch: state.metrics.len() + usize::from(trained.is_some()) });
             (state, trained)
         }
         None => (State::new(network)?, None),
     };
-    let mut feed = Feed::new(run.data, state.network.device(), run.training.arithmetic.dtype());
-    // A checkpoint does not have the evaluation of its last epoch.
-    if let Some(trained) = trained {
-        state.evaluate(trained, run, &mut feed)?;
-    }
-    let epochs = run.training.epochs();
-    for epoch in state.metrics.len()..epochs {
-        if run.limit.is_some_and(|limit| !limit.allows_an_epoch()) {
-            return Err(Error::TimeLimit { epoch, epochs });
-        }
-        let started = Instant::now();
-        let trained = state.epoch(epoch, run, &mut feed, observe)?;
-        state.save(trained, run)?;
-        let metrics = state.evaluate(trained, run, &mut feed)?;
-        // With its checkpoint, which is to be written in time too.
-        run.limit.inspect(|limit| limit.note(started.elapsed()));
-        observe(Progress::Epoch { epochs, metrics });
-    }
-    Ok(Trained { network: state.network, metrics: state.metrics })
+    work.begin(&state, trained)?;
+    state.train(trained, &work, Some(run), observe)
 }
 
 /// One step of training on a batch, at the given learning rate: forward pass, loss, backward pass, update.
@@ -142,16 +132,38 @@ pub fn step(
     training: &Training,
     rate: f64,
 ) -> Result<Loss> {
-    let (logits, tape) = network.forward_train(images, Step { range_momentum: training.range_momentum })?;
+    shared_step(network, velocities, images, labels, training, rate, None)
+}
+
+/// [`step`] on the share that a rank has in a batch.
+fn shared_step(
+    network: &mut Network,
+    velocities: &Velocities,
+    images: &Tensor,
+    labels: &Tensor,
+    training: &Training,
+    rate: f64,
+    share: Option<Share<'_>>,
+) -> Result<Loss> {
+    let together = share.as_ref().map(|share| share.ranks).filter(|_| training.sync_norm);
+    let range_momentum = training.range_momentum;
+    let (logits, tape) = network.forward_train(images, Step { range_momentum, together })?;
     let result = softmax_cross_entropy(&logits, labels, training.label_smoothing)?;
-    let gradients = network.backward(tape, &result.grad)?;
+    let gradients = match &share {
+        None => network.backward(tape, &result.grad)?,
+        Some(share) => network.backward(tape, &share.of(&result.grad, labels.elem_count())?)?,
+    };
+    if let Some(Share { ranks, starts: true, .. }) = share {
+        network.agree_on_starts(ranks)?;
+    }
     let parameters = network.parameters();
+    let sums = share.map(|share| share.sums(&parameters, &gradients)).transpose()?;
     let mut updates = Vec::with_capacity(parameters.len());
-    for parameter in &parameters {
+    for (i, parameter) in parameters.iter().enumerate() {
         let decays = parameter.role.decays(training.decay_norm);
         updates.push(Update {
             param: &parameter.tensor,
-            grad: gradients.of(parameter)?,
+            grad: sums.as_ref().map_or_else(|| gradients.of(parameter), |sums| Ok(&sums[i]))?,
             velocity: velocities.of(parameter)?,
             weight_decay: if decays { training.weight_decay } else { 0.0 },
         });
@@ -178,8 +190,8 @@ impl Velocities {
 
 /// What is carried from epoch to epoch. The order and the augmentation of images depend on
 /// (seed, epoch) alone, so there is no random state.
-struct State {
-    network: Network,
+pub(crate) struct State {
+    pub(crate) network: Network,
     velocities: Velocities,
     /// Of the epochs that have been evaluated.
     metrics: Vec<EpochMetrics>,
@@ -187,7 +199,7 @@ struct State {
 
 /// What training gave in an epoch: [`EpochMetrics`] without those of the evaluation.
 #[derive(Clone, Copy, Serialize, Deserialize)]
-struct TrainedEpoch {
+pub(crate) struct TrainedEpoch {
     epoch: usize,
     rate: f64,
     train_loss: f64,
@@ -200,14 +212,46 @@ impl State {
         Ok(Self { velocities: Velocities::zeros(&network)?, network, metrics: Vec::new() })
     }
 
+    /// Trains to the end; `trained` is an epoch that is still to be evaluated. What comes of it is kept where this process has
+    /// the run, which only one of several ranks has.
+    pub(crate) fn train(
+        mut self,
+        trained: Option<TrainedEpoch>,
+        work: &Work,
+        run: Option<&TrainingRun>,
+        observe: &mut dyn FnMut(Progress),
+    ) -> Result<Trained> {
+        let dtype = work.training.arithmetic.dtype();
+        let mut feed = Feed::new(work.data, self.network.device(), dtype).part(work.part());
+        // A checkpoint does not have the evaluation of its last epoch.
+        if let Some(trained) = trained {
+            self.evaluate(trained, work, run, &mut feed)?;
+        }
+        let epochs = work.training.epochs();
+        let limit = run.and_then(|run| run.limit);
+        for epoch in self.metrics.len()..epochs {
+            if !work.first_says(limit.is_none_or(TimeLimit::allows_an_epoch)) {
+                return Err(Error::TimeLimit { epoch, epochs });
+            }
+            let started = Instant::now();
+            let trained = self.epoch(epoch, work, &mut feed, observe)?;
+            run.map_or(Ok(()), |run| self.save(trained, run))?;
+            let metrics = self.evaluate(trained, work, run, &mut feed)?;
+            // With its checkpoint, which is to be written in time too.
+            limit.inspect(|limit| limit.note(started.elapsed()));
+            observe(Progress::Epoch { epochs, metrics });
+        }
+        Ok(Trained { network: self.network, metrics: self.metrics })
+    }
+
     fn epoch(
         &mut self,
         epoch: usize,
-        run: &TrainingRun,
+        work: &Work,
         feed: &mut Feed,
         observe: &mut dyn FnMut(Progress),
     ) -> Result<TrainedEpoch> {
-        let TrainingRun { training, seed, .. } = *run;
+        let Work { training, seed, ranks, .. } = *work;
         let started = Instant::now();
         let batches = feed.train(training.batch, training.augmentation, seed, epoch)?;
         let steps = batches.len();
@@ -220,27 +264,31 @@ impl State {
         }
         let accuracies: Vec<f64> = self.metrics.iter().map(|epoch| epoch.train_top1_percent).collect();
         let mut totals = Totals::default();
-        let mut rate = 0.0;
-        let mut means = totals.read()?;
+        let (mut rate, mut done) = (0.0, 0);
+        let mut means = Means::default();
         for (step, batch) in batches.enumerate() {
             let batch = batch?;
             // The rate at the middle of the step.
             rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64, &accuracies);
             let (images, labels) = (&batch.images, &batch.labels);
-            let result = self::step(&mut self.network, &self.velocities, images, labels, training, rate)?;
+            let Self { network, velocities, .. } = self;
+            let share = work.share(epoch, step);
+            let result = shared_step(network, velocities, images, labels, training, rate, share)?;
             totals.add(&result, labels.elem_count())?;
-            if (step + 1) % STEPS_PER_REPORT == 0 || step + 1 == steps {
-                means = totals.read()?;
+            done = step + 1;
+            if done % STEPS_PER_REPORT == 0 || done == steps {
+                means = totals.read(ranks)?;
                 let loss = means.loss;
                 if !loss.is_finite() {
-                    let what = format!("the loss is {loss} after step {}", step + 1);
+                    let what = format!("the loss is {loss} after step {done}");
                     return Err(Error::Diverged { what, epoch: epoch + 1, rate });
                 }
-                let images_per_second = totals.images() as f64 / started.elapsed().as_secs_f64();
+                let images_per_second = means.images as f64 / started.elapsed().as_secs_f64();
                 let (epoch, epochs) = (epoch + 1, training.epochs());
-                observe(Progress::Steps { epoch, epochs, step: step + 1, steps, loss, images_per_second });
+                observe(Progress::Steps { epoch, epochs, step: done, steps, loss, images_per_second });
             }
         }
+        work.agree(&mut self.network, steps - done)?;
         // Quantizers map NaN to a level, so the loss need not tell.
         if let Err(error) = self.network.check_values() {
             return Err(Error::Diverged { what: error.to_string(), epoch: epoch + 1, rate });
@@ -254,16 +302,17 @@ impl State {
         })
     }
 
-    /// Evaluates the epoch that was trained, and writes the metrics of all.
+    /// Evaluates the epoch that was trained, and writes the metrics of all where this process has the run.
     fn evaluate(
         &mut self,
         trained: TrainedEpoch,
-        run: &TrainingRun,
+        work: &Work,
+        run: Option<&TrainingRun>,
         feed: &mut Feed,
     ) -> Result<EpochMetrics> {
         let TrainedEpoch { epoch, rate, train_loss, train_top1_percent, seconds } = trained;
         let started = Instant::now();
-        let Evaluation { loss, top1_percent } = evaluate_on(&self.network, feed)?;
+        let Evaluation { loss, top1_percent } = evaluate_on(&self.network, feed, work.ranks)?;
         if !loss.is_finite() {
             return Err(Error::Diverged { what: format!("the loss on the test set is {loss}"), epoch, rate });
         }
@@ -277,7 +326,7 @@ impl State {
             seconds: seconds + started.elapsed().as_secs_f64(),
         };
         self.metrics.push(metrics);
-        write_metrics(&self.metrics, &run.folder.join("metrics.csv"))?;
+        run.map_or(Ok(()), |run| write_metrics(&self.metrics, &run.folder.join("metrics.csv")))?;
         Ok(metrics)
     }
 
@@ -287,18 +336,49 @@ impl State {
 
     /// Writes the checkpoint after an epoch, of which it does not have the evaluation.
     fn save(&self, trained: TrainedEpoch, run: &TrainingRun) -> Result<()> {
-        let mut extras = Extras { sealed: true, ..Extras::default() };
-        for (parameter, velocity) in &self.velocities.0 {
-            extras.tensors.insert(velocity_name(parameter), velocity.clone());
-        }
+        let mut extras = Extras { sealed: true, ..self.extras(Some(trained)) };
         extras.metadata.insert("identity".into(), run.identity.into());
         if let Some(hash) = run.parent_network {
             extras.metadata.insert("parent_network".into(), hash.into());
         }
-        extras.metadata.insert("metrics".into(), json(&self.metrics));
-        extras.metadata.insert("trained".into(), json(&trained));
         self.network.save(&Self::checkpoint(run), &extras)?;
         Ok(())
+    }
+
+    /// What stands beside the network in a file.
+    pub(crate) fn extras(&self, trained: Option<TrainedEpoch>) -> Extras {
+        let mut extras = Extras::default();
+        for (parameter, velocity) in &self.velocities.0 {
+            extras.tensors.insert(velocity_name(parameter), velocity.clone());
+        }
+        extras.metadata.insert("metrics".into(), json(&self.metrics));
+        if let Some(trained) = trained {
+            extras.metadata.insert("trained".into(), json(&trained));
+        }
+        extras
+    }
+
+    /// The state that a network and its [`State::extras`] are, and the epoch that is still to be evaluated. `fail` makes an
+    /// error of what is wrong.
+    pub(crate) fn of(
+        network: Network,
+        extras: &mut Extras,
+        fail: impl Fn(String) -> Error,
+    ) -> Result<(Self, Option<TrainedEpoch>)> {
+        let unreadable = |e: serde_json::Error| {
+            fail(format!("its metrics can't be read ({e}); delete the file to begin anew"))
+        };
+        let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
+        let metrics = serde_json::from_str(metrics).map_err(unreadable)?;
+        let trained = extras.metadata.get("trained").map(|text| serde_json::from_str(text));
+        let trained = trained.transpose().map_err(unreadable)?;
+        let mut velocities = BTreeMap::new();
+        for parameter in network.parameters() {
+            let name = velocity_name(&parameter.name);
+            let missing = || fail(format!("lacks {name}; delete the file to begin the run anew"));
+            velocities.insert(parameter.name, extras.tensors.remove(&name).ok_or_else(missing)?);
+        }
+        Ok((Self { network, velocities: Velocities(velocities), metrics }, trained))
     }
 
     /// The state that the run's checkpoint holds, and the epoch that is still to be evaluated; `None` if there is no
@@ -327,30 +407,18 @@ impl State {
                 format!("its training began from a network of SHA-256 {began}, and that is {now} now");
             return Err(models::Error::Damaged { path, problem }.into());
         }
-        let unreadable = |e: serde_json::Error| {
-            fail(format!("its metrics can't be read ({e}); delete the file to begin anew"))
-        };
-        let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
-        let metrics = serde_json::from_str(metrics).map_err(unreadable)?;
+        let (state, trained) = Self::of(network, &mut extras, fail)?;
         // Older checkpoints were written after the evaluation, and without a seal.
-        let trained = extras.metadata.get("trained").map(|text| serde_json::from_str(text));
-        let trained = trained.transpose().map_err(unreadable)?;
         if trained.is_some() != extras.sealed {
             let (path, problem) =
                 (path.display().to_string(), "its seal is missing, or its last epoch".into());
             return Err(models::Error::Damaged { path, problem }.into());
         }
-        let mut velocities = BTreeMap::new();
-        for parameter in network.parameters() {
-            let name = velocity_name(&parameter.name);
-            let missing = || fail(format!("lacks {name}; delete the file to begin the run anew"));
-            velocities.insert(parameter.name, extras.tensors.remove(&name).ok_or_else(missing)?);
-        }
-        Ok(Some((Self { network, velocities: Velocities(velocities), metrics }, trained)))
+        Ok(Some((state, trained)))
     }
 }
 
-fn json(value: &impl Serialize) -> String {
+pub(crate) fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("metrics are plain numbers")
 }
 

@@ -1,5 +1,6 @@
 //! Training of a [`models::Network`]: SGD with momentum, the paper's learning-rate schedule, the
-//! epoch loop with evaluation, and checkpoints from which an interrupted run goes on bit for bit.
+//! epoch loop with evaluation, and checkpoints from which an interrupted run goes on bit for bit. Several processes may train
+//! one network together ([`follow`]).
 
 #![forbid(unsafe_code)]
 
@@ -8,6 +9,7 @@ mod evaluate;
 mod fit;
 mod limit;
 mod settings;
+mod together;
 mod totals;
 
 pub use calibrate::calibrate;
@@ -15,6 +17,7 @@ pub use evaluate::{Evaluation, evaluate, evaluate_in};
 pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, Velocities, fit, step};
 pub use limit::TimeLimit;
 pub use settings::{Arithmetic, Decay, Training};
+pub use together::{dismiss, follow};
 
 /// What can go wrong while training.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +73,14 @@ pub enum Error {
         epoch: usize,
         /// Epochs in all.
         epochs: usize,
+    },
+    /// The ranks that train together do not do the same.
+    #[error("rank {rank} {problem}")]
+    Ranks {
+        /// The rank that found it.
+        rank: usize,
+        /// What was found and what was expected.
+        problem: String,
     },
     /// A checkpoint or metrics file could not be used.
     #[error("{path}: {problem}")]

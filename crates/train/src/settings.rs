@@ -15,7 +15,7 @@ pub struct Training {
     pub cosine_epochs: f64,
     /// Learning rate at the end of the warm-up, `l₋₁` in (19).
     pub learning_rate: f64,
-    /// Images a step.
+    /// Images a step, of all processes together.
     pub batch: usize,
     /// Momentum of SGD.
     pub momentum: f64,
@@ -36,6 +36,10 @@ pub struct Training {
     /// In which feature maps and their gradients are kept. (Not written where it is `f32`, likewise.)
     #[serde(default, skip_serializing_if = "Arithmetic::is_f32")]
     pub arithmetic: Arithmetic,
+    /// Where several processes train together: whether a batch's statistics and extremes are those of all of its images, and
+    /// not of the part that each process has. Without effect on one process. (Not written where it is not set, likewise.)
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sync_norm: bool,
 }
 
 /// In which feature maps and their gradients are kept. Parameters, their gradients, statistics, sums and everything from

@@ -1,6 +1,7 @@
 use crate::Result;
 use candle_core::{DType, Tensor};
 use kernels::loss::Loss;
+use ranks::Ranks;
 
 /// Losses and hits summed up over steps, where they were computed, until they are read: on an accelerator, reading
 /// waits for everything that was begun before, and adding does not.
@@ -12,8 +13,10 @@ pub(crate) struct Totals {
 }
 
 /// What [`Totals::read`] found.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Means {
+    /// Images until now.
+    pub(crate) images: usize,
     /// Mean loss of an image, in nats.
     pub(crate) loss: f64,
     /// Share of images classified correctly, in percent.
@@ -33,18 +36,18 @@ impl Totals {
         Ok(())
     }
 
-    /// Images so far.
-    pub(crate) fn images(&self) -> usize {
-        self.images
-    }
-
-    /// The means so far: the one place where training and evaluation read anything from the device, in one copy.
-    pub(crate) fn read(&self) -> Result<Means> {
-        let (Some(loss), Some(correct)) = (&self.loss, &self.correct) else {
-            return Ok(Means { loss: 0.0, top1_percent: 0.0 });
+    /// The means so far, over the images of all ranks: the one place where training and evaluation read anything from the
+    /// device, in one copy.
+    pub(crate) fn read(&self, ranks: Option<&dyn Ranks>) -> Result<Means> {
+        let mut sums = match (&self.loss, &self.correct) {
+            (Some(loss), Some(correct)) => Tensor::stack(&[loss, correct], 0)?.to_vec1::<f64>()?,
+            _ => vec![0.0; 2],
         };
-        let sums = Tensor::stack(&[loss, correct], 0)?.to_vec1::<f64>()?;
-        let mean = |sum: f64| sum / self.images.max(1) as f64;
-        Ok(Means { loss: mean(sums[0]), top1_percent: 100.0 * mean(sums[1]) })
+        sums.push(self.images as f64);
+        if let Some(ranks) = ranks {
+            sums = ranks.totals(&sums);
+        }
+        let mean = |sum: f64| sum / sums[2].max(1.0);
+        Ok(Means { images: sums[2] as usize, loss: mean(sums[0]), top1_percent: 100.0 * mean(sums[1]) })
     }
 }

@@ -3,8 +3,10 @@
 //! The interruption is real: this binary starts itself again as another process and kills it with SIGKILL in
 //! the middle of an epoch.
 
+mod together;
+
 use candle_core::{DType, Device, Tensor};
-use datasets::{Augmentation, Batches, Dataset, Images, InMemoryDataset, train_batches};
+use datasets::{Augmentation, Batches, Dataset, Images, InMemoryDataset, Part, train_batches};
 use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
 use models::{BatchNorm, Extras, Kernel, Network, Norm, Step};
@@ -109,12 +111,22 @@ fn training() -> Training {
         augmentation: Augmentation { pad: 2, flip: true },
         decay: Decay::Cosine,
         arithmetic: Arithmetic::F32,
+        sync_norm: false,
     }
 }
 
 /// The run of these tests: of seed 3, in float32, without a limit.
 fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &'a Path) -> TrainingRun<'a> {
-    TrainingRun { data, training, seed: 3, folder, identity: "the-run", parent_network: None, limit: None }
+    TrainingRun {
+        data,
+        training,
+        seed: 3,
+        folder,
+        identity: "the-run",
+        parent_network: None,
+        limit: None,
+        ranks: None,
+    }
 }
 
 /// A run in `folder` from its beginning or its checkpoint.
@@ -217,7 +229,7 @@ fn an_epoch_is_what_it_says() {
         for (step, batch) in train_batches(&data, BATCH, training.augmentation, 7, 0).enumerate() {
             let batch = batch.unwrap();
             rate = training.rate((step as f64 + 0.5) / steps as f64, &[]);
-            let (logits, tape) = network.forward_train(&batch.images, Step { range_momentum: 0.1 }).unwrap();
+            let (logits, tape) = network.forward_train(&batch.images, Step::alone(0.1)).unwrap();
             let result = softmax_cross_entropy(&logits, &batch.labels, 0.1).unwrap();
             let gradients = network.backward(tape, &result.grad).unwrap();
             for (p, v) in parameters.iter().zip(&velocity) {
@@ -503,10 +515,17 @@ impl Dataset for Untestable {
     fn fingerprint(&self) -> &str {
         self.0.fingerprint()
     }
-    fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
-        self.0.train_batches(batch, augmentation, seed, epoch)
+    fn train_parts(
+        &self,
+        batch: usize,
+        part: Part,
+        augmentation: Augmentation,
+        seed: u64,
+        epoch: usize,
+    ) -> Batches {
+        self.0.train_parts(batch, part, augmentation, seed, epoch)
     }
-    fn test_batches(&self, _: usize) -> Batches {
+    fn test_parts(&self, _: usize, _: Part) -> Batches {
         panic!("a picture can't be read")
     }
 }
@@ -622,6 +641,7 @@ fn it_learns() {
         augmentation: Augmentation { pad: 2, flip: true },
         decay: Decay::Cosine,
         arithmetic: Arithmetic::F32,
+        sync_norm: false,
         ..training()
     };
     let folder = tempfile::tempdir().unwrap();

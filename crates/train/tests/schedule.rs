@@ -17,6 +17,7 @@ fn training(learning_rate: f64, warmup_epochs: f64, cosine_epochs: f64) -> Train
         augmentation: Augmentation::none(),
         decay: Decay::Cosine,
         arithmetic: Arithmetic::F32,
+        sync_norm: false,
     }
 }
 

@@ -117,6 +117,7 @@ fn training_settings(training: &Training) -> Result<Value> {
         augmentation: Augmentation { pad, flip },
         decay,
         arithmetic,
+        sync_norm,
     } = training;
     let mut settings = json!({
         "warmup_epochs": finite("warmup_epochs", *warmup_epochs)?,
@@ -137,6 +138,9 @@ fn training_settings(training: &Training) -> Result<Value> {
     match arithmetic {
         Arithmetic::F32 => {}
         Arithmetic::Bf16 => settings["arithmetic"] = "bf16".into(),
+    }
+    if *sync_norm {
+        settings["sync_norm"] = true.into();
     }
     Ok(settings)
 }
@@ -275,6 +279,7 @@ mod tests {
             augmentation: Augmentation { pad: 4, flip: true },
             decay: Decay::Cosine,
             arithmetic: Arithmetic::F32,
+            sync_norm: false,
         }
     }
 
@@ -345,6 +350,7 @@ mod tests {
             ),
             (pretrain(network, Training { decay: Decay::AccuracyDrop, ..training }, 0), "aeac80adf73a079a"),
             (pretrain(network, Training { arithmetic: Arithmetic::Bf16, ..training }, 0), "d9acabf1f96325f5"),
+            (pretrain(network, Training { sync_norm: true, ..training }, 0), "e00d6c4ec3ea1938"),
             (tune(quantization, training, 0), "ff279a61187eec70"),
             (tune(quantization, Training { learning_rate: 1e-5, ..training }, 0), "6a8a4276110668ac"),
             (tune(quantization, training, 1), "c44c97671ed11dba"),

@@ -5,6 +5,7 @@ use baselines::Calibration;
 use candle_core::Device;
 use datasets::Dataset;
 use models::{Extras, Network};
+use ranks::Ranks;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
@@ -44,6 +45,9 @@ pub struct Resources<'a> {
     pub provenance: &'a Provenance,
     /// What a workflow begins with that does not pre-train.
     pub given: Option<&'a Network>,
+    /// The ranks that train together, of which this one is rank 0 and the others are in [`train::follow`]; everything else of
+    /// a stage, and the store, are this one's alone. None where this process trains alone.
+    pub ranks: Option<&'a dyn Ranks>,
 }
 
 /// What the store tells while it works.
@@ -363,7 +367,7 @@ impl Store {
         resources: &Resources,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
-        let Resources { data, device, provenance, given } = *resources;
+        let Resources { data, device, provenance, given, ranks } = *resources;
         let started = Instant::now();
         let key = stage.key(data.fingerprint())?;
         let mut parent_network = None;
@@ -382,7 +386,8 @@ impl Store {
         };
         let train = |network, parent_network, training, seed, observe: &mut dyn FnMut(Event)| {
             let limit = self.limit.as_deref();
-            let run = TrainingRun { data, training, seed, folder, identity: &key, parent_network, limit };
+            let run =
+                TrainingRun { data, training, seed, folder, identity: &key, parent_network, limit, ranks };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let mut ranges = Ranges::default();

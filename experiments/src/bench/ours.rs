@@ -146,13 +146,14 @@ pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Resul
             augmentation: Augmentation::none(),
             decay: Decay::Cosine,
             arithmetic: case.arithmetic,
+            sync_norm: false,
         };
         let velocities = train::Velocities::zeros(&network)?;
         Box::new(move || Ok(train::step(&mut network, &velocities, &images, &labels, &training, rate)?.loss))
     } else {
         if case.quantized {
             // Sets the ranges; of few images, as the pages that a training pass takes stay resident.
-            network.forward_train(&images.narrow(0, 0, case.batch.min(2))?, Step { range_momentum })?;
+            network.forward_train(&images.narrow(0, 0, case.batch.min(2))?, Step::alone(range_momentum))?;
         }
         Box::new(move || Ok(network.forward(&images)?))
     };

@@ -124,7 +124,7 @@ pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
     }
     let images = gaussian_images(16, &network);
     for _ in 0..40 {
-        network.forward_train(&images, Step { range_momentum: 0.1 }).unwrap();
+        network.forward_train(&images, Step::alone(0.1)).unwrap();
     }
     network
 }

@@ -50,7 +50,7 @@ pub fn network(
     let batch = images(batch, &network);
     let train = |network: &mut Network| {
         for _ in 0..passes {
-            network.forward_train(&batch, Step { range_momentum: 0.1 }).unwrap();
+            network.forward_train(&batch, Step::alone(0.1)).unwrap();
         }
     };
     train(&mut network);

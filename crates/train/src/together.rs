@@ -1,0 +1,187 @@
+//! Training of one network by several ranks, each of which has a part of every batch.
+//!
+//! The images of a step, and what they look like, are those of one process: rank `r` of `n` has the `r`-th part of the batch. The
+//! gradients of the ranks are added up, and each rank updates its own copy of the network, so that all copies stay the same
+//! bits. Rank 0 has the run: it reads the checkpoint, tells the others where it begins, and writes what comes of it.
+
+use crate::fit::{State, TrainedEpoch, TrainingRun, json};
+use crate::{Error, Result, Training};
+use candle_core::{Device, Tensor};
+use datasets::{Dataset, Part};
+use models::{Gradients, Network, Parameter};
+use ranks::Ranks;
+use serde::de::DeserializeOwned;
+use std::path::Path;
+
+/// Takes part in every training that rank 0 runs, as one of the other ranks, until rank 0 calls [`dismiss`].
+///
+/// # Errors
+/// Those of [`fit`](crate::fit()), and where the data are not those of rank 0. The others can't go on then: the job is to be
+/// ended.
+pub fn follow(ranks: &dyn Ranks, data: &dyn Dataset, device: &Device) -> Result<()> {
+    loop {
+        let message = ranks.broadcast(Vec::new());
+        if message.is_empty() {
+            return Ok(());
+        }
+        let fail = |problem: String| Error::Ranks { rank: ranks.rank(), problem };
+        let (network, mut extras) = Network::from_bytes(Path::new("what rank 0 sent"), &message, device)?;
+        let (state, trained) = State::of(network, &mut extras, fail)?;
+        let said = |key: &str| extras.metadata.get(key).map_or("", String::as_str);
+        if said(DATA) != data.fingerprint() {
+            let (found, expected) = (data.fingerprint(), said(DATA));
+            let problem = format!("has data of the fingerprint {found}, and rank 0 those of {expected}");
+            return Err(fail(format!("{problem}: expected every rank to read the same")));
+        }
+        let training: Training = read(said(TRAINING)).map_err(fail)?;
+        let work =
+            Work { data, training: &training, seed: read(said(SEED)).map_err(fail)?, ranks: Some(ranks) };
+        match state.train(trained, &work, None, &mut |_| ()) {
+            Ok(_) | Err(Error::TimeLimit { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Lets the ranks that [`follow`] end: rank 0 has nothing more to train.
+pub fn dismiss(ranks: &dyn Ranks) {
+    ranks.broadcast(Vec::new());
+}
+
+/// Names of what rank 0 sends beside a state.
+const TRAINING: &str = "training";
+const SEED: &str = "seed";
+const DATA: &str = "data";
+
+fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|e| format!("can't read what rank 0 sent: {e}"))
+}
+
+/// What every rank knows of a run.
+pub(crate) struct Work<'a> {
+    pub(crate) data: &'a dyn Dataset,
+    pub(crate) training: &'a Training,
+    pub(crate) seed: u64,
+    pub(crate) ranks: Option<&'a dyn Ranks>,
+}
+
+impl<'a> TrainingRun<'a> {
+    pub(crate) fn work(&self) -> Work<'a> {
+        let &Self { data, training, seed, ranks, .. } = self;
+        Work { data, training, seed, ranks }
+    }
+}
+
+impl<'a> Work<'a> {
+    /// Checks that every rank has an image in every step.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Some(ranks) = self.ranks else { return Ok(()) };
+        let steps = self.data.train_images().div_ceil(self.training.batch);
+        let least = self.images(steps.saturating_sub(1)).min(self.training.batch);
+        if least < ranks.size() {
+            let found = format!("{}, with {least} images in the smallest step", self.training.batch);
+            let expected = "no fewer images in any step of an epoch than there are processes";
+            return Err(Error::Setting { key: "batch", found, expected });
+        }
+        Ok(())
+    }
+
+    /// Tells the other ranks what is trained, and from where on.
+    pub(crate) fn begin(&self, state: &State, trained: Option<TrainedEpoch>) -> Result<()> {
+        let Some(ranks) = self.ranks else { return Ok(()) };
+        let mut extras = state.extras(trained);
+        let mut tell = |key: &str, value: String| extras.metadata.insert(key.into(), value);
+        tell(TRAINING, json(self.training));
+        tell(SEED, json(&self.seed));
+        tell(DATA, self.data.fingerprint().into());
+        ranks.broadcast(state.network.to_bytes(&extras)?);
+        Ok(())
+    }
+
+    /// What rank 0 says.
+    pub(crate) fn first_says(&self, own: bool) -> bool {
+        self.ranks.map_or(own, |ranks| ranks.broadcast(vec![own.into()]) == [1])
+    }
+
+    /// The part of each batch that this rank has.
+    pub(crate) fn part(&self) -> Part {
+        self.ranks.map_or(Part::WHOLE, |ranks| Part { index: ranks.rank(), of: ranks.size() })
+    }
+
+    /// The images of all ranks in a step.
+    fn images(&self, step: usize) -> usize {
+        let Training { batch, .. } = *self.training;
+        batch.min(self.data.train_images() - step * batch)
+    }
+
+    /// What this rank has in a step, where it is one of several.
+    pub(crate) fn share(&self, epoch: usize, step: usize) -> Option<Share<'a>> {
+        self.ranks.map(|ranks| Share { ranks, images: self.images(step), starts: (epoch, step) == (0, 0) })
+    }
+
+    /// Makes the network, after an epoch, the same on all ranks, which it is but for the moving averages of each rank's own
+    /// images. `missing` steps have not been made.
+    pub(crate) fn agree(&self, network: &mut Network, missing: usize) -> Result<()> {
+        let Some(ranks) = self.ranks else { return Ok(()) };
+        let fail = |problem: String| Err(Error::Ranks { rank: ranks.rank(), problem });
+        if missing > 0 {
+            return fail(format!(
+                "made {missing} steps less than it should, as there were no images for it that can be read: expected \
+                 some in each; remove what is damaged from the data"
+            ));
+        }
+        if !self.training.sync_norm {
+            network.agree_on_averages(ranks)?;
+        }
+        let tensors = network.tensors();
+        let own = tensors.iter().map(|(_, tensor)| digest(tensor)).collect::<Result<Vec<f64>>>()?;
+        let all = ranks.gather(&own);
+        match all.iter().enumerate().find(|(i, other)| own[i % own.len()] != **other) {
+            Some((i, _)) => {
+                let ((name, _), other) = (&tensors[i % own.len()], i / own.len());
+                fail(format!("has another {name} than rank {other} after an epoch: expected the same bits"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// A hash (FNV-1a) of a tensor's bits, as a whole number that f64 holds.
+fn digest(tensor: &Tensor) -> Result<f64> {
+    let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
+    let add = |hash: u64, value: f32| (hash ^ u64::from(value.to_bits())).wrapping_mul(0x0000_0100_0000_01b3);
+    Ok((values.into_iter().fold(0xcbf2_9ce4_8422_2325, add) >> 12) as f64)
+}
+
+/// What a rank has in a step.
+pub(crate) struct Share<'a> {
+    pub(crate) ranks: &'a dyn Ranks,
+    /// Images of all ranks in the step.
+    images: usize,
+    /// Whether it is the first step of all, in which quantizers start.
+    pub(crate) starts: bool,
+}
+
+impl Share<'_> {
+    /// The gradient that the mean loss of all images has where `gradient` is that of the mean loss of the `own` ones.
+    pub(crate) fn of(&self, gradient: &Tensor, own: usize) -> Result<Tensor> {
+        Ok((gradient * (own as f64 / self.images as f64))?)
+    }
+
+    /// The sums of every parameter's gradient over all ranks, in one reduction.
+    pub(crate) fn sums(&self, parameters: &[Parameter], gradients: &Gradients) -> Result<Vec<Tensor>> {
+        let mut all = Vec::new();
+        for parameter in parameters {
+            all.extend(gradients.of(parameter)?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        self.ranks.sum(&mut all);
+        let mut left = &all[..];
+        let mut sums = Vec::with_capacity(parameters.len());
+        for Parameter { tensor, .. } in parameters {
+            let (own, rest) = left.split_at(tensor.elem_count());
+            sums.push(Tensor::from_slice(own, tensor.shape(), tensor.device())?);
+            left = rest;
+        }
+        Ok(sums)
+    }
+}

@@ -1,0 +1,237 @@
+//! Tables by several processes that train together, under Open MPI. Skipped where this was built without the feature `mpi`, or
+//! mpirun is not installed (Debian: libopenmpi-dev and openmpi-bin).
+
+mod tiny;
+
+use std::process::Command;
+use tiny::{Place, TABLE3, said};
+
+/// A program that can't join the others says so, instead of doing their work once more.
+#[test]
+#[cfg(not(feature = "mpi"))]
+fn without_mpi_one_of_several_processes_is_refused() {
+    eprintln!("SKIPPED: all else here needs the feature mpi (cargo test --features experiments/mpi)");
+    for (variable, refused) in [("OMPI_COMM_WORLD_SIZE", "2"), ("PMI_SIZE", "16")] {
+        let output = Command::new(TABLE3).arg("--plan").env(variable, refused).output().unwrap();
+        let error = said(&output);
+        assert!(!output.status.success() && error.contains("built without MPI"), "{error}");
+    }
+    let place = Place::new();
+    let mut command = Command::new(TABLE3);
+    command.current_dir(place.root()).args(["--config", "tiny.toml", "--data", "synthetic", "--plan"]);
+    assert!(command.env("OMPI_COMM_WORLD_SIZE", "1").status().unwrap().success());
+}
+
+#[cfg(feature = "mpi")]
+mod together {
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use models::Network;
+    use std::collections::BTreeMap;
+    use std::path::Path;
+    use std::process::{Child, Output, Stdio};
+    use std::time::{Duration, Instant};
+
+    /// τ: about the median of the variances after two steps, which began at 1.
+    const THRESHOLD: f64 = 0.9;
+
+    /// By when a job must have ended of which a process is lost.
+    const MOST: Duration = Duration::from_secs(30);
+
+    /// Writes the tiny profile as `name`, with so many images, in steps of 16, another τ, and settings of every training.
+    fn change(place: &Place, name: &str, images: i64, threshold: f64, settings: &[(&str, toml::Value)]) {
+        let text = std::fs::read_to_string(place.path("tiny.toml")).unwrap();
+        let mut profile: toml::Table = text.parse().unwrap();
+        profile["data"]["train_images"] = images.into();
+        profile["pfq"]["threshold"] = threshold.into();
+        for (_, training) in profile["training"].as_table_mut().unwrap() {
+            let all = settings.iter().map(|(key, value)| (key.to_string(), value.clone()));
+            training.as_table_mut().unwrap().extend(all);
+        }
+        std::fs::write(place.path(name), profile.to_string()).unwrap();
+    }
+
+    /// mpirun, as any user, with more processes than cores; none where it is not installed.
+    fn mpirun() -> Option<Command> {
+        if Command::new("mpirun").arg("--version").output().is_err() {
+            eprintln!("SKIPPED: mpirun is not installed (libopenmpi-dev and openmpi-bin of Debian)");
+            return None;
+        }
+        let mut command = Command::new("mpirun");
+        command.args(["--oversubscribe", "--bind-to", "none", "--mca", "btl", "self,vader"]);
+        command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+        // Processes in a container may not read each other's memory; and they have the cores by turns.
+        command
+            .env("OMPI_MCA_btl_vader_single_copy_mechanism", "none")
+            .env("OMPI_MCA_mpi_yield_when_idle", "1");
+        command.env("RAYON_NUM_THREADS", "1").stdout(Stdio::piped()).stderr(Stdio::piped());
+        Some(command)
+    }
+
+    /// So many processes of a row of Table 3, with the settings `config`, in the store `store` of its own.
+    fn table3<'a>(command: &'a mut Command, processes: &str, config: &str, store: &str) -> &'a mut Command {
+        command.args(["-n", processes, TABLE3, "--device", "cpu", "--data", "synthetic"]);
+        command.args(["--only", "mobilenet_v1,a4w4,ours", "--config", config, "--store", store])
+    }
+
+    fn run(place: &Place, processes: &str, config: &str, store: &str) -> Option<String> {
+        let mut command = mpirun()?;
+        command.current_dir(place.root());
+        let output = table3(&mut command, processes, config, store).output().unwrap();
+        assert!(output.status.success(), "{processes} processes: {}", said(&output));
+        Some(said(&output))
+    }
+
+    /// The networks of a store, by their stages.
+    fn networks(store: &Path) -> BTreeMap<String, Network> {
+        let network = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry.unwrap();
+            let network = Network::load(&entry.path().join("network.safetensors"), &Device::Cpu).unwrap().0;
+            (entry.file_name().into_string().unwrap(), network)
+        };
+        std::fs::read_dir(store).unwrap().map(network).collect()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// The distance of two networks' numbers, over their size.
+    fn difference(found: &Network, expected: &Network) -> f64 {
+        let (mut distance, mut size) = (0.0, 0.0);
+        for ((name, found), (_, expected)) in found.tensors().into_iter().zip(expected.tensors()) {
+            assert_eq!(found.dims(), expected.dims(), "{name}");
+            for (a, b) in values(found).into_iter().zip(values(expected)) {
+                distance += f64::from(a - b).powi(2);
+                size += f64::from(b).powi(2);
+            }
+        }
+        (distance / size).sqrt()
+    }
+
+    /// With statistics of whole batches two processes with 8 images each pre-train what one with 16 does, but for the rounding of
+    /// sums in another order: two steps of 27 layers give 1e-6, and where rounding takes a value to the other side of an
+    /// activation's bound 1e-5. (Quantizers have many such bounds; what is compared there are smaller networks, in the tests of
+    /// `train`.) With statistics of their own they give something else. Both say what they do.
+    #[test]
+    fn two_processes_with_half_a_batch_are_as_one() {
+        let place = Place::new();
+        let common = [("sync_norm", true.into())];
+        change(&place, "common.toml", 32, THRESHOLD, &common);
+        change(&place, "own.toml", 32, THRESHOLD, &[]);
+        let Some(told) = run(&place, "2", "common.toml", "two") else { return };
+        assert!(told.contains("2 processes train together: a batch has 16 images, of all of them"), "{told}");
+        assert_eq!(told.matches("pre-train seed 0 …").count(), 1, "one process tells what is done: {told}");
+        let row = || {
+            let rows = report::read_csv(&place.path("results/table3/tiny/table3.csv")).unwrap();
+            assert_eq!(rows.len(), 1);
+            rows.into_iter().next().unwrap()
+        };
+        assert!(row().device.ends_with(", 2 processes"), "{}", row().device);
+        run(&place, "1", "common.toml", "one");
+        assert!(!row().device.contains("processes"), "{}", row().device);
+        let (one, two) = (networks(&place.path("one")), networks(&place.path("two")));
+        assert!(one.len() == 5 && one.keys().eq(two.keys()), "{:?} and {:?}", one.keys(), two.keys());
+        let pretrained = |networks: BTreeMap<String, Network>| {
+            networks.into_iter().find(|(stage, _)| stage.contains("pretrain")).unwrap().1
+        };
+        let (one, two) = (pretrained(one), pretrained(two));
+        assert!(difference(&two, &one) < 1e-4, "{:.1e}", difference(&two, &one));
+
+        let told = run(&place, "2", "own.toml", "own").unwrap();
+        assert!(told.contains("statistics are those of each one's own images"), "{told}");
+        let own = pretrained(networks(&place.path("own")));
+        assert!(difference(&own, &one) > 1e-3, "{:.1e}", difference(&own, &one));
+    }
+
+    /// Waits for a job's end, which must come in time.
+    fn end(mut job: Child) -> Output {
+        let started = Instant::now();
+        while job.try_wait().unwrap().is_none() {
+            if started.elapsed() > MOST {
+                job.kill().unwrap();
+                panic!("the job has not ended within {MOST:?}: {}", said(&job.wait_with_output().unwrap()));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        job.wait_with_output().unwrap()
+    }
+
+    /// The process of that rank among those that mpirun has started.
+    fn process(job: &Child, rank: usize) -> String {
+        let id = job.id();
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+        let is_the_rank = |child: &&str| {
+            let environment = std::fs::read(format!("/proc/{child}/environ")).unwrap_or_default();
+            let wanted = format!("OMPI_COMM_WORLD_RANK={rank}");
+            environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
+        };
+        children.split_whitespace().find(is_the_rank).expect("every rank is a child of mpirun").into()
+    }
+
+    /// One of two processes is killed while they train: the job ends in time and names it, and the same command goes on to the
+    /// bits of a job that was not disturbed.
+    #[test]
+    fn a_job_of_which_a_process_is_killed_ends_and_is_gone_on_with() {
+        let place = Place::new();
+        change(&place, "tiny.toml", 64, 0.05, &[]);
+        place.pretrain_for(40);
+        let store = |name: &str| {
+            let folder = place.path(name);
+            move |part: &str| {
+                let stages = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+                stages.map(|stage| stage.path()).find(|path| path.to_str().unwrap().contains(part))
+            }
+        };
+        if run(&place, "2", "tiny.toml", "undisturbed").is_none() {
+            return;
+        }
+        let epochs = || {
+            let metrics = store("killed")("pretrain").map(|stage| stage.join("metrics.csv"));
+            metrics
+                .and_then(|path| std::fs::read_to_string(path).ok())
+                .map_or(0, |text| text.lines().count() - 1)
+        };
+        for rank in [1, 0] {
+            let before = epochs();
+            let mut command = mpirun().unwrap();
+            command.current_dir(place.root());
+            let mut job = table3(&mut command, "2", "tiny.toml", "killed").spawn().unwrap();
+            while epochs() < before + 3 {
+                assert!(job.try_wait().unwrap().is_none(), "{}", said(&job.wait_with_output().unwrap()));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            let killed = Command::new("kill").args(["-KILL", &process(&job, rank)]).status().unwrap();
+            assert!(killed.success());
+            let output = end(job);
+            let told = format!("{}{}", said(&output), String::from_utf8_lossy(&output.stdout));
+            assert!(!output.status.success() && told.contains(&format!("rank {rank}")), "{told}");
+            assert!(store("killed")("pretrain").unwrap().join("checkpoint.safetensors").exists());
+            assert!(epochs() < 40, "it was killed too late");
+        }
+        let told = run(&place, "2", "tiny.toml", "killed").unwrap();
+        assert!(told.contains("going on from the checkpoint after epoch"), "{told}");
+        for stage in ["pretrain", "prune", "finetune"] {
+            let [found, expected] = ["killed", "undisturbed"].map(|name| store(name)(stage).unwrap());
+            assert_eq!(found.file_name(), expected.file_name());
+            let [found, expected] =
+                [found, expected].map(|folder| std::fs::read(folder.join("network.safetensors")).unwrap());
+            assert!(found == expected, "another network came of {stage}");
+        }
+    }
+
+    /// An error of one process ends the job, and says whose it is.
+    #[test]
+    fn an_error_names_its_rank_and_ends_the_job() {
+        let place = Place::new();
+        change(&place, "other.toml", 48, THRESHOLD, &[]);
+        let Some(mut command) = mpirun() else { return };
+        command.current_dir(place.root());
+        table3(&mut command, "1", "tiny.toml", "runs").arg(":");
+        let job = table3(&mut command, "1", "other.toml", "runs").spawn().unwrap();
+        let output = end(job);
+        let told = said(&output);
+        assert!(!output.status.success(), "{told}");
+        assert!(told.contains("Error: rank 1 of 2: rank 1 has data of the fingerprint"), "{told}");
+    }
+}
