@@ -89,9 +89,13 @@ fn wide_network(last: usize) -> Network {
 
 /// With every kind of quantizer, and so with ranges to carry over.
 fn quantized() -> Network {
+    quantized_with("batch_statistics")
+}
+
+fn quantized_with(fold: &str) -> Network {
     let mut network = network();
     let settings = serde_json::json!({
-        "activations": 4, "weights": 4, "first_layer": 8, "last_layer": 8, "fold": "batch_statistics",
+        "activations": 4, "weights": 4, "first_layer": 8, "last_layer": 8, "fold": fold,
     });
     network.quantize(&serde_json::from_value(settings).unwrap()).unwrap();
     network
