@@ -280,6 +280,10 @@ fn a_workflow_in_pieces_gives_the_bits_of_one() {
         ]
     );
     assert_eq!((outcome.evaluation, outcome.metrics.len()), (expected.evaluation, 2));
+    assert_eq!(
+        (&outcome.low_variance_percent, outcome.low_variance_percent.len()),
+        (&expected.low_variance_percent, 2)
+    );
     let folder_of =
         |root: &Path| Store::new(root).folder(&end, &data.fingerprint).unwrap().join("network.safetensors");
     let network = |root: &Path| Network::load(&folder_of(root), &Device::Cpu).unwrap().0;

@@ -19,7 +19,7 @@ pub const TIME_LIMIT: i32 = 75;
 )]
 pub struct Flags {
     /// Settings to use: quick (about ten minutes on 2 cores), reduced (the real CIFAR-100 with narrow
-    /// networks, hours), full (the full networks, a night), paper (these by the paper's settings) or imagenet (those on ImageNet-1000, for table4); paper on a GPU and quick on a CPU if not given
+    /// networks, hours), full (the full networks, a day), paper (these by the paper's settings) or imagenet (those on ImageNet-1000, for table4); paper on a GPU and quick on a CPU if not given
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub profile: Option<String>,
 

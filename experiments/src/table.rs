@@ -211,7 +211,7 @@ impl Table {
     }
 
     /// The networks that are published of those rows that are done: at all bits of a model ours and that of the method which
-    /// is best of the others by its mean over the seeds, and the float and the pruned network that ours come from.
+    /// is best of the others by its mean over the seeds, with the float networks and the pruned one that these come from.
     fn networks(&self, rows: &[&RowPlan], session: &Session) -> Result<Vec<Pick>> {
         let ends: Vec<Arc<Stage>> = rows.iter().map(|row| row.stage.clone()).collect();
         let fingerprint = session.data.fingerprint();
@@ -238,11 +238,8 @@ impl Table {
                 let others = done.iter().map(|(row, _)| row.method).filter(|method| *method != ours);
                 let best = others.max_by(|a, b| mean(a).total_cmp(&mean(b)));
                 for (row, _) in &done {
-                    if row.method == ours {
-                        picks.extend(before(row));
-                    }
                     if row.method == ours || Some(row.method) == best {
-                        picks.push(end(row));
+                        picks.extend(networks_of(row, row.method == ours));
                     }
                 }
             }
@@ -376,28 +373,23 @@ pub(crate) fn line<'a>(
     Ok(line)
 }
 
-/// The network that a row is about.
-fn end(row: &RowPlan) -> Pick {
+/// The network that a row is about, after the float network that it began with and, for a row of ours, that network right after
+/// the first pruning.
+fn networks_of(row: &RowPlan, is_ours: bool) -> Vec<Pick> {
     let RowPlan { model, bits: (a, w), method, seed, stage } = row;
+    let pick = |name: String, subject: String, seed: u64, stage: &Arc<Stage>| {
+        let name = format!("{}-{name}-seed{seed}", model.version().name());
+        Pick { name, subject, seed, model: *model, stage: stage.clone() }
+    };
+    let lineage = stage.lineage();
+    let began = lineage[0].seed().unwrap_or(*seed);
+    let mut picks = vec![pick("float".into(), "float".into(), began, &lineage[0])];
+    let pruned = lineage.get(1).filter(|stage| is_ours && matches!(stage.kind, StageKind::Prune { .. }));
+    picks.extend(pruned.map(|pruned| pick("pruned".into(), "pruned".into(), began, pruned)));
     let plain = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
-    let name = format!(
-        "{}-a{a}w{w}-{}-seed{seed}",
-        model.version().name(),
-        method.chars().map(plain).collect::<String>()
-    );
-    Pick { name, subject: format!("A{a}/W{w} {method}"), seed: *seed, model: *model, stage: stage.clone() }
-}
-
-/// The float network that a row began with, and that network right after the first pruning, where there is one.
-fn before(row: &RowPlan) -> Vec<Pick> {
-    let lineage = row.stage.lineage();
-    let seed = lineage[0].seed().unwrap_or(row.seed);
-    let pruned = lineage.get(1).filter(|stage| matches!(stage.kind, StageKind::Prune { .. }));
-    let picks = [("float", lineage.first()), ("pruned", pruned)].map(|(subject, stage)| {
-        let name = format!("{}-{subject}-seed{seed}", row.model.version().name());
-        Some(Pick { name, subject: subject.into(), seed, model: row.model, stage: stage?.clone() })
-    });
-    picks.into_iter().flatten().collect()
+    let name = format!("a{a}w{w}-{}", method.chars().map(plain).collect::<String>());
+    picks.push(pick(name, format!("A{a}/W{w} {method}"), *seed, stage));
+    picks
 }
 
 /// What a reader of the table should know: the float networks it began from, and what pruning did.

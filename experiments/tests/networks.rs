@@ -15,8 +15,8 @@ use whole_file::seal;
 const ROWS: &str = "mobilenet_v1,a4w4";
 /// Their networks.
 const NAMES: [&str; 4] = [
-    "mobilenet_v1-a4w4-dfq_with_fine_tune-seed0.safetensors",
     "mobilenet_v1-float-seed0.safetensors",
+    "mobilenet_v1-a4w4-dfq_with_fine_tune-seed0.safetensors",
     "mobilenet_v1-pruned-seed0.safetensors",
     "mobilenet_v1-a4w4-ours-seed0.safetensors",
 ];
@@ -113,7 +113,7 @@ fn networks_of_rows_are_published_with_what_they_are() {
         assert_eq!((row.model.as_str(), row.width, row.seed), ("mobilenet_v1", 0.1, 0));
     }
     // They are those of the table.
-    for (file, method) in [(NAMES[0], "dfq_with_fine_tune"), (OURS, "ours")] {
+    for (file, method) in [(NAMES[1], "dfq_with_fine_tune"), (OURS, "ours")] {
         let (network, row) = (row(place, file), rows.iter().find(|row| row.method == method).unwrap());
         assert_eq!(
             (&network.key, network.top1_percent, network.macs),
@@ -122,7 +122,7 @@ fn networks_of_rows_are_published_with_what_they_are() {
         assert_eq!(network.subject, format!("A4/W4 {method}"));
         assert!(network.settings.contains("\"fine_tune\""), "{}", network.settings);
     }
-    let (float, pruned) = (row(place, NAMES[1]), row(place, NAMES[2]));
+    let (float, pruned) = (row(place, NAMES[0]), row(place, NAMES[2]));
     assert_eq!((float.subject.as_str(), pruned.subject.as_str()), ("float", "pruned"));
     assert_eq!((float.parent, pruned.parent), (None, Some(float.key)));
     assert!(pruned.weights < float.weights);
@@ -152,7 +152,10 @@ fn rows_are_published_as_they_come() {
     let ours = format!("{ROWS},ours");
     place.run(&["--only", &ours]);
     place.run(&["--publish"]);
-    assert_eq!(list(&place).iter().map(|row| row.file.as_str()).collect::<Vec<_>>(), NAMES[1..]);
+    assert_eq!(
+        list(&place).iter().map(|row| row.file.as_str()).collect::<Vec<_>>(),
+        [NAMES[0], NAMES[2], OURS]
+    );
     // A network that the store no longer has whole is not published.
     let path = place.stage(&row(&place, OURS).key).join("network.safetensors");
     let whole = std::fs::read(&path).unwrap();
@@ -182,8 +185,11 @@ fn rows_are_published_as_they_come() {
     place.pretrain_for(2);
     place.run(&["--only", &ours]);
     place.run(&["--only", &ours, "--publish"]);
-    assert_eq!(list(&place).iter().map(|row| row.file.as_str()).collect::<Vec<_>>(), NAMES[1..]);
-    assert!(!networks(&place).join(NAMES[0]).exists() && verify(&place).1);
+    assert_eq!(
+        list(&place).iter().map(|row| row.file.as_str()).collect::<Vec<_>>(),
+        [NAMES[0], NAMES[2], OURS]
+    );
+    assert!(!networks(&place).join(NAMES[1]).exists() && verify(&place).1);
 }
 
 /// With an empty store: a table from the published networks, and a stage of it again.
@@ -289,7 +295,7 @@ fn damaged_networks_are_refused() {
         assert!(text.contains(from), "{text}");
         std::fs::write(path, text.replacen(from, to, 1)).unwrap();
     };
-    let [ours, float] = [row(first(), OURS), row(first(), NAMES[1])];
+    let [ours, float] = [row(first(), OURS), row(first(), NAMES[0])];
     check(&|folder| edit(folder, &ours.key, &float.key), &[OURS, "sha256"]);
     check(&|folder| edit(folder, &ours.key, "0123456789abcdef"), &[OURS, "0123456789abcdef"]);
     // Settings that are not those of the key, sealed.

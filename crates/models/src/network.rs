@@ -370,6 +370,18 @@ impl Network {
         self.nodes.iter_mut().filter_map(Node::unit_mut)
     }
 
+    /// The share, in percent, of the filters with batch normalization whose running variance is below `threshold`; `None` where
+    /// there are no such filters.
+    pub fn low_variance_percent(&self, threshold: f64) -> Result<Option<f64>> {
+        let (mut low, mut all) = (0, 0);
+        for norm in self.units().filter_map(Unit::batch_norm) {
+            let variance = norm.variance.to_vec1::<f32>()?;
+            low += variance.iter().filter(|variance| f64::from(**variance) < threshold).count();
+            all += variance.len();
+        }
+        Ok((all > 0).then(|| 100.0 * low as f64 / all as f64))
+    }
+
     /// The convolution that gives the logits.
     pub fn classifier(&self) -> &Unit {
         self.units().next_back().expect("a network has a classifier")

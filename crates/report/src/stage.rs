@@ -84,6 +84,13 @@ pub struct Epoch {
     /// Top-1 accuracy on the test set, in percent.
     #[serde(deserialize_with = "number")]
     pub test_top1_percent: f64,
+    /// The share, in percent, of the filters whose running variance is below ε after the epoch; NaN where it was not taken.
+    #[serde(skip, default = "unknown")]
+    pub low_variance_percent: f64,
+}
+
+fn unknown() -> f64 {
+    f64::NAN
 }
 
 /// Who made a result.
@@ -155,7 +162,24 @@ pub fn read_stages(folder: &Path) -> Result<Stages> {
     for stage in value.as_array().into_iter().flatten() {
         seal::check(stage).map_err(|problem| damaged(format!("stage {}: {problem}", stage["key"])))?;
     }
-    Ok(Stages { records: serde_json::from_value(value).map_err(json)?, files })
+    Ok(Stages { records: records(value).map_err(json)?, files })
+}
+
+/// Reads stages; what they tell of their epochs in a list of its own goes to these.
+fn records(value: Value) -> serde_json::Result<Vec<StageRecord>> {
+    #[derive(Deserialize)]
+    struct Low {
+        #[serde(default)]
+        low_variance_percent: Vec<Option<f64>>,
+    }
+    let low = Vec::<Low>::deserialize(&value)?;
+    let mut records: Vec<StageRecord> = serde_json::from_value(value)?;
+    for (record, Low { low_variance_percent }) in records.iter_mut().zip(low) {
+        for (epoch, low) in record.metrics.iter_mut().zip(low_variance_percent) {
+            epoch.low_variance_percent = low.unwrap_or(f64::NAN);
+        }
+    }
+    Ok(records)
 }
 
 /// Writes `stages.json`: the stages, and the hashes of the files beside it, `names`, that were made from them. It is written
@@ -385,6 +409,27 @@ pub(crate) mod tests {
             }),
         );
         vec![pretrain, prune]
+    }
+
+    #[test]
+    fn shares_of_low_variance_filters_are_those_of_epochs() {
+        let epoch = |epoch: usize| json!({"epoch": epoch, "train_loss": 1.0, "train_top1_percent": 1.0, "test_loss": 1.0, "test_top1_percent": 1.0});
+        let stage = |low: Option<Value>| {
+            let mut stage = json!({
+                "key": "a", "label": "a", "macs": 1, "weights": 1, "seconds": 1.0, "parent": null, "report": null,
+                "stage": {"pretrain": {}}, "data": {"name": "a", "source": "a"}, "metrics": [epoch(1), epoch(2)],
+                "evaluation": {"loss": 1.0, "top1_percent": 1.0},
+                "provenance": {"command": "a", "git_commit": "a", "device": "a"},
+            });
+            low.into_iter().for_each(|low| stage["low_variance_percent"] = low);
+            stage
+        };
+        let records = records(json!([stage(None), stage(Some(json!([null, 12.5])))])).unwrap();
+        let low = |record: &StageRecord| {
+            record.metrics.iter().map(|of| of.low_variance_percent).collect::<Vec<_>>()
+        };
+        assert!(low(&records[0]).iter().all(|low| low.is_nan()));
+        assert!(low(&records[1])[0].is_nan() && low(&records[1])[1] == 12.5);
     }
 
     #[test]

@@ -93,6 +93,9 @@ pub struct Trained {
     pub network: Network,
     /// Every epoch's metrics, those before an interruption included.
     pub metrics: Vec<EpochMetrics>,
+    /// After every epoch the share, in percent, of the filters whose running variance is below the ε of batch normalization, and
+    /// which PfQ would find at its usual threshold; `None` where there are no such layers, and for epochs of older versions.
+    pub low_variance_percent: Vec<Option<f64>>,
 }
 
 /// Steps between two readings of the loss; on an accelerator each reading waits for the device, which does not wait for
@@ -195,6 +198,8 @@ pub(crate) struct State {
     velocities: Velocities,
     /// Of the epochs that have been evaluated.
     metrics: Vec<EpochMetrics>,
+    /// Of the same epochs.
+    low_variance_percent: Vec<Option<f64>>,
 }
 
 /// What training gave in an epoch: [`EpochMetrics`] without those of the evaluation.
@@ -205,11 +210,14 @@ pub(crate) struct TrainedEpoch {
     train_loss: f64,
     train_top1_percent: f64,
     seconds: f64,
+    #[serde(default)]
+    low_variance_percent: Option<f64>,
 }
 
 impl State {
     fn new(network: Network) -> Result<Self> {
-        Ok(Self { velocities: Velocities::zeros(&network)?, network, metrics: Vec::new() })
+        let velocities = Velocities::zeros(&network)?;
+        Ok(Self { velocities, network, metrics: Vec::new(), low_variance_percent: Vec::new() })
     }
 
     /// Trains to the end; `trained` is an epoch that is still to be evaluated. What comes of it is kept where this process has
@@ -241,7 +249,8 @@ impl State {
             limit.inspect(|limit| limit.note(started.elapsed()));
             observe(Progress::Epoch { epochs, metrics });
         }
-        Ok(Trained { network: self.network, metrics: self.metrics })
+        let Self { network, metrics, low_variance_percent, .. } = self;
+        Ok(Trained { network, metrics, low_variance_percent })
     }
 
     fn epoch(
@@ -299,6 +308,7 @@ impl State {
             train_loss: means.loss,
             train_top1_percent: means.top1_percent,
             seconds: started.elapsed().as_secs_f64(),
+            low_variance_percent: self.network.low_variance_percent(self.network.epsilon)?,
         })
     }
 
@@ -310,7 +320,8 @@ impl State {
         run: Option<&TrainingRun>,
         feed: &mut Feed,
     ) -> Result<EpochMetrics> {
-        let TrainedEpoch { epoch, rate, train_loss, train_top1_percent, seconds } = trained;
+        let TrainedEpoch { epoch, rate, train_loss, train_top1_percent, seconds, low_variance_percent } =
+            trained;
         let started = Instant::now();
         let Evaluation { loss, top1_percent } = evaluate_on(&self.network, feed, work.ranks)?;
         if !loss.is_finite() {
@@ -326,7 +337,10 @@ impl State {
             seconds: seconds + started.elapsed().as_secs_f64(),
         };
         self.metrics.push(metrics);
-        run.map_or(Ok(()), |run| write_metrics(&self.metrics, &run.folder.join("metrics.csv")))?;
+        self.low_variance_percent.push(low_variance_percent);
+        if let Some(run) = run {
+            write_metrics(&self.metrics, &self.low_variance_percent, &run.folder.join("metrics.csv"))?;
+        }
         Ok(metrics)
     }
 
@@ -352,6 +366,7 @@ impl State {
             extras.tensors.insert(velocity_name(parameter), velocity.clone());
         }
         extras.metadata.insert("metrics".into(), json(&self.metrics));
+        extras.metadata.insert("low_variance_percent".into(), json(&self.low_variance_percent));
         if let Some(trained) = trained {
             extras.metadata.insert("trained".into(), json(&trained));
         }
@@ -369,7 +384,12 @@ impl State {
             fail(format!("its metrics can't be read ({e}); delete the file to begin anew"))
         };
         let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
-        let metrics = serde_json::from_str(metrics).map_err(unreadable)?;
+        let metrics: Vec<EpochMetrics> = serde_json::from_str(metrics).map_err(unreadable)?;
+        // Older checkpoints lack them.
+        let low = extras.metadata.get("low_variance_percent").map(|text| serde_json::from_str(text));
+        let mut low_variance_percent: Vec<Option<f64>> =
+            low.transpose().map_err(unreadable)?.unwrap_or_default();
+        low_variance_percent.resize(metrics.len(), None);
         let trained = extras.metadata.get("trained").map(|text| serde_json::from_str(text));
         let trained = trained.transpose().map_err(unreadable)?;
         let mut velocities = BTreeMap::new();
@@ -378,7 +398,7 @@ impl State {
             let missing = || fail(format!("lacks {name}; delete the file to begin the run anew"));
             velocities.insert(parameter.name, extras.tensors.remove(&name).ok_or_else(missing)?);
         }
-        Ok((Self { network, velocities: Velocities(velocities), metrics }, trained))
+        Ok((Self { network, velocities: Velocities(velocities), metrics, low_variance_percent }, trained))
     }
 
     /// The state that the run's checkpoint holds, and the epoch that is still to be evaluated; `None` if there is no
@@ -426,11 +446,16 @@ fn velocity_name(parameter: &str) -> String {
     format!("velocity.{parameter}")
 }
 
-fn write_metrics(metrics: &[EpochMetrics], path: &Path) -> Result<()> {
+/// Writes a line for every epoch: its metrics, and then its share of low-variance filters.
+fn write_metrics(metrics: &[EpochMetrics], low_variance_percent: &[Option<f64>], path: &Path) -> Result<()> {
     let fail = |problem: String| Error::File { path: path.display().to_string(), problem };
+    #[derive(Serialize)]
+    struct Low {
+        low_variance_percent: Option<f64>,
+    }
     let mut writer = csv::Writer::from_writer(Vec::new());
-    for row in metrics {
-        writer.serialize(row).map_err(|e| fail(e.to_string()))?;
+    for (row, &low_variance_percent) in metrics.iter().zip(low_variance_percent) {
+        writer.serialize((row, Low { low_variance_percent })).map_err(|e| fail(e.to_string()))?;
     }
     let text = writer.into_inner().map_err(|e| fail(e.to_string()))?;
     whole_file::write(path, text).map_err(|e| fail(e.to_string()))

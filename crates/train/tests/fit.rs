@@ -662,6 +662,24 @@ fn it_learns() {
     let rows: Vec<EpochMetrics> = reader.deserialize().collect::<Result<_, _>>().unwrap();
     assert_eq!(rows, trained.metrics, "metrics.csv");
     assert_eq!(text.lines().count(), 1 + 6, "a heading and a line for every epoch");
+    assert!(text.starts_with("epoch,") && text.contains(",low_variance_percent\n"), "{text}");
+    // Nothing decays to a constant in so few steps.
+    assert_eq!(trained.low_variance_percent, [Some(0.0); 6]);
+    let [highest, median] = [1.0, 0.5].map(|factor| {
+        let mut all: Vec<f32> = Vec::new();
+        for norm in trained.network.units().filter_map(models::Unit::batch_norm) {
+            all.extend(norm.variance.to_vec1::<f32>().unwrap());
+        }
+        all.sort_by(f32::total_cmp);
+        all[(factor * (all.len() - 1) as f64) as usize]
+    });
+    let share = |threshold: f32| trained.network.low_variance_percent(threshold.into()).unwrap().unwrap();
+    assert!(
+        share(f32::INFINITY) == 100.0
+            && share(highest) < 100.0
+            && share(median) <= 50.0
+            && share(median) > 30.0
+    );
 }
 
 /// Reading a loss waits for an accelerator, so that losses are read every 20 steps and at the end of an epoch only.

@@ -55,6 +55,10 @@ pub struct Outcome {
     pub seconds: f64,
     /// Of every epoch, for stages that train.
     pub metrics: Vec<EpochMetrics>,
+    /// After every epoch the share, in percent, of the filters whose running variance is below ε; stages of older versions, and
+    /// those that do not train, have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub low_variance_percent: Vec<Option<f64>>,
     /// What a stage without training reports about its work.
     pub report: Option<Value>,
     /// What each layer of its report is: `full`, `depthwise` or `pointwise`.

@@ -391,6 +391,7 @@ impl Store {
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let mut ranges = Ranges::default();
+        let mut low_variance_percent = Vec::new();
         let (network, metrics, report) = match &stage.kind {
             StageKind::Given { hash } => {
                 let expected = format!("{hash:032x}");
@@ -402,6 +403,7 @@ impl Store {
             }
             StageKind::Pretrain { network, training, seed } => {
                 let trained = train(network.init(*seed, device)?, None, training, *seed, observe)?;
+                low_variance_percent = trained.low_variance_percent;
                 (trained.network, trained.metrics, None)
             }
             StageKind::FineTune { quantization, training, seed } => {
@@ -409,6 +411,7 @@ impl Store {
                 network.quantize(quantization)?;
                 ranges.add("start", &network)?;
                 let trained = train(network, parent_network.as_deref(), training, *seed, observe)?;
+                low_variance_percent = trained.low_variance_percent;
                 (trained.network, trained.metrics, None)
             }
             // Many small results of weights alone, each of which decides on the next: on a CPU wherever images are.
@@ -462,6 +465,7 @@ impl Store {
             weights: network.weights(),
             seconds,
             metrics,
+            low_variance_percent,
             layers: match report {
                 Some(_) => {
                     network.layers().into_iter().map(|layer| (layer.name, layer.kind.into())).collect()

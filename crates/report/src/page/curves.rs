@@ -100,13 +100,16 @@ fn drawing(what: &str, seeds: &Seeds) -> Markup {
         Some(format!("seed {seed}: test loss {:.3}, top-1 {:.2} %", of.test_loss, of.test_top1_percent))
     };
     let ends: Vec<String> = seeds.iter().filter_map(last).collect();
+    let mut lows = seeds.iter().flat_map(|(_, epochs)| epochs.iter().map(|of| of.low_variance_percent));
+    let (high, low) = if lows.any(f64::is_finite) { (362.0, true) } else { (246.0, false) };
     let label = format!("{what}: loss and top-1 by epoch. After epoch {epochs}, {}", ends.join("; "));
     html! {
-        svg viewBox={ "0 0 " (WIDE) " 246" } role="img" aria-label=(label) {
+        svg viewBox={ "0 0 " (WIDE) " " (high) } role="img" aria-label=(label) {
             (panel(20.0, "loss", seeds, epochs, |of| (of.train_loss, of.test_loss), None))
             (panel(136.0, "top-1, %", seeds, epochs, |of| (of.train_top1_percent, of.test_top1_percent), Some(0.0)))
-            text.soft x=(LEFT) y="242" { "epoch 1" }
-            text.soft.end x=(RIGHT) y="242" { (epochs) }
+            @if low { (panel(252.0, "filters with V < ε, %", seeds, epochs, |of| (f64::NAN, of.low_variance_percent), Some(0.0))) }
+            text.soft x=(LEFT) y=(high - 4.0) { "epoch 1" }
+            text.soft.end x=(RIGHT) y=(high - 4.0) { (epochs) }
         }
     }
 }
@@ -196,6 +199,13 @@ mod tests {
             text.contains("MobileNetV2 ×0.25") && text.contains("seed 1: test loss NaN, top-1 24.00 %"),
             "{text}"
         );
+        // Where it was taken, the share of low-variance filters is drawn below.
+        assert!(text.contains("viewBox=\"0 0 300 246\"") && !text.contains("V &lt; ε"), "{text}");
+        let mut low = stages.clone();
+        low[0].metrics.iter_mut().zip([0.0, 12.5]).for_each(|(of, low)| of.low_variance_percent = low);
+        let text = of(&low).into_string();
+        assert!(text.contains("viewBox=\"0 0 300 362\"") && text.contains("V &lt; ε"), "{text}");
+        assert_eq!(text.matches("<polyline class=\"test\"").count(), 3);
         let mut short = stages.clone();
         short.iter_mut().for_each(|stage| stage.metrics.truncate(1));
         let text = of(&short).into_string();
