@@ -128,6 +128,7 @@ mod together {
             rows.into_iter().next().unwrap()
         };
         assert!(row().device.ends_with(", 2 processes"), "{}", row().device);
+        assert_eq!(row().batch, Some(16), "that of both");
         run(&place, "1", "common.toml", "one");
         assert!(!row().device.contains("processes"), "{}", row().device);
         let (one, two) = (networks(&place.path("one")), networks(&place.path("two")));
