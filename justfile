@@ -82,7 +82,7 @@ bench-cuda *flags:
 
 # Two processes that train together; needs Open MPI and libclang (docs/cluster.md)
 test-mpi *flags:
-    cargo test --workspace --features experiments/mpi --test mpi {{flags}}
+    cargo test --workspace --features experiments/mpi --test mpi --test slurm together {{flags}}
 
 # Licences, sources and versions of the dependencies, by deny.toml
 deny:
