@@ -80,6 +80,10 @@ test-cuda-software *flags:
 bench-cuda *flags:
     scripts/cuda-toolchain run cargo run --release -p experiments --features cuda --bin bench_pytorch -- --device cuda {{flags}}
 
+# Two processes that train together; needs Open MPI and libclang (docs/cluster.md)
+test-mpi *flags:
+    cargo test --workspace --features experiments/mpi --test mpi --test slurm together {{flags}}
+
 # Licences, sources and versions of the dependencies, by deny.toml
 deny:
     scripts/cargo-deny

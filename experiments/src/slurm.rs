@@ -14,8 +14,11 @@ const HEAD: &str = r##"#!/bin/bash
 # Submits the stages that are left to Slurm. Run it in the folder where the program was asked for its plan, with the
 # options that sbatch needs, such as
 #   bash THIS_SCRIPT --partition=PARTITION --cpus-per-task=2 --time=4:00:00
+# LAUNCH starts the program in each job, where several processes are to train together, such as
+#   LAUNCH="srun --mpi=pmix --kill-on-bad-exit=1" bash THIS_SCRIPT --ntasks=8
 set -euo pipefail
 options=("$@")
+launch=(${LAUNCH:-})
 program=(@PROGRAM@)
 jobs=()
 
@@ -28,7 +31,7 @@ array() {
 #!/bin/bash
 keys=($*)
 key=\${keys[SLURM_ARRAY_TASK_ID]}
-$(printf '%q ' "${program[@]}") \${key:+--stage "\$key"} && exit
+$(printf '%q ' "${launch[@]}" "${program[@]}") \${key:+--stage "\$key"} && exit
 status=\$?
 # Its --time-limit ended it, and it goes on from its checkpoint.
 [ \$status != @TIME_LIMIT@ ] || exec scontrol requeue "\${SLURM_ARRAY_JOB_ID}_\$SLURM_ARRAY_TASK_ID"

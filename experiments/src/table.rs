@@ -318,6 +318,7 @@ impl Table {
             weight_bits: planned.bits.1,
             method: planned.method.into(),
             seed: planned.seed,
+            batch: planned.stage.lineage().iter().rev().find_map(|stage| Some(stage.training()?.batch)),
             top1_percent: last.evaluation.top1_percent,
             macs: last.macs,
             weights_pruned_percent: report::pruned_percent(first.weights, last.weights),

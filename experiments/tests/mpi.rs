@@ -128,6 +128,7 @@ mod together {
             rows.into_iter().next().unwrap()
         };
         assert!(row().device.ends_with(", 2 processes"), "{}", row().device);
+        assert_eq!(row().batch, Some(16), "that of both");
         run(&place, "1", "common.toml", "one");
         assert!(!row().device.contains("processes"), "{}", row().device);
         let (one, two) = (networks(&place.path("one")), networks(&place.path("two")));
@@ -175,7 +176,7 @@ mod together {
     fn a_job_of_which_a_process_is_killed_ends_and_is_gone_on_with() {
         let place = Place::new();
         change(&place, "tiny.toml", 64, 0.05, &[]);
-        place.pretrain_for(40);
+        place.pretrain_for(20);
         let store = |name: &str| {
             let folder = place.path(name);
             move |part: &str| {
@@ -207,7 +208,7 @@ mod together {
             let told = format!("{}{}", said(&output), String::from_utf8_lossy(&output.stdout));
             assert!(!output.status.success() && told.contains(&format!("rank {rank}")), "{told}");
             assert!(store("killed")("pretrain").unwrap().join("checkpoint.safetensors").exists());
-            assert!(epochs() < 40, "it was killed too late");
+            assert!(epochs() < 20, "it was killed too late");
         }
         let told = run(&place, "2", "tiny.toml", "killed").unwrap();
         assert!(told.contains("going on from the checkpoint after epoch"), "{told}");
@@ -217,6 +218,23 @@ mod together {
             let [found, expected] =
                 [found, expected].map(|folder| std::fs::read(folder.join("network.safetensors")).unwrap());
             assert!(found == expected, "another network came of {stage}");
+        }
+    }
+
+    /// All processes end together where the time limit stops them, with the exit code that says that something is left.
+    #[test]
+    fn a_time_limit_ends_the_job_after_an_epoch() {
+        let place = Place::new();
+        place.pretrain_for(2);
+        for (code, told) in [(75, "stopped after epoch 1 of 2"), (75, "after epoch 1\n"), (0, "")] {
+            let Some(mut command) = mpirun() else { return };
+            command.current_dir(place.root());
+            let limit = if code == 75 { "0.00001" } else { "60" };
+            let output =
+                table3(&mut command, "2", "tiny.toml", "runs").args(["--time-limit", limit]).output();
+            let output = output.unwrap();
+            assert_eq!(output.status.code(), Some(code), "{}", said(&output));
+            assert!(said(&output).contains(told), "{}", said(&output));
         }
     }
 

@@ -87,6 +87,7 @@ fn all_tables(folder: &Path) {
                 weight_bits: of.weight_bits,
                 method: of.method.clone(),
                 seed,
+                batch: Some(64),
                 top1_percent: 0.5 * of.top1_percent + (seed as f64 * 1.7 + of.top1_percent * 7.3) % 1.0,
                 macs: (of.mac_millions * 1e6) as u64,
                 weights_pruned_percent: if of.method == "original" { 0.0 } else { 33.3 },

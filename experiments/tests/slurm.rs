@@ -83,13 +83,13 @@ impl Slurm {
         }
     }
 
-    /// Submits what is left of Table 3, in `folder`. What the script said.
-    fn submit(&self, folder: &Path) -> String {
+    /// Submits what is left of Table 3, in `folder`, started by `launch`. What the script said.
+    fn submit(&self, folder: &Path, launch: &str) -> String {
         let script = table3(folder, &["--plan", "--format", "slurm"]);
         std::fs::write(folder.join("submit.sh"), script).unwrap();
-        let output =
-            self.command("bash").current_dir(folder).args(["submit.sh", "--output=%A_%a.log"]).output();
-        let output = output.unwrap();
+        let mut command = self.command("bash");
+        command.current_dir(folder).env("LAUNCH", launch).args(["submit.sh", "--output=%A_%a.log"]);
+        let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     }
@@ -126,6 +126,13 @@ fn table3(folder: &Path, flags: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// What the jobs said.
+fn logs(folder: &Path) -> String {
+    let files = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    files.map(|path| std::fs::read_to_string(path).unwrap()).collect()
+}
+
 /// The rows, without the time that they took.
 fn rows(folder: &Path) -> Vec<Row> {
     let rows = report::read_csv(&folder.join("results/table3/tiny/table3.csv")).unwrap();
@@ -150,7 +157,7 @@ fn a_table_runs_as_jobs_and_survives_that_one_is_killed() {
     table3(undisturbed.path(), &[]);
 
     // Pre-training; both methods' first step; their second; Algorithm 1's second step and third; the table.
-    let said = slurm.submit(place.path());
+    let said = slurm.submit(place.path(), "");
     let names: Vec<&str> = said.lines().map(|line| line.split_once(": ").unwrap().1).collect();
     assert_eq!(names.first(), Some(&"table3-1"), "{said}");
     assert_eq!(names.last(), Some(&"table3"), "{said}");
@@ -170,12 +177,34 @@ fn a_table_runs_as_jobs_and_survives_that_one_is_killed() {
     assert!((4..100).contains(&begun), "{begun} epochs");
     assert!(!place.path().join("results").exists());
 
-    slurm.submit(place.path());
+    slurm.submit(place.path(), "env -u NOTHING");
     slurm.wait_for_all_jobs();
-    let logs = std::fs::read_dir(place.path()).unwrap().flatten().map(|entry| entry.path());
-    let logs = logs.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
-    let logs: String = logs.map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    let logs = logs(place.path());
     assert!(logs.contains("going on from the checkpoint"), "{logs}");
     assert_eq!(rows(place.path()), rows(undisturbed.path()), "{logs}");
     assert!(table3(place.path(), &["--plan"]).contains("7 of 7 stages done"));
+}
+
+/// Each job is one of two processes of MPI.
+#[test]
+#[cfg(feature = "mpi")]
+fn jobs_of_two_processes_train_together() {
+    let Some(slurm) = Slurm::start() else { return };
+    if program("mpirun").is_none() {
+        return eprintln!("SKIPPED: mpirun is not installed (openmpi-bin of Debian)");
+    }
+    let place = tempfile::tempdir().unwrap();
+    tiny::write_profile(place.path());
+    let launch = "env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 RAYON_NUM_THREADS=1 \
+                  OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_mpi_yield_when_idle=1 \
+                  mpirun --oversubscribe --bind-to none -n 2";
+    slurm.submit(place.path(), launch);
+    slurm.wait_for_all_jobs();
+    let logs = logs(place.path());
+    assert!(table3(place.path(), &["--plan"]).contains("7 of 7 stages done"), "{logs}");
+    let rows = rows(place.path());
+    assert!(
+        rows.len() == 2 && rows.iter().all(|row| row.device.ends_with(", 2 processes")),
+        "{rows:?}: {logs}"
+    );
 }

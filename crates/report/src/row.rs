@@ -29,6 +29,9 @@ pub struct Row {
     pub method: String,
     /// The seed of everything random in the run.
     pub seed: u64,
+    /// Images a step of the last training, of all processes that train together; none in older files.
+    #[serde(default)]
+    pub batch: Option<usize>,
     /// Top-1 accuracy on the test images, in percent.
     pub top1_percent: f64,
     /// Multiply-accumulates of one image.

@@ -30,6 +30,7 @@ fn row(
         weight_bits: bits.1,
         method: method.into(),
         seed,
+        batch: Some(64),
         top1_percent,
         macs,
         weights_pruned_percent: if method == "original" { 0.0 } else { 30.0 + seed as f64 },

@@ -33,6 +33,7 @@ fn run(number: usize, seeds: u64) -> TableResults {
             weight_bits: of.weight_bits,
             method: of.method.clone(),
             seed,
+            batch: Some(64),
             top1_percent: of.top1_percent + 0.01 * seed as f64,
             macs: (of.mac_millions * 1e6) as u64,
             weights_pruned_percent: 0.0,

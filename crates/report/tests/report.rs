@@ -20,6 +20,7 @@ fn row(model: &str, bits: u32, method: &str, seed: u64, top1_percent: f64) -> Ro
         weight_bits: bits,
         method: method.into(),
         seed,
+        batch: Some(64),
         top1_percent,
         macs: if method == "ours" { 92_400_000 } else { 147_240_000 },
         weights_pruned_percent: if method == "ours" { 35.74 } else { 0.0 },
