@@ -233,7 +233,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
     text += &format!(
         "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
          quantized on one grid for each layer; the signal-to-noise ratio is that of the weights that stay, on the layer's \
-         grid before and after. Medians over the layers, and in how many layers a value changes by more than a tenth (1 dB). \
+         grid before and after. Medians over the layers that have a value, and in how many of them it changes by more than a tenth (1 dB). \
          Gradients are those of the weights that stay, in one step with the batch's statistics and activations of 4 bits, beside \
          the same step without quantization. Gradients and ranges of outputs are those over the first {} test images.\n\n",
         profile.name,
@@ -244,14 +244,16 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         let model = config.version.name();
         let mut line =
             |what: &str, of: &dyn Fn(&PremiseRow) -> (f64, f64), changes: &dyn Fn(f64, f64) -> bool| {
-                let (before, after): (Vec<f64>, Vec<f64>) = rows.iter().map(of).unzip();
+                // A block that is dead has no gradient, and so no noise of it.
+                let both = rows.iter().map(of).filter(|(a, b)| !a.is_nan() && !b.is_nan());
+                let (before, after): (Vec<f64>, Vec<f64>) = both.unzip();
                 let changed = before.iter().zip(&after).filter(|(a, b)| changes(**a, **b)).count();
                 text += &format!(
                     "| {model} ×{} | {what} | {:.2} | {:.2} | {changed} of {} |\n",
                     config.width,
-                    median(before),
-                    median(after),
-                    rows.len()
+                    median(&before),
+                    median(&after),
+                    before.len()
                 );
             };
         let tenth = |a: f64, b: f64| (a - b).abs() > 0.1 * a.abs().max(b.abs());
@@ -307,9 +309,11 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
     Ok(text)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// The upper of two; NaN of none.
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 #[cfg(test)]
