@@ -45,12 +45,10 @@ pub enum Error {
         what: &'static str,
     },
     /// Numbers may not fit.
-    #[error("{place}: numbers of {bits} bits and a sign may not do")]
+    #[error("{place}: sums may need more than 32 bits, or steps, γ or β are not finite")]
     Range {
         /// The node.
         place: String,
-        /// How many there are.
-        bits: u32,
     },
     /// Images of another size.
     #[error("images of the shape {found:?}: expected [N, {0}, {1}, {2}]", expected[0], expected[1], expected[2])]
@@ -303,7 +301,7 @@ impl Convolution {
             let ratios = [x.step * step, x.step * offset, x.offset * step, x.offset * offset];
             let most = [x.most() * sizes[filter], x.most() * taps, sizes[filter], taps];
             if most.iter().any(|&most| most >= 2f64.powi(31)) {
-                return Err(Error::Range { place: place.into(), bits: 31 });
+                return Err(Error::Range { place: place.into() });
             }
             let added = (f64::from(shift[filter]) - output.offset) / output.step;
             Rescale::new(ratios.map(|ratio| ratio * factor), added, most, place)

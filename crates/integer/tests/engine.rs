@@ -66,6 +66,20 @@ fn logits_are_those_of_the_simulation() {
     }
 }
 
+/// Weight decay leaves layers whose outputs have next to no range, so that whatever comes out of the convolution is many times as
+/// large: it is cut off, as in the simulation.
+#[test]
+fn dead_layers_saturate() {
+    for highest in [1e-12, 1e-30] {
+        let mut network = network(Version::V2, &settings(4, Method::Uniform), false);
+        let unit = network.units_mut().find(|unit| unit.name == "blocks.3.depthwise").unwrap();
+        unit.output_quantizer.as_mut().unwrap().set_range(0.0, highest).unwrap();
+        let differences = differences(&network);
+        let (half, most) = (differences[differences.len() / 2], differences[differences.len() - 1]);
+        assert!(half < 1e-4 && most < 0.1, "{highest}: {half:e} half, {most:e} at most");
+    }
+}
+
 #[test]
 fn what_is_float_is_named() {
     let float = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
