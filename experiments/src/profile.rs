@@ -362,11 +362,12 @@ mod tests {
         }
     }
 
-    /// It is `fair` but for width, length and arithmetic.
+    /// It is `fair` but for width, length, decay and arithmetic.
     #[test]
     fn full_networks_are_trained_as_fair_ones() {
         let mut full = Profile::named("full").unwrap();
-        let fair = Profile::parse(include_str!("../profiles/fair.toml")).unwrap();
+        let mut fair = Profile::parse(include_str!("../profiles/fair.toml")).unwrap();
+        fair.networks.values_mut().for_each(|network| network.weight_decay = None);
         full.name = fair.name.clone();
         full.seeds = fair.seeds.clone();
         full.networks.values_mut().for_each(|network| network.width = 0.25);

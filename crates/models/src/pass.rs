@@ -272,7 +272,7 @@ impl Unit {
         step: Step<'_>,
     ) -> Result<(Output, UnitRecord)> {
         if let Some(quantizer) = &mut self.weight_quantizer {
-            quantizer.settle(&self.weight, step.range_momentum)?;
+            quantizer.settle(&self.weight)?;
         }
         let float = self.float_convolution(&x, epsilon, step)?;
         let weight = match &float {
@@ -442,7 +442,7 @@ fn train_quantizer(
     let floats = y.to_float()?;
     match quantizer.tracks_extremes() {
         true => quantizer.observe(|| step.extremes(quantize::min_max(&floats)?), step.range_momentum)?,
-        false => quantizer.settle(&floats, step.range_momentum)?,
+        false => quantizer.settle(&floats)?,
     }
     let (y, quantized) = quantizer.forward(&floats)?;
     Ok((FeatureMap::Float(y), Some(quantized)))

@@ -88,14 +88,14 @@ trait Scheme: Debug + Sync {
         true
     }
 
-    /// Sets the scheme's tensors, in place, from the first tensor that it quantizes.
+    /// Sets the scheme's tensors, in place, from the first tensor that it quantizes. Not called where [`Scheme::grid`] has
+    /// a range that is observed.
     fn start(&self, _own: &[Tensor], _x: &Tensor, _bits: Bits) -> Result<()> {
         Ok(())
     }
 
-    /// Before a later training step quantizes `x`: moves averages by `momentum` of the distance, and brings back what
-    /// a step of the optimizer took out of its range, in place.
-    fn update(&self, _own: &[Tensor], _x: &Tensor, _momentum: f64) -> Result<()> {
+    /// Before a later training step: brings back, in place, what a step of the optimizer took out of its range.
+    fn project(&self, _own: &[Tensor]) -> Result<()> {
         Ok(())
     }
 
@@ -209,7 +209,7 @@ impl Quantizer {
         };
         let mut quantizer = Self::carried_over(old, bits, scheme, weight.device())?;
         if !quantizer.ready {
-            quantizer.settle(weight, 1.0)?;
+            quantizer.settle(weight)?;
         }
         Ok(quantizer)
     }
@@ -328,10 +328,11 @@ impl Quantizer {
         Ok(())
     }
 
-    /// Before a training step quantizes `x`: sets the scheme's tensors the first time, and updates them from then on.
-    pub(crate) fn settle(&mut self, x: &Tensor, momentum: f64) -> Result<()> {
+    /// Before a training step quantizes `x`: sets the scheme's tensors the first time, and from then on brings them back
+    /// to where they may be. Ranges that follow extremes are observed instead.
+    pub(crate) fn settle(&mut self, x: &Tensor) -> Result<()> {
         match self.ready {
-            true => self.scheme.update(&self.tensors, x, momentum)?,
+            true => self.scheme.project(&self.tensors)?,
             false => self.scheme.start(&self.tensors, x, self.bits)?,
         }
         self.ready = true;

@@ -57,7 +57,7 @@ impl Scheme for Soft {
         Ok(own[1].slice_set(&(own[1].zeros_like()? + FIRST_SOFTNESS)?, 0, 0)?)
     }
 
-    fn update(&self, own: &[Tensor], _: &Tensor, _: f64) -> Result<()> {
+    fn project(&self, own: &[Tensor]) -> Result<()> {
         Ok(dsq::project(&own[0], &own[1])?)
     }
 

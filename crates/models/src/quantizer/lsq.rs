@@ -71,7 +71,7 @@ impl Scheme for Lsq {
         Ok(())
     }
 
-    fn update(&self, own: &[Tensor], _: &Tensor, _: f64) -> Result<()> {
+    fn project(&self, own: &[Tensor]) -> Result<()> {
         Ok(lsq::project(&own[0])?)
     }
 

@@ -36,7 +36,7 @@ impl Scheme for Clip {
     }
 
     /// α is never negative.
-    fn update(&self, own: &[Tensor], _: &Tensor, _: f64) -> Result<()> {
+    fn project(&self, own: &[Tensor]) -> Result<()> {
         Ok(own[0].slice_set(&own[0].relu()?, 0, 0)?)
     }
 

@@ -63,17 +63,6 @@ impl Scheme for Uniform {
         }
     }
 
-    fn start(&self, own: &[Tensor], x: &Tensor, _: Bits) -> Result<()> {
-        self.update(own, x, 1.0)
-    }
-
-    fn update(&self, own: &[Tensor], x: &Tensor, momentum: f64) -> Result<()> {
-        for range in own {
-            quantize::update_range(range, &quantize::min_max(x)?, momentum)?;
-        }
-        Ok(())
-    }
-
     fn by(&self, own: &[Tensor], x: &Tensor) -> Result<Vec<Tensor>> {
         match self {
             Self::Tracked => Ok(own.to_vec()),
