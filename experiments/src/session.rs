@@ -241,9 +241,10 @@ impl Session {
         ));
     }
 
-    /// The folder of the results called `name`.
+    /// The folder of the results called `name`. Networks for which training images were held out are beside the profile's others.
     pub fn folder(&self, name: &str) -> PathBuf {
-        self.out.join(name).join(&self.profile.name)
+        let held_out = name == networks::FOLDER && self.profile.data.hold_out.is_some();
+        self.out.join(name).join(format!("{}{}", self.profile.name, if held_out { "_holdout" } else { "" }))
     }
 
     /// Checks, before anything runs, that the results called `name` can be written and do not take the place of those

@@ -230,6 +230,24 @@ fn a_table_is_drawn_and_a_stage_repeated_without_pre_training() {
     assert_eq!(place.rows().len(), 3);
 }
 
+/// Those for which training images are held out do not take the place of the profile's others.
+#[test]
+fn networks_of_other_images_have_a_folder_of_their_own() {
+    let place = elsewhere();
+    let path = place.path("tiny.toml");
+    let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+    profile["data"].as_table_mut().unwrap().insert("hold_out".into(), 8.into());
+    std::fs::write(path, profile.to_string()).unwrap();
+    let ours = format!("{ROWS},ours");
+    place.run(&["--only", &ours]);
+    place.run(&["--only", &ours, "--publish"]);
+    let held_out = report::read_networks(&place.path("results/networks/tiny_holdout")).unwrap();
+    assert_eq!(held_out.iter().map(|row| row.file.as_str()).collect::<Vec<_>>(), [NAMES[0], NAMES[2], OURS]);
+    assert!(held_out.iter().all(|row| row.dataset.ends_with("_holdout")));
+    let (text, well) = verify(&place);
+    assert!(well && text.contains("7 published networks evaluated, every figure found again"), "{text}");
+}
+
 #[test]
 fn every_published_figure_is_found_again() {
     let (text, well) = verify(first());

@@ -137,6 +137,19 @@ fn an_interrupted_run_goes_on_to_the_same_network() {
     assert!(pfq(&["verify", "runs"]).contains("nothing wrong"));
 }
 
+/// What is chosen with such settings is not chosen on the test images.
+#[test]
+fn images_that_settings_hold_out_stand_in_for_the_test_images() {
+    let folder = place();
+    let path = folder.path().join("tiny.toml");
+    let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
+    profile["data"].as_table_mut().unwrap().insert("hold_out".into(), 9.into());
+    std::fs::write(path, profile.to_string()).unwrap();
+    let (_, told) = succeeded(tune(folder.path(), &["--bits", "a4w4", "--method", "once"]).output().unwrap());
+    assert!(told.contains("9 training images held out as test"), "{told}");
+    assert!(told.contains("27 training, 9 test images"), "{told}");
+}
+
 #[test]
 fn other_methods_tune_too() {
     let folder = place();

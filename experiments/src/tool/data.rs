@@ -25,7 +25,7 @@ pub(super) struct Wanted<'a> {
     pub limits: [Option<usize>; 2],
     /// Of pictures, the share that may be damaged, in percent.
     pub bad_percent: f64,
-    /// How much of CIFAR-100 is taken, and how pictures are cropped.
+    /// How much of CIFAR-100 is taken, which training images stand in for the test set, and how pictures are cropped.
     pub settings: Option<&'a DataSettings>,
 }
 
@@ -53,7 +53,7 @@ pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>
     let settings = DataSettings {
         train_images: of_cifar(train, |settings| settings.train_images),
         test_images: of_cifar(test, |settings| settings.test_images),
-        hold_out: None,
+        hold_out: settings.and_then(|settings| settings.hold_out),
         imagenet,
     };
     let mut data = session::load(place, &settings, &mut Display::new());
