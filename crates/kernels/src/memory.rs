@@ -6,28 +6,29 @@
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[allow(unsafe_code)]
 pub fn keep_pages() {
-    // SAFETY: mallopt and sbrk take plain numbers; malloc's block is freed once; madvise is a hint about addresses of the
-    // heap, which the caller lets nothing else grow meanwhile.
+    // SAFETY: mallopt takes plain numbers; madvise is a hint about addresses of malloc's block, which is freed once.
     unsafe {
         // No separate mapping for large blocks, no memory given back from the end of the heap, and one heap for
         // all threads: those of others are given back as soon as they are empty.
         libc::mallopt(libc::M_MMAP_MAX, 0);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_ARENA_MAX, 1);
-        // The heap's first block reserves addresses, of which only those that are used take memory, so that all of
-        // them can be asked to lie on huge pages.
-        libc::mallopt(libc::M_TOP_PAD, RESERVED as libc::c_int);
-        libc::free(libc::malloc(HUGE_PAGE));
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
-        let end = libc::sbrk(0) as usize;
-        let start = (end - RESERVED).next_multiple_of(HUGE_PAGE);
-        libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
+        // The first block reserves addresses, of which only those that are used take memory, and which are asked to lie on
+        // huge pages. Freed, they are the end of the heap, which everything else comes from.
+        let block = libc::malloc(RESERVED);
+        if !block.is_null() {
+            let start = (block as usize).next_multiple_of(HUGE_PAGE);
+            let len = block as usize + RESERVED - start;
+            libc::madvise(start as *mut libc::c_void, len, libc::MADV_HUGEPAGE);
+            libc::free(block);
+        }
     }
 }
 
-/// Addresses reserved for the heap.
+/// Addresses reserved for the heap: what training the paper's networks takes, some times over.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-const RESERVED: usize = 1 << 30;
+const RESERVED: usize = 4 << 30;
 
 /// The size of a huge page on x86-64, and of the smaller ones elsewhere.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
