@@ -2,8 +2,8 @@
 //! process; without them all runs as it does, only slower.
 
 /// Makes glibc's allocator keep its pages, huge ones, as getting fresh zeroed pages for each tensor of a step costs a tenth
-/// of its time. To be called before anything else runs; with another C library it does nothing.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
+/// of its time. To be called before anything else runs; with another C library, or short addresses, it does nothing.
+#[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
 #[allow(unsafe_code)]
 pub fn keep_pages() {
     // SAFETY: mallopt takes plain numbers; madvise is a hint about addresses of malloc's block, which is freed once.
@@ -27,15 +27,15 @@ pub fn keep_pages() {
 }
 
 /// Addresses reserved for the heap: what training the paper's networks takes, some times over.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
 const RESERVED: usize = 4 << 30;
 
 /// The size of a huge page on x86-64, and of the smaller ones elsewhere.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Does nothing: there is no such setting.
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+#[cfg(not(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64")))]
 pub fn keep_pages() {}
 
 /// Lets the driver keep a GPU's memory that a step gives back: by default it goes back to the system whenever the host
