@@ -1,5 +1,7 @@
 //! Claims: what is read, what is refused, and verdicts worked out by hand.
 
+mod sample;
+
 use report::{Claim, Comparison, PaperSays, Row, StageRecord, Verdict};
 use serde_json::json;
 
@@ -22,26 +24,15 @@ fn row(
 ) -> Row {
     Row {
         table: table.into(),
-        profile: "reduced".into(),
-        dataset: "cifar100".into(),
         model: model.into(),
-        width: 1.0,
         activation_bits: bits.0,
         weight_bits: bits.1,
         method: method.into(),
         seed,
-        batch: Some(64),
         top1_percent,
         macs,
         weights_pruned_percent: if method == "original" { 0.0 } else { 30.0 + seed as f64 },
-        float_top1_percent: 75.5,
-        paper_top1_percent: None,
-        paper_mac_millions: None,
-        top1_minus_paper: None,
-        settings_hash: "5e77".into(),
-        git_commit: "c0de".into(),
-        device: "cpu".into(),
-        wall_seconds: 1.0,
+        ..sample::row()
     }
 }
 

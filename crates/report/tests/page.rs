@@ -1,5 +1,7 @@
 //! The page as text: what is on it, and that what comes in cannot change what it is.
 
+mod sample;
+
 use std::collections::BTreeSet;
 
 use report::{Claim, Deviation, Exhibit, Page, Paper, Row, TableEntry, TableResults};
@@ -25,7 +27,6 @@ fn run(number: usize, seeds: u64) -> TableResults {
     let row = |of: &report::PaperRow, seed: u64| {
         Row {
             table: table.clone(),
-            profile: "reduced".into(),
             dataset: of.dataset.clone(),
             model: of.model.clone(),
             width: 0.25,
@@ -33,18 +34,9 @@ fn run(number: usize, seeds: u64) -> TableResults {
             weight_bits: of.weight_bits,
             method: of.method.clone(),
             seed,
-            batch: Some(64),
             top1_percent: of.top1_percent + 0.01 * seed as f64,
             macs: (of.mac_millions * 1e6) as u64,
-            weights_pruned_percent: 0.0,
-            float_top1_percent: 75.5,
-            paper_top1_percent: None,
-            paper_mac_millions: None,
-            top1_minus_paper: None,
-            settings_hash: "5e77".into(),
-            git_commit: "c0de".into(),
-            device: "cpu".into(),
-            wall_seconds: 83.0,
+            ..sample::row()
         }
         .compare(Paper::published())
     };

@@ -1,5 +1,7 @@
 //! The crate from outside: rows in, files and text out.
 
+mod sample;
+
 use std::fs;
 use std::path::Path;
 
@@ -13,25 +15,15 @@ fn row(model: &str, bits: u32, method: &str, seed: u64, top1_percent: f64) -> Ro
     Row {
         table: "table3".into(),
         profile: "quick".into(),
-        dataset: "cifar100".into(),
         model: model.into(),
-        width: 1.0,
         activation_bits: bits,
         weight_bits: bits,
         method: method.into(),
         seed,
-        batch: Some(64),
         top1_percent,
         macs: if method == "ours" { 92_400_000 } else { 147_240_000 },
         weights_pruned_percent: if method == "ours" { 35.74 } else { 0.0 },
-        float_top1_percent: 75.5,
-        paper_top1_percent: None,
-        paper_mac_millions: None,
-        top1_minus_paper: None,
-        settings_hash: "5e77".into(),
-        git_commit: "c0de".into(),
-        device: "cpu".into(),
-        wall_seconds: 83.0,
+        ..sample::row()
     }
     .compare(Paper::published())
 }

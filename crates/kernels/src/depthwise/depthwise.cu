@@ -29,6 +29,47 @@ struct Strip {
     }
 };
 
+// The three rows of a map that one row of a strip reads, in registers; 0 outside of the map.
+template <typename X, int V, int STRIDE, int COLUMNS> struct Window {
+    static constexpr int WIDTH = (COLUMNS - 1) * STRIDE + 3;
+    const X *x;
+    const Reader<X> &reader;
+    const Strips &s;
+    const Strip &strip;
+    u32 channel;
+    Vec<V> at[3][WIDTH];
+
+    // With those rows of the strip's first that its next ones share.
+    __device__ Window(const X *x, const Reader<X> &reader, const Strips &s, const Strip &strip, u32 channel)
+        : x(x), reader(reader), s(s), strip(strip), channel(channel) {
+#pragma unroll
+        for (int i = 0; i < 3 - STRIDE; i++) read(at[STRIDE + i], strip.row * STRIDE + i);
+    }
+
+    // To the next row of the strip, which is `row`.
+    __device__ void go_to(u32 row) {
+#pragma unroll
+        for (int i = 0; i < 3 - STRIDE; i++) {
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) at[i][j] = at[STRIDE + i][j];
+        }
+#pragma unroll
+        for (int i = 3 - STRIDE; i < 3; i++) read(at[i], row * STRIDE + i);
+    }
+
+    // Row `row` − 1 of the map.
+    __device__ void read(Vec<V> (&to)[WIDTH], u32 row) const {
+        bool inside = row >= 1 && row <= s.h;
+        size_t from = ((size_t)strip.image * s.h + row - 1) * s.w;
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            u32 column = strip.column * STRIDE + i;
+            bool reads = inside && column >= 1 && column <= s.w;
+            to[i] = reads ? reader.template read<V>(x, (from + column - 1) * s.channels + channel) : splat<V>(0.0f);
+        }
+    }
+};
+
 struct Convolve {
     const void *x;
     // [3, 3, channels]
@@ -45,8 +86,6 @@ struct Convolve {
 };
 
 template <typename X, typename T, int V, int STRIDE, int COLUMNS> __device__ void convolve(const Convolve &a) {
-    // Columns of the map that is read which a strip needs.
-    constexpr int WINDOW = (COLUMNS - 1) * STRIDE + 3;
     const Strips &s = a.strips;
     u32 c = s.channels, channel = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     u32 index = blockIdx.y * blockDim.y + threadIdx.y;
@@ -54,35 +93,15 @@ template <typename X, typename T, int V, int STRIDE, int COLUMNS> __device__ voi
     Vec<V> pivot = splat<V>(0.0f), sum = pivot, squares = pivot, lo = splat<V>(INFINITY), hi = splat<V>(-INFINITY);
     u32 count = 0;
     if (channel < c && index < s.count()) {
-        const X *x = (const X *)a.x;
         T *z = (T *)a.z;
         Reader<X> reader(a.range, a.max_level);
         Strip strip(s, index, COLUMNS);
         Vec<V> w[9];
 #pragma unroll
         for (int tap = 0; tap < 9; tap++) w[tap] = load<V>(a.w, (size_t)(a.reversed ? 8 - tap : tap) * c + channel);
-        Vec<V> window[3][WINDOW];
-        // Row `row` − 1 of the map that is read, 0 outside.
-        auto read = [&](Vec<V>(&to)[WINDOW], u32 row) {
-            bool inside = row >= 1 && row <= s.h;
-            size_t from = ((size_t)strip.image * s.h + row - 1) * s.w;
-#pragma unroll
-            for (int i = 0; i < WINDOW; i++) {
-                u32 column = strip.column * STRIDE + i;
-                bool reads = inside && column >= 1 && column <= s.w;
-                to[i] = reads ? reader.template read<V>(x, (from + column - 1) * c + channel) : splat<V>(0.0f);
-            }
-        };
-#pragma unroll
-        for (int i = 0; i < 3 - STRIDE; i++) read(window[STRIDE + i], strip.row * STRIDE + i);
+        Window<X, V, STRIDE, COLUMNS> window((const X *)a.x, reader, s, strip, channel);
         for (u32 row = strip.row; row < strip.end; row++) {
-#pragma unroll
-            for (int i = 0; i < 3 - STRIDE; i++) {
-#pragma unroll
-                for (int j = 0; j < WINDOW; j++) window[i][j] = window[STRIDE + i][j];
-            }
-#pragma unroll
-            for (int i = 3 - STRIDE; i < 3; i++) read(window[i], row * STRIDE + i);
+            window.go_to(row);
             size_t to = (((size_t)strip.image * s.to_h + row) * s.to_w + strip.column) * c + channel;
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++) {
@@ -92,7 +111,7 @@ template <typename X, typename T, int V, int STRIDE, int COLUMNS> __device__ voi
                 for (int tap = 0; tap < 9; tap++) {
 #pragma unroll
                     for (int i = 0; i < V; i++) {
-                        y.at[i] = fmaf(window[tap / 3][j * STRIDE + tap % 3].at[i], w[tap].at[i], y.at[i]);
+                        y.at[i] = fmaf(window.at[tap / 3][j * STRIDE + tap % 3].at[i], w[tap].at[i], y.at[i]);
                     }
                 }
                 // What is stored is what the statistics are of.
@@ -194,10 +213,7 @@ template <typename T, int V> __device__ void spread(const Spread &a) {
     }
 }
 
-KERNEL(depthwise_spread_f32_1, Spread, spread<float, 1>)
-KERNEL(depthwise_spread_f32_4, Spread, spread<float, 4>)
-KERNEL(depthwise_spread_bf16_1, Spread, spread<bf16, 1>)
-KERNEL(depthwise_spread_bf16_4, Spread, spread<bf16, 4>)
+KERNELS(depthwise_spread, Spread, spread)
 
 struct Correlate {
     const void *x, *gz;
@@ -220,40 +236,21 @@ template <typename X, typename T, int V, int STRIDE> __device__ void correlate(c
 #pragma unroll
     for (int tap = 0; tap < 9; tap++) sums[tap] = splat<V>(0.0f);
     if (channel < c) {
-        const X *x = (const X *)a.x;
         const T *gz = (const T *)a.gz;
         Reader<X> reader(a.range, a.max_level);
         u32 last = (blockIdx.y + 1) * a.per_part, strips = s.count();
         last = last < strips ? last : strips;
         for (u32 index = blockIdx.y * a.per_part + threadIdx.y; index < last; index += blockDim.y) {
             Strip strip(s, index, 1);
-            Vec<V> window[3][3];
-            auto read = [&](Vec<V>(&to)[3], u32 row) {
-                bool inside = row >= 1 && row <= s.h;
-                size_t from = ((size_t)strip.image * s.h + row - 1) * s.w;
-#pragma unroll
-                for (int i = 0; i < 3; i++) {
-                    u32 column = strip.column * STRIDE + i;
-                    bool reads = inside && column >= 1 && column <= s.w;
-                    to[i] = reads ? reader.template read<V>(x, (from + column - 1) * c + channel) : splat<V>(0.0f);
-                }
-            };
-#pragma unroll
-            for (int i = 0; i < 3 - STRIDE; i++) read(window[STRIDE + i], strip.row * STRIDE + i);
+            Window<X, V, STRIDE, 1> window((const X *)a.x, reader, s, strip, channel);
             for (u32 row = strip.row; row < strip.end; row++) {
-#pragma unroll
-                for (int i = 0; i < 3 - STRIDE; i++) {
-#pragma unroll
-                    for (int j = 0; j < 3; j++) window[i][j] = window[STRIDE + i][j];
-                }
-#pragma unroll
-                for (int i = 3 - STRIDE; i < 3; i++) read(window[i], row * STRIDE + i);
+                window.go_to(row);
                 Vec<V> g = load<V>(gz, (((size_t)strip.image * s.to_h + row) * s.to_w + strip.column) * c + channel);
 #pragma unroll
                 for (int tap = 0; tap < 9; tap++) {
 #pragma unroll
                     for (int i = 0; i < V; i++) {
-                        sums[tap].at[i] = fmaf(window[tap / 3][tap % 3].at[i], g.at[i], sums[tap].at[i]);
+                        sums[tap].at[i] = fmaf(window.at[tap / 3][tap % 3].at[i], g.at[i], sums[tap].at[i]);
                     }
                 }
             }

@@ -17,12 +17,12 @@ struct Forward {
 
 __device__ inline void forward(const Forward &a) {
     float half = 0.5f / maximum_of(a.extremes);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        float level = rintf(fmaf(tangent(a.w[at]), half, 0.5f) * a.steps);
+    apply<1>(a.w, a.y, a.count, [&](float w, size_t) {
+        float level = rintf(fmaf(tangent(w), half, 0.5f) * a.steps);
         level = level > 0.0f ? level : 0.0f;
         level = level < a.steps ? level : a.steps;
-        a.y[at] = (2.0f * level - a.steps) / a.steps;
-    }
+        return (2.0f * level - a.steps) / a.steps;
+    });
 }
 
 KERNEL(dorefa_forward, Forward, forward)
@@ -35,10 +35,10 @@ struct Backward {
 
 __device__ inline void backward(const Backward &a) {
     float scale = 1.0f / maximum_of(a.extremes);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        float t = tangent(a.w[at]);
-        a.gw[at] = a.gy[at] * ((1.0f - t * t) * scale);
-    }
+    apply<1>(a.w, a.gy, a.gw, a.count, [&](float w, float gy, size_t) {
+        float t = tangent(w);
+        return gy * ((1.0f - t * t) * scale);
+    });
 }
 
 KERNEL(dorefa_backward, Backward, backward)

@@ -28,23 +28,15 @@ struct Forward {
 
 template <typename T, int V> __device__ void forward(const Forward &a) {
     Intervals intervals = intervals_of(a.bounds, a.intervals);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            float level = floorf((x.at[i] - intervals.low) * intervals.per_width + 0.5f);
-            level = level > 0.0f ? level : 0.0f;
-            level = level < intervals.count ? level : intervals.count;
-            x.at[i] = fmaf(level, intervals.width, intervals.low);
-        }
-        store<V>((T *)a.y, (size_t)at * V, x);
-    }
+    apply<V>((const T *)a.x, (T *)a.y, a.count, [&](float x, size_t) {
+        float level = floorf((x - intervals.low) * intervals.per_width + 0.5f);
+        level = level > 0.0f ? level : 0.0f;
+        level = level < intervals.count ? level : intervals.count;
+        return fmaf(level, intervals.width, intervals.low);
+    });
 }
 
-KERNEL(dsq_forward_f32_1, Forward, forward<float, 1>)
-KERNEL(dsq_forward_f32_4, Forward, forward<float, 4>)
-KERNEL(dsq_forward_bf16_1, Forward, forward<bf16, 1>)
-KERNEL(dsq_forward_bf16_4, Forward, forward<bf16, 4>)
+KERNELS(dsq_forward, Forward, forward)
 
 // What the soft function needs beside its intervals.
 struct Soft {
@@ -102,26 +94,16 @@ template <typename T, int V> __device__ void backward(const Backward &a) {
     if (thread() == 0) shared = soft_of(intervals_of(a.bounds, a.intervals), *a.softness, a.least, a.most);
     __syncthreads();
     Soft soft = shared;
-    double sums[3] = {0.0, 0.0, 0.0};
-    for (u32 at = blockIdx.x * THREADS + thread(); at < a.count; at += gridDim.x * THREADS) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V), gy = load<V>((const T *)a.gy, (size_t)at * V);
+    gradients<3, V>((const T *)a.x, (const T *)a.gy, (T *)a.gx, a.count, 1.0, a.parts, [&](float x, float gy, double *sums) {
+        float slopes[4];
+        soft.slopes(x, slopes);
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            float slopes[4];
-            soft.slopes(x.at[i], slopes);
-            x.at[i] = gy.at[i] * slopes[0];
-#pragma unroll
-            for (int n = 0; n < 3; n++) sums[n] += (double)(gy.at[i] * slopes[n + 1]);
-        }
-        store<V>((T *)a.gx, (size_t)at * V, x);
-    }
-    write_sums(sums, a.parts);
+        for (int n = 0; n < 3; n++) sums[n] += (double)(gy * slopes[n + 1]);
+        return gy * slopes[0];
+    });
 }
 
-KERNEL(dsq_backward_f32_1, Backward, backward<float, 1>)
-KERNEL(dsq_backward_f32_4, Backward, backward<float, 4>)
-KERNEL(dsq_backward_bf16_1, Backward, backward<bf16, 1>)
-KERNEL(dsq_backward_bf16_4, Backward, backward<bf16, 4>)
+KERNELS(dsq_backward, Backward, backward)
 KERNEL(dsq_totals, Totals, totals)
 
 struct Project {

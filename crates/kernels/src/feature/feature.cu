@@ -12,40 +12,22 @@ struct Convert {
 
 template <typename T, int V> __device__ void levels(const Convert &a) {
     Grid grid = grid_of(a.range, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) x.at[i] = grid.level(x.at[i]);
-        store<V>((u8 *)a.y, (size_t)at * V, x);
-    }
+    apply<V>((const T *)a.x, (u8 *)a.y, a.count, [&](float x, size_t) { return grid.level(x); });
 }
 
-KERNEL(feature_levels_f32_1, Convert, levels<float, 1>)
-KERNEL(feature_levels_f32_4, Convert, levels<float, 4>)
-KERNEL(feature_levels_bf16_1, Convert, levels<bf16, 1>)
-KERNEL(feature_levels_bf16_4, Convert, levels<bf16, 4>)
+KERNELS(feature_levels, Convert, levels)
 
 template <typename T, int V> __device__ void values(const Convert &a) {
-    Reader<u8> reader(a.range, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        store<V>((T *)a.y, (size_t)at * V, reader.template read<V>((const u8 *)a.x, (size_t)at * V));
-    }
+    Grid grid = grid_of(a.range, a.max_level);
+    apply<V>((const u8 *)a.x, (T *)a.y, a.count, [&](float level, size_t) { return grid.value(level); });
 }
 
-KERNEL(feature_values_f32_1, Convert, values<float, 1>)
-KERNEL(feature_values_f32_4, Convert, values<float, 4>)
-KERNEL(feature_values_bf16_1, Convert, values<bf16, 1>)
-KERNEL(feature_values_bf16_4, Convert, values<bf16, 4>)
+KERNELS(feature_values, Convert, values)
 
 // Levels less the zero point, which are whole numbers of at most 8 bits, as bf16 holds them.
 template <int V> __device__ void integers_of_levels(const Convert &a) {
     Grid grid = grid_of(a.range, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const u8 *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) x.at[i] -= grid.zero_point;
-        store<V>((bf16 *)a.y, (size_t)at * V, x);
-    }
+    apply<V>((const u8 *)a.x, (bf16 *)a.y, a.count, [&](float level, size_t) { return level - grid.zero_point; });
 }
 
 KERNEL(feature_integers_u8_1, Convert, integers_of_levels<1>)
@@ -54,15 +36,10 @@ KERNEL(feature_integers_u8_4, Convert, integers_of_levels<4>)
 // The same from the floats before quantization.
 template <int V> __device__ void integers_of_floats(const Convert &a) {
     Grid grid = grid_at(a.range, a.grids, 0, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const float *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            if (a.grids > 1) grid = grid_at(a.range, a.grids, (size_t)at * V + i, a.max_level);
-            x.at[i] = grid.level(x.at[i]) - grid.zero_point;
-        }
-        store<V>((bf16 *)a.y, (size_t)at * V, x);
-    }
+    apply<V>((const float *)a.x, (bf16 *)a.y, a.count, [&](float x, size_t at) {
+        if (a.grids > 1) grid = grid_at(a.range, a.grids, at, a.max_level);
+        return grid.level(x) - grid.zero_point;
+    });
 }
 
 KERNEL(feature_integers_f32_1, Convert, integers_of_floats<1>)
@@ -99,15 +76,7 @@ struct Scale {
 
 // Each column times its factor.
 template <typename T, int V> __device__ void scale(const Scale &a) {
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>(a.sums, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) x.at[i] *= a.factors[((size_t)at * V + i) % a.channels];
-        store<V>((T *)a.y, (size_t)at * V, x);
-    }
+    apply<V>(a.sums, (T *)a.y, a.count, [&](float sum, size_t at) { return sum * a.factors[at % a.channels]; });
 }
 
-KERNEL(feature_scale_f32_1, Scale, scale<float, 1>)
-KERNEL(feature_scale_f32_4, Scale, scale<float, 4>)
-KERNEL(feature_scale_bf16_1, Scale, scale<bf16, 1>)
-KERNEL(feature_scale_bf16_4, Scale, scale<bf16, 4>)
+KERNELS(feature_scale, Scale, scale)

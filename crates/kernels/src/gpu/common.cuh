@@ -30,6 +30,13 @@ typedef unsigned int u32;
     }
 #endif
 
+// The kernels NAME_f32_1, NAME_f32_4, NAME_bf16_1 and NAME_bf16_4 of a function for floats of either type, V at a time.
+#define KERNELS(name, Arguments, function)              \
+    KERNEL(name##_f32_1, Arguments, function<float, 1>) \
+    KERNEL(name##_f32_4, Arguments, function<float, 4>) \
+    KERNEL(name##_bf16_1, Arguments, function<bf16, 1>) \
+    KERNEL(name##_bf16_4, Arguments, function<bf16, 4>)
+
 // A float of 16 bits, as tensors store it: the upper half of a float32.
 struct bf16 {
     unsigned short bits;
@@ -127,6 +134,30 @@ __device__ inline Grid grid_at(const float *range, u32 grids, size_t at, float m
     return grid_of(own, max_level);
 }
 
+// y = f(x, at) of `count` groups of V elements, which all threads share; `at` is an element's place in memory.
+template <int V, typename X, typename Y, typename F>
+__device__ inline void apply(const X *x, Y *y, u32 count, F f) {
+    for (u32 group = blockIdx.x * blockDim.x + threadIdx.x; group < count; group += gridDim.x * blockDim.x) {
+        size_t at = (size_t)group * V;
+        Vec<V> values = load<V>(x, at);
+#pragma unroll
+        for (int i = 0; i < V; i++) values.at[i] = f(values.at[i], at + i);
+        store<V>(y, at, values);
+    }
+}
+
+// The same of two maps: y = f(x, other, at).
+template <int V, typename X, typename Y, typename F>
+__device__ inline void apply(const X *x, const X *other, Y *y, u32 count, F f) {
+    for (u32 group = blockIdx.x * blockDim.x + threadIdx.x; group < count; group += gridDim.x * blockDim.x) {
+        size_t at = (size_t)group * V;
+        Vec<V> values = load<V>(x, at), others = load<V>(other, at);
+#pragma unroll
+        for (int i = 0; i < V; i++) values.at[i] = f(values.at[i], others.at[i], at + i);
+        store<V>(y, at, values);
+    }
+}
+
 // How elements of a feature map are read: floats, or levels of a grid.
 template <typename X> struct Reader {
     __device__ Reader(const float *, float) {}
@@ -153,6 +184,20 @@ struct Columns {
     __device__ u32 end() const {
         u32 end = (blockIdx.y + 1) * rows_per_part;
         return end < rows ? end : rows;
+    }
+
+    // Reads V channels of N rows of the part, every blockDim.y-th from `row` on; how many there are.
+    template <int V, int N, typename T> __device__ int read(const T *map, u32 row, u32 channel, Vec<V> (&to)[N]) const {
+        int count = 0;
+#pragma unroll
+        for (int r = 0; r < N; r++) {
+            u32 at = row + r * blockDim.y;
+            if (at < end()) {
+                to[r] = load<V>(map, (size_t)at * channels + channel);
+                count = r + 1;
+            }
+        }
+        return count;
     }
 };
 

@@ -36,6 +36,17 @@ template <int N> __device__ inline void write_sums(const double (&sums)[N], doub
     }
 }
 
+// gx = f(x, gy, sums) of `count` groups of V elements, where f adds to sums[N]; those of each block, times `by`, go to
+// parts[N][gridDim.x].
+template <int N, int V, typename T, typename F>
+__device__ inline void gradients(const T *x, const T *gy, T *gx, u32 count, double by, double *parts, F f) {
+    double sums[N];
+    for (int n = 0; n < N; n++) sums[n] = 0.0;
+    apply<V>(x, gy, gx, count, [&](float x, float gy, size_t) { return f(x, gy, sums); });
+    for (int n = 0; n < N; n++) sums[n] *= by;
+    write_sums(sums, parts);
+}
+
 struct Totals {
     // [blockDim.x][count]
     const double *parts;

@@ -28,21 +28,13 @@ struct Forward {
 
 template <typename T, int V> __device__ void forward(const Forward &a) {
     Scale scale(a.step, a.offset, a.least);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            float level = clamped(rintf(scale.position(x.at[i])), a.low, a.high);
-            x.at[i] = fmaf(level, scale.step, scale.offset);
-        }
-        store<V>((T *)a.y, (size_t)at * V, x);
-    }
+    apply<V>((const T *)a.x, (T *)a.y, a.count, [&](float x, size_t) {
+        float level = clamped(rintf(scale.position(x)), a.low, a.high);
+        return fmaf(level, scale.step, scale.offset);
+    });
 }
 
-KERNEL(lsq_forward_f32_1, Forward, forward<float, 1>)
-KERNEL(lsq_forward_f32_4, Forward, forward<float, 4>)
-KERNEL(lsq_forward_bf16_1, Forward, forward<bf16, 1>)
-KERNEL(lsq_forward_bf16_4, Forward, forward<bf16, 4>)
+KERNELS(lsq_forward, Forward, forward)
 
 struct Backward {
     const void *x, *gy;
@@ -60,28 +52,17 @@ struct Backward {
 
 template <typename T, int V> __device__ void backward(const Backward &a) {
     Scale scale(a.step, a.offset, a.least);
-    double sums[2] = {0.0, 0.0};
-    for (u32 at = blockIdx.x * THREADS + thread(); at < a.count; at += gridDim.x * THREADS) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V), gy = load<V>((const T *)a.gy, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            float position = scale.position(x.at[i]);
-            bool below = position <= a.low, above = position >= a.high, clipped = below || above;
-            float slope = below ? a.low : above ? a.high : rintf(position) - position;
-            x.at[i] = clipped ? 0.0f : gy.at[i];
-            sums[0] += (double)(gy.at[i] * slope);
-            sums[1] += (double)(clipped ? gy.at[i] : 0.0f);
-        }
-        store<V>((T *)a.gx, (size_t)at * V, x);
-    }
-    for (int n = 0; n < 2; n++) sums[n] *= a.g;
-    write_sums(sums, a.parts);
+    gradients<2, V>((const T *)a.x, (const T *)a.gy, (T *)a.gx, a.count, a.g, a.parts, [&](float x, float gy, double *sums) {
+        float position = scale.position(x);
+        bool below = position <= a.low, above = position >= a.high, clipped = below || above;
+        float slope = below ? a.low : above ? a.high : rintf(position) - position;
+        sums[0] += (double)(gy * slope);
+        sums[1] += (double)(clipped ? gy : 0.0f);
+        return clipped ? 0.0f : gy;
+    });
 }
 
-KERNEL(lsq_backward_f32_1, Backward, backward<float, 1>)
-KERNEL(lsq_backward_f32_4, Backward, backward<float, 4>)
-KERNEL(lsq_backward_bf16_1, Backward, backward<bf16, 1>)
-KERNEL(lsq_backward_bf16_4, Backward, backward<bf16, 4>)
+KERNELS(lsq_backward, Backward, backward)
 
 struct Magnitude {
     const void *x;
@@ -100,10 +81,7 @@ template <typename T, int V> __device__ void magnitude(const Magnitude &a) {
     write_sums(sums, a.parts);
 }
 
-KERNEL(lsq_magnitude_f32_1, Magnitude, magnitude<float, 1>)
-KERNEL(lsq_magnitude_f32_4, Magnitude, magnitude<float, 4>)
-KERNEL(lsq_magnitude_bf16_1, Magnitude, magnitude<bf16, 1>)
-KERNEL(lsq_magnitude_bf16_4, Magnitude, magnitude<bf16, 4>)
+KERNELS(lsq_magnitude, Magnitude, magnitude)
 KERNEL(lsq_totals, Totals, totals)
 
 struct Project {

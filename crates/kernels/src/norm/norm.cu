@@ -11,21 +11,13 @@ struct MomentsOf {
 
 template <typename T, int V> __device__ void moments(const MomentsOf &a) {
     const T *z = (const T *)a.z;
-    u32 channel = a.columns.channel<V>(), channels = a.columns.channels, end = a.columns.end();
+    u32 channel = a.columns.channel<V>(), channels = a.columns.channels;
     Moment moments[V];
     for (int i = 0; i < V; i++) moments[i] = no_moment();
     if (channel < channels) {
-        for (u32 row = a.columns.first(); row < end; row += RUN * blockDim.y) {
+        for (u32 row = a.columns.first(); row < a.columns.end(); row += RUN * blockDim.y) {
             Vec<V> run[RUN];
-            int count = 0;
-#pragma unroll
-            for (int r = 0; r < RUN; r++) {
-                u32 at = row + r * blockDim.y;
-                if (at < end) {
-                    run[r] = load<V>(z, (size_t)at * channels + channel);
-                    count = r + 1;
-                }
-            }
+            int count = a.columns.read(z, row, channel, run);
 #pragma unroll
             for (int i = 0; i < V; i++) merge(moments[i], moment_of(run, count, i));
         }
@@ -33,10 +25,7 @@ template <typename T, int V> __device__ void moments(const MomentsOf &a) {
     write_part(moments, a.partials, channel, channels);
 }
 
-KERNEL(norm_moments_f32_1, MomentsOf, moments<float, 1>)
-KERNEL(norm_moments_f32_4, MomentsOf, moments<float, 4>)
-KERNEL(norm_moments_bf16_1, MomentsOf, moments<bf16, 1>)
-KERNEL(norm_moments_bf16_4, MomentsOf, moments<bf16, 4>)
+KERNELS(norm_moments, MomentsOf, moments)
 
 struct Merge {
     Partials partials;
@@ -146,11 +135,7 @@ template <typename T, typename Y, int V> __device__ void forward(const Forward &
     if (sizeof(Y) == 1) grid = grid_of(a.range, a.max_level);
     for (u32 row = a.columns.first(); row < end; row += BATCH * blockDim.y) {
         Vec<V> batch[BATCH];
-#pragma unroll
-        for (int r = 0; r < BATCH; r++) {
-            u32 at = row + r * blockDim.y;
-            if (at < end) batch[r] = load<V>(z, (size_t)at * channels + channel);
-        }
+        a.columns.read(z, row, channel, batch);
 #pragma unroll
         for (int r = 0; r < BATCH; r++) {
             u32 at = row + r * blockDim.y;
@@ -201,18 +186,12 @@ template <typename T, int V> __device__ void sums(const Sums &a) {
         Vec<V> mean = a.mean ? load<V>(a.mean, channel) : splat<V>(0.0f);
         for (u32 row = a.columns.first(); row < end; row += BATCH * blockDim.y) {
             Vec<V> zs[BATCH], gys[BATCH];
-#pragma unroll
-            for (int r = 0; r < BATCH; r++) {
-                u32 at = row + r * blockDim.y;
-                if (at < end) {
-                    zs[r] = load<V>(z, (size_t)at * channels + channel);
-                    gys[r] = load<V>(gy, (size_t)at * channels + channel);
-                }
-            }
+            int count = a.columns.read(z, row, channel, zs);
+            a.columns.read(gy, row, channel, gys);
             Vec<V> s = splat<V>(0.0f), p = splat<V>(0.0f);
 #pragma unroll
             for (int r = 0; r < BATCH; r++) {
-                if (row + r * blockDim.y >= end) break;
+                if (r >= count) break;
 #pragma unroll
                 for (int i = 0; i < V; i++) {
                     float g = gate.gated(fmaf(zs[r].at[i], scale.at[i], shift.at[i]), gys[r].at[i]);
@@ -231,10 +210,7 @@ template <typename T, int V> __device__ void sums(const Sums &a) {
     }
 }
 
-KERNEL(norm_sums_f32_1, Sums, sums<float, 1>)
-KERNEL(norm_sums_f32_4, Sums, sums<float, 4>)
-KERNEL(norm_sums_bf16_1, Sums, sums<bf16, 1>)
-KERNEL(norm_sums_bf16_4, Sums, sums<bf16, 4>)
+KERNELS(norm_sums, Sums, sums)
 
 struct Coefficients {
     const double *sums;
@@ -296,14 +272,8 @@ template <typename T, int V> __device__ void gradient(const Gradient &a) {
     Vec<V> slope = load<V>(a.slope, channel), offset = load<V>(a.offset, channel);
     for (u32 row = a.columns.first(); row < end; row += BATCH * blockDim.y) {
         Vec<V> zs[BATCH], gys[BATCH];
-#pragma unroll
-        for (int r = 0; r < BATCH; r++) {
-            u32 at = row + r * blockDim.y;
-            if (at < end) {
-                zs[r] = load<V>(z, (size_t)at * channels + channel);
-                gys[r] = load<V>(gy, (size_t)at * channels + channel);
-            }
-        }
+        a.columns.read(z, row, channel, zs);
+        a.columns.read(gy, row, channel, gys);
 #pragma unroll
         for (int r = 0; r < BATCH; r++) {
             u32 at = row + r * blockDim.y;
@@ -320,7 +290,4 @@ template <typename T, int V> __device__ void gradient(const Gradient &a) {
     }
 }
 
-KERNEL(norm_gradient_f32_1, Gradient, gradient<float, 1>)
-KERNEL(norm_gradient_f32_4, Gradient, gradient<float, 4>)
-KERNEL(norm_gradient_bf16_1, Gradient, gradient<bf16, 1>)
-KERNEL(norm_gradient_bf16_4, Gradient, gradient<bf16, 4>)
+KERNELS(norm_gradient, Gradient, gradient)

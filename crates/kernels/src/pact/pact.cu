@@ -26,18 +26,10 @@ struct Forward {
 template <typename T, int V> __device__ void forward(const Forward &a) {
     float range[2] = {0.0f, bound_of(a.alpha)};
     Grid grid = a.both_signs ? symmetric_grid(range[1], a.max_level) : grid_of(range, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) x.at[i] = grid.value(grid.level(x.at[i]));
-        store<V>((T *)a.y, (size_t)at * V, x);
-    }
+    apply<V>((const T *)a.x, (T *)a.y, a.count, [&](float x, size_t) { return grid.value(grid.level(x)); });
 }
 
-KERNEL(pact_forward_f32_1, Forward, forward<float, 1>)
-KERNEL(pact_forward_f32_4, Forward, forward<float, 4>)
-KERNEL(pact_forward_bf16_1, Forward, forward<bf16, 1>)
-KERNEL(pact_forward_bf16_4, Forward, forward<bf16, 4>)
+KERNELS(pact_forward, Forward, forward)
 
 struct Backward {
     const void *x, *gy;
@@ -50,22 +42,12 @@ struct Backward {
 
 template <typename T, int V> __device__ void backward(const Backward &a) {
     float high = bound_of(a.alpha), low = a.both_signs ? -high : 0.0f, below = a.both_signs ? -1.0f : 0.0f;
-    double sums[1] = {0.0};
-    for (u32 at = blockIdx.x * THREADS + thread(); at < a.count; at += gridDim.x * THREADS) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V), gy = load<V>((const T *)a.gy, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            float low_share = x.at[i] <= low ? below * gy.at[i] : 0.0f;
-            sums[0] += (double)(x.at[i] >= high ? gy.at[i] : low_share);
-            x.at[i] = x.at[i] > low && x.at[i] < high ? gy.at[i] : 0.0f;
-        }
-        store<V>((T *)a.gx, (size_t)at * V, x);
-    }
-    write_sums(sums, a.parts);
+    gradients<1, V>((const T *)a.x, (const T *)a.gy, (T *)a.gx, a.count, 1.0, a.parts, [&](float x, float gy, double *sums) {
+        float low_share = x <= low ? below * gy : 0.0f;
+        sums[0] += (double)(x >= high ? gy : low_share);
+        return x > low && x < high ? gy : 0.0f;
+    });
 }
 
-KERNEL(pact_backward_f32_1, Backward, backward<float, 1>)
-KERNEL(pact_backward_f32_4, Backward, backward<float, 4>)
-KERNEL(pact_backward_bf16_1, Backward, backward<bf16, 1>)
-KERNEL(pact_backward_bf16_4, Backward, backward<bf16, 4>)
+KERNELS(pact_backward, Backward, backward)
 KERNEL(pact_totals, Totals, totals)

@@ -28,10 +28,7 @@ template <typename X, int V> __device__ void average(const Average &a) {
     store<V>(a.y, (size_t)i * V, sum);
 }
 
-KERNEL(pool_average_f32_1, Average, average<float, 1>)
-KERNEL(pool_average_f32_4, Average, average<float, 4>)
-KERNEL(pool_average_bf16_1, Average, average<bf16, 1>)
-KERNEL(pool_average_bf16_4, Average, average<bf16, 4>)
+KERNELS(pool_average, Average, average)
 KERNEL(pool_average_u8_1, Average, average<u8, 1>)
 KERNEL(pool_average_u8_4, Average, average<u8, 4>)
 
@@ -54,7 +51,4 @@ template <typename T, int V> __device__ void backward(const Backward &a) {
     }
 }
 
-KERNEL(pool_backward_f32_1, Backward, backward<float, 1>)
-KERNEL(pool_backward_f32_4, Backward, backward<float, 4>)
-KERNEL(pool_backward_bf16_1, Backward, backward<bf16, 1>)
-KERNEL(pool_backward_bf16_4, Backward, backward<bf16, 4>)
+KERNELS(pool_backward, Backward, backward)

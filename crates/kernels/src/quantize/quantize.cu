@@ -13,21 +13,13 @@ struct Fake {
 
 template <typename T, int V> __device__ void fake(const Fake &a) {
     Grid grid = grid_at(a.range, a.grids, 0, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            if (a.grids > 1) grid = grid_at(a.range, a.grids, (size_t)at * V + i, a.max_level);
-            x.at[i] = grid.value(grid.level(x.at[i]));
-        }
-        store<V>((T *)a.y, (size_t)at * V, x);
-    }
+    apply<V>((const T *)a.x, (T *)a.y, a.count, [&](float x, size_t at) {
+        if (a.grids > 1) grid = grid_at(a.range, a.grids, at, a.max_level);
+        return grid.value(grid.level(x));
+    });
 }
 
-KERNEL(quantize_fake_f32_1, Fake, fake<float, 1>)
-KERNEL(quantize_fake_f32_4, Fake, fake<float, 4>)
-KERNEL(quantize_fake_bf16_1, Fake, fake<bf16, 1>)
-KERNEL(quantize_fake_bf16_4, Fake, fake<bf16, 4>)
+KERNELS(quantize_fake, Fake, fake)
 
 struct Mask {
     const void *x, *gy;
@@ -40,21 +32,13 @@ struct Mask {
 
 template <typename T, int V> __device__ void mask(const Mask &a) {
     Grid grid = grid_at(a.range, a.grids, 0, a.max_level);
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.count; at += gridDim.x * blockDim.x) {
-        Vec<V> x = load<V>((const T *)a.x, (size_t)at * V), gy = load<V>((const T *)a.gy, (size_t)at * V);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            if (a.grids > 1) grid = grid_at(a.range, a.grids, (size_t)at * V + i, a.max_level);
-            x.at[i] = grid.passes(x.at[i]) ? gy.at[i] : 0.0f;
-        }
-        store<V>((T *)a.gx, (size_t)at * V, x);
-    }
+    apply<V>((const T *)a.x, (const T *)a.gy, (T *)a.gx, a.count, [&](float x, float gy, size_t at) {
+        if (a.grids > 1) grid = grid_at(a.range, a.grids, at, a.max_level);
+        return grid.passes(x) ? gy : 0.0f;
+    });
 }
 
-KERNEL(quantize_mask_f32_1, Mask, mask<float, 1>)
-KERNEL(quantize_mask_f32_4, Mask, mask<float, 4>)
-KERNEL(quantize_mask_bf16_1, Mask, mask<bf16, 1>)
-KERNEL(quantize_mask_bf16_4, Mask, mask<bf16, 4>)
+KERNELS(quantize_mask, Mask, mask)
 
 struct Extremes {
     const void *x;
@@ -77,10 +61,7 @@ template <typename T, int V> __device__ void extremes(const Extremes &a) {
     if (thread() == 0) a.extremes[blockIdx.x] = lo, a.extremes[gridDim.x + blockIdx.x] = hi;
 }
 
-KERNEL(quantize_extremes_f32_1, Extremes, extremes<float, 1>)
-KERNEL(quantize_extremes_f32_4, Extremes, extremes<float, 4>)
-KERNEL(quantize_extremes_bf16_1, Extremes, extremes<bf16, 1>)
-KERNEL(quantize_extremes_bf16_4, Extremes, extremes<bf16, 4>)
+KERNELS(quantize_extremes, Extremes, extremes)
 
 struct ExtremesOfAll {
     // [2][count]
