@@ -16,8 +16,8 @@ pub mod step_profile;
 mod worker;
 
 use crate::device::{self, Arithmetic};
-use crate::process;
 use crate::session::quoted;
+use crate::{output, process};
 use anyhow::{Context, Result, bail};
 use case::{Case, Filter, Layers};
 use clap::Parser;
@@ -208,9 +208,9 @@ pub fn main() -> Result<()> {
     };
     let (mut rows, mut others) = (Vec::new(), Vec::new());
     for (index, case) in cases.iter().enumerate() {
-        println!("[{}/{}] {}", index + 1, cases.len(), case.name());
+        output::print(&format!("[{}/{}] {}", index + 1, cases.len(), case.name()));
         let (measured, of_others) = bench.measure(case).with_context(|| case.name())?;
-        println!("    {}", summary(&measured));
+        output::print(&format!("    {}", summary(&measured)));
         rows.extend(measured);
         others.extend(of_others);
         // A run that is stopped keeps what it has measured.
@@ -218,9 +218,9 @@ pub fn main() -> Result<()> {
             report::bench::write(&rows, &context(&others), folder)?;
         }
     }
-    println!("\n{}", report::bench::terminal(&rows, &context(&others)));
+    output::print(&format!("\n{}", report::bench::terminal(&rows, &context(&others))));
     if let Some(folder) = folder {
-        println!("Written to {}.", folder.display());
+        output::print(&format!("Written to {}.", folder.display()));
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Where a run takes place.
 
 use crate::output;
+use crate::process::one_line;
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::ValueEnum;
@@ -17,7 +18,8 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     match Wanted::parse(wanted)? {
         Wanted::Cpu => Ok(cpu()),
         Wanted::Auto if cfg!(feature = "cuda") => gpu(0).or_else(|problem| {
-            output::tell(&format!("device: the CPU, as {problem:#}"));
+            let problem = one_line(&format!("{problem:#}"));
+            output::tell(&format!("device: the CPU, as {problem}"));
             Ok(cpu())
         }),
         Wanted::Auto => Ok(cpu()),

@@ -5,6 +5,8 @@
 //! [`report_page`]. Only this crate parses flags and prints.
 
 #![forbid(unsafe_code)]
+// They panic where their reader has gone: what is printed goes through `output`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod bench;
 mod device;

@@ -4,6 +4,7 @@
 //! Such a folder holds the networks as their stages wrote them, `networks.csv` that says what each is, the settings, and
 //! `stages.json` with the outcomes of all stages that the networks come from.
 
+use crate::process::one_line;
 use crate::profile::{DataSettings, ModelName, Profile};
 use crate::progress::Display;
 use crate::session::{self, Session};
@@ -251,7 +252,7 @@ impl Folder {
         let found = train::evaluate_in(&network, data, arithmetic)?;
         let mut problems = Vec::new();
         let loss_differs = (found.loss - row.loss).abs() > TOLERANCE * row.loss.abs();
-        if found.top1_percent != row.top1_percent || loss_differs || !found.loss.is_finite() {
+        if found.top1_percent != row.top1_percent || loss_differs {
             let processors = match (arithmetic, outcome) {
                 (Arithmetic::Bf16, Some(outcome)) => {
                     format!(
@@ -334,7 +335,7 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
         for row in &folder.rows {
             let (found, mut problems) = match folder.examine(row, &*data) {
                 Ok(Examined { found, problems }) => (Some(found), problems),
-                Err(error) => (None, vec![format!("{error:#}")]),
+                Err(error) => (None, vec![one_line(&format!("{error:#}"))]),
             };
             let of_it = tables.iter().filter(|of| of.settings_hash == row.key);
             let others = of_it.filter(|of| (of.top1_percent, of.macs) != (row.top1_percent, row.macs));

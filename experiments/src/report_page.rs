@@ -41,8 +41,12 @@ pub fn main() -> Result<()> {
     if flags.verify {
         return process::run(|| networks::verify(&flags.results, &flags.data));
     }
-    let page = read(&flags.results)?;
     let out = flags.out.unwrap_or_else(|| flags.results.join("index.html"));
+    // So that a slip replaces none of the results.
+    if out.extension().is_none_or(|extension| extension != "html") {
+        bail!("--out {}: expected a name that ends in .html, which is what is written", out.display());
+    }
+    let page = read(&flags.results)?;
     let html = page.html();
     report::write_text(&html, &out)?;
     output::print(&page.verdicts());

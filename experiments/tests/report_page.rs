@@ -173,6 +173,19 @@ fn every_table_has_claims_that_the_paper_bears_out() {
     assert!(!experiments::report_page::deviations().unwrap().is_empty());
 }
 
+/// A slip of the name must not replace a table by the page.
+#[test]
+fn only_a_page_is_written_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let csv = folder.path().join("table3.csv");
+    std::fs::write(&csv, "a record").unwrap();
+    let mut report = Command::new(env!("CARGO_BIN_EXE_report"));
+    let output = report.arg("--results").arg(results()).arg("--out").arg(&csv).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("table3.csv") && error.contains(".html"), "{error}");
+    assert_eq!(std::fs::read_to_string(&csv).unwrap(), "a record");
+}
+
 #[test]
 fn a_missing_folder_is_explained() {
     let error = experiments::report_page::read(Path::new("no/such/folder")).unwrap_err().to_string();

@@ -110,8 +110,8 @@ fn variances_are_shown_drawn_and_written() {
         "--threshold",
         "1e-6",
     ]);
-    let what = "mobilenet_v2, width 0.1, named as in torchvision, strides 2,1,2,2,2,1,2,1 (assumed; --strides says others); \
-                10 classes, 224×224";
+    let what = "mobilenet_v2, width 0.1, named as in torchvision, strides 2,1,2,2,2,1,2,1 (assumed; --strides says others), \
+                relu6 (assumed; --activation says others), ε 1e-5 (assumed; --epsilon says others); 10 classes, 224×224";
     assert!(text.contains(what), "{text}");
     // The seven planted ones, and the depthwise filter that reads a planted zero.
     assert!(text.contains("8 of ") && text.contains("τ = 1e-6"), "{text}");
@@ -212,10 +212,13 @@ fn strides_are_taken_as_given() {
     };
     // The published figure of 88.09 M.
     let (head, total) = lines(&macs(&["--strides", "1,1,1,2,2,1,2,1"]));
-    assert!(head.contains("strides 1,1,1,2,2,1,2,1; 100 classes, 32×32"), "{head}");
+    assert!(head.contains("strides 1,1,1,2,2,1,2,1, relu6 (assumed"), "{head}");
+    assert!(head.contains("; 100 classes, 32×32"), "{head}");
+    let (head, _) = lines(&macs(&["--strides", "cifar", "--activation", "relu", "--epsilon", "1e-3"]));
+    assert!(head.contains("strides 1,1,2,2,1,1,1,1, relu, ε 1e-3; "), "{head}");
     assert!(total.contains("88.09 M MACs") && total.contains("32×32"), "{total}");
     let (head, total) = lines(&macs(&["--strides", "cifar"]));
-    assert!(head.contains("strides 1,1,2,2,1,1,1,1; "), "{head}");
+    assert!(head.contains("strides 1,1,2,2,1,1,1,1, relu6 (assumed"), "{head}");
     assert!(total.contains("146.19 M MACs"), "{total}");
     // Torchvision's 300.8 M with 1000 classes.
     let (head, total) = lines(&macs(&[]));
@@ -351,6 +354,28 @@ fn networks_are_quantized_without_training() {
     check_error(&["quantize", input, &twice, "--bits", "a8w8", "--image-range", "1,2"], &["around 0"]);
 }
 
+/// Finite weights may give outputs that are none.
+#[test]
+fn a_loss_that_is_no_number_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let config = models::MobileNet {
+        width: 0.1,
+        ..models::MobileNet::new(models::Version::V1, models::Input::Cifar, 100)
+    };
+    let mut network = config.init(0, &Device::Cpu).unwrap();
+    let last = network.units_mut().next_back().unwrap();
+    last.weight = Tensor::full(3e38f32, last.weight.shape(), &Device::Cpu).unwrap();
+    for unit in network.units_mut() {
+        if let Norm::Batch(norm) = &mut unit.norm {
+            norm.beta = (&norm.beta + 3.0).unwrap();
+        }
+    }
+    network.save(Path::new(&path("net.safetensors")), &models::Extras::default()).unwrap();
+    let eval = ["eval", &path("net.safetensors"), "--data", "synthetic", "--limit", "100"];
+    check_error(&eval, &["mobilenet_v1", "loss of NaN", "finite"]);
+}
+
 #[test]
 fn errors_say_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
@@ -375,6 +400,11 @@ fn errors_say_what_to_do() {
         &["variance", own, "--csv", &path("v.svg"), "--plot", &path("v")],
         &["v.svg would be written twice"],
     );
+    // Nor a network that is not read, by a slip.
+    let other = path("other.safetensors");
+    std::fs::copy(own, &other).unwrap();
+    check_error(&["variance", input, "--csv", &other], &["other.safetensors", "ends in .csv"]);
+    assert!(std::fs::read(&other).unwrap() == whole);
     let picture = path("w.svg");
     std::fs::copy(own, &picture).unwrap();
     check_error(&["variance", &picture, "--plot", &path("w")], &["w.svg is the file that is read"]);

@@ -199,6 +199,15 @@ fn ranges_come_from_images_where_there_are_any() {
     };
     let (with, without) = (off("with.safetensors"), off("without.safetensors"));
     assert!(with < 0.8 * without, "off by {with} and {without}");
+
+    // A damaged picture is left out as far as is asked for.
+    std::fs::write(folder.path().join("pictures/train/cat/damaged.png"), "no picture").unwrap();
+    let flags = ["quantize", "net.safetensors", "some.safetensors", "--bits", "a4w8", "--data", "pictures"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pfq"));
+    let refused = said(&command.current_dir(folder.path()).args(flags).output().unwrap());
+    assert!(refused.contains("1 of 37 training images") && refused.contains("bad_percent"), "{refused}");
+    let some = [&flags[5..], &["--bad-percent", "3"]].concat();
+    assert!(quantize("some.safetensors", &some).contains("from 36 training images"));
 }
 
 #[test]

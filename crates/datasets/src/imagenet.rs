@@ -61,7 +61,8 @@ const STD: [f32; 3] = [0.229, 0.224, 0.225];
 /// `./imagenet`; it never is the hub (150 GB). A folder can hold, for each of training and validation, the
 /// first of:
 ///
-/// 1. `train/<class>/*` and `val/<class>/*`, or flat `val/*` (also under `ILSVRC/Data/CLS-LOC`);
+/// 1. `train/<class>/*` and `val/<class>/*`, or flat `val/*` (also under `ILSVRC/Data/CLS-LOC`, and in another folder of
+///    their name);
 /// 2. `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which stay as they are: `.index` files beside
 ///    them keep the positions of their members;
 /// 3. the hub's `train-*.parquet` and `validation-*.parquet`, directly or in `data/`, which are unpacked once
@@ -106,13 +107,14 @@ fn load_folder(folder: &Path, options: &Options, on_event: &mut dyn FnMut(Event)
             false => "there is no such folder",
         }));
     }
-    let kaggle = folder.join("ILSVRC/Dataset/CLS-LOC");
+    let kaggle = folder.join("ILSVRC/Data/CLS-LOC");
     let root = if kaggle.is_dir() { kaggle.as_path() } else { folder };
     let classes = given_classes(folder)?;
     let tabled = classes.clone().unwrap_or_else(Classes::official);
     let mut split = |folders: &[&str], archive: &str, tables: &str| -> Result<Vec<Stored>> {
-        for name in folders {
-            let found = Some(root.join(name)).filter(|path| path.is_dir()).map(|path| files::scan(&path));
+        // A folder in another one of its name, as unpacking by hand makes it.
+        for path in folders.iter().flat_map(|name| [root.join(name), root.join(name).join(name)]) {
+            let found = Some(path).filter(|path| path.is_dir()).map(|path| files::scan(&path));
             if let Some(found) = found.transpose()?.filter(|found| !found.is_empty()) {
                 return Ok(found);
             }

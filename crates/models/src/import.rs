@@ -116,8 +116,8 @@ impl Format {
         if data.starts_with(b"PK") {
             return Ok(Self::Pickle);
         }
-        // A pickle that is no archive, of any protocol.
-        if matches!(data, [0x80, 2..=5, ..]) {
+        // A pickle that is no archive, of any protocol: those before the second begin with PyTorch's number for the format.
+        if matches!(data, [0x80, 2..=5, ..]) || data.starts_with(b"L119547037146038801333356L\n") {
             return Err("was saved in the format that PyTorch had before 1.6; convert it in Python: \
                         torch.save(torch.load(FILE), NEW)"
                 .into());

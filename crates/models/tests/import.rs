@@ -221,7 +221,9 @@ fn files_of_other_kinds_are_errors_that_say_what_to_do() {
     let whole = std::fs::read(file("timm_v2.safetensors")).unwrap();
     assert!(write("cut.safetensors", &whole[..whole.len() / 2]).contains("whole safetensors"));
     assert!(write("text.pth", b"not weights at all").contains("neither"));
-    assert!(write("old.pth", &[0x80, 2, 0x8a, 10]).contains("torch.save(torch.load(FILE), NEW)"));
+    for begin in [&[0x80, 2, 0x8a, 10][..], &[0x80, 4, 0x95], b"L119547037146038801333356L\n.M"] {
+        assert!(write("old.pth", begin).contains("torch.save(torch.load(FILE), NEW)"));
+    }
     let pth = std::fs::read(file("torchvision_v2.pth")).unwrap();
     assert!(write("cut.pth", &pth[..pth.len() / 2]).contains("state dict"));
     let absent = error_of(&folder.path().join("absent.pth"), Import::default());

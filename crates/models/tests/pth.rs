@@ -205,6 +205,17 @@ fn the_fourth_protocol() {
     same(&[b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00", &top[..]].concat(), &storages);
 }
 
+/// So does pickle_protocol=1: no version, and truth values and long integers as texts.
+#[test]
+fn the_first_protocol() {
+    let as_texts = |name: &str, numbers: Vec<f32>, shape: &[usize]| {
+        let (name, numbers, tensor) = plain(name, numbers, shape);
+        (name, numbers, replaced(&tensor, b"t\x89", b"tI00\n"))
+    };
+    let (top, storages) = state_dict(as_texts);
+    same(&dict(&[("seed", b"L1099511627776L\n".to_vec()), ("net", top)]), &storages);
+}
+
 fn error(data: &[u8]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint.pth");

@@ -1,4 +1,4 @@
-//! Reads Python's pickles, protocols 2 to 5, without running them.
+//! Reads Python's pickles, protocols 1 to 5, without running them.
 //!
 //! A pickle is a program for a stack machine, which can call any function. Here nothing is called: a call stays a value,
 //! with its function's name and its arguments. Values lie in one list, and what holds others holds their places in it. So
@@ -233,6 +233,16 @@ impl<'a> Machine<'a> {
                 let length = self.number(if code == 0x8a { 1 } else { 4 })?;
                 integer(self.take(length)?)
             }
+            // Protocol 1 writes truth values and long integers as texts.
+            b'I' => match self.line()? {
+                b"00" => Value::Bool(false),
+                b"01" => Value::Bool(true),
+                text => decimal(text)?,
+            },
+            b'L' => {
+                let text = self.line()?;
+                decimal(text.strip_suffix(b"L").unwrap_or(text))?
+            }
             b'G' => {
                 let bytes = self.take(8)?.try_into().expect("eight bytes");
                 Value::Float(f64::from_be_bytes(bytes))
@@ -343,6 +353,16 @@ fn integer<'a>(bytes: &[u8]) -> Value<'a> {
     }
 }
 
+/// A number in decimal digits.
+fn decimal<'a>(text: &[u8]) -> Result<Value<'a>, String> {
+    let digits = text.strip_prefix(b"-").unwrap_or(text);
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return Err("a number is not written in digits".into());
+    }
+    let number = std::str::from_utf8(text).ok().and_then(|text| text.parse().ok());
+    Ok(number.map_or(Value::None, Value::Integer))
+}
+
 fn kind(value: &Value) -> &'static str {
     match value {
         Value::None => "None",
@@ -424,6 +444,11 @@ mod tests {
             b"\x80\x02\x8a\x00\x8a\x02\x00\xff\x8a\x05\x00\x00\x00\x00\x01\x87.",
             "(Integer(0), Integer(-256), Integer(4294967296))",
         );
+        // Of the first protocol: (1, 1099511627776, -1099511627776, 2 ** 64, True, False, -3).
+        check(
+            b"(K\x01L1099511627776L\nL-1099511627776L\nL18446744073709551616L\nI01\nI00\nI-3\nt.",
+            "(Integer(1), Integer(1099511627776), Integer(-1099511627776), None, Bool(true), Bool(false), Integer(-3))",
+        );
         check(b"\x80\x02\x8a\x09\x00\x00\x00\x00\x00\x00\x00\x00\x01.", "None");
     }
 
@@ -476,7 +501,10 @@ mod tests {
             (b")NNs.", "set in a tuple"),
             (b"NNb.", "given to None"),
             (b"NN\x93.", "no text"),
-            (b"I1\n.", "0x49"),
+            (b"F1\n.", "0x46"),
+            (b"I1.5\n.", "digits"),
+            (b"L-L\n.", "digits"),
+            (b"L1L", "does not end"),
         ] {
             refused(input, expected);
         }

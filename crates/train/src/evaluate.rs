@@ -1,5 +1,5 @@
 use crate::totals::{Means, Totals};
-use crate::{Arithmetic, Result};
+use crate::{Arithmetic, Error, Result};
 use datasets::{Dataset, Feed};
 use models::Network;
 use ranks::Ranks;
@@ -19,13 +19,21 @@ const IMAGES: usize = 250;
 const PIXELS: usize = 32 * 224 * 224;
 
 /// Evaluates `network`, on its device, on the test images of `data`.
+///
+/// # Errors
+/// Also when the loss is no finite number.
 pub fn evaluate(network: &Network, data: &dyn Dataset) -> Result<Evaluation> {
     evaluate_in(network, data, Arithmetic::F32)
 }
 
 /// [`evaluate`] as a training in that arithmetic does after each epoch, to the same bits.
 pub fn evaluate_in(network: &Network, data: &dyn Dataset, arithmetic: Arithmetic) -> Result<Evaluation> {
-    evaluate_on(network, &mut Feed::new(data, network.device(), arithmetic.dtype()), None)
+    let mut feed = Feed::new(data, network.device(), arithmetic.dtype());
+    let evaluation = evaluate_on(network, &mut feed, None)?;
+    match evaluation.loss.is_finite() {
+        true => Ok(evaluation),
+        false => Err(Error::Loss { network: network.name.clone(), loss: evaluation.loss }),
+    }
 }
 
 /// Evaluates `network` on the test images of `feed`, which is on the network's device, and on those of the other ranks.

@@ -50,6 +50,17 @@ pub enum Error {
         /// The parameter's name.
         parameter: String,
     },
+    /// The network's outputs are no numbers, although its own numbers are.
+    #[error(
+        "network {network} has a loss of {loss} on the test images: expected a finite one; its outputs overflow, as its weights \
+         are too large"
+    )]
+    Loss {
+        /// The network's name.
+        network: String,
+        /// What was found.
+        loss: f64,
+    },
     /// The loss, or a number of the network, is no longer finite.
     #[error(
         "training diverged in epoch {epoch}: {what}; a smaller learning rate (now {rate:.5}) or a longer warm-up \

@@ -1,5 +1,6 @@
 //! PyTorch's side of the benchmark: its modes, and a Python that has it.
 
+use crate::output;
 use anyhow::{Context, Result, bail};
 use report::bench::Place;
 use std::path::{Path, PathBuf};
@@ -57,7 +58,7 @@ pub(super) fn environment(place: Place) -> Result<PathBuf> {
     if std::fs::read_to_string(&marker).is_ok_and(|found| found == wanted) {
         return Ok(python);
     }
-    println!("Installing PyTorch in {} (once)", folder.display());
+    output::print(&format!("Installing PyTorch in {} (once)", folder.display()));
     run(
         Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder),
         "Python 3.10 or later with venv is needed (Debian: apt install python3-venv python3-dev)",

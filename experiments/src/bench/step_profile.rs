@@ -4,7 +4,7 @@
 use super::case::{Case, What};
 use super::ours;
 use super::{SETTINGS, machine};
-use crate::process;
+use crate::{output, process};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use clap::Parser;
@@ -119,7 +119,7 @@ fn run(flags: &Flags) -> Result<()> {
             shapes(width, flags.batch.into(), *arithmetic, peaks, &mut text)?;
         }
     }
-    print!("{text}");
+    output::print(text.trim_end());
     let mut csv = csv::Writer::from_writer(Vec::new());
     for line in &lines {
         csv.serialize(line)?;

@@ -8,6 +8,7 @@ use datasets::Dataset;
 use integer::{Engine, FRACTION, MULTIPLIER_BITS};
 use models::Network;
 use std::time::Instant;
+use train::Evaluation;
 
 /// Measures the top-1 accuracy and the loss on test images
 #[derive(Debug, Args)]
@@ -52,12 +53,15 @@ impl Eval {
         };
         let data = data::load(wanted, &network)?;
         let started = Instant::now();
-        if self.integer {
-            return Ok(text + &compared(&network, &*data)?);
-        }
-        let (evaluation, said) = match published.filter(|published| published.is_of(&*data)) {
-            Some(published) => published.evaluate(&*data)?,
-            None => (train::evaluate(&network, &*data)?, String::new()),
+        let said = if self.integer {
+            compared(&network, &*data)?
+        } else {
+            let (Evaluation { top1_percent, loss }, said) =
+                match published.filter(|published| published.is_of(&*data)) {
+                    Some(published) => published.evaluate(&*data)?,
+                    None => (train::evaluate(&network, &*data)?, String::new()),
+                };
+            format!("top-1 {top1_percent:.2} %, loss {loss:.4}\n{said}")
         };
         let skipped = data.skipped();
         for skipped in &skipped {
@@ -67,15 +71,13 @@ impl Eval {
             bail!("{text}{} has no test images that could be used", data.source());
         }
         text += &format!(
-            "{} from {}: {} test images in {}\ntop-1 {:.2} %, loss {:.4}\n",
+            "{} from {}: {} test images in {}\n{said}",
             data.name(),
             data.source(),
             data.test_images() - skipped.len(),
             duration(started.elapsed().as_secs_f64()),
-            evaluation.top1_percent,
-            evaluation.loss
         );
-        Ok(text + &said)
+        Ok(text)
     }
 }
 
@@ -90,6 +92,11 @@ fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
         let logits = [network.forward(&batch.images)?, engine.logits(&batch.images)?];
         let [simulated, whole] = logits.map(|logits| logits.to_vec2::<f32>());
         for ((a, b), label) in simulated?.iter().zip(whole?).zip(batch.labels.to_vec1::<u32>()?) {
+            if let Some(logit) = a.iter().find(|logit| !logit.is_finite()) {
+                bail!(
+                    "the network gives a logit of {logit}: expected finite ones; its weights are too large"
+                );
+            }
             let predictions = [best(a), best(&b)];
             images += 1;
             different += usize::from(predictions[0] != predictions[1]);
@@ -100,16 +107,11 @@ fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
             largest = a.iter().fold(largest, |most, a| most.max(a.abs()));
         }
     }
-    if images == 0 {
-        bail!("{} has no test images", data.name());
-    }
-    let [simulated, whole] = hits.map(|hits| 100.0 * hits as f64 / images as f64);
+    let [simulated, whole] = hits.map(|hits| 100.0 * hits as f64 / images.max(1) as f64);
     Ok(format!(
-        "{} from {}: {images} test images\nsimulated: top-1 {simulated:.2} %\nin whole numbers: top-1 {whole:.2} % (multipliers of \
+        "simulated: top-1 {simulated:.2} %\nin whole numbers: top-1 {whole:.2} % (multipliers of \
          {MULTIPLIER_BITS} bits, residuals with {FRACTION} bits behind the point)\n{different} of {images} predictions differ; \
-         logits by {distance:.2e} at most, of logits up to {largest:.2}\n",
-        data.name(),
-        data.source(),
+         logits by {distance:.2e} at most, of logits up to {largest:.2}\n"
     ))
 }
 

@@ -96,13 +96,27 @@ impl NetworkFile {
                 network.name.clone()
             }
             Origin::Public { naming, config } => {
+                let activation = if config.activation == Activation::Relu { "relu" } else { "relu6" };
+                // No tensor tells these.
+                let told = [
+                    (
+                        format!("strides {}", config.input.strides(config.version)),
+                        "--strides",
+                        self.strides.is_some(),
+                    ),
+                    (activation.into(), "--activation", self.activation.is_some()),
+                    (format!("ε {:e}", network.epsilon), "--epsilon", self.epsilon.is_some()),
+                ];
+                let told = told.map(|(what, flag, given)| match given {
+                    true => what,
+                    false => format!("{what} (assumed; {flag} says others)"),
+                });
                 format!(
-                    "{}, width {}, named as in {}, strides {}{}",
+                    "{}, width {}, named as in {}, {}",
                     network.name,
                     config.width,
                     naming.name(),
-                    config.input.strides(config.version),
-                    if self.strides.is_some() { "" } else { " (assumed; --strides says others)" },
+                    told.join(", ")
                 )
             }
         };

@@ -45,6 +45,10 @@ pub(super) struct Quantize {
     #[arg(long, value_name = "IMAGES", default_value_t = 1000)]
     images: usize,
 
+    /// With --data: leave out up to so many pictures that are damaged before that is an error
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    bad_percent: f64,
+
     /// The lowest and the highest value of a normalized image; those of black and white with the mean and standard deviation of
     /// --data, or else of ImageNet or, where the input is smaller than 64×64, CIFAR-100 if not given
     #[arg(long, value_name = "LO,HI", value_delimiter = ',', allow_hyphen_values = true)]
@@ -83,7 +87,7 @@ impl Quantize {
         let (network, mut text) = self.network.open()?;
         let data = self.data.as_deref().map(|place| {
             let limits = [Some(self.images), None];
-            data::load(Wanted { place, limits, bad_percent: 1.0, settings: None }, &network)
+            data::load(Wanted { place, limits, bad_percent: self.bad_percent, settings: None }, &network)
         });
         let data = data.transpose()?;
         let image_range = match self.image_range.as_deref() {

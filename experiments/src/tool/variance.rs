@@ -42,6 +42,9 @@ impl Variance {
         let written: Vec<&Path> =
             self.csv.iter().chain(pictures.iter().flatten()).map(PathBuf::as_path).collect();
         self.network.refuse_to_overwrite(&written)?;
+        if let Some(csv) = &self.csv {
+            self.network.check_output(csv, "csv")?;
+        }
         let (network, line) = self.network.open()?;
         let threshold = threshold(self.threshold, &network)?;
         let layers: Vec<Variances> = pfq::variances(&network)?

@@ -1,4 +1,5 @@
 use crate::networks::{Folder, TOLERANCE};
+use crate::process::one_line;
 use crate::profile::Profile;
 use crate::progress::Display;
 use crate::{output, session};
@@ -46,7 +47,8 @@ impl Report {
             Ok(found) => self.text += &format!("ok     {what}: {found}\n"),
             Err(error) => {
                 self.wrong += 1;
-                self.text += &format!("WRONG  {what}: {error:#}\n");
+                let error = one_line(&format!("{error:#}"));
+                self.text += &format!("WRONG  {what}: {error}\n");
             }
         }
     }

@@ -56,6 +56,12 @@ fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
     if has_separate_scans(bytes) {
         return Err("the JPEG has its channels in separate scans, which the decoder does not support".into());
     }
+    if has_coarse_first_channel(bytes) {
+        return Err(
+            "the JPEG has more samples of a colour than of brightness, which the decoder does not support"
+                .into(),
+        );
+    }
     if lacks_scans(bytes) {
         return Err("the JPEG is truncated or damaged: it ends before the last of its scans".into());
     }
@@ -150,6 +156,17 @@ fn has_separate_scans(bytes: &[u8]) -> bool {
         }
     }
     false
+}
+
+/// Whether another channel has more samples than the first, in a row or in a column. zune-jpeg (0.5.15) decodes many such
+/// pictures to wrong pixels without an error.
+fn has_coarse_first_channel(bytes: &[u8]) -> bool {
+    let frame = segments(bytes).find(|(marker, _)| [SEQUENTIAL, EXTENDED, PROGRESSIVE].contains(marker));
+    let channels = frame.and_then(|(_, segment)| segment.get(6..)).unwrap_or_default();
+    // Of each channel: its number, its factors across and down in four bits each, and the number of its table.
+    let mut factors = channels.as_chunks::<3>().0.iter().map(|&[_, both, _]| (both >> 4, both & 0xf));
+    let Some(first) = factors.next() else { return false };
+    factors.any(|(across, down)| across > first.0 || down > first.1)
 }
 
 /// Whether a progressive JPEG ends before scans that others announce: those that refine what has been sent without its
@@ -384,6 +401,43 @@ mod tests {
             }
         }
         assert_eq!((right, refused), (75, 45));
+    }
+
+    #[test]
+    fn channels_of_any_sampling_are_decoded_right_or_refused() {
+        let all = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (3, 1)];
+        let (mut right, mut coarse) = (0, 0);
+        for (y, cb, cr) in all.into_iter().flat_map(|y| all.map(|cb| all.map(|cr| (y, cb, cr)))).flatten() {
+            // More blocks no unit of a JPEG may have.
+            if y.0 * y.1 + cb.0 * cb.1 + cr.0 * cr.1 > 10 {
+                continue;
+            }
+            for progressive in [false, true] {
+                let size = (70, 75);
+                let jpeg = flat_blocks(size, [y, cb, cr], &[&[0, 1, 2]], progressive);
+                let case = format!("{y:?} {cb:?} {cr:?} {progressive}");
+                let is_first_finest = y.0 >= cb.0.max(cr.0) && y.1 >= cb.1.max(cr.1);
+                match decode(&jpeg) {
+                    Ok(picture) => {
+                        assert!(is_first_finest, "{case}");
+                        for (i, pixel) in picture.pixels.chunks(3).enumerate() {
+                            let expected = 128 + level(0, i / size.0 / 8, i % size.0 / 8);
+                            assert_eq!(pixel, [expected as u8; 3], "{case}: pixel {i}");
+                        }
+                        right += 1;
+                    }
+                    Err(error) => {
+                        assert_eq!(
+                            !is_first_finest,
+                            error.contains("more samples of a colour"),
+                            "{case}: {error}"
+                        );
+                        coarse += usize::from(!is_first_finest);
+                    }
+                }
+            }
+        }
+        assert!(right > 50 && coarse > 50, "{right} right, {coarse} refused");
     }
 
     /// Pictures that small files describe, and no memory holds.

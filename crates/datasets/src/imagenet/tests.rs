@@ -186,9 +186,15 @@ fn every_form_gives_the_same_data() {
         write(&root.join("val.txt"), VAL.as_bytes());
     });
     root(&|root| {
-        write_folders(&root.join("ILSVRC/Dataset/CLS-LOC"));
-        fs::remove_dir_all(root.join("ILSVRC/Dataset/CLS-LOC/val")).unwrap();
-        flat(root, "ILSVRC/Dataset/CLS-LOC/val");
+        write_folders(root);
+        fs::rename(root.join("val"), root.join("once")).unwrap();
+        fs::create_dir(root.join("val")).unwrap();
+        fs::rename(root.join("once"), root.join("val/val")).unwrap();
+    });
+    root(&|root| {
+        write_folders(&root.join("ILSVRC/Data/CLS-LOC"));
+        fs::remove_dir_all(root.join("ILSVRC/Data/CLS-LOC/val")).unwrap();
+        flat(root, "ILSVRC/Data/CLS-LOC/val");
         let csv = "ImageId,PredictionString\nILSVRC2012_val_00000003,n01440764 1 2 3 4\n\
                    ILSVRC2012_val_00000001,n15075141 1 2 3 4\nILSVRC2012_val_00000002,n01443537 1 2 3 4\n";
         write(&root.join("LOC_val_solution.csv"), csv.as_bytes());
