@@ -1,5 +1,5 @@
-//! What [`kernels::memory::keep_pages`] asks of the system for the heap of a process, which this test has to itself.
-#![cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
+//! What [`kernels::memory::keep_pages`] asks of the system for the heap of a process: without the test harness, as tests of its
+//! run in threads that have heaps of their own.
 
 /// The flags of the mapping that an address lies in, by `/proc/self/smaps`.
 fn flags(address: usize) -> String {
@@ -17,15 +17,16 @@ fn flags(address: usize) -> String {
     panic!("no mapping has the address {address:x}");
 }
 
-/// Compilers leave out what is allocated and freed unused, and so did the block that was to bring this about.
-#[test]
-fn large_tensors_lie_where_huge_pages_are_asked_for() {
-    if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
-        eprintln!("skipped: this kernel has no transparent huge pages");
+/// Large tensors lie where huge pages are asked for. (Compilers leave out what is allocated and freed unused, and so did the
+/// block that was to bring this about.)
+fn main() {
+    let is_of = cfg!(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"));
+    if !is_of || !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+        println!("skipped: there are no transparent huge pages here");
         return;
     }
     kernels::memory::keep_pages();
-    let blocks: Vec<Vec<u8>> = [1 << 20, 300 << 20, 2 << 30].map(|len| Vec::with_capacity(len)).into();
+    let blocks: Vec<Vec<u8>> = [8 << 20, 300 << 20, 2 << 30].map(|len| Vec::with_capacity(len)).into();
     for block in &blocks {
         let middle = block.as_ptr() as usize + block.capacity() / 2;
         assert!(flags(middle).split_whitespace().any(|flag| flag == "hg"), "{}", flags(middle));

@@ -134,30 +134,6 @@ __device__ inline Grid grid_at(const float *range, u32 grids, size_t at, float m
     return grid_of(own, max_level);
 }
 
-// y = f(x, at) of `count` groups of V elements, which all threads share; `at` is an element's place in memory.
-template <int V, typename X, typename Y, typename F>
-__device__ inline void apply(const X *x, Y *y, u32 count, F f) {
-    for (u32 group = blockIdx.x * blockDim.x + threadIdx.x; group < count; group += gridDim.x * blockDim.x) {
-        size_t at = (size_t)group * V;
-        Vec<V> values = load<V>(x, at);
-#pragma unroll
-        for (int i = 0; i < V; i++) values.at[i] = f(values.at[i], at + i);
-        store<V>(y, at, values);
-    }
-}
-
-// The same of two maps: y = f(x, other, at).
-template <int V, typename X, typename Y, typename F>
-__device__ inline void apply(const X *x, const X *other, Y *y, u32 count, F f) {
-    for (u32 group = blockIdx.x * blockDim.x + threadIdx.x; group < count; group += gridDim.x * blockDim.x) {
-        size_t at = (size_t)group * V;
-        Vec<V> values = load<V>(x, at), others = load<V>(other, at);
-#pragma unroll
-        for (int i = 0; i < V; i++) values.at[i] = f(values.at[i], others.at[i], at + i);
-        store<V>(y, at, values);
-    }
-}
-
 // How elements of a feature map are read: floats, or levels of a grid.
 template <typename X> struct Reader {
     __device__ Reader(const float *, float) {}
@@ -201,8 +177,33 @@ struct Columns {
     }
 };
 
-// The thread's place in its block.
+// The threads of a block, and a thread's place among them.
+__device__ inline u32 threads() { return blockDim.x * blockDim.y; }
 __device__ inline u32 thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
+
+// y = f(x, at) of `count` groups of V elements, which all threads share; `at` is an element's place in memory.
+template <int V, typename X, typename Y, typename F>
+__device__ inline void apply(const X *x, Y *y, u32 count, F f) {
+    for (u32 group = blockIdx.x * threads() + thread(); group < count; group += gridDim.x * threads()) {
+        size_t at = (size_t)group * V;
+        Vec<V> values = load<V>(x, at);
+#pragma unroll
+        for (int i = 0; i < V; i++) values.at[i] = f(values.at[i], at + i);
+        store<V>(y, at, values);
+    }
+}
+
+// The same of two maps: y = f(x, other, at).
+template <int V, typename X, typename Y, typename F>
+__device__ inline void apply(const X *x, const X *other, Y *y, u32 count, F f) {
+    for (u32 group = blockIdx.x * threads() + thread(); group < count; group += gridDim.x * threads()) {
+        size_t at = (size_t)group * V;
+        Vec<V> values = load<V>(x, at), others = load<V>(other, at);
+#pragma unroll
+        for (int i = 0; i < V; i++) values.at[i] = f(values.at[i], others.at[i], at + i);
+        store<V>(y, at, values);
+    }
+}
 
 // Where a gradient passes through an activation, a clamp to (lo, hi), and through a quantizer if there is a range.
 struct Gate {
@@ -236,7 +237,7 @@ __device__ inline u32 half_of(u32 n) {
 // The extremes of all threads of the block, in thread 0.
 __device__ inline void block_extremes(float &lo, float &hi) {
     __shared__ float los[THREADS], his[THREADS];
-    u32 t = thread(), count = blockDim.x * blockDim.y;
+    u32 t = thread(), count = threads();
     los[t] = lo;
     his[t] = hi;
     __syncthreads();

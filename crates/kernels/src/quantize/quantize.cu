@@ -74,7 +74,7 @@ struct ExtremesOfAll {
 // One block.
 __device__ inline void extremes_of_all(const ExtremesOfAll &a) {
     float lo = INFINITY, hi = -INFINITY;
-    for (u32 i = thread(); i < a.count; i += blockDim.x * blockDim.y) {
+    for (u32 i = thread(); i < a.count; i += threads()) {
         lo = fminf(lo, a.parts[i]);
         hi = fmaxf(hi, a.parts[a.count + i]);
     }
