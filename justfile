@@ -76,6 +76,10 @@ test-cuda *flags:
 test-cuda-software *flags:
     scripts/software-gpu cargo test --workspace --features experiments/cuda --test cuda --test device --test fit {{flags}}
 
+# Two processes whose gradients NCCL adds up, on a GPU in software; needs Open MPI and libclang
+test-nccl-software *flags:
+    scripts/software-gpu cargo test --workspace --features experiments/nccl --test mpi on_gpus {{flags}}
+
 # Training, evaluation and operations beside PyTorch on a GPU (flags: just bench-cuda --help)
 bench-cuda *flags:
     scripts/cuda-toolchain run cargo run --release -p experiments --features cuda --bin bench_pytorch -- --device cuda {{flags}}

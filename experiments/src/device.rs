@@ -8,7 +8,8 @@ use clap::ValueEnum;
 
 /// The device that `--device` asks for, and its name for the records.
 ///
-/// `auto` is the first GPU if one answers, and the CPU otherwise; where this program could use a GPU and none
+/// `cuda` is a GPU of this process's own where the node has several processes of a job, and the first one otherwise. `auto` is
+/// that GPU if it answers, and the CPU otherwise; where this program could use a GPU and none
 /// answers, that is said on stderr. Whether one answers is found out by computing something on it: how the program was
 /// compiled says nothing about it.
 ///
@@ -17,7 +18,7 @@ use clap::ValueEnum;
 pub fn open(wanted: &str) -> Result<(Device, String)> {
     match Wanted::parse(wanted)? {
         Wanted::Cpu => Ok(cpu()),
-        Wanted::Auto if cfg!(feature = "cuda") => gpu(0).or_else(|problem| {
+        Wanted::Auto if cfg!(feature = "cuda") => gpu(None).or_else(|problem| {
             let problem = one_line(&format!("{problem:#}"));
             output::tell(&format!("device: the CPU, as {problem}"));
             Ok(cpu())
@@ -74,7 +75,8 @@ pub(crate) const BFLOAT16: &str = ", bfloat16";
 enum Wanted {
     Auto,
     Cpu,
-    Gpu(usize),
+    /// Of that number, or the process's own.
+    Gpu(Option<usize>),
 }
 
 impl Wanted {
@@ -83,8 +85,8 @@ impl Wanted {
         Ok(match (text, text.strip_prefix("cuda:").and_then(number)) {
             ("auto", _) => Self::Auto,
             ("cpu", _) => Self::Cpu,
-            ("cuda", _) => Self::Gpu(0),
-            (_, Some(number)) => Self::Gpu(number),
+            ("cuda", _) => Self::Gpu(None),
+            (_, number @ Some(_)) => Self::Gpu(number),
             _ => bail!("--device {text} is unknown: expected auto, cpu, cuda or cuda:N, N from 0"),
         })
     }
@@ -103,21 +105,23 @@ fn processor() -> String {
     format!("cpu ({name}, {threads} threads)")
 }
 
-/// The GPU of that number.
+/// The GPU of that number, or this process's own.
 #[cfg(not(feature = "cuda"))]
-fn gpu(_number: usize) -> Result<(Device, String)> {
+fn gpu(_number: Option<usize>) -> Result<(Device, String)> {
     bail!(
         "this program was built for the CPU alone; build it with `just cuda-build` (docs/cuda.md), or use --device cpu"
     )
 }
 
-/// The GPU of that number, once it has computed something.
+/// The GPU of that number, or this process's own, once it has computed something.
 #[cfg(feature = "cuda")]
-fn gpu(number: usize) -> Result<(Device, String)> {
+fn gpu(number: Option<usize>) -> Result<(Device, String)> {
     use candle_core::cuda::cudarc::driver::CudaContext;
-    let found = match CudaContext::device_count() {
-        Ok(count) if number < count as usize => CudaContext::new(number),
+    let count = CudaContext::device_count();
+    let number = number.unwrap_or_else(|| own(count.as_ref().map_or(0, |count| *count as usize)));
+    let found = match count {
         Ok(0) => bail!("the driver answers and has no GPU; see `nvidia-smi`, or use --device cpu"),
+        Ok(count) if number < count as usize => CudaContext::new(number),
         Ok(count) => bail!("there is no GPU {number}: there are {count}, numbered from 0"),
         Err(problem) => Err(problem),
     };
@@ -138,6 +142,14 @@ fn gpu(number: usize) -> Result<(Device, String)> {
         )
     })?;
     Ok((device, name))
+}
+
+/// This process's own of `count` GPUs: that of its number among those of the job on this node, as mpirun or Slurm say it.
+#[cfg(feature = "cuda")]
+fn own(count: usize) -> usize {
+    let number = |name| std::env::var(name).ok()?.parse::<usize>().ok();
+    let number = ["OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"].into_iter().find_map(number);
+    number.unwrap_or(0) % count.max(1)
 }
 
 /// The device, after a sum that shows that it runs what was compiled.
@@ -161,8 +173,8 @@ mod tests {
         let check = |text: &str, expected: Wanted| assert_eq!(Wanted::parse(text).unwrap(), expected);
         check("auto", Wanted::Auto);
         check("cpu", Wanted::Cpu);
-        check("cuda", Wanted::Gpu(0));
-        check("cuda:3", Wanted::Gpu(3));
+        check("cuda", Wanted::Gpu(None));
+        check("cuda:3", Wanted::Gpu(Some(3)));
         for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda3", "cpu:0", "cuda:99999999999999999999"] {
             let error = Wanted::parse(text).unwrap_err().to_string();
             assert!(error.contains("auto, cpu, cuda or cuda:N"), "{error}");

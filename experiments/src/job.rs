@@ -3,16 +3,24 @@
 
 use crate::{output, process};
 use anyhow::Result;
+use candle_core::Device;
 use ranks::Ranks;
+#[cfg(feature = "nccl")]
+use std::cell::OnceCell;
 use std::rc::Rc;
 
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 
 /// This process's place in a job, or none where it works alone.
 pub(crate) struct Job {
     #[cfg(feature = "mpi")]
     mpi: Option<Rc<mpi::Mpi>>,
+    /// Kept until all ranks leave.
+    #[cfg(feature = "nccl")]
+    gpus: OnceCell<Rc<nccl::Nccl>>,
 }
 
 impl Job {
@@ -22,7 +30,11 @@ impl Job {
     /// Where MPI can't begin.
     #[cfg(feature = "mpi")]
     pub fn open() -> Result<Self> {
-        Ok(Self { mpi: started_by_a_launcher().then(mpi::Mpi::open).transpose()?.map(Rc::new) })
+        Ok(Self {
+            mpi: started_by_a_launcher().then(mpi::Mpi::open).transpose()?.map(Rc::new),
+            #[cfg(feature = "nccl")]
+            gpus: OnceCell::new(),
+        })
     }
 
     /// Finds out what this process was started as.
@@ -50,6 +62,22 @@ impl Job {
         None
     }
 
+    /// [`Job::ranks`] for trainings on `device`: of GPUs NCCL adds up the gradients, where this was built with it.
+    ///
+    /// # Errors
+    /// Where NCCL can't begin.
+    pub fn ranks_on(&self, device: &Device) -> Result<Option<Rc<dyn Ranks>>> {
+        #[cfg(feature = "nccl")]
+        if let Some(ranks) = self.ranks()
+            && nccl::all_on_gpus(&*ranks, device)?
+        {
+            let gpus = Rc::new(nccl::Nccl::open(ranks, device)?);
+            return Ok(Some(self.gpus.get_or_init(|| gpus).clone()));
+        }
+        let _ = device;
+        Ok(self.ranks())
+    }
+
     /// Ends this process's part of the job with what came of it. An error ends the whole job, as the other ranks would wait for
     /// this one for ever.
     pub fn end<T>(self, result: Result<T>) -> Result<T> {
@@ -73,6 +101,10 @@ impl Job {
 
     /// Says that the job may end without this process.
     fn leave(&self) {
+        #[cfg(feature = "nccl")]
+        if let Some(gpus) = self.gpus.get() {
+            gpus.part();
+        }
         #[cfg(feature = "mpi")]
         if let Some(mpi) = &self.mpi {
             mpi.leave();

@@ -50,7 +50,7 @@ pub(crate) fn main(
             output::silence();
         }
         let take_part = || {
-            let mut session = Session::open(flags, chooses, job.ranks())?;
+            let mut session = Session::open(flags, chooses, &job)?;
             if session.follow()? { Ok(Done::All) } else { work(&mut session) }
         };
         let result = take_part();
@@ -118,9 +118,10 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Opens all of it, as one of the ranks if there are several.
-    fn open(flags: &Flags, chooses: bool, ranks: Option<Rc<dyn Ranks>>) -> Result<Self> {
-        let machine = Machine { ranks, ..Machine::open(&flags.running)? };
+    /// Opens all of it, as one of the job's ranks if there are several.
+    fn open(flags: &Flags, chooses: bool, job: &Job) -> Result<Self> {
+        let mut machine = Machine::open(&flags.running)?;
+        machine.ranks = job.ranks_on(&machine.device)?;
         let mut profile = match &flags.config {
             Some(path) => Profile::read(path)?,
             None => Profile::named(flags.profile(&machine.device))?,

@@ -70,7 +70,12 @@ mod together {
 
     /// So many processes of a row of Table 3, with the settings `config`, in the store `store` of its own.
     fn table3<'a>(command: &'a mut Command, processes: &str, config: &str, store: &str) -> &'a mut Command {
-        command.args(["-n", processes, TABLE3, "--device", "cpu", "--data", "synthetic"]);
+        row(command.args(["-n", processes, TABLE3]), "cpu", config, store)
+    }
+
+    /// The flags for a row of Table 3 on such a device.
+    fn row<'a>(command: &'a mut Command, device: &str, config: &str, store: &str) -> &'a mut Command {
+        command.args(["--device", device, "--data", "synthetic"]);
         command.args(["--only", "mobilenet_v1,a4w4,ours", "--config", config, "--store", store])
     }
 
@@ -133,16 +138,18 @@ mod together {
         assert!(!row().device.contains("processes"), "{}", row().device);
         let (one, two) = (networks(&place.path("one")), networks(&place.path("two")));
         assert!(one.len() == 5 && one.keys().eq(two.keys()), "{:?} and {:?}", one.keys(), two.keys());
-        let pretrained = |networks: BTreeMap<String, Network>| {
-            networks.into_iter().find(|(stage, _)| stage.contains("pretrain")).unwrap().1
-        };
-        let (one, two) = (pretrained(one), pretrained(two));
+        let (one, two) = (pretrained(&place.path("one")), pretrained(&place.path("two")));
         assert!(difference(&two, &one) < 1e-4, "{:.1e}", difference(&two, &one));
 
         let told = run(&place, "2", "own.toml", "own").unwrap();
         assert!(told.contains("statistics are those of each one's own images"), "{told}");
-        let own = pretrained(networks(&place.path("own")));
+        let own = pretrained(&place.path("own"));
         assert!(difference(&own, &one) > 1e-3, "{:.1e}", difference(&own, &one));
+    }
+
+    /// The network that was pre-trained in a store.
+    fn pretrained(store: &Path) -> Network {
+        networks(store).into_iter().find(|(stage, _)| stage.contains("pretrain")).unwrap().1
     }
 
     /// Waits for a job's end, which must come in time.
@@ -251,5 +258,67 @@ mod together {
         let told = said(&output);
         assert!(!output.status.success(), "{told}");
         assert!(told.contains("Error: rank 1 of 2: rank 1 has data of the fingerprint"), "{told}");
+    }
+
+    /// Skipped where there are no GPUs.
+    #[cfg(feature = "nccl")]
+    mod on_gpus {
+        use super::*;
+        use candle_core::cuda::cudarc::driver::CudaContext;
+
+        /// Whether two processes have a GPU each; of those in software every process has one.
+        fn have_gpus() -> bool {
+            let in_software = std::env::var("LD_PRELOAD").is_ok_and(|loaded| loaded.contains("software_gpu"));
+            let found = CudaContext::device_count().unwrap_or(0) >= if in_software { 1 } else { 2 };
+            if !found {
+                eprintln!("SKIPPED: there are no two GPUs");
+            }
+            found
+        }
+
+        /// Two processes on GPUs, whose gradients NCCL adds up, pre-train what two on CPUs do, but for the order of sums in their
+        /// kernels.
+        #[test]
+        fn two_processes_on_gpus_are_as_two_on_cpus() {
+            let place = Place::new();
+            change(&place, "tiny.toml", 32, THRESHOLD, &[]);
+            let mut plan = Command::new(TABLE3);
+            row(&mut plan, "cpu", "tiny.toml", "gpu").arg("--plan");
+            let plan = plan.current_dir(place.root()).output().unwrap();
+            let plan = String::from_utf8(plan.stdout).unwrap();
+            let stage = plan.lines().find(|line| line.contains("pre-train")).unwrap();
+            let stage = stage.split_whitespace().next().unwrap();
+            for device in ["cpu", "cuda"] {
+                let Some(mut command) = mpirun().filter(|_| have_gpus()) else { return };
+                command.current_dir(place.root()).args(["-n", "2", TABLE3]);
+                let output =
+                    row(&mut command, device, "tiny.toml", device).args(["--stage", stage]).output().unwrap();
+                assert!(output.status.success(), "{device}: {}", said(&output));
+                assert_eq!(said(&output).contains("added up by NCCL"), device == "cuda", "{}", said(&output));
+            }
+            let (found, expected) = (pretrained(&place.path("cuda")), pretrained(&place.path("cpu")));
+            assert!(difference(&found, &expected) < 1e-4, "{:.1e}", difference(&found, &expected));
+        }
+
+        /// A process that NCCL fails for ends the job, and says whose it is and why.
+        #[test]
+        fn a_failure_of_nccl_names_its_rank_and_ends_the_job() {
+            let place = Place::new();
+            let Some(mut command) = mpirun().filter(|_| have_gpus()) else { return };
+            command.current_dir(place.root());
+            let libraries = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+            let others =
+                libraries.split(':').filter(|folder| !Path::new(folder).join("libnccl.so.2").exists());
+            let others = format!("LD_LIBRARY_PATH={}", others.collect::<Vec<_>>().join(":"));
+            row(command.args(["-n", "1", TABLE3]), "cuda", "tiny.toml", "runs");
+            row(command.args([":", "-n", "1", "env", &others, TABLE3]), "cuda", "tiny.toml", "runs");
+            let output = end(command.spawn().unwrap());
+            let told = said(&output);
+            assert!(!output.status.success(), "{told}");
+            assert!(
+                told.contains("Error: rank 1 of 2: ") && told.contains("expected libnccl.so.2"),
+                "{told}"
+            );
+        }
     }
 }

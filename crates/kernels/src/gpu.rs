@@ -18,6 +18,8 @@
 mod cuda;
 #[cfg(feature = "emulation")]
 pub mod emulation;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 pub(crate) mod product;
 
 pub use product::set_tf32;

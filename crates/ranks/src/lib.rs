@@ -1,7 +1,8 @@
 //! Processes that train one network together, as each of them sees the others.
 //!
 //! What they need of an engine is little: sums of gradients, the numbers of all, and what the first one says. [`Ranks`] is
-//! that; the engine of programs is MPI (in `experiments`), and [`threads`] are ranks within one process.
+//! that; the engines of programs are MPI and, for what lies on GPUs, NCCL (in `experiments`), and [`threads`] are ranks within
+//! one process.
 
 #![forbid(unsafe_code)]
 
@@ -9,6 +10,7 @@ mod threads;
 
 pub use threads::{Thread, threads};
 
+use candle_core::{Result, Tensor};
 use std::fmt::Debug;
 
 /// The ranks of a job, seen from one of them.
@@ -25,6 +27,16 @@ pub trait Ranks: Debug {
     /// Replaces `values`, of which every rank has as many, by their sums over all ranks. Every rank gets the same bits; the
     /// order of the terms depends on the numbers of ranks and of values alone.
     fn sum(&self, values: &mut [f32]);
+
+    /// [`Ranks::sum`] of a tensor of `f32`, where it lies; the sums are a tensor of the same shape.
+    ///
+    /// # Errors
+    /// Where the tensor is of another type, or its device fails: the job is to be ended then, as the others wait.
+    fn sum_tensor(&self, tensor: &Tensor) -> Result<Tensor> {
+        let mut values = tensor.flatten_all()?.to_vec1()?;
+        self.sum(&mut values);
+        Tensor::from_vec(values, tensor.shape(), tensor.device())
+    }
 
     /// The values of all ranks, each of which gives as many, in the order of the ranks.
     fn gather(&self, values: &[f64]) -> Vec<f64>;

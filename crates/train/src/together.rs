@@ -170,17 +170,15 @@ impl Share<'_> {
 
     /// The sums of every parameter's gradient over all ranks, in one reduction.
     pub(crate) fn sums(&self, parameters: &[Parameter], gradients: &Gradients) -> Result<Vec<Tensor>> {
-        let mut all = Vec::new();
-        for parameter in parameters {
-            all.extend(gradients.of(parameter)?.flatten_all()?.to_vec1::<f32>()?);
-        }
-        self.ranks.sum(&mut all);
-        let mut left = &all[..];
+        let flat = |parameter: &Parameter| Ok(gradients.of(parameter)?.flatten_all()?);
+        let all = parameters.iter().map(flat).collect::<Result<Vec<Tensor>>>()?;
+        let all = self.ranks.sum_tensor(&Tensor::cat(&all, 0)?)?;
+        let mut done = 0;
         let mut sums = Vec::with_capacity(parameters.len());
         for Parameter { tensor, .. } in parameters {
-            let (own, rest) = left.split_at(tensor.elem_count());
-            sums.push(Tensor::from_slice(own, tensor.shape(), tensor.device())?);
-            left = rest;
+            let count = tensor.elem_count();
+            sums.push(all.narrow(0, done, count)?.reshape(tensor.shape())?);
+            done += count;
         }
         Ok(sums)
     }

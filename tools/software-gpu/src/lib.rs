@@ -1,4 +1,4 @@
-//! A GPU in software, for tests: a library that stands in for NVIDIA's driver (`libcuda`), cuBLAS and cuRAND, and runs
+//! A GPU in software, for tests: a library that stands in for NVIDIA's driver (`libcuda`), cuBLAS, cuRAND and NCCL, and runs
 //! PTX on the CPU.
 //!
 //! Loaded before NVIDIA's libraries, it answers the calls of a program that was built for CUDA:
@@ -18,12 +18,13 @@
 //! does not look for races between threads (`races`), and takes half of the time.
 //!
 //! `ptx` reads the text of a module, `program` makes a kernel of it ready, `launch` runs it with the operations of `ops`;
-//! `driver`, `blas` and `rand` are the libraries' functions, `streams` the order that a GPU would keep.
+//! `driver`, `blas`, `rand` and `nccl` are the libraries' functions, `streams` the order that a GPU would keep.
 
 mod blas;
 mod driver;
 mod launch;
 mod memory;
+mod nccl;
 mod ops;
 mod program;
 mod ptx;
