@@ -33,6 +33,11 @@ pub struct Flags {
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub data: String,
 
+    /// Folder of a cache of ImageNet's pictures, decoded and shrunk to a shorter side of 256, which is made where it is not there
+    /// (358 GB for all) and read instead of the pictures. Training crops then show less detail, so these are other data
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+
     /// Of ImageNet take these classes only: a number (the first so many) or names divided by commas
     #[arg(long, value_name = "CLASSES")]
     pub classes: Option<ClassChoice>,
@@ -128,18 +133,23 @@ impl Flags {
         self.profile.as_deref().unwrap_or(if device.is_cpu() { "quick" } else { "paper" })
     }
 
-    /// Makes the profile one of that part of ImageNet which `--classes` and `--limit` pick; its name then says so.
+    /// Makes the profile one of that part of ImageNet which `--classes` and `--limit` pick, and its name say so; and one of the
+    /// cache that `--cache` names.
     pub fn narrow(&self, profile: &mut Profile) -> Result<()> {
-        if self.classes.is_none() && self.limit.is_none() {
+        if self.classes.is_none() && self.limit.is_none() && self.cache.is_none() {
             return Ok(());
         }
         let Some(options) = &mut profile.data.imagenet else {
             bail!(
-                "--classes and --limit pick a part of ImageNet, and profile {} is of CIFAR-100: expected --profile \
+                "--classes, --limit and --cache are about ImageNet, and profile {} is of CIFAR-100: expected --profile \
                  imagenet, or train_images and test_images in a settings file (--config)",
                 profile.name
             );
         };
+        options.cache = self.cache.clone().or(options.cache.take());
+        if self.classes.is_none() && self.limit.is_none() {
+            return Ok(());
+        }
         options.classes = self.classes.clone().or(options.classes.take());
         options.train_limit = self.limit.or(options.train_limit);
         options.test_limit = self.limit.or(options.test_limit);

@@ -104,6 +104,16 @@ pub enum Error {
         /// What was found and what was expected.
         what: String,
     },
+    /// A cache of shrunk pictures is damaged, or is one of other pictures.
+    #[error("the cache of pictures can't be used, as of {file}: {what}; {remedy}")]
+    Cache {
+        /// The file.
+        file: PathBuf,
+        /// What was found and what was expected.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// The operating system could not read a file.
     #[error("cannot read {path}: {source}")]
     Io {

@@ -45,6 +45,17 @@ pub enum Event {
         /// The tar file.
         archive: String,
     },
+    /// Pictures are decoded and shrunk into a cache: a part of it, of which there may be many.
+    Shrinking {
+        /// The folder of the cache.
+        folder: String,
+        /// `training` or `test`.
+        split: String,
+        /// The number of the split's pictures that are there already.
+        done: usize,
+        /// The number of the split's pictures.
+        total: usize,
+    },
     /// A file that saves time at the next start could not be written.
     NotKept {
         /// The file.
@@ -70,6 +81,9 @@ impl fmt::Display for Event {
             Event::Unverified { why } => write!(f, "the data could not be verified: {why}"),
             Event::Indexing { archive } => write!(f, "finding the images in {archive}"),
             Event::Unpacking { table, archive } => write!(f, "unpacking {table} to {archive}"),
+            Event::Shrinking { folder, split, done, total } => {
+                write!(f, "shrinking pictures into {folder}: {done} of {total} {split} pictures are done")
+            }
             Event::NotKept { file, why } => {
                 write!(f, "{file} could not be written, so it will be made again: {why}")
             }

@@ -5,6 +5,7 @@
 //! threads read, decode, crop and scale pictures ahead of their use.
 
 mod archive;
+mod cache;
 mod classes;
 mod decode;
 mod files;
@@ -35,7 +36,9 @@ use crate::memory::CHANNELS;
 use crate::source::DataSource;
 use crate::subset;
 
+use cache::Packed;
 use classes::Classes;
+use decode::Picture;
 use files::Stored;
 use labels::ValidationLabels;
 use transform::Transform;
@@ -282,6 +285,19 @@ fn all_pictures(archives: &[PathBuf], on_event: &mut dyn FnMut(Event)) -> Result
 struct Item {
     stored: Stored,
     label: u16,
+    /// Where it is in the cache, if there is one.
+    packed: Option<Packed>,
+}
+
+impl Item {
+    /// The picture, or what is wrong with it.
+    ///
+    /// # Errors
+    ///
+    /// Where the cache is damaged.
+    fn picture(&self) -> Result<Result<Picture, String>> {
+        self.packed.as_ref().map_or_else(|| Ok(decode::read(&self.stored)), Packed::read)
+    }
 }
 
 /// The numbers of the splits, and their names.
@@ -304,7 +320,7 @@ const SPLITS: [&str; 2] = ["training", "test"];
 pub struct ImageNet(Arc<Inner>);
 
 struct Inner {
-    name: &'static str,
+    name: String,
     source: String,
     classes: Classes,
     options: Options,
@@ -392,17 +408,23 @@ impl ImageNet {
         // Nobody must take a figure on a part for one on the whole.
         let whole = splits.iter().zip(OFFICIAL).all(|(items, official)| items.len() == official);
         let name = if whole && classes == Classes::official() { "imagenet1000" } else { "imagenet_part" };
+        if let Some(folder) = &options.cache {
+            source += &format!("; shrunk to {} in {}", options.resize, folder.display());
+            pack(folder, options, &mut splits, &pool, on_event)?;
+        }
         Ok(ImageNet::of(name, source, classes, options.clone(), splits, Arc::new(pool)))
     }
 
     fn of(
-        name: &'static str,
+        name: &str,
         source: String,
         classes: Classes,
         options: Options,
         splits: [Vec<Item>; 2],
         pool: Arc<ThreadPool>,
     ) -> ImageNet {
+        // These are other data.
+        let name = format!("{name}{}", if options.cache.is_some() { "_shrunk" } else { "" });
         let fingerprint = fingerprint(&options, &splits);
         let table = Normalization::of(MEAN, STD);
         let skipped = Mutex::default();
@@ -448,14 +470,14 @@ impl ImageNet {
         let size = side * side * CHANNELS;
         let mut pixels = vec![0f32; indices.len() * size];
         let prepare = |resizer: &mut Resizer, (target, &index): (&mut [f32], &usize)| {
-            let bytes = items[index].stored.read().map_err(|error| format!("it cannot be read: {error}"))?;
-            transform(index).write(&decode::decode(&bytes)?, options, table, resizer, target)
+            let write = |picture| transform(index).write(&picture, options, table, resizer, target);
+            Ok(items[index].picture()?.and_then(write))
         };
-        let prepared: Vec<Result<(), String>> = pool.install(|| {
+        let prepared: Result<Vec<Result<(), String>>> = pool.install(|| {
             pixels.par_chunks_exact_mut(size).zip(indices).map_init(Resizer::new, prepare).collect()
         });
         let mut labels = Vec::with_capacity(indices.len());
-        for (position, (&index, prepared)) in indices.iter().zip(prepared).enumerate() {
+        for (position, (&index, prepared)) in indices.iter().zip(prepared?).enumerate() {
             match prepared {
                 Ok(()) => {
                     // This closes the gaps of images that are left out.
@@ -496,7 +518,7 @@ impl ImageNet {
 
 impl Dataset for ImageNet {
     fn name(&self) -> &str {
-        self.0.name
+        &self.0.name
     }
 
     fn source(&self) -> &str {
@@ -639,23 +661,47 @@ fn label(found: Vec<Stored>, classes: &Classes, labels: Option<&ValidationLabels
             };
             return Err(Error::Labels { file, what });
         };
-        items.push(Item { stored, label });
+        items.push(Item { stored, label, packed: None });
     }
     items.sort_by(|a, b| (a.label, a.stored.file_name()).cmp(&(b.label, b.stored.file_name())));
     Ok(items)
 }
 
-/// A SHA-256 in lower-case hex. It covers the options that determine the preparation of pictures, and for
+/// Gives every picture its place in the cache, and makes what the cache lacks.
+fn pack(
+    folder: &Path,
+    options: &Options,
+    splits: &mut [Vec<Item>; 2],
+    pool: &ThreadPool,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<()> {
+    let side = options.resize;
+    let source = fingerprint_of(&format!("imagenet cache 1: {side}"), splits);
+    for (items, name) in splits.iter_mut().zip(SPLITS) {
+        let pictures: Vec<&Stored> = items.iter().map(|item| &item.stored).collect();
+        let packed = cache::packed(folder, name, &pictures, side, &source, pool, on_event)?;
+        items.iter_mut().zip(packed).for_each(|(item, packed)| item.packed = Some(packed));
+    }
+    Ok(())
+}
+
+/// What the data set is known by: [`fingerprint_of`] the pictures and the options that determine their preparation.
+fn fingerprint(options: &Options, splits: &[Vec<Item>; 2]) -> String {
+    let Options { side, resize, scale, ratio, cache, .. } = options;
+    let shrunk = if cache.is_some() { ", shrunk first" } else { "" };
+    fingerprint_of(&format!("imagenet 1: {side} {resize} {scale:?} {ratio:?}{shrunk}"), splits)
+}
+
+/// A SHA-256 in lower-case hex. It covers the `preparation` of pictures, and for
 /// each split the number of pictures (u64) and for each picture its label (u16), its file's length (u64), the
 /// length of its name (u64) and its name. Integers are little-endian. The contents are left out, as reading
 /// them takes minutes.
-fn fingerprint(options: &Options, splits: &[Vec<Item>; 2]) -> String {
+fn fingerprint_of(preparation: &str, splits: &[Vec<Item>; 2]) -> String {
     let mut hash = Sha256::new();
-    let Options { side, resize, scale, ratio, .. } = options;
-    hash.update(format!("imagenet 1: {side} {resize} {scale:?} {ratio:?}"));
+    hash.update(preparation);
     for items in splits {
         hash.update((items.len() as u64).to_le_bytes());
-        for Item { stored, label } in items {
+        for Item { stored, label, .. } in items {
             let name = stored.file_name();
             hash.update(label.to_le_bytes());
             hash.update(stored.size.to_le_bytes());

@@ -13,6 +13,8 @@ use zune_jpeg::JpegDecoder;
 use crate::error::catch_panic;
 use crate::memory::CHANNELS;
 
+use super::files::Stored;
+
 /// The number of pixels that no picture may exceed, 8192 x 8192: PIL warns beyond 1.3 times as many. A
 /// decoder needs at most 16 bytes for each.
 const MOST_PIXELS: usize = 1 << 26;
@@ -26,6 +28,11 @@ pub(super) struct Picture {
     pub height: usize,
     /// `[height, width, 3]`: red, green, blue.
     pub pixels: Vec<u8>,
+}
+
+/// Reads and decodes the file of a picture.
+pub(super) fn read(stored: &Stored) -> Result<Picture, String> {
+    decode(&stored.read().map_err(|error| format!("it cannot be read: {error}"))?)
 }
 
 /// Decodes a JPEG or a PNG, which their first bytes distinguish, into red, green and blue.

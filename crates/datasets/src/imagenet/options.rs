@@ -37,6 +37,10 @@ pub struct Options {
     /// The folder that parquet files are unpacked to; `None` is their own folder, or for the hub's files
     /// `pfq/imagenet` under `XDG_CACHE_HOME` or `~/.cache`.
     pub unpacked: Option<PathBuf>,
+    /// The folder of a cache of the pictures that are taken, decoded, with their shorter sides shrunk to `resize`, which is made
+    /// where it is not there; `None` reads and decodes the pictures themselves each time. Evaluation sees the same pixels with
+    /// it, training less of their detail.
+    pub cache: Option<PathBuf>,
     /// The number of threads that read and decode; `None` is one for each processor core.
     pub threads: Option<usize>,
     /// The percentage of a split's images that may be left out because they cannot be used. More are an
@@ -57,6 +61,7 @@ impl Default for Options {
             labels: None,
             tables: None,
             unpacked: None,
+            cache: None,
             threads: None,
             bad_percent: 1.0,
         }

@@ -31,7 +31,7 @@ pub(super) fn png_of(picture: &DynamicImage) -> Vec<u8> {
 }
 
 /// Three of the official classes: 0, 1 and 999.
-const WNIDS: [&str; 3] = ["n01440764", "n01443537", "n15075141"];
+pub(super) const WNIDS: [&str; 3] = ["n01440764", "n01443537", "n15075141"];
 
 /// The pictures of a split: class, file and contents. There are two of every class for training and one for
 /// validation. One of each split is a PNG whose name says JPEG.
@@ -56,7 +56,7 @@ fn pictures(split: usize) -> Vec<(&'static str, String, Vec<u8>)> {
 }
 
 /// Writes a folder for each class. Other files lie beside the pictures.
-fn write_folders(root: &Path) {
+pub(super) fn write_folders(root: &Path) {
     for (split, folder) in ["train", "val"].into_iter().enumerate() {
         for (wnid, name, contents) in pictures(split) {
             write(&root.join(folder).join(wnid).join(name), &contents);
@@ -125,16 +125,16 @@ fn tables() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Small enough for the pictures of these tests.
-fn small() -> Options {
+pub(super) fn small() -> Options {
     Options { side: 16, resize: 20, threads: Some(2), ..Options::default() }
 }
 
-fn open(root: &Path, options: &Options) -> Result<ImageNet> {
+pub(super) fn open(root: &Path, options: &Options) -> Result<ImageNet> {
     load(&DataSource::Folder(root.into()), options, &mut |_| {})
 }
 
 /// The labels and the bits of the pixels of all batches.
-fn collect(batches: Batches) -> (Vec<u32>, Vec<u32>) {
+pub(super) fn collect(batches: Batches) -> (Vec<u32>, Vec<u32>) {
     let (mut labels, mut pixels) = (Vec::new(), Vec::new());
     for batch in batches {
         let Batch { images, labels: found } = batch.unwrap();
@@ -145,7 +145,7 @@ fn collect(batches: Batches) -> (Vec<u32>, Vec<u32>) {
     (labels, pixels)
 }
 
-const FLIP: Augmentation = Augmentation { pad: 0, flip: true };
+pub(super) const FLIP: Augmentation = Augmentation { pad: 0, flip: true };
 
 /// Checks that it is the data set of these tests and gives the batches of `expected`.
 fn check(data: &ImageNet, expected: &ImageNet) {

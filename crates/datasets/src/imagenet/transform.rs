@@ -124,6 +124,18 @@ impl Transform {
     }
 }
 
+/// The picture with its shorter side scaled down to `side`, if it is longer. Evaluation makes the same pixels of it as of the
+/// picture itself, which stays as it is where it is too long to be scaled as a whole.
+pub(super) fn shrink(picture: Picture, side: usize, resizer: &mut Resizer) -> Result<Picture, String> {
+    let Picture { width, height, .. } = picture;
+    let [h, w] = shorter_side_to(height, width, side);
+    if height.min(width) <= side || h.max(w) > LONGEST * side {
+        return Ok(picture);
+    }
+    let all = Crop { top: 0, left: 0, height, width };
+    Ok(Picture { width: w, height: h, pixels: resize(resizer, &picture, all, None, h, w)? })
+}
+
 /// The height and width of a picture whose shorter side is scaled to `side`, as torchvision's `Resize`
 /// computes them.
 fn shorter_side_to(height: usize, width: usize, side: usize) -> [usize; 2] {

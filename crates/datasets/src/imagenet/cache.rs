@@ -1,0 +1,432 @@
+//! Pictures that were decoded and shrunk once, kept as plain pixels in a few large files.
+//!
+//! A pack has the pixels of [`PER_PACK`] pictures, one after the other; beside it an index says what they were made from, how
+//! large each is, and what its bytes sum up to (CRC-32). The index is sealed and written last, so a pack that has one is
+//! complete, and a cache whose making was interrupted is gone on with at the next pack.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use fast_image_resize::Resizer;
+use rayon::ThreadPool;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use whole_file::seal;
+
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::memory::CHANNELS;
+
+use super::decode::{self, Picture};
+use super::files::Stored;
+use super::transform::shrink;
+
+/// The version of the files, which is in each index.
+const FORMAT: u32 = 1;
+
+/// Pictures of a pack: 2.6 GB of ImageNet's, a minute or two of work that an interruption costs.
+const PER_PACK: usize = 10_000;
+
+/// Pictures that are in memory at once while a pack is made.
+const AT_ONCE: usize = 256;
+
+/// What a pack's index says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Index {
+    format: u32,
+    /// The fingerprint of the pictures that the cache is made from.
+    source: String,
+    /// The pack's length in bytes.
+    bytes: u64,
+    pictures: Vec<Kept>,
+}
+
+/// A picture in an index.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Kept {
+    /// Its width, its height, and the CRC-32 of its pixels.
+    Pixels(u32, u32, u32),
+    /// Why it can't be used.
+    Damaged(String),
+}
+
+impl Kept {
+    /// Bytes of its pixels.
+    fn size(&self) -> u64 {
+        match self {
+            Kept::Pixels(width, height, _) => u64::from(*width) * u64::from(*height) * CHANNELS as u64,
+            Kept::Damaged(_) => 0,
+        }
+    }
+}
+
+/// A picture's place in a cache.
+#[derive(Clone, Debug)]
+pub(super) struct Packed {
+    pack: Arc<Path>,
+    offset: u64,
+    kept: Kept,
+}
+
+impl Packed {
+    /// The picture, or else why the one that it was made from can't be used.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Cache`] where the pack has other bytes than it was written with, or can't be read.
+    pub fn read(&self) -> Result<Result<Picture, String>> {
+        let Packed { pack, offset, kept } = self;
+        let (width, height, sum) = match kept {
+            Kept::Pixels(width, height, sum) => (*width as usize, *height as usize, *sum),
+            Kept::Damaged(why) => return Ok(Err(why.clone())),
+        };
+        let mut pixels = vec![0; kept.size() as usize];
+        let read = |pixels: &mut [u8]| -> io::Result<()> {
+            let mut file = File::open(pack)?;
+            file.seek(SeekFrom::Start(*offset))?;
+            file.read_exact(pixels)
+        };
+        read(&mut pixels)
+            .map_err(|error| damaged(pack, format!("it can't be read at byte {offset}: {error}")))?;
+        let found = sum_of(&pixels);
+        if found != sum {
+            let what = format!("the picture at byte {offset} has the CRC-32 {found:08x}, expected {sum:08x}");
+            return Err(damaged(pack, what));
+        }
+        Ok(Ok(Picture { width, height, pixels }))
+    }
+}
+
+fn sum_of(bytes: &[u8]) -> u32 {
+    let mut sum = flate2::Crc::new();
+    sum.update(bytes);
+    sum.sum()
+}
+
+fn damaged(file: &Path, what: String) -> Error {
+    let remedy = "delete it, and the same command makes that part again";
+    Error::Cache { file: file.into(), what, remedy }
+}
+
+/// The places in the cache `folder` of the pictures of a split that is called `name`, with their shorter sides shrunk to `side`.
+/// Makes what the cache lacks. `source` is the fingerprint of the pictures of all splits.
+///
+/// # Errors
+///
+/// [`Error::Cache`] where the folder has the cache of other pictures, or a damaged one; [`Error::Write`].
+pub(super) fn packed(
+    folder: &Path,
+    name: &str,
+    pictures: &[&Stored],
+    side: usize,
+    source: &str,
+    pool: &ThreadPool,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<Vec<Packed>> {
+    packed_by(PER_PACK, folder, name, pictures, side, source, pool, on_event)
+}
+
+/// [`packed`] with so many pictures in a pack.
+fn packed_by(
+    per_pack: usize,
+    folder: &Path,
+    name: &str,
+    pictures: &[&Stored],
+    side: usize,
+    source: &str,
+    pool: &ThreadPool,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<Vec<Packed>> {
+    let mut all = Vec::with_capacity(pictures.len());
+    // What was left when making it was interrupted; where there is no such folder, there is nothing.
+    whole_file::sweep(folder).ok();
+    for (number, part) in pictures.chunks(per_pack).enumerate() {
+        let path = |ending: &str| folder.join(format!("{name}-{number:05}.{ending}"));
+        let (pack, index) = (path("rgb"), path("json"));
+        let kept = match Index::read(&index, &pack, source, part.len())? {
+            Some(index) => index.pictures,
+            None => {
+                let folder = folder.display().to_string();
+                on_event(Event::Shrinking {
+                    folder,
+                    split: name.into(),
+                    done: all.len(),
+                    total: pictures.len(),
+                });
+                let kept = write(&pack, part, side, pool)?;
+                let bytes = kept.iter().map(Kept::size).sum();
+                Index { format: FORMAT, source: source.into(), bytes, pictures: kept.clone() }
+                    .write(&index)?;
+                kept
+            }
+        };
+        let (pack, mut offset): (Arc<Path>, u64) = (pack.into(), 0);
+        for kept in kept {
+            let size = kept.size();
+            all.push(Packed { pack: Arc::clone(&pack), offset, kept });
+            offset += size;
+        }
+    }
+    Ok(all)
+}
+
+/// Decodes and shrinks pictures into a pack, which appears whole or not at all.
+fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> Result<Vec<Kept>> {
+    let mut all = Vec::with_capacity(pictures.len());
+    whole_file::replace(
+        pack,
+        |error| Error::write(pack)(error),
+        |temporary| {
+            let mut file = BufWriter::new(File::create(temporary).map_err(Error::write(pack))?);
+            for part in pictures.chunks(AT_ONCE) {
+                let made: Vec<Result<Picture, String>> = pool.install(|| {
+                    let make = |resizer: &mut Resizer, stored: &&Stored| {
+                        shrink(decode::read(stored)?, side, resizer)
+                    };
+                    part.par_iter().map_init(Resizer::new, make).collect()
+                });
+                for made in made {
+                    all.push(match made {
+                        Ok(Picture { width, height, pixels }) => {
+                            file.write_all(&pixels).map_err(Error::write(pack))?;
+                            Kept::Pixels(width as u32, height as u32, sum_of(&pixels))
+                        }
+                        Err(why) => Kept::Damaged(why),
+                    });
+                }
+            }
+            file.flush().map_err(Error::write(pack))
+        },
+    )?;
+    Ok(all)
+}
+
+impl Index {
+    /// The index of a complete pack; `None` where it is still to be made.
+    fn read(path: &Path, pack: &Path, source: &str, pictures: usize) -> Result<Option<Index>> {
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(path)(error)),
+        };
+        let value: Value = serde_json::from_slice(&text)
+            .map_err(|error| damaged(path, format!("it is no complete JSON: {error}")))?;
+        if !seal::check(&value).map_err(|what| damaged(path, what))? {
+            return Err(damaged(path, "it has no seal".into()));
+        }
+        let index: Index = serde_json::from_value(value)
+            .map_err(|error| damaged(path, format!("it is no index of this version ({FORMAT}): {error}")))?;
+        if index.format != FORMAT || index.source != source || index.pictures.len() != pictures {
+            let Index { format, source: found, pictures: there, .. } = &index;
+            return Err(Error::Cache {
+                file: path.into(),
+                what: format!(
+                    "it is of format {format}, of {} pictures and of the fingerprint {found}, expected format {FORMAT}, \
+                     {pictures} and {source}: the cache was made from other pictures, or for another `resize`",
+                    there.len()
+                ),
+                remedy: "name another folder for these pictures, or delete that one",
+            });
+        }
+        match fs::metadata(pack) {
+            Ok(metadata) if metadata.len() == index.bytes => Ok(Some(index)),
+            // Whoever deletes a damaged pack wants it made again.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Ok(metadata) => {
+                Err(damaged(pack, format!("it has {} bytes, expected {}", metadata.len(), index.bytes)))
+            }
+            Err(error) => Err(Error::io(pack)(error)),
+        }
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
+        let mut value = serde_json::to_value(self).expect("numbers and texts");
+        value[seal::SEAL] = seal::of(&value).into();
+        whole_file::write(path, value.to_string()).map_err(Error::write(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batches::Augmentation;
+    use crate::dataset::Dataset;
+    use crate::imagenet::tests::{FLIP, WNIDS, collect, jpeg_of, open, png_of, scene, small, write_folders};
+    use crate::imagenet::{ImageNet, Options, TRAIN};
+    use crate::testing;
+    use image::DynamicImage;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// A folder of pictures with a small, a wide, a high and a damaged one more, and the options for a cache of them.
+    fn source() -> (tempfile::TempDir, Options) {
+        let folder = tempfile::tempdir().unwrap();
+        write_folders(folder.path());
+        let add = |split: &str, name: &str, contents: &[u8]| {
+            testing::write(&folder.path().join(split).join(WNIDS[1]).join(name), contents);
+        };
+        for split in ["train", "val"] {
+            let png = |width, height| png_of(&DynamicImage::ImageRgb8(scene(width, height, 7)));
+            add(split, "small.png", &png(18, 30));
+            add(split, "wide.png", &png(3000, 30));
+            add(split, "high.png", &png(47, 61));
+        }
+        let whole = jpeg_of(&scene(50, 44, 3));
+        add("train", "cut.jpg", &whole[..whole.len() / 2]);
+        let cache = Some(folder.path().join("cache"));
+        (folder, Options { cache, bad_percent: 30.0, ..small() })
+    }
+
+    fn epoch(data: &ImageNet) -> (Vec<u32>, Vec<u32>) {
+        collect(data.train_batches(4, FLIP, 1, 0))
+    }
+
+    fn refused(folder: &Path, options: &Options) -> String {
+        let error = open(folder, options).unwrap_err();
+        assert!(matches!(error, Error::Cache { .. }), "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn evaluation_sees_the_same_pixels_and_training_others() {
+        let (folder, options) = source();
+        let folder = folder.path();
+        let plain = open(folder, &Options { cache: None, ..options.clone() }).unwrap();
+        let expected = (collect(plain.test_batches(4)), epoch(&plain));
+        let data = open(folder, &options).unwrap();
+        assert_eq!(collect(data.test_batches(4)), expected.0);
+        let (labels, pixels) = epoch(&data);
+        assert!(labels == expected.1.0 && pixels != expected.1.1);
+        assert_eq!((plain.name(), data.name()), ("imagenet_part", "imagenet_part_shrunk"));
+        assert!(data.source().contains("; shrunk to 20 in "), "{}", data.source());
+        assert_ne!(data.fingerprint(), plain.fingerprint());
+        // What can't be used is the same, for the same reason.
+        assert!(plain.skipped().len() == 1 && plain.skipped()[0].file.ends_with("cut.jpg"));
+        let why =
+            |data: &ImageNet| data.skipped().iter().map(|skipped| skipped.why.clone()).collect::<Vec<_>>();
+        assert_eq!(why(&data), why(&plain));
+
+        // From then on the pictures themselves are not read, whatever is asked for but their preparation.
+        for picture in ["train/n01440764/n01440764_7.JPEG", "val/n01443537/high.png"] {
+            let size = fs::metadata(folder.join(picture)).unwrap().len() as usize;
+            fs::write(folder.join(picture), vec![0; size]).unwrap();
+        }
+        let changed = Options { scale: [0.5, 1.0], threads: Some(1), ..options.clone() };
+        for options in [&options, &changed] {
+            let again = open(folder, options).unwrap();
+            assert_eq!(collect(again.test_batches(4)), expected.0);
+            assert_eq!(epoch(&again) == (labels.clone(), pixels.clone()), options.scale != changed.scale);
+        }
+        // A part of them held out is read from there too.
+        let held = data.hold_out(4, 0).unwrap();
+        assert_eq!(held.name(), "imagenet_holdout_shrunk");
+        let no_flip = Augmentation { pad: 0, flip: false };
+        assert_eq!(
+            collect(held.train_batches(4, no_flip, 1, 0)).0.len() + collect(held.test_batches(4)).0.len(),
+            9
+        );
+    }
+
+    #[test]
+    fn a_damaged_cache_is_an_error_and_what_is_deleted_is_made_again() {
+        let (folder, options) = source();
+        let folder = folder.path();
+        let expected = epoch(&open(folder, &options).unwrap());
+        let [pack, index] =
+            ["rgb", "json"].map(|ending| folder.join(format!("cache/training-00000.{ending}")));
+        let whole = [&pack, &index].map(|path| fs::read(path).unwrap());
+
+        let mut bytes = whole[0].clone();
+        bytes[1234] ^= 1;
+        fs::write(&pack, bytes).unwrap();
+        let data = open(folder, &options).unwrap();
+        let error = data.train_batches(4, FLIP, 1, 0).find_map(Result::err).unwrap().to_string();
+        assert!(error.contains("training-00000.rgb") && error.contains("expected"), "{error}");
+        assert!(error.ends_with("delete it, and the same command makes that part again"), "{error}");
+        let of_pictures = data.skipped().iter().all(|skipped| skipped.file.ends_with("cut.jpg"));
+        assert!(of_pictures, "it is no damage of the pictures: {:?}", data.skipped());
+
+        fs::write(&pack, &whole[0][..whole[0].len() - 1]).unwrap();
+        assert!(refused(folder, &options).contains("bytes, expected"));
+        fs::remove_file(&pack).unwrap();
+        assert_eq!(epoch(&open(folder, &options).unwrap()), expected);
+        assert_eq!([&pack, &index].map(|path| fs::read(path).unwrap()), whole);
+
+        let text = String::from_utf8(whole[1].clone()).unwrap();
+        let other = text.replacen("24,20", "20,24", 1);
+        let unsealed = text.replacen("seal", "sale", 1);
+        assert!(other != text && unsealed != text, "{text}");
+        for (text, expected) in
+            [(&text[..99], "no complete JSON"), (&other[..], "seal"), (&unsealed[..], "no seal")]
+        {
+            fs::write(&index, text).unwrap();
+            let error = refused(folder, &options);
+            assert!(error.contains("training-00000.json") && error.contains(expected), "{error}");
+        }
+        fs::remove_file(&index).unwrap();
+        assert_eq!(epoch(&open(folder, &options).unwrap()), expected);
+        assert_eq!([&pack, &index].map(|path| fs::read(path).unwrap()), whole);
+    }
+
+    #[test]
+    fn the_cache_of_other_pictures_is_refused() {
+        let (folder, options) = source();
+        let folder = folder.path();
+        open(folder, &options).unwrap();
+        let changed = folder.join("val/n01443537/high.png");
+        let contents = fs::read(&changed).unwrap();
+        let check = || {
+            let error = refused(folder, &options);
+            assert!(
+                error.contains("made from other pictures") && error.contains("another folder"),
+                "{error}"
+            );
+        };
+        fs::write(&changed, [&contents[..], &[0]].concat()).unwrap();
+        check();
+        fs::remove_file(&changed).unwrap();
+        check();
+        fs::write(&changed, contents).unwrap();
+        open(folder, &options).unwrap();
+        refused(folder, &Options { resize: 21, ..options.clone() });
+        refused(folder, &Options { classes: "2".parse().ok(), ..options });
+    }
+
+    /// A process that is killed while it makes the third pack leaves two, and an unfinished file.
+    #[test]
+    fn making_a_cache_is_gone_on_with() {
+        let (folder, options) = source();
+        let data = open(folder.path(), &Options { cache: None, ..options }).unwrap();
+        let pictures: Vec<&Stored> = data.0.splits[TRAIN].iter().map(|item| &item.stored).collect();
+        assert_eq!(pictures.len(), 10);
+        let cache = folder.path().join("cache");
+        let mut done = Vec::new();
+        let mut make = |killed_at: usize| {
+            done.clear();
+            let made = catch_unwind(AssertUnwindSafe(|| {
+                packed_by(3, &cache, "training", &pictures, 20, "a fingerprint", &data.0.pool, &mut |event| {
+                    let Event::Shrinking { done: before, total: 10, .. } = event else { panic!("{event}") };
+                    done.push(before);
+                    assert!(before < killed_at, "killed");
+                })
+            }));
+            (made.map(|made| made.unwrap()).ok(), done.clone())
+        };
+        assert_eq!(make(6).1, [0, 3, 6]);
+        fs::write(cache.join(".unfinished-abcdef.rgb"), "half a pack").unwrap();
+        let (made, done) = make(99);
+        assert_eq!(done, [6, 9]);
+        let (again, done) = make(0);
+        assert!(done.is_empty());
+        let read = |packed: Option<Vec<Packed>>| {
+            packed.unwrap().iter().map(|packed| packed.read().unwrap()).collect::<Vec<_>>()
+        };
+        let (made, again) = (read(made), read(again));
+        assert!(made == again && made.iter().filter(|made| made.is_ok()).count() == 9);
+        // Four packs with their indices, and nothing else.
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 8);
+    }
+}
