@@ -26,7 +26,7 @@ fn main() {
         return;
     }
     kernels::memory::keep_pages();
-    let blocks: Vec<Vec<u8>> = [8 << 20, 300 << 20, 2 << 30].map(|len| Vec::with_capacity(len)).into();
+    let blocks: Vec<Vec<u8>> = [8 << 20, 300 << 20, 2 << 30].map(Vec::with_capacity).into();
     for block in &blocks {
         let middle = block.as_ptr() as usize + block.capacity() / 2;
         assert!(flags(middle).split_whitespace().any(|flag| flag == "hg"), "{}", flags(middle));
