@@ -19,8 +19,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     match Wanted::parse(wanted)? {
         Wanted::Cpu => Ok(cpu()),
         Wanted::Auto if cfg!(feature = "cuda") => gpu(None).or_else(|problem| {
-            let problem = one_line(&format!("{problem:#}"));
-            output::tell(&format!("device: the CPU, as {problem}"));
+            output::tell(&format!("device: the CPU, as {}", one_line(&problem)));
             Ok(cpu())
         }),
         Wanted::Auto => Ok(cpu()),

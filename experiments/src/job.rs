@@ -89,7 +89,7 @@ impl Job {
             Ok(_) if ranks.is_first() => train::dismiss(&*ranks),
             Ok(_) => (),
             Err(error) => {
-                let error = process::one_line(&format!("{error:#}"));
+                let error = process::one_line(error);
                 output::complain(&format!("Error: rank {} of {}: {error}", ranks.rank(), ranks.size()));
                 // Leaves the job unfinished, which ends it.
                 return result;

@@ -335,7 +335,7 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
         for row in &folder.rows {
             let (found, mut problems) = match folder.examine(row, &*data) {
                 Ok(Examined { found, problems }) => (Some(found), problems),
-                Err(error) => (None, vec![one_line(&format!("{error:#}"))]),
+                Err(error) => (None, vec![one_line(&error)]),
             };
             let of_it = tables.iter().filter(|of| of.settings_hash == row.key);
             let others = of_it.filter(|of| (of.top1_percent, of.macs) != (row.top1_percent, row.macs));

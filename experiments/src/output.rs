@@ -5,6 +5,7 @@
 
 use anyhow::{Result, bail};
 use std::io::{self, ErrorKind, Write};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -40,6 +41,14 @@ pub fn tell(text: &str) {
 /// Tells of an error, whichever process this is.
 pub fn complain(text: &str) {
     writeln!(io::stderr(), "{text}").ok();
+}
+
+/// Checks that a file to be written has the extension of what is written, so that a slip replaces none of another kind.
+pub(crate) fn check_extension(out: &Path, extension: &str) -> Result<()> {
+    if out.extension().is_none_or(|found| found != extension) {
+        bail!("{}: expected a name that ends in .{extension}, which is what is written", out.display());
+    }
+    Ok(())
 }
 
 /// Whether all that was printed went where its reader is.

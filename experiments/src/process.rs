@@ -1,7 +1,7 @@
 //! What is set once for the whole process.
 
 use crate::output;
-use anyhow::Result;
+use anyhow::{Error, Result};
 use std::process::ExitCode;
 
 /// Runs a program's work where it runs fastest:
@@ -19,14 +19,19 @@ pub fn exit(result: Result<()>) -> ExitCode {
     match result.and_then(|()| output::finish()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::complain(&format!("Error: {}", one_line(&format!("{error:#}"))));
+            output::complain(&format!("Error: {}", one_line(&error)));
             ExitCode::FAILURE
         }
     }
 }
 
+/// An error with its causes, in one line.
+pub(crate) fn one_line(error: &Error) -> String {
+    joined(&format!("{error:#}"))
+}
+
 /// A message in one line. Where RUST_BACKTRACE is set, Candle puts a backtrace in the middle of its messages.
-pub(crate) fn one_line(message: &str) -> String {
+fn joined(message: &str) -> String {
     let lines = message.lines().map(|line| if line.starts_with("  ") { without_frame(line) } else { line });
     lines.map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
@@ -49,16 +54,16 @@ fn without_frame(line: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use super::one_line;
+    use super::joined;
 
     #[test]
     fn errors_are_one_line_without_a_backtrace() {
-        assert_eq!(one_line("stage a: file b: not there"), "stage a: file b: not there");
-        assert_eq!(one_line("  at the start\n\n  and the end "), "at the start and the end");
+        assert_eq!(joined("stage a: file b: not there"), "stage a: file b: not there");
+        assert_eq!(joined("  at the start\n\n  and the end "), "at the start and the end");
         let backtrace = std::backtrace::Backtrace::force_capture();
         assert!(backtrace.to_string().lines().count() > 4, "{backtrace}");
         let message = format!("stage a: shapes differ\n{backtrace}: see the manual");
-        let found = one_line(&message);
+        let found = joined(&message);
         assert_eq!(found, "stage a: shapes differ : see the manual");
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::networks::{self, Folder};
 use crate::{output, process, tables};
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::Parser;
 use report::{
     Claim, Deviation, Exhibit, NETWORKS, Page, PublishedNetworks, STAGES, Stages, TableEntry, TableResults,
@@ -42,10 +42,7 @@ pub fn main() -> Result<()> {
         return process::run(|| networks::verify(&flags.results, &flags.data));
     }
     let out = flags.out.unwrap_or_else(|| flags.results.join("index.html"));
-    // So that a slip replaces none of the results.
-    if out.extension().is_none_or(|extension| extension != "html") {
-        bail!("--out {}: expected a name that ends in .html, which is what is written", out.display());
-    }
+    output::check_extension(&out, "html").map_err(|problem| anyhow!("--out {problem}"))?;
     let page = read(&flags.results)?;
     let html = page.html();
     report::write_text(&html, &out)?;

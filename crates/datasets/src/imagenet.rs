@@ -679,7 +679,7 @@ fn pack(
     let source = fingerprint_of(&format!("imagenet cache 1: {side}"), splits);
     for (items, name) in splits.iter_mut().zip(SPLITS) {
         let pictures: Vec<&Stored> = items.iter().map(|item| &item.stored).collect();
-        let packed = cache::packed(folder, name, &pictures, side, &source, pool, on_event)?;
+        let packed = cache::packed(cache::PER_PACK, folder, name, &pictures, side, &source, pool, on_event)?;
         items.iter_mut().zip(packed).for_each(|(item, packed)| item.packed = Some(packed));
     }
     Ok(())

@@ -20,8 +20,8 @@ fn flags(address: usize) -> String {
 /// Large tensors lie where huge pages are asked for. (Compilers leave out what is allocated and freed unused, and so did the
 /// block that was to bring this about.)
 fn main() {
-    let is_of = cfg!(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"));
-    if !is_of || !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+    let supported = cfg!(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"));
+    if !supported || !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
         println!("skipped: there are no transparent huge pages here");
         return;
     }

@@ -1,6 +1,7 @@
 //! The network that a command is about.
 
 use super::text::millions;
+use crate::output;
 use anyhow::{Result, bail};
 use candle_core::Device;
 use clap::{Args, ValueEnum};
@@ -133,9 +134,7 @@ impl NetworkFile {
 
     /// Checks that a file to be written has the extension of what is written, and is not the network.
     pub fn check_output(&self, out: &Path, extension: &str) -> Result<()> {
-        if out.extension().is_none_or(|found| found != extension) {
-            bail!("{}: expected a name that ends in .{extension}, which is what is written", out.display());
-        }
+        output::check_extension(out, extension)?;
         self.refuse_to_overwrite(&[out])
     }
 

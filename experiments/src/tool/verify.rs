@@ -47,8 +47,7 @@ impl Report {
             Ok(found) => self.text += &format!("ok     {what}: {found}\n"),
             Err(error) => {
                 self.wrong += 1;
-                let error = one_line(&format!("{error:#}"));
-                self.text += &format!("WRONG  {what}: {error}\n");
+                self.text += &format!("WRONG  {what}: {}\n", one_line(&error));
             }
         }
     }

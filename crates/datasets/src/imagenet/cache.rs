@@ -28,7 +28,7 @@ use super::transform::shrink;
 const FORMAT: u32 = 1;
 
 /// Pictures of a pack: 2.6 GB of ImageNet's, a minute or two of work that an interruption costs.
-const PER_PACK: usize = 10_000;
+pub(super) const PER_PACK: usize = 10_000;
 
 /// Pictures that are in memory at once while a pack is made.
 const AT_ONCE: usize = 256;
@@ -113,25 +113,12 @@ fn damaged(file: &Path, what: String) -> Error {
 }
 
 /// The places in the cache `folder` of the pictures of a split that is called `name`, with their shorter sides shrunk to `side`.
-/// Makes what the cache lacks. `source` is the fingerprint of the pictures of all splits.
+/// Makes what the cache lacks, `per_pack` pictures to a pack. `source` is the fingerprint of the pictures of all splits.
 ///
 /// # Errors
 ///
 /// [`Error::Cache`] where the folder has the cache of other pictures, or a damaged one; [`Error::Write`].
 pub(super) fn packed(
-    folder: &Path,
-    name: &str,
-    pictures: &[&Stored],
-    side: usize,
-    source: &str,
-    pool: &ThreadPool,
-    on_event: &mut dyn FnMut(Event),
-) -> Result<Vec<Packed>> {
-    packed_by(PER_PACK, folder, name, pictures, side, source, pool, on_event)
-}
-
-/// [`packed`] with so many pictures in a pack.
-fn packed_by(
     per_pack: usize,
     folder: &Path,
     name: &str,
@@ -407,7 +394,7 @@ mod tests {
         let mut make = |killed_at: usize| {
             done.clear();
             let made = catch_unwind(AssertUnwindSafe(|| {
-                packed_by(3, &cache, "training", &pictures, 20, "a fingerprint", &data.0.pool, &mut |event| {
+                packed(3, &cache, "training", &pictures, 20, "a fingerprint", &data.0.pool, &mut |event| {
                     let Event::Shrinking { done: before, total: 10, .. } = event else { panic!("{event}") };
                     done.push(before);
                     assert!(before < killed_at, "killed");
