@@ -1,6 +1,7 @@
 //! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation, quantization
 //! with training and without, export; and verification of stores and results.
 
+mod conversion;
 mod data;
 mod eval;
 mod export;

@@ -52,6 +52,17 @@ impl Augmentation {
     }
 }
 
+/// What the order and the views of an epoch's training images are drawn from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    /// How images are varied.
+    pub augmentation: Augmentation,
+    /// The seed of the training.
+    pub seed: u64,
+    /// The number of the epoch, from 0.
+    pub epoch: usize,
+}
+
 /// Which part of each batch is made, where several make one together: part `index` of `of`. The parts of a batch hold its
 /// images in their order and are as large as each other, or differ by one image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,18 +117,12 @@ pub fn train_batches(
     seed: u64,
     epoch: usize,
 ) -> Batches {
-    train_parts(data, batch, Part::WHOLE, augmentation, seed, epoch)
+    train_parts(data, batch, Part::WHOLE, Epoch { augmentation, seed, epoch })
 }
 
 /// A part of each of [`train_batches`].
-pub(crate) fn train_parts(
-    data: &Arc<InMemoryDataset>,
-    batch: usize,
-    part: Part,
-    augmentation: Augmentation,
-    seed: u64,
-    epoch: usize,
-) -> Batches {
+pub(crate) fn train_parts(data: &Arc<InMemoryDataset>, batch: usize, part: Part, draws: Epoch) -> Batches {
+    let Epoch { augmentation, seed, epoch } = draws;
     let order = order(data.train.len(), seed, epoch);
     let data = Arc::clone(data);
     let table = Normalization::new(&data);
@@ -571,6 +576,7 @@ mod tests {
 
     #[test]
     fn parts_of_a_batch_are_its_images_in_order() {
+        const EPOCH: Epoch = Epoch { augmentation: VARIED, seed: 1, epoch: 2 };
         let data = data();
         let whole = collect(train_batches(&data, 64, VARIED, 1, 2));
         let tested = collect(test_batches(&data, 32));
@@ -586,7 +592,7 @@ mod tests {
             let parts = |make: &dyn Fn(Part) -> Batches| {
                 together((0..of).map(|index| collect(make(Part { index, of }))).collect())
             };
-            assert!(parts(&|part| train_parts(&data, 64, part, VARIED, 1, 2)) == whole, "{of} parts");
+            assert!(parts(&|part| train_parts(&data, 64, part, EPOCH)) == whole, "{of} parts");
             assert!(parts(&|part| test_parts(&data, 32, part)) == tested, "{of} parts of test images");
         }
         // Parts of a batch of 6 images for 4: of one and of two. Of a batch smaller than the parts some are left out.

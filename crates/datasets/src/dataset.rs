@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::batches::{Augmentation, Batches, Part, test_parts, train_parts};
+use crate::batches::{Augmentation, Batches, Epoch, Part, test_parts, train_parts};
 use crate::memory::InMemoryDataset;
 
 /// A data set to train on and to evaluate with: `Arc<InMemoryDataset>`, or
@@ -41,7 +41,7 @@ pub trait Dataset: Send + Sync {
     /// epoch); what is drawn for its augmentation depends on (seed, epoch, the image's index). A failure is
     /// the last item.
     fn train_batches(&self, batch: usize, augmentation: Augmentation, seed: u64, epoch: usize) -> Batches {
-        self.train_parts(batch, Part::WHOLE, augmentation, seed, epoch)
+        self.train_parts(batch, Part::WHOLE, Epoch { augmentation, seed, epoch })
     }
 
     /// The test images in order. A failure is the last item.
@@ -50,14 +50,7 @@ pub trait Dataset: Send + Sync {
     }
 
     /// A part of each of [`Dataset::train_batches`]; parts without images are left out.
-    fn train_parts(
-        &self,
-        batch: usize,
-        part: Part,
-        augmentation: Augmentation,
-        seed: u64,
-        epoch: usize,
-    ) -> Batches;
+    fn train_parts(&self, batch: usize, part: Part, epoch: Epoch) -> Batches;
 
     /// A part of each of [`Dataset::test_batches`], likewise.
     fn test_parts(&self, batch: usize, part: Part) -> Batches;
@@ -119,15 +112,8 @@ impl Dataset for Arc<InMemoryDataset> {
         &self.fingerprint
     }
 
-    fn train_parts(
-        &self,
-        batch: usize,
-        part: Part,
-        augmentation: Augmentation,
-        seed: u64,
-        epoch: usize,
-    ) -> Batches {
-        train_parts(self, batch, part, augmentation, seed, epoch)
+    fn train_parts(&self, batch: usize, part: Part, epoch: Epoch) -> Batches {
+        train_parts(self, batch, part, epoch)
     }
 
     fn test_parts(&self, batch: usize, part: Part) -> Batches {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
 
-use crate::batches::{Augmentation, Batch, Batches, Part, View, order};
+use crate::batches::{Augmentation, Batch, Batches, Epoch, Part, View, order};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::memory::{CHANNELS, Images, InMemoryDataset};
@@ -63,7 +63,7 @@ impl<'a> Feed<'a> {
         epoch: usize,
     ) -> Result<Batches> {
         let Some(data) = self.copied() else {
-            let batches = self.data.train_parts(batch, self.part, augmentation, seed, epoch);
+            let batches = self.data.train_parts(batch, self.part, Epoch { augmentation, seed, epoch });
             return Ok(batches.on(&self.device, self.dtype));
         };
         let resident = stay(&mut self.train, data, &data.train, &self.device)?;

@@ -27,7 +27,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use sha2::{Digest, Sha256};
 
-use crate::batches::{Augmentation, Batch, Batches, Normalization, Part, order};
+use crate::batches::{Augmentation, Batch, Batches, Epoch, Normalization, Part, order};
 use crate::dataset::{Dataset, Skipped};
 use crate::error::{Error, Result};
 use crate::event::Event;
@@ -553,15 +553,8 @@ impl Dataset for ImageNet {
         &self.0.fingerprint
     }
 
-    fn train_parts(
-        &self,
-        batch: usize,
-        part: Part,
-        augmentation: Augmentation,
-        seed: u64,
-        epoch: usize,
-    ) -> Batches {
-        let Augmentation { pad, flip } = augmentation;
+    fn train_parts(&self, batch: usize, part: Part, epoch: Epoch) -> Batches {
+        let Epoch { augmentation: Augmentation { pad, flip }, seed, epoch } = epoch;
         if pad != 0 {
             return Batches::failed(Error::Invalid(format!(
                 "augmentation.pad = {pad} is impossible for ImageNet: expected 0, as its images are cropped at \

@@ -39,7 +39,7 @@ mod table;
 #[cfg(test)]
 mod testing;
 
-pub use batches::{Augmentation, Batch, Batches, Part, test_batches, train_batches};
+pub use batches::{Augmentation, Batch, Batches, Epoch, Part, test_batches, train_batches};
 pub use dataset::{Dataset, Skipped};
 pub use error::{Error, Result};
 pub use event::Event;

@@ -6,7 +6,7 @@
 mod together;
 
 use candle_core::{DType, Device, Tensor};
-use datasets::{Augmentation, Batches, Dataset, Images, InMemoryDataset, Part, train_batches};
+use datasets::{Augmentation, Batches, Dataset, Epoch, Images, InMemoryDataset, Part, train_batches};
 use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
 use models::{BatchNorm, Extras, Kernel, Network, Norm, Step};
@@ -519,15 +519,8 @@ impl Dataset for Untestable {
     fn fingerprint(&self) -> &str {
         self.0.fingerprint()
     }
-    fn train_parts(
-        &self,
-        batch: usize,
-        part: Part,
-        augmentation: Augmentation,
-        seed: u64,
-        epoch: usize,
-    ) -> Batches {
-        self.0.train_parts(batch, part, augmentation, seed, epoch)
+    fn train_parts(&self, batch: usize, part: Part, epoch: Epoch) -> Batches {
+        self.0.train_parts(batch, part, epoch)
     }
     fn test_parts(&self, _: usize, _: Part) -> Batches {
         panic!("a picture can't be read")

@@ -1,14 +1,12 @@
+use super::conversion::{Conversion, precision};
 use super::data::{self, Wanted};
-use super::network::NetworkFile;
 use super::text::table;
-use crate::flags::parse_bits;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use baselines::{Cap, Dfq, DfqReport};
 use clap::Args;
 use datasets::{Augmentation, Dataset};
 use models::{Extras, Fold, Network, Quantization, WeightGrid};
 use quant_core::Precision;
-use std::path::PathBuf;
 use workflow::image_range;
 
 /// Quantizes a trained network without training (DFQ), and writes it
@@ -19,15 +17,7 @@ use workflow::image_range;
                   needed; with --data ranges of activations are those that images give.")]
 pub(super) struct Quantize {
     #[command(flatten)]
-    network: NetworkFile,
-
-    /// Where the quantized network goes: a .safetensors file
-    #[arg(value_name = "OUT")]
-    out: PathBuf,
-
-    /// Bits of activations and weights, 2 to 8 each, such as a8w8
-    #[arg(long, value_name = "aNwM", value_parser = bits)]
-    bits: [Precision; 2],
+    conversion: Conversion,
 
     /// Bits of the image, of the first layer's weights, of the pooled features and of the classifier's weights
     #[arg(long, value_name = "BITS", default_value = "8", value_parser = precision)]
@@ -62,29 +52,9 @@ const IMAGENET: (f32, f32) = (-2.117_904, 2.64);
 /// The same of CIFAR-100: (0 − 0.5071)/0.2673 and (1 − 0.4865)/0.2564.
 const CIFAR: (f32, f32) = (-1.897_119, 2.002_73);
 
-fn precision(text: &str) -> Result<Precision, String> {
-    quantized(text.parse().map_err(|_| format!("{text:?} is no number of bits"))?)
-}
-
-fn quantized(bits: u32) -> Result<Precision, String> {
-    match Precision::try_from(bits) {
-        Ok(Precision::Quantized(bits)) => Ok(Precision::Quantized(bits)),
-        _ => Err(format!("{bits} bits: expected 2 to 8")),
-    }
-}
-
-/// Of activations and weights.
-pub(super) fn bits(text: &str) -> Result<[Precision; 2], String> {
-    let (activations, weights) = parse_bits(&text.to_ascii_lowercase())
-        .ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
-    Ok([quantized(activations)?, quantized(weights)?])
-}
-
 impl Quantize {
     pub fn run(&self) -> Result<String> {
-        let out = self.out.display();
-        self.network.check_output(&self.out, "safetensors")?;
-        let (network, mut text) = self.network.open()?;
+        let (network, mut text) = self.conversion.open()?;
         let data = self.data.as_deref().map(|place| {
             let limits = [Some(self.images), None];
             data::load(Wanted { place, limits, bad_percent: self.bad_percent, settings: None }, &network)
@@ -97,7 +67,7 @@ impl Quantize {
             Some(&[lo, hi]) if lo.is_finite() && hi.is_finite() && lo <= 0.0 && 0.0 < hi => (lo, hi),
             Some(range) => bail!("--image-range {range:?}: expected two numbers around 0 such as -2.1,2.7"),
         };
-        let [activations, weights] = self.bits;
+        let [activations, weights] = self.conversion.bits;
         let quantization = Quantization {
             activations,
             weights,
@@ -112,15 +82,12 @@ impl Quantize {
         let seen = data.map(|data| ranges_of_images(&mut quantized, &*data)).transpose()?;
         let mut extras = Extras::default();
         extras.metadata.insert("dfq".into(), serde_json::to_string(&report)?);
-        quantized
-            .save_in_one_file(&self.out, &extras)
-            .with_context(|| format!("{out} could not be written"))?;
+        let written = self.conversion.save(&quantized, &extras)?;
         text += &described(&report);
         if let Some(images) = seen {
             text += &format!("ranges of activations from {images} training images\n");
         }
-        text += &format!("written to {out}\n");
-        Ok(text)
+        Ok(text + &written)
     }
 }
 

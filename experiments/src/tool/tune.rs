@@ -1,6 +1,5 @@
+use super::conversion::Conversion;
 use super::data::{self, Wanted};
-use super::network::NetworkFile;
-use super::quantize::bits;
 use super::text::{millions, table};
 use crate::flags::{Running, TIME_LIMIT};
 use crate::profile::Profile;
@@ -10,7 +9,6 @@ use crate::{output, signals};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use models::{Extras, HEAD, Method, Network};
-use quant_core::Precision;
 use std::path::PathBuf;
 use std::sync::Arc;
 use workflow::{Outcome, Purpose, Recipe, Stage, StageKind};
@@ -24,15 +22,7 @@ use workflow::{Outcome, Purpose, Recipe, Stage, StageKind};
 )]
 pub(super) struct Tune {
     #[command(flatten)]
-    network: NetworkFile,
-
-    /// Where the quantized network goes: a .safetensors file
-    #[arg(value_name = "OUT")]
-    out: PathBuf,
-
-    /// Bits of activations and weights, 2 to 8 each, such as a4w4
-    #[arg(long, value_name = "aNwM", value_parser = bits)]
-    bits: [Precision; 2],
+    conversion: Conversion,
 
     /// The images: a folder with train/<class>/* and val/<class>/*, of any classes, or ImageNet in any of its forms; for a
     /// network with an input of 32×32 also CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic),
@@ -106,18 +96,18 @@ impl Way {
 impl Tune {
     pub fn run(&self) -> Result<String> {
         signals::watch();
-        let out = self.out.display();
-        self.network.check_output(&self.out, "safetensors")?;
-        let folder = self.out.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let (mut network, text) = self.conversion.open()?;
+        // What takes hours should not fail at its end.
+        let out = &self.conversion.out;
+        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
         whole_file::check(folder.unwrap_or(".".as_ref()))
-            .with_context(|| format!("{out} can't be written"))?;
-        let (mut network, text) = self.network.open()?;
+            .with_context(|| format!("{} can't be written", out.display()))?;
         if network.units().any(|unit| {
             unit.weight_quantizer.is_some() || (unit.batch_norm().is_none() != (unit.name == HEAD))
         }) {
             bail!(
                 "{} is quantized, or its batch normalization is folded: expected a float network as it was trained",
-                self.network.file.display()
+                self.conversion.network.file.display()
             );
         }
         if let Some(size) = self.size {
@@ -142,7 +132,7 @@ impl Tune {
         if let Some(epochs) = self.epochs {
             set_epochs(&mut profile, f64::from(epochs))?;
         }
-        let [activations, weights] = self.bits;
+        let [activations, weights] = self.conversion.bits;
         let recipe = profile.recipe(activations, weights, self.seed);
         let hash = u128::from_str_radix(&network.sha256()?[..32], 16)?;
         let end = self.method.workflow(&recipe, &Stage::root(StageKind::Given { hash }))?;
@@ -158,8 +148,8 @@ impl Tune {
         let stages: Vec<&str> = outcomes.iter().map(|outcome| outcome.key.as_str()).collect();
         extras.metadata.insert("stages".into(), stages.join(","));
         let tuned = session.network(&end)?.to_device(&candle_core::Device::Cpu)?;
-        tuned.save_in_one_file(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
-        Ok(report(&outcomes, &tuned) + &format!("written to {out}\n"))
+        let written = self.conversion.save(&tuned, &extras)?;
+        Ok(report(&outcomes, &tuned) + &written)
     }
 }
 

@@ -1,0 +1,57 @@
+use super::network::NetworkFile;
+use crate::flags::parse_bits;
+use anyhow::{Context, Result};
+use clap::Args;
+use models::{Extras, Network};
+use quant_core::Precision;
+use std::path::PathBuf;
+
+/// A trained network, the file that it goes to quantized, and the bits.
+#[derive(Debug, Args)]
+pub(super) struct Conversion {
+    #[command(flatten)]
+    pub network: NetworkFile,
+
+    /// Where the quantized network goes: a .safetensors file
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+
+    /// Bits of activations and weights, 2 to 8 each, such as a4w4
+    #[arg(long, value_name = "aNwM", value_parser = bits)]
+    pub bits: [Precision; 2],
+}
+
+impl Conversion {
+    /// Checks where the result goes, and reads the network; gives a line that says what it is, too.
+    pub fn open(&self) -> Result<(Network, String)> {
+        self.network.check_output(&self.out, "safetensors")?;
+        self.network.open()
+    }
+
+    /// Writes the result; gives the line that says so.
+    pub fn save(&self, quantized: &Network, extras: &Extras) -> Result<String> {
+        let out = self.out.display();
+        quantized
+            .save_in_one_file(&self.out, extras)
+            .with_context(|| format!("{out} could not be written"))?;
+        Ok(format!("written to {out}\n"))
+    }
+}
+
+/// Of activations and weights.
+fn bits(text: &str) -> Result<[Precision; 2], String> {
+    let (activations, weights) = parse_bits(&text.to_ascii_lowercase())
+        .ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
+    Ok([quantized(activations)?, quantized(weights)?])
+}
+
+pub(super) fn precision(text: &str) -> Result<Precision, String> {
+    quantized(text.parse().map_err(|_| format!("{text:?} is no number of bits"))?)
+}
+
+fn quantized(bits: u32) -> Result<Precision, String> {
+    match Precision::try_from(bits) {
+        Ok(Precision::Quantized(bits)) => Ok(Precision::Quantized(bits)),
+        _ => Err(format!("{bits} bits: expected 2 to 8")),
+    }
+}
