@@ -336,15 +336,15 @@ mod tests {
     /// Profiles in files of this folder that are not built in.
     #[test]
     fn other_profiles_are_valid() {
-        for (name, text) in [
-            ("short", include_str!("../profiles/short.toml")),
-            ("fair", include_str!("../profiles/fair.toml")),
-        ] {
-            assert_eq!(Profile::parse(text).unwrap().name, name);
-        }
-        let fair = Profile::parse(include_str!("../profiles/fair.toml")).unwrap();
-        assert_eq!(Profile::parse(&toml::to_string(&fair).unwrap()).unwrap(), fair);
-        let recipe = fair.recipe(Precision::Float, Precision::Float, 0);
+        assert_eq!(Profile::parse(include_str!("../profiles/short.toml")).unwrap().name, "short");
+    }
+
+    /// What `profile.toml` beside a table says is what it was made with.
+    #[test]
+    fn a_profile_survives_being_written() {
+        let reduced = Profile::named("reduced").unwrap();
+        assert_eq!(Profile::parse(&toml::to_string(&reduced).unwrap()).unwrap(), reduced);
+        let recipe = reduced.recipe(Precision::Float, Precision::Float, 0);
         assert!(recipe.quantization.gradient_scale && recipe.dfq.calibration.is_some());
     }
 
@@ -362,26 +362,26 @@ mod tests {
         }
     }
 
-    /// It is `fair` but for width, length, decay and arithmetic.
+    /// `full` is `reduced` but for width, length, decay and arithmetic.
     #[test]
-    fn full_networks_are_trained_as_fair_ones() {
+    fn full_networks_are_trained_as_narrow_ones() {
         let mut full = Profile::named("full").unwrap();
-        let mut fair = Profile::parse(include_str!("../profiles/fair.toml")).unwrap();
-        fair.networks.values_mut().for_each(|network| network.weight_decay = None);
-        full.name = fair.name.clone();
-        full.seeds = fair.seeds.clone();
+        let mut reduced = Profile::named("reduced").unwrap();
+        reduced.networks.values_mut().for_each(|network| network.weight_decay = None);
+        full.name = reduced.name.clone();
+        full.seeds = reduced.seeds.clone();
         full.networks.values_mut().for_each(|network| network.width = 0.25);
         for (purpose, training) in &mut full.training.0 {
-            let fair = fair.training.get(*purpose).unwrap();
+            let narrow = reduced.training.get(*purpose).unwrap();
             assert_eq!(training.arithmetic, train::Arithmetic::Bf16);
             assert_eq!(
                 training.epochs(),
-                if *purpose == Purpose::Pretraining { 40 } else { 5 * fair.epochs() }
+                if *purpose == Purpose::Pretraining { 40 } else { 5 * narrow.epochs() }
             );
-            let Training { warmup_epochs, cosine_epochs, weight_decay, arithmetic, .. } = fair;
+            let Training { warmup_epochs, cosine_epochs, weight_decay, arithmetic, .. } = narrow;
             *training = Training { warmup_epochs, cosine_epochs, weight_decay, arithmetic, ..*training };
         }
-        assert_eq!(full, fair);
+        assert_eq!(full, reduced);
     }
 
     /// A training is that which it is like, but for what it says itself.
