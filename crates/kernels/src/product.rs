@@ -20,6 +20,9 @@ use crate::work::Written;
 use half::bf16;
 use std::mem::MaybeUninit;
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+
 /// Columns of a vector: one register of AVX-512, two of AVX2.
 pub(crate) const LANES: usize = 16;
 
@@ -134,10 +137,14 @@ impl Factor for Pair {
         most: usize,
     ) {
         #[cfg(target_arch = "x86_64")]
-        if Instructions::current() >= Instructions::WIDE && is_x86_feature_detected!("avx512bf16") {
+        if Instructions::current() >= Instructions::WIDE {
             // SAFETY: the machine has the instructions.
             #[allow(unsafe_code)]
-            return unsafe { dot::product(a, b, sizes, c, add, most) };
+            if amx::available() {
+                return unsafe { amx::product(a, b, sizes, c, add) };
+            } else if is_x86_feature_detected!("avx512bf16") {
+                return unsafe { dot::product(a, b, sizes, c, add, most) };
+            }
         }
         product(a, b, sizes, c, add, most);
     }
@@ -736,20 +743,7 @@ pub(crate) fn set_levels<'c>(
         // So that tests see what is not written.
         c.fill(MaybeUninit::new(f32::NAN));
     }
-    #[cfg(target_arch = "x86_64")]
-    let wide = Instructions::current() >= Instructions::WIDE && is_x86_feature_detected!("avx512vnni");
-    #[cfg(not(target_arch = "x86_64"))]
-    let wide = false;
-    if wide {
-        // SAFETY: the machine has the instructions, and `c` the rows.
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        unsafe {
-            vnni::set(&product, rows, c);
-        }
-    } else {
-        set_levels_plainly(&product, c);
-    }
+    product.set(rows, c);
     // SAFETY: either has written all columns of all rows.
     #[allow(unsafe_code)]
     unsafe {
@@ -764,6 +758,23 @@ struct LevelProduct<'a> {
     w: &'a IntegerPanels,
     shift: &'a [i32],
     scale: &'a [f32],
+}
+
+impl LevelProduct<'_> {
+    /// Writes all of `c`, of so many rows, by the instructions that the machine has.
+    fn set(&self, rows: usize, c: &mut [MaybeUninit<f32>]) {
+        #[cfg(target_arch = "x86_64")]
+        if Instructions::current() >= Instructions::WIDE {
+            // SAFETY: the machine has the instructions, and the operands the rows.
+            #[allow(unsafe_code)]
+            if amx::available() {
+                return unsafe { amx::set_levels(self, rows, c) };
+            } else if is_x86_feature_detected!("avx512vnni") {
+                return unsafe { vnni::set(self, rows, c) };
+            }
+        }
+        set_levels_plainly(self, c);
+    }
 }
 
 simd! {
