@@ -6,7 +6,7 @@
 //! A pass of its own over the map, and on a GPU Candle's operations: it is a baseline's, and nothing else waits for it.
 
 use crate::check::Check;
-use crate::cpu::{self, open, simd};
+use crate::cpu::{self, open, read_ahead, simd};
 use crate::elements::{Element, by_element};
 use crate::work::{CHUNK, fill};
 use crate::{Result, profiler};
@@ -72,8 +72,9 @@ simd! {
 simd! {
     fn pass<T: Element>(y: &[T], gy: &[T], cap: &[f32], gx: &mut [T]) {
         let c = cap.len();
-        for ((gx, y), gy) in gx.chunks_mut(c).zip(y.chunks(c)).zip(gy.chunks(c)) {
-            for (((gx, y), gy), cap) in gx.iter_mut().zip(y).zip(gy).zip(cap) {
+        for (i, ((gx, y), of_gy)) in gx.chunks_mut(c).zip(y.chunks(c)).zip(gy.chunks(c)).enumerate() {
+            read_ahead(gy, i * c, c);
+            for (((gx, y), gy), cap) in gx.iter_mut().zip(y).zip(of_gy).zip(cap) {
                 // What was stored: the nearest to the cap.
                 *gx = if y.float() < T::nearest(*cap).float() { *gy } else { T::default() };
             }

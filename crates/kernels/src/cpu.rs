@@ -87,6 +87,35 @@ macro_rules! simd {
 }
 pub(crate) use simd;
 
+/// Asks for a line of the cache that will be needed soon.
+#[inline(always)]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch of any address is allowed.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// While elements `start..start + len` are read, asks for those that lie 2 KiB further on.
+///
+/// Compilers make `if passes { gy } else { 0 }` a load under a mask, and processors do not read ahead of such loads by
+/// themselves: on an AMD Zen 5 a loop over maps that are not in cache takes twice as long without this.
+#[inline(always)]
+pub(crate) fn read_ahead<T>(elements: &[T], start: usize, len: usize) {
+    const AHEAD: usize = 2048;
+    const LINE: usize = 64;
+    for at in (start..start + len).step_by(LINE / size_of::<T>()) {
+        prefetch(elements.as_ptr().wrapping_add(at + AHEAD / size_of::<T>()));
+    }
+}
+
 /// A tensor on the CPU, open for reading.
 pub(crate) struct Opened<'a>(StorageRef<'a>, &'a Layout);
 

@@ -19,7 +19,7 @@ pub(crate) mod gpu;
 
 use crate::affine::AffineActivation;
 use crate::check::Check;
-use crate::cpu::{self, open, simd, values};
+use crate::cpu::{self, open, read_ahead, simd, values};
 use crate::elements::{Element, by_element};
 use crate::moments::{MomentAccumulator, Moments};
 use crate::tile::{TILES, block_rows, fold, tiled};
@@ -692,10 +692,11 @@ fn add_tiles<T: Element>(
     let tile = sum.len();
     let (groups, of_gy) = (z.chunks_exact(4 * tile), gy.chunks_exact(4 * tile));
     let rest = groups.remainder().chunks(tile).zip(of_gy.remainder().chunks(tile));
-    for (z, gy) in groups.zip(of_gy) {
+    for (i, (z, of_gy)) in groups.zip(of_gy).enumerate() {
+        read_ahead(gy, i * 4 * tile, 4 * tile);
         let z = std::array::from_fn::<_, 4, _>(|i| &z[i * tile..][..tile]);
-        let gy = std::array::from_fn(|i| &gy[i * tile..][..tile]);
-        add_products(z, gy, channels, sum, product, g);
+        let of_gy = std::array::from_fn(|i| &of_gy[i * tile..][..tile]);
+        add_products(z, of_gy, channels, sum, product, g);
     }
     for (z, gy) in rest {
         add_products([z], [gy], channels, sum, product, g);
@@ -750,6 +751,7 @@ simd! {
         ) -> Written<'z> {
             assert!(z.len() == gy.len() && z.len() == gz.len());
             let of_tile = |start: usize, n: usize| {
+                read_ahead(gy, start, n);
                 let (z, gy): (&[T], &[T]) = (&z[start..][..n], &gy[start..][..n]);
                 let (scale, shift, mean) = (&scale[..n], &shift[..n], &mean[..n]);
                 let (slope, offset) = (&slope[..n], &offset[..n]);

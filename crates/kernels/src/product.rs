@@ -14,7 +14,7 @@
 //! signed bytes and adds up four products at a time.
 
 use crate::ProductSizes;
-use crate::cpu::{Instructions, simd};
+use crate::cpu::{Instructions, prefetch, simd};
 use crate::elements::Element;
 use crate::work::Written;
 use half::bf16;
@@ -645,22 +645,6 @@ impl<F: Factor> Tile<F> {
             }
         }
     }
-}
-
-/// Asks for a line of the cache that will be needed soon.
-#[inline(always)]
-fn prefetch<T>(at: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch of any address is allowed.
-        #[allow(unsafe_code)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(at.cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }
 
 /// Copies rows of `columns` elements.

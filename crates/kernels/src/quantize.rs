@@ -7,7 +7,7 @@
 pub(crate) mod gpu;
 
 use crate::check::Check;
-use crate::cpu::{self, open, simd};
+use crate::cpu::{self, open, read_ahead, simd};
 use crate::elements::{Element, by_element};
 use crate::work::{CHUNK, fill, parts};
 use crate::{Quantizer, Result, profiler};
@@ -116,8 +116,13 @@ simd! {
     /// Of whole rows, where each channel has a grid.
     fn mask<T: Element>(x: &[T], gy: &[T], gx: &mut [T], grids: &[Grid]) {
         if let [grid] = *grids {
-            for ((gx, gy), x) in gx.iter_mut().zip(gy).zip(x) {
-                *gx = if grid.passes(x.float()) { *gy } else { T::default() };
+            const TILE: usize = 256;
+            let tiles = gx.chunks_mut(TILE).zip(gy.chunks(TILE)).zip(x.chunks(TILE));
+            for (i, ((gx, of_gy), x)) in tiles.enumerate() {
+                read_ahead(gy, i * TILE, TILE);
+                for ((gx, gy), x) in gx.iter_mut().zip(of_gy).zip(x) {
+                    *gx = if grid.passes(x.float()) { *gy } else { T::default() };
+                }
             }
         } else {
             let c = grids.len();
