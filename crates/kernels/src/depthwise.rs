@@ -645,7 +645,13 @@ simd! {
                         affine.coefficients().map(|all| Lanes::load(&all[channels.clone()], |_, x| x).0);
                     let bounds = affine.bounds();
                     let value = |i: usize, z: T| clamp(z.float().mul_add(scale[i], shift[i]), bounds);
-                    pack(block, image, value, w, c, &channels, oh * stride);
+                    match affine.grid() {
+                        None => pack(block, image, value, w, c, &channels, oh * stride),
+                        Some(grid) => {
+                            let value = |i, z| grid.fake(value(i, z));
+                            pack(block, image, value, w, c, &channels, oh * stride);
+                        }
+                    }
                 }
             }
             let mut sum = [ZERO; 9];

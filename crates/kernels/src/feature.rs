@@ -31,14 +31,17 @@ pub struct Levels {
     pub dtype: DType,
 }
 
-/// The feature map `φ(scale·z + shift)`, which each operation that reads it computes from `z` as it reads. So it is
-/// never in memory as a whole, where writing and reading it would cost more than to compute it again. On the CPU.
+/// The feature map `Q(φ(scale·z + shift))`, with a quantizer or without, which each operation that reads it computes from
+/// `z` as it reads. So it is never in memory as a whole, where writing and reading it would cost more than to compute it
+/// again. On the CPU.
 #[derive(Clone, Debug)]
 pub struct Deferred {
     z: Tensor,
     scale: Tensor,
     shift: Tensor,
     act: Activation,
+    /// The quantizer's range and bit width.
+    quant: Option<(Tensor, Bits)>,
 }
 
 /// What one unit of a network hands to the next. Operations take it or floats, as `&FeatureMap` or `&Tensor`; a copy
@@ -84,20 +87,23 @@ impl FeatureMap {
         })
     }
 
-    /// `φ(scale·z + shift)` for `z[…, C]` on the CPU, with `scale` and `shift` `[C]`, left to its readers.
+    /// `Q(φ(scale·z + shift))` for `z[…, C]` on the CPU, with `scale` and `shift` `[C]`, left to its readers.
     pub(crate) fn deferred(
         check: &Check,
         z: &Tensor,
         scale: &Tensor,
         shift: &Tensor,
         act: Activation,
+        quant: Option<Quantizer<'_>>,
     ) -> Result<Self> {
         let (_, c) = check.rows("z", z)?;
+        check.quantizer(quant)?;
         Ok(Self::Deferred(Deferred {
             z: check.map_float("z", z)?,
             scale: check.dims("scale", scale, &[c])?,
             shift: check.dims("shift", shift, &[c])?,
             act,
+            quant: quant.map(|quant| (quant.range.clone(), quant.bits)),
         }))
     }
 
@@ -236,7 +242,9 @@ impl Levels {
 impl Deferred {
     fn affine(&self, check: &Check) -> Result<AffineActivation> {
         let (_, c) = check.rows("z", &self.z)?;
-        AffineActivation::new(check, c, &self.scale, &self.shift, self.act)
+        let grid = |(range, bits): &(Tensor, Bits)| cpu::grid(Quantizer { range, bits: *bits });
+        let grid = self.quant.as_ref().map(grid).transpose()?;
+        Ok(AffineActivation::new(check, c, &self.scale, &self.shift, self.act)?.on(grid))
     }
 }
 
@@ -289,6 +297,11 @@ impl<'a, T: Element> Operand<'a, T> {
                 scratch.clear();
                 append(scratch, q.len(), |y| whole_numbers(q, &grid, y))
             }
+            Self::Deferred(z, affine) if T::DTYPE == DType::BF16 => {
+                let Some(grid) = affine.grid() else { return self.elements(scratch) };
+                scratch.clear();
+                append(scratch, z.len(), |y| affine.whole_numbers(z, grid, y))
+            }
             _ => self.elements(scratch),
         }
     }
@@ -297,6 +310,9 @@ impl<'a, T: Element> Operand<'a, T> {
     pub(crate) fn scale(self) -> f32 {
         match self {
             Self::Stored(Stored::Levels(_, grid)) if T::DTYPE == DType::BF16 => grid.step(),
+            Self::Deferred(_, affine) if T::DTYPE == DType::BF16 => {
+                affine.grid().map_or(1.0, |grid| grid.step())
+            }
             _ => 1.0,
         }
     }
@@ -355,6 +371,37 @@ mod tests {
             for stride in [1, 2] {
                 same(&|x| depthwise::forward_stats(x, &weight, stride).unwrap().0);
                 let gy = random(7, depthwise::forward(&z, &weight, stride).unwrap().dims());
+                same(&|x| depthwise::grad_weight(x, &gy, stride).unwrap());
+            }
+        }
+    }
+
+    /// To the bit, too: what a backward pass reads for levels is what they stand for.
+    #[test]
+    fn levels_are_recomputed_as_they_were() {
+        use crate::{depthwise, pointwise};
+        let range = tensor(&[-0.1, 1.3]);
+        let quant = Some(Quantizer { range: &range, bits: Bits::new(4).unwrap() });
+        for (dims, dtype) in [[1, 1, 1, 1], [2, 5, 7, 33], [3, 8, 8, 300]]
+            .iter()
+            .flat_map(|dims| [(dims, DType::F32), (dims, DType::BF16)])
+        {
+            let (c, context) = (dims[3], format!("{dims:?}, {dtype:?}"));
+            let stored = |seed, dims: &[usize]| random(seed, dims).to_dtype(dtype).unwrap();
+            let (z, scale, shift) = (stored(1, dims), random(2, &[c]), random(3, &[c]));
+            let levels = norm::forward(&z, &scale, &shift, Activation::Relu6, quant).unwrap();
+            assert!(matches!(levels, FeatureMap::Levels(_)));
+            let again = norm::recomputed(&levels, &z, &scale, &shift, Activation::Relu6, quant).unwrap();
+            assert!(matches!(again, FeatureMap::Deferred(_)), "no levels are kept");
+            let same = |read: &dyn Fn(&FeatureMap) -> Tensor| {
+                assert_eq!(elements(&read(&again)), elements(&read(&levels)), "{context}");
+            };
+            same(&|x| x.to_float().unwrap());
+            let gy = stored(5, &[dims[0], dims[1], dims[2], 19]);
+            same(&|x| pointwise::grad_weight(x, &gy).unwrap());
+            for stride in [1, 2] {
+                let y = depthwise::forward(&z, &random(6, &[3, 3, c]), stride).unwrap();
+                let gy = stored(7, y.dims());
                 same(&|x| depthwise::grad_weight(x, &gy, stride).unwrap());
             }
         }

@@ -181,7 +181,23 @@ pub fn deferred(z: &Tensor, scale: &Tensor, shift: &Tensor, act: Activation) -> 
     if crate::gpu::runs(z.device()) {
         return forward(z, scale, shift, act, None);
     }
-    FeatureMap::deferred(&Check("norm::deferred"), z, scale, shift, act)
+    FeatureMap::deferred(&Check("norm::deferred"), z, scale, shift, act, None)
+}
+
+/// What a backward pass reads for `y`, the levels that [`forward`] gave: on the CPU the same map computed again where it is
+/// read, so that nobody keeps the levels; on a GPU `y` itself.
+pub fn recomputed(
+    y: &FeatureMap,
+    z: &Tensor,
+    scale: &Tensor,
+    shift: &Tensor,
+    act: Activation,
+    quant: Option<Quantizer<'_>>,
+) -> Result<FeatureMap> {
+    if crate::gpu::runs(z.device()) {
+        return Ok(y.clone());
+    }
+    FeatureMap::deferred(&Check("norm::recomputed"), z, scale, shift, act, quant)
 }
 
 /// The smallest and the largest element of `φ(scale·z + shift)`, `[2]`, without a pass over `z`: exactly

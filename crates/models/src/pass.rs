@@ -104,6 +104,11 @@ enum Readers {
 /// What a node of a training step hands on.
 enum Output {
     Map(FeatureMap),
+    /// Levels, and what the backward pass reads for them.
+    Levels {
+        now: FeatureMap,
+        later: FeatureMap,
+    },
     /// `scale·z + shift`, which the sum that reads it computes.
     Affine {
         z: Tensor,
@@ -115,7 +120,7 @@ enum Output {
 impl Output {
     fn map(&self) -> Result<FeatureMap> {
         Ok(match self {
-            Self::Map(map) => map.clone(),
+            Self::Map(map) | Self::Levels { now: map, .. } => map.clone(),
             Self::Affine { z, scale, shift } => norm::forward(z, scale, shift, Activation::Identity, None)?,
         })
     }
@@ -327,7 +332,11 @@ impl Unit {
                 (Output::Map(y), quantized)
             }
             (None, Readers::Sum, _) => (Output::Affine { z, scale, shift }, None),
-            (None, _, Some(_)) => (Output::Map(norm::forward(&z, &scale, &shift, act, quant)?), None),
+            (None, _, Some(_)) => {
+                let now = norm::forward(&z, &scale, &shift, act, quant)?;
+                let later = norm::recomputed(&now, &z, &scale, &shift, act, quant)?;
+                (Output::Levels { now, later }, None)
+            }
             (None, readers, None) => {
                 let y = match readers {
                     Readers::One => norm::deferred(&z, &scale, &shift, act)?,
@@ -387,13 +396,11 @@ impl Sum {
                 let (sum, extremes) = residual::add_normalized(z, scale, shift, &other.map()?)?;
                 (sum, Some(extremes), Some(self.inputs[1]))
             }
-            (Output::Affine { z, scale, shift }, Output::Map(other)) => {
-                let (sum, extremes) = residual::add_normalized(z, scale, shift, other)?;
+            (Output::Affine { z, scale, shift }, other) => {
+                let (sum, extremes) = residual::add_normalized(z, scale, shift, &other.map()?)?;
                 (sum, Some(extremes), Some(self.inputs[0]))
             }
-            (Output::Map(shortcut), Output::Map(branch)) => {
-                (residual::add(&branch.to_float()?, shortcut)?, None, None)
-            }
+            (shortcut, branch) => (residual::add(&branch.map()?.to_float()?, &shortcut.map()?)?, None, None),
         };
         let (mut y, mut activated) = (sum, None);
         if self.activation != Activation::Identity {
@@ -502,8 +509,12 @@ impl Network {
                     (Output::Map(train_quantizer(images, &mut image.quantizer, step)?.0), Record::Image)
                 }
                 Node::Unit(unit) => {
-                    let x = outputs[unit.input].map()?;
-                    let (y, record) = unit.train(x, self.epsilon, readers, step)?;
+                    let input = &outputs[unit.input];
+                    let x = input.map()?;
+                    let (y, mut record) = unit.train(x, self.epsilon, readers, step)?;
+                    if let Output::Levels { later, .. } = input {
+                        record.x = later.clone();
+                    }
                     (y, Record::Unit(record))
                 }
                 Node::Sum(sum) => {
