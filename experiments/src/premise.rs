@@ -228,7 +228,7 @@ type Measured = (MobileNet, Outcome, Vec<PremiseRow>, Vec<FilterRow>);
 /// Writes pictures, CSV, the settings, the stages and a description to `folder`; gives the description.
 fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String> {
     let Session { profile, data, provenance, .. } = session;
-    let mut names: Vec<String> = ["premise.csv", "filters.csv", "premise.md", PROFILE].map(Into::into).into();
+    let mut names: Vec<String> = ["layers.csv", "filters.csv", "premise.md", PROFILE].map(Into::into).into();
     let mut text = String::from("# The premise: what pruning changes before any training\n\n");
     text += &format!(
         "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
@@ -290,7 +290,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         names.extend([svg, png]);
     }
     text += &format!(
-        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {}\n- Data behind the pictures: `premise.csv`, `filters.csv`; settings: \
+        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {}\n- Data behind the pictures: `layers.csv`, `filters.csv`; settings: \
          `profile.toml`; training of the networks: `stages.json`\n",
         provenance.command,
         provenance.git_commit,
@@ -301,7 +301,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
     let rows: Vec<&PremiseRow> = found.iter().flat_map(|(_, _, rows, _)| rows).collect();
     let filters: Vec<&FilterRow> = found.iter().flat_map(|(.., filters)| filters).collect();
     write_rows(&filters, &folder.join("filters.csv"))?;
-    write_rows(&rows, &folder.join("premise.csv"))?;
+    write_rows(&rows, &folder.join("layers.csv"))?;
     report::write_text(&text, &folder.join("premise.md"))?;
     report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
     let stages: Vec<&Outcome> = found.iter().map(|(_, outcome, ..)| outcome).collect();

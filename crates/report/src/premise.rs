@@ -14,7 +14,7 @@ use crate::file::Result;
 use crate::histogram::Caption;
 use crate::names::{BLUE, Colour, ORANGE};
 
-/// One layer before and after pruning: a line of `premise.csv`. Weights are those of filters folded with their batch
+/// One layer before and after pruning: a line of `layers.csv`. Weights are those of filters folded with their batch
 /// normalization, quantized on one grid of the layer between its extremes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PremiseRow {
