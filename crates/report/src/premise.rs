@@ -140,7 +140,8 @@ impl Picture for Scatter<'_> {
         for row in self.rows {
             let (x, y) = (across(power(row.variance)), height(power(row.factor)));
             // Thousands lie on each other, which would make the file as large as the page that shows it.
-            if !drawn.insert((x.round() as i64, y.round() as i64, row.below_threshold)) {
+            let square = |at: f64| (at / 4.0).round() as i64;
+            if !drawn.insert((square(x), square(y), row.below_threshold)) {
                 continue;
             }
             let colour = rgb(if row.below_threshold { ORANGE } else { BLUE });
