@@ -184,7 +184,9 @@ fn results_of_older_versions_are_verified_by_their_rows() {
     let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results");
     let (code, text) = pfq(&Place::new(), &["verify", results.to_str().unwrap()]);
     assert!(
-        code == 0 && text.contains("table3/reduced: no hashes") && text.contains("nothing wrong"),
+        code == 0
+            && text.contains("ablation_weight_decay/short: no hashes")
+            && text.contains("nothing wrong"),
         "{text}"
     );
 }

@@ -152,7 +152,7 @@ fn the_results_kept_with_the_code_make_a_page() {
         assert!(!run.rows.is_empty() && !run.stages.is_empty(), "{} {}", run.table, run.profile);
         assert!(run.exhibit.drawings.iter().all(|(path, _)| html.contains(path)));
     }
-    assert!(html.len() < 3 << 19, "{} bytes", html.len());
+    assert!(html.len() < 1 << 20, "{} bytes", html.len());
     // Every file that the page links to is there.
     let links = html.split(" href=\"").skip(1).map(|rest| rest.split_once('"').unwrap().0);
     let links: Vec<&str> = links.filter(|link| !link.contains(':') && !link.starts_with('#')).collect();

@@ -23,7 +23,7 @@ use crate::feature::Operand;
 use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue, Stats,
 };
-use crate::product::{self, IntegerPanels, LANES, Operands, Panels};
+use crate::product::{self, IntegerPanels, LANES, LevelTiles, Operands, Panels};
 use crate::work::{CHUNK, Progress, Written, append, blocks, fill};
 use crate::{Activation, FeatureMap, ProductSizes, Quantizer, Result, Weight, profiler};
 use candle_core::Tensor;
@@ -276,7 +276,7 @@ fn rows_per_block(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
 
 impl<T: Element> Blockwise for Product<'_, T> {
     type Element = T;
-    type Scratch = (Vec<T>, Operands<T>);
+    type Scratch = (Vec<T>, Operands<T>, LevelTiles);
 
     fn dims(&self) -> &[usize] {
         &self.dims
@@ -292,7 +292,7 @@ impl<T: Element> Blockwise for Product<'_, T> {
 
     fn compute<'z>(
         &self,
-        (elements, operands): &mut Self::Scratch,
+        (elements, operands, tiles): &mut Self::Scratch,
         rows: Range<usize>,
         z: &'z mut [MaybeUninit<f32>],
     ) -> Written<'z> {
@@ -300,7 +300,7 @@ impl<T: Element> Blockwise for Product<'_, T> {
         let part = rows.start * depth..rows.end * depth;
         match &self.factors {
             Factors::Levels { x, zero_point, w, scale } => {
-                product::set_levels(&x[part], depth, *zero_point, w, scale, z)
+                product::set_levels(&x[part], depth, *zero_point, w, scale, tiles, z)
             }
             Factors::Floats(x, panels) => {
                 let sizes = ProductSizes { rows: rows.len(), ..self.sizes };

@@ -41,6 +41,9 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
     /// How many elements, neighbours in the depth.
     const ELEMENTS: usize;
 
+    /// How many elements of the depth a matrix tile has.
+    const STEP: usize;
+
     /// The factors of `rows` of `depth` elements each, the missing ones of the last factor of a row 0.
     fn of_rows<'a>(rows: &'a [Self::Element], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self];
 
@@ -67,12 +70,35 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
     ) {
         product(a, b, sizes, c, add, most);
     }
+
+    /// [`set`] by matrix tiles; returns whether the machine has them.
+    fn set_by_tiles(
+        _a: &[Self::Element],
+        _b: &Panels<Self::Element>,
+        _sizes: ProductSizes,
+        _operands: &mut Operands<Self::Element>,
+        _c: &mut [MaybeUninit<f32>],
+    ) -> bool {
+        false
+    }
+
+    /// [`add_transposed`] by matrix tiles; returns whether the machine has them.
+    fn add_transposed_by_tiles(
+        _a: &[Self::Element],
+        _b: &[Self::Element],
+        _sizes: ProductSizes,
+        _operands: &mut Operands<Self::Element>,
+        _c: &mut [f32],
+    ) -> bool {
+        false
+    }
 }
 
 impl Factor for f32 {
     type Element = Self;
 
     const ELEMENTS: usize = 1;
+    const STEP: usize = 1;
 
     fn of_rows<'a>(rows: &'a [Self], _: usize, _: &'a mut Vec<Self>) -> &'a [Self] {
         rows
@@ -88,6 +114,12 @@ impl Factor for f32 {
     }
 }
 
+/// Whether there are matrix tiles to be used.
+#[cfg(target_arch = "x86_64")]
+fn has_tiles() -> bool {
+    Instructions::current() >= Instructions::WIDE && amx::available()
+}
+
 /// Two halves that are neighbours in the depth.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
@@ -97,6 +129,7 @@ impl Factor for Pair {
     type Element = bf16;
 
     const ELEMENTS: usize = 2;
+    const STEP: usize = 2 * LANES;
 
     fn of_rows<'a>(rows: &'a [bf16], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
         if depth.is_multiple_of(2) {
@@ -140,13 +173,50 @@ impl Factor for Pair {
         if Instructions::current() >= Instructions::WIDE {
             // SAFETY: the machine has the instructions.
             #[allow(unsafe_code)]
-            if amx::available() {
-                return unsafe { amx::product(a, b, sizes, c, add) };
-            } else if is_x86_feature_detected!("avx512bf16") {
+            if is_x86_feature_detected!("avx512bf16") {
                 return unsafe { dot::product(a, b, sizes, c, add, most) };
             }
         }
         product(a, b, sizes, c, add, most);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn set_by_tiles(
+        a: &[bf16],
+        b: &Panels<bf16>,
+        sizes: ProductSizes,
+        operands: &mut Operands<bf16>,
+        c: &mut [MaybeUninit<f32>],
+    ) -> bool {
+        let has = has_tiles();
+        if has {
+            // SAFETY: the machine has them.
+            #[allow(unsafe_code)]
+            unsafe {
+                amx::set(a, &b.0.lines, sizes, &mut operands.left.lines, c)
+            };
+        }
+        has
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn add_transposed_by_tiles(
+        a: &[bf16],
+        b: &[bf16],
+        sizes: ProductSizes,
+        operands: &mut Operands<bf16>,
+        c: &mut [f32],
+    ) -> bool {
+        let has = has_tiles();
+        if has {
+            let Operands { left, right, .. } = operands;
+            // SAFETY: the machine has them.
+            #[allow(unsafe_code)]
+            unsafe {
+                amx::add_transposed((a, b), sizes, (&mut left.lines, &mut right.lines), c)
+            };
+        }
+        has
     }
 }
 
@@ -284,10 +354,15 @@ impl<F: Factor> Packed<F, LANES> {
 pub(crate) struct Panels<T: Element>(Packed<T::Factor, LANES>);
 
 impl<T: Element> Panels<T> {
-    /// From `w[depth, columns]`.
+    /// From `w[depth, columns]`. The depth is filled up with zeros to whole steps.
     pub(crate) fn new(w: &[f32], columns: usize) -> Self {
         let (mut packed, mut factors) = (Packed { lines: Vec::new(), depth: 0 }, Vec::new());
-        packed.pack(T::Factor::of_columns(&T::all_nearest(w), columns, 0, &mut factors), columns);
+        let (mut w, depth) = (T::all_nearest(w), w.len() / columns);
+        let filled = depth.next_multiple_of(T::Factor::STEP);
+        if filled > depth {
+            w.to_mut().resize(filled * columns, T::default());
+        }
+        packed.pack(T::Factor::of_columns(&w, columns, 0, &mut factors), columns);
         Self(packed)
     }
 
@@ -307,10 +382,12 @@ pub(crate) fn set<'c, T: Element>(
     operands: &mut Operands<T>,
     c: &'c mut [MaybeUninit<f32>],
 ) -> &'c mut [f32] {
-    let depth = sizes.depth.div_ceil(T::Factor::ELEMENTS);
-    let a = Left::rows(T::Factor::of_rows(a, sizes.depth, &mut operands.left_factors), depth);
-    T::Factor::product(a, b.0.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
-    // SAFETY: without `add`, `product` writes all of `c`.
+    if !T::Factor::set_by_tiles(a, b, sizes, operands, c) {
+        let depth = sizes.depth.div_ceil(T::Factor::ELEMENTS);
+        let a = Left::rows(T::Factor::of_rows(a, sizes.depth, &mut operands.left_factors), depth);
+        T::Factor::product(a, b.0.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
+    }
+    // SAFETY: either writes all of `c`: without `add`, `product` does.
     #[allow(unsafe_code)]
     unsafe {
         c.assume_init_mut()
@@ -346,6 +423,9 @@ pub(crate) fn add_transposed<T: Element>(
 ) {
     let ProductSizes { rows, columns, depth } = sizes;
     assert!(a.len() == depth * rows && b.len() == depth * columns + LANES);
+    if T::Factor::add_transposed_by_tiles(a, &b[..depth * columns], sizes, operands, c) {
+        return;
+    }
     // SAFETY: `product` writes nothing but floats.
     #[allow(unsafe_code)]
     let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
@@ -682,7 +762,8 @@ const GROUP: usize = 4;
 /// Integer weights as the right operand: 16 columns at a time, the depth in groups of four, those that are
 /// missing 0.
 pub(crate) struct IntegerPanels {
-    elements: Vec<[[i8; GROUP]; LANES]>,
+    lines: Vec<Line<[i8; GROUP]>>,
+    /// Of a column, those that fill up a matrix tile included.
     groups: usize,
     columns: usize,
     /// The sum of each column.
@@ -692,21 +773,30 @@ pub(crate) struct IntegerPanels {
 impl IntegerPanels {
     /// From `w[depth, columns]`.
     pub(crate) fn new(w: &[i8], depth: usize, columns: usize) -> Self {
-        let groups = depth.div_ceil(GROUP);
-        let mut elements = vec![[[0; GROUP]; LANES]; columns.div_ceil(LANES) * groups];
+        let groups = groups(depth);
+        let mut lines = vec![Line([[0; GROUP]; LANES]); columns.div_ceil(LANES) * groups];
         let mut sums = vec![0; columns.next_multiple_of(LANES)];
         for (p, row) in w.chunks_exact(columns).enumerate() {
             for (panel, (row, sums)) in row.chunks(LANES).zip(sums.chunks_exact_mut(LANES)).enumerate() {
-                let vector = &mut elements[panel * groups + p / GROUP];
-                for ((slot, w), sum) in vector.iter_mut().zip(row).zip(sums) {
+                let vector = &mut lines[panel * groups + p / GROUP];
+                for ((slot, w), sum) in vector.0.iter_mut().zip(row).zip(sums) {
                     slot[p % GROUP] = *w;
                     *sum += i32::from(*w);
                 }
             }
         }
-        Self { elements, groups, columns, sums }
+        Self { lines, groups, columns, sums }
     }
 }
+
+/// The groups of a column, in whole matrix tiles.
+fn groups(depth: usize) -> usize {
+    depth.div_ceil(GROUP).next_multiple_of(LANES)
+}
+
+/// Memory for levels of a feature map as matrix tiles.
+#[derive(Default)]
+pub(crate) struct LevelTiles(Vec<Line<[u8; GROUP]>>);
 
 /// Writes `c = scale · (x − zero_point)·w` of `x[rows, depth]`: exact but for the scale and, beyond 2²⁴, the conversion.
 /// There is a scale for each column, those that are missing in the last vector included.
@@ -716,10 +806,11 @@ pub(crate) fn set_levels<'c>(
     zero_point: i32,
     w: &IntegerPanels,
     scale: &[f32],
+    tiles: &mut LevelTiles,
     c: &'c mut [MaybeUninit<f32>],
 ) -> Written<'c> {
     let rows = c.len() / w.columns;
-    assert!(depth.div_ceil(GROUP) == w.groups && x.len() == rows * depth && c.len() == rows * w.columns);
+    assert!(groups(depth) == w.groups && x.len() == rows * depth && c.len() == rows * w.columns);
     assert_eq!(scale.len(), w.sums.len());
     let shift: Vec<i32> = w.sums.iter().map(|sum| -zero_point * sum).collect();
     let product = LevelProduct { x, depth, w, shift: &shift, scale };
@@ -727,7 +818,7 @@ pub(crate) fn set_levels<'c>(
         // So that tests see what is not written.
         c.fill(MaybeUninit::new(f32::NAN));
     }
-    product.set(rows, c);
+    product.set(rows, tiles, c);
     // SAFETY: either has written all columns of all rows.
     #[allow(unsafe_code)]
     unsafe {
@@ -746,13 +837,14 @@ struct LevelProduct<'a> {
 
 impl LevelProduct<'_> {
     /// Writes all of `c`, of so many rows, by the instructions that the machine has.
-    fn set(&self, rows: usize, c: &mut [MaybeUninit<f32>]) {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
+    fn set(&self, rows: usize, tiles: &mut LevelTiles, c: &mut [MaybeUninit<f32>]) {
         #[cfg(target_arch = "x86_64")]
         if Instructions::current() >= Instructions::WIDE {
             // SAFETY: the machine has the instructions, and the operands the rows.
             #[allow(unsafe_code)]
             if amx::available() {
-                return unsafe { amx::set_levels(self, rows, c) };
+                return unsafe { amx::set_levels(self, rows, &mut tiles.0, c) };
             } else if is_x86_feature_detected!("avx512vnni") {
                 return unsafe { vnni::set(self, rows, c) };
             }
@@ -766,11 +858,11 @@ simd! {
         let LevelProduct { x, depth, w, shift, scale } = *product;
         for (x, c) in x.chunks_exact(depth).zip(c.chunks_exact_mut(w.columns)) {
             let columns = shift.chunks_exact(LANES).zip(scale.chunks_exact(LANES));
-            let panels = w.elements.chunks_exact(w.groups).zip(columns);
+            let panels = w.lines.chunks_exact(w.groups).zip(columns);
             for ((panel, (shift, scale)), c) in panels.zip(c.chunks_mut(LANES)) {
                 let mut sums = [0i32; LANES];
                 sums.copy_from_slice(shift);
-                for (x, vector) in x.chunks(GROUP).zip(panel) {
+                for (x, Line(vector)) in x.chunks(GROUP).zip(panel) {
                     for (t, x) in x.iter().enumerate() {
                         let x = i32::from(*x);
                         for (sum, w) in sums.iter_mut().zip(vector) {
@@ -836,7 +928,7 @@ mod vnni {
         // row is read byte by byte where it is not whole, and stores are masked where a panel is not.
         unsafe {
             let x = x.as_ptr().add(row * depth);
-            let vectors = w.elements.as_ptr().add(panel * w.groups);
+            let vectors = w.lines.as_ptr().add(panel * w.groups);
             let mut sums = [[_mm512_setzero_si512(); V]; R];
             for sums in &mut sums {
                 for (j, sum) in sums.iter_mut().enumerate() {
@@ -860,7 +952,7 @@ mod vnni {
                     std::array::from_fn(|i| x.add(i * depth + group * GROUP).cast::<i32>().read_unaligned()),
                 );
             }
-            if whole < w.groups {
+            if !depth.is_multiple_of(GROUP) {
                 let mut rest = [[0; GROUP]; R];
                 for (i, rest) in rest.iter_mut().enumerate() {
                     for (t, byte) in rest.iter_mut().take(depth - whole * GROUP).enumerate() {

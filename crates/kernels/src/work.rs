@@ -54,8 +54,11 @@ fn checked<'a, T, R>(
 /// Writes `f(i)` to each element `i` of a block, and returns the block.
 #[inline(always)]
 pub(crate) fn write_with<T: Copy>(block: &mut [MaybeUninit<T>], f: impl Fn(usize) -> T) -> &mut [T] {
-    for (i, element) in block.iter_mut().enumerate() {
-        element.write(f(i));
+    // By index, as `f` indexes: a loop over references has an end of its own, and compilers leave its last elements to a scalar
+    // loop. clippy would have references.
+    #[allow(clippy::needless_range_loop)]
+    for i in 0..block.len() {
+        block[i].write(f(i));
     }
     // SAFETY: the loop has written each element.
     #[allow(unsafe_code)]
@@ -76,8 +79,10 @@ pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32>(
 ) -> &mut [T] {
     for (i, elements) in block.chunks_mut(tile).enumerate() {
         let f = of_tile(i * tile, elements.len());
-        for (i, at) in elements.iter_mut().enumerate() {
-            at.write(element(f(i)));
+        // By index: see [`write_with`].
+        #[allow(clippy::needless_range_loop)]
+        for i in 0..elements.len() {
+            elements[i].write(element(f(i)));
         }
     }
     // SAFETY: the loop has written each tile.

@@ -258,9 +258,13 @@ impl Frame {
     }
 }
 
-/// A picture of ours as SVG with the page's colours in place of those that must differ on a dark page: `--card`,
-/// `--ink`, `--soft`, `--line` and `--alarm`. None where a text has a colour that is not of this module.
+/// A picture of ours as SVG for the page, which sets the font: without what SVG takes anyway, and with the page's colours in
+/// place of those that must differ on a dark page: `--card`, `--ink`, `--soft`, `--line` and `--alarm`. None where a text has a
+/// colour that is not of this module.
 pub(crate) fn themed(svg: &str) -> Option<String> {
+    let family = format!(" font-family=\"{FONT}\"");
+    let said_anyway = [" opacity=\"1\"", " stroke=\"none\"", family.as_str()];
+    let svg = said_anyway.iter().fold(svg.to_string(), |svg, attribute| svg.replace(attribute, ""));
     let hex = |RGBColor(red, green, blue)| format!("#{red:02X}{green:02X}{blue:02X}");
     let (white, alarm) = (hex(WHITE), hex(ALARM));
     let texts = [hex(INK), hex(SOFT), white.clone(), alarm.clone()];
@@ -321,9 +325,9 @@ mod tests {
             assert_eq!(themed(input).as_deref(), expect);
         }
         check(
-            "<svg>\n<rect fill=\"#FFFFFF\" stroke=\"none\"/><text fill=\"#222222\">\na > b\n</text></svg>",
+            "<svg>\n<rect opacity=\"1\" fill=\"#FFFFFF\" stroke=\"none\"/><text fill=\"#222222\">\na > b\n</text></svg>",
             Some(
-                "<svg>\n<rect style=\"fill:var(--card)\" stroke=\"none\"/>\
+                "<svg>\n<rect style=\"fill:var(--card)\"/>\
                  <text style=\"fill:var(--ink)\">\na > b\n</text></svg>",
             ),
         );

@@ -1,7 +1,7 @@
 //! The profile of a training step: each operation's share of the time, and how near it comes to what the machine
 //! can do, which is measured in the same run by a large matrix product and a large copy.
 
-use super::case::{Case, What};
+use super::case::{Case, Filter, What};
 use super::ours;
 use super::{SETTINGS, machine};
 use crate::{output, process};
@@ -35,6 +35,10 @@ struct Flags {
     /// Steps that are summed up, after three that are not
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
     steps: u16,
+
+    /// Profile these cases only, e.g. mobilenet_v2,1.0,bf16: a case is profiled if it fits a term of every kind given
+    #[arg(long, value_name = "TERM,…", value_delimiter = ',')]
+    only: Vec<String>,
 }
 
 /// What the machine can do.
@@ -94,30 +98,36 @@ fn run(flags: &Flags) -> Result<()> {
          between the operations: small tensors per channel, memory management. In bf16, feature maps and their gradients have two \
          bytes a number.\n",
     );
-    let mut lines = Vec::new();
-    for (version, width) in [(Version::V2, 1.0), (Version::V2, 0.25), (Version::V1, 1.0), (Version::V1, 0.25)]
-    {
+    let (networks, batch) = (
+        [(Version::V2, 1.0), (Version::V2, 0.25), (Version::V1, 1.0), (Version::V1, 0.25)],
+        flags.batch.into(),
+    );
+    let (mut cases, mut peaks_of) = (Vec::new(), Vec::new());
+    for (network, width) in networks {
         for quantized in [false, true] {
             for (arithmetic, peaks) in &all {
-                let batch = flags.batch.into();
-                let case = Case {
-                    network: version,
+                cases.push(Case {
+                    network,
                     width,
                     batch,
                     what: What::Train,
                     quantized,
                     arithmetic: *arithmetic,
-                };
-                let from = lines.len();
-                step(&case, flags.steps, peaks, &mut lines)?;
-                table(&lines[from..], &mut text)?;
+                });
+                peaks_of.push(*peaks);
             }
         }
     }
-    for width in [1.0, 0.25] {
-        for (arithmetic, peaks) in &all {
-            shapes(width, flags.batch.into(), *arithmetic, peaks, &mut text)?;
-        }
+    let filter = Filter::parse(&flags.only, &cases)?;
+    let picked: Vec<_> = cases.into_iter().zip(peaks_of).filter(|(case, _)| filter.picks(case)).collect();
+    let mut lines = Vec::new();
+    for (case, peaks) in &picked {
+        let from = lines.len();
+        step(case, flags.steps, peaks, &mut lines)?;
+        table(&lines[from..], &mut text)?;
+    }
+    for (case, peaks) in picked.iter().filter(|(case, _)| case.network == Version::V2 && !case.quantized) {
+        shapes(case, peaks, &mut text)?;
     }
     output::print(text.trim_end());
     let mut csv = csv::Writer::from_writer(Vec::new());
@@ -251,8 +261,9 @@ fn table(lines: &[Line], text: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// The pointwise products of MobileNetV2, each shape on its own, beside what bounds it.
-fn shapes(width: f64, batch: usize, arithmetic: Arithmetic, peaks: &Peaks, text: &mut String) -> Result<()> {
+/// The pointwise products of a case's network, MobileNetV2, each shape on its own, beside what bounds it.
+fn shapes(case: &Case, peaks: &Peaks, text: &mut String) -> Result<()> {
+    let &Case { width, batch, arithmetic, .. } = case;
     let (name, dtype) = (arithmetic.name(), arithmetic.dtype());
     writeln!(
         text,
@@ -263,7 +274,6 @@ fn shapes(width: f64, batch: usize, arithmetic: Arithmetic, peaks: &Peaks, text:
          | channels | rows | forward + statistics | of peak | of bound | backward | of peak | of bound |\n\
          |---|--:|--:|--:|--:|--:|--:|--:|"
     )?;
-    let case = Case { network: Version::V2, width, batch, what: What::Train, quantized: false, arithmetic };
     let network = case.build()?;
     let mut seen = Vec::new();
     for (node, [h, w, n]) in network.nodes.iter().zip(network.shapes()) {

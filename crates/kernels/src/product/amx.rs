@@ -1,22 +1,28 @@
 //! Products by the matrix tiles of AMX, which multiply pairs of halves (`TDPBF16PS`) and groups of four bytes
 //! (`TDPBUSD`).
 //!
-//! A tile has up to 16 rows of 64 bytes. An instruction adds the product of a tile of the left operand (rows by factors) and
-//! one of the right operand (factors by columns, as [`super::Panels`] and [`super::IntegerPanels`] lie) to a tile of sums. Two
-//! by two tiles of sums are computed at once, so that each tile that is loaded serves twice. How much of a tile is used is
-//! configured: at the edges of a product less. Rust has no stable functions for tiles, hence the assembly.
+//! A tile has 16 rows of 64 bytes. An instruction adds the product of a tile of the left operand (16 rows by 16 factors) and
+//! one of the right operand (16 factors by 16 columns, as [`super::Panels`] and [`super::IntegerPanels`] lie) to a tile of
+//! sums. Two by two tiles of sums are computed at once, so that each tile that is loaded serves twice.
+//!
+//! Operands are copied into whole tiles that follow each other, with zeros where something is missing. Measured on a Xeon of
+//! the fourth generation: a multiplication takes 16 cycles, however much of the depth a tile holds; to load a tile 8, but 40
+//! where its rows lie in two lines of the cache each; to configure tiles of other sizes 200. Sums are stored in a buffer that
+//! stays in the first-level cache, and vectors write them where they belong. Rust has no stable functions for tiles, hence the
+//! assembly.
 
-use super::{Left, LevelProduct, Pair, ProductSizes, Right};
+use super::{LevelProduct, Line, Pair, ProductSizes};
+use half::bf16;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 /// Rows of a tile, and factors in a row of it.
-const SIDE: usize = 16;
+pub(super) const SIDE: usize = 16;
 
-/// Bytes of a sum, of a pair of halves and of a group of bytes.
-const SIZE: usize = 4;
+/// Bytes of a row.
+const ROW: usize = 64;
 
 /// Whether this machine has tiles of both kinds, and the kernel lets this process use them.
 pub(super) fn available() -> bool {
@@ -47,7 +53,7 @@ fn permitted() -> bool {
     false
 }
 
-/// How much of each tile is used. Tiles 0 to 3 hold sums (by rows), 4 and 5 the left operand, 6 and 7 the right one.
+/// Which part of each tile is used: all of it.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -57,129 +63,95 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-impl Configuration {
-    /// For up to two tiles of rows and of columns; tiles that are not needed are not configured.
-    fn new(rows: usize, columns: usize, factors: usize) -> Self {
-        let halves = |of: usize| [of.min(SIDE), of.saturating_sub(SIDE)];
-        let (rows, columns) = (halves(rows), halves(columns));
-        let (mut row_bytes, mut tile_rows) = ([0; 16], [0; 16]);
-        let mut tile = |at: usize, rows: usize, row: usize| {
-            if rows > 0 && row > 0 {
-                (tile_rows[at], row_bytes[at]) = (rows as u8, (row * SIZE) as u16);
-            }
-        };
-        for i in 0..2 {
-            for j in 0..2 {
-                tile(2 * i + j, rows[i], columns[j]);
-            }
-            tile(4 + i, rows[i], factors);
-            tile(6 + i, if columns[i] > 0 { factors } else { 0 }, columns[i]);
-        }
-        Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows: tile_rows }
+static CONFIGURATION: Configuration = {
+    let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
+    let mut tile = 0;
+    while tile < 8 {
+        (row_bytes[tile], rows[tile]) = (ROW as u16, SIDE as u8);
+        tile += 1;
     }
-}
+    Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
+};
 
-/// Where operands and sums of up to two by two tiles begin, and how far apart things are in them, in bytes.
-struct Block {
-    a: *const u8,
-    a_row: usize,
-    b: *const u8,
-    /// From one factor to the next, and from one panel of columns to the next.
-    b_factor: usize,
-    b_panel: usize,
-    c: *mut u8,
-    c_row: usize,
-    /// Steps of the depth, of `factors` each.
-    steps: usize,
-    factors: usize,
-    /// Whether the sums begin with what `c` holds.
-    add: bool,
-}
+/// Two by two tiles of sums.
+#[repr(C, align(64))]
+struct Sums<S>([[S; 2 * SIDE]; 2 * SIDE]);
 
-/// Defines [`Block`]'s sums by one instruction: the lines of assembly for each number of tiles.
+/// Defines a function that sums up two by two tiles by one instruction: the lines of assembly for each number of tiles. Tiles 0
+/// to 3 hold sums (by rows), 4 and 5 the left operand, 6 and 7 the right one.
 macro_rules! sums {
-    ($name:ident, $multiply:literal) => {
-        /// Sums up so many rows and columns, two tiles of each at most.
+    ($name:ident, $multiply:literal, $sum:ty) => {
+        /// Sums up `steps` tiles that follow each other at each `a` (rows) and `b` (columns). Of a second that is not
+        /// `two_rows` or not `two_columns` nothing is read, and the sums stay what they are.
         ///
         /// # Safety
-        /// The machine must have tiles, and be permitted them; operands and sums must have so many rows, columns and steps.
+        /// The machine must have tiles, and they be configured; the operands must have so many.
+        #[inline]
         #[allow(unsafe_code)]
-        unsafe fn $name(block: &Block, rows: usize, columns: usize) {
-            let configuration = Configuration::new(rows, columns, block.factors);
-            // SAFETY: the caller has made sure of tiles and operands, and tiles outside of them are neither configured nor
-            // named.
+        unsafe fn $name(
+            [a, a1]: [*const u8; 2],
+            [b, b1]: [*const u8; 2],
+            steps: usize,
+            (two_rows, two_columns): (bool, bool),
+            sums: &mut Sums<$sum>,
+        ) {
+            // SAFETY: the caller has made sure of tiles and operands.
             unsafe {
-                asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly));
-                match (rows > SIDE, columns > SIDE) {
-                    (true, true) => sums!(@run block, {
-                        ["tileloadd tmm0, [{c} + {c_row}]", "tileloadd tmm1, [{c} + {c_row} + 64]",
-                         "tileloadd tmm2, [{c1} + {c_row}]", "tileloadd tmm3, [{c1} + {c_row} + 64]"],
+                match (two_rows, two_columns) {
+                    (true, true) => sums!(@run (a, a1, b, b1, steps, sums), {
                         ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-                        ["tileloadd tmm4, [{a} + {a_row}]", "tileloadd tmm6, [{b} + {b_factor}]",
-                         "tileloadd tmm7, [{b1} + {b_factor}]", "tileloadd tmm5, [{a1} + {a_row}]",
-                         concat!($multiply, " tmm0, tmm4, tmm6"), concat!($multiply, " tmm1, tmm4, tmm7"),
+                        ["tileloadd tmm4, [{a} + {row}]", "tileloadd tmm6, [{b} + {row}]",
+                         concat!($multiply, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {row}]",
+                         concat!($multiply, " tmm1, tmm4, tmm7"), "tileloadd tmm5, [{a1} + {row}]",
                          concat!($multiply, " tmm2, tmm5, tmm6"), concat!($multiply, " tmm3, tmm5, tmm7")],
-                        ["tilestored [{c} + {c_row}], tmm0", "tilestored [{c} + {c_row} + 64], tmm1",
-                         "tilestored [{c1} + {c_row}], tmm2", "tilestored [{c1} + {c_row} + 64], tmm3"]
+                        ["tilestored [{c} + 2*{row}], tmm0", "tilestored [{c} + 2*{row} + 64], tmm1",
+                         "tilestored [{c} + 2*{row} + 2048], tmm2", "tilestored [{c} + 2*{row} + 2112], tmm3"]
                     }),
-                    (true, false) => sums!(@run block, {
-                        ["tileloadd tmm0, [{c} + {c_row}]", "tileloadd tmm2, [{c1} + {c_row}]"],
+                    (true, false) => sums!(@run (a, a1, b, b1, steps, sums), {
                         ["tilezero tmm0", "tilezero tmm2"],
-                        ["tileloadd tmm4, [{a} + {a_row}]", "tileloadd tmm6, [{b} + {b_factor}]",
-                         "tileloadd tmm5, [{a1} + {a_row}]",
-                         concat!($multiply, " tmm0, tmm4, tmm6"), concat!($multiply, " tmm2, tmm5, tmm6")],
-                        ["tilestored [{c} + {c_row}], tmm0", "tilestored [{c1} + {c_row}], tmm2"]
+                        ["tileloadd tmm4, [{a} + {row}]", "tileloadd tmm6, [{b} + {row}]",
+                         concat!($multiply, " tmm0, tmm4, tmm6"), "tileloadd tmm5, [{a1} + {row}]",
+                         concat!($multiply, " tmm2, tmm5, tmm6")],
+                        ["tilestored [{c} + 2*{row}], tmm0", "tilestored [{c} + 2*{row} + 2048], tmm2"]
                     }),
-                    (false, true) => sums!(@run block, {
-                        ["tileloadd tmm0, [{c} + {c_row}]", "tileloadd tmm1, [{c} + {c_row} + 64]"],
+                    (false, true) => sums!(@run (a, a1, b, b1, steps, sums), {
                         ["tilezero tmm0", "tilezero tmm1"],
-                        ["tileloadd tmm4, [{a} + {a_row}]", "tileloadd tmm6, [{b} + {b_factor}]",
-                         "tileloadd tmm7, [{b1} + {b_factor}]",
-                         concat!($multiply, " tmm0, tmm4, tmm6"), concat!($multiply, " tmm1, tmm4, tmm7")],
-                        ["tilestored [{c} + {c_row}], tmm0", "tilestored [{c} + {c_row} + 64], tmm1"]
+                        ["tileloadd tmm4, [{a} + {row}]", "tileloadd tmm6, [{b} + {row}]",
+                         concat!($multiply, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {row}]",
+                         concat!($multiply, " tmm1, tmm4, tmm7")],
+                        ["tilestored [{c} + 2*{row}], tmm0", "tilestored [{c} + 2*{row} + 64], tmm1"]
                     }),
-                    (false, false) => sums!(@run block, {
-                        ["tileloadd tmm0, [{c} + {c_row}]"],
+                    (false, false) => sums!(@run (a, a1, b, b1, steps, sums), {
                         ["tilezero tmm0"],
-                        ["tileloadd tmm4, [{a} + {a_row}]", "tileloadd tmm6, [{b} + {b_factor}]",
+                        ["tileloadd tmm4, [{a} + {row}]", "tileloadd tmm6, [{b} + {row}]",
                          concat!($multiply, " tmm0, tmm4, tmm6")],
-                        ["tilestored [{c} + {c_row}], tmm0"]
+                        ["tilestored [{c} + 2*{row}], tmm0"]
                     }),
                 }
             }
         }
     };
-    (@run $block:ident, {
-        [$($load:expr),*], [$($zero:expr),*], [$($step:expr),*], [$($store:expr),*]
+    (@run ($a:ident, $a1:ident, $b:ident, $b1:ident, $steps:ident, $sums:ident), {
+        [$($zero:expr),*], [$($step:expr),*], [$($store:expr),*]
     }) => {
         asm!(
-            "test {add}, {add} // Where there is one tile of rows, without {c1}.",
-            "jz 2f",
-            $($load,)*
-            "jmp 3f",
-            "2:",
             $($zero,)*
-            "3:",
+            "2: // Where a second is not used: {a1}, {b1}.",
             $($step,)*
-            "add {a}, 64",
-            "add {a1}, 64",
-            "add {b}, {b_step}",
-            "add {b1}, {b_step}",
+            "add {a}, 1024",
+            "add {a1}, 1024",
+            "add {b}, 1024",
+            "add {b1}, 1024",
             "dec {steps}",
-            "jnz 3b",
+            "jnz 2b",
             $($store,)*
-            a = inout(reg) $block.a => _,
-            a1 = inout(reg) $block.a.wrapping_add(SIDE * $block.a_row) => _,
-            a_row = in(reg) $block.a_row,
-            b = inout(reg) $block.b => _,
-            b1 = inout(reg) $block.b.wrapping_add($block.b_panel) => _,
-            b_factor = in(reg) $block.b_factor,
-            b_step = in(reg) $block.factors * $block.b_factor,
-            c = in(reg) $block.c,
-            c1 = in(reg) $block.c.wrapping_add(SIDE * $block.c_row),
-            c_row = in(reg) $block.c_row,
-            steps = inout(reg) $block.steps => _,
-            add = in(reg) usize::from($block.add),
+            a = inout(reg) $a => _,
+            a1 = inout(reg) $a1 => _,
+            b = inout(reg) $b => _,
+            b1 = inout(reg) $b1 => _,
+            c = in(reg) $sums,
+            row = in(reg) ROW,
+            steps = inout(reg) $steps => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack)
@@ -187,204 +159,273 @@ macro_rules! sums {
     };
 }
 
-sums!(sum_of_halves, "tdpbf16ps");
-sums!(sum_of_bytes, "tdpbusd");
+sums!(sum_of_halves, "tdpbf16ps", f32);
+sums!(sum_of_bytes, "tdpbusd", i32);
 
-/// Gives the tiles back: a thread that uses them costs the kernel 8 KiB at each switch.
-///
-/// # Safety
-/// The machine must have tiles, and be permitted them.
-#[allow(unsafe_code)]
-unsafe fn release() {
-    // SAFETY: the caller has made sure of them.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) }
+/// How an operand lies: tiles of its rows (of the right one, columns), each with `steps` tiles of the depth that follow each
+/// other.
+fn tile<F>(lines: &[Line<F>], index: usize, steps: usize) -> *const u8 {
+    lines[index * steps * SIDE..][..steps * SIDE].as_ptr().cast()
 }
 
-/// [`super::product`] of pairs of halves.
+/// Sums up all tiles of a product, and has `write(row, column, sums)` write each two by two of them.
+///
+/// # Safety
+/// As of [`available`]; `sum` must be of these instructions.
+#[inline(always)]
+#[allow(unsafe_code, clippy::type_complexity)]
+unsafe fn sum_up<L, R, S: Copy + Default>(
+    (left, right): (&[Line<L>], &[Line<R>]),
+    ProductSizes { rows, columns, depth: steps }: ProductSizes,
+    sum: unsafe fn([*const u8; 2], [*const u8; 2], usize, (bool, bool), &mut Sums<S>),
+    mut write: impl FnMut(usize, usize, &Sums<S>),
+) {
+    let mut sums = Sums([[S::default(); 2 * SIDE]; 2 * SIDE]);
+    let both =
+        |of: usize, at: usize| if at + SIDE < of { [at / SIDE, at / SIDE + 1] } else { [at / SIDE; 2] };
+    // SAFETY: the caller has made sure of tiles; slices show that the operands are there.
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly));
+        for i in (0..rows).step_by(2 * SIDE) {
+            for j in (0..columns).step_by(2 * SIDE) {
+                let a = both(rows, i).map(|i| tile(left, i, steps));
+                let b = both(columns, j).map(|j| tile(right, j, steps));
+                sum(a, b, steps, (i + SIDE < rows, j + SIDE < columns), &mut sums);
+                write(i, j, &sums);
+            }
+        }
+        // A thread that keeps tiles costs the kernel 8 KiB at each switch.
+        asm!("tilerelease", options(nostack, nomem));
+    }
+}
+
+/// The lanes of a vector that some of `columns` from `start` on fill.
+fn lanes(columns: usize, start: usize) -> __mmask16 {
+    ((1u32 << columns.saturating_sub(start).min(SIDE)) - 1) as __mmask16
+}
+
+/// Has `vector(sums, c, lanes, column)` write each vector of two by two tiles of sums to rows of `columns`.
+///
+/// # Safety
+/// `vector` must write no more than the lanes.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn write<S>(
+    (i, j): (usize, usize),
+    sums: &Sums<S>,
+    columns: usize,
+    c: &mut [MaybeUninit<f32>],
+    vector: impl Fn(*const S, *mut f32, __mmask16, usize),
+) {
+    for (row, c) in sums.0.iter().zip(c[i * columns..].chunks_exact_mut(columns)) {
+        for (half, row) in row.chunks_exact(SIDE).enumerate() {
+            let column = j + half * SIDE;
+            if column < columns {
+                vector(row.as_ptr(), c[column..].as_mut_ptr().cast(), lanes(columns, column), column);
+            }
+        }
+    }
+}
+
+/// `c = a·b` of `a[rows, depth]`, where `tiles` is scratch memory; see [`super::set`].
 ///
 /// # Safety
 /// As of [`available`].
-#[target_feature(enable = "avx512f,avx2")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(unsafe_code)]
-pub(super) unsafe fn product(
-    a: Left<Pair>,
-    b: Right<Pair>,
-    sizes: ProductSizes,
+pub(super) unsafe fn set(
+    a: &[bf16],
+    b: &[Line<Pair>],
+    ProductSizes { rows, columns, depth }: ProductSizes,
+    tiles: &mut Vec<Line<Pair>>,
     c: &mut [MaybeUninit<f32>],
-    add: bool,
 ) {
-    let ProductSizes { rows, columns, depth } = sizes;
-    assert_eq!(c.len(), rows * columns);
-    if !add && depth == 0 {
+    assert!(a.len() == rows * depth && c.len() == rows * columns);
+    if depth == 0 {
         c.fill(MaybeUninit::new(0.0));
-    }
-    if rows == 0 || columns == 0 || depth == 0 {
         return;
     }
-    assert!(a.position(rows - 1, depth - 1) < a.factors.len());
-    assert!(b.position(columns - 1, depth - 1) < b.factors.len());
-    // Rows of factors that are neighbours in the depth, of an operand that has neighbours among the rows.
-    let mut turned = if a.depth == 1 { Vec::new() } else { vec![Pair::default(); 2 * SIDE * depth] };
-    for i in (0..rows).step_by(2 * SIDE) {
-        let height = (rows - i).min(2 * SIDE);
-        let (left, a_row) = if a.depth == 1 {
-            (a.factors[a.position(i, 0)..].as_ptr(), a.row)
-        } else {
-            // SAFETY: this is compiled for the instructions, and the rows are there.
-            unsafe { turn(a, i, height, depth, &mut turned) };
-            (turned.as_ptr(), depth)
-        };
-        for j in (0..columns).step_by(2 * SIDE) {
-            let width = (columns - j).min(2 * SIDE);
-            // What is no whole step of the depth has a configuration of its own.
-            let whole = depth / SIDE * SIDE;
-            for (p, steps, factors) in [(0, depth / SIDE, SIDE), (whole, 1, depth - whole)] {
-                if steps * factors == 0 {
-                    continue;
-                }
-                let block = Block {
-                    a: left.wrapping_add(p).cast(),
-                    a_row: a_row * SIZE,
-                    b: b.factors.as_ptr().wrapping_add(b.position(j, p)).cast(),
-                    b_factor: b.depth * SIZE,
-                    b_panel: b.panel * SIZE,
-                    c: c.as_mut_ptr().wrapping_add(i * columns + j).cast(),
-                    c_row: columns * SIZE,
-                    steps,
-                    factors,
-                    add: add || p > 0,
-                };
-                // SAFETY: the caller has made sure of the tiles; by the assertions, what is read lies in the operands and
-                // what is written in `c`, which has been written up to `p`.
-                unsafe { sum_of_halves(&block, height, width) };
-            }
-        }
-    }
-    // SAFETY: the caller has made sure of the tiles.
-    unsafe { release() };
-}
-
-/// Writes rows `i..i + height` of a left operand that has eight neighbours among the rows, each `depth` factors long.
-///
-/// # Safety
-/// The machine must have AVX2, and the operand the rows.
-#[target_feature(enable = "avx2")]
-#[allow(unsafe_code)]
-unsafe fn turn(a: Left<Pair>, i: usize, height: usize, depth: usize, turned: &mut [Pair]) {
-    let mut rows = 0;
-    while rows < height {
-        let count = (height - rows).min(8);
-        let mut p = 0;
-        while p < depth {
-            let at = a.position(i + rows, p);
-            let last = a.position(i + rows, (p + 7).min(depth - 1)) + 8;
-            if p + 8 <= depth && count == 8 && last <= a.factors.len() {
-                // SAFETY: eight vectors of eight factors lie in the operand, and eight rows of eight in what is written.
-                unsafe {
-                    let from = a.factors.as_ptr().add(at);
-                    let to = turned.as_mut_ptr().add(rows * depth + p);
-                    turn_eight((from, a.depth), (to, depth));
-                }
-                p += 8;
-            } else {
-                for row in 0..count {
-                    turned[(rows + row) * depth + p] = a.factors[a.position(i + rows + row, p)];
-                }
-                p += 1;
-            }
-        }
-        rows += count;
-    }
-}
-
-/// Transposes eight rows of eight factors; rows are so many factors apart.
-///
-/// # Safety
-/// The machine must have AVX2, and both be there.
-#[inline]
-#[target_feature(enable = "avx2")]
-#[allow(unsafe_code)]
-unsafe fn turn_eight((from, from_row): (*const Pair, usize), (to, to_row): (*mut Pair, usize)) {
-    // SAFETY: the caller has made sure of eight rows of each.
+    let steps = (2 * depth).div_ceil(ROW);
+    // SAFETY: the caller has made sure of the instructions; vectors write their lanes of a row.
     unsafe {
-        let row = |i: usize| _mm256_castsi256_ps(_mm256_loadu_si256(from.add(i * from_row).cast()));
-        let low: [__m256; 4] = std::array::from_fn(|i| _mm256_unpacklo_ps(row(2 * i), row(2 * i + 1)));
-        let high: [__m256; 4] = std::array::from_fn(|i| _mm256_unpackhi_ps(row(2 * i), row(2 * i + 1)));
-        // Of four rows: their factors 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-        let quarters = |i: usize| {
-            [
-                _mm256_shuffle_ps::<0x44>(low[i], low[i + 1]),
-                _mm256_shuffle_ps::<0xee>(low[i], low[i + 1]),
-                _mm256_shuffle_ps::<0x44>(high[i], high[i + 1]),
-                _mm256_shuffle_ps::<0xee>(high[i], high[i + 1]),
-            ]
-        };
-        let (first, second) = (quarters(0), quarters(2));
-        for i in 0..4 {
-            let halves = [
-                _mm256_permute2f128_ps::<0x20>(first[i], second[i]),
-                _mm256_permute2f128_ps::<0x31>(first[i], second[i]),
-            ];
-            for (half, vector) in halves.into_iter().enumerate() {
-                _mm256_storeu_si256(to.add((4 * half + i) * to_row).cast(), _mm256_castps_si256(vector));
-            }
-        }
+        pack_rows(a, depth, tiles);
+        let sizes = ProductSizes { rows, columns, depth: steps };
+        sum_up((tiles, b), sizes, sum_of_halves, |i, j, sums| {
+            write((i, j), sums, columns, c, |sums, c, lanes, _| {
+                _mm512_mask_storeu_ps(c, lanes, _mm512_load_ps(sums));
+            });
+        });
     }
 }
 
-/// [`super::set_levels`], of so many rows.
+/// `c += aᵀ·b` of `a[depth, rows]` and `b[depth, columns]`, where `left` and `right` are scratch memory.
 ///
 /// # Safety
-/// As of [`available`]; `product.x` and `c` must have the rows.
-#[target_feature(enable = "avx512f")]
+/// As of [`available`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(unsafe_code)]
-pub(super) unsafe fn set_levels(product: &LevelProduct<'_>, rows: usize, c: &mut [MaybeUninit<f32>]) {
+pub(super) unsafe fn add_transposed(
+    (a, b): (&[bf16], &[bf16]),
+    ProductSizes { rows, columns, depth }: ProductSizes,
+    (left, right): (&mut Vec<Line<Pair>>, &mut Vec<Line<Pair>>),
+    c: &mut [f32],
+) {
+    assert!(a.len() == depth * rows && b.len() == depth * columns && c.len() == rows * columns);
+    // SAFETY: the caller has made sure of the instructions; what is written are floats, vectors of a row's lanes.
+    unsafe {
+        pack_columns::<true>(a, rows, left);
+        pack_columns::<false>(b, columns, right);
+        let c = std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len());
+        let sizes = ProductSizes { rows, columns, depth: depth.div_ceil(2 * SIDE) };
+        sum_up((left, right), sizes, sum_of_halves, |i, j, sums| {
+            write((i, j), sums, columns, c, |sums, c, lanes, _| {
+                let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, c), _mm512_load_ps(sums));
+                _mm512_mask_storeu_ps(c, lanes, sum);
+            });
+        });
+    }
+}
+
+/// [`super::set_levels`], where `tiles` is scratch memory.
+///
+/// # Safety
+/// As of [`available`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[allow(unsafe_code)]
+pub(super) unsafe fn set_levels(
+    product: &LevelProduct<'_>,
+    rows: usize,
+    tiles: &mut Vec<Line<[u8; 4]>>,
+    c: &mut [MaybeUninit<f32>],
+) {
     let LevelProduct { x, depth, w, shift, scale } = *product;
     let columns = w.columns;
     assert!(x.len() == rows * depth && c.len() == rows * columns);
-    // The last group of the last row may end behind it; what is read there is multiplied by 0.
-    let followed;
-    let x = if depth.is_multiple_of(SIZE) {
-        x
-    } else {
-        followed = [x, &[0; SIZE]].concat();
-        &followed
-    };
-    let mut sums = [[0i32; 2 * SIDE]; 2 * SIDE];
-    for i in (0..rows).step_by(2 * SIDE) {
-        let height = (rows - i).min(2 * SIDE);
-        for j in (0..columns).step_by(2 * SIDE) {
-            let width = (columns - j).min(2 * SIDE);
-            let whole = w.groups / SIDE * SIDE;
-            for (p, steps, factors) in [(0, w.groups / SIDE, SIDE), (whole, 1, w.groups - whole)] {
-                if steps * factors == 0 {
-                    continue;
+    assert!(shift.len() >= columns.next_multiple_of(SIDE) && scale.len() >= columns.next_multiple_of(SIDE));
+    // SAFETY: the caller has made sure of the instructions; there are whole vectors of shifts and scales, and vectors write
+    // their lanes of a row.
+    unsafe {
+        pack_rows(x, depth, tiles);
+        let sizes = ProductSizes { rows, columns, depth: depth.div_ceil(ROW) };
+        sum_up((tiles, &w.lines), sizes, sum_of_bytes, |i, j, sums| {
+            write((i, j), sums, columns, c, |sums, c, lanes, column| {
+                let shift = _mm512_loadu_si512(shift.as_ptr().add(column).cast());
+                let sum = _mm512_add_epi32(_mm512_load_si512(sums.cast()), shift);
+                let scale = _mm512_loadu_ps(scale.as_ptr().add(column));
+                _mm512_mask_storeu_ps(c, lanes, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+            });
+        });
+    }
+}
+
+/// Makes room for so many tiles, all of which are to be written.
+fn reserve<F>(tiles: &mut Vec<Line<F>>, count: usize) -> *mut Line<F> {
+    tiles.clear();
+    tiles.reserve(count * SIDE);
+    tiles.as_mut_ptr()
+}
+
+/// Packs `rows[…, depth]` of halves or of bytes as a left operand.
+///
+/// # Safety
+/// The machine must have the instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[allow(unsafe_code)]
+unsafe fn pack_rows<T, F>(rows: &[T], depth: usize, tiles: &mut Vec<Line<F>>) {
+    let (count, bytes) = (rows.len() / depth, depth * size_of::<T>());
+    let (steps, rest) = (bytes.div_ceil(ROW), (bytes - 1) % ROW + 1);
+    let last = u64::MAX >> (ROW - rest);
+    let lines = reserve(tiles, count.div_ceil(SIDE) * steps);
+    // SAFETY: of each row `bytes` bytes are read, and each line of all tiles is written.
+    unsafe {
+        for i in 0..count.next_multiple_of(SIDE) {
+            let to = lines.add(i / SIDE * steps * SIDE + i % SIDE).cast::<__m512i>();
+            if i < count {
+                let from = rows.as_ptr().add(i * depth).cast::<i8>();
+                for step in 0..steps - 1 {
+                    *to.add(step * SIDE) = _mm512_loadu_si512(from.add(step * ROW).cast());
                 }
-                let block = Block {
-                    a: x.as_ptr().wrapping_add(i * depth + p * SIZE),
-                    a_row: depth,
-                    b: w.elements.as_ptr().wrapping_add(j / SIDE * w.groups + p).cast(),
-                    b_factor: SIDE * SIZE,
-                    b_panel: w.groups * SIDE * SIZE,
-                    c: sums.as_mut_ptr().cast(),
-                    c_row: 2 * SIDE * SIZE,
-                    steps,
-                    factors,
-                    add: p > 0,
-                };
-                // SAFETY: the caller has made sure of the tiles and the rows, and the panels have as many groups and columns.
-                unsafe { sum_of_bytes(&block, height, width) };
-            }
-            for (sums, c) in sums[..height].iter().zip(c[i * columns..].chunks_mut(columns)) {
-                let after = shift[j..].iter().zip(&scale[j..]);
-                for ((c, sum), (shift, scale)) in c[j..j + width].iter_mut().zip(sums).zip(after) {
-                    c.write((sum + shift) as f32 * scale);
+                *to.add((steps - 1) * SIDE) = _mm512_maskz_loadu_epi8(last, from.add((steps - 1) * ROW));
+            } else {
+                for step in 0..steps {
+                    *to.add(step * SIDE) = _mm512_setzero_si512();
                 }
             }
         }
+        tiles.set_len(count.div_ceil(SIDE) * steps * SIDE);
     }
-    // SAFETY: the caller has made sure of the tiles.
-    unsafe { release() };
+}
+
+/// Packs the columns of `rows[depth, columns]` as an operand whose depth is theirs: as a left one if `TURNED`, else as a right
+/// one.
+///
+/// # Safety
+/// The machine must have the instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[allow(unsafe_code)]
+unsafe fn pack_columns<const TURNED: bool>(rows: &[bf16], columns: usize, tiles: &mut Vec<Line<Pair>>) {
+    let depth = rows.len() / columns;
+    let steps = depth.div_ceil(2 * SIDE);
+    let panels = columns.div_ceil(SIDE);
+    let lines = reserve(tiles, panels * steps);
+    // SAFETY: of each row the lanes that it has are read, and each line of all tiles is written.
+    unsafe {
+        // The halves of two rows, one after the other, as pairs.
+        let order: [i16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * SIDE) as i16);
+        let order = _mm512_loadu_si512(order.as_ptr().cast());
+        for step in 0..steps {
+            for panel in 0..panels {
+                let (first, column) = (2 * SIDE * step, SIDE * panel);
+                let mask = lanes(columns, column);
+                let row = |p: usize| {
+                    let mask = if p < depth { mask } else { 0 };
+                    _mm256_maskz_loadu_epi16(mask, rows.as_ptr().wrapping_add(p * columns + column).cast())
+                };
+                let mut pairs = [_mm512_setzero_si512(); SIDE];
+                for (p, pair) in pairs.iter_mut().enumerate() {
+                    let p = first + 2 * p;
+                    let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(row(p)), row(p + 1));
+                    *pair = _mm512_permutexvar_epi16(order, both);
+                }
+                if TURNED {
+                    pairs = turn(pairs);
+                }
+                let to = lines.add((panel * steps + step) * SIDE).cast::<__m512i>();
+                for (line, pair) in pairs.into_iter().enumerate() {
+                    *to.add(line) = pair;
+                }
+            }
+        }
+        tiles.set_len(panels * steps * SIDE);
+    }
+}
+
+/// Transposes 16 rows of 16 factors.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn turn(rows: [__m512i; SIDE]) -> [__m512i; SIDE] {
+    // Of four rows, in the quarter `i` of a vector: their factor `4·i + k`.
+    let mut fours = [_mm512_setzero_si512(); SIDE];
+    for g in 0..4 {
+        let r = |i: usize| rows[4 * g + i];
+        let (low, high) = (_mm512_unpacklo_epi32(r(0), r(1)), _mm512_unpackhi_epi32(r(0), r(1)));
+        let (low_2, high_2) = (_mm512_unpacklo_epi32(r(2), r(3)), _mm512_unpackhi_epi32(r(2), r(3)));
+        fours[4 * g] = _mm512_unpacklo_epi64(low, low_2);
+        fours[4 * g + 1] = _mm512_unpackhi_epi64(low, low_2);
+        fours[4 * g + 2] = _mm512_unpacklo_epi64(high, high_2);
+        fours[4 * g + 3] = _mm512_unpackhi_epi64(high, high_2);
+    }
+    let mut turned = [_mm512_setzero_si512(); SIDE];
+    for k in 0..4 {
+        let [a, b, c, d] = [fours[k], fours[4 + k], fours[8 + k], fours[12 + k]];
+        let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+        let (even_2, odd_2) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        turned[k] = _mm512_shuffle_i32x4::<0x88>(even, even_2);
+        turned[4 + k] = _mm512_shuffle_i32x4::<0x88>(odd, odd_2);
+        turned[8 + k] = _mm512_shuffle_i32x4::<0xdd>(even, even_2);
+        turned[12 + k] = _mm512_shuffle_i32x4::<0xdd>(odd, odd_2);
+    }
+    turned
 }
 
 #[cfg(test)]
@@ -395,7 +436,7 @@ mod tiles_in_software;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod tests {
-    use super::super::{Factor, GROUP, IntegerPanels, LANES, Operands, Panels, set_levels_plainly};
+    use super::super::{IntegerPanels, Panels, groups, set_levels_plainly};
     use super::*;
     use crate::elements::Element;
     use crate::testing::*;
@@ -452,38 +493,21 @@ mod tests {
                     );
                 }
             };
-            let depth = k.div_ceil(2);
-            let sizes = ProductSizes { rows: m, columns: n, depth };
-            let run = |left: Left<'_, Pair>, right: Right<'_, Pair>, c: &mut Vec<f32>, add: bool| {
-                // SAFETY: floats are never less than initialized.
-                let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
-                // SAFETY: there are tiles.
-                unsafe { product(left, right, sizes, c, add) }
-            };
-
+            let sizes = ProductSizes { rows: m, columns: n, depth: k };
             let panels = Panels::<bf16>::new(&b.iter().map(|b| b.float()).collect::<Vec<_>>(), n);
-            let mut factors = Vec::new();
-            let left = Left::rows(Pair::of_rows(&a, k, &mut factors), depth);
-            let mut c = vec![f32::NAN; m * n];
-            run(left, panels.0.right(), &mut c, false);
-            close(&c, &|_| 0.0, "set");
+            let mut c = vec![MaybeUninit::new(f32::NAN); m * n];
+            // SAFETY: there are tiles, and floats were written.
+            let c = unsafe {
+                set(&a, &panels.0.lines, sizes, &mut Vec::new(), &mut c);
+                c.assume_init_ref()
+            };
+            close(c, &|_| 0.0, "set");
 
-            // The transpose, as it lies and packed.
             let turned: Vec<bf16> = (0..k * m).map(|at| a[at % m * k + at / m]).collect();
-            let followed: Vec<bf16> = b.iter().copied().chain([bf16::NAN; LANES]).collect();
-            let (mut of_a, mut of_b, mut of_whole_b) = (Vec::new(), Vec::new(), Vec::new());
-            let a = Pair::of_columns(&turned, m, 0, &mut of_a);
-            let right = Right::rows(Pair::of_columns(&followed, n, LANES, &mut of_b), n);
             let mut c = start.clone();
-            run(Left::columns(a, m), right, &mut c, true);
+            // SAFETY: there are tiles.
+            unsafe { add_transposed((&turned, &b), sizes, (&mut Vec::new(), &mut Vec::new()), &mut c) };
             close(&c, &|at| f64::from(start[at]), "add");
-
-            let Operands::<bf16> { mut left, mut right, .. } = Operands::default();
-            left.pack(a, m);
-            right.pack(Pair::of_columns(&b, n, 0, &mut of_whole_b), n);
-            let mut c = start.clone();
-            run(left.left(), right.right(), &mut c, true);
-            close(&c, &|at| f64::from(start[at]), "add packed");
         }
     }
 
@@ -498,13 +522,13 @@ mod tests {
             let x: Vec<u8> = (0..m * k).map(|_| rng.random()).collect();
             let w: Vec<i8> = (0..k * n).map(|_| rng.random()).collect();
             let w = IntegerPanels::new(&w, k, n);
-            assert_eq!(w.groups, k.div_ceil(GROUP));
+            assert_eq!(w.groups, groups(k));
             let scale: Vec<f32> = (0..w.sums.len()).map(|_| rng.random()).collect();
             let shift: Vec<i32> = w.sums.iter().map(|sum| -7 * sum).collect();
             let levels = LevelProduct { x: &x, depth: k, w: &w, shift: &shift, scale: &scale };
             let [mut found, mut expected] = [(); 2].map(|()| vec![MaybeUninit::new(f32::NAN); m * n]);
             // SAFETY: there are tiles, and so many rows.
-            unsafe { set_levels(&levels, m, &mut found) };
+            unsafe { set_levels(&levels, m, &mut Vec::new(), &mut found) };
             set_levels_plainly(&levels, &mut expected);
             // SAFETY: both were initialized.
             let bits = |c: &[MaybeUninit<f32>]| -> Vec<u32> {
