@@ -512,7 +512,7 @@ impl<T: Element> Blockwise for Gather<'_, T> {
     /// Whole rows of a map.
     fn rows_per_block(&self) -> usize {
         let (_, w, c) = self.to;
-        (CHUNK / (w * c)).max(1) * w
+        (CHUNK.min(T::AT_ONCE) / (w * c)).max(1) * w
     }
 
     fn scratch(&self) -> Window<T> {

@@ -9,6 +9,7 @@ use candle_core::WithDType;
 use half::bf16;
 use quant_core::Grid;
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -16,6 +17,10 @@ use std::ops::Range;
 pub(crate) trait Element: WithDType + Default {
     /// What products of such elements multiply ([`crate::product`]).
     type Factor: Factor<Element = Self>;
+
+    /// How many floats a kernel computes at once at most, if it can choose: of those that are rounded then, so many as stay in
+    /// the first-level cache.
+    const AT_ONCE: usize;
 
     fn float(self) -> f32;
 
@@ -40,6 +45,8 @@ pub(crate) trait Element: WithDType + Default {
 
 impl Element for f32 {
     type Factor = Self;
+
+    const AT_ONCE: usize = usize::MAX;
 
     #[inline(always)]
     fn float(self) -> f32 {
@@ -71,6 +78,8 @@ impl Element for f32 {
 
 impl Element for bf16 {
     type Factor = crate::product::Pair;
+
+    const AT_ONCE: usize = 8 * 1024;
 
     #[inline(always)]
     fn float(self) -> f32 {
@@ -112,11 +121,13 @@ impl Element for bf16 {
 simd! {
     /// Writes the halves nearest to some floats, and makes the floats what these stand for.
     fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> Written<'y> {
-        let x = &mut x[..y.len()];
-        for x in &mut *x {
-            *x = bf16::nearest(*x).float();
-        }
-        write_with(y, |i| bf16::from_bits((x[i].to_bits() >> 16) as u16)).into()
+        let x = Cell::from_mut(&mut x[..y.len()]).as_slice_of_cells();
+        let one = |x: &Cell<f32>| {
+            let half = bf16::nearest(x.get());
+            x.set(half.float());
+            half
+        };
+        write_with(y, |i| one(&x[i])).into()
     }
 }
 

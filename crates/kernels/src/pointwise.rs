@@ -270,8 +270,15 @@ struct Product<'a, T: Element> {
 }
 
 /// Rows of a block: what they read and write takes about half of a small second-level cache.
-fn rows_per_block(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
-    (4 * CHUNK / (depth + columns)).max(64).next_multiple_of(8)
+fn rows_per_block<T: Element>(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
+    let bytes = 16 * CHUNK;
+    (bytes / size_of::<T>() / (depth + columns)).max(64).next_multiple_of(8)
+}
+
+/// Rows of `columns` floats that are computed at once, of a block of so many: two matrix tiles at least.
+fn rows_at_once<T: Element>(columns: usize, rows: usize) -> usize {
+    const TILES: usize = 32;
+    (T::AT_ONCE / columns).min(rows).next_multiple_of(TILES).max(TILES).min(rows)
 }
 
 impl<T: Element> Blockwise for Product<'_, T> {
@@ -283,7 +290,7 @@ impl<T: Element> Blockwise for Product<'_, T> {
     }
 
     fn rows_per_block(&self) -> usize {
-        rows_per_block(self.sizes)
+        rows_at_once::<T>(self.sizes.columns, rows_per_block::<T>(self.sizes))
     }
 
     fn scratch(&self) -> Self::Scratch {
@@ -325,7 +332,7 @@ fn gradients<T: Element>(
     sizes: ProductSizes,
 ) -> (Vec<f32>, Vec<T>, Option<GradientSums>) {
     let ProductSizes { rows, columns, depth } = sizes;
-    let per_block = rows_per_block(sizes);
+    let per_block = rows_per_block::<T>(sizes);
     let parts = (PARTIAL_SUMS / (depth * columns)).clamp(4, 16);
     let per_part = rows.div_ceil(parts).next_multiple_of(per_block);
     let width = if input.is_some() { depth } else { 0 };
@@ -344,13 +351,15 @@ fn gradients<T: Element>(
                 // What is read beyond the last row.
                 block.extend_from_slice(&[T::default(); LANES]);
                 if let Some((w, _)) = input {
-                    let sizes = ProductSizes { rows: m, columns: depth, depth: columns };
-                    let gz = &block[..m * columns];
-                    let gx = T::next_floats(&mut gx, m * depth, floats, |gx| {
-                        product::set(gz, w, sizes, operands, gx).into()
-                    });
-                    if let Some(sums) = &mut sums {
-                        sums.add(start, gx);
+                    let at_once = rows_at_once::<T>(depth, m);
+                    for (i, gz) in block[..m * columns].chunks(at_once * columns).enumerate() {
+                        let sizes = ProductSizes { rows: gz.len() / columns, columns: depth, depth: columns };
+                        let gx = T::next_floats(&mut gx, sizes.rows * depth, floats, |gx| {
+                            product::set(gz, w, sizes, operands, gx).into()
+                        });
+                        if let Some(sums) = &mut sums {
+                            sums.add(start + i * at_once, gx);
+                        }
                     }
                 }
                 let x = x.part(rows.start * depth..rows.end * depth).factors(elements);
