@@ -20,7 +20,7 @@ pub(crate) trait Blockwise: Sync {
     type Element: Element;
 
     /// Scratch memory of a thread.
-    type Scratch;
+    type Scratch: Send;
 
     /// The output's dimensions, channels last.
     fn dims(&self) -> &[usize];

@@ -97,7 +97,9 @@ impl Element for bf16 {
     }
 
     fn all_nearest(x: &[f32]) -> Cow<'_, [Self]> {
-        x.iter().map(|x| Self::nearest(*x)).collect()
+        let mut halves = Vec::new();
+        append(&mut halves, x.len(), |y| nearest(x, y));
+        halves.into()
     }
 
     fn next_floats<'a>(
@@ -128,6 +130,13 @@ simd! {
             half
         };
         write_with(y, |i| one(&x[i])).into()
+    }
+}
+
+simd! {
+    fn nearest<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> Written<'y> {
+        let x = &x[..y.len()];
+        write_with(y, |i| bf16::nearest(x[i])).into()
     }
 }
 

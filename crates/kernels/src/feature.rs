@@ -119,7 +119,7 @@ impl FeatureMap {
 
     /// The map of dimensions `dims` and of elements `T` that `f(state, rows, elements)` writes on the CPU, quantized if
     /// there is a quantizer, in blocks of `per_block` rows. `size` is `(rows, width)`; see [`blocks`].
-    pub(crate) fn write<T: Element, S>(
+    pub(crate) fn write<T: Element, S: Send>(
         dims: &[usize],
         size: (usize, usize),
         quant: Option<Quantizer<'_>>,

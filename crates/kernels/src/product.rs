@@ -16,7 +16,7 @@
 use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
 use crate::elements::Element;
-use crate::work::Written;
+use crate::work::{Written, fill};
 use half::bf16;
 use std::mem::MaybeUninit;
 
@@ -369,8 +369,23 @@ impl<T: Element> Panels<T> {
     /// From the transpose of `w[columns, depth]`.
     pub(crate) fn transposed(w: &[f32], depth: usize) -> Self {
         let columns = w.len() / depth;
-        let rows: Vec<f32> = (0..depth).flat_map(|p| (0..columns).map(move |j| w[j * depth + p])).collect();
+        let rows =
+            fill(w.len(), LANES * columns, |part, rows| transpose(w, depth, part.start / columns, rows));
         Self::new(&rows, columns)
+    }
+}
+
+simd! {
+    /// Writes rows of the transpose of `w[columns, depth]`, from row `first` on, in squares that stay in cache.
+    fn transpose(w: &[f32], depth: usize, first: usize, rows: &mut [f32]) {
+        let columns = w.len() / depth;
+        for start in (0..columns).step_by(LANES) {
+            for (p, row) in (first..).zip(rows.chunks_exact_mut(columns)) {
+                for (row, w) in row[start..].iter_mut().zip(w[start * depth..].chunks_exact(depth)).take(LANES) {
+                    *row = w[p];
+                }
+            }
+        }
     }
 }
 

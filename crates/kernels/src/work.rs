@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Elements of a chunk: half of a small second-level cache, and enough work to be worth a task.
 pub(crate) const CHUNK: usize = 32 * 1024;
@@ -156,10 +157,15 @@ fn cut(rows: usize, per_part: usize, len: impl Fn(&Range<usize>) -> usize) -> Ve
     (0..rows).step_by(per_part).map(part).map(|rows| (rows.clone(), len(&rows))).collect()
 }
 
+/// Locks states, which are whole even where another task has panicked: it has not put its own back.
+fn lock<S>(states: &Mutex<Vec<S>>) -> MutexGuard<'_, Vec<S>> {
+    states.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Does the parts of some work on all threads: rows, each with the number of elements that it writes. These follow each
 /// other in the vector that is returned, beside what `f(state, rows, block)` found, in order. `state` is scratch memory
-/// made by `init`, which a task uses for one part after the other; it takes at most `per_task` of them.
-fn write_parts<T: Copy + Send, S, R: Send>(
+/// made by `init`, which is used for one part after the other; a task takes at most `per_task` of them.
+fn write_parts<T: Copy + Send, S: Send, R: Send>(
     parts: Vec<(Range<usize>, usize)>,
     per_task: usize,
     init: impl Fn() -> S + Sync + Send,
@@ -179,7 +185,15 @@ fn write_parts<T: Copy + Send, S, R: Send>(
         let mut state = init();
         shares.into_iter().map(|share| run(&mut state, share)).collect()
     } else {
-        shares.into_par_iter().with_max_len(per_task).map_init(init, run).collect()
+        // Tasks hand on their states, whose memory is in cache.
+        let states = Mutex::new(Vec::new());
+        let task = |share| {
+            let mut state = lock(&states).pop().unwrap_or_else(&init);
+            let found = run(&mut state, share);
+            lock(&states).push(state);
+            found
+        };
+        shares.into_par_iter().with_max_len(per_task).map(task).collect()
     };
     // SAFETY: the blocks cover the first `len` elements, and `checked` has made sure of each.
     #[allow(unsafe_code)]
@@ -192,7 +206,7 @@ fn write_parts<T: Copy + Send, S, R: Send>(
 /// Computes `rows` rows of `width` elements in blocks of `per_block` rows (the last may have fewer) on all threads.
 /// Returns them, and what `f(state, rows, block)` found for each block, in order; see [`write_parts`]. `width` may be
 /// 0, for the results alone.
-pub(crate) fn blocks<T: Copy + Send, S, R: Send>(
+pub(crate) fn blocks<T: Copy + Send, S: Send, R: Send>(
     (rows, width): (usize, usize),
     per_block: usize,
     init: impl Fn() -> S + Sync + Send,
@@ -203,7 +217,7 @@ pub(crate) fn blocks<T: Copy + Send, S, R: Send>(
 
 /// Computes `len` elements in chunks of `chunk` on all threads, for kernels that want them zeroed; that is done chunk by
 /// chunk, while a chunk is about to be in cache anyway. `f(state, range, elements)` gets the positions of its elements.
-pub(crate) fn generate<T: Copy + Default + Send, S, R: Send>(
+pub(crate) fn generate<T: Copy + Default + Send, S: Send, R: Send>(
     len: usize,
     chunk: usize,
     init: impl Fn() -> S + Sync + Send,
