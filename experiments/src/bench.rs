@@ -19,7 +19,7 @@ use crate::device::{self, Arithmetic};
 use crate::session::quoted;
 use crate::{output, process};
 use anyhow::{Context, Result, bail};
-use case::{Case, Filter, Layers};
+use case::{Case, Layers, picked};
 use clap::Parser;
 use machine::Ticks;
 use report::bench::{IMPLEMENTATIONS, Implementation, OURS, Place, Speed, Spread};
@@ -158,12 +158,7 @@ pub fn main() -> Result<()> {
     if batches.is_empty() {
         batches.push(if place == Place::Cpu { 64 } else { 128 });
     }
-    let cases = Case::all(&batches, &arithmetics)?;
-    let filter = Filter::parse(&flags.only, &cases)?;
-    let cases: Vec<Case> = cases.into_iter().filter(|case| filter.picks(case)).collect();
-    if cases.is_empty() {
-        bail!("--only {} picks no case: no case fits a term of every kind", flags.only.join(","));
-    }
+    let cases = picked(&flags.only, Case::all(&batches, &arithmetics)?)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = flags.threads.map_or(cores, usize::from);
     let mut machine = machine::facts(threads);

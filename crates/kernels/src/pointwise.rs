@@ -23,7 +23,7 @@ use crate::feature::Operand;
 use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue, Stats,
 };
-use crate::product::{self, IntegerPanels, LANES, LevelTiles, Operands, Panels};
+use crate::product::{self, IntegerPanels, LANES, Operands, Panels};
 use crate::work::{CHUNK, Progress, Written, append, blocks, fill};
 use crate::{Activation, FeatureMap, ProductSizes, Quantizer, Result, Weight, profiler};
 use candle_core::Tensor;
@@ -278,12 +278,12 @@ fn rows_per_block<T: Element>(ProductSizes { columns, depth, .. }: ProductSizes)
 /// Rows of `columns` floats that are computed at once, of a block of so many: two matrix tiles at least.
 fn rows_at_once<T: Element>(columns: usize, rows: usize) -> usize {
     const TILES: usize = 32;
-    (T::AT_ONCE / columns).min(rows).next_multiple_of(TILES).max(TILES).min(rows)
+    (T::AT_ONCE / columns).clamp(1, rows).next_multiple_of(TILES).min(rows)
 }
 
 impl<T: Element> Blockwise for Product<'_, T> {
     type Element = T;
-    type Scratch = (Vec<T>, Operands<T>, LevelTiles);
+    type Scratch = (Vec<T>, Operands<T>);
 
     fn dims(&self) -> &[usize] {
         &self.dims
@@ -299,7 +299,7 @@ impl<T: Element> Blockwise for Product<'_, T> {
 
     fn compute<'z>(
         &self,
-        (elements, operands, tiles): &mut Self::Scratch,
+        (elements, operands): &mut Self::Scratch,
         rows: Range<usize>,
         z: &'z mut [MaybeUninit<f32>],
     ) -> Written<'z> {
@@ -307,7 +307,7 @@ impl<T: Element> Blockwise for Product<'_, T> {
         let part = rows.start * depth..rows.end * depth;
         match &self.factors {
             Factors::Levels { x, zero_point, w, scale } => {
-                product::set_levels(&x[part], depth, *zero_point, w, scale, tiles, z)
+                product::set_levels(&x[part], depth, *zero_point, w, scale, operands, z)
             }
             Factors::Floats(x, panels) => {
                 let sizes = ProductSizes { rows: rows.len(), ..self.sizes };

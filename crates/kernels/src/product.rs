@@ -415,12 +415,14 @@ pub(crate) struct Operands<T: Element> {
     right_factors: Vec<T::Factor>,
     left: Packed<T::Factor, ROWS>,
     right: Packed<T::Factor, LANES>,
+    /// Levels of a left operand, in matrix tiles.
+    levels: Vec<Line<[u8; GROUP]>>,
 }
 
 impl<T: Element> Default for Operands<T> {
     fn default() -> Self {
         let (left, right) = (Packed { lines: Vec::new(), depth: 0 }, Packed { lines: Vec::new(), depth: 0 });
-        Self { left_factors: Vec::new(), right_factors: Vec::new(), left, right }
+        Self { left_factors: Vec::new(), right_factors: Vec::new(), left, right, levels: Vec::new() }
     }
 }
 
@@ -809,19 +811,15 @@ fn groups(depth: usize) -> usize {
     depth.div_ceil(GROUP).next_multiple_of(LANES)
 }
 
-/// Memory for levels of a feature map as matrix tiles.
-#[derive(Default)]
-pub(crate) struct LevelTiles(Vec<Line<[u8; GROUP]>>);
-
 /// Writes `c = scale · (x − zero_point)·w` of `x[rows, depth]`: exact but for the scale and, beyond 2²⁴, the conversion.
 /// There is a scale for each column, those that are missing in the last vector included.
-pub(crate) fn set_levels<'c>(
+pub(crate) fn set_levels<'c, T: Element>(
     x: &[u8],
     depth: usize,
     zero_point: i32,
     w: &IntegerPanels,
     scale: &[f32],
-    tiles: &mut LevelTiles,
+    operands: &mut Operands<T>,
     c: &'c mut [MaybeUninit<f32>],
 ) -> Written<'c> {
     let rows = c.len() / w.columns;
@@ -833,7 +831,7 @@ pub(crate) fn set_levels<'c>(
         // So that tests see what is not written.
         c.fill(MaybeUninit::new(f32::NAN));
     }
-    product.set(rows, tiles, c);
+    product.set(rows, &mut operands.levels, c);
     // SAFETY: either has written all columns of all rows.
     #[allow(unsafe_code)]
     unsafe {
@@ -853,13 +851,13 @@ struct LevelProduct<'a> {
 impl LevelProduct<'_> {
     /// Writes all of `c`, of so many rows, by the instructions that the machine has.
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
-    fn set(&self, rows: usize, tiles: &mut LevelTiles, c: &mut [MaybeUninit<f32>]) {
+    fn set(&self, rows: usize, tiles: &mut Vec<Line<[u8; GROUP]>>, c: &mut [MaybeUninit<f32>]) {
         #[cfg(target_arch = "x86_64")]
         if Instructions::current() >= Instructions::WIDE {
             // SAFETY: the machine has the instructions, and the operands the rows.
             #[allow(unsafe_code)]
             if amx::available() {
-                return unsafe { amx::set_levels(self, rows, &mut tiles.0, c) };
+                return unsafe { amx::set_levels(self, rows, tiles, c) };
             } else if is_x86_feature_detected!("avx512vnni") {
                 return unsafe { vnni::set(self, rows, c) };
             }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 /// Elements of a chunk: half of a small second-level cache, and enough work to be worth a task.
 pub(crate) const CHUNK: usize = 32 * 1024;
@@ -80,11 +80,7 @@ pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32>(
 ) -> &mut [T] {
     for (i, elements) in block.chunks_mut(tile).enumerate() {
         let f = of_tile(i * tile, elements.len());
-        // By index: see [`write_with`].
-        #[allow(clippy::needless_range_loop)]
-        for i in 0..elements.len() {
-            elements[i].write(element(f(i)));
-        }
+        write_with(elements, |i| element(f(i)));
     }
     // SAFETY: the loop has written each tile.
     #[allow(unsafe_code)]
@@ -157,11 +153,6 @@ fn cut(rows: usize, per_part: usize, len: impl Fn(&Range<usize>) -> usize) -> Ve
     (0..rows).step_by(per_part).map(part).map(|rows| (rows.clone(), len(&rows))).collect()
 }
 
-/// Locks states, which are whole even where another task has panicked: it has not put its own back.
-fn lock<S>(states: &Mutex<Vec<S>>) -> MutexGuard<'_, Vec<S>> {
-    states.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Does the parts of some work on all threads: rows, each with the number of elements that it writes. These follow each
 /// other in the vector that is returned, beside what `f(state, rows, block)` found, in order. `state` is scratch memory
 /// made by `init`, which is used for one part after the other; a task takes at most `per_task` of them.
@@ -187,10 +178,12 @@ fn write_parts<T: Copy + Send, S: Send, R: Send>(
     } else {
         // Tasks hand on their states, whose memory is in cache.
         let states = Mutex::new(Vec::new());
+        let lock = || states.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let task = |share| {
-            let mut state = lock(&states).pop().unwrap_or_else(&init);
+            let kept = lock().pop();
+            let mut state = kept.unwrap_or_else(&init);
             let found = run(&mut state, share);
-            lock(&states).push(state);
+            lock().push(state);
             found
         };
         shares.into_par_iter().with_max_len(per_task).map(task).collect()

@@ -281,7 +281,7 @@ impl Layers {
 /// Which cases `--only` picks. A term is a network, a width, a batch size, a precision, an arithmetic, or a part of what is
 /// measured; a case is picked if it fits a term of every kind given.
 #[derive(Debug, Default)]
-pub(super) struct Filter(Vec<(usize, Vec<String>)>);
+struct Filter(Vec<(usize, Vec<String>)>);
 
 /// The parts of a case that a term can be about.
 const KINDS: usize = 6;
@@ -299,7 +299,7 @@ fn fits(case: &Case, kind: usize, term: &str) -> bool {
 
 impl Filter {
     /// Sorts the terms by kind; one that no case fits is an error that names what is allowed.
-    pub(super) fn parse(terms: &[String], cases: &[Case]) -> Result<Self> {
+    fn parse(terms: &[String], cases: &[Case]) -> Result<Self> {
         let mut filter = Self::default();
         for term in terms {
             let Some(kind) = (0..KINDS).find(|&kind| cases.iter().any(|case| fits(case, kind, term))) else {
@@ -318,9 +318,19 @@ impl Filter {
     }
 
     /// Whether the case is picked.
-    pub(super) fn picks(&self, case: &Case) -> bool {
+    fn picks(&self, case: &Case) -> bool {
         self.0.iter().all(|(kind, terms)| terms.iter().any(|term| fits(case, *kind, term)))
     }
+}
+
+/// The cases that `--only` picks; none is an error.
+pub(super) fn picked(only: &[String], cases: Vec<Case>) -> Result<Vec<Case>> {
+    let filter = Filter::parse(only, &cases)?;
+    let picked: Vec<Case> = cases.into_iter().filter(|case| filter.picks(case)).collect();
+    if picked.is_empty() {
+        bail!("--only {} picks no case: no case fits a term of every kind", only.join(","));
+    }
+    Ok(picked)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The profile of a training step: each operation's share of the time, and how near it comes to what the machine
 //! can do, which is measured in the same run by a large matrix product and a large copy.
 
-use super::case::{Case, Filter, What};
+use super::case::{Case, What, picked};
 use super::ours;
 use super::{SETTINGS, machine};
 use crate::{output, process};
@@ -24,9 +24,9 @@ use train::Arithmetic;
 #[derive(Debug, Clone, Parser)]
 #[command(version, about = "Profiles training steps: each operation beside the machine's peaks")]
 struct Flags {
-    /// Folder for profile.csv and profile.md
-    #[arg(long, value_name = "DIR", default_value = "results/bench")]
-    out: PathBuf,
+    /// Folder for profile.csv and profile.md; results/bench if everything is profiled
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
 
     /// Images a step
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(2..=4096))]
@@ -36,7 +36,8 @@ struct Flags {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
     steps: u16,
 
-    /// Profile these cases only, e.g. mobilenet_v2,1.0,bf16: a case is profiled if it fits a term of every kind given
+    /// Profile these cases only, e.g. mobilenet_v2,1.0,bf16: a case is profiled if it fits a term of every kind given.
+    /// Nothing is written without --out
     #[arg(long, value_name = "TERM,…", value_delimiter = ',')]
     only: Vec<String>,
 }
@@ -75,22 +76,44 @@ pub fn main() -> Result<()> {
     process::run(|| run(&flags))
 }
 
+/// All kinds of steps that are profiled.
+fn cases(batch: usize) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (network, width) in [(Version::V2, 1.0), (Version::V2, 0.25), (Version::V1, 1.0), (Version::V1, 0.25)]
+    {
+        for quantized in [false, true] {
+            for arithmetic in ARITHMETICS {
+                cases.push(Case { network, width, batch, what: What::Train, quantized, arithmetic });
+            }
+        }
+    }
+    cases
+}
+
+const ARITHMETICS: [Arithmetic; 2] = [Arithmetic::F32, Arithmetic::Bf16];
+
 fn run(flags: &Flags) -> Result<()> {
+    let cases = picked(&flags.only, cases(flags.batch.into()))?;
+    let folder = flags.out.clone().or_else(|| flags.only.is_empty().then(|| PathBuf::from("results/bench")));
     let mut text = String::from("# Where a training step's time goes\n\nWritten by `just profile`.\n\n");
     for (name, value) in machine::facts(rayon::current_num_threads()) {
         writeln!(text, "- {name}: {value}")?;
     }
     let bytes = copy()?;
     let mut all = Vec::new();
-    for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
+    for arithmetic in ARITHMETICS {
         let peaks = Peaks { flops: product(arithmetic)?, bytes };
         let (name, gigaflops) = (arithmetic.name(), peaks.flops / 1e9);
         writeln!(
             text,
             "- peak of a large matrix product ({name}, 2048 × 1024 × 1024): {gigaflops:.0} GFLOP/s"
         )?;
-        all.push((arithmetic, peaks));
+        all.push(peaks);
     }
+    let peaks = |case: &Case| {
+        let of_case = ARITHMETICS.iter().zip(&all).find(|(arithmetic, _)| **arithmetic == case.arithmetic);
+        of_case.expect("cases are of these").1
+    };
     writeln!(text, "- peak of a large copy (256 MiB; bytes read and written): {:.1} GB/s", bytes / 1e9)?;
     text.push_str(
         "\nGFLOP/s count multiplications and additions, GB/s what an operation must read and write at least: each \
@@ -98,44 +121,23 @@ fn run(flags: &Flags) -> Result<()> {
          between the operations: small tensors per channel, memory management. In bf16, feature maps and their gradients have two \
          bytes a number.\n",
     );
-    let (networks, batch) = (
-        [(Version::V2, 1.0), (Version::V2, 0.25), (Version::V1, 1.0), (Version::V1, 0.25)],
-        flags.batch.into(),
-    );
-    let (mut cases, mut peaks_of) = (Vec::new(), Vec::new());
-    for (network, width) in networks {
-        for quantized in [false, true] {
-            for (arithmetic, peaks) in &all {
-                cases.push(Case {
-                    network,
-                    width,
-                    batch,
-                    what: What::Train,
-                    quantized,
-                    arithmetic: *arithmetic,
-                });
-                peaks_of.push(*peaks);
-            }
-        }
-    }
-    let filter = Filter::parse(&flags.only, &cases)?;
-    let picked: Vec<_> = cases.into_iter().zip(peaks_of).filter(|(case, _)| filter.picks(case)).collect();
     let mut lines = Vec::new();
-    for (case, peaks) in &picked {
+    for case in &cases {
         let from = lines.len();
-        step(case, flags.steps, peaks, &mut lines)?;
+        step(case, flags.steps, peaks(case), &mut lines)?;
         table(&lines[from..], &mut text)?;
     }
-    for (case, peaks) in picked.iter().filter(|(case, _)| case.network == Version::V2 && !case.quantized) {
-        shapes(case, peaks, &mut text)?;
+    for case in cases.iter().filter(|case| case.network == Version::V2 && !case.quantized) {
+        shapes(case, peaks(case), &mut text)?;
     }
     output::print(text.trim_end());
+    let Some(folder) = folder else { return Ok(()) };
     let mut csv = csv::Writer::from_writer(Vec::new());
     for line in &lines {
         csv.serialize(line)?;
     }
-    whole_file::write(&flags.out.join("profile.csv"), &csv.into_inner()?)?;
-    whole_file::write(&flags.out.join("profile.md"), text.as_bytes())?;
+    whole_file::write(&folder.join("profile.csv"), &csv.into_inner()?)?;
+    whole_file::write(&folder.join("profile.md"), text.as_bytes())?;
     Ok(())
 }
 
