@@ -1,8 +1,8 @@
 //! The affine map and the activation behind a convolution, `φ(scale·z + shift)`, row by row on the CPU.
 
 use crate::check::Check;
-use crate::cpu::simd;
-use crate::elements::{Element, Sink};
+use crate::cpu::{read_ahead, simd};
+use crate::elements::{Element, Nearest, Sink};
 use crate::tile::tiled;
 use crate::work::{Written, write_tiles};
 use crate::{Activation, Result, clamp};
@@ -69,15 +69,17 @@ impl AffineActivation {
     }
 }
 
-/// `f(φ(scale·z + shift))` of a tile, by the position in it.
+/// `f(φ(scale·z + shift))` of a piece of a tile, by the position in it.
 #[inline(always)]
-fn tile<'z, Z: Element>(
+fn piece<'z, Z: Element>(
     (z, scale, shift): (&'z [Z], &'z [f32], &'z [f32]),
     bounds: (f32, f32),
     f: impl Fn(f32) -> f32,
-    (start, len): (usize, usize),
+    [start, at]: [usize; 2],
+    len: usize,
 ) -> impl Fn(usize) -> f32 {
-    let (z, scale, shift) = (&z[start..][..len], &scale[..len], &shift[..len]);
+    read_ahead(z, start, len);
+    let (z, scale, shift) = (&z[start..][..len], &scale[at..][..len], &shift[at..][..len]);
     move |i| f(clamp(z[i].float().mul_add(scale[i], shift[i]), bounds))
 }
 
@@ -90,7 +92,7 @@ simd! {
         y: Sink<'y, Y>,
     ) -> Written<'y> {
         assert_eq!(z.len(), y.len());
-        y.write_tiles(scale.len(), |start, len| tile((z, scale, shift), bounds, |u| u, (start, len)))
+        y.write_tiles(scale.len(), |at, len| piece((z, scale, shift), bounds, |u| u, at, len))
     }
 }
 
@@ -105,7 +107,7 @@ simd! {
     ) -> Written<'y> {
         assert_eq!(z.len(), y.len());
         let fake = move |u| grid.fake(u);
-        y.write_tiles(scale.len(), |start, len| tile((z, scale, shift), bounds, fake, (start, len)))
+        y.write_tiles(scale.len(), |at, len| piece((z, scale, shift), bounds, fake, at, len))
     }
 }
 
@@ -120,7 +122,7 @@ simd! {
     ) -> Written<'y> {
         assert_eq!(z.len(), y.len());
         let whole = move |u| grid.level(u) - grid.zero_point();
-        let of_tile = |start, len| tile((z, scale, shift), bounds, whole, (start, len));
-        write_tiles(y, scale.len(), of_tile, T::nearest).into()
+        let of_piece = |at, len| piece((z, scale, shift), bounds, whole, at, len);
+        write_tiles(y, scale.len(), T::PIECE, of_piece, Nearest).into()
     }
 }

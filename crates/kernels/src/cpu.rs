@@ -103,21 +103,29 @@ pub(crate) fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
+/// Bytes between what is read or written and what is asked for ahead.
+const AHEAD: usize = 2048;
+
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
+
 /// While elements `start..start + len` are read, asks for those that lie 2 KiB further on.
 ///
-/// Compilers make `if passes { gy } else { 0 }` a load under a mask, and processors do not read ahead of such loads by
-/// themselves: on an AMD Zen 5 a loop over maps that are not in cache takes twice as long without this. Halves are
-/// widened first, so that nothing is gained there.
+/// Processors do that by themselves, but not well enough. Compilers make `if passes { gy } else { 0 }` a load under a mask,
+/// which an AMD Zen 5 does not read ahead of: a loop over maps that are not in cache takes twice as long there without this. On
+/// a Xeon with AMX it takes 1.5 times as long over halves, and 1.2 times over floats.
 #[inline(always)]
 pub(crate) fn read_ahead<T>(elements: &[T], start: usize, len: usize) {
-    const AHEAD: usize = 2048;
-    const LINE: usize = 64;
-    if size_of::<T>() < size_of::<f32>() {
-        return;
-    }
     for at in (start..start + len).step_by(LINE / size_of::<T>()) {
         prefetch(elements.as_ptr().wrapping_add(at + AHEAD / size_of::<T>()));
     }
+}
+
+/// While a line's elements are written, asks for the line that lies 2 KiB further on. Without this a loop that rounds floats to
+/// a map of halves takes 2.4 times as long on a Xeon with AMX.
+#[inline(always)]
+pub(crate) fn write_ahead<T>(line: &[T]) {
+    prefetch(line.as_ptr().wrapping_byte_add(AHEAD));
 }
 
 /// A tensor on the CPU, open for reading.

@@ -19,7 +19,7 @@ mod gpu;
 use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
 use crate::check::Check;
-use crate::cpu::{self, open, simd};
+use crate::cpu::{self, open, prefetch, simd};
 use crate::elements::{Element, Stored, by_element};
 use crate::feature::Operand;
 use crate::norm::{
@@ -611,6 +611,8 @@ fn pack<T: Copy>(
         out[w + 1] = ZERO;
         let row = &image[(row - 1) * w * c..][..w * c];
         for (out, position) in out[1..=w].iter_mut().zip(row.chunks_exact(c)) {
+            // The next row's, as processors do not read ahead so far apart.
+            prefetch(position[channels.start..].as_ptr().wrapping_add(w * c));
             *out = Lanes::load(&position[channels.clone()], value);
         }
     }

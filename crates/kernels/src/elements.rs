@@ -4,7 +4,7 @@
 
 use crate::cpu::simd;
 use crate::product::Factor;
-use crate::work::{Progress, Written, append, write_tiles, write_with};
+use crate::work::{Progress, Writer, Written, append, write_tiles, write_with};
 use candle_core::WithDType;
 use half::bf16;
 use quant_core::Grid;
@@ -27,6 +27,12 @@ pub(crate) trait Element: WithDType + Default {
     /// The nearest one; of two the even one, as IEEE 754 rounds.
     fn nearest(x: f32) -> Self;
 
+    /// The most elements that [`Element::write`] writes at once.
+    const PIECE: usize;
+
+    /// Writes the nearest of `f(i)` as the element `i` of a piece.
+    fn write(piece: &mut [MaybeUninit<Self>], f: impl Fn(usize) -> f32) -> &mut [Self];
+
     /// [`Element::nearest`] of each.
     fn all_nearest(x: &[f32]) -> Cow<'_, [Self]>;
 
@@ -48,6 +54,8 @@ impl Element for f32 {
 
     const AT_ONCE: usize = usize::MAX;
 
+    const PIECE: usize = usize::MAX;
+
     #[inline(always)]
     fn float(self) -> f32 {
         self
@@ -56,6 +64,11 @@ impl Element for f32 {
     #[inline(always)]
     fn nearest(x: f32) -> Self {
         x
+    }
+
+    #[inline(always)]
+    fn write(piece: &mut [MaybeUninit<Self>], f: impl Fn(usize) -> f32) -> &mut [Self] {
+        write_with(piece, f)
     }
 
     fn all_nearest(x: &[f32]) -> Cow<'_, [Self]> {
@@ -81,6 +94,8 @@ impl Element for bf16 {
 
     const AT_ONCE: usize = 8 * 1024;
 
+    const PIECE: usize = 256;
+
     #[inline(always)]
     fn float(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -96,9 +111,16 @@ impl Element for bf16 {
         Self::from_bits(if x.is_nan() { nan } else { rounded } as u16)
     }
 
+    /// By way of floats in the first-level cache, as these become halves by an instruction of its own where there is one.
+    #[inline(always)]
+    fn write(piece: &mut [MaybeUninit<Self>], f: impl Fn(usize) -> f32) -> &mut [Self] {
+        let mut floats = [MaybeUninit::uninit(); Self::PIECE];
+        round_to(write_with(&mut floats[..piece.len()], f), piece)
+    }
+
     fn all_nearest(x: &[f32]) -> Cow<'_, [Self]> {
         let mut halves = Vec::new();
-        append(&mut halves, x.len(), |y| nearest(x, y));
+        append(&mut halves, x.len(), |y| round_to(x, y).into());
         halves.into()
     }
 
@@ -110,7 +132,7 @@ impl Element for bf16 {
     ) -> &'a [f32] {
         floats.clear();
         append(floats, len, write);
-        block.next(len, |y| round(floats, y));
+        block.next(len, |y| round(floats, y).into());
         floats
     }
 
@@ -120,23 +142,118 @@ impl Element for bf16 {
     }
 }
 
+/// Writes the halves nearest to some floats, and makes the floats what these stand for.
+fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
+    #[cfg(target_arch = "x86_64")]
+    if conversion::available() {
+        // SAFETY: the machine has the instruction.
+        #[allow(unsafe_code)]
+        return unsafe { conversion::round(x, y) };
+    }
+    round_plainly(x, y)
+}
+
+/// Writes the halves nearest to some floats.
+fn round_to<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
+    #[cfg(target_arch = "x86_64")]
+    if conversion::available() {
+        // SAFETY: the machine has the instruction.
+        #[allow(unsafe_code)]
+        return unsafe { conversion::round_to(x, y) };
+    }
+    round_to_plainly(x, y)
+}
+
 simd! {
-    /// Writes the halves nearest to some floats, and makes the floats what these stand for.
-    fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> Written<'y> {
+    fn round_plainly<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
         let x = Cell::from_mut(&mut x[..y.len()]).as_slice_of_cells();
         let one = |x: &Cell<f32>| {
             let half = bf16::nearest(x.get());
             x.set(half.float());
             half
         };
-        write_with(y, |i| one(&x[i])).into()
+        write_with(y, |i| one(&x[i]))
     }
 }
 
 simd! {
-    fn nearest<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> Written<'y> {
+    fn round_to_plainly<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
         let x = &x[..y.len()];
-        write_with(y, |i| bf16::nearest(x[i])).into()
+        write_with(y, |i| bf16::nearest(x[i]))
+    }
+}
+
+/// Rounding by `VCVTNEPS2BF16` of AVX512-BF16, which rounds as [`Element::nearest`] but takes numbers below the smallest normal one
+/// (1.2e-38) for zeros, as the products of halves do.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod conversion {
+    use crate::cpu::{Instructions, write_ahead};
+    use half::bf16;
+    use std::arch::x86_64::*;
+    use std::mem::{MaybeUninit, transmute};
+
+    const LANES: usize = 16;
+
+    /// Whether this machine has the instruction.
+    #[inline]
+    pub(super) fn available() -> bool {
+        Instructions::current() >= Instructions::WIDE && is_x86_feature_detected!("avx512bf16")
+    }
+
+    /// See [`super::round`].
+    ///
+    /// # Safety
+    /// The machine must have the instruction.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub(super) unsafe fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
+        assert_eq!(x.len(), y.len());
+        // SAFETY: the lanes are those that `all` has made sure of.
+        all(x.as_mut_ptr(), y, |x, lanes, halves| unsafe {
+            let floats = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves));
+            _mm512_mask_storeu_ps(x, lanes, _mm512_castsi512_ps(floats));
+        })
+    }
+
+    /// See [`super::round_to`].
+    ///
+    /// # Safety
+    /// The machine must have the instruction.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub(super) unsafe fn round_to<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
+        assert_eq!(x.len(), y.len());
+        all(x.as_ptr().cast_mut(), y, |_, _, _| ())
+    }
+
+    /// Writes the halves nearest to as many floats at `x`, and has `then(floats, lanes, halves)` know of each vector.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn all(
+        x: *mut f32,
+        y: &mut [MaybeUninit<bf16>],
+        then: impl Fn(*mut f32, __mmask16, __m256i),
+    ) -> &mut [bf16] {
+        let vector = |start: usize, lanes: __mmask16, to: *mut i16| unsafe {
+            let x = x.add(start);
+            let halves = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, x)));
+            _mm256_mask_storeu_epi16(to, lanes, halves);
+            then(x, lanes, halves);
+        };
+        let mut start = 0;
+        let mut lines = y.chunks_exact_mut(2 * LANES);
+        for line in &mut lines {
+            write_ahead(line);
+            let to = line.as_mut_ptr().cast::<i16>();
+            vector(start, u16::MAX, to);
+            vector(start + LANES, u16::MAX, to.wrapping_add(LANES));
+            start += 2 * LANES;
+        }
+        for rest in lines.into_remainder().chunks_mut(LANES) {
+            vector(start, u16::MAX >> (LANES - rest.len()), rest.as_mut_ptr().cast());
+            start += LANES;
+        }
+        // SAFETY: each vector has written its lanes.
+        unsafe { y.assume_init_mut() }
     }
 }
 
@@ -144,6 +261,26 @@ simd! {
     fn widen<'y>(x: &[bf16], y: &'y mut [MaybeUninit<f32>]) -> Written<'y> {
         let x = &x[..y.len()];
         write_with(y, |i| x[i].float()).into()
+    }
+}
+
+/// Writes the nearest elements.
+pub(crate) struct Nearest;
+
+impl<T: Element> Writer<T> for Nearest {
+    #[inline(always)]
+    fn write<'y>(&self, block: &'y mut [MaybeUninit<T>], f: impl Fn(usize) -> f32) -> &'y mut [T] {
+        T::write(block, f)
+    }
+}
+
+/// Writes the numbers of a grid's nearest levels.
+struct Level(Grid);
+
+impl Writer<u8> for Level {
+    #[inline(always)]
+    fn write<'y>(&self, block: &'y mut [MaybeUninit<u8>], f: impl Fn(usize) -> f32) -> &'y mut [u8] {
+        write_with(block, |i| byte(self.0.level(f(i))))
     }
 }
 
@@ -243,11 +380,11 @@ impl<'a, T: Element> Sink<'a, T> {
     pub(crate) fn write_tiles<F: Fn(usize) -> f32>(
         self,
         tile: usize,
-        of_tile: impl Fn(usize, usize) -> F,
+        of_piece: impl Fn([usize; 2], usize) -> F,
     ) -> Written<'a> {
         match self {
-            Self::Floats(y) => write_tiles(y, tile, of_tile, T::nearest).into(),
-            Self::Levels(y, grid) => write_tiles(y, tile, of_tile, |x| byte(grid.level(x))).into(),
+            Self::Floats(y) => write_tiles(y, tile, T::PIECE, of_piece, Nearest).into(),
+            Self::Levels(y, grid) => write_tiles(y, tile, usize::MAX, of_piece, Level(grid)).into(),
         }
     }
 }
@@ -298,6 +435,34 @@ mod tests {
                 let half = bf16::from_bits(upper);
                 let same = half.float() == half.to_f32() || half.is_nan() && half.float().is_nan();
                 assert!(same, "{half:?}");
+            }
+        }
+    }
+
+    /// Whole vectors, with and without a rest; and where an instruction rounds, that it differs only below the smallest normal
+    /// number, which becomes a zero of its sign.
+    #[test]
+    fn slices_are_rounded_as_single_numbers() {
+        let upper = (0..=u16::MAX)
+            .flat_map(|upper| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|lower| (upper, lower)));
+        let all: Vec<f32> =
+            upper.map(|(upper, lower)| f32::from_bits(u32::from(upper) << 16 | lower)).collect();
+        for x in [1, 15, 16, 17, 31, 32, 33, 47, 300]
+            .map(|len| &all[99_990..][..len])
+            .into_iter()
+            .chain([&all[..]])
+        {
+            let mut floats = x.to_vec();
+            let mut rounded = vec![MaybeUninit::uninit(); x.len()];
+            let rounded = round(&mut floats, &mut rounded);
+            let same_bits = |a: &[bf16], b: &[bf16]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same_bits(rounded, &bf16::all_nearest(x)));
+            for ((x, found), float) in x.iter().zip(&*rounded).zip(floats) {
+                let expected = bf16::nearest(*x);
+                let flushed = x.is_subnormal() && found.to_bits() == (x.to_bits() >> 16) as u16 & 0x8000;
+                let same = found.to_bits() == expected.to_bits() || x.is_nan() && found.is_nan() || flushed;
+                assert!(same, "{found:?} and not {expected:?} of {x}");
+                assert_eq!(float.to_bits(), found.float().to_bits());
             }
         }
     }

@@ -20,7 +20,7 @@ pub(crate) mod gpu;
 use crate::affine::AffineActivation;
 use crate::check::Check;
 use crate::cpu::{self, open, read_ahead, simd, values};
-use crate::elements::{Element, by_element};
+use crate::elements::{Element, Nearest, by_element};
 use crate::moments::{MomentAccumulator, Moments};
 use crate::tile::{TILES, block_rows, fold, tiled};
 use crate::work::{Written, blocks, parts, write_tiles};
@@ -698,18 +698,19 @@ simd! {
 /// Adds some tiles at a time, as the sums are loaded and stored each time.
 #[inline(always)]
 fn add_tiles<T: Element>(
-    z: &[T],
-    gy: &[f32],
+    all_z: &[T],
+    all_gy: &[f32],
     channels: [&[f32]; 3],
     sum: &mut [f32],
     product: &mut [f32],
     g: impl Fn(f32, f32) -> f32 + Copy,
 ) {
     let tile = sum.len();
-    let (groups, of_gy) = (z.chunks_exact(4 * tile), gy.chunks_exact(4 * tile));
+    let (groups, of_gy) = (all_z.chunks_exact(4 * tile), all_gy.chunks_exact(4 * tile));
     let rest = groups.remainder().chunks(tile).zip(of_gy.remainder().chunks(tile));
     for (i, (z, of_gy)) in groups.zip(of_gy).enumerate() {
-        read_ahead(gy, i * 4 * tile, 4 * tile);
+        read_ahead(all_z, i * 4 * tile, 4 * tile);
+        read_ahead(all_gy, i * 4 * tile, 4 * tile);
         let z = std::array::from_fn::<_, 4, _>(|i| &z[i * tile..][..tile]);
         let of_gy = std::array::from_fn(|i| &of_gy[i * tile..][..tile]);
         add_products(z, of_gy, channels, sum, product, g);
@@ -766,18 +767,19 @@ simd! {
             g: impl Fn(f32, f32) -> f32 + Copy,
         ) -> Written<'z> {
             assert!(z.len() == gy.len() && z.len() == gz.len());
-            let of_tile = |start: usize, n: usize| {
+            let of_piece = |[start, at]: [usize; 2], n: usize| {
+                read_ahead(z, start, n);
                 read_ahead(gy, start, n);
                 let (z, gy): (&[T], &[T]) = (&z[start..][..n], &gy[start..][..n]);
-                let (scale, shift, mean) = (&scale[..n], &shift[..n], &mean[..n]);
-                let (slope, offset) = (&slope[..n], &offset[..n]);
+                let [scale, shift, mean, slope, offset] =
+                    [scale, shift, mean, slope, offset].map(|all| &all[at..][..n]);
                 move |i: usize| {
                     let z = z[i].float();
                     let g = g(z.mul_add(scale[i], shift[i]), gy[i].float());
                     scale[i].mul_add(g, slope[i].mul_add(z - mean[i], offset[i]))
                 }
             };
-            write_tiles(gz, scale.len(), of_tile, T::nearest).into()
+            write_tiles(gz, scale.len(), T::PIECE, of_piece, Nearest).into()
         }
         let (channels, bounds) = ([scale, shift, mean, slope, offset], gate.bounds);
         match gate.grid {

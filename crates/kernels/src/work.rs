@@ -68,21 +68,36 @@ pub(crate) fn write_with<T: Copy>(block: &mut [MaybeUninit<T>], f: impl Fn(usize
     }
 }
 
-/// Writes a block tile by tile: `of_tile(start, len)` returns the function of the floats of the tile that begins at
-/// `start`, by their position in the tile, and `element` makes elements of them. The last tile may be shorter than the
-/// others.
+/// How floats that are computed one by one are written.
+pub(crate) trait Writer<T> {
+    /// Writes what becomes of `f(i)` as the element `i` of a block, and returns the block.
+    fn write<'y>(&self, block: &'y mut [MaybeUninit<T>], f: impl Fn(usize) -> f32) -> &'y mut [T];
+}
+
+/// Writes a block tile by tile, and a tile in pieces of at most `most` elements: `of_piece([start, at], len)` returns the
+/// function of the floats of the piece that begins at `start`, and at `at` in its tile, by their position in the piece, and
+/// `writer` writes what they become. The last tile may be shorter than the others.
 #[inline(always)]
 pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32>(
     block: &mut [MaybeUninit<T>],
     tile: usize,
-    of_tile: impl Fn(usize, usize) -> F,
-    element: impl Fn(f32) -> T,
+    most: usize,
+    of_piece: impl Fn([usize; 2], usize) -> F,
+    writer: impl Writer<T>,
 ) -> &mut [T] {
-    for (i, elements) in block.chunks_mut(tile).enumerate() {
-        let f = of_tile(i * tile, elements.len());
-        write_with(elements, |i| element(f(i)));
+    let mut start = 0;
+    for tile in block.chunks_mut(tile) {
+        let mut at = 0;
+        for piece in tile.chunks_mut(most) {
+            let len = piece.len();
+            let place = piece.as_ptr().cast();
+            let written = writer.write(piece, of_piece([start, at], len));
+            assert!(written.as_ptr() == place && written.len() == len, "a piece is returned as it was given");
+            at += len;
+            start += len;
+        }
     }
-    // SAFETY: the loop has written each tile.
+    // SAFETY: the loop has written each piece of each tile.
     #[allow(unsafe_code)]
     unsafe {
         block.assume_init_mut()
