@@ -208,11 +208,13 @@ mod conversion {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub(super) unsafe fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
         assert_eq!(x.len(), y.len());
-        // SAFETY: the lanes are those that `all` has made sure of.
-        all(x.as_mut_ptr(), y, |x, lanes, halves| unsafe {
-            let floats = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves));
-            _mm512_mask_storeu_ps(x, lanes, _mm512_castsi512_ps(floats));
-        })
+        // SAFETY: there are as many floats as halves, and of a vector those of its lanes.
+        unsafe {
+            all(x.as_mut_ptr(), y, |x, lanes, halves| {
+                let floats = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves));
+                _mm512_mask_storeu_ps(x, lanes, _mm512_castsi512_ps(floats));
+            })
+        }
     }
 
     /// See [`super::round_to`].
@@ -222,17 +224,22 @@ mod conversion {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub(super) unsafe fn round_to<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
         assert_eq!(x.len(), y.len());
-        all(x.as_ptr().cast_mut(), y, |_, _, _| ())
+        // SAFETY: there are as many floats as halves, and nothing is written to them.
+        unsafe { all(x.as_ptr().cast_mut(), y, |_, _, _| ()) }
     }
 
     /// Writes the halves nearest to as many floats at `x`, and has `then(floats, lanes, halves)` know of each vector.
+    ///
+    /// # Safety
+    /// The machine must have the instruction, and there must be so many floats.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn all(
+    unsafe fn all(
         x: *mut f32,
         y: &mut [MaybeUninit<bf16>],
         then: impl Fn(*mut f32, __mmask16, __m256i),
     ) -> &mut [bf16] {
+        // SAFETY: the lanes are places of `y`, and so many floats there are.
         let vector = |start: usize, lanes: __mmask16, to: *mut i16| unsafe {
             let x = x.add(start);
             let halves = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, x)));

@@ -293,7 +293,38 @@ pub(crate) fn themed(svg: &str) -> Option<String> {
     };
     let mut parts = svg.split('<');
     let before = parts.next()?.to_string();
-    parts.try_fold(before, |whole, part| Some(whole + "<" + &element(part)?))
+    let painted = parts.try_fold(before, |whole, part| Some(whole + "<" + &element(part)?))?;
+    Some(with_joined_marks(&painted))
+}
+
+/// The largest square that marks a point.
+const MARK: u32 = 16;
+
+/// Makes one path of all marks of points that follow each other and are painted alike, as a scatter plot has thousands of them.
+fn with_joined_marks(svg: &str) -> String {
+    fn mark(line: &str) -> Option<([&str; 3], &str)> {
+        let (x, rest) = line.strip_prefix("<rect x=\"")?.split_once("\" y=\"")?;
+        let (y, rest) = rest.split_once("\" width=\"")?;
+        let (width, rest) = rest.split_once("\" height=\"")?;
+        let (height, paint) = rest.split_once('"')?;
+        (width == height && width.parse::<u32>().ok()? <= MARK).then_some(([x, y, width], paint))
+    }
+    let mut joined = String::new();
+    let mut paths: Vec<(&str, String)> = Vec::new();
+    for line in svg.split_inclusive('\n') {
+        let found = mark(line);
+        if let Some(([x, y, side], paint)) = found {
+            let square = format!("M{x} {y}h{side}v{side}h-{side}z");
+            match paths.iter_mut().find(|(other, _)| *other == paint) {
+                Some((_, path)) => path.push_str(&square),
+                None => paths.push((paint, square)),
+            }
+        } else {
+            joined.extend(paths.drain(..).map(|(paint, path)| format!("<path d=\"{path}\"{paint}")));
+            joined.push_str(line);
+        }
+    }
+    joined
 }
 
 /// A point in the coordinates of the backends.
@@ -317,7 +348,23 @@ fn text_of(error: impl std::fmt::Display) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::themed;
+    use super::{themed, with_joined_marks};
+
+    #[test]
+    fn marks_that_are_painted_alike_become_one_path() {
+        let mark =
+            |x: u32, paint: &str| format!("<rect x=\"{x}\" y=\"2\" width=\"12\" height=\"12\"{paint}/>\n");
+        let (blue, orange) = (" fill=\"#0072B2\"", " fill=\"#E69F00\"");
+        let bar = "<rect x=\"9\" y=\"2\" width=\"12\" height=\"13\" fill=\"#0072B2\"/>\n";
+        let svg =
+            ["<svg>\n", &mark(1, blue), &mark(5, orange), &mark(7, blue), bar, &mark(8, blue), "</svg>"]
+                .concat();
+        let expected = format!(
+            "<svg>\n<path d=\"M1 2h12v12h-12zM7 2h12v12h-12z\"{blue}/>\n<path d=\"M5 2h12v12h-12z\"{orange}/>\n{bar}\
+             <path d=\"M8 2h12v12h-12z\"{blue}/>\n</svg>"
+        );
+        assert_eq!(with_joined_marks(&svg), expected);
+    }
 
     #[test]
     fn pictures_take_the_colours_of_the_page() {
