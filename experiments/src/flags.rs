@@ -168,17 +168,20 @@ pub struct Only {
 }
 
 impl Only {
-    /// Sorts the terms by kind; an unknown term is an error that names what is allowed.
+    /// Sorts the terms by kind, in upper or lower case; an unknown term is an error that names what is allowed.
     pub fn parse(terms: &[String], models: &[&str], methods: &[&str], tables: &[&str]) -> Result<Self> {
         let mut only = Self::default();
         for term in terms {
-            if models.contains(&term.as_str()) {
-                only.models.push(term.clone());
-            } else if methods.contains(&term.as_str()) {
-                only.methods.push(term.clone());
-            } else if tables.contains(&term.as_str()) {
-                only.tables.push(term.clone());
-            } else if let Some(bits) = parse_bits(term) {
+            let among = |names: &[&str]| {
+                names.iter().find(|name| name.eq_ignore_ascii_case(term)).map(|name| name.to_string())
+            };
+            if let Some(model) = among(models) {
+                only.models.push(model);
+            } else if let Some(method) = among(methods) {
+                only.methods.push(method);
+            } else if let Some(table) = among(tables) {
+                only.tables.push(table);
+            } else if let Some(bits) = parse_bits(&term.to_ascii_lowercase()) {
                 only.bits.push(bits);
             } else {
                 let tables = match tables {
@@ -290,6 +293,7 @@ mod tests {
         check(&["table3", "ours"], &[row], &[("mobilenet_v1", (4, 4), "dfq_with_fine_tune")]);
         check(&["table4", "ours"], &[], &[row]);
         check(&["table3", "table4"], &[row], &[]);
+        check(&["Table3", "OURS", "A4W4"], &[row], &[("mobilenet_v1", (3, 3), "ours")]);
     }
 
     #[test]
