@@ -12,8 +12,8 @@ pub(crate) const BLUE: Colour = (0, 114, 178);
 pub(crate) const PURPLE: Colour = (204, 121, 167);
 pub(crate) const GREY: Colour = (128, 128, 128);
 
-/// The colours of methods, of the palette of Okabe and Ito, which the colour-blind can tell apart.
-pub(crate) const PALETTE: [Colour; 5] = [ORANGE, SKY, GREEN, PURPLE, BLUE];
+/// The colours of methods: of the palette of Okabe and Ito, which the colour-blind can tell apart, and grey.
+pub(crate) const PALETTE: [Colour; 6] = [ORANGE, SKY, GREEN, PURPLE, BLUE, GREY];
 
 /// The name for people, and the colour in plots, of a method of the paper's tables.
 fn published(method: &str) -> Option<(&'static str, Colour)> {
@@ -122,6 +122,6 @@ mod tests {
     fn methods_of_a_plot_have_different_colours() {
         assert_eq!(colours(&["dfq_with_fine_tune", "ours"]), [ORANGE, BLUE]);
         assert_eq!(colours(&["pact", "dsq", "LSQ", "ours"]), [PURPLE, GREEN, ORANGE, BLUE]);
-        assert_eq!(colours(&["a", "b", "c", "d", "e", "f"]), [&PALETTE[..], &[ORANGE]].concat());
+        assert_eq!(colours(&["a", "b", "c", "d", "e", "f", "g"]), [&PALETTE[..], &[ORANGE]].concat());
     }
 }
