@@ -123,6 +123,6 @@ simd! {
         assert_eq!(z.len(), y.len());
         let whole = move |u| grid.level(u) - grid.zero_point();
         let of_piece = |at, len| piece((z, scale, shift), bounds, whole, at, len);
-        write_tiles(y, scale.len(), T::PIECE, of_piece, Nearest).into()
+        write_tiles(y, scale.len(), of_piece, Nearest).into()
     }
 }

@@ -52,6 +52,13 @@ impl Instructions {
     pub(crate) fn current() -> Self {
         crate::testing::allowed_instructions().min(Self::of_machine())
     }
+
+    /// Whether those to use have AVX512-BF16 beside them.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(crate) fn with_bf16() -> bool {
+        Self::current() >= Self::WIDE && std::arch::is_x86_feature_detected!("avx512bf16")
+    }
 }
 
 /// Compiles a function's body once for each of the [`Instructions`], and calls the best that the machine has. The loops
@@ -123,6 +130,7 @@ pub(crate) fn read_ahead<T>(elements: &[T], start: usize, len: usize) {
 
 /// While a line's elements are written, asks for the line that lies 2 KiB further on. Without this a loop that rounds floats to
 /// a map of halves takes 2.4 times as long on a Xeon with AMX.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) fn write_ahead<T>(line: &[T]) {
     prefetch(line.as_ptr().wrapping_byte_add(AHEAD));

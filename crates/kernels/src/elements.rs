@@ -145,7 +145,7 @@ impl Element for bf16 {
 /// Writes the halves nearest to some floats, and makes the floats what these stand for.
 fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
     #[cfg(target_arch = "x86_64")]
-    if conversion::available() {
+    if crate::cpu::Instructions::with_bf16() {
         // SAFETY: the machine has the instruction.
         #[allow(unsafe_code)]
         return unsafe { conversion::round(x, y) };
@@ -156,7 +156,7 @@ fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
 /// Writes the halves nearest to some floats.
 fn round_to<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
     #[cfg(target_arch = "x86_64")]
-    if conversion::available() {
+    if crate::cpu::Instructions::with_bf16() {
         // SAFETY: the machine has the instruction.
         #[allow(unsafe_code)]
         return unsafe { conversion::round_to(x, y) };
@@ -188,18 +188,12 @@ simd! {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod conversion {
-    use crate::cpu::{Instructions, write_ahead};
+    use crate::cpu::write_ahead;
     use half::bf16;
     use std::arch::x86_64::*;
     use std::mem::{MaybeUninit, transmute};
 
     const LANES: usize = 16;
-
-    /// Whether this machine has the instruction.
-    #[inline]
-    pub(super) fn available() -> bool {
-        Instructions::current() >= Instructions::WIDE && is_x86_feature_detected!("avx512bf16")
-    }
 
     /// See [`super::round`].
     ///
@@ -275,6 +269,8 @@ simd! {
 pub(crate) struct Nearest;
 
 impl<T: Element> Writer<T> for Nearest {
+    const MOST: usize = T::PIECE;
+
     #[inline(always)]
     fn write<'y>(&self, block: &'y mut [MaybeUninit<T>], f: impl Fn(usize) -> f32) -> &'y mut [T] {
         T::write(block, f)
@@ -285,6 +281,8 @@ impl<T: Element> Writer<T> for Nearest {
 struct Level(Grid);
 
 impl Writer<u8> for Level {
+    const MOST: usize = usize::MAX;
+
     #[inline(always)]
     fn write<'y>(&self, block: &'y mut [MaybeUninit<u8>], f: impl Fn(usize) -> f32) -> &'y mut [u8] {
         write_with(block, |i| byte(self.0.level(f(i))))
@@ -378,7 +376,7 @@ impl<'a, T: Element> Sink<'a, T> {
     pub(crate) fn write_with(self, f: impl Fn(usize) -> f32) -> Written<'a> {
         match self {
             Self::Floats(y) => write_with(y, |i| T::nearest(f(i))).into(),
-            Self::Levels(y, grid) => write_with(y, |i| byte(grid.level(f(i)))).into(),
+            Self::Levels(y, grid) => Level(grid).write(y, f).into(),
         }
     }
 
@@ -390,8 +388,8 @@ impl<'a, T: Element> Sink<'a, T> {
         of_piece: impl Fn([usize; 2], usize) -> F,
     ) -> Written<'a> {
         match self {
-            Self::Floats(y) => write_tiles(y, tile, T::PIECE, of_piece, Nearest).into(),
-            Self::Levels(y, grid) => write_tiles(y, tile, usize::MAX, of_piece, Level(grid)).into(),
+            Self::Floats(y) => write_tiles(y, tile, of_piece, Nearest).into(),
+            Self::Levels(y, grid) => write_tiles(y, tile, of_piece, Level(grid)).into(),
         }
     }
 }

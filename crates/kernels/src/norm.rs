@@ -779,7 +779,7 @@ simd! {
                     scale[i].mul_add(g, slope[i].mul_add(z - mean[i], offset[i]))
                 }
             };
-            write_tiles(gz, scale.len(), T::PIECE, of_piece, Nearest).into()
+            write_tiles(gz, scale.len(), of_piece, Nearest).into()
         }
         let (channels, bounds) = ([scale, shift, mean, slope, offset], gate.bounds);
         match gate.grid {

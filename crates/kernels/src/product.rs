@@ -170,12 +170,10 @@ impl Factor for Pair {
         most: usize,
     ) {
         #[cfg(target_arch = "x86_64")]
-        if Instructions::current() >= Instructions::WIDE {
+        if Instructions::with_bf16() {
             // SAFETY: the machine has the instructions.
             #[allow(unsafe_code)]
-            if is_x86_feature_detected!("avx512bf16") {
-                return unsafe { dot::product(a, b, sizes, c, add, most) };
-            }
+            return unsafe { dot::product(a, b, sizes, c, add, most) };
         }
         product(a, b, sizes, c, add, most);
     }

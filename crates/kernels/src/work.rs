@@ -70,26 +70,29 @@ pub(crate) fn write_with<T: Copy>(block: &mut [MaybeUninit<T>], f: impl Fn(usize
 
 /// How floats that are computed one by one are written.
 pub(crate) trait Writer<T> {
+    /// The most elements that [`Writer::write`] can write at once.
+    const MOST: usize;
+
     /// Writes what becomes of `f(i)` as the element `i` of a block, and returns the block.
     fn write<'y>(&self, block: &'y mut [MaybeUninit<T>], f: impl Fn(usize) -> f32) -> &'y mut [T];
 }
 
-/// Writes a block tile by tile, and a tile in pieces of at most `most` elements: `of_piece([start, at], len)` returns the
+/// Writes a block tile by tile, and a tile in pieces that the writer can write: `of_piece([start, at], len)` returns the
 /// function of the floats of the piece that begins at `start`, and at `at` in its tile, by their position in the piece, and
 /// `writer` writes what they become. The last tile may be shorter than the others.
 #[inline(always)]
-pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32>(
+pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32, W: Writer<T>>(
     block: &mut [MaybeUninit<T>],
     tile: usize,
-    most: usize,
     of_piece: impl Fn([usize; 2], usize) -> F,
-    writer: impl Writer<T>,
+    writer: W,
 ) -> &mut [T] {
     let mut start = 0;
     for tile in block.chunks_mut(tile) {
         let mut at = 0;
-        for piece in tile.chunks_mut(most) {
+        for piece in tile.chunks_mut(W::MOST) {
             let len = piece.len();
+            // As [`checked`], but its closure would not be compiled for the caller's instructions.
             let place = piece.as_ptr().cast();
             let written = writer.write(piece, of_piece([start, at], len));
             assert!(written.as_ptr() == place && written.len() == len, "a piece is returned as it was given");

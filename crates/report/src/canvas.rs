@@ -312,8 +312,7 @@ fn with_joined_marks(svg: &str) -> String {
     let mut joined = String::new();
     let mut paths: Vec<(&str, String)> = Vec::new();
     for line in svg.split_inclusive('\n') {
-        let found = mark(line);
-        if let Some(([x, y, side], paint)) = found {
+        if let Some(([x, y, side], paint)) = mark(line) {
             let square = format!("M{x} {y}h{side}v{side}h-{side}z");
             match paths.iter_mut().find(|(other, _)| *other == paint) {
                 Some((_, path)) => path.push_str(&square),
