@@ -73,7 +73,7 @@ fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow
     let [float_before, quantized_before, float_after, quantized_after] = gradients;
     let (float_before, quantized_before) = (float_before?, quantized_before?);
     let (float_after, quantized_after) = (float_after?, quantized_after?);
-    let (mut before, mut after) = (network.duplicate()?, pruned);
+    let (mut before, mut after) = (network.duplicate()?, pruned.duplicate()?);
     before.fold()?;
     after.fold()?;
     let mut rows = Vec::new();
@@ -90,6 +90,10 @@ fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow
         let gradient_snr_before =
             decibels(&stays.of(&float_before[&unit.name])?, &stays.of(&quantized_before[&unit.name])?)?;
         let gradient_snr_after = decibels(&float_after[&unit.name], &quantized_after[&unit.name])?;
+        let unfolded = |network: &Network| network.nodes[i].unit().map(|unit| unit.weight.clone());
+        let unfolded = unfolded(network).zip(unfolded(&pruned)).context("pruning changes no kind of node")?;
+        let lsq_before = lsq(&unfolded.0, &|weight| stays.of(weight))?;
+        let lsq_after = lsq(&unfolded.1, &|weight| Ok(weight.clone()))?;
         let [largest_before, largest_after] = [unit, other].map(largest_of_filters);
         let (largest_before, largest_after) = (largest_before?, largest_after?);
         // Of the filters that stay: where most are dead, the median of all would be nothing.
@@ -108,6 +112,12 @@ fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow
             snr_4_bits_after,
             snr_3_bits_before,
             snr_3_bits_after,
+            lsq_step_before: lsq_before.step,
+            lsq_step_after: lsq_after.step,
+            lsq_clipped_before: lsq_before.clipped,
+            lsq_clipped_after: lsq_after.clipped,
+            lsq_snr_before: lsq_before.snr,
+            lsq_snr_after: lsq_after.snr,
             gradient_snr_before,
             gradient_snr_after,
             lowest_output_before: outputs_before[i].0,
@@ -168,6 +178,30 @@ fn indices(kept: &[bool]) -> Result<Tensor> {
 fn quantized(weight: &Tensor, bits: Bits) -> Result<Tensor> {
     let range = &quantize::min_max(weight)?;
     Ok(quantize::forward(weight, kernels::Quantizer { range, bits })?)
+}
+
+/// What LSQ makes of a layer before any training: weights of 3 bits at the step that it begins with.
+struct Lsq {
+    /// The step.
+    step: f64,
+    /// The share of the weights that stay beyond the lowest and the highest level.
+    clipped: f64,
+    /// The signal-to-noise ratio of the weights that stay, in decibels.
+    snr: f64,
+}
+
+/// The step is that of all weights; the rest is about those that `stays` leaves.
+fn lsq(weight: &Tensor, stays: &dyn Fn(&Tensor) -> Result<Tensor>) -> Result<Lsq> {
+    let bits = Bits::new(3)?;
+    let step = kernels::lsq::initial_step(weight, bits, true)?;
+    let params = kernels::lsq::Params { step: &step, offset: None, bits, signed: true };
+    let step = f64::from(step.to_vec1::<f32>()?[0]);
+    let weight = stays(weight)?;
+    let values: Vec<f32> = weight.flatten_all()?.to_vec1()?;
+    let beyond = |value: &&f32| !(-4.0..=3.0).contains(&(f64::from(**value) / step));
+    let clipped = values.iter().filter(beyond).count() as f64 / values.len() as f64;
+    let snr = decibels(&weight, &kernels::lsq::forward(&weight, params)?)?;
+    Ok(Lsq { step, clipped, snr })
 }
 
 /// Signal to noise: `10·log₁₀(Σw²/Σ(q − w)²)`; infinite where nothing is off.
@@ -234,6 +268,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
          quantized on one grid for each layer; the signal-to-noise ratio is that of the weights that stay, on the layer's \
          grid before and after. Medians over the layers that have a value, and in how many of them it changes by more than a tenth (1 dB). \
+         LSQ quantizes weights that are not folded, to 3 bits at the step that it begins with, 2·mean|w|/√3. \
          Gradients are those of the weights that stay, in one step with the batch's statistics and activations of 4 bits, beside \
          the same step without quantization. Gradients and ranges of outputs are those over the first {} test images.\n\n",
         profile.name,
@@ -261,6 +296,10 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         line("dynamic range of the weights", &|r| (r.dynamic_range_before, r.dynamic_range_after), &tenth);
         line("signal to noise at 4 bits, dB", &|r| (r.snr_4_bits_before, r.snr_4_bits_after), &decibel);
         line("signal to noise at 3 bits, dB", &|r| (r.snr_3_bits_before, r.snr_3_bits_after), &decibel);
+        line("LSQ's first step at 3 bits", &|r| (r.lsq_step_before, r.lsq_step_after), &tenth);
+        let percent = |r: &PremiseRow| (100.0 * r.lsq_clipped_before, 100.0 * r.lsq_clipped_after);
+        line("weights that it clips, %", &percent, &tenth);
+        line("signal to noise with it, dB", &|r| (r.lsq_snr_before, r.lsq_snr_after), &decibel);
         line(
             "signal to noise of the gradients, dB",
             &|r| (r.gradient_snr_before, r.gradient_snr_after),
@@ -334,12 +373,20 @@ mod tests {
         // γ/√(V + ε) is 316 there, and 1 elsewhere.
         let variance = (0..filters).map(|j| if j == 5 { 0.0 } else { 1.0 }).collect::<Vec<f32>>();
         norm.variance = Tensor::new(variance, &Device::Cpu).unwrap();
+        // Of another layer three filters in four are nothing, so LSQ's step is a quarter of what those that stay need.
+        let unit = network.units_mut().find(|unit| unit.name == "blocks.4.expand").unwrap();
+        let stays: Vec<f32> = (0..unit.filters()).map(|j| f32::from(u8::from(j % 4 == 0))).collect();
+        let stays = Tensor::new(stays, &Device::Cpu).unwrap();
+        unit.weight = unit.weight.broadcast_mul(&stays.reshape((1, ())).unwrap()).unwrap();
+        let Norm::Batch(norm) = &mut unit.norm else { panic!("a new network is normalized") };
+        norm.variance = stays;
         let rows = measure(&network, &PfQ::default(), &batch).unwrap();
         assert_eq!(rows.len(), network.units().count());
         let all = super::filters(&network, None).unwrap();
         assert_eq!(all.len(), network.units().rev().skip(1).map(Unit::filters).sum::<usize>());
         let low: Vec<&FilterRow> = all.iter().filter(|row| row.below_threshold).collect();
-        assert!(low.len() == 1 && low[0].layer == "blocks.3.expand" && low[0].filter == 5, "{low:?}");
+        assert!(low[0].layer == "blocks.3.expand" && low[0].filter == 5, "{low:?}");
+        assert!(low[1..].iter().all(|row| row.layer == "blocks.4.expand" && row.filter % 4 != 0), "{low:?}");
         assert!((low[0].factor - 316.2).abs() < 0.1 && low[0].gamma == 1.0, "{low:?}");
         for row in &rows {
             assert!(row.gradient_snr_before.is_finite() && row.gradient_snr_after.is_finite(), "{row:?}");
@@ -355,7 +402,15 @@ mod tests {
                     );
                 }
                 "blocks.3.depthwise" => assert_eq!(row.filters_before - row.filters_after, 1),
+                "blocks.4.expand" => {
+                    assert_eq!(row.filters_before, 4 * row.filters_after);
+                    let ratio = row.lsq_step_after / row.lsq_step_before;
+                    assert!((ratio - 4.0).abs() < 1e-5, "{row:?}");
+                    assert!(row.lsq_clipped_before > 0.4 && row.lsq_clipped_after < 0.1, "{row:?}");
+                    assert!(row.lsq_snr_after - row.lsq_snr_before > 5.0, "{row:?}");
+                }
                 "blocks.2.expand" => {
+                    assert_eq!(row.lsq_snr_before, row.lsq_snr_after);
                     assert_eq!(row.filters_before, row.filters_after);
                     assert_eq!(row.snr_4_bits_before, row.snr_4_bits_after);
                     assert_eq!(row.highest_output_before, row.highest_output_after);

@@ -43,6 +43,12 @@ pub(crate) fn method_label(method: &str) -> &str {
     published(method).map_or(method, |(label, _)| label)
 }
 
+/// The same method without PfQ, of one whose name says that PfQ goes before it.
+pub(crate) fn without_pfq(method: &str) -> Option<String> {
+    let after = method.strip_suffix(" after PfQ").map(String::from);
+    after.or_else(|| Some(format!("{} without PfQ", method.strip_suffix(" with PfQ")?)))
+}
+
 /// A colour for each of a plot's methods: the paper's have their own, and the others take the rest in turn.
 pub(crate) fn colours(methods: &[&str]) -> Vec<Colour> {
     let own: Vec<Option<Colour>> = methods.iter().map(|method| Some(published(method)?.1)).collect();

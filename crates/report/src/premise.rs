@@ -43,6 +43,18 @@ pub struct PremiseRow {
     pub snr_3_bits_before: f64,
     /// To 3 bits, after.
     pub snr_3_bits_after: f64,
+    /// The step that LSQ begins with at 3 bits, 2·mean|w|/√3 over the layer's weights before folding, before pruning.
+    pub lsq_step_before: f64,
+    /// After.
+    pub lsq_step_after: f64,
+    /// The share of the weights that stay, not folded, that are beyond its levels, −4 and 3 steps (0…1), before.
+    pub lsq_clipped_before: f64,
+    /// After.
+    pub lsq_clipped_after: f64,
+    /// Signal to noise, in decibels, of the weights that stay, not folded, at 3 bits with that step, before.
+    pub lsq_snr_before: f64,
+    /// After.
+    pub lsq_snr_after: f64,
     /// Signal to noise, in decibels, of the gradient of the weights that stay, in a training step with the batch's statistics whose
     /// activations are quantized to 4 bits, beside the same step without quantization, before.
     pub gradient_snr_before: f64,
@@ -58,8 +70,9 @@ pub struct PremiseRow {
     pub highest_output_after: f64,
 }
 
-/// Draws a network's layers in three panels, before and after: the dynamic range of folded weights on a logarithmic scale, the
-/// signal-to-noise ratio of their quantization to 4 and to 3 bits, and that of their gradients; as SVG and as PNG (2400×1440).
+/// Draws a network's layers in four panels, before and after: the dynamic range of folded weights on a logarithmic scale, the
+/// signal-to-noise ratio of their quantization to 4 and to 3 bits, that of weights with the step that LSQ begins with, and that of
+/// gradients; as SVG and as PNG (2400×1440).
 ///
 /// # Errors
 /// When a file can't be written, or there is no layer.
@@ -173,7 +186,7 @@ impl Picture for Chart<'_> {
             (&|row| log(row.dynamic_range_after), BLUE, 2.0),
         ];
         let title = "largest folded weight / median of the staying filters' largest";
-        self.panel(canvas, (152.0, 284.0), title, &ranges, &|tick| format!("1e{tick}"))?;
+        self.panel(canvas, (156.0, 238.0), title, &ranges, &|tick| format!("1e{tick}"))?;
         let snr: [Line; 4] = [
             (&|row| row.snr_4_bits_before, ORANGE, 2.5),
             (&|row| row.snr_4_bits_after, BLUE, 2.5),
@@ -181,11 +194,15 @@ impl Picture for Chart<'_> {
             (&|row| row.snr_3_bits_after, BLUE, 1.0),
         ];
         let title = "signal to noise of the weights that stay, dB: 4 bits (thick), 3 bits (thin)";
-        self.panel(canvas, (338.0, 470.0), title, &snr, &|tick| format!("{tick}"))?;
+        self.panel(canvas, (296.0, 378.0), title, &snr, &|tick| format!("{tick}"))?;
+        let lsq: [Line; 2] =
+            [(&|row| row.lsq_snr_before, ORANGE, 2.0), (&|row| row.lsq_snr_after, BLUE, 2.0)];
+        let title = "the same before folding, dB: 3 bits at the step that LSQ begins with";
+        self.panel(canvas, (436.0, 518.0), title, &lsq, &|tick| format!("{tick}"))?;
         let gradients: [Line; 2] =
             [(&|row| row.gradient_snr_before, ORANGE, 2.0), (&|row| row.gradient_snr_after, BLUE, 2.0)];
         let title = "signal to noise of the gradients of the weights that stay, dB: activations of 4 bits";
-        self.panel(canvas, (524.0, 656.0), title, &gradients, &|tick| format!("{tick}"))?;
+        self.panel(canvas, (576.0, 658.0), title, &gradients, &|tick| format!("{tick}"))?;
         let text = "From left to right: the layers in their order. One grid for each layer, between the extremes of its weights.";
         canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
     }
@@ -207,7 +224,7 @@ impl Chart<'_> {
         let low = finite().fold(0.0, f64::min).floor();
         let high = finite().fold(low + 1.0, f64::max).ceil();
         let height = |value: f64| bottom - (bottom - top) * (value - low) / (high - low);
-        let step = ((high - low) / 6.0).ceil().max(1.0) as usize;
+        let step = ((high - low) / 5.0).ceil().max(1.0) as usize;
         let style = SOFT_PLAIN.sized(12.0).held(HPos::Right);
         for tick in (low as i64..=high as i64).step_by(step) {
             let y = height(tick as f64);
@@ -255,6 +272,12 @@ mod tests {
             snr_4_bits_after: 17.0,
             snr_3_bits_before: if i == 2 { f64::INFINITY } else { -6.0 },
             snr_3_bits_after: 11.0,
+            lsq_step_before: 0.01,
+            lsq_step_after: 0.1,
+            lsq_clipped_before: 0.6,
+            lsq_clipped_after: 0.1,
+            lsq_snr_before: 3.0,
+            lsq_snr_after: 11.0,
             gradient_snr_before: 1.0,
             gradient_snr_after: 2.0,
             lowest_output_before: 0.0,

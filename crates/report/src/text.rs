@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::names::{FLOAT, bits_label, dataset_label, is_synthetic, method_label, model_label, table_label};
+use crate::names::{
+    FLOAT, bits_label, dataset_label, is_synthetic, method_label, model_label, table_label, without_pfq,
+};
 use crate::paper::{Paper, PaperPruned};
 use crate::row::Row;
 use crate::stats::{Estimate, Range, Summary, Verdict, paired, summarize};
@@ -189,7 +191,7 @@ fn results(group: &[Summary]) -> Vec<Vec<Cell>> {
     rows
 }
 
-/// The proposed method against another of its group.
+/// A method against another of its group.
 struct Ordering<'a> {
     ours: &'a Summary,
     other: &'a Summary,
@@ -208,18 +210,27 @@ const ORDERINGS: [Column; 8] = [
     ("verdict", false),
 ];
 
+/// What is compared in a group: every method with the same without PfQ, and the last, which is the proposed one or the default,
+/// with all others.
 fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
-    let Some((ours, others)) = group.split_last() else { return Vec::new() };
+    let Some((last, others)) = group.split_last() else { return Vec::new() };
+    let unpruned = |ours: &'a Summary| {
+        let name = without_pfq(&ours.method)?;
+        Some((ours, others.iter().find(|other| other.method == name)?))
+    };
+    let mut pairs: Vec<(&Summary, &Summary)> = group.iter().filter_map(unpruned).collect();
+    let with_last = others.iter().map(|other| (last, other)).filter(|pair| !pairs.contains(pair));
+    pairs.extend(with_last.collect::<Vec<_>>());
     let alike =
-        |row: &&Row| (&*row.table, &*row.dataset, row.width) == (&*ours.table, &*ours.dataset, ours.width);
+        |row: &&Row| (&*row.table, &*row.dataset, row.width) == (&*last.table, &*last.dataset, last.width);
     let rows: Vec<Row> = rows.iter().filter(alike).cloned().collect();
-    let ordering = |other: &'a Summary| {
+    let ordering = |(ours, other): (&'a Summary, &'a Summary)| {
         let (abits, wbits) = (ours.activation_bits, ours.weight_bits);
         let difference = paired(&rows, &ours.model, abits, wbits, &ours.method, &other.method)?;
         let paper = ours.paper_top1_percent.zip(other.paper_top1_percent).map(|(ours, other)| ours - other);
         Some(Ordering { ours, other, difference, paper })
     };
-    others.iter().filter_map(ordering).collect()
+    pairs.into_iter().filter_map(ordering).collect()
 }
 
 impl Ordering<'_> {

@@ -257,6 +257,19 @@ fn ablations_have_nothing_published_beside_them() {
     }
     assert!(!text.contains("paper"), "{text}");
     assert!(text.contains("that the runs began from: MobileNetV2 ×0.25 75.50 %.\n"), "{text}");
+    // What PfQ changes of each method is asked first, and once.
+    let methods =
+        [("fold", 70.0), ("fold after PfQ", 71.0), ("live without PfQ", 73.0), ("live with PfQ", 72.5)];
+    let pairs: Vec<Row> = methods.map(|(method, top1)| alternative(method, 0, top1)).into();
+    let text = markdown(&pairs, &About::default());
+    let compared: Vec<&str> = text.lines().filter_map(|line| line.split(" | A4/W4 | ").nth(1)).collect();
+    let expect = [
+        "fold after PfQ − fold | +1.00 | – | 1 |",
+        "live with PfQ − live without PfQ | −0.50 | – | 1 |",
+        "live with PfQ − fold | +2.50 | – | 1 |",
+        "live with PfQ − fold after PfQ | +1.50 | – | 1 |",
+    ];
+    assert_eq!(compared[methods.len()..], expect, "{text}");
     // One over the pre-training.
     let rows = [rows[0].clone(), Row { float_top1_percent: 74.0, ..rows[1].clone() }];
     let text = markdown(&rows, &About::default());
