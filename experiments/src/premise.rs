@@ -277,20 +277,21 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
     text += "| network | | before | after | layers that change |\n|---|---|--:|--:|--:|\n";
     for (config, outcome, rows, filters) in found {
         let model = config.version.name();
-        let mut line =
-            |what: &str, of: &dyn Fn(&PremiseRow) -> (f64, f64), changes: &dyn Fn(f64, f64) -> bool| {
-                // A block that is dead has no gradient, and so no noise of it.
-                let both = rows.iter().map(of).filter(|(a, b)| !a.is_nan() && !b.is_nan());
-                let (before, after): (Vec<f64>, Vec<f64>) = both.unzip();
-                let changed = before.iter().zip(&after).filter(|(a, b)| changes(**a, **b)).count();
-                text += &format!(
-                    "| {model} ×{} | {what} | {:.2} | {:.2} | {changed} of {} |\n",
-                    config.width,
-                    median(&before),
-                    median(&after),
-                    before.len()
-                );
-            };
+        let mut line = |what: &str,
+                        of: &dyn Fn(&PremiseRow) -> (f64, f64),
+                        changes: &dyn Fn(f64, f64) -> bool| {
+            // A block that is dead has no gradient, and so no noise of it.
+            let both = rows.iter().map(of).filter(|(a, b)| !a.is_nan() && !b.is_nan());
+            let (before, after): (Vec<f64>, Vec<f64>) = both.unzip();
+            let changed = before.iter().zip(&after).filter(|(a, b)| changes(**a, **b)).count();
+            let [before_median, after_median] = [&before, &after].map(|values| median(values));
+            let digits = if before_median.abs() < 1.0 { 4 } else { 2 };
+            text += &format!(
+                "| {model} ×{} | {what} | {before_median:.digits$} | {after_median:.digits$} | {changed} of {} |\n",
+                config.width,
+                before.len()
+            );
+        };
         let tenth = |a: f64, b: f64| (a - b).abs() > 0.1 * a.abs().max(b.abs());
         let decibel = |a: f64, b: f64| (a - b).abs() > 1.0;
         line("dynamic range of the weights", &|r| (r.dynamic_range_before, r.dynamic_range_after), &tenth);
@@ -316,7 +317,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         let top1 = format!("pre-trained, top-1 {:.2} %", outcome.evaluation.top1_percent);
         let more = [format!("profile {}", profile.name), top1];
         let more: Vec<&str> = more.iter().map(String::as_str).collect();
-        let what = "folded weights before and after pruning";
+        let what = "weights before and after pruning";
         let threshold = profile.pfq.threshold.unwrap_or(1e-5);
         let caption = Caption::of_network(what, (model, config.width), data.name(), &more, threshold);
         let [svg, png] = ["svg", "png"].map(|extension| format!("premise_{model}.{extension}"));

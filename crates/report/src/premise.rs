@@ -223,10 +223,12 @@ impl Chart<'_> {
         let finite = || values().filter(|value| value.is_finite());
         let low = finite().fold(0.0, f64::min).floor();
         let high = finite().fold(low + 1.0, f64::max).ceil();
+        let step = ((high - low) / 5.0).ceil();
+        // Zero is one of the lines.
+        let low = (low / step).floor() * step;
         let height = |value: f64| bottom - (bottom - top) * (value - low) / (high - low);
-        let step = ((high - low) / 5.0).ceil().max(1.0) as usize;
         let style = SOFT_PLAIN.sized(12.0).held(HPos::Right);
-        for tick in (low as i64..=high as i64).step_by(step) {
+        for tick in (low as i64..=high as i64).step_by(step as usize) {
             let y = height(tick as f64);
             canvas.line(&[(left, y), (right, y)], 1.0, if tick == 0 { SOFT } else { GRID })?;
             canvas.text(&label(tick), (left - 8.0, y + 4.0), &style)?;
