@@ -3,7 +3,7 @@
 //! Kernels are compiled for each [`Element`], which is that of all maps and gradients of a pass ([`by_element!`] chooses).
 
 use crate::cpu::simd;
-use crate::product::Factor;
+use crate::product::{Factor, Pair, Widened};
 use crate::work::{Progress, Writer, Written, append, write_tiles, write_with};
 use candle_core::WithDType;
 use half::bf16;
@@ -17,6 +17,9 @@ use std::ops::Range;
 pub(crate) trait Element: WithDType + Default {
     /// What products of such elements multiply ([`crate::product`]).
     type Factor: Factor<Element = Self>;
+
+    /// What they multiply where the machine has no instructions for these.
+    type Widened: Factor<Element = Self>;
 
     /// How many floats a kernel computes at once at most, if it can choose: of those that are rounded then, so many as stay in
     /// the first-level cache.
@@ -51,6 +54,7 @@ pub(crate) trait Element: WithDType + Default {
 
 impl Element for f32 {
     type Factor = Self;
+    type Widened = Self;
 
     const AT_ONCE: usize = usize::MAX;
 
@@ -90,7 +94,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    type Factor = crate::product::Pair;
+    type Factor = Pair;
+    type Widened = Widened;
 
     const AT_ONCE: usize = 8 * 1024;
 

@@ -250,7 +250,7 @@ fn level_factors<'a, T: Element>(
     let scale = grids.iter().cycle().take(columns).map(|grid| x_grid.step() * grid.step());
     Ok(Some(Factors::Levels {
         x,
-        zero_point: x_grid.zero_point() as i32,
+        grid: x_grid,
         w: IntegerPanels::new(&levels, depth, columns),
         scale: scale.chain(iter::repeat(0.0)).take(columns.next_multiple_of(LANES)).collect(),
     }))
@@ -259,7 +259,7 @@ fn level_factors<'a, T: Element>(
 /// The operands of a forward product.
 enum Factors<'a, T: Element> {
     Floats(Operand<'a, T>, Panels<T>),
-    Levels { x: &'a [u8], zero_point: i32, w: IntegerPanels, scale: Vec<f32> },
+    Levels { x: &'a [u8], grid: Grid, w: IntegerPanels, scale: Vec<f32> },
 }
 
 /// A forward product, whose result has the dimensions `dims`.
@@ -306,8 +306,8 @@ impl<T: Element> Blockwise for Product<'_, T> {
         let depth = self.sizes.depth;
         let part = rows.start * depth..rows.end * depth;
         match &self.factors {
-            Factors::Levels { x, zero_point, w, scale } => {
-                product::set_levels(&x[part], depth, *zero_point, w, scale, operands, z)
+            Factors::Levels { x, grid, w, scale } => {
+                product::set_levels(&x[part], depth, grid, w, scale, operands, z)
             }
             Factors::Floats(x, panels) => {
                 let sizes = ProductSizes { rows: rows.len(), ..self.sizes };

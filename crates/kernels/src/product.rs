@@ -7,17 +7,19 @@
 //! The left operand is read one element at a time, the right one by vectors. Weights are packed into [`Panels`]
 //! first; feature maps are read where they lie, unless both are wide ([`add_transposed`]).
 //!
-//! Halves (`bf16`) are multiplied in pairs of neighbours in the depth, as processors with AVX512-BF16 do, whose sums may
-//! differ from those of others in the last bits.
+//! Halves (`bf16`) are multiplied in pairs of neighbours in the depth by processors with AVX512-BF16, whose sums may
+//! differ from those of others in the last bits. Elsewhere their floats are multiplied, which they become as operands are
+//! packed.
 //!
 //! Integer products are exact, so they have the same bits by their nature. AVX-512 VNNI multiplies unsigned by
-//! signed bytes and adds up four products at a time.
+//! signed bytes and adds up four products at a time; AVX2 two, in 16 bits, which hold the sums of many of few bits.
 
 use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
 use crate::elements::Element;
 use crate::work::{Written, fill};
 use half::bf16;
+use quant_core::Grid;
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
@@ -36,7 +38,7 @@ const DEPTH: usize = 144;
 /// What is multiplied at once.
 pub(crate) trait Factor: Copy + Default + Send + Sync {
     /// What it is made of.
-    type Element: Element<Factor = Self>;
+    type Element: Element;
 
     /// How many elements, neighbours in the depth.
     const ELEMENTS: usize;
@@ -56,6 +58,11 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
         factors: &'a mut Vec<Self>,
     ) -> &'a [Self];
 
+    /// Whether the machine has instructions for them.
+    fn has_instructions() -> bool {
+        true
+    }
+
     /// `sum + a·b`.
     fn add_product(a: Self, b: Self, sum: f32) -> f32;
 
@@ -74,9 +81,9 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
     /// [`set`] by matrix tiles; returns whether the machine has them.
     fn set_by_tiles(
         _a: &[Self::Element],
-        _b: &Panels<Self::Element>,
+        _b: &Packed<Self, LANES>,
         _sizes: ProductSizes,
-        _operands: &mut Operands<Self::Element>,
+        _scratch: &mut Scratch<Self>,
         _c: &mut [MaybeUninit<f32>],
     ) -> bool {
         false
@@ -87,7 +94,7 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
         _a: &[Self::Element],
         _b: &[Self::Element],
         _sizes: ProductSizes,
-        _operands: &mut Operands<Self::Element>,
+        _scratch: &mut Scratch<Self>,
         _c: &mut [f32],
     ) -> bool {
         false
@@ -155,6 +162,16 @@ impl Factor for Pair {
         factors
     }
 
+    #[cfg(target_arch = "x86_64")]
+    fn has_instructions() -> bool {
+        Instructions::with_bf16() || has_tiles()
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn has_instructions() -> bool {
+        false
+    }
+
     #[inline(always)]
     fn add_product(a: Self, b: Self, sum: f32) -> f32 {
         let [a, b] = [a, b].map(|pair| pair.0.map(Element::float));
@@ -181,9 +198,9 @@ impl Factor for Pair {
     #[cfg(target_arch = "x86_64")]
     fn set_by_tiles(
         a: &[bf16],
-        b: &Panels<bf16>,
+        b: &Packed<Self, LANES>,
         sizes: ProductSizes,
-        operands: &mut Operands<bf16>,
+        scratch: &mut Scratch<Self>,
         c: &mut [MaybeUninit<f32>],
     ) -> bool {
         let has = has_tiles();
@@ -191,7 +208,7 @@ impl Factor for Pair {
             // SAFETY: the machine has them.
             #[allow(unsafe_code)]
             unsafe {
-                amx::set(a, &b.0.lines, sizes, &mut operands.left.lines, c)
+                amx::set(a, &b.lines, sizes, &mut scratch.left.lines, c)
             };
         }
         has
@@ -202,12 +219,12 @@ impl Factor for Pair {
         a: &[bf16],
         b: &[bf16],
         sizes: ProductSizes,
-        operands: &mut Operands<bf16>,
+        scratch: &mut Scratch<Self>,
         c: &mut [f32],
     ) -> bool {
         let has = has_tiles();
         if has {
-            let Operands { left, right, .. } = operands;
+            let Scratch { left, right, .. } = scratch;
             // SAFETY: the machine has them.
             #[allow(unsafe_code)]
             unsafe {
@@ -228,6 +245,40 @@ simd! {
                 _ => pairs.extend(first.iter().zip(second).map(|(first, second)| Pair([*first, *second]))),
             }
         }
+    }
+}
+
+/// The float of a half.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub(crate) struct Widened(f32);
+
+impl Factor for Widened {
+    type Element = bf16;
+
+    const ELEMENTS: usize = 1;
+    const STEP: usize = 1;
+
+    fn of_rows<'a>(rows: &'a [bf16], _: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
+        factors.clear();
+        widen(rows, factors);
+        factors
+    }
+
+    fn of_columns<'a>(rows: &'a [bf16], _: usize, _: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
+        Self::of_rows(rows, 1, factors)
+    }
+
+    #[inline(always)]
+    fn add_product(a: Self, b: Self, sum: f32) -> f32 {
+        a.0.mul_add(b.0, sum)
+    }
+}
+
+simd! {
+    /// Appends what the halves stand for.
+    fn widen(halves: &[bf16], factors: &mut Vec<Widened>) {
+        factors.extend(halves.iter().map(|half| Widened(half.float())));
     }
 }
 
@@ -285,7 +336,7 @@ struct Line<F>([F; LANES]);
 
 /// The columns of a matrix, `W` at a time, all of the depth, those that are missing 0.
 #[derive(Default)]
-struct Packed<F, const W: usize> {
+pub(crate) struct Packed<F, const W: usize> {
     lines: Vec<Line<F>>,
     depth: usize,
 }
@@ -348,20 +399,20 @@ impl<F: Factor> Packed<F, LANES> {
     }
 }
 
-/// Weights as the right operand of maps of elements `T`.
-pub(crate) struct Panels<T: Element>(Packed<T::Factor, LANES>);
+/// Weights as the right operand of maps of elements `T`: as what the machine multiplies, or else as floats.
+pub(crate) enum Panels<T: Element> {
+    Factors(Packed<T::Factor, LANES>),
+    Widened(Packed<T::Widened, LANES>),
+}
 
 impl<T: Element> Panels<T> {
-    /// From `w[depth, columns]`. The depth is filled up with zeros to whole steps.
+    /// From `w[depth, columns]`.
     pub(crate) fn new(w: &[f32], columns: usize) -> Self {
-        let (mut packed, mut factors) = (Packed { lines: Vec::new(), depth: 0 }, Vec::new());
-        let (mut w, depth) = (T::all_nearest(w), w.len() / columns);
-        let filled = depth.next_multiple_of(T::Factor::STEP);
-        if filled > depth {
-            w.to_mut().resize(filled * columns, T::default());
+        if T::Factor::has_instructions() {
+            Self::Factors(Packed::of_weights(w, columns))
+        } else {
+            Self::Widened(Packed::of_weights(w, columns))
         }
-        packed.pack(T::Factor::of_columns(&w, columns, 0, &mut factors), columns);
-        Self(packed)
     }
 
     /// From the transpose of `w[columns, depth]`.
@@ -370,6 +421,20 @@ impl<T: Element> Panels<T> {
         let rows =
             fill(w.len(), LANES * columns, |part, rows| transpose(w, depth, part.start / columns, rows));
         Self::new(&rows, columns)
+    }
+}
+
+impl<F: Factor> Packed<F, LANES> {
+    /// `w[depth, columns]`, rounded to elements. The depth is filled up with zeros to whole steps.
+    fn of_weights(w: &[f32], columns: usize) -> Self {
+        let (mut packed, mut factors) = (Self { lines: Vec::new(), depth: 0 }, Vec::new());
+        let (mut w, depth) = (F::Element::all_nearest(w), w.len() / columns);
+        let filled = depth.next_multiple_of(F::STEP);
+        if filled > depth {
+            w.to_mut().resize(filled * columns, F::Element::default());
+        }
+        packed.pack(F::of_columns(&w, columns, 0, &mut factors), columns);
+        packed
     }
 }
 
@@ -395,10 +460,24 @@ pub(crate) fn set<'c, T: Element>(
     operands: &mut Operands<T>,
     c: &'c mut [MaybeUninit<f32>],
 ) -> &'c mut [f32] {
-    if !T::Factor::set_by_tiles(a, b, sizes, operands, c) {
-        let depth = sizes.depth.div_ceil(T::Factor::ELEMENTS);
-        let a = Left::rows(T::Factor::of_rows(a, sizes.depth, &mut operands.left_factors), depth);
-        T::Factor::product(a, b.0.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
+    match b {
+        Panels::Factors(b) => set_factors(a, b, sizes, &mut operands.factors, c),
+        Panels::Widened(b) => set_factors(a, b, sizes, &mut operands.widened, c),
+    }
+}
+
+/// [`set`] by factors of one kind.
+fn set_factors<'c, F: Factor>(
+    a: &[F::Element],
+    b: &Packed<F, LANES>,
+    sizes: ProductSizes,
+    scratch: &mut Scratch<F>,
+    c: &'c mut [MaybeUninit<f32>],
+) -> &'c mut [f32] {
+    if !F::set_by_tiles(a, b, sizes, scratch, c) {
+        let depth = sizes.depth.div_ceil(F::ELEMENTS);
+        let a = Left::rows(F::of_rows(a, sizes.depth, &mut scratch.left_factors), depth);
+        F::product(a, b.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
     }
     // SAFETY: either writes all of `c`: without `add`, `product` does.
     #[allow(unsafe_code)]
@@ -407,28 +486,31 @@ pub(crate) fn set<'c, T: Element>(
     }
 }
 
-/// Memory for the operands of products.
+/// Memory for the operands of products of maps of elements `T`.
 pub(crate) struct Operands<T: Element> {
-    left_factors: Vec<T::Factor>,
-    right_factors: Vec<T::Factor>,
-    left: Packed<T::Factor, ROWS>,
-    right: Packed<T::Factor, LANES>,
+    factors: Scratch<T::Factor>,
+    widened: Scratch<T::Widened>,
     /// Levels of a left operand, in matrix tiles.
     levels: Vec<Line<[u8; GROUP]>>,
 }
 
 impl<T: Element> Default for Operands<T> {
     fn default() -> Self {
-        let (left, right) = (Packed { lines: Vec::new(), depth: 0 }, Packed { lines: Vec::new(), depth: 0 });
-        Self { left_factors: Vec::new(), right_factors: Vec::new(), left, right, levels: Vec::new() }
+        Self { factors: Scratch::default(), widened: Scratch::default(), levels: Vec::new() }
     }
+}
+
+/// Memory for operands of one kind of factors.
+#[derive(Default)]
+pub(crate) struct Scratch<F> {
+    left_factors: Vec<F>,
+    right_factors: Vec<F>,
+    left: Packed<F, ROWS>,
+    right: Packed<F, LANES>,
 }
 
 /// `c += aᵀ·b` of `a[depth, rows]` and `b[depth, columns]`, after whose last row [`LANES`] elements must follow; what
 /// they are has no effect.
-///
-/// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A row
-/// of theirs costs `rows + columns` copies for `rows·columns` products, so narrow ones are not.
 pub(crate) fn add_transposed<T: Element>(
     a: &[T],
     b: &[T],
@@ -436,29 +518,47 @@ pub(crate) fn add_transposed<T: Element>(
     operands: &mut Operands<T>,
     c: &mut [f32],
 ) {
+    if T::Factor::has_instructions() {
+        add_transposed_factors(a, b, sizes, &mut operands.factors, c);
+    } else {
+        add_transposed_factors(a, b, sizes, &mut operands.widened, c);
+    }
+}
+
+/// [`add_transposed`] by factors of one kind.
+///
+/// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A row
+/// of theirs costs `rows + columns` copies for `rows·columns` products, so narrow ones are not.
+fn add_transposed_factors<F: Factor>(
+    a: &[F::Element],
+    b: &[F::Element],
+    sizes: ProductSizes,
+    scratch: &mut Scratch<F>,
+    c: &mut [f32],
+) {
     let ProductSizes { rows, columns, depth } = sizes;
     assert!(a.len() == depth * rows && b.len() == depth * columns + LANES);
-    if T::Factor::add_transposed_by_tiles(a, &b[..depth * columns], sizes, operands, c) {
+    if F::add_transposed_by_tiles(a, &b[..depth * columns], sizes, scratch, c) {
         return;
     }
     // SAFETY: `product` writes nothing but floats.
     #[allow(unsafe_code)]
     let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
-    let elements = T::Factor::ELEMENTS;
+    let Scratch { left_factors, right_factors, left, right } = scratch;
     if rows * columns < PACKED * (rows + columns) {
-        let a = T::Factor::of_columns(a, rows, 0, &mut operands.left_factors);
-        let b = T::Factor::of_columns(b, columns, LANES, &mut operands.right_factors);
-        let sizes = ProductSizes { depth: depth.div_ceil(elements), ..sizes };
-        T::Factor::product(Left::columns(a, rows), Right::rows(b, columns), sizes, c, true, DEPTH / 2);
+        let a = F::of_columns(a, rows, 0, left_factors);
+        let b = F::of_columns(b, columns, LANES, right_factors);
+        let sizes = ProductSizes { depth: depth.div_ceil(F::ELEMENTS), ..sizes };
+        F::product(Left::columns(a, rows), Right::rows(b, columns), sizes, c, true, DEPTH / 2);
         return;
     }
-    let step = equal_steps(depth.div_ceil(elements), PACKED_DEPTH) * elements;
+    let step = equal_steps(depth.div_ceil(F::ELEMENTS), PACKED_DEPTH) * F::ELEMENTS;
     for (a, b) in a.chunks(step * rows).zip(b[..depth * columns].chunks(step * columns)) {
-        let a = T::Factor::of_columns(a, rows, 0, &mut operands.left_factors);
-        let b = T::Factor::of_columns(b, columns, 0, &mut operands.right_factors);
-        pack((a, rows), (b, columns), &mut operands.left, &mut operands.right);
+        let a = F::of_columns(a, rows, 0, left_factors);
+        let b = F::of_columns(b, columns, 0, right_factors);
+        pack((a, rows), (b, columns), left, right);
         let sizes = ProductSizes { depth: a.len() / rows, ..sizes };
-        T::Factor::product(operands.left.left(), operands.right.right(), sizes, c, true, DEPTH);
+        F::product(left.left(), right.right(), sizes, c, true, DEPTH);
     }
 }
 
@@ -783,6 +883,8 @@ pub(crate) struct IntegerPanels {
     columns: usize,
     /// The sum of each column.
     sums: Vec<i32>,
+    /// The largest size of a weight.
+    largest: u32,
 }
 
 impl IntegerPanels {
@@ -800,7 +902,8 @@ impl IntegerPanels {
                 }
             }
         }
-        Self { lines, groups, columns, sums }
+        let largest = w.iter().map(|w| u32::from(w.unsigned_abs())).max().unwrap_or(0);
+        Self { lines, groups, columns, sums, largest }
     }
 }
 
@@ -809,12 +912,12 @@ fn groups(depth: usize) -> usize {
     depth.div_ceil(GROUP).next_multiple_of(LANES)
 }
 
-/// Writes `c = scale · (x − zero_point)·w` of `x[rows, depth]`: exact but for the scale and, beyond 2²⁴, the conversion.
-/// There is a scale for each column, those that are missing in the last vector included.
+/// Writes `c = scale · (x − zero_point)·w` of the numbers `x[rows, depth]` of a grid's levels: exact but for the scale and, beyond
+/// 2²⁴, the conversion. There is a scale for each column, those that are missing in the last vector included.
 pub(crate) fn set_levels<'c, T: Element>(
     x: &[u8],
     depth: usize,
-    zero_point: i32,
+    grid: &Grid,
     w: &IntegerPanels,
     scale: &[f32],
     operands: &mut Operands<T>,
@@ -823,8 +926,9 @@ pub(crate) fn set_levels<'c, T: Element>(
     let rows = c.len() / w.columns;
     assert!(groups(depth) == w.groups && x.len() == rows * depth && c.len() == rows * w.columns);
     assert_eq!(scale.len(), w.sums.len());
+    let zero_point = grid.zero_point() as i32;
     let shift: Vec<i32> = w.sums.iter().map(|sum| -zero_point * sum).collect();
-    let product = LevelProduct { x, depth, w, shift: &shift, scale };
+    let product = LevelProduct { x, highest: grid.max_level() as u32, depth, w, shift: &shift, scale };
     if cfg!(debug_assertions) {
         // So that tests see what is not written.
         c.fill(MaybeUninit::new(f32::NAN));
@@ -840,6 +944,8 @@ pub(crate) fn set_levels<'c, T: Element>(
 /// The operands of [`set_levels`]; `shift` is what each column's sums begin with.
 struct LevelProduct<'a> {
     x: &'a [u8],
+    /// No element of `x` is larger.
+    highest: u32,
     depth: usize,
     w: &'a IntegerPanels,
     shift: &'a [i32],
@@ -847,6 +953,13 @@ struct LevelProduct<'a> {
 }
 
 impl LevelProduct<'_> {
+    /// The groups of which sums of every other product fit 16 bits, whatever the levels are.
+    #[cfg(target_arch = "x86_64")]
+    fn groups_in_16_bits(&self) -> usize {
+        let most_of_a_group = 2 * self.highest * self.w.largest;
+        (i16::MAX as u32).checked_div(most_of_a_group).map_or(usize::MAX, |groups| groups as usize)
+    }
+
     /// Writes all of `c`, of so many rows, by the instructions that the machine has.
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
     fn set(&self, rows: usize, tiles: &mut Vec<Line<[u8; GROUP]>>, c: &mut [MaybeUninit<f32>]) {
@@ -860,13 +973,19 @@ impl LevelProduct<'_> {
                 return unsafe { vnni::set(self, rows, c) };
             }
         }
+        #[cfg(target_arch = "x86_64")]
+        if Instructions::current() >= Instructions::Avx2 && self.groups_in_16_bits() > 0 {
+            // SAFETY: the machine has the instructions, and the operands the rows.
+            #[allow(unsafe_code)]
+            return unsafe { avx2::set(self, rows, c) };
+        }
         set_levels_plainly(self, c);
     }
 }
 
 simd! {
     fn set_levels_plainly(product: &LevelProduct<'_>, c: &mut [MaybeUninit<f32>]) {
-        let LevelProduct { x, depth, w, shift, scale } = *product;
+        let LevelProduct { x, depth, w, shift, scale, .. } = *product;
         for (x, c) in x.chunks_exact(depth).zip(c.chunks_exact_mut(w.columns)) {
             let columns = shift.chunks_exact(LANES).zip(scale.chunks_exact(LANES));
             let panels = w.lines.chunks_exact(w.groups).zip(columns);
@@ -889,9 +1008,126 @@ simd! {
     }
 }
 
+/// The last group of a row of `depth` bytes, which is not whole: those that are missing 0.
+///
+/// # Safety
+/// The row must have so many bytes.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn rest_of_row(row: *const u8, depth: usize) -> i32 {
+    let mut bytes = [0; GROUP];
+    for (byte, p) in bytes.iter_mut().zip(depth / GROUP * GROUP..depth) {
+        // SAFETY: it lies before the row's end.
+        *byte = unsafe { *row.add(p) };
+    }
+    i32::from_ne_bytes(bytes)
+}
+
+/// Products of levels of few bits: `VPMADDUBSW` adds up two neighbours in 16 bits, where the sums stay for as many groups as fit.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::{GROUP, LANES, LevelProduct, rest_of_row};
+    use std::arch::x86_64::*;
+    use std::mem::MaybeUninit;
+
+    /// Registers of the columns of a panel.
+    const V: usize = 2;
+
+    /// Writes all of `c`.
+    ///
+    /// # Safety
+    /// The machine must have the instructions, `product.x` and `c` have `rows` rows, and the sums of a group fit 16 bits.
+    #[target_feature(enable = "avx2,fma,bmi2")]
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn set(product: &LevelProduct<'_>, rows: usize, c: &mut [MaybeUninit<f32>]) {
+        for panel in 0..product.w.columns.div_ceil(LANES) {
+            let mut i = 0;
+            while i < rows {
+                // SAFETY: so many rows are left, or more.
+                unsafe {
+                    i += match rows - i {
+                        6.. => tile::<6>(product, i, panel, c),
+                        2.. => tile::<2>(product, i, panel, c),
+                        _ => tile::<1>(product, i, panel, c),
+                    };
+                }
+            }
+        }
+    }
+
+    /// Writes `R` rows of a panel, and returns `R`.
+    ///
+    /// # Safety
+    /// As of [`set`]; the rows and the panel must exist.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,bmi2")]
+    #[allow(unsafe_code)]
+    unsafe fn tile<const R: usize>(
+        product: &LevelProduct<'_>,
+        row: usize,
+        panel: usize,
+        c: &mut [MaybeUninit<f32>],
+    ) -> usize {
+        let LevelProduct { x, depth, w, shift, scale, .. } = *product;
+        let (whole, groups, most) = (depth / GROUP, depth.div_ceil(GROUP), product.groups_in_16_bits());
+        // SAFETY: the caller has made sure of rows `row..row + R` and of the panel, of whose columns no more are stored than there
+        // are; the last group of a row is read byte by byte where it is not whole.
+        unsafe {
+            let x = x.as_ptr().add(row * depth);
+            let vectors = w.lines.as_ptr().add(panel * w.groups).cast::<[__m256i; V]>();
+            let of_panel = |values: *const __m256i| -> [__m256i; V] {
+                std::array::from_fn(|j| _mm256_loadu_si256(values.add(panel * V + j)))
+            };
+            let mut sums = [of_panel(shift.as_ptr().cast()); R];
+            let mut first = 0;
+            while first < groups {
+                let end = groups.min(first.saturating_add(most));
+                let mut short = [[_mm256_setzero_si256(); V]; R];
+                let mut add = |group: usize, x: [i32; R]| {
+                    let vectors = &*vectors.add(group);
+                    for i in 0..R {
+                        let x = _mm256_set1_epi32(x[i]);
+                        for j in 0..V {
+                            let products = _mm256_maddubs_epi16(x, vectors[j]);
+                            short[i][j] = _mm256_add_epi16(short[i][j], products);
+                        }
+                    }
+                };
+                for group in first..end.min(whole) {
+                    let group_of = |i| x.add(i * depth + group * GROUP).cast::<i32>().read_unaligned();
+                    add(group, std::array::from_fn(group_of));
+                }
+                if end > whole {
+                    add(whole, std::array::from_fn(|i| rest_of_row(x.add(i * depth), depth)));
+                }
+                let one = _mm256_set1_epi16(1);
+                for i in 0..R {
+                    for j in 0..V {
+                        sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(short[i][j], one));
+                    }
+                }
+                first = end;
+            }
+            let scale = of_panel(scale.as_ptr().cast());
+            let columns = (w.columns - panel * LANES).min(LANES);
+            for i in 0..R {
+                let c = &mut c[(row + i) * w.columns + panel * LANES..][..columns];
+                let mut scaled = [_mm256_setzero_ps(); V];
+                for j in 0..V {
+                    scaled[j] = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i][j]), _mm256_castsi256_ps(scale[j]));
+                }
+                let scaled: [MaybeUninit<f32>; LANES] = std::mem::transmute(scaled);
+                c.copy_from_slice(&scaled[..columns]);
+            }
+        }
+        R
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod vnni {
-    use super::{GROUP, LANES, LevelProduct};
+    use super::{GROUP, LANES, LevelProduct, rest_of_row};
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
@@ -934,7 +1170,7 @@ mod vnni {
         panel: usize,
         c: &mut [MaybeUninit<f32>],
     ) -> usize {
-        let LevelProduct { x, depth, w, shift, scale } = *product;
+        let LevelProduct { x, depth, w, shift, scale, .. } = *product;
         // SAFETY: the caller has made sure of rows `row..row + R` and panels `panel..panel + V`; the last group of a
         // row is read byte by byte where it is not whole, and stores are masked where a panel is not.
         unsafe {
@@ -964,13 +1200,7 @@ mod vnni {
                 );
             }
             if !depth.is_multiple_of(GROUP) {
-                let mut rest = [[0; GROUP]; R];
-                for (i, rest) in rest.iter_mut().enumerate() {
-                    for (t, byte) in rest.iter_mut().take(depth - whole * GROUP).enumerate() {
-                        *byte = *x.add(i * depth + whole * GROUP + t);
-                    }
-                }
-                step(whole, rest.map(i32::from_ne_bytes));
+                step(whole, std::array::from_fn(|i| rest_of_row(x.add(i * depth), depth)));
             }
             let scales: [__m512; V] =
                 std::array::from_fn(|j| _mm512_loadu_ps(scale.as_ptr().add((panel + j) * LANES)));
@@ -995,6 +1225,7 @@ mod tests {
     use crate::testing::*;
     use crate::work::append;
     use candle_core::Tensor;
+    use quant_core::Bits;
 
     /// Rows, columns and depths around those of tiles and steps of the depth, narrow operands and wide ones.
     const SIZES: &[(usize, usize, usize)] = if cfg!(miri) {
@@ -1037,6 +1268,44 @@ mod tests {
                 assert_eq!(elements(&found), elements(&added_plainly), "{context}");
                 vec![found]
             });
+        }
+    }
+
+    /// Exact, so to the bit: bits of both from few to the most, with the largest levels everywhere, where sums of 16 bits would
+    /// overflow first, and with random ones.
+    #[test]
+    fn levels_are_multiplied_exactly() {
+        for &(m, n, k) in SIZES {
+            for (x_bits, largest) in [(2, 1), (3, 7), (4, 15), (8, 15), (8, 64), (8, 127)] {
+                let grid = Grid::new(-1.0, 2.0, Bits::new(x_bits).unwrap()).unwrap();
+                let highest = grid.max_level();
+                let zero_point = i64::from(grid.zero_point() as i32);
+                for random in [false, true] {
+                    let draw = |seed, len| if random { values(seed, len) } else { vec![1.0; len] };
+                    let x: Vec<u8> =
+                        draw(1, m * k).iter().map(|x| (x.abs().min(1.0) * highest) as u8).collect();
+                    let signed = |w: &f32| (w.clamp(-1.0, 1.0) * largest as f32) as i8;
+                    let w: Vec<i8> = draw(2, k * n).iter().map(signed).collect();
+                    let panels = IntegerPanels::new(&w, k, n);
+                    let scale = vec![0.5; panels.sums.len()];
+                    let term = |i: usize, j: usize, p: usize| {
+                        (i64::from(x[i * k + p]) - zero_point) * i64::from(w[p * n + j])
+                    };
+                    let sum = |at: usize| (0..k).map(|p| term(at / n, at % n, p)).sum::<i64>();
+                    let expected: Vec<f32> = (0..m * n).map(|at| sum(at) as f32 * 0.5).collect();
+                    for allowed in 0..3 {
+                        with_instructions(allowed, || {
+                            let (mut found, mut operands) = (Vec::new(), Operands::<f32>::default());
+                            append(&mut found, m * n, |c| {
+                                set_levels(&x, k, &grid, &panels, &scale, &mut operands, c)
+                            });
+                            let context =
+                                format!("{m} × {n}, depth {k}, up to {highest} · {largest}, {allowed}");
+                            assert!(found == expected, "{context}");
+                        });
+                    }
+                }
+            }
         }
     }
 

@@ -298,7 +298,7 @@ pub(super) unsafe fn set_levels(
     tiles: &mut Vec<Line<[u8; 4]>>,
     c: &mut [MaybeUninit<f32>],
 ) {
-    let LevelProduct { x, depth, w, shift, scale } = *product;
+    let LevelProduct { x, depth, w, shift, scale, .. } = *product;
     let columns = w.columns;
     assert!(x.len() == rows * depth && c.len() == rows * columns);
     assert!(shift.len() >= columns.next_multiple_of(SIDE) && scale.len() >= columns.next_multiple_of(SIDE));
@@ -436,7 +436,7 @@ mod tiles_in_software;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod tests {
-    use super::super::{IntegerPanels, Panels, groups, set_levels_plainly};
+    use super::super::{IntegerPanels, LANES, Packed, groups, set_levels_plainly};
     use super::*;
     use crate::elements::Element;
     use crate::testing::*;
@@ -494,11 +494,12 @@ mod tests {
                 }
             };
             let sizes = ProductSizes { rows: m, columns: n, depth: k };
-            let panels = Panels::<bf16>::new(&b.iter().map(|b| b.float()).collect::<Vec<_>>(), n);
+            let weights: Vec<f32> = b.iter().map(|b| b.float()).collect();
+            let panels = Packed::<Pair, LANES>::of_weights(&weights, n);
             let mut c = vec![MaybeUninit::new(f32::NAN); m * n];
             // SAFETY: there are tiles, and floats were written.
             let c = unsafe {
-                set(&a, &panels.0.lines, sizes, &mut Vec::new(), &mut c);
+                set(&a, &panels.lines, sizes, &mut Vec::new(), &mut c);
                 c.assume_init_ref()
             };
             close(c, &|_| 0.0, "set");
@@ -525,7 +526,14 @@ mod tests {
             assert_eq!(w.groups, groups(k));
             let scale: Vec<f32> = (0..w.sums.len()).map(|_| rng.random()).collect();
             let shift: Vec<i32> = w.sums.iter().map(|sum| -7 * sum).collect();
-            let levels = LevelProduct { x: &x, depth: k, w: &w, shift: &shift, scale: &scale };
+            let levels = LevelProduct {
+                x: &x,
+                highest: u32::from(u8::MAX),
+                depth: k,
+                w: &w,
+                shift: &shift,
+                scale: &scale,
+            };
             let [mut found, mut expected] = [(); 2].map(|()| vec![MaybeUninit::new(f32::NAN); m * n]);
             // SAFETY: there are tiles, and so many rows.
             unsafe { set_levels(&levels, m, &mut Vec::new(), &mut found) };
