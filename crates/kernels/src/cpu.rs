@@ -57,7 +57,14 @@ impl Instructions {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(crate) fn with_bf16() -> bool {
-        Self::current() >= Self::WIDE && std::arch::is_x86_feature_detected!("avx512bf16")
+        Self::current() >= Self::WIDE && Self::machine_has_bf16()
+    }
+
+    /// Whether this machine has AVX-512 with AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(crate) fn machine_has_bf16() -> bool {
+        Self::of_machine() >= Self::WIDE && std::arch::is_x86_feature_detected!("avx512bf16")
     }
 }
 

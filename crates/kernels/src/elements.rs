@@ -3,7 +3,7 @@
 //! Kernels are compiled for each [`Element`], which is that of all maps and gradients of a pass ([`by_element!`] chooses).
 
 use crate::cpu::simd;
-use crate::product::{Factor, Pair, Widened};
+use crate::product::{Factor, Widened};
 use crate::work::{Progress, Writer, Written, append, write_tiles, write_with};
 use candle_core::WithDType;
 use half::bf16;
@@ -94,7 +94,10 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    type Factor = Pair;
+    #[cfg(target_arch = "x86_64")]
+    type Factor = crate::product::Pair;
+    #[cfg(not(target_arch = "x86_64"))]
+    type Factor = Widened;
     type Widened = Widened;
 
     const AT_ONCE: usize = 8 * 1024;

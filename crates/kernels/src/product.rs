@@ -7,23 +7,25 @@
 //! The left operand is read one element at a time, the right one by vectors. Weights are packed into [`Panels`]
 //! first; feature maps are read where they lie, unless both are wide ([`add_transposed`]).
 //!
-//! Halves (`bf16`) are multiplied in pairs of neighbours in the depth by processors with AVX512-BF16, whose sums may
-//! differ from those of others in the last bits. Elsewhere their floats are multiplied, which they become as operands are
-//! packed.
-//!
-//! Integer products are exact, so they have the same bits by their nature. AVX-512 VNNI multiplies unsigned by
-//! signed bytes and adds up four products at a time; AVX2 two, in 16 bits, which hold the sums of many of few bits.
+//! Halves (`bf16`) are multiplied in [`pairs`] by processors with AVX512-BF16, whose sums may differ from those of others in the last
+//! bits. Elsewhere their floats are multiplied, which they become as operands are packed.
 
 use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
 use crate::elements::Element;
-use crate::work::{Written, fill};
+use crate::work::fill;
 use half::bf16;
-use quant_core::Grid;
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod levels;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
+
+pub(crate) use levels::{IntegerPanels, set_levels};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use pairs::Pair;
 
 /// Columns of a vector: one register of AVX-512, two of AVX2.
 pub(crate) const LANES: usize = 16;
@@ -58,15 +60,12 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
         factors: &'a mut Vec<Self>,
     ) -> &'a [Self];
 
-    /// Whether the machine has instructions for them.
-    fn has_instructions() -> bool {
+    /// Whether the machine multiplies them.
+    fn are_multiplied() -> bool {
         true
     }
 
-    /// `sum + a·b`.
-    fn add_product(a: Self, b: Self, sum: f32) -> f32;
-
-    /// [`product`], by the instructions that the machine has.
+    /// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
     fn product(
         a: Left<Self>,
         b: Right<Self>,
@@ -74,9 +73,7 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
         c: &mut [MaybeUninit<f32>],
         add: bool,
         most: usize,
-    ) {
-        product(a, b, sizes, c, add, most);
-    }
+    );
 
     /// [`set`] by matrix tiles; returns whether the machine has them.
     fn set_by_tiles(
@@ -115,69 +112,6 @@ impl Factor for f32 {
         rows
     }
 
-    #[inline(always)]
-    fn add_product(a: Self, b: Self, sum: f32) -> f32 {
-        a.mul_add(b, sum)
-    }
-}
-
-/// Whether there are matrix tiles to be used.
-#[cfg(target_arch = "x86_64")]
-fn has_tiles() -> bool {
-    Instructions::current() >= Instructions::WIDE && amx::available()
-}
-
-/// Two halves that are neighbours in the depth.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-pub(crate) struct Pair([bf16; 2]);
-
-impl Factor for Pair {
-    type Element = bf16;
-
-    const ELEMENTS: usize = 2;
-    const STEP: usize = 2 * LANES;
-
-    fn of_rows<'a>(rows: &'a [bf16], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
-        if depth.is_multiple_of(2) {
-            // SAFETY: pairs are so many halves.
-            #[allow(unsafe_code)]
-            return unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), rows.len() / 2) };
-        }
-        factors.clear();
-        let pair = |pair: &[bf16]| Self([pair[0], pair.get(1).copied().unwrap_or_default()]);
-        rows.chunks_exact(depth).for_each(|row| factors.extend(row.chunks(2).map(pair)));
-        factors
-    }
-
-    fn of_columns<'a>(
-        rows: &'a [bf16],
-        columns: usize,
-        left_over: usize,
-        factors: &'a mut Vec<Self>,
-    ) -> &'a [Self] {
-        factors.clear();
-        interleave(&rows[..rows.len() - left_over], columns, factors);
-        factors.extend(std::iter::repeat_n(Self::default(), left_over));
-        factors
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn has_instructions() -> bool {
-        Instructions::with_bf16() || has_tiles()
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn has_instructions() -> bool {
-        false
-    }
-
-    #[inline(always)]
-    fn add_product(a: Self, b: Self, sum: f32) -> f32 {
-        let [a, b] = [a, b].map(|pair| pair.0.map(Element::float));
-        a[1].mul_add(b[1], a[0].mul_add(b[0], sum))
-    }
-
     fn product(
         a: Left<Self>,
         b: Right<Self>,
@@ -186,65 +120,7 @@ impl Factor for Pair {
         add: bool,
         most: usize,
     ) {
-        #[cfg(target_arch = "x86_64")]
-        if Instructions::with_bf16() {
-            // SAFETY: the machine has the instructions.
-            #[allow(unsafe_code)]
-            return unsafe { dot::product(a, b, sizes, c, add, most) };
-        }
         product(a, b, sizes, c, add, most);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn set_by_tiles(
-        a: &[bf16],
-        b: &Packed<Self, LANES>,
-        sizes: ProductSizes,
-        scratch: &mut Scratch<Self>,
-        c: &mut [MaybeUninit<f32>],
-    ) -> bool {
-        let has = has_tiles();
-        if has {
-            // SAFETY: the machine has them.
-            #[allow(unsafe_code)]
-            unsafe {
-                amx::set(a, &b.lines, sizes, &mut scratch.left.lines, c)
-            };
-        }
-        has
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn add_transposed_by_tiles(
-        a: &[bf16],
-        b: &[bf16],
-        sizes: ProductSizes,
-        scratch: &mut Scratch<Self>,
-        c: &mut [f32],
-    ) -> bool {
-        let has = has_tiles();
-        if has {
-            let Scratch { left, right, .. } = scratch;
-            // SAFETY: the machine has them.
-            #[allow(unsafe_code)]
-            unsafe {
-                amx::add_transposed((a, b), sizes, (&mut left.lines, &mut right.lines), c)
-            };
-        }
-        has
-    }
-}
-
-simd! {
-    /// Appends the pairs of rows that follow each other, a missing one being 0.
-    fn interleave(rows: &[bf16], columns: usize, pairs: &mut Vec<Pair>) {
-        for rows in rows.chunks(2 * columns) {
-            let (first, second) = rows.split_at(columns);
-            match second.len() {
-                0 => pairs.extend(first.iter().map(|first| Pair([*first, bf16::ZERO]))),
-                _ => pairs.extend(first.iter().zip(second).map(|(first, second)| Pair([*first, *second]))),
-            }
-        }
     }
 }
 
@@ -269,9 +145,22 @@ impl Factor for Widened {
         Self::of_rows(rows, 1, factors)
     }
 
+    fn product(
+        a: Left<Self>,
+        b: Right<Self>,
+        sizes: ProductSizes,
+        c: &mut [MaybeUninit<f32>],
+        add: bool,
+        most: usize,
+    ) {
+        product(a, b, sizes, c, add, most);
+    }
+}
+
+impl From<Widened> for f32 {
     #[inline(always)]
-    fn add_product(a: Self, b: Self, sum: f32) -> f32 {
-        a.0.mul_add(b.0, sum)
+    fn from(widened: Widened) -> Self {
+        widened.0
     }
 }
 
@@ -408,7 +297,7 @@ pub(crate) enum Panels<T: Element> {
 impl<T: Element> Panels<T> {
     /// From `w[depth, columns]`.
     pub(crate) fn new(w: &[f32], columns: usize) -> Self {
-        if T::Factor::has_instructions() {
+        if T::Factor::are_multiplied() {
             Self::Factors(Packed::of_weights(w, columns))
         } else {
             Self::Widened(Packed::of_weights(w, columns))
@@ -491,7 +380,7 @@ pub(crate) struct Operands<T: Element> {
     factors: Scratch<T::Factor>,
     widened: Scratch<T::Widened>,
     /// Levels of a left operand, in matrix tiles.
-    levels: Vec<Line<[u8; GROUP]>>,
+    levels: Vec<Line<[u8; levels::GROUP]>>,
 }
 
 impl<T: Element> Default for Operands<T> {
@@ -518,7 +407,7 @@ pub(crate) fn add_transposed<T: Element>(
     operands: &mut Operands<T>,
     c: &mut [f32],
 ) {
-    if T::Factor::has_instructions() {
+    if T::Factor::are_multiplied() {
         add_transposed_factors(a, b, sizes, &mut operands.factors, c);
     } else {
         add_transposed_factors(a, b, sizes, &mut operands.widened, c);
@@ -586,9 +475,14 @@ fn equal_steps(depth: usize, step: usize) -> usize {
     depth.div_ceil(((depth + step / 2) / step).max(1))
 }
 
+/// A factor that is one number.
+pub(crate) trait Float: Factor + Into<f32> {}
+
+impl<F: Factor + Into<f32>> Float for F {}
+
 simd! {
-    /// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
-    fn product<F: Factor>(
+    /// [`Factor::product`] of floats.
+    fn product<F: Float>(
         a: Left<F>,
         b: Right<F>,
         sizes: ProductSizes,
@@ -602,57 +496,18 @@ simd! {
 
 /// How the products of a factor and a vector of them are added to the sums of the lanes.
 trait Multiply<F> {
-    /// Adds them by one instruction, if there is one; returns whether there is.
-    #[inline(always)]
-    fn add_products(_a: F, _b: &[F; LANES], _sums: &mut [f32; LANES]) -> bool {
-        false
-    }
+    fn add_products(a: F, b: &[F; LANES], sums: &mut [f32; LANES]);
 }
 
 /// Lane by lane, which compilers make vectors of.
 struct Plain;
 
-impl<F> Multiply<F> for Plain {}
-
-#[cfg(target_arch = "x86_64")]
-mod dot {
-    use super::{LANES, Left, Multiply, Pair, ProductSizes, Right, sum_up};
-    use std::arch::x86_64::*;
-    use std::mem::{MaybeUninit, transmute};
-
-    /// [`super::product`] by AVX512-BF16.
-    ///
-    /// # Safety
-    /// The machine must have the instructions.
-    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2,avx512bf16")]
-    #[allow(unsafe_code)]
-    pub(super) unsafe fn product(
-        a: Left<Pair>,
-        b: Right<Pair>,
-        sizes: ProductSizes,
-        c: &mut [MaybeUninit<f32>],
-        add: bool,
-        most: usize,
-    ) {
-        sum_up::<Pair, Dot>(a, b, sizes, c, add, most);
-    }
-
-    /// By `VDPBF16PS`, where [`product`] is compiled for it.
-    struct Dot;
-
-    impl Multiply<Pair> for Dot {
-        #[inline(always)]
-        fn add_products(a: Pair, b: &[Pair; LANES], sums: &mut [f32; LANES]) -> bool {
-            // SAFETY: this is inlined in `product` alone, whose caller has made sure of the instructions; vectors are
-            // so many numbers of the same sizes.
-            #[allow(unsafe_code)]
-            unsafe {
-                let a = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(transmute::<Pair, i32>(a)));
-                let b = transmute::<[Pair; LANES], __m512bh>(*b);
-                let sum = _mm512_dpbf16_ps(transmute::<[f32; LANES], __m512>(*sums), a, b);
-                *sums = transmute::<__m512, [f32; LANES]>(sum);
-            }
-            true
+impl<F: Float> Multiply<F> for Plain {
+    #[inline(always)]
+    fn add_products(a: F, b: &[F; LANES], sums: &mut [f32; LANES]) {
+        let a = a.into();
+        for lane in 0..LANES {
+            sums[lane] = a.mul_add(b[lane].into(), sums[lane]);
         }
     }
 }
@@ -825,11 +680,7 @@ impl<F: Factor> Tile<F> {
                 for i in 0..R {
                     let a = *self.a.add(i * self.a_steps.0 + p * self.a_steps.1);
                     for j in 0..V {
-                        if !M::add_products(a, &vectors[j], &mut sums[i][j]) {
-                            for lane in 0..LANES {
-                                sums[i][j][lane] = F::add_product(a, vectors[j][lane], sums[i][j][lane]);
-                            }
-                        }
+                        M::add_products(a, &vectors[j], &mut sums[i][j]);
                     }
                 }
             }
@@ -871,353 +722,6 @@ unsafe fn copy_rows(
     }
 }
 
-/// Products that an integer vector adds up in one lane.
-const GROUP: usize = 4;
-
-/// Integer weights as the right operand: 16 columns at a time, the depth in groups of four, those that are
-/// missing 0.
-pub(crate) struct IntegerPanels {
-    lines: Vec<Line<[i8; GROUP]>>,
-    /// Of a column, those that fill up a matrix tile included.
-    groups: usize,
-    columns: usize,
-    /// The sum of each column.
-    sums: Vec<i32>,
-    /// The largest size of a weight.
-    largest: u32,
-}
-
-impl IntegerPanels {
-    /// From `w[depth, columns]`.
-    pub(crate) fn new(w: &[i8], depth: usize, columns: usize) -> Self {
-        let groups = groups(depth);
-        let mut lines = vec![Line([[0; GROUP]; LANES]); columns.div_ceil(LANES) * groups];
-        let mut sums = vec![0; columns.next_multiple_of(LANES)];
-        for (p, row) in w.chunks_exact(columns).enumerate() {
-            for (panel, (row, sums)) in row.chunks(LANES).zip(sums.chunks_exact_mut(LANES)).enumerate() {
-                let vector = &mut lines[panel * groups + p / GROUP];
-                for ((slot, w), sum) in vector.0.iter_mut().zip(row).zip(sums) {
-                    slot[p % GROUP] = *w;
-                    *sum += i32::from(*w);
-                }
-            }
-        }
-        let largest = w.iter().map(|w| u32::from(w.unsigned_abs())).max().unwrap_or(0);
-        Self { lines, groups, columns, sums, largest }
-    }
-}
-
-/// The groups of a column, in whole matrix tiles.
-fn groups(depth: usize) -> usize {
-    depth.div_ceil(GROUP).next_multiple_of(LANES)
-}
-
-/// Writes `c = scale · (x − zero_point)·w` of the numbers `x[rows, depth]` of a grid's levels: exact but for the scale and, beyond
-/// 2²⁴, the conversion. There is a scale for each column, those that are missing in the last vector included.
-pub(crate) fn set_levels<'c, T: Element>(
-    x: &[u8],
-    depth: usize,
-    grid: &Grid,
-    w: &IntegerPanels,
-    scale: &[f32],
-    operands: &mut Operands<T>,
-    c: &'c mut [MaybeUninit<f32>],
-) -> Written<'c> {
-    let rows = c.len() / w.columns;
-    assert!(groups(depth) == w.groups && x.len() == rows * depth && c.len() == rows * w.columns);
-    assert_eq!(scale.len(), w.sums.len());
-    let zero_point = grid.zero_point() as i32;
-    let shift: Vec<i32> = w.sums.iter().map(|sum| -zero_point * sum).collect();
-    let product = LevelProduct { x, highest: grid.max_level() as u32, depth, w, shift: &shift, scale };
-    if cfg!(debug_assertions) {
-        // So that tests see what is not written.
-        c.fill(MaybeUninit::new(f32::NAN));
-    }
-    product.set(rows, &mut operands.levels, c);
-    // SAFETY: either has written all columns of all rows.
-    #[allow(unsafe_code)]
-    unsafe {
-        c.assume_init_ref().into()
-    }
-}
-
-/// The operands of [`set_levels`]; `shift` is what each column's sums begin with.
-struct LevelProduct<'a> {
-    x: &'a [u8],
-    /// No element of `x` is larger.
-    highest: u32,
-    depth: usize,
-    w: &'a IntegerPanels,
-    shift: &'a [i32],
-    scale: &'a [f32],
-}
-
-impl LevelProduct<'_> {
-    /// The groups of which sums of every other product fit 16 bits, whatever the levels are.
-    #[cfg(target_arch = "x86_64")]
-    fn groups_in_16_bits(&self) -> usize {
-        let most_of_a_group = 2 * self.highest * self.w.largest;
-        (i16::MAX as u32).checked_div(most_of_a_group).map_or(usize::MAX, |groups| groups as usize)
-    }
-
-    /// Writes all of `c`, of so many rows, by the instructions that the machine has.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
-    fn set(&self, rows: usize, tiles: &mut Vec<Line<[u8; GROUP]>>, c: &mut [MaybeUninit<f32>]) {
-        #[cfg(target_arch = "x86_64")]
-        if Instructions::current() >= Instructions::WIDE {
-            // SAFETY: the machine has the instructions, and the operands the rows.
-            #[allow(unsafe_code)]
-            if amx::available() {
-                return unsafe { amx::set_levels(self, rows, tiles, c) };
-            } else if is_x86_feature_detected!("avx512vnni") {
-                return unsafe { vnni::set(self, rows, c) };
-            }
-        }
-        #[cfg(target_arch = "x86_64")]
-        if Instructions::current() >= Instructions::Avx2 && self.groups_in_16_bits() > 0 {
-            // SAFETY: the machine has the instructions, and the operands the rows.
-            #[allow(unsafe_code)]
-            return unsafe { avx2::set(self, rows, c) };
-        }
-        set_levels_plainly(self, c);
-    }
-}
-
-simd! {
-    fn set_levels_plainly(product: &LevelProduct<'_>, c: &mut [MaybeUninit<f32>]) {
-        let LevelProduct { x, depth, w, shift, scale, .. } = *product;
-        for (x, c) in x.chunks_exact(depth).zip(c.chunks_exact_mut(w.columns)) {
-            let columns = shift.chunks_exact(LANES).zip(scale.chunks_exact(LANES));
-            let panels = w.lines.chunks_exact(w.groups).zip(columns);
-            for ((panel, (shift, scale)), c) in panels.zip(c.chunks_mut(LANES)) {
-                let mut sums = [0i32; LANES];
-                sums.copy_from_slice(shift);
-                for (x, Line(vector)) in x.chunks(GROUP).zip(panel) {
-                    for (t, x) in x.iter().enumerate() {
-                        let x = i32::from(*x);
-                        for (sum, w) in sums.iter_mut().zip(vector) {
-                            *sum += x * i32::from(w[t]);
-                        }
-                    }
-                }
-                for ((c, sum), scale) in c.iter_mut().zip(&sums).zip(scale) {
-                    c.write(*sum as f32 * scale);
-                }
-            }
-        }
-    }
-}
-
-/// The last group of a row of `depth` bytes, which is not whole: those that are missing 0.
-///
-/// # Safety
-/// The row must have so many bytes.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-#[allow(unsafe_code)]
-unsafe fn rest_of_row(row: *const u8, depth: usize) -> i32 {
-    let mut bytes = [0; GROUP];
-    for (byte, p) in bytes.iter_mut().zip(depth / GROUP * GROUP..depth) {
-        // SAFETY: it lies before the row's end.
-        *byte = unsafe { *row.add(p) };
-    }
-    i32::from_ne_bytes(bytes)
-}
-
-/// Products of levels of few bits: `VPMADDUBSW` adds up two neighbours in 16 bits, where the sums stay for as many groups as fit.
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use super::{GROUP, LANES, LevelProduct, rest_of_row};
-    use std::arch::x86_64::*;
-    use std::mem::MaybeUninit;
-
-    /// Registers of the columns of a panel.
-    const V: usize = 2;
-
-    /// Writes all of `c`.
-    ///
-    /// # Safety
-    /// The machine must have the instructions, `product.x` and `c` have `rows` rows, and the sums of a group fit 16 bits.
-    #[target_feature(enable = "avx2,fma,bmi2")]
-    #[allow(unsafe_code)]
-    pub(super) unsafe fn set(product: &LevelProduct<'_>, rows: usize, c: &mut [MaybeUninit<f32>]) {
-        for panel in 0..product.w.columns.div_ceil(LANES) {
-            let mut i = 0;
-            while i < rows {
-                // SAFETY: so many rows are left, or more.
-                unsafe {
-                    i += match rows - i {
-                        6.. => tile::<6>(product, i, panel, c),
-                        2.. => tile::<2>(product, i, panel, c),
-                        _ => tile::<1>(product, i, panel, c),
-                    };
-                }
-            }
-        }
-    }
-
-    /// Writes `R` rows of a panel, and returns `R`.
-    ///
-    /// # Safety
-    /// As of [`set`]; the rows and the panel must exist.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,bmi2")]
-    #[allow(unsafe_code)]
-    unsafe fn tile<const R: usize>(
-        product: &LevelProduct<'_>,
-        row: usize,
-        panel: usize,
-        c: &mut [MaybeUninit<f32>],
-    ) -> usize {
-        let LevelProduct { x, depth, w, shift, scale, .. } = *product;
-        let (whole, groups, most) = (depth / GROUP, depth.div_ceil(GROUP), product.groups_in_16_bits());
-        // SAFETY: the caller has made sure of rows `row..row + R` and of the panel, of whose columns no more are stored than there
-        // are; the last group of a row is read byte by byte where it is not whole.
-        unsafe {
-            let x = x.as_ptr().add(row * depth);
-            let vectors = w.lines.as_ptr().add(panel * w.groups).cast::<[__m256i; V]>();
-            let of_panel = |values: *const __m256i| -> [__m256i; V] {
-                std::array::from_fn(|j| _mm256_loadu_si256(values.add(panel * V + j)))
-            };
-            let mut sums = [of_panel(shift.as_ptr().cast()); R];
-            let mut first = 0;
-            while first < groups {
-                let end = groups.min(first.saturating_add(most));
-                let mut short = [[_mm256_setzero_si256(); V]; R];
-                let mut add = |group: usize, x: [i32; R]| {
-                    let vectors = &*vectors.add(group);
-                    for i in 0..R {
-                        let x = _mm256_set1_epi32(x[i]);
-                        for j in 0..V {
-                            let products = _mm256_maddubs_epi16(x, vectors[j]);
-                            short[i][j] = _mm256_add_epi16(short[i][j], products);
-                        }
-                    }
-                };
-                for group in first..end.min(whole) {
-                    let group_of = |i| x.add(i * depth + group * GROUP).cast::<i32>().read_unaligned();
-                    add(group, std::array::from_fn(group_of));
-                }
-                if end > whole {
-                    add(whole, std::array::from_fn(|i| rest_of_row(x.add(i * depth), depth)));
-                }
-                let one = _mm256_set1_epi16(1);
-                for i in 0..R {
-                    for j in 0..V {
-                        sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(short[i][j], one));
-                    }
-                }
-                first = end;
-            }
-            let scale = of_panel(scale.as_ptr().cast());
-            let columns = (w.columns - panel * LANES).min(LANES);
-            for i in 0..R {
-                let c = &mut c[(row + i) * w.columns + panel * LANES..][..columns];
-                let mut scaled = [_mm256_setzero_ps(); V];
-                for j in 0..V {
-                    scaled[j] = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i][j]), _mm256_castsi256_ps(scale[j]));
-                }
-                let scaled: [MaybeUninit<f32>; LANES] = std::mem::transmute(scaled);
-                c.copy_from_slice(&scaled[..columns]);
-            }
-        }
-        R
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod vnni {
-    use super::{GROUP, LANES, LevelProduct, rest_of_row};
-    use std::arch::x86_64::*;
-    use std::mem::MaybeUninit;
-
-    /// Writes all of `c`.
-    ///
-    /// # Safety
-    /// The machine must have the instructions, and `product.x` and `c` have `rows` rows.
-    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
-    #[allow(unsafe_code)]
-    pub(super) unsafe fn set(product: &LevelProduct<'_>, rows: usize, c: &mut [MaybeUninit<f32>]) {
-        let panels = product.w.columns.div_ceil(LANES);
-        for panel in (0..panels).step_by(3) {
-            let mut i = 0;
-            while i < rows {
-                // SAFETY: so many rows and panels are left, or more.
-                unsafe {
-                    i += match (rows - i, panels - panel) {
-                        (6.., 3..) => tile::<6, 3>(product, i, panel, c),
-                        (6.., 2) => tile::<6, 2>(product, i, panel, c),
-                        (6.., _) => tile::<6, 1>(product, i, panel, c),
-                        (_, 3..) => tile::<1, 3>(product, i, panel, c),
-                        (_, 2) => tile::<1, 2>(product, i, panel, c),
-                        _ => tile::<1, 1>(product, i, panel, c),
-                    };
-                }
-            }
-        }
-    }
-
-    /// Writes `R` rows of `V` panels, and returns `R`.
-    ///
-    /// # Safety
-    /// As of [`set`]; the rows and the panels must exist.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
-    #[allow(unsafe_code)]
-    unsafe fn tile<const R: usize, const V: usize>(
-        product: &LevelProduct<'_>,
-        row: usize,
-        panel: usize,
-        c: &mut [MaybeUninit<f32>],
-    ) -> usize {
-        let LevelProduct { x, depth, w, shift, scale, .. } = *product;
-        // SAFETY: the caller has made sure of rows `row..row + R` and panels `panel..panel + V`; the last group of a
-        // row is read byte by byte where it is not whole, and stores are masked where a panel is not.
-        unsafe {
-            let x = x.as_ptr().add(row * depth);
-            let vectors = w.lines.as_ptr().add(panel * w.groups);
-            let mut sums = [[_mm512_setzero_si512(); V]; R];
-            for sums in &mut sums {
-                for (j, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm512_loadu_si512(shift.as_ptr().add((panel + j) * LANES).cast());
-                }
-            }
-            let mut step = |group: usize, x: [i32; R]| {
-                let vectors: [__m512i; V] =
-                    std::array::from_fn(|j| _mm512_loadu_si512(vectors.add(j * w.groups + group).cast()));
-                for (sums, x) in sums.iter_mut().zip(x) {
-                    let x = _mm512_set1_epi32(x);
-                    for (sum, vector) in sums.iter_mut().zip(vectors) {
-                        *sum = _mm512_dpbusd_epi32(*sum, x, vector);
-                    }
-                }
-            };
-            let whole = depth / GROUP;
-            for group in 0..whole {
-                step(
-                    group,
-                    std::array::from_fn(|i| x.add(i * depth + group * GROUP).cast::<i32>().read_unaligned()),
-                );
-            }
-            if !depth.is_multiple_of(GROUP) {
-                step(whole, std::array::from_fn(|i| rest_of_row(x.add(i * depth), depth)));
-            }
-            let scales: [__m512; V] =
-                std::array::from_fn(|j| _mm512_loadu_ps(scale.as_ptr().add((panel + j) * LANES)));
-            let n = w.columns;
-            for (i, sums) in sums.iter().enumerate() {
-                for (j, (sum, scale)) in sums.iter().zip(scales).enumerate() {
-                    let column = (panel + j) * LANES;
-                    let mask = ((1u32 << (n - column).min(LANES)) - 1) as __mmask16;
-                    let c = c.as_mut_ptr().add((row + i) * n + column).cast();
-                    _mm512_mask_storeu_ps(c, mask, _mm512_mul_ps(_mm512_cvtepi32_ps(*sum), scale));
-                }
-            }
-        }
-        R
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -1225,16 +729,15 @@ mod tests {
     use crate::testing::*;
     use crate::work::append;
     use candle_core::Tensor;
-    use quant_core::Bits;
 
     /// Rows, columns and depths around those of tiles and steps of the depth, narrow operands and wide ones.
-    const SIZES: &[(usize, usize, usize)] = if cfg!(miri) {
+    pub(super) const SIZES: &[(usize, usize, usize)] = if cfg!(miri) {
         &[(1, 1, 1), (9, 18, 3)]
     } else {
         &[(1, 1, 1), (9, 5, 3), (13, 50, 300), (67, 64, 217), (16, 160, 144), (101, 97, 95), (250, 130, 90)]
     };
 
-    fn values(seed: u64, len: usize) -> Vec<f32> {
+    pub(super) fn values(seed: u64, len: usize) -> Vec<f32> {
         random(seed, &[len]).to_vec1().unwrap()
     }
 
@@ -1268,44 +771,6 @@ mod tests {
                 assert_eq!(elements(&found), elements(&added_plainly), "{context}");
                 vec![found]
             });
-        }
-    }
-
-    /// Exact, so to the bit: bits of both from few to the most, with the largest levels everywhere, where sums of 16 bits would
-    /// overflow first, and with random ones.
-    #[test]
-    fn levels_are_multiplied_exactly() {
-        for &(m, n, k) in SIZES {
-            for (x_bits, largest) in [(2, 1), (3, 7), (4, 15), (8, 15), (8, 64), (8, 127)] {
-                let grid = Grid::new(-1.0, 2.0, Bits::new(x_bits).unwrap()).unwrap();
-                let highest = grid.max_level();
-                let zero_point = i64::from(grid.zero_point() as i32);
-                for random in [false, true] {
-                    let draw = |seed, len| if random { values(seed, len) } else { vec![1.0; len] };
-                    let x: Vec<u8> =
-                        draw(1, m * k).iter().map(|x| (x.abs().min(1.0) * highest) as u8).collect();
-                    let signed = |w: &f32| (w.clamp(-1.0, 1.0) * largest as f32) as i8;
-                    let w: Vec<i8> = draw(2, k * n).iter().map(signed).collect();
-                    let panels = IntegerPanels::new(&w, k, n);
-                    let scale = vec![0.5; panels.sums.len()];
-                    let term = |i: usize, j: usize, p: usize| {
-                        (i64::from(x[i * k + p]) - zero_point) * i64::from(w[p * n + j])
-                    };
-                    let sum = |at: usize| (0..k).map(|p| term(at / n, at % n, p)).sum::<i64>();
-                    let expected: Vec<f32> = (0..m * n).map(|at| sum(at) as f32 * 0.5).collect();
-                    for allowed in 0..3 {
-                        with_instructions(allowed, || {
-                            let (mut found, mut operands) = (Vec::new(), Operands::<f32>::default());
-                            append(&mut found, m * n, |c| {
-                                set_levels(&x, k, &grid, &panels, &scale, &mut operands, c)
-                            });
-                            let context =
-                                format!("{m} × {n}, depth {k}, up to {highest} · {largest}, {allowed}");
-                            assert!(found == expected, "{context}");
-                        });
-                    }
-                }
-            }
         }
     }
 

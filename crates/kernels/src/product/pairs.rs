@@ -1,0 +1,154 @@
+//! Products of halves (`bf16`) in pairs of neighbours in the depth, by AVX512-BF16 or by matrix tiles.
+
+use super::{Factor, LANES, Left, Multiply, Packed, Right, Scratch, amx, sum_up};
+use crate::ProductSizes;
+use crate::cpu::{Instructions, simd};
+use half::bf16;
+use std::arch::x86_64::*;
+use std::mem::{MaybeUninit, transmute};
+
+/// Two halves that are neighbours in the depth.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub(crate) struct Pair([bf16; 2]);
+
+impl Factor for Pair {
+    type Element = bf16;
+
+    const ELEMENTS: usize = 2;
+    const STEP: usize = 2 * LANES;
+
+    fn of_rows<'a>(rows: &'a [bf16], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
+        if depth.is_multiple_of(2) {
+            // SAFETY: pairs are so many halves.
+            #[allow(unsafe_code)]
+            return unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), rows.len() / 2) };
+        }
+        factors.clear();
+        let pair = |pair: &[bf16]| Self([pair[0], pair.get(1).copied().unwrap_or_default()]);
+        rows.chunks_exact(depth).for_each(|row| factors.extend(row.chunks(2).map(pair)));
+        factors
+    }
+
+    fn of_columns<'a>(
+        rows: &'a [bf16],
+        columns: usize,
+        left_over: usize,
+        factors: &'a mut Vec<Self>,
+    ) -> &'a [Self] {
+        factors.clear();
+        interleave(&rows[..rows.len() - left_over], columns, factors);
+        factors.extend(std::iter::repeat_n(Self::default(), left_over));
+        factors
+    }
+
+    fn are_multiplied() -> bool {
+        Instructions::with_bf16()
+    }
+
+    fn product(
+        a: Left<Self>,
+        b: Right<Self>,
+        sizes: ProductSizes,
+        c: &mut [MaybeUninit<f32>],
+        add: bool,
+        most: usize,
+    ) {
+        assert!(Instructions::machine_has_bf16(), "pairs are made where they are multiplied");
+        // SAFETY: the machine has the instructions.
+        #[allow(unsafe_code)]
+        unsafe {
+            product(a, b, sizes, c, add, most)
+        }
+    }
+
+    fn set_by_tiles(
+        a: &[bf16],
+        b: &Packed<Self, LANES>,
+        sizes: ProductSizes,
+        scratch: &mut Scratch<Self>,
+        c: &mut [MaybeUninit<f32>],
+    ) -> bool {
+        let has = has_tiles();
+        if has {
+            // SAFETY: the machine has them.
+            #[allow(unsafe_code)]
+            unsafe {
+                amx::set(a, &b.lines, sizes, &mut scratch.left.lines, c)
+            };
+        }
+        has
+    }
+
+    fn add_transposed_by_tiles(
+        a: &[bf16],
+        b: &[bf16],
+        sizes: ProductSizes,
+        scratch: &mut Scratch<Self>,
+        c: &mut [f32],
+    ) -> bool {
+        let has = has_tiles();
+        if has {
+            let Scratch { left, right, .. } = scratch;
+            // SAFETY: the machine has them.
+            #[allow(unsafe_code)]
+            unsafe {
+                amx::add_transposed((a, b), sizes, (&mut left.lines, &mut right.lines), c)
+            };
+        }
+        has
+    }
+}
+
+/// Whether there are matrix tiles to be used.
+fn has_tiles() -> bool {
+    Instructions::current() >= Instructions::WIDE && amx::available()
+}
+
+simd! {
+    /// Appends the pairs of rows that follow each other, a missing one being 0.
+    fn interleave(rows: &[bf16], columns: usize, pairs: &mut Vec<Pair>) {
+        for rows in rows.chunks(2 * columns) {
+            let (first, second) = rows.split_at(columns);
+            match second.len() {
+                0 => pairs.extend(first.iter().map(|first| Pair([*first, bf16::ZERO]))),
+                _ => pairs.extend(first.iter().zip(second).map(|(first, second)| Pair([*first, *second]))),
+            }
+        }
+    }
+}
+
+/// [`Factor::product`] of pairs.
+///
+/// # Safety
+/// The machine must have the instructions.
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2,avx512bf16")]
+#[allow(unsafe_code)]
+unsafe fn product(
+    a: Left<Pair>,
+    b: Right<Pair>,
+    sizes: ProductSizes,
+    c: &mut [MaybeUninit<f32>],
+    add: bool,
+    most: usize,
+) {
+    sum_up::<Pair, Dot>(a, b, sizes, c, add, most);
+}
+
+/// By `VDPBF16PS`, where [`product`] is compiled for it.
+struct Dot;
+
+impl Multiply<Pair> for Dot {
+    #[inline(always)]
+    fn add_products(a: Pair, b: &[Pair; LANES], sums: &mut [f32; LANES]) {
+        // SAFETY: this is inlined in `product` alone, whose caller has made sure of the instructions; vectors are
+        // so many numbers of the same sizes.
+        #[allow(unsafe_code)]
+        unsafe {
+            let a = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(transmute::<Pair, i32>(a)));
+            let b = transmute::<[Pair; LANES], __m512bh>(*b);
+            let sum = _mm512_dpbf16_ps(transmute::<[f32; LANES], __m512>(*sums), a, b);
+            *sums = transmute::<__m512, [f32; LANES]>(sum);
+        }
+    }
+}
