@@ -300,26 +300,34 @@ pub(crate) fn themed(svg: &str) -> Option<String> {
 /// The largest square that marks a point.
 const MARK: u32 = 16;
 
-/// Makes one path of all marks of points that follow each other and are painted alike, as a scatter plot has thousands of them.
+/// Makes one path of all marks of points that follow each other and are alike, as a scatter plot has thousands of them: of dots
+/// without length, which square caps make squares of.
 fn with_joined_marks(svg: &str) -> String {
-    fn mark(line: &str) -> Option<([&str; 3], &str)> {
+    /// The middle, the side and the colour.
+    fn mark(line: &str) -> Option<((u32, u32), u32, &str)> {
         let (x, rest) = line.strip_prefix("<rect x=\"")?.split_once("\" y=\"")?;
         let (y, rest) = rest.split_once("\" width=\"")?;
         let (width, rest) = rest.split_once("\" height=\"")?;
-        let (height, paint) = rest.split_once('"')?;
-        (width == height && width.parse::<u32>().ok()? <= MARK).then_some(([x, y, width], paint))
+        let (height, rest) = rest.split_once("\" fill=\"")?;
+        let colour = rest.trim_end().strip_suffix("\"/>")?;
+        let side: u32 = width.parse().ok()?;
+        let middle = |start: &str| Some(start.parse::<u32>().ok()? + side / 2);
+        (width == height && side <= MARK).then_some(((middle(x)?, middle(y)?), side, colour))
     }
     let mut joined = String::new();
-    let mut paths: Vec<(&str, String)> = Vec::new();
+    let mut paths: Vec<((u32, &str), String)> = Vec::new();
     for line in svg.split_inclusive('\n') {
-        if let Some(([x, y, side], paint)) = mark(line) {
-            let square = format!("M{x} {y}h{side}v{side}h-{side}z");
-            match paths.iter_mut().find(|(other, _)| *other == paint) {
-                Some((_, path)) => path.push_str(&square),
-                None => paths.push((paint, square)),
+        if let Some(((x, y), side, colour)) = mark(line) {
+            let dot = format!("M{x} {y}h0");
+            match paths.iter_mut().find(|(alike, _)| *alike == (side, colour)) {
+                Some((_, path)) => path.push_str(&dot),
+                None => paths.push(((side, colour), dot)),
             }
         } else {
-            joined.extend(paths.drain(..).map(|(paint, path)| format!("<path d=\"{path}\"{paint}")));
+            joined.extend(paths.drain(..).map(|((side, colour), path)| {
+                let stroke = format!("stroke=\"{colour}\" stroke-width=\"{side}\" stroke-linecap=\"square\"");
+                format!("<path d=\"{path}\" {stroke}/>\n")
+            }));
             joined.push_str(line);
         }
     }
@@ -358,9 +366,12 @@ mod tests {
         let svg =
             ["<svg>\n", &mark(1, blue), &mark(5, orange), &mark(7, blue), bar, &mark(8, blue), "</svg>"]
                 .concat();
+        let stroke =
+            |colour: &str| format!(" stroke=\"{colour}\" stroke-width=\"12\" stroke-linecap=\"square\"");
+        let (of_blue, of_orange) = (stroke("#0072B2"), stroke("#E69F00"));
         let expected = format!(
-            "<svg>\n<path d=\"M1 2h12v12h-12zM7 2h12v12h-12z\"{blue}/>\n<path d=\"M5 2h12v12h-12z\"{orange}/>\n{bar}\
-             <path d=\"M8 2h12v12h-12z\"{blue}/>\n</svg>"
+            "<svg>\n<path d=\"M7 8h0M13 8h0\"{of_blue}/>\n<path d=\"M11 8h0\"{of_orange}/>\n{bar}\
+             <path d=\"M14 8h0\"{of_blue}/>\n</svg>"
         );
         assert_eq!(with_joined_marks(&svg), expected);
     }
