@@ -66,8 +66,11 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
         if rows.iter().any(|row| row.key == outcome.key) {
             continue;
         }
+        // Alternatives may begin from networks of their own, which differ in their settings alone.
+        let taken = rows.iter().any(|row| row.file == format!("{}.safetensors", pick.name));
+        let key = if taken { format!("-{}", &outcome.key[..8]) } else { String::new() };
         let row = NetworkRow {
-            file: format!("{}.safetensors", pick.name),
+            file: format!("{}{key}.safetensors", pick.name),
             bytes: 0,
             sha256: outcome.network_hash().unwrap_or_default().into(),
             key: outcome.key.clone(),
@@ -83,9 +86,6 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
             macs: outcome.macs,
             weights: outcome.weights,
         };
-        if let Some(other) = rows.iter().find(|other| other.file == row.file) {
-            bail!("{} would be the name of two networks, of stages {} and {}", row.file, other.key, row.key);
-        }
         let path = session.network_file(&pick.stage)?;
         let bytes = std::fs::read(&path).with_context(|| format!("{} could not be read", path.display()))?;
         let found = seal::sha256(&bytes);
