@@ -66,11 +66,13 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
         if rows.iter().any(|row| row.key == outcome.key) {
             continue;
         }
-        // Alternatives may begin from networks of their own, which differ in their settings alone.
-        let taken = rows.iter().any(|row| row.file == format!("{}.safetensors", pick.name));
-        let key = if taken { format!("-{}", &outcome.key[..8]) } else { String::new() };
+        let mut file = format!("{}.safetensors", pick.name);
+        if rows.iter().any(|row| row.file == file) {
+            // Alternatives may begin from networks of their own, which differ in their settings alone.
+            file = format!("{}-{}.safetensors", pick.name, &outcome.key[..8]);
+        }
         let row = NetworkRow {
-            file: format!("{}{key}.safetensors", pick.name),
+            file,
             bytes: 0,
             sha256: outcome.network_hash().unwrap_or_default().into(),
             key: outcome.key.clone(),

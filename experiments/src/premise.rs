@@ -92,8 +92,8 @@ fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow
         let gradient_snr_after = decibels(&float_after[&unit.name], &quantized_after[&unit.name])?;
         let unfolded = |network: &Network| network.nodes[i].unit().map(|unit| unit.weight.clone());
         let unfolded = unfolded(network).zip(unfolded(&pruned)).context("pruning changes no kind of node")?;
-        let lsq_before = lsq(&unfolded.0, &|weight| stays.of(weight))?;
-        let lsq_after = lsq(&unfolded.1, &|weight| Ok(weight.clone()))?;
+        let lsq_before = lsq(&unfolded.0, &stays.of(&unfolded.0)?)?;
+        let lsq_after = lsq(&unfolded.1, &unfolded.1)?;
         let [largest_before, largest_after] = [unit, other].map(largest_of_filters);
         let (largest_before, largest_after) = (largest_before?, largest_after?);
         // Of the filters that stay: where most are dead, the median of all would be nothing.
@@ -190,17 +190,16 @@ struct Lsq {
     snr: f64,
 }
 
-/// The step is that of all weights; the rest is about those that `stays` leaves.
-fn lsq(weight: &Tensor, stays: &dyn Fn(&Tensor) -> Result<Tensor>) -> Result<Lsq> {
+/// The step is that of all weights of the layer; the rest is about those that stay.
+fn lsq(all: &Tensor, staying: &Tensor) -> Result<Lsq> {
     let bits = Bits::new(3)?;
-    let step = kernels::lsq::initial_step(weight, bits, true)?;
+    let step = kernels::lsq::initial_step(all, bits, true)?;
     let params = kernels::lsq::Params { step: &step, offset: None, bits, signed: true };
     let step = f64::from(step.to_vec1::<f32>()?[0]);
-    let weight = stays(weight)?;
-    let values: Vec<f32> = weight.flatten_all()?.to_vec1()?;
+    let values: Vec<f32> = staying.flatten_all()?.to_vec1()?;
     let beyond = |value: &&f32| !(-4.0..=3.0).contains(&(f64::from(**value) / step));
     let clipped = values.iter().filter(beyond).count() as f64 / values.len() as f64;
-    let snr = decibels(&weight, &kernels::lsq::forward(&weight, params)?)?;
+    let snr = decibels(staying, &kernels::lsq::forward(staying, params)?)?;
     Ok(Lsq { step, clipped, snr })
 }
 

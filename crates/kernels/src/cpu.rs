@@ -53,18 +53,11 @@ impl Instructions {
         crate::testing::allowed_instructions().min(Self::of_machine())
     }
 
-    /// Whether those to use have AVX512-BF16 beside them.
+    /// Whether AVX512-BF16 is there beside them.
     #[cfg(target_arch = "x86_64")]
     #[inline]
-    pub(crate) fn with_bf16() -> bool {
-        Self::current() >= Self::WIDE && Self::machine_has_bf16()
-    }
-
-    /// Whether this machine has AVX-512 with AVX512-BF16.
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    pub(crate) fn machine_has_bf16() -> bool {
-        Self::of_machine() >= Self::WIDE && std::arch::is_x86_feature_detected!("avx512bf16")
+    pub(crate) fn have_bf16(self) -> bool {
+        self >= Self::WIDE && std::arch::is_x86_feature_detected!("avx512bf16")
     }
 }
 

@@ -3,7 +3,7 @@
 //! Kernels are compiled for each [`Element`], which is that of all maps and gradients of a pass ([`by_element!`] chooses).
 
 use crate::cpu::simd;
-use crate::product::{Factor, Widened};
+use crate::product::FactorOf;
 use crate::work::{Progress, Writer, Written, append, write_tiles, write_with};
 use candle_core::WithDType;
 use half::bf16;
@@ -15,11 +15,8 @@ use std::ops::Range;
 
 /// A number in memory that stands for a float: a float itself, or its upper half.
 pub(crate) trait Element: WithDType + Default {
-    /// What products of such elements multiply ([`crate::product`]).
-    type Factor: Factor<Element = Self>;
-
-    /// What they multiply where the machine has no instructions for these.
-    type Widened: Factor<Element = Self>;
+    /// What products of such elements multiply where the machine has the instructions ([`crate::product`]); else floats.
+    type Factor: FactorOf<Self>;
 
     /// How many floats a kernel computes at once at most, if it can choose: of those that are rounded then, so many as stay in
     /// the first-level cache.
@@ -54,7 +51,6 @@ pub(crate) trait Element: WithDType + Default {
 
 impl Element for f32 {
     type Factor = Self;
-    type Widened = Self;
 
     const AT_ONCE: usize = usize::MAX;
 
@@ -97,8 +93,7 @@ impl Element for bf16 {
     #[cfg(target_arch = "x86_64")]
     type Factor = crate::product::Pair;
     #[cfg(not(target_arch = "x86_64"))]
-    type Factor = Widened;
-    type Widened = Widened;
+    type Factor = f32;
 
     const AT_ONCE: usize = 8 * 1024;
 
@@ -153,7 +148,7 @@ impl Element for bf16 {
 /// Writes the halves nearest to some floats, and makes the floats what these stand for.
 fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
     #[cfg(target_arch = "x86_64")]
-    if crate::cpu::Instructions::with_bf16() {
+    if crate::cpu::Instructions::current().have_bf16() {
         // SAFETY: the machine has the instruction.
         #[allow(unsafe_code)]
         return unsafe { conversion::round(x, y) };
@@ -164,7 +159,7 @@ fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
 /// Writes the halves nearest to some floats.
 fn round_to<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
     #[cfg(target_arch = "x86_64")]
-    if crate::cpu::Instructions::with_bf16() {
+    if crate::cpu::Instructions::current().have_bf16() {
         // SAFETY: the machine has the instruction.
         #[allow(unsafe_code)]
         return unsafe { conversion::round_to(x, y) };

@@ -8,13 +8,12 @@
 //! first; feature maps are read where they lie, unless both are wide ([`add_transposed`]).
 //!
 //! Halves (`bf16`) are multiplied in [`pairs`] by processors with AVX512-BF16, whose sums may differ from those of others in the last
-//! bits. Elsewhere their floats are multiplied, which they become as operands are packed.
+//! bits. Elsewhere they are multiplied as floats, which they become as operands are packed.
 
 use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
 use crate::elements::Element;
 use crate::work::fill;
-use half::bf16;
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
@@ -39,31 +38,14 @@ const DEPTH: usize = 144;
 
 /// What is multiplied at once.
 pub(crate) trait Factor: Copy + Default + Send + Sync {
-    /// What it is made of.
-    type Element: Element;
-
     /// How many elements, neighbours in the depth.
     const ELEMENTS: usize;
 
     /// How many elements of the depth a matrix tile has.
     const STEP: usize;
 
-    /// The factors of `rows` of `depth` elements each, the missing ones of the last factor of a row 0.
-    fn of_rows<'a>(rows: &'a [Self::Element], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self];
-
-    /// The factors of rows of `columns` elements each, as rows of so many factors. As many elements follow the last row
-    /// as are `left_over`, and so many factors follow the last one; what they are has no effect.
-    fn of_columns<'a>(
-        rows: &'a [Self::Element],
-        columns: usize,
-        left_over: usize,
-        factors: &'a mut Vec<Self>,
-    ) -> &'a [Self];
-
     /// Whether the machine multiplies them.
-    fn are_multiplied() -> bool {
-        true
-    }
+    fn are_multiplied() -> bool;
 
     /// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
     fn product(
@@ -74,10 +56,25 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
         add: bool,
         most: usize,
     );
+}
+
+/// A factor that elements `T` become.
+pub(crate) trait FactorOf<T>: Factor {
+    /// The factors of `rows` of `depth` elements each, the missing ones of the last factor of a row 0.
+    fn of_rows<'a>(rows: &'a [T], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self];
+
+    /// The factors of rows of `columns` elements each, as rows of so many factors. As many elements follow the last row
+    /// as are `left_over`, and so many factors follow the last one; what they are has no effect.
+    fn of_columns<'a>(
+        rows: &'a [T],
+        columns: usize,
+        left_over: usize,
+        factors: &'a mut Vec<Self>,
+    ) -> &'a [Self];
 
     /// [`set`] by matrix tiles; returns whether the machine has them.
     fn set_by_tiles(
-        _a: &[Self::Element],
+        _a: &[T],
         _b: &Packed<Self, LANES>,
         _sizes: ProductSizes,
         _scratch: &mut Scratch<Self>,
@@ -88,8 +85,8 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
 
     /// [`add_transposed`] by matrix tiles; returns whether the machine has them.
     fn add_transposed_by_tiles(
-        _a: &[Self::Element],
-        _b: &[Self::Element],
+        _a: &[T],
+        _b: &[T],
         _sizes: ProductSizes,
         _scratch: &mut Scratch<Self>,
         _c: &mut [f32],
@@ -99,17 +96,11 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
 }
 
 impl Factor for f32 {
-    type Element = Self;
-
     const ELEMENTS: usize = 1;
     const STEP: usize = 1;
 
-    fn of_rows<'a>(rows: &'a [Self], _: usize, _: &'a mut Vec<Self>) -> &'a [Self] {
-        rows
-    }
-
-    fn of_columns<'a>(rows: &'a [Self], _: usize, _: usize, _: &'a mut Vec<Self>) -> &'a [Self] {
-        rows
+    fn are_multiplied() -> bool {
+        true
     }
 
     fn product(
@@ -124,50 +115,14 @@ impl Factor for f32 {
     }
 }
 
-/// The float of a half.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-pub(crate) struct Widened(f32);
-
-impl Factor for Widened {
-    type Element = bf16;
-
-    const ELEMENTS: usize = 1;
-    const STEP: usize = 1;
-
-    fn of_rows<'a>(rows: &'a [bf16], _: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
-        factors.clear();
-        widen(rows, factors);
-        factors
+/// Any element stands for a float.
+impl<T: Element> FactorOf<T> for f32 {
+    fn of_rows<'a>(rows: &'a [T], _: usize, floats: &'a mut Vec<Self>) -> &'a [Self] {
+        T::floats(rows, floats)
     }
 
-    fn of_columns<'a>(rows: &'a [bf16], _: usize, _: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
-        Self::of_rows(rows, 1, factors)
-    }
-
-    fn product(
-        a: Left<Self>,
-        b: Right<Self>,
-        sizes: ProductSizes,
-        c: &mut [MaybeUninit<f32>],
-        add: bool,
-        most: usize,
-    ) {
-        product(a, b, sizes, c, add, most);
-    }
-}
-
-impl From<Widened> for f32 {
-    #[inline(always)]
-    fn from(widened: Widened) -> Self {
-        widened.0
-    }
-}
-
-simd! {
-    /// Appends what the halves stand for.
-    fn widen(halves: &[bf16], factors: &mut Vec<Widened>) {
-        factors.extend(halves.iter().map(|half| Widened(half.float())));
+    fn of_columns<'a>(rows: &'a [T], _: usize, _: usize, floats: &'a mut Vec<Self>) -> &'a [Self] {
+        T::floats(rows, floats)
     }
 }
 
@@ -291,16 +246,16 @@ impl<F: Factor> Packed<F, LANES> {
 /// Weights as the right operand of maps of elements `T`: as what the machine multiplies, or else as floats.
 pub(crate) enum Panels<T: Element> {
     Factors(Packed<T::Factor, LANES>),
-    Widened(Packed<T::Widened, LANES>),
+    Floats(Packed<f32, LANES>),
 }
 
 impl<T: Element> Panels<T> {
     /// From `w[depth, columns]`.
     pub(crate) fn new(w: &[f32], columns: usize) -> Self {
         if T::Factor::are_multiplied() {
-            Self::Factors(Packed::of_weights(w, columns))
+            Self::Factors(Packed::of_weights::<T>(w, columns))
         } else {
-            Self::Widened(Packed::of_weights(w, columns))
+            Self::Floats(Packed::of_weights::<T>(w, columns))
         }
     }
 
@@ -315,12 +270,15 @@ impl<T: Element> Panels<T> {
 
 impl<F: Factor> Packed<F, LANES> {
     /// `w[depth, columns]`, rounded to elements. The depth is filled up with zeros to whole steps.
-    fn of_weights(w: &[f32], columns: usize) -> Self {
-        let (mut packed, mut factors) = (Self { lines: Vec::new(), depth: 0 }, Vec::new());
-        let (mut w, depth) = (F::Element::all_nearest(w), w.len() / columns);
+    fn of_weights<T: Element>(w: &[f32], columns: usize) -> Self
+    where
+        F: FactorOf<T>,
+    {
+        let (mut packed, mut factors) = (Self::default(), Vec::new());
+        let (mut w, depth) = (T::all_nearest(w), w.len() / columns);
         let filled = depth.next_multiple_of(F::STEP);
         if filled > depth {
-            w.to_mut().resize(filled * columns, F::Element::default());
+            w.to_mut().resize(filled * columns, T::default());
         }
         packed.pack(F::of_columns(&w, columns, 0, &mut factors), columns);
         packed
@@ -351,13 +309,13 @@ pub(crate) fn set<'c, T: Element>(
 ) -> &'c mut [f32] {
     match b {
         Panels::Factors(b) => set_factors(a, b, sizes, &mut operands.factors, c),
-        Panels::Widened(b) => set_factors(a, b, sizes, &mut operands.widened, c),
+        Panels::Floats(b) => set_factors(a, b, sizes, &mut operands.floats, c),
     }
 }
 
 /// [`set`] by factors of one kind.
-fn set_factors<'c, F: Factor>(
-    a: &[F::Element],
+fn set_factors<'c, T, F: FactorOf<T>>(
+    a: &[T],
     b: &Packed<F, LANES>,
     sizes: ProductSizes,
     scratch: &mut Scratch<F>,
@@ -378,14 +336,14 @@ fn set_factors<'c, F: Factor>(
 /// Memory for the operands of products of maps of elements `T`.
 pub(crate) struct Operands<T: Element> {
     factors: Scratch<T::Factor>,
-    widened: Scratch<T::Widened>,
+    floats: Scratch<f32>,
     /// Levels of a left operand, in matrix tiles.
     levels: Vec<Line<[u8; levels::GROUP]>>,
 }
 
 impl<T: Element> Default for Operands<T> {
     fn default() -> Self {
-        Self { factors: Scratch::default(), widened: Scratch::default(), levels: Vec::new() }
+        Self { factors: Scratch::default(), floats: Scratch::default(), levels: Vec::new() }
     }
 }
 
@@ -410,7 +368,7 @@ pub(crate) fn add_transposed<T: Element>(
     if T::Factor::are_multiplied() {
         add_transposed_factors(a, b, sizes, &mut operands.factors, c);
     } else {
-        add_transposed_factors(a, b, sizes, &mut operands.widened, c);
+        add_transposed_factors(a, b, sizes, &mut operands.floats, c);
     }
 }
 
@@ -418,9 +376,9 @@ pub(crate) fn add_transposed<T: Element>(
 ///
 /// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A row
 /// of theirs costs `rows + columns` copies for `rows·columns` products, so narrow ones are not.
-fn add_transposed_factors<F: Factor>(
-    a: &[F::Element],
-    b: &[F::Element],
+fn add_transposed_factors<T, F: FactorOf<T>>(
+    a: &[T],
+    b: &[T],
     sizes: ProductSizes,
     scratch: &mut Scratch<F>,
     c: &mut [f32],
@@ -475,22 +433,17 @@ fn equal_steps(depth: usize, step: usize) -> usize {
     depth.div_ceil(((depth + step / 2) / step).max(1))
 }
 
-/// A factor that is one number.
-pub(crate) trait Float: Factor + Into<f32> {}
-
-impl<F: Factor + Into<f32>> Float for F {}
-
 simd! {
     /// [`Factor::product`] of floats.
-    fn product<F: Float>(
-        a: Left<F>,
-        b: Right<F>,
+    fn product(
+        a: Left<'_, f32>,
+        b: Right<'_, f32>,
         sizes: ProductSizes,
         c: &mut [MaybeUninit<f32>],
         add: bool,
         most: usize,
     ) {
-        sum_up::<F, Plain>(a, b, sizes, c, add, most);
+        sum_up::<f32, Plain>(a, b, sizes, c, add, most);
     }
 }
 
@@ -502,12 +455,11 @@ trait Multiply<F> {
 /// Lane by lane, which compilers make vectors of.
 struct Plain;
 
-impl<F: Float> Multiply<F> for Plain {
+impl Multiply<f32> for Plain {
     #[inline(always)]
-    fn add_products(a: F, b: &[F; LANES], sums: &mut [f32; LANES]) {
-        let a = a.into();
+    fn add_products(a: f32, b: &[f32; LANES], sums: &mut [f32; LANES]) {
         for lane in 0..LANES {
-            sums[lane] = a.mul_add(b[lane].into(), sums[lane]);
+            sums[lane] = a.mul_add(b[lane], sums[lane]);
         }
     }
 }
@@ -729,6 +681,7 @@ mod tests {
     use crate::testing::*;
     use crate::work::append;
     use candle_core::Tensor;
+    use half::bf16;
 
     /// Rows, columns and depths around those of tiles and steps of the depth, narrow operands and wide ones.
     pub(super) const SIZES: &[(usize, usize, usize)] = if cfg!(miri) {

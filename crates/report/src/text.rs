@@ -219,8 +219,11 @@ fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
         Some((ours, others.iter().find(|other| other.method == name)?))
     };
     let mut pairs: Vec<(&Summary, &Summary)> = group.iter().filter_map(unpruned).collect();
-    let with_last = others.iter().map(|other| (last, other)).filter(|pair| !pairs.contains(pair));
-    pairs.extend(with_last.collect::<Vec<_>>());
+    for pair in others.iter().map(|other| (last, other)) {
+        if !pairs.contains(&pair) {
+            pairs.push(pair);
+        }
+    }
     let alike =
         |row: &&Row| (&*row.table, &*row.dataset, row.width) == (&*last.table, &*last.dataset, last.width);
     let rows: Vec<Row> = rows.iter().filter(alike).cloned().collect();

@@ -498,7 +498,7 @@ mod tests {
             };
             let sizes = ProductSizes { rows: m, columns: n, depth: k };
             let weights: Vec<f32> = b.iter().map(|b| b.float()).collect();
-            let panels = Packed::<Pair, LANES>::of_weights(&weights, n);
+            let panels = Packed::<Pair, LANES>::of_weights::<bf16>(&weights, n);
             let mut c = vec![MaybeUninit::new(f32::NAN); m * n];
             // SAFETY: there are tiles, and floats were written.
             let c = unsafe {

@@ -1,6 +1,6 @@
 //! Products of halves (`bf16`) in pairs of neighbours in the depth, by AVX512-BF16 or by matrix tiles.
 
-use super::{Factor, LANES, Left, Multiply, Packed, Right, Scratch, amx, sum_up};
+use super::{Factor, FactorOf, LANES, Left, Multiply, Packed, Right, Scratch, amx, sum_up};
 use crate::ProductSizes;
 use crate::cpu::{Instructions, simd};
 use half::bf16;
@@ -13,11 +13,31 @@ use std::mem::{MaybeUninit, transmute};
 pub(crate) struct Pair([bf16; 2]);
 
 impl Factor for Pair {
-    type Element = bf16;
-
     const ELEMENTS: usize = 2;
     const STEP: usize = 2 * LANES;
 
+    fn are_multiplied() -> bool {
+        Instructions::current().have_bf16()
+    }
+
+    fn product(
+        a: Left<Self>,
+        b: Right<Self>,
+        sizes: ProductSizes,
+        c: &mut [MaybeUninit<f32>],
+        add: bool,
+        most: usize,
+    ) {
+        assert!(Instructions::of_machine().have_bf16(), "pairs are made where they are multiplied");
+        // SAFETY: the machine has the instructions.
+        #[allow(unsafe_code)]
+        unsafe {
+            product(a, b, sizes, c, add, most)
+        }
+    }
+}
+
+impl FactorOf<bf16> for Pair {
     fn of_rows<'a>(rows: &'a [bf16], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
         if depth.is_multiple_of(2) {
             // SAFETY: pairs are so many halves.
@@ -40,26 +60,6 @@ impl Factor for Pair {
         interleave(&rows[..rows.len() - left_over], columns, factors);
         factors.extend(std::iter::repeat_n(Self::default(), left_over));
         factors
-    }
-
-    fn are_multiplied() -> bool {
-        Instructions::with_bf16()
-    }
-
-    fn product(
-        a: Left<Self>,
-        b: Right<Self>,
-        sizes: ProductSizes,
-        c: &mut [MaybeUninit<f32>],
-        add: bool,
-        most: usize,
-    ) {
-        assert!(Instructions::machine_has_bf16(), "pairs are made where they are multiplied");
-        // SAFETY: the machine has the instructions.
-        #[allow(unsafe_code)]
-        unsafe {
-            product(a, b, sizes, c, add, most)
-        }
     }
 
     fn set_by_tiles(
