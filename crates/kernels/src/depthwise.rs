@@ -26,7 +26,7 @@ use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue,
     OpenGradient, Stats,
 };
-use crate::work::{CHUNK, Progress, Written, append, parts, parts_writing};
+use crate::work::{CHUNK, Progress, Written, append, parts, parts_writing, poison};
 use crate::{Activation, FeatureMap, Quantizer, Result, clamp, profiler};
 use candle_core::Tensor;
 use std::mem::MaybeUninit;
@@ -281,7 +281,7 @@ macro_rules! cover {
                 at = c;
             }
         )*
-        debug_assert_eq!(at, c);
+        assert_eq!(at, c);
     }};
     (@call $block:ident, $lanes:literal, [$($constant:literal)?], $at:expr, ($($argument:expr),*)) => {
         $block::<_, $lanes $(, $constant)?>($($argument,)* $at)
@@ -372,10 +372,7 @@ simd! {
         columns: &[Vec<Tap>],
     ) -> Written<'y> {
         assert_eq!(y.len(), columns.len() * c);
-        if cfg!(debug_assertions) {
-            // So that tests see what is not written.
-            y.fill(MaybeUninit::new(f32::NAN));
-        }
+        poison(y);
         match x {
             Stored::Floats(x) => gather_positions(x, |x| x.float(), w, y, c, stride, rows, columns),
             Stored::Levels(x, grid) => {

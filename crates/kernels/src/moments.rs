@@ -107,7 +107,7 @@ impl MomentAccumulator {
     pub(crate) fn finish<T: Element>(self, z: &[T]) -> Moments {
         let Self { rows, pivot, mut min, mut max, sums, all_squares, .. } = self;
         let channels = sums.len();
-        debug_assert_eq!(z.len(), rows * channels);
+        assert_eq!(z.len(), rows * channels);
         for i in channels..min.len() {
             min[i % channels] = min[i % channels].min(min[i]);
             max[i % channels] = max[i % channels].max(max[i]);

@@ -13,7 +13,7 @@
 use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
 use crate::elements::Element;
-use crate::work::fill;
+use crate::work::{fill, poison};
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
@@ -476,9 +476,10 @@ fn sum_up<F: Factor, M: Multiply<F>>(
 ) {
     let ProductSizes { rows, columns, depth } = sizes;
     assert_eq!(c.len(), rows * columns);
-    if !add && (cfg!(debug_assertions) || depth == 0) {
-        // Where the product writes all of it: NaN, so that tests see what it does not write.
-        c.fill(MaybeUninit::new(if depth == 0 { 0.0 } else { f32::NAN }));
+    match (add, depth) {
+        (true, _) => (),
+        (false, 0) => c.fill(MaybeUninit::new(0.0)),
+        (false, _) => poison(c),
     }
     if rows == 0 || columns == 0 || depth == 0 {
         return;

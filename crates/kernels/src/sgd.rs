@@ -65,14 +65,14 @@ pub fn step_all(updates: &[Update<'_>], rule: Rule) -> Result<()> {
     for Update { param, grad, velocity, weight_decay } in updates {
         let (lr, momentum, decay) = (rule.lr as f32, rule.momentum as f32, weight_decay as f32);
         cpu::update(&check, "velocity", velocity, [grad, param], |velocity, [grad, param]| {
-            change(velocity, |part, velocity| {
+            change(velocity, &|part, velocity| {
                 for ((v, g), p) in velocity.iter_mut().zip(&grad[part.clone()]).zip(&param[part]) {
                     *v = momentum * *v + (g + decay * p);
                 }
             });
         })?;
         cpu::update(&check, "param", param, [velocity], |param, [velocity]| {
-            change(param, |part, param| {
+            change(param, &|part, param| {
                 for (p, v) in param.iter_mut().zip(&velocity[part]) {
                     *p -= lr * v;
                 }

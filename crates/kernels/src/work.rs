@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Elements of a chunk: half of a small second-level cache, and enough work to be worth a task.
 pub(crate) const CHUNK: usize = 32 * 1024;
@@ -50,6 +50,15 @@ fn checked<'a, T, R>(
     let (written, found) = write(block);
     assert!(written.at == at && written.bytes == bytes, "a kernel returns the block that it was given");
     found
+}
+
+/// Where tests are built (the feature `emulation` is for them alone), fills a block that is about to be written with NaN:
+/// so they see what is not written.
+#[inline(always)]
+pub(crate) fn poison(block: &mut [MaybeUninit<f32>]) {
+    if cfg!(any(test, feature = "emulation")) {
+        block.fill(MaybeUninit::new(f32::NAN));
+    }
 }
 
 /// Writes `f(i)` to each element `i` of a block, and returns the block.
@@ -165,10 +174,28 @@ pub(crate) fn append<T: Copy>(
 }
 
 /// Cuts `rows` rows into parts of `per_part` (the last may have fewer), each with the number of elements that it writes.
-fn cut(rows: usize, per_part: usize, len: impl Fn(&Range<usize>) -> usize) -> Vec<(Range<usize>, usize)> {
+fn cut(rows: usize, per_part: usize, len: &dyn Fn(&Range<usize>) -> usize) -> Vec<(Range<usize>, usize)> {
     let per_part = per_part.max(1);
     let part = |start: usize| start..rows.min(start + per_part);
     (0..rows).step_by(per_part).map(part).map(|rows| (rows.clone(), len(&rows))).collect()
+}
+
+/// Calls `f(i)` for each `i < count` on all threads, of which each takes at most `per_task` in a row. Not generic, as
+/// Rayon's own code would be compiled for each kernel, where it was most of what the compiler had to do.
+fn for_each(count: usize, per_task: usize, f: &(dyn Fn(usize) + Sync)) {
+    (0..count).into_par_iter().with_max_len(per_task).for_each(f);
+}
+
+/// What a mutex holds. A thread that panicked with it ends the others too, so that nobody reads what it left.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A part of some work: its rows, the block that it writes, and what it found, once it has run.
+struct Part<'a, T, R> {
+    rows: Range<usize>,
+    block: &'a mut [MaybeUninit<T>],
+    found: Option<R>,
 }
 
 /// Does the parts of some work on all threads: rows, each with the number of elements that it writes. These follow each
@@ -184,28 +211,31 @@ fn write_parts<T: Copy + Send, S: Send, R: Send>(
     let mut elements = Vec::with_capacity(len);
     let mut rest = &mut elements.spare_capacity_mut()[..len];
     let mut shares = Vec::with_capacity(parts.len());
-    for (part, len) in parts {
+    for (rows, len) in parts {
         let (block, others) = std::mem::take(&mut rest).split_at_mut(len);
-        shares.push((part, block));
+        shares.push(Mutex::new(Part { rows, block, found: None }));
         rest = others;
     }
-    let run = |state: &mut S, (part, block)| checked(block, |block| f(state, part, block));
-    let results = if shares.len() <= 1 || (1..=CHUNK).contains(&len) {
-        let mut state = init();
-        shares.into_iter().map(|share| run(&mut state, share)).collect()
-    } else {
-        // Tasks hand on their states, whose memory is in cache.
-        let states = Mutex::new(Vec::new());
-        let lock = || states.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let task = |share| {
-            let kept = lock().pop();
-            let mut state = kept.unwrap_or_else(&init);
-            let found = run(&mut state, share);
-            lock().push(state);
-            found
-        };
-        shares.into_par_iter().with_max_len(per_task).map(task).collect()
+    // Tasks hand on their states, whose memory is in cache.
+    let states = Mutex::new(Vec::new());
+    let run = |i: usize| {
+        let kept = lock(&states).pop();
+        let mut state = kept.unwrap_or_else(&init);
+        let mut part = lock(&shares[i]);
+        let Part { rows, block, found } = &mut *part;
+        *found = Some(checked(block, |block| f(&mut state, rows.clone(), block)));
+        lock(&states).push(state);
     };
+    if shares.len() <= 1 || (1..=CHUNK).contains(&len) {
+        (0..shares.len()).for_each(run);
+    } else {
+        for_each(shares.len(), per_task, &run);
+    }
+    let mut results = Vec::with_capacity(shares.len());
+    for part in shares {
+        let part = part.into_inner().unwrap_or_else(PoisonError::into_inner);
+        results.push(part.found.expect("each part has run"));
+    }
     // SAFETY: the blocks cover the first `len` elements, and `checked` has made sure of each.
     #[allow(unsafe_code)]
     unsafe {
@@ -223,7 +253,7 @@ pub(crate) fn blocks<T: Copy + Send, S: Send, R: Send>(
     init: impl Fn() -> S + Sync + Send,
     f: impl for<'a> Fn(&mut S, Range<usize>, &'a mut [MaybeUninit<T>]) -> (Written<'a>, R) + Sync + Send,
 ) -> (Vec<T>, Vec<R>) {
-    write_parts(cut(rows, per_block, |rows| rows.len() * width), 1, init, f)
+    write_parts(cut(rows, per_block, &|rows| rows.len() * width), 1, init, f)
 }
 
 /// Computes `len` elements in chunks of `chunk` on all threads, for kernels that want them zeroed; that is done chunk by
@@ -234,7 +264,7 @@ pub(crate) fn generate<T: Copy + Default + Send, S: Send, R: Send>(
     init: impl Fn() -> S + Sync + Send,
     f: impl Fn(&mut S, Range<usize>, &mut [T]) -> R + Sync + Send,
 ) -> (Vec<T>, Vec<R>) {
-    write_parts(cut(len, chunk, |range| range.len()), usize::MAX, init, |state, range, block| {
+    write_parts(cut(len, chunk, &|range| range.len()), usize::MAX, init, |state, range, block| {
         let elements = write_with(block, |_| T::default());
         let found = f(state, range, elements);
         (elements.into(), found)
@@ -273,12 +303,12 @@ pub(crate) fn parts_writing<T: Copy + Send, R: Send>(
     f: impl for<'a> Fn(Range<usize>, &'a mut [MaybeUninit<T>]) -> (Written<'a>, R) + Sync + Send,
 ) -> (Vec<T>, Vec<R>) {
     let per_part = rows.div_ceil(MAX_PARTS).max(MIN_PART.div_ceil(width.max(1)));
-    let parts = cut(rows, per_part, |rows| position(rows.end) - position(rows.start));
+    let parts = cut(rows, per_part, &|rows| position(rows.end) - position(rows.start));
     write_parts(parts, 1, || (), |(), rows, block| f(rows, block))
 }
 
 /// Changes elements in place, in chunks over all threads: `f(range, elements)`.
-pub(crate) fn change(elements: &mut [f32], f: impl Fn(Range<usize>, &mut [f32]) + Sync + Send) {
+pub(crate) fn change(elements: &mut [f32], f: &(dyn Fn(Range<usize>, &mut [f32]) + Sync)) {
     let run = |(i, elements): (usize, &mut [f32])| f(i * CHUNK..i * CHUNK + elements.len(), elements);
     if elements.len() <= CHUNK {
         run((0, elements));

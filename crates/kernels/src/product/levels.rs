@@ -8,7 +8,7 @@ use super::amx;
 use super::{LANES, Line, Operands};
 use crate::cpu::{Instructions, simd};
 use crate::elements::Element;
-use crate::work::Written;
+use crate::work::{Written, poison};
 use quant_core::Grid;
 use std::mem::MaybeUninit;
 
@@ -71,10 +71,7 @@ pub(crate) fn set_levels<'c, T: Element>(
     let zero_point = grid.zero_point() as i32;
     let shift: Vec<i32> = w.sums.iter().map(|sum| -zero_point * sum).collect();
     let product = LevelProduct { x, highest: grid.max_level() as u32, depth, w, shift: &shift, scale };
-    if cfg!(debug_assertions) {
-        // So that tests see what is not written.
-        c.fill(MaybeUninit::new(f32::NAN));
-    }
+    poison(c);
     product.set(rows, &mut operands.levels, c);
     // SAFETY: either has written all columns of all rows.
     #[allow(unsafe_code)]
