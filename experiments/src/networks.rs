@@ -315,7 +315,10 @@ impl PublishedFile {
         let Examined { found, problems } = folder.examine(row, data)?;
         let agrees = if problems.is_empty() { "the same".into() } else { problems.join("; ") };
         let NetworkRow { subject, top1_percent, loss, .. } = row;
-        Ok((found, format!("published ({subject}) with top-1 {top1_percent} %, loss {loss:.4}: {agrees}\n")))
+        Ok((
+            found,
+            format!("published ({subject}) with top-1 {top1_percent:.2} %, loss {loss:.4}: {agrees}\n"),
+        ))
     }
 }
 
@@ -344,14 +347,16 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
             let others: BTreeSet<&str> = others.map(|of| of.table.as_str()).collect();
             problems.extend(others.iter().map(|table| format!("{table} says another figure")));
             wrong += usize::from(!problems.is_empty());
-            let shown =
-                |f: fn(&Evaluation) -> f64| found.as_ref().map_or("–".into(), |found| f(found).to_string());
+            let [top1, loss] = found.map_or_else(
+                || ["–", "–"].map(String::from),
+                |found| [format!("{:.2}", found.top1_percent), format!("{:.6}", found.loss)],
+            );
             lines.push(vec![
                 format!("{profile}/{}", row.file),
-                row.top1_percent.to_string(),
-                shown(|found| found.top1_percent),
+                format!("{:.2}", row.top1_percent),
+                top1,
                 format!("{:.6}", row.loss),
-                found.map_or("–".into(), |found| format!("{:.6}", found.loss)),
+                loss,
                 if problems.is_empty() {
                     "the same".into()
                 } else {

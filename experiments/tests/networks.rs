@@ -259,7 +259,8 @@ fn every_published_figure_is_found_again() {
         printed(run(env!("CARGO_BIN_EXE_pfq"), first(), &["eval", &file, "--data", "synthetic"]));
     let NetworkRow { top1_percent, loss, .. } = row(first(), OURS);
     assert!(well && text.contains(&format!("top-1 {top1_percent:.2} %, loss {loss:.4}\n")), "{text}");
-    let published = format!("published (A4/W4 ours) with top-1 {top1_percent} %, loss {loss:.4}: the same");
+    let published =
+        format!("published (A4/W4 ours) with top-1 {top1_percent:.2} %, loss {loss:.4}: the same");
     assert!(text.contains(&published), "{text}");
     // On other images its figure is another one.
     let limited = ["eval", &file, "--data", "synthetic", "--limit", "10"];

@@ -11,8 +11,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result, panic_message};
+use crate::error::{Error, Result};
 use crate::memory::{CHANNELS, Images, InMemoryDataset};
+use pictures::panic_message;
 
 /// The number of batches that wait in the channel while the thread makes another one.
 const AHEAD: usize = 2;

@@ -1,7 +1,5 @@
 //! What can go wrong while loading or batching a data set.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 /// The result of every function of this crate that can fail.
@@ -205,17 +203,4 @@ impl Error {
     pub(crate) fn malformed(file: impl Into<String>, what: impl Into<String>) -> Error {
         Error::Malformed { file: file.into(), what: what.into() }
     }
-}
-
-/// Runs `decode` on what may be damaged. Decoders have been seen to panic on damaged input, so a panic
-/// becomes an error too.
-pub(crate) fn catch_panic<T>(decode: impl FnOnce() -> T) -> Result<T, String> {
-    let message = |payload: Box<dyn Any + Send>| format!("decoding failed: {}", panic_message(&*payload));
-    catch_unwind(AssertUnwindSafe(decode)).map_err(message)
-}
-
-/// The message of a panic, given its payload.
-pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> &str {
-    let text = payload.downcast_ref::<&str>().copied();
-    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic")
 }

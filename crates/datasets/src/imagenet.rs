@@ -7,7 +7,6 @@
 mod archive;
 mod cache;
 mod classes;
-mod decode;
 mod files;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -22,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
-use fast_image_resize::Resizer;
+use pictures::{Picture, Scaler};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use sha2::{Digest, Sha256};
@@ -38,7 +37,6 @@ use crate::subset;
 
 use cache::Packed;
 use classes::Classes;
-use decode::Picture;
 use files::Stored;
 use labels::ValidationLabels;
 use transform::Transform;
@@ -296,7 +294,7 @@ impl Item {
     ///
     /// Where the cache is damaged.
     fn picture(&self) -> Result<Result<Picture, String>> {
-        self.packed.as_ref().map_or_else(|| Ok(decode::read(&self.stored)), Packed::read)
+        self.packed.as_ref().map_or_else(|| Ok(self.stored.picture()), Packed::read)
     }
 }
 
@@ -469,12 +467,12 @@ impl ImageNet {
         let (side, items) = (options.side, &splits[split]);
         let size = side * side * CHANNELS;
         let mut pixels = vec![0f32; indices.len() * size];
-        let prepare = |resizer: &mut Resizer, (target, &index): (&mut [f32], &usize)| {
-            let write = |picture| transform(index).write(&picture, options, table, resizer, target);
+        let prepare = |scaler: &mut Scaler, (target, &index): (&mut [f32], &usize)| {
+            let write = |picture| transform(index).write(&picture, options, table, scaler, target);
             Ok(items[index].picture()?.and_then(write))
         };
         let prepared: Result<Vec<Result<(), String>>> = pool.install(|| {
-            pixels.par_chunks_exact_mut(size).zip(indices).map_init(Resizer::new, prepare).collect()
+            pixels.par_chunks_exact_mut(size).zip(indices).map_init(Scaler::default, prepare).collect()
         });
         let mut labels = Vec::with_capacity(indices.len());
         for (position, (&index, prepared)) in indices.iter().zip(prepared?).enumerate() {

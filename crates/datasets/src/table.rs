@@ -14,8 +14,9 @@ use parquet::record::{Field, Row};
 use rayon::prelude::*;
 
 use crate::cifar::{PIXELS, SIDE, check_labels, with_capacity};
-use crate::error::{Error, Result, catch_panic};
+use crate::error::{Error, Result};
 use crate::memory::Images;
+use pictures::catch_panic;
 
 /// The memory in bytes that the headers of a picture may take.
 const MOST_MEMORY: u64 = 1 << 20;

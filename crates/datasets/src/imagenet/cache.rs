@@ -9,7 +9,7 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use fast_image_resize::Resizer;
+use pictures::{Picture, Scaler};
 use rayon::ThreadPool;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,6 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::memory::CHANNELS;
 
-use super::decode::{self, Picture};
 use super::files::Stored;
 use super::transform::shrink;
 
@@ -171,10 +170,9 @@ fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> R
             let mut file = BufWriter::new(File::create(temporary).map_err(Error::write(pack))?);
             for part in pictures.chunks(AT_ONCE) {
                 let made: Vec<Result<Picture, String>> = pool.install(|| {
-                    let make = |resizer: &mut Resizer, stored: &&Stored| {
-                        shrink(decode::read(stored)?, side, resizer)
-                    };
-                    part.par_iter().map_init(Resizer::new, make).collect()
+                    let make =
+                        |scaler: &mut Scaler, stored: &&Stored| shrink(stored.picture()?, side, scaler);
+                    part.par_iter().map_init(Scaler::default, make).collect()
                 });
                 for made in made {
                     all.push(match made {

@@ -6,6 +6,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 
+use pictures::Picture;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -41,6 +42,11 @@ impl Stored {
         let (folders, _) = self.name.rsplit_once('/')?;
         let folder = folders.rsplit('/').next()?;
         Some(folder.strip_suffix(".tar").unwrap_or(folder)).filter(|folder| !SPLITS.contains(folder))
+    }
+
+    /// Reads and decodes it.
+    pub fn picture(&self) -> Result<Picture, String> {
+        pictures::decode(&self.read().map_err(|error| format!("it cannot be read: {error}"))?)
     }
 
     /// Reads its bytes.

@@ -4,12 +4,12 @@
 use std::fs;
 use std::path::Path;
 
-use fast_image_resize::Resizer;
+use pictures::Scaler;
 
 use super::classes::Classes;
 use super::labels::ValidationLabels;
 use super::transform::Transform;
-use super::{Options, archive, decode};
+use super::{Options, archive};
 use crate::batches::Normalization;
 use crate::memory::CHANNELS;
 
@@ -20,12 +20,14 @@ pub fn cifar_pickle(data: &[u8]) {
 
 /// A picture, as training and evaluation see it.
 pub fn picture(data: &[u8]) {
-    let Ok(picture) = decode::decode(data) else { return };
+    let Ok(picture) = pictures::decode(data) else { return };
     let options = Options { side: 28, resize: 32, ..Options::default() };
     let table = Normalization::of([0.0; 3], [1.0; 3]);
     for transform in [Transform::Test, Transform::Train { seed: 1, epoch: 0, index: 0, flip: true }] {
         let mut target = vec![0.0; options.side * options.side * CHANNELS];
-        transform.write(&picture, &options, &table, &mut Resizer::new(), &mut target).expect("any picture");
+        transform
+            .write(&picture, &options, &table, &mut Scaler::default(), &mut target)
+            .expect("any picture");
     }
 }
 

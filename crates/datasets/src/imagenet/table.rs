@@ -11,9 +11,10 @@ use std::path::Path;
 use candle_datasets::hub::FileReader;
 use parquet::file::reader::SerializedFileReader;
 
-use crate::error::{Error, Result, catch_panic};
+use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::table::{bytes, integer, text};
+use pictures::catch_panic;
 
 use super::classes::Classes;
 use super::files::is_picture;

@@ -1,36 +1,15 @@
 //! The transforms of a picture into a network's input: crop, scaling, mirroring, normalization.
 
-use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
-use fast_image_resize::pixels::U8x3;
-use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
+use pictures::{Crop, Picture, Region, Scaler};
 use rand::Rng;
 
 use crate::batches::{Normalization, Purpose, rng};
 use crate::memory::CHANNELS;
 
-use super::decode::Picture;
 use super::options::Options;
 
 /// How often a crop is drawn before the fallback, as in torchvision.
 const ATTEMPTS: usize = 10;
-
-/// A part of a picture, in whole pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Crop {
-    top: usize,
-    left: usize,
-    height: usize,
-    width: usize,
-}
-
-/// A part of a picture whose borders lie anywhere in the pixels.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Part {
-    top: f64,
-    left: f64,
-    height: f64,
-    width: f64,
-}
 
 /// The crop of torchvision's `RandomResizedCrop` for a picture of `height` x `width`: it draws a share of the
 /// area evenly from `scale`, the logarithm of a ratio of width to height evenly from that of `ratio`, and a
@@ -86,7 +65,7 @@ impl Transform {
         picture: &Picture,
         options: &Options,
         table: &Normalization,
-        resizer: &mut Resizer,
+        scaler: &mut Scaler,
         target: &mut [f32],
     ) -> Result<(), String> {
         let side = options.side;
@@ -98,16 +77,16 @@ impl Transform {
                 rng.set_stream(index as u64);
                 let crop = random_crop(height, width, options.scale, options.ratio, || rng.random());
                 let flip = flip && rng.random();
-                (resize(resizer, picture, crop, None, side, side)?, flip)
+                (scaler.scale(picture, crop, None, side, side)?, flip)
             }
             Transform::Test => {
                 let all = Crop { top: 0, left: 0, height, width };
                 let [h, w] = shorter_side_to(height, width, options.resize);
                 let pixels = if h.max(w) <= LONGEST * options.resize {
-                    cut_middle(&resize(resizer, picture, all, None, h, w)?, h, w, side)
+                    cut_middle(&scaler.scale(picture, all, None, h, w)?, h, w, side)
                 } else {
-                    let part = middle(height, width, options.resize, side);
-                    resize(resizer, picture, all, Some(part), side, side)?
+                    let region = middle(height, width, options.resize, side);
+                    scaler.scale(picture, all, Some(region), side, side)?
                 };
                 (pixels, false)
             }
@@ -126,14 +105,14 @@ impl Transform {
 
 /// The picture with its shorter side scaled down to `side`, if it is longer. Evaluation makes the same pixels of it as of the
 /// picture itself, which stays as it is where it is too long to be scaled as a whole.
-pub(super) fn shrink(picture: Picture, side: usize, resizer: &mut Resizer) -> Result<Picture, String> {
+pub(super) fn shrink(picture: Picture, side: usize, scaler: &mut Scaler) -> Result<Picture, String> {
     let Picture { width, height, .. } = picture;
     let [h, w] = shorter_side_to(height, width, side);
     if height.min(width) <= side || h.max(w) > LONGEST * side {
         return Ok(picture);
     }
     let all = Crop { top: 0, left: 0, height, width };
-    Ok(Picture { width: w, height: h, pixels: resize(resizer, &picture, all, None, h, w)? })
+    Ok(Picture { width: w, height: h, pixels: scaler.scale(&picture, all, None, h, w)? })
 }
 
 /// The height and width of a picture whose shorter side is scaled to `side`, as torchvision's `Resize`
@@ -160,9 +139,9 @@ fn cut_middle(pixels: &[u8], height: usize, width: usize, side: usize) -> Vec<u8
     rows.flat_map(|row| &row[begin(width, side) * CHANNELS..][..side * CHANNELS]).copied().collect()
 }
 
-/// The part of a picture that becomes a network's input for evaluation: torchvision's `CenterCrop` of its
-/// `Resize`, as a part of the picture before it is scaled.
-fn middle(height: usize, width: usize, resize: usize, side: usize) -> Part {
+/// The region of a picture that becomes a network's input for evaluation: torchvision's `CenterCrop` of its
+/// `Resize`, in the picture before it is scaled.
+fn middle(height: usize, width: usize, resize: usize, side: usize) -> Region {
     let [h, w] = shorter_side_to(height, width, resize);
     let along = |size: usize, scaled: usize| {
         let scale = size as f64 / scaled as f64;
@@ -171,67 +150,16 @@ fn middle(height: usize, width: usize, resize: usize, side: usize) -> Part {
         (begin, (side as f64 * scale).min(size as f64 - begin))
     };
     let ((top, height), (left, width)) = (along(height, h), along(width, w));
-    Part { top, left, height, width }
-}
-
-/// Scales a part of a crop of the picture to `height` x `width`, without a part all of the crop: bilinear,
-/// and where it becomes smaller, averaged over the support of the smaller picture ("antialias"), as PIL and
-/// torchvision do. The pixels of a part are those that scaling all of the crop gives, but only they are computed.
-fn resize(
-    resizer: &mut Resizer,
-    picture: &Picture,
-    crop: Crop,
-    part: Option<Part>,
-    height: usize,
-    width: usize,
-) -> Result<Vec<u8>, String> {
-    fn failed(error: impl std::fmt::Display) -> String {
-        format!("it cannot be scaled: {error}")
-    }
-    let Picture { width: w, height: h, ref pixels } = *picture;
-    let source = TypedImageRef::<U8x3>::from_buffer(w as u32, h as u32, pixels).map_err(failed)?;
-    // The crop precedes the scaling, so no pixel outside the crop may contribute.
-    let [left, top, w, h] = [crop.left, crop.top, crop.width, crop.height].map(|x| x as u32);
-    let source = TypedCroppedImage::from_ref(&source, left, top, w, h).map_err(failed)?;
-    let mut scaled = vec![0; height * width * CHANNELS];
-    let mut target =
-        TypedImage::<U8x3>::from_buffer(width as u32, height as u32, &mut scaled).map_err(failed)?;
-    let mut options =
-        ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
-    if let Some(Part { top, left, height, width }) = part {
-        options = options.crop(left, top, width, height);
-    }
-    // `resize` would be compiled for every type of pixel.
-    resizer.resize_typed(&source, &mut target, &options).map_err(failed)?;
-    Ok(scaled)
+    Region { top, left, height, width }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::imagenet::tests::scene;
 
     fn source() -> Picture {
-        Picture { width: 64, height: 48, pixels: include_bytes!("../../tests/pictures/source.rgb").to_vec() }
-    }
-
-    #[test]
-    fn scaling_agrees_with_pil() {
-        let text = include_str!("../../tests/pictures/scaled.txt");
-        let mut cases = 0;
-        for line in text.lines() {
-            let (numbers, hex) = line.rsplit_once(' ').unwrap();
-            let numbers: Vec<usize> = numbers.split(' ').map(|number| number.parse().unwrap()).collect();
-            let [left, top, width, height, w, h] = numbers[..] else { panic!("{numbers:?}") };
-            let crop = Crop { top, left, height, width };
-            let scaled = resize(&mut Resizer::new(), &source(), crop, None, h, w).unwrap();
-            let byte = |i: usize| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap();
-            assert_eq!((scaled.len(), hex.len()), (w * h * 3, w * h * 6));
-            // Both round to whole numbers twice, after scaling columns and after scaling rows.
-            let most = scaled.iter().enumerate().map(|(i, &found)| found.abs_diff(byte(i))).max().unwrap();
-            assert!(most <= 1, "{most} for {numbers:?}");
-            cases += 1;
-        }
-        assert_eq!(cases, 12);
+        Picture { width: 64, height: 48, pixels: scene(64, 48, 0).into_raw() }
     }
 
     /// The crop that the given draws lead to.
@@ -298,7 +226,7 @@ mod tests {
         // The middle of 256 x 341 begins at (16, 58), as 58.5 is rounded to the even neighbour, and that of
         // 259 x 256 at (18, 16), as 17.5 is.
         let place = |height, width| {
-            let Part { top, left, .. } = middle(height, width, 256, 224);
+            let Region { top, left, .. } = middle(height, width, 256, 224);
             (top, left)
         };
         assert_eq!(place(256, 341), (16.0, 58.0));
@@ -318,10 +246,10 @@ mod tests {
             let pixels = (0..height * width * 3).map(|_| rng.random()).collect();
             let (picture, all) = (Picture { width, height, pixels }, Crop { top: 0, left: 0, height, width });
             let [h, w] = shorter_side_to(height, width, resize_to);
-            let whole = resize(&mut Resizer::new(), &picture, all, None, h, w).unwrap();
+            let whole = Scaler::default().scale(&picture, all, None, h, w).unwrap();
             let expected = cut_middle(&whole, h, w, side);
-            let part = middle(height, width, resize_to, side);
-            let found = resize(&mut Resizer::new(), &picture, all, Some(part), side, side).unwrap();
+            let region = middle(height, width, resize_to, side);
+            let found = Scaler::default().scale(&picture, all, Some(region), side, side).unwrap();
             let most = found.iter().zip(&expected).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
             assert!(most <= 1, "case {case}: {height}x{width} differs by {most}");
             differing += found.iter().zip(&expected).filter(|(a, b)| a != b).count();
@@ -340,7 +268,7 @@ mod tests {
             let train = Transform::Train { seed: 1, epoch: 0, index: 0, flip: true };
             for transform in [Transform::Test, train] {
                 let mut target = vec![f32::NAN; 224 * 224 * 3];
-                transform.write(&picture, &options, &table, &mut Resizer::new(), &mut target).unwrap();
+                transform.write(&picture, &options, &table, &mut Scaler::default(), &mut target).unwrap();
                 assert!(target.iter().all(|&value| value == 0.2), "{height}x{width}");
             }
         }
@@ -353,11 +281,11 @@ mod tests {
         let table = Normalization::of(mean, std);
         let seen = |view: Transform| {
             let mut target = vec![f32::NAN; 8 * 8 * 3];
-            view.write(&source(), &options, &table, &mut Resizer::new(), &mut target).unwrap();
+            view.write(&source(), &options, &table, &mut Scaler::default(), &mut target).unwrap();
             target
         };
         let all = Crop { top: 0, left: 0, height: 48, width: 64 };
-        let scaled = resize(&mut Resizer::new(), &source(), all, None, 10, 13).unwrap();
+        let scaled = Scaler::default().scale(&source(), all, None, 10, 13).unwrap();
         let test = seen(Transform::Test);
         for (p, &found) in test.iter().enumerate() {
             let (y, x, c) = (p / 24 + 1, p / 3 % 8 + 2, p % 3); // the middle of 10 x 13
