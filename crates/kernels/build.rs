@@ -1,4 +1,5 @@
-//! Compiles the CUDA kernels to PTX, with the feature `cuda`; without it there is nothing to do.
+//! Tells builds of the dev profile, which tests are, from releases: `cfg(checked)`. With the feature `cuda`, compiles the CUDA
+//! kernels to PTX.
 //!
 //! nvcc is that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`. The PTX is for the compute capability in
 //! `CUDA_COMPUTE_CAP` (75 for 7.5, the default): a GPU of that or any later one runs it, compiled by its driver.
@@ -9,6 +10,10 @@ use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-check-cfg=cfg(checked)");
+    if env::var("PROFILE").is_ok_and(|profile| profile == "debug") {
+        println!("cargo::rustc-cfg=checked");
+    }
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::subset;
 
 /// The channels of every image: red, green, blue.
-pub(crate) const CHANNELS: usize = 3;
+pub(crate) use pictures::CHANNELS;
 
 /// Labelled images of one size, stored as bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

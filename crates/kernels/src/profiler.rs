@@ -4,6 +4,7 @@
 //! multiplications and additions it made, and how many bytes it must read and write at least (each operand once,
 //! each result once). Operations are called one after the other, so nothing is counted twice.
 
+use crate::work::lock;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,14 +28,14 @@ static COSTS: Mutex<BTreeMap<&'static str, Cost>> = Mutex::new(BTreeMap::new());
 
 /// Begins anew.
 pub fn start() {
-    COSTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+    lock(&COSTS).clear();
     ON.store(true, Ordering::Relaxed);
 }
 
 /// Ends, and gives what was found, by the operations' names.
 pub fn stop() -> BTreeMap<&'static str, Cost> {
     ON.store(false, Ordering::Relaxed);
-    std::mem::take(&mut *COSTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    std::mem::take(&mut *lock(&COSTS))
 }
 
 /// Notes an operation's cost when it is dropped.
@@ -49,7 +50,7 @@ impl Drop for Note {
     fn drop(&mut self) {
         if let Some((name, started, operations, bytes)) = self.0 {
             let time = started.elapsed();
-            let mut costs = COSTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut costs = lock(&COSTS);
             let cost = costs.entry(name).or_default();
             cost.calls += 1;
             cost.time += time;

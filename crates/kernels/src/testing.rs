@@ -2,6 +2,7 @@
 
 use crate::cpu::Instructions;
 use crate::norm::{self, BatchNormalization, Epilogue, MapGradient};
+use crate::work::lock;
 use crate::{Activation, Quantizer};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
@@ -145,7 +146,7 @@ pub(crate) fn assert_same_on_threads(operation: impl Fn() -> Vec<Tensor> + Sync)
 /// What is allowed is global, so other tests may run with less meanwhile; they hold with any instructions.
 pub(crate) fn with_instructions<R>(allowed: u8, f: impl FnOnce() -> R) -> R {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _guard = lock(&ONE_AT_A_TIME);
     ALLOWED.store(allowed, Ordering::Relaxed);
     let found = f();
     ALLOWED.store(u8::MAX, Ordering::Relaxed);

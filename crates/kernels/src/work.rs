@@ -52,11 +52,14 @@ fn checked<'a, T, R>(
     found
 }
 
-/// Where tests are built (the feature `emulation` is for them alone), fills a block that is about to be written with NaN:
-/// so they see what is not written.
+/// Whether kernels check what they take for granted in a release: in builds of the dev profile (by `build.rs`, as this crate has
+/// no debug assertions there) and where there are debug assertions.
+pub(crate) const CHECKED: bool = cfg!(any(checked, debug_assertions));
+
+/// If [`CHECKED`], fills a block that is about to be written with NaN, so that tests see what is not written.
 #[inline(always)]
 pub(crate) fn poison(block: &mut [MaybeUninit<f32>]) {
-    if cfg!(any(test, feature = "emulation")) {
+    if CHECKED {
         block.fill(MaybeUninit::new(f32::NAN));
     }
 }
@@ -186,8 +189,8 @@ fn for_each(count: usize, per_task: usize, f: &(dyn Fn(usize) + Sync)) {
     (0..count).into_par_iter().with_max_len(per_task).for_each(f);
 }
 
-/// What a mutex holds. A thread that panicked with it ends the others too, so that nobody reads what it left.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// What a mutex holds, also where a thread has panicked with it: that panic is reported, and no other one in its place.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -231,11 +234,8 @@ fn write_parts<T: Copy + Send, S: Send, R: Send>(
     } else {
         for_each(shares.len(), per_task, &run);
     }
-    let mut results = Vec::with_capacity(shares.len());
-    for part in shares {
-        let part = part.into_inner().unwrap_or_else(PoisonError::into_inner);
-        results.push(part.found.expect("each part has run"));
-    }
+    let found = |part: Mutex<Part<T, R>>| part.into_inner().ok()?.found;
+    let results = shares.into_iter().map(|part| found(part).expect("each part has run")).collect();
     // SAFETY: the blocks cover the first `len` elements, and `checked` has made sure of each.
     #[allow(unsafe_code)]
     unsafe {

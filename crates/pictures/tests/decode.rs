@@ -1,28 +1,10 @@
 //! Pictures of every kind decode as by PIL, and what is damaged is refused.
 
-use image::codecs::jpeg::JpegEncoder;
-use image::{DynamicImage, ImageBuffer, ImageFormat, Luma, Rgb, RgbImage, RgbaImage};
+mod common;
+
+use common::{jpeg_of, png_of, scene};
+use image::{DynamicImage, ImageBuffer, Luma, Rgb, RgbaImage};
 use pictures::decode;
-use std::io::Cursor;
-
-/// A picture that differs from those of another `i`.
-fn scene(width: u32, height: u32, i: u32) -> RgbImage {
-    RgbImage::from_fn(width, height, |x, y| {
-        Rgb([(x * 5 + i * 40) as u8, (y * 4 + i * 90) as u8, ((x + y) * 2 + i * 20) as u8])
-    })
-}
-
-fn jpeg_of(picture: &RgbImage) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    picture.write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, 95)).unwrap();
-    bytes
-}
-
-fn png_of(picture: &DynamicImage) -> Vec<u8> {
-    let mut bytes = Cursor::new(Vec::new());
-    picture.write_to(&mut bytes, ImageFormat::Png).unwrap();
-    bytes.into_inner()
-}
 
 /// Compares with PIL's pixels of the same file: no value may differ by more than `most`, and the average
 /// difference must be at most `mean`. Decoders may round differently, and may interpolate subsampled

@@ -2,33 +2,16 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::Cursor;
 use std::time::Duration;
 
-use image::codecs::jpeg::JpegEncoder;
-use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
+use image::DynamicImage;
 
 use super::*;
 use crate::testing::{Mood, Server, write, write_parquet};
 
-/// A picture that differs from those of another `i`.
-pub(super) fn scene(width: u32, height: u32, i: u32) -> RgbImage {
-    RgbImage::from_fn(width, height, |x, y| {
-        Rgb([(x * 5 + i * 40) as u8, (y * 4 + i * 90) as u8, ((x + y) * 2 + i * 20) as u8])
-    })
-}
-
-pub(super) fn jpeg_of(picture: &RgbImage) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    picture.write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, 95)).unwrap();
-    bytes
-}
-
-pub(super) fn png_of(picture: &DynamicImage) -> Vec<u8> {
-    let mut bytes = Cursor::new(Vec::new());
-    picture.write_to(&mut bytes, ImageFormat::Png).unwrap();
-    bytes.into_inner()
-}
+#[path = "../../../pictures/tests/common/mod.rs"]
+mod made;
+pub(super) use made::{jpeg_of, png_of, scene};
 
 /// Three of the official classes: 0, 1 and 999.
 pub(super) const WNIDS: [&str; 3] = ["n01440764", "n01443537", "n15075141"];

@@ -13,6 +13,7 @@
 
 use super::{Launch, Module};
 use crate::Error;
+use crate::work::lock;
 use candle_core::Tensor;
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -147,7 +148,7 @@ type Kernel = unsafe extern "C" fn(*const u64, usize, *const u32, i32) -> i32;
 #[allow(unsafe_code)]
 fn library(module: Module) -> Result<&'static libloading::Library, String> {
     static LIBRARIES: Mutex<Option<HashMap<&str, &'static libloading::Library>>> = Mutex::new(None);
-    let mut libraries = LIBRARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut libraries = lock(&LIBRARIES);
     let libraries = libraries.get_or_insert_with(HashMap::new);
     if let Some(library) = libraries.get(module.name) {
         return Ok(library);
