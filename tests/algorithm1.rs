@@ -178,6 +178,7 @@ fn every_real_image_stays_on_the_grid() {
         parent_network: None,
         limit: None,
         ranks: None,
+        graphs: false,
     };
     let network = fit(network, &run, &mut |_| ()).unwrap().network;
     let mut seen = 0;

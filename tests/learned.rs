@@ -69,6 +69,7 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
                     parent_network: None,
                     limit: None,
                     ranks: None,
+                    graphs: false,
                 },
                 observe,
             )

@@ -34,7 +34,7 @@ fn compile() -> Result<(), String> {
     let capability = capability()?;
     let source = Path::new("src");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; run cargo")?);
-    // A new operation, so a new folder, is named there.
+    // A new operation is named there; one that gets its kernels later needs a build from scratch.
     println!("cargo::rerun-if-changed={}", source.join("lib.rs").display());
     for header in files(&source.join("gpu"))?.filter(|file| file.extension().is_some_and(|e| e == "cuh")) {
         println!("cargo::rerun-if-changed={}", header.display());

@@ -42,6 +42,10 @@ struct Flags {
     #[arg(long, value_enum, value_name = "KIND")]
     arithmetic: Option<Arithmetic>,
 
+    /// On a GPU, launch our training steps as CUDA graphs
+    #[arg(long)]
+    cuda_graphs: bool,
+
     /// A Python interpreter that has torch; without it, PyTorch is installed in the target folder
     #[arg(long, value_name = "FILE")]
     python: Option<PathBuf>,
@@ -137,7 +141,8 @@ pub fn main() -> Result<()> {
         return process::run(|| {
             let (device, name) = device::open(&flags.device)?;
             flags.arithmetic.unwrap_or_default().set(&device, name)?;
-            ours::serve(std::io::stdin().lock(), std::io::stdout(), &device)
+            let graphs = device::allow_graphs(&device, flags.cuda_graphs)?;
+            ours::serve(std::io::stdin().lock(), std::io::stdout(), &device, graphs)
         });
     }
     if !(flags.seconds > 0.0 && flags.seconds <= 600.0) {
@@ -146,7 +151,10 @@ pub fn main() -> Result<()> {
     // Before anything else, as without it there is nothing to measure.
     let (place, device_name, arithmetics) = {
         let (device, name) = device::open(&flags.device)?;
-        let (arithmetic, name) = flags.arithmetic.unwrap_or_default().set(&device, name)?;
+        let (arithmetic, mut name) = flags.arithmetic.unwrap_or_default().set(&device, name)?;
+        if device::allow_graphs(&device, flags.cuda_graphs)? {
+            name += ", training steps of ours as CUDA graphs";
+        }
         let place = if device.is_cpu() { Place::Cpu } else { Place::Gpu };
         let mut arithmetics = vec![arithmetic];
         if flags.arithmetic.is_none() && place == Place::Cpu && machine::has_bf16() {
@@ -180,6 +188,7 @@ pub fn main() -> Result<()> {
         python,
         device: flags.device.clone(),
         arithmetic: flags.arithmetic.unwrap_or_default(),
+        graphs: flags.cuda_graphs,
         place,
         threads,
         rounds: flags.rounds.into(),
@@ -249,6 +258,7 @@ struct Bench {
     /// As given.
     device: String,
     arithmetic: Arithmetic,
+    graphs: bool,
     place: Place,
     threads: usize,
     rounds: usize,
@@ -294,6 +304,9 @@ impl Bench {
             _ => {
                 let mut command = Command::new(own_program()?);
                 command.args(["--worker", "--device", &self.device, "--arithmetic", &self.arithmetic.name()]);
+                if self.graphs {
+                    command.arg("--cuda-graphs");
+                }
                 command.env("RAYON_NUM_THREADS", self.threads.to_string());
                 command
             }

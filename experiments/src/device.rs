@@ -27,6 +27,17 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     }
 }
 
+/// Whether `--cuda-graphs` was given, for a device that has them.
+///
+/// # Errors
+/// The flag on a CPU.
+pub fn allow_graphs(device: &Device, wanted: bool) -> Result<bool> {
+    if wanted && device.is_cpu() {
+        bail!("--cuda-graphs is for GPUs, and this runs on the CPU: leave it out, or use --device cuda");
+    }
+    Ok(wanted)
+}
+
 /// How it is computed, `--arithmetic`: in place of what a profile says of its trainings ([`train::Arithmetic`]). What is learned, and all statistics, are float32 in each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Arithmetic {
@@ -155,6 +166,7 @@ fn own(count: usize) -> usize {
 #[cfg(feature = "cuda")]
 fn works(number: usize) -> Result<Device> {
     let device = Device::new_cuda(number)?;
+    kernels::gpu::expect_one_stream(&device);
     let ones = candle_core::Tensor::ones(1000, candle_core::DType::F32, &device)?;
     let sum = (ones.affine(2.0, 1.0)?.sum_all()?).to_scalar::<f32>()?;
     if sum != 3000.0 {

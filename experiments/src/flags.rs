@@ -95,6 +95,10 @@ pub struct Running {
     #[arg(long, value_enum, value_name = "KIND")]
     pub arithmetic: Option<Arithmetic>,
 
+    /// On a GPU, record a training step as a CUDA graph and launch it whole from then on: the same bits by fewer launches
+    #[arg(long)]
+    pub cuda_graphs: bool,
+
     /// Stop after about that many minutes: after the last epoch that ends in time, at least one. The same command then
     /// goes on from there, on any device. The exit code is 75 where something is left to do
     #[arg(long, value_name = "MINUTES", value_parser = minutes)]

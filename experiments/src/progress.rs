@@ -1,5 +1,6 @@
 //! Progress: bars where the output is a terminal, plain lines where it isn't.
 
+use crate::process::one_line;
 use crate::{output, signals};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
@@ -73,10 +74,10 @@ impl Display {
                 self.line(&format!("{} …", stage.label()));
             }
             Event::Progress(stage, progress) => {
-                let kept = match progress {
-                    Progress::Resumed { epoch } => Some(epoch),
+                let kept = match &progress {
+                    Progress::Resumed { epoch } => Some(*epoch),
                     Progress::Epoch { metrics, .. } => Some(metrics.epoch),
-                    Progress::Steps { .. } => None,
+                    Progress::Steps { .. } | Progress::NoGraphs(_) => None,
                 };
                 if let Some(epoch) = kept {
                     let epochs = stage.training().map_or(epoch, Training::epochs);
@@ -102,6 +103,12 @@ impl Display {
         match progress {
             Progress::Resumed { epoch } => {
                 self.line(&format!("  going on from the checkpoint after epoch {epoch}"));
+            }
+            Progress::NoGraphs(problem) => {
+                let problem = one_line(&problem.into());
+                self.line(&format!(
+                    "  steps are launched kernel by kernel, as there is no CUDA graph of them: {problem}"
+                ));
             }
             Progress::Steps { epoch, epochs, step, steps, loss, images_per_second } => {
                 if self.terminal {

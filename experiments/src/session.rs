@@ -74,6 +74,8 @@ pub(crate) struct Machine {
     /// The device's, with such an arithmetic.
     name: String,
     store: Store,
+    /// Whether training steps on a GPU become CUDA graphs.
+    graphs: bool,
     /// The processes that train together, where there are several.
     ranks: Option<Rc<dyn Ranks>>,
 }
@@ -94,7 +96,8 @@ impl Machine {
         if let Some(limit) = limit {
             store = store.within(limit);
         }
-        Ok(Self { device, arithmetic, name, store, ranks: None })
+        let graphs = device::allow_graphs(&device, running.cuda_graphs)?;
+        Ok(Self { device, arithmetic, name, store, graphs, ranks: None })
     }
 }
 
@@ -291,10 +294,10 @@ impl Session {
     }
 
     fn run_by(&mut self, run: Run, stage: &Stage) -> Result<Option<Outcome>> {
-        let Self { data, machine: Machine { device, store, ranks, .. }, provenance, given, display, .. } =
-            self;
+        let Self { data, machine, provenance, given, display, .. } = self;
+        let Machine { device, store, ranks, graphs, .. } = machine;
         let (data, given, ranks) = (&**data, given.as_ref(), ranks.as_deref());
-        let resources = Resources { data, device, provenance, given, ranks };
+        let resources = Resources { data, device, provenance, given, ranks, graphs: *graphs };
         match run(store, stage, &resources, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();
@@ -322,10 +325,10 @@ impl Session {
 
     /// The network that a stage gives.
     pub fn network(&mut self, stage: &Stage) -> Result<Network> {
-        let Self { data, machine: Machine { device, store, ranks, .. }, provenance, given, display, .. } =
-            self;
+        let Self { data, machine, provenance, given, display, .. } = self;
+        let Machine { device, store, ranks, graphs, .. } = machine;
         let (data, given, ranks) = (&**data, given.as_ref(), ranks.as_deref());
-        let resources = Resources { data, device, provenance, given, ranks };
+        let resources = Resources { data, device, provenance, given, ranks, graphs: *graphs };
         Ok(store.produce(stage, device, &resources, &mut |event| display.stage(event))?.1)
     }
 

@@ -80,8 +80,14 @@ pub fn run(
 ) -> (Result<Outcome>, Vec<String>) {
     let provenance =
         Provenance { command: "test".into(), git_commit: "none".into(), device: "processor".into() };
-    let resources =
-        Resources { data, device: &Device::Cpu, provenance: &provenance, given: None, ranks: None };
+    let resources = Resources {
+        data,
+        device: &Device::Cpu,
+        provenance: &provenance,
+        given: None,
+        ranks: None,
+        graphs: false,
+    };
     let mut told = Vec::new();
     let outcome = store.run(stage, &resources, &mut |event| {
         let text = match &event {

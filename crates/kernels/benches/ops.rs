@@ -18,7 +18,7 @@ use divan::counter::{BytesCount, IntoCounter, ItemsCount};
 use divan::{Bencher, Divan};
 use kernels::augment::Views;
 use kernels::norm::{BatchNormalization, Epilogue, Gradients, MapGradient};
-use kernels::sgd::{Rule, Update};
+use kernels::sgd::{Rate, Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Result, Weight};
 use quant_core::Bits;
 use std::fmt;
@@ -455,5 +455,7 @@ fn sgd(bencher: Bencher) {
         weight_decay: 1e-4,
     });
     let moved = BytesCount::f32(5 * params.iter().map(Tensor::elem_count).sum::<usize>());
-    measure(bencher, moved, || kernels::sgd::step_all(&updates, Rule { lr: 1e-3, momentum: 0.9 }));
+    measure(bencher, moved, || {
+        kernels::sgd::step_all(&updates, Rule { lr: Rate::Number(1e-3), momentum: 0.9 })
+    });
 }

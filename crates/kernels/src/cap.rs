@@ -3,7 +3,9 @@
 //! Equalization by a factor `s` of each channel turns ReLU6 into `min(max(x, 0), 6/s)` ([`crate::Activation`] has one
 //! bound for all channels). `∂x = ∂y·[y < cap]`: 0 at the kink, as for the activations. The caps are not learned.
 //!
-//! A pass of its own over the map, and on a GPU Candle's operations: it is a baseline's, and nothing else waits for it.
+//! A pass of its own over the map: it is a baseline's, and nothing else waits for it.
+
+mod gpu;
 
 use crate::check::Check;
 use crate::cpu::{self, open, read_ahead, simd};
@@ -22,7 +24,7 @@ pub fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
     let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
     let (x, cap) = (check.map_float("x", x)?, check.dims("cap", cap, &[c])?);
     if crate::gpu::runs(x.device()) {
-        return Ok(x.broadcast_minimum(&cap.to_dtype(x.dtype())?)?);
+        return gpu::forward(&x, &cap);
     }
     by_element!(x.dtype(), T => {
         let (opened, cap) = (open(&x), cpu::values(&cap)?);
@@ -42,8 +44,7 @@ pub fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
     let (y, cap) = (check.map_float("y", y)?, check.dims("cap", cap, &[c])?);
     let gy = check.map_of("gy", gy, &y)?;
     if crate::gpu::runs(y.device()) {
-        let below = y.broadcast_lt(&cap.to_dtype(y.dtype())?)?;
-        return Ok(below.where_cond(&gy, &gy.zeros_like()?)?);
+        return gpu::backward(&y, &gy, &cap);
     }
     by_element!(y.dtype(), T => {
         let (opened, gy, cap) = (open(&y), open(&gy), cpu::values(&cap)?);

@@ -18,15 +18,44 @@
 mod cuda;
 #[cfg(feature = "emulation")]
 pub mod emulation;
+mod graph;
 #[cfg(feature = "cuda")]
 pub mod nccl;
 pub(crate) mod product;
 
+pub use graph::Graph;
 pub use product::set_tf32;
 
 use crate::{Error, Quantizer, Result};
 use candle_core::{CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor};
 use std::cell::Cell;
+
+/// Spares a GPU's events: two for each tensor, by which the driver's binding would put the streams of several in order. All work
+/// on a device is in one.
+pub fn expect_one_stream(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        cuda::expect_one_stream(device);
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
+}
+
+/// Writes the elements of a tensor over those of another of its shape and dtype, both contiguous and on one device.
+pub fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
+    if (to.shape(), to.dtype()) != (from.shape(), from.dtype()) || !to.device().same_device(from.device()) {
+        let message = format!("{from:?} is to be written over {to:?}: expected its shape, dtype and device");
+        return Err(Error::Setting { op: "gpu::overwrite", message });
+    }
+    match to.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let bytes = to.elem_count() * to.dtype().size_in_bytes();
+            Ok(cuda::copy(device, address_mut(to)?, address(from)?, bytes)?)
+        }
+        _ => Ok(to.slice_set(from, 0, 0)?),
+    }
+}
 
 /// Whether an operation on this device runs the kernels of this module.
 pub(crate) fn runs(device: &Device) -> bool {

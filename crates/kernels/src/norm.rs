@@ -119,8 +119,8 @@ impl BatchNormalization {
     }
 }
 
-/// What a training step needs of a batch normalization: [`BatchNormalization::new`], and the running statistics after
-/// this batch of `rows` rows, moved towards it by `momentum`.
+/// What a training step needs of a batch normalization: [`BatchNormalization::new`]. Changes the running statistics in place: moves
+/// them towards those of this batch of `rows` rows by `momentum`.
 pub fn prepare(
     stats: &Stats,
     gamma: &Tensor,
@@ -129,18 +129,16 @@ pub fn prepare(
     running: &Running,
     momentum: f64,
     rows: usize,
-) -> Result<(BatchNormalization, Running)> {
+) -> Result<BatchNormalization> {
     // From the biased variance to the unbiased one.
     let unbias = rows as f64 / (rows.max(2) - 1) as f64;
     if crate::gpu::runs(stats.mean.device()) {
         return gpu::prepare(stats, gamma, beta, epsilon, running, momentum, unbias);
     }
-    let moved = |old: &Tensor, new: &Tensor| old + ((new - old)? * momentum)?;
-    let running = Running {
-        mean: moved(&running.mean, &stats.mean)?,
-        variance: moved(&running.variance, &(&stats.variance * unbias)?)?,
-    };
-    Ok((BatchNormalization::new(stats, gamma, beta, epsilon)?, running))
+    for (old, new) in [(&running.mean, &stats.mean), (&running.variance, &(&stats.variance * unbias)?)] {
+        old.slice_set(&(old + ((new - old)? * momentum)?)?, 0, 0)?;
+    }
+    BatchNormalization::new(stats, gamma, beta, epsilon)
 }
 
 /// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.

@@ -10,11 +10,29 @@ use candle_core::Tensor;
 
 /// What a step does to every parameter.
 #[derive(Clone, Copy, Debug)]
-pub struct Rule {
+pub struct Rule<'a> {
     /// Learning rate.
-    pub lr: f64,
+    pub lr: Rate<'a>,
     /// Momentum `m`, 0 … 1.
     pub momentum: f64,
+}
+
+/// A learning rate.
+#[derive(Clone, Copy, Debug)]
+pub enum Rate<'a> {
+    /// As the host knows it.
+    Number(f64),
+    /// `f32`, `[1]`: as it stands there when the step is made, which a step that is recorded reads each time.
+    At(&'a Tensor),
+}
+
+impl Rate<'_> {
+    fn read(self) -> Result<f32> {
+        match self {
+            Self::Number(rate) => Ok(rate as f32),
+            Self::At(tensor) => Ok(tensor.to_vec1::<f32>()?[0]),
+        }
+    }
 }
 
 /// A parameter with its gradient, all three of one shape.
@@ -40,12 +58,15 @@ pub fn step(
     momentum: f64,
     weight_decay: f64,
 ) -> Result<()> {
-    step_all(&[Update { param, grad, velocity, weight_decay }], Rule { lr, momentum })
+    step_all(&[Update { param, grad, velocity, weight_decay }], Rule { lr: Rate::Number(lr), momentum })
 }
 
 /// One step for many parameters: on a GPU in a few launches.
-pub fn step_all(updates: &[Update<'_>], rule: Rule) -> Result<()> {
+pub fn step_all(updates: &[Update<'_>], rule: Rule<'_>) -> Result<()> {
     let check = Check("sgd::step");
+    if let Rate::At(rate) = rule.lr {
+        check.dims("rate", rate, &[1])?;
+    }
     let _note = profiler::note(check.0, 0, 28 * updates.iter().map(|u| u.param.elem_count()).sum::<usize>());
     let mut grads = Vec::with_capacity(updates.len());
     for Update { param, grad, velocity, .. } in updates {
@@ -62,8 +83,9 @@ pub fn step_all(updates: &[Update<'_>], rule: Rule) -> Result<()> {
     if updates.first().is_some_and(|update| crate::gpu::runs(update.param.device())) {
         return gpu::step(&updates, rule);
     }
+    let lr = rule.lr.read()?;
     for Update { param, grad, velocity, weight_decay } in updates {
-        let (lr, momentum, decay) = (rule.lr as f32, rule.momentum as f32, weight_decay as f32);
+        let (momentum, decay) = (rule.momentum as f32, weight_decay as f32);
         cpu::update(&check, "velocity", velocity, [grad, param], |velocity, [grad, param]| {
             change(velocity, &|part, velocity| {
                 for ((v, g), p) in velocity.iter_mut().zip(&grad[part.clone()]).zip(&param[part]) {

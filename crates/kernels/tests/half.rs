@@ -31,4 +31,3 @@ macro_rules! in_halves {
 }
 
 twin::of_maps!(in_halves);
-in_halves! { caps }

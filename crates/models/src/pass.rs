@@ -226,13 +226,13 @@ impl Unit {
     /// The convolution of `x[N, H, W, C]` by the float weights whose statistics fold the filters, if they do; moves the running
     /// statistics towards them.
     fn float_convolution(
-        &mut self,
+        &self,
         x: &FeatureMap,
         epsilon: f64,
         step: Step<'_>,
     ) -> Result<Option<FloatConvolution>> {
         let fold = self.weight_quantizer.as_ref().map(Quantizer::fold);
-        match &mut self.norm {
+        match &self.norm {
             Norm::Batch(norm) if fold == Some(Fold::FloatStatistics) => {
                 let (z, stats) = convolution::forward_stats(self.kernel, x.clone(), &self.weight)?;
                 let (norm, _) = norm.prepare(&z, stats, epsilon, step)?;
@@ -290,7 +290,7 @@ impl Unit {
             (None, Norm::Bias(bias)) => Some(bias.clone()),
             (None, Norm::Batch(_)) => None,
         };
-        let (z, stats, batch, scale, shift) = match (bias, &mut self.norm) {
+        let (z, stats, batch, scale, shift) = match (bias, &self.norm) {
             (None, Norm::Batch(norm)) => {
                 let (z, stats) = convolution::forward_stats(kernel, &x, operand)?;
                 let (batch, stats) = norm.prepare(&z, stats, epsilon, step)?;
@@ -359,7 +359,7 @@ impl BatchNorm {
     /// The normalization of a training step, and the batch's statistics, from those of its `z[N, H, W, C]`; moves the running ones
     /// towards them.
     fn prepare(
-        &mut self,
+        &self,
         z: &Tensor,
         stats: Stats,
         epsilon: f64,
@@ -368,9 +368,7 @@ impl BatchNorm {
         let Self { gamma, beta, mean, variance } = self;
         let (stats, rows) = step.stats(stats, z.elem_count() / gamma.elem_count())?;
         let running = Running { mean: mean.clone(), variance: variance.clone() };
-        let (batch, running) = norm::prepare(&stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?;
-        (*mean, *variance) = (running.mean, running.variance);
-        Ok((batch, stats))
+        Ok((norm::prepare(&stats, gamma, beta, epsilon, &running, NORM_MOMENTUM, rows)?, stats))
     }
 }
 

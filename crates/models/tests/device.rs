@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use kernels::gpu::emulation::{self, Order};
 use kernels::loss::softmax_cross_entropy;
-use kernels::sgd::{Rule, Update, step_all};
+use kernels::sgd::{Rate, Rule, Update, step_all};
 use models::{Fold, Input, Method, MobileNet, Network, Quantization, Step, Version, WeightGrid};
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
@@ -81,7 +81,7 @@ fn train(network: &Network, device: &Device, dtype: DType, steps: usize, seed: u
                 Update { param: &p.tensor, grad, velocity, weight_decay: 1e-4 }
             })
             .collect();
-        step_all(&updates, Rule { lr: 0.02, momentum: 0.9 }).unwrap();
+        step_all(&updates, Rule { lr: Rate::Number(0.02), momentum: 0.9 }).unwrap();
         losses.push(elements(&result.loss)[0]);
     }
     let logits = elements(&network.forward(&images).unwrap());

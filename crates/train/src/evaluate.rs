@@ -1,5 +1,5 @@
 use crate::totals::{Means, Totals};
-use crate::{Arithmetic, Error, Result};
+use crate::{Arithmetic, Error, Found, Result};
 use datasets::{Dataset, Feed};
 use models::Network;
 use ranks::Ranks;
@@ -47,8 +47,8 @@ pub(crate) fn evaluate_on(
     for batch in feed.test((PIXELS / (height * width).max(1)).clamp(1, IMAGES))? {
         let batch = batch?;
         let logits = network.forward(&batch.images)?;
-        let step = kernels::loss::softmax_cross_entropy(&logits, &batch.labels, 0.0)?;
-        totals.add(&step, batch.labels.elem_count())?;
+        let loss = kernels::loss::softmax_cross_entropy(&logits, &batch.labels, 0.0)?;
+        totals.add(&Found::of(&loss)?, batch.labels.elem_count())?;
     }
     let Means { loss, top1_percent, .. } = totals.read(ranks)?;
     Ok(Evaluation { loss, top1_percent })

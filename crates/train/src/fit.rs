@@ -1,12 +1,9 @@
 use crate::evaluate::evaluate_on;
-use crate::together::{Share, Work};
+use crate::together::Work;
 use crate::totals::{Means, Totals};
-use crate::{Error, Evaluation, Result, TimeLimit, Training};
-use candle_core::Tensor;
+use crate::{Error, Evaluation, Found, Result, TimeLimit, Trainer, Training};
 use datasets::{Dataset, Feed};
-use kernels::loss::{Loss, softmax_cross_entropy};
-use kernels::sgd::{self, Rule, Update};
-use models::{Extras, Network, Parameter, Step};
+use models::{Extras, Network};
 use ranks::Ranks;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -33,6 +30,15 @@ pub struct TrainingRun<'a> {
     /// The ranks that train together, of which this one is rank 0 and the others are in [`follow`](crate::follow); none where
     /// this process trains alone.
     pub ranks: Option<&'a dyn Ranks>,
+    /// Whether steps on a GPU are launches of a CUDA graph ([`Trainer::new`]); without effect where several ranks train.
+    pub graphs: bool,
+}
+
+impl TrainingRun<'_> {
+    /// Whether steps are recorded. Where several ranks train, they wait for each other on the host.
+    fn records(&self) -> bool {
+        self.graphs && self.ranks.is_none()
+    }
 }
 
 /// What one epoch gave: a line of `metrics.csv`.
@@ -55,13 +61,15 @@ pub struct EpochMetrics {
 }
 
 /// What a run tells while it goes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub enum Progress {
     /// An earlier run's checkpoint was found; `epoch` epochs are done.
     Resumed {
         /// Epochs done.
         epoch: usize,
     },
+    /// Steps are no launches of a CUDA graph, although they were to be, for that reason.
+    NoGraphs(Error),
     /// Some steps of an epoch are done.
     Steps {
         /// From 1.
@@ -120,82 +128,16 @@ pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress
             observe(Progress::Resumed { epoch: state.metrics.len() + usize::from(trained.is_some()) });
             (state, trained)
         }
-        None => (State::new(network)?, None),
+        None => (State::new(network, run)?, None),
     };
     work.begin(&state, trained)?;
     state.train(trained, &work, Some(run), observe)
 }
 
-/// One step of training on a batch, at the given learning rate: forward pass, loss, backward pass, update.
-pub fn step(
-    network: &mut Network,
-    velocities: &Velocities,
-    images: &Tensor,
-    labels: &Tensor,
-    training: &Training,
-    rate: f64,
-) -> Result<Loss> {
-    shared_step(network, velocities, images, labels, training, rate, None)
-}
-
-/// [`step`] on the share that a rank has in a batch.
-fn shared_step(
-    network: &mut Network,
-    velocities: &Velocities,
-    images: &Tensor,
-    labels: &Tensor,
-    training: &Training,
-    rate: f64,
-    share: Option<Share<'_>>,
-) -> Result<Loss> {
-    let together = share.as_ref().map(|share| share.ranks).filter(|_| training.sync_norm);
-    let range_momentum = training.range_momentum;
-    let (logits, tape) = network.forward_train(images, Step { range_momentum, together })?;
-    let result = softmax_cross_entropy(&logits, labels, training.label_smoothing)?;
-    let gradients = match &share {
-        None => network.backward(tape, &result.grad)?,
-        Some(share) => network.backward(tape, &share.of(&result.grad, labels.elem_count())?)?,
-    };
-    if let Some(Share { ranks, starts: true, .. }) = share {
-        network.agree_on_starts(ranks)?;
-    }
-    let parameters = network.parameters();
-    let sums = share.map(|share| share.sums(&parameters, &gradients)).transpose()?;
-    let mut updates = Vec::with_capacity(parameters.len());
-    for (i, parameter) in parameters.iter().enumerate() {
-        let decays = parameter.role.decays(training.decay_norm);
-        updates.push(Update {
-            param: &parameter.tensor,
-            grad: sums.as_ref().map_or_else(|| gradients.of(parameter), |sums| Ok(&sums[i]))?,
-            velocity: velocities.of(parameter)?,
-            weight_decay: if decays { training.weight_decay } else { 0.0 },
-        });
-    }
-    sgd::step_all(&updates, Rule { lr: rate, momentum: training.momentum })?;
-    Ok(result)
-}
-
-/// The momenta of a network's parameters, each found by its parameter's name.
-pub struct Velocities(BTreeMap<String, Tensor>);
-
-impl Velocities {
-    /// Those with which training begins.
-    pub fn zeros(network: &Network) -> Result<Self> {
-        let zeros = |parameter: &Parameter| Ok((parameter.name.clone(), parameter.tensor.zeros_like()?));
-        Ok(Self(network.parameters().iter().map(zeros).collect::<Result<_>>()?))
-    }
-
-    /// The momentum of a parameter.
-    fn of(&self, parameter: &Parameter) -> Result<&Tensor> {
-        self.0.get(&parameter.name).ok_or_else(|| Error::Velocity { parameter: parameter.name.clone() })
-    }
-}
-
 /// What is carried from epoch to epoch. The order and the augmentation of images depend on
 /// (seed, epoch) alone, so there is no random state.
 pub(crate) struct State {
-    pub(crate) network: Network,
-    velocities: Velocities,
+    pub(crate) trainer: Trainer,
     /// Of the epochs that have been evaluated.
     metrics: Vec<EpochMetrics>,
     /// Of the same epochs.
@@ -215,9 +157,9 @@ pub(crate) struct TrainedEpoch {
 }
 
 impl State {
-    fn new(network: Network) -> Result<Self> {
-        let velocities = Velocities::zeros(&network)?;
-        Ok(Self { velocities, network, metrics: Vec::new(), low_variance_percent: Vec::new() })
+    fn new(network: Network, run: &TrainingRun) -> Result<Self> {
+        let trainer = Trainer::new(network, run.training, run.records())?;
+        Ok(Self { trainer, metrics: Vec::new(), low_variance_percent: Vec::new() })
     }
 
     /// Trains to the end; `trained` is an epoch that is still to be evaluated. What comes of it is kept where this process has
@@ -230,7 +172,7 @@ impl State {
         observe: &mut dyn FnMut(Progress),
     ) -> Result<Trained> {
         let dtype = work.training.arithmetic.dtype();
-        let mut feed = Feed::new(work.data, self.network.device(), dtype).part(work.part());
+        let mut feed = Feed::new(work.data, self.trainer.network().device(), dtype).part(work.part());
         // A checkpoint does not have the evaluation of its last epoch.
         if let Some(trained) = trained {
             self.evaluate(trained, work, run, &mut feed)?;
@@ -249,8 +191,8 @@ impl State {
             limit.inspect(|limit| limit.note(started.elapsed()));
             observe(Progress::Epoch { epochs, metrics });
         }
-        let Self { network, metrics, low_variance_percent, .. } = self;
-        Ok(Trained { network, metrics, low_variance_percent })
+        let Self { trainer, metrics, low_variance_percent } = self;
+        Ok(Trained { network: trainer.into_network(), metrics, low_variance_percent })
     }
 
     fn epoch(
@@ -280,10 +222,14 @@ impl State {
             // The rate at the middle of the step.
             rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64, &accuracies);
             let (images, labels) = (&batch.images, &batch.labels);
-            let Self { network, velocities, .. } = self;
-            let share = work.share(epoch, step);
-            let result = shared_step(network, velocities, images, labels, training, rate, share)?;
-            totals.add(&result, labels.elem_count())?;
+            let found: Found = match work.share(epoch, step) {
+                Some(share) => self.trainer.shared_step(images, labels, rate, share)?,
+                None => self.trainer.step(images, labels, rate)?,
+            };
+            totals.add(&found, labels.elem_count())?;
+            if let Some(problem) = self.trainer.no_graphs() {
+                observe(Progress::NoGraphs(problem));
+            }
             done = step + 1;
             if done % STEPS_PER_REPORT == 0 || done == steps {
                 means = totals.read(ranks)?;
@@ -297,9 +243,10 @@ impl State {
                 observe(Progress::Steps { epoch, epochs, step: done, steps, loss, images_per_second });
             }
         }
-        work.agree(&mut self.network, steps - done)?;
+        work.agree(self.trainer.network_mut(), steps - done)?;
+        let network = self.trainer.network();
         // Quantizers map NaN to a level, so the loss need not tell.
-        if let Err(error) = self.network.check_values() {
+        if let Err(error) = network.check_values() {
             return Err(Error::Diverged { what: error.to_string(), epoch: epoch + 1, rate });
         }
         Ok(TrainedEpoch {
@@ -308,7 +255,7 @@ impl State {
             train_loss: means.loss,
             train_top1_percent: means.top1_percent,
             seconds: started.elapsed().as_secs_f64(),
-            low_variance_percent: self.network.low_variance_percent(self.network.epsilon)?,
+            low_variance_percent: network.low_variance_percent(network.epsilon)?,
         })
     }
 
@@ -323,7 +270,7 @@ impl State {
         let TrainedEpoch { epoch, rate, train_loss, train_top1_percent, seconds, low_variance_percent } =
             trained;
         let started = Instant::now();
-        let Evaluation { loss, top1_percent } = evaluate_on(&self.network, feed, work.ranks)?;
+        let Evaluation { loss, top1_percent } = evaluate_on(self.trainer.network(), feed, work.ranks)?;
         if !loss.is_finite() {
             return Err(Error::Diverged { what: format!("the loss on the test set is {loss}"), epoch, rate });
         }
@@ -355,14 +302,14 @@ impl State {
         if let Some(hash) = run.parent_network {
             extras.metadata.insert("parent_network".into(), hash.into());
         }
-        self.network.save(&Self::checkpoint(run), &extras)?;
+        self.trainer.network().save(&Self::checkpoint(run), &extras)?;
         Ok(())
     }
 
     /// What stands beside the network in a file.
     pub(crate) fn extras(&self, trained: Option<TrainedEpoch>) -> Extras {
         let mut extras = Extras::default();
-        for (parameter, velocity) in &self.velocities.0 {
+        for (parameter, velocity) in self.trainer.velocities() {
             extras.tensors.insert(velocity_name(parameter), velocity.clone());
         }
         extras.metadata.insert("metrics".into(), json(&self.metrics));
@@ -378,6 +325,7 @@ impl State {
     pub(crate) fn of(
         network: Network,
         extras: &mut Extras,
+        (training, graphs): (&Training, bool),
         fail: impl Fn(String) -> Error,
     ) -> Result<(Self, Option<TrainedEpoch>)> {
         let unreadable = |e: serde_json::Error| {
@@ -398,7 +346,8 @@ impl State {
             let missing = || fail(format!("lacks {name}; delete the file to begin the run anew"));
             velocities.insert(parameter.name, extras.tensors.remove(&name).ok_or_else(missing)?);
         }
-        Ok((Self { network, velocities: Velocities(velocities), metrics, low_variance_percent }, trained))
+        let trainer = Trainer::resumed(network, velocities, training, graphs);
+        Ok((Self { trainer, metrics, low_variance_percent }, trained))
     }
 
     /// The state that the run's checkpoint holds, and the epoch that is still to be evaluated; `None` if there is no
@@ -427,7 +376,7 @@ impl State {
                 format!("its training began from a network of SHA-256 {began}, and that is {now} now");
             return Err(models::Error::Damaged { path, problem }.into());
         }
-        let (state, trained) = Self::of(network, &mut extras, fail)?;
+        let (state, trained) = Self::of(network, &mut extras, (run.training, run.records()), fail)?;
         // Older checkpoints were written after the evaluation, and without a seal.
         if trained.is_some() != extras.sealed {
             let (path, problem) =

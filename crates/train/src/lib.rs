@@ -9,14 +9,16 @@ mod evaluate;
 mod fit;
 mod limit;
 mod settings;
+mod step;
 mod together;
 mod totals;
 
 pub use calibrate::calibrate;
 pub use evaluate::{Evaluation, evaluate, evaluate_in};
-pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, Velocities, fit, step};
+pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, fit};
 pub use limit::TimeLimit;
 pub use settings::{Arithmetic, Decay, Training};
+pub use step::{Found, Trainer};
 pub use together::{dismiss, follow};
 
 /// What can go wrong while training.

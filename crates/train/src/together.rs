@@ -8,7 +8,7 @@ use crate::fit::{State, TrainedEpoch, TrainingRun, json};
 use crate::{Error, Result, Training};
 use candle_core::{Device, Tensor};
 use datasets::{Dataset, Part};
-use models::{Gradients, Network, Parameter};
+use models::{Extras, Gradients, Network, Parameter};
 use ranks::Ranks;
 use serde::de::DeserializeOwned;
 use std::path::Path;
@@ -26,14 +26,14 @@ pub fn follow(ranks: &dyn Ranks, data: &dyn Dataset, device: &Device) -> Result<
         }
         let fail = |problem: String| Error::Ranks { rank: ranks.rank(), problem };
         let (network, mut extras) = Network::from_bytes(Path::new("what rank 0 sent"), &message, device)?;
-        let (state, trained) = State::of(network, &mut extras, fail)?;
-        let said = |key: &str| extras.metadata.get(key).map_or("", String::as_str);
+        let training: Training = read(said(&extras, TRAINING)).map_err(fail)?;
+        let (state, trained) = State::of(network, &mut extras, (&training, false), fail)?;
+        let said = |key| said(&extras, key);
         if said(DATA) != data.fingerprint() {
             let (found, expected) = (data.fingerprint(), said(DATA));
             let problem = format!("has data of the fingerprint {found}, and rank 0 those of {expected}");
             return Err(fail(format!("{problem}: expected every rank to read the same")));
         }
-        let training: Training = read(said(TRAINING)).map_err(fail)?;
         let work =
             Work { data, training: &training, seed: read(said(SEED)).map_err(fail)?, ranks: Some(ranks) };
         match state.train(trained, &work, None, &mut |_| ()) {
@@ -52,6 +52,10 @@ pub fn dismiss(ranks: &dyn Ranks) {
 const TRAINING: &str = "training";
 const SEED: &str = "seed";
 const DATA: &str = "data";
+
+fn said<'a>(extras: &'a Extras, key: &str) -> &'a str {
+    extras.metadata.get(key).map_or("", String::as_str)
+}
 
 fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_str(text).map_err(|e| format!("can't read what rank 0 sent: {e}"))
@@ -94,7 +98,7 @@ impl<'a> Work<'a> {
         tell(TRAINING, json(self.training));
         tell(SEED, json(&self.seed));
         tell(DATA, self.data.fingerprint().into());
-        ranks.broadcast(state.network.to_bytes(&extras)?);
+        ranks.broadcast(state.trainer.network().to_bytes(&extras)?);
         Ok(())
     }
 

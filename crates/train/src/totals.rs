@@ -1,6 +1,5 @@
-use crate::Result;
+use crate::{Found, Result};
 use candle_core::{DType, Tensor};
-use kernels::loss::Loss;
 use ranks::Ranks;
 
 /// Losses and hits summed up over steps, where they were computed, until they are read: on an accelerator, reading
@@ -24,8 +23,8 @@ pub(crate) struct Means {
 }
 
 impl Totals {
-    /// Adds a step's mean loss and number of hits over `images` images.
-    pub(crate) fn add(&mut self, step: &Loss, images: usize) -> Result<()> {
+    /// Adds what a step found of `images` images.
+    pub(crate) fn add(&mut self, step: &Found, images: usize) -> Result<()> {
         // In float64, so that the sums of an epoch are exact enough for any number of steps.
         let loss = (step.loss.to_dtype(DType::F64)? * images as f64)?;
         let correct = step.correct.to_dtype(DType::F64)?;
@@ -40,7 +39,7 @@ impl Totals {
     /// device, in one copy.
     pub(crate) fn read(&self, ranks: Option<&dyn Ranks>) -> Result<Means> {
         let mut sums = match (&self.loss, &self.correct) {
-            (Some(loss), Some(correct)) => Tensor::stack(&[loss, correct], 0)?.to_vec1::<f64>()?,
+            (Some(loss), Some(correct)) => Tensor::cat(&[loss, correct], 0)?.to_vec1::<f64>()?,
             _ => vec![0.0; 2],
         };
         sums.push(self.images as f64);

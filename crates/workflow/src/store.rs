@@ -48,6 +48,8 @@ pub struct Resources<'a> {
     /// The ranks that train together, of which this one is rank 0 and the others are in [`train::follow`]; everything else of
     /// a stage, and the store, are this one's alone. None where this process trains alone.
     pub ranks: Option<&'a dyn Ranks>,
+    /// Whether training steps on a GPU are launches of a CUDA graph, which give the same bits.
+    pub graphs: bool,
 }
 
 /// What the store tells while it works.
@@ -367,7 +369,7 @@ impl Store {
         resources: &Resources,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
-        let Resources { data, device, provenance, given, ranks } = *resources;
+        let Resources { data, device, provenance, given, ranks, graphs } = *resources;
         let started = Instant::now();
         let key = stage.key(data.fingerprint())?;
         let mut parent_network = None;
@@ -386,8 +388,9 @@ impl Store {
         };
         let train = |network, parent_network, training, seed, observe: &mut dyn FnMut(Event)| {
             let limit = self.limit.as_deref();
+            let identity = &key;
             let run =
-                TrainingRun { data, training, seed, folder, identity: &key, parent_network, limit, ranks };
+                TrainingRun { data, training, seed, folder, identity, parent_network, limit, ranks, graphs };
             fit(network, &run, &mut |p| observe(Event::Progress(stage, p)))
         };
         let mut ranges = Ranges::default();

@@ -13,7 +13,7 @@ use quant_core::Bits;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
 use std::time::Instant;
-use train::{Decay, Training};
+use train::{Decay, Trainer, Training};
 
 /// Steps before the first that is timed, as many as PyTorch's worker makes.
 const WARM_UP: usize = 3;
@@ -32,17 +32,24 @@ enum Request {
 /// One step of a case; gives a number that is finite if all went well.
 pub(super) type Work = Box<dyn FnMut() -> Result<Tensor>>;
 
-/// Answers requests until there are no more; computes on `device`.
-pub(super) fn serve(requests: impl BufRead, mut answers: impl Write, device: &Device) -> Result<()> {
+/// Answers requests until there are no more; computes on `device`, training steps with `graphs` as CUDA graphs.
+pub(super) fn serve(
+    requests: impl BufRead,
+    mut answers: impl Write,
+    device: &Device,
+    graphs: bool,
+) -> Result<()> {
     let threads = rayon::current_num_threads();
     say(&mut answers, &Hello { version: env!("CARGO_PKG_VERSION").into(), threads })?;
     let mut work: Option<Work> = None;
     for line in requests.lines() {
         let answer = match serde_json::from_str(&line?)? {
-            Request::Setup { case, settings } => set_up(&case, settings, device).map(|(step, ready)| {
-                work = Some(step);
-                serde_json::to_value(ready)
-            }),
+            Request::Setup { case, settings } => {
+                set_up(&case, settings, device, graphs).map(|(step, ready)| {
+                    work = Some(step);
+                    serde_json::to_value(ready)
+                })
+            }
             Request::Run(Run { run: steps }) => {
                 let work = work.as_mut().context("nothing has been set up");
                 work.and_then(|work| run(work, steps, device)).map(serde_json::to_value)
@@ -62,13 +69,13 @@ fn say(answers: &mut impl Write, value: &impl Serialize) -> Result<()> {
     Ok(answers.flush()?)
 }
 
-fn set_up(case: &Case, settings: Settings, device: &Device) -> Result<(Work, Ready)> {
+fn set_up(case: &Case, settings: Settings, device: &Device, graphs: bool) -> Result<(Work, Ready)> {
     let before_mib = resident_mib("VmRSS");
     let (mut work, parameters, quantizers) = match &case.what {
         What::Operation(layer) => {
             (operation(layer, case.batch, settings, device, case.arithmetic.dtype())?, 0, 0)
         }
-        _ => network(case, settings, device)?,
+        _ => network(case, settings, device, graphs)?,
     };
     for _ in 0..WARM_UP {
         work()?;
@@ -123,7 +130,12 @@ pub(super) fn random(dims: &[usize], device: &Device) -> Result<Tensor> {
 }
 
 /// A step of a whole network, its number of parameters and of quantizers.
-pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Result<(Work, usize, usize)> {
+pub(super) fn network(
+    case: &Case,
+    settings: Settings,
+    device: &Device,
+    graphs: bool,
+) -> Result<(Work, usize, usize)> {
     let mut network = case.build()?.to_device(device)?;
     let parameters = network.parameters().iter().map(|p| p.tensor.elem_count()).sum();
     let quantizers = Layers::of(&network).quantizers();
@@ -148,8 +160,14 @@ pub(super) fn network(case: &Case, settings: Settings, device: &Device) -> Resul
             arithmetic: case.arithmetic,
             sync_norm: false,
         };
-        let velocities = train::Velocities::zeros(&network)?;
-        Box::new(move || Ok(train::step(&mut network, &velocities, &images, &labels, &training, rate)?.loss))
+        let mut trainer = Trainer::new(network, &training, graphs)?;
+        Box::new(move || {
+            let loss = trainer.step(&images, &labels, rate)?.loss;
+            match trainer.no_graphs() {
+                Some(problem) => Err(problem).context("a training step can't be recorded as a CUDA graph"),
+                None => Ok(loss),
+            }
+        })
     } else {
         if case.quantized {
             // Sets the ranges; of few images, as the pages that a training pass takes stay resident.
@@ -197,15 +215,14 @@ fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device, d
         Kind::Norm => {
             let ones = Tensor::ones(outputs, DType::F32, device)?;
             let zeros = ones.zeros_like()?;
-            let mut running = Running { mean: zeros.clone(), variance: ones.clone() };
+            let running = Running { mean: zeros.clone(), variance: ones.clone() };
             let rows = x.elem_count() / ones.elem_count();
             let bits = layer.output_bits.map(Bits::new).transpose()?;
             let range = Tensor::new(&[0f32, 6.0], device)?;
             let (act, gy) = (layer.activation, gy.into());
             Box::new(move || {
                 let stats = norm::channel_stats(&x)?;
-                let (batch, moved) = norm::prepare(&stats, &ones, &zeros, 1e-5, &running, 0.1, rows)?;
-                running = moved;
+                let batch = norm::prepare(&stats, &ones, &zeros, 1e-5, &running, 0.1, rows)?;
                 let (scale, shift) = (&batch.scale, &batch.shift);
                 if bits.is_some() {
                     let extremes = norm::output_range(&stats, scale, shift, act)?;
@@ -227,7 +244,7 @@ mod tests {
     fn answers(requests: &[Value]) -> Vec<Value> {
         let requests: Vec<String> = requests.iter().map(Value::to_string).collect();
         let mut answers = Vec::new();
-        serve(requests.join("\n").as_bytes(), &mut answers, &Device::Cpu).unwrap();
+        serve(requests.join("\n").as_bytes(), &mut answers, &Device::Cpu, false).unwrap();
         String::from_utf8(answers).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
@@ -260,7 +277,7 @@ mod tests {
             Case::all(&[1], &[train::Arithmetic::F32]).unwrap().iter().filter(|case| !case.of_network())
         {
             let settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
-            let (mut work, _) = set_up(case, settings, &Device::Cpu).unwrap();
+            let (mut work, _) = set_up(case, settings, &Device::Cpu, false).unwrap();
             assert!(run(&mut work, 1, &Device::Cpu).unwrap().seconds > 0.0, "{}", case.name());
         }
     }

@@ -180,7 +180,7 @@ fn copy() -> Result<f64> {
 
 /// Profiles one kind of step over some steps.
 fn step(case: &Case, steps: u16, peaks: &Peaks, lines: &mut Vec<Line>) -> Result<()> {
-    let (mut step, ..) = ours::network(case, SETTINGS, &Device::Cpu)?;
+    let (mut step, ..) = ours::network(case, SETTINGS, &Device::Cpu, false)?;
     for _ in 0..3 {
         step()?;
     }

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use crate::driver::{functions, touch};
+use crate::graphs;
 use crate::memory;
 use crate::ops::Value;
 use crate::{Error, Result};
@@ -32,6 +33,7 @@ fn blas(handle: *mut c_void) -> Result<&'static mut Blas> {
 }
 
 /// A matrix as cuBLAS is told of it: columns of `lead` elements.
+#[derive(Clone, Copy)]
 struct Matrix {
     at: Address,
     /// An element's type, as `cudaDataType` numbers it.
@@ -121,10 +123,34 @@ fn product(
     let [m, n, k] = [m, n, k].map(|n| n as usize);
     let double = COMPUTE_F64.contains(&compute);
     let factor_size = if double { 8 } else { 4 };
-    if blas.factors_on_device {
-        touch(blas.stream, &[(alpha as u64, factor_size), (beta as u64, factor_size)])?;
-    }
-    let (alpha, beta) = (factor(alpha, double), factor(beta, double));
+    let read = move |[alpha, beta]: [u64; 2]| {
+        (factor(alpha as *const c_void, double), factor(beta as *const c_void, double))
+    };
+    let places = [alpha as u64, beta as u64];
+    // Those of the host are read now.
+    let known = (!blas.factors_on_device).then(|| read(places));
+    graphs::put(blas.stream, move |stream| {
+        let (alpha, beta) = match known {
+            Some(factors) => factors,
+            None => {
+                touch(stream, &places.map(|place| (place, factor_size)))?;
+                read(places)
+            }
+        };
+        products((m, n, k), (alpha, beta), (a, b, c), compute, (batch, strides), stream)
+    })
+}
+
+/// [`product`], done now.
+fn products(
+    (m, n, k): (usize, usize, usize),
+    (alpha, beta): (f64, f64),
+    (a, b, c): (Matrix, Matrix, Matrix),
+    compute: c_int,
+    (batch, strides): (c_int, [i64; 3]),
+    stream: u64,
+) -> Result<()> {
+    let double = COMPUTE_F64.contains(&compute);
     for i in 0..i64::from(batch) {
         let moved = |matrix: &Matrix, stride: i64| -> Result<Matrix> {
             let at = matrix.at + (i * stride) as u64 * size_of(matrix.kind)? as u64;
@@ -134,7 +160,7 @@ fn product(
         let stored = |matrix: &Matrix, rows, columns| {
             if matrix.transposed { matrix.bytes(columns, rows) } else { matrix.bytes(rows, columns) }
         };
-        touch(blas.stream, &[stored(&a, m, k)?, stored(&b, k, n)?, c.bytes(m, n)?])?;
+        touch(stream, &[stored(&a, m, k)?, stored(&b, k, n)?, c.bytes(m, n)?])?;
         if double {
             multiply::<f64>((&a, &b, &c), (m, n, k), (alpha, beta), false)?;
         } else {

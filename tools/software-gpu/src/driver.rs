@@ -6,6 +6,7 @@
 // The functions of a C library: pointers from the caller.
 #![allow(unsafe_code)]
 
+use crate::graphs::{self, Graph};
 use crate::launch::Launch;
 use crate::memory::Allocations;
 use crate::program::{self, Program};
@@ -21,9 +22,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
 pub(crate) type Status = c_int;
-/// Of streams, events, modules: a number, or an address of ours.
-type Handle = u64;
-type Pointer = u64;
+/// Of streams, events, modules, graphs: a number, or an address of ours.
+pub(crate) type Handle = u64;
+pub(crate) type Pointer = u64;
 
 const SUCCESS: Status = 0;
 const INVALID_VALUE: Status = 1;
@@ -40,7 +41,7 @@ const ALIGN: usize = 256;
 
 /// All that the device has.
 #[derive(Default)]
-struct Device {
+pub(crate) struct Device {
     /// By address.
     allocations: BTreeMap<Pointer, Allocation>,
     streams: Streams,
@@ -61,7 +62,7 @@ struct Module {
     kernels: Mutex<HashMap<String, &'static Program>>,
 }
 
-fn device() -> MutexGuard<'static, Device> {
+pub(crate) fn device() -> MutexGuard<'static, Device> {
     static DEVICE: LazyLock<Mutex<Device>> = LazyLock::new(Mutex::default);
     DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
@@ -73,7 +74,7 @@ fn new_handle() -> Handle {
 }
 
 /// The stream of a handle, with the calling thread's number where it is that thread's.
-fn stream(handle: Handle) -> Stream {
+pub(crate) fn stream(handle: Handle) -> Stream {
     thread_local! {
         static NUMBER: Cell<u64> = Cell::new(new_handle());
     }
@@ -141,7 +142,7 @@ impl Device {
         Ok(())
     }
 
-    fn allocate(&mut self, size: usize) -> Result<Pointer> {
+    pub(crate) fn allocate(&mut self, size: usize) -> Result<Pointer> {
         let layout = Layout::from_size_align(size, ALIGN).ok().filter(|_| size > 0);
         let layout = layout.ok_or_else(|| Error::Call(format!("an allocation of {size} bytes")))?;
         // SAFETY: not of size 0.
@@ -156,7 +157,7 @@ impl Device {
         Ok(address as u64)
     }
 
-    fn free(&mut self, address: Pointer) -> Result<()> {
+    pub(crate) fn free(&mut self, address: Pointer) -> Result<()> {
         let allocation = self.allocations.remove(&address);
         let allocation =
             allocation.ok_or_else(|| Error::Call(format!("no allocation begins at {address:#x}")))?;
@@ -187,7 +188,7 @@ macro_rules! functions {
 pub(crate) use functions;
 
 /// Writes a result where the caller wants it.
-fn give<T>(to: *mut T, value: T) -> Result<()> {
+pub(crate) fn give<T>(to: *mut T, value: T) -> Result<()> {
     if to.is_null() {
         return Err(Error::Call("a null pointer for a result".into()));
     }
@@ -245,14 +246,32 @@ functions! {
     fn cuCtxGetCurrent(context: *mut Handle) { give(context, 1) }
 
     fn cuStreamDestroy_v2(_stream: Handle) { Ok(()) }
-    fn cuStreamIsCapturing(_stream: Handle, status: *mut c_uint) { give(status, 0) }
+    fn cuStreamIsCapturing(handle: Handle, status: *mut c_uint) { give(status, graphs::records(handle).into()) }
+
+    fn cuStreamBeginCapture_v2(handle: Handle, _mode: c_uint) { graphs::begin(handle) }
+    fn cuStreamEndCapture(handle: Handle, graph: *mut *mut Graph) {
+        give(graph, Box::into_raw(Box::new(graphs::end(handle)?)))
+    }
+    // What runs is the graph itself.
+    fn cuGraphInstantiateWithFlags(runs: *mut *mut Graph, graph: *mut Graph, _flags: u64) { give(runs, graph) }
+    fn cuGraphExecDestroy(_runs: *mut Graph) { Ok(()) }
+    fn cuGraphLaunch(graph: *mut Graph, handle: Handle) {
+        // SAFETY: of `cuStreamEndCapture`, and not destroyed yet.
+        unsafe { &*graph }.run(handle)
+    }
+    fn cuGraphDestroy(graph: *mut Graph) {
+        // SAFETY: of `cuStreamEndCapture`, and not destroyed yet.
+        unsafe { Box::from_raw(graph) }.free()
+    }
 
     fn cuStreamSynchronize(handle: Handle) {
+        graphs::forbid(handle, "waiting for the stream")?;
         device().streams.wait(stream(handle));
         Ok(())
     }
 
     fn cuStreamWaitEvent(handle: Handle, event: Handle, _flags: c_uint) {
+        graphs::forbid(handle, "an event")?;
         device().streams.order(event, stream(handle));
         Ok(())
     }
@@ -260,6 +279,7 @@ functions! {
     fn cuEventCreate(event: *mut Handle, _flags: c_uint) { give(event, new_handle()) }
 
     fn cuEventRecord(event: Handle, handle: Handle) {
+        graphs::forbid(handle, "an event")?;
         device().streams.record(event, stream(handle));
         Ok(())
     }
@@ -272,6 +292,9 @@ functions! {
     fn cuMemAlloc_v2(address: *mut Pointer, size: usize) { give(address, device().allocate(size)?) }
 
     fn cuMemAllocAsync(address: *mut Pointer, size: usize, handle: Handle) {
+        if graphs::records(handle) {
+            return give(address, graphs::allocate(size, handle)?);
+        }
         let mut device = device();
         let made = device.allocate(size)?;
         device.touch(handle, [(made, size)])?;
@@ -291,6 +314,9 @@ functions! {
         if address == 0 {
             return Ok(());
         }
+        if graphs::records(handle) {
+            return graphs::free(address, handle);
+        }
         let mut device = device();
         device.touch(handle, [(address, 0)])?;
         device.free(address)
@@ -298,10 +324,12 @@ functions! {
 
     fn cuMemsetD8Async(address: Pointer, value: u8, size: usize, handle: Handle) { set(address, value, size, handle) }
     fn cuMemcpyHtoDAsync_v2(to: Pointer, from: *const c_void, size: usize, handle: Handle) {
+        graphs::forbid(handle, "a copy from the host")?;
         copy(to, from as u64, size, handle)
     }
     // To memory of the host that is not locked, this waits for the stream.
     fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: Pointer, size: usize, handle: Handle) {
+        graphs::forbid(handle, "a copy to the host")?;
         copy(to as u64, from, size, handle)?;
         device().streams.wait(stream(handle));
         Ok(())
@@ -309,6 +337,7 @@ functions! {
     fn cuMemcpyDtoDAsync_v2(to: Pointer, from: Pointer, size: usize, handle: Handle) { copy(to, from, size, handle) }
 
     fn cuModuleLoadData(module: *mut Handle, image: *const c_void) {
+        graphs::forbid(OF_THIS_THREAD, "loading a module")?;
         // SAFETY: PTX ends with a zero byte.
         let text = unsafe { CStr::from_ptr(image.cast()) }.to_str();
         let text = text.map_err(|_| Error::Call("the module is no text; only PTX is known here".into()))?;
@@ -370,28 +399,32 @@ functions! {
                 to.copy_from_nonoverlapping(*arguments.add(i), size);
             }
         }
-        let mut device = device();
-        let all = device.allocations.iter().map(|(&start, allocation)| (start, start + allocation.size as u64));
-        let allocations = Allocations::new(all);
-        Launch {
-            program,
-            grid: [grid_x, grid_y, grid_z],
-            block: [block_x, block_y, block_z],
-            dynamic: shared as usize,
-            parameters: &parameters,
-            allocations: &allocations,
-            races: looks_for_races(),
-        }
-        .run()?;
-        device.touch(handle, allocations.touched())
+        graphs::put(handle, move |handle| {
+            let mut device = device();
+            let all = device.allocations.iter().map(|(&start, allocation)| (start, start + allocation.size as u64));
+            let allocations = Allocations::new(all);
+            Launch {
+                program,
+                grid: [grid_x, grid_y, grid_z],
+                block: [block_x, block_y, block_z],
+                dynamic: shared as usize,
+                parameters: &parameters,
+                allocations: &allocations,
+                races: looks_for_races(),
+            }
+            .run()?;
+            device.touch(handle, allocations.touched())
+        })
     }
 }
 
-fn set(address: Pointer, value: u8, size: usize, handle: Handle) -> Result<()> {
-    device().touch(handle, [(address, size)])?;
-    // SAFETY: all of an allocation: `touch`.
-    unsafe { (address as *mut u8).write_bytes(value, size) };
-    Ok(())
+pub(crate) fn set(address: Pointer, value: u8, size: usize, handle: Handle) -> Result<()> {
+    graphs::put(handle, move |handle| {
+        device().touch(handle, [(address, size)])?;
+        // SAFETY: all of an allocation: `touch`.
+        unsafe { (address as *mut u8).write_bytes(value, size) };
+        Ok(())
+    })
 }
 
 /// From or to the host, or on the device.
@@ -399,6 +432,10 @@ fn copy(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
     if size == 0 {
         return Ok(());
     }
+    graphs::put(handle, move |handle| copy_now(to, from, size, handle))
+}
+
+fn copy_now(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
     let mut device = device();
     // One of both may be the host's.
     let of_device = |address: &Pointer| {
@@ -518,6 +555,70 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| assert_eq!(launch(function, x, 4, OF_THIS_THREAD), INVALID_VALUE));
         });
+    }
+
+    /// A stream that records.
+    fn recording() -> Handle {
+        let stream = new_handle();
+        assert_eq!(cuStreamBeginCapture_v2(stream, 0), SUCCESS);
+        stream
+    }
+
+    fn recorded(stream: Handle) -> Option<*mut Graph> {
+        let mut graph = std::ptr::null_mut();
+        (cuStreamEndCapture(stream, &raw mut graph) == SUCCESS).then_some(graph)
+    }
+
+    #[test]
+    fn a_graph_does_what_was_recorded() {
+        let _alone = alone();
+        let (function, x) = (kernel(), upload(&[1.0; 4]));
+        let (stream, mut status, mut y) = (recording(), 0, 0);
+        assert_eq!(cuStreamIsCapturing(stream, &raw mut status), SUCCESS);
+        assert_eq!(status, 1);
+        // y = x, doubled, and back to x.
+        assert_eq!(cuMemAllocAsync(&raw mut y, 16, stream), SUCCESS);
+        assert_eq!(cuMemcpyDtoDAsync_v2(y, x, 16, stream), SUCCESS);
+        assert_eq!(launch(function, y, 4, stream), SUCCESS);
+        assert_eq!(cuMemcpyDtoDAsync_v2(x, y, 16, stream), SUCCESS);
+        assert_eq!(cuMemFreeAsync(y, stream), SUCCESS);
+        let graph = recorded(stream).unwrap();
+        assert_eq!(allocated(x, 4), [1.0; 4], "nothing is done while it is recorded");
+        let mut runs = std::ptr::null_mut();
+        assert_eq!(cuGraphInstantiateWithFlags(&raw mut runs, graph, 0), SUCCESS);
+        for expected in [2.0, 4.0] {
+            assert_eq!(cuGraphLaunch(runs, stream), SUCCESS);
+            assert_eq!(allocated(x, 4), [expected; 4]);
+            assert!(allocated(y, 4).iter().all(|y| y.is_nan()), "given back");
+        }
+        assert_eq!(cuGraphExecDestroy(runs), SUCCESS);
+        assert_eq!(cuGraphDestroy(graph), SUCCESS);
+        assert_eq!(launch(function, y, 1, stream), LAUNCH_FAILED);
+    }
+
+    #[test]
+    fn what_a_graph_cannot_have() {
+        let _alone = alone();
+        let (x, mut value, mut y) = (upload(&[1.0; 4]), 0f32, 0);
+        let host = (&raw mut value).cast();
+        let forbidden: [&dyn Fn(Handle) -> Status; 5] = [
+            &|stream| cuStreamSynchronize(stream),
+            &|stream| cuMemcpyHtoDAsync_v2(x, host, 4, stream),
+            &|stream| cuMemcpyDtoHAsync_v2(host, x, 4, stream),
+            &|stream| cuMemFreeAsync(x, stream),
+            &|stream| cuStreamBeginCapture_v2(stream, 0),
+        ];
+        for (i, call) in forbidden.iter().enumerate() {
+            let stream = recording();
+            assert_eq!(call(stream), INVALID_VALUE, "{i}");
+            assert!(recorded(stream).is_none(), "{i}");
+            assert_eq!(cuStreamSynchronize(stream), SUCCESS);
+        }
+        // Memory that is not given back.
+        let stream = recording();
+        assert_eq!(cuMemAllocAsync(&raw mut y, 16, stream), SUCCESS);
+        assert!(recorded(stream).is_none());
+        assert!(recorded(stream).is_none(), "it does not record");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 use crate::Error;
 use crate::driver::{functions, touch};
+use crate::graphs;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -154,6 +155,7 @@ functions! {
         if (kind, operation) != (FLOAT32, SUM) {
             return Err(Error::NotSupported(format!("the operation {operation} on the type {kind}")));
         }
+        graphs::forbid(stream, "a sum over processes")?;
         touch(stream, &[(from as u64, 4 * count), (to as u64, 4 * count)])?;
         let group = group(handle);
         // SAFETY: floats on the device: `touch`.

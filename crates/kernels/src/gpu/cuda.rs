@@ -3,9 +3,11 @@
 use super::{Factor, Launch, start};
 use crate::ProductSizes;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtod_async;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DevicePtr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
-use candle_core::{DType, Layout, Result, Tensor};
+use candle_core::{DType, Error, Layout, Result, Tensor};
 use std::ffi::c_void;
 
 /// Puts a kernel at the end of the device's stream.
@@ -46,6 +48,48 @@ pub(super) fn address(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
         CudaStorageSlice::F64(slice) => address!(slice, 8),
         _ => candle_core::bail!("a GPU kernel cannot read this dtype"),
     })
+}
+
+/// See [`super::expect_one_stream`].
+pub(super) fn expect_one_stream(device: &CudaDevice) {
+    // SAFETY: nothing here makes a stream, so there are no others to be put in order.
+    #[allow(unsafe_code)]
+    unsafe {
+        device.disable_event_tracking();
+    }
+}
+
+/// Copies bytes between two places on the device, whatever they hold: Candle's own copies of `bf16` are kernels that it leaves
+/// out of builds for GPUs before compute capability 8.0.
+pub(super) fn copy(device: &CudaDevice, to: u64, from: u64, bytes: usize) -> Result<()> {
+    let stream = device.cuda_stream();
+    // SAFETY: two tensors of that many bytes, which outlive the copy in the order of the stream.
+    #[allow(unsafe_code)]
+    unsafe { memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }.w()
+}
+
+/// See [`super::Graph::record`].
+pub(super) fn record<E: From<Error>>(
+    device: &CudaDevice,
+    work: impl FnOnce() -> std::result::Result<(), E>,
+) -> std::result::Result<CudaGraph, E> {
+    let stream = device.cuda_stream();
+    // What other threads do meanwhile is their own.
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    let done = work();
+    // Tensors that are dropped leave an error for the next call, which is to end the recording in any case.
+    let dropped = stream.context().check_err();
+    // Memory that a library takes in it and never gives back is given back when the graph runs again.
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags);
+    done?;
+    dropped.w()?;
+    Ok(graph.w()?.ok_or_else(|| Error::Msg("the driver gave no graph".into()).bt())?)
+}
+
+/// See [`super::Graph::launch`].
+pub(super) fn replay(graph: &CudaGraph) -> Result<()> {
+    graph.launch().w()
 }
 
 /// Whether cuBLAS has products of `bf16` on this GPU.

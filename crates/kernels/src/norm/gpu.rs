@@ -67,25 +67,24 @@ pub(super) fn prepare(
     running: &Running,
     momentum: f64,
     unbias: f64,
-) -> Result<(BatchNormalization, Running)> {
+) -> Result<BatchNormalization> {
     let check = Check("norm::prepare");
     let (_, c) = check.rows("stats.mean", &stats.mean)?;
-    let out = empty((5, c), DType::F32, stats.mean.device())?;
+    let out = empty((3, c), DType::F32, stats.mean.device())?;
     let mut launch = Launch::each(MODULE, "prepare", c);
-    for (argument, tensor) in [
-        ("stats.mean", &stats.mean),
-        ("stats.variance", &stats.variance),
-        ("gamma", gamma),
-        ("beta", beta),
-        ("running.mean", &running.mean),
-        ("running.variance", &running.variance),
-    ] {
+    for (argument, tensor) in
+        [("stats.mean", &stats.mean), ("stats.variance", &stats.variance), ("gamma", gamma), ("beta", beta)]
+    {
         launch = launch.read(&check.dims(argument, tensor, &[c])?)?;
+    }
+    for (argument, tensor) in [("running.mean", &running.mean), ("running.variance", &running.variance)] {
+        check.dims(argument, tensor, &[c])?;
+        launch = launch.write(tensor)?;
     }
     let launch = launch.write(&out)?.sizes([c])?;
     launch.floats([epsilon as f32, unbias as f32, momentum as f32]).run()?;
-    let [inv_std, scale, shift, mean, variance] = planes(&out)?;
-    Ok((BatchNormalization { mean: stats.mean.clone(), inv_std, scale, shift }, Running { mean, variance }))
+    let [inv_std, scale, shift] = planes(&out)?;
+    Ok(BatchNormalization { mean: stats.mean.clone(), inv_std, scale, shift })
 }
 
 pub(super) fn output_range(

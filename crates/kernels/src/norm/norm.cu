@@ -66,8 +66,10 @@ __device__ inline void merge_parts(const Merge &a) {
 KERNEL(norm_merge, Merge, merge_parts)
 
 struct Prepare {
-    const float *mean, *variance, *gamma, *beta, *running_mean, *running_variance;
-    // [5][channels]: 1/√(V + ε), scale, shift, new running mean, new running variance.
+    const float *mean, *variance, *gamma, *beta;
+    // Moved towards the batch's.
+    float *running_mean, *running_variance;
+    // [3][channels]: 1/√(V + ε), scale, shift.
     float *out;
     u32 channels;
     // ε; N/(N − 1); the share of the batch in the running statistics.
@@ -82,9 +84,9 @@ __device__ inline void prepare(const Prepare &a) {
     a.out[i] = inv_std;
     a.out[c + i] = scale;
     a.out[2 * c + i] = a.beta[i] - a.mean[i] * scale;
-    a.out[3 * c + i] = a.running_mean[i] + (a.mean[i] - a.running_mean[i]) * a.momentum;
+    a.running_mean[i] = a.running_mean[i] + (a.mean[i] - a.running_mean[i]) * a.momentum;
     float unbiased = a.variance[i] * a.unbias;
-    a.out[4 * c + i] = a.running_variance[i] + (unbiased - a.running_variance[i]) * a.momentum;
+    a.running_variance[i] = a.running_variance[i] + (unbiased - a.running_variance[i]) * a.momentum;
 }
 
 KERNEL(norm_prepare, Prepare, prepare)

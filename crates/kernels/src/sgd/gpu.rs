@@ -1,6 +1,6 @@
 //! The launch of sgd.cu.
 
-use super::{Rule, Update};
+use super::{Rate, Rule, Update};
 use crate::Result;
 use crate::gpu::{Launch, Module, module};
 
@@ -11,7 +11,11 @@ const PARAMETERS: usize = 64;
 const PER_BLOCK: usize = 4096;
 
 /// All of `updates`, whose gradients are contiguous, in as few launches as hold them.
-pub(super) fn step(updates: &[Update<'_>], rule: Rule) -> Result<()> {
+pub(super) fn step(updates: &[Update<'_>], rule: Rule<'_>) -> Result<()> {
+    let (at, rate) = match rule.lr {
+        Rate::Number(rate) => (None, rate),
+        Rate::At(tensor) => (Some(tensor), 0.0),
+    };
     for updates in updates.chunks(PARAMETERS) {
         let blocks = |update: &Update<'_>| update.param.elem_count().div_ceil(PER_BLOCK);
         let all = updates.iter().map(blocks).sum();
@@ -30,7 +34,7 @@ pub(super) fn step(updates: &[Update<'_>], rule: Rule) -> Result<()> {
         for _ in updates.len()..PARAMETERS {
             launch = launch.read_if(None)?.read_if(None)?.read_if(None)?.sizes([0, 0, 0, 0])?;
         }
-        launch.sizes([updates.len()])?.floats([rule.lr as f32, rule.momentum as f32]).run()?;
+        launch.read_if(at)?.sizes([updates.len()])?.floats([rate as f32, rule.momentum as f32]).run()?;
     }
     Ok(())
 }

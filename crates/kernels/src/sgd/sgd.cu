@@ -17,6 +17,8 @@ struct Parameter {
 
 struct Step {
     Parameter of[PARAMETERS];
+    // Where the learning rate stands, or null: then it is `rate`.
+    const float *rate_at;
     u32 parameters;
     float rate, momentum;
 };
@@ -33,13 +35,14 @@ __device__ inline void step(const Step &a) {
         }
     }
     const Parameter &p = a.of[low];
+    float rate = a.rate_at ? *a.rate_at : a.rate;
     u32 start = (blockIdx.x - p.first) * PER_BLOCK;
     u32 end = start + PER_BLOCK < p.count ? start + PER_BLOCK : p.count;
     for (u32 i = start + threadIdx.x; i < end; i += blockDim.x) {
         float param = p.param[i];
         float velocity = a.momentum * p.velocity[i] + (p.grad[i] + p.decay * param);
         p.velocity[i] = velocity;
-        p.param[i] = param - a.rate * velocity;
+        p.param[i] = param - rate * velocity;
     }
 }
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
 use kernels::norm::{BatchNormalization, Epilogue, Running};
-use kernels::sgd::{Rule, Update};
+use kernels::sgd::{Rate, Rule, Update};
 use kernels::{Activation, FeatureMap, Quantizer, Weight};
 use kernels::{
     bias, cap, depthwise, dorefa, dsq, im2col, loss, lsq, norm, pact, pointwise, pool, quantize, residual,
@@ -23,6 +23,7 @@ macro_rules! of_maps {
             statistics_at_every_scale
             quantizers
             learned_quantizers
+            caps
             residuals_and_pooling
             patches
         }
@@ -297,7 +298,7 @@ pub fn normalization(other: &dyn Other) {
             let [mean, variance, min, max] = std::array::from_fn(|i| others[i].clone());
             let stats = norm::Stats { mean, variance, min, max };
             let running = Running { mean: others[6].clone(), variance: others[7].clone() };
-            let (norm, running) = norm::prepare(&stats, &others[4], &others[5], 1e-5, &running, 0.1, rows)?;
+            let norm = norm::prepare(&stats, &others[4], &others[5], 1e-5, &running, 0.1, rows)?;
             let range = norm::output_range(&stats, &norm.scale, &norm.shift, Activation::Relu6)?;
             Ok(vec![norm.inv_std, norm.scale, norm.shift, running.mean, running.variance, range])
         });
@@ -506,8 +507,6 @@ fn lsq_quantizer(other: &dyn Other, b: u32, len: usize, steps: &[f32]) {
     }
 }
 
-/// Not a test of [`all!`]: Candle's operations in `bf16`, which caps are on a GPU, need compute capability 8.0.
-#[allow(dead_code)]
 pub fn caps(other: &dyn Other) {
     for dims in shapes() {
         let (x, gy) = (random(1, &dims), random(2, &dims));
@@ -622,8 +621,9 @@ pub fn descent(other: &dyn Other) {
                 weight_decay: if i % 2 == 0 { 1e-2 } else { 0.0 },
             })
             .collect();
-        for _ in 0..2 {
-            sgd::step_all(&updates, Rule { lr: 0.1, momentum: 0.9 })?;
+        let at = Tensor::full(0.1f32, 1, others[0].device())?;
+        for lr in [Rate::Number(0.1), Rate::At(&at)] {
+            sgd::step_all(&updates, Rule { lr, momentum: 0.9 })?;
         }
         Ok((0..n).chain(2 * n..3 * n).map(|i| others[i].clone()).collect())
     });

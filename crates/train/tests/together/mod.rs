@@ -70,7 +70,7 @@ fn difference(found: &Network, expected: &Network) -> (f64, String) {
 fn with_common_statistics_ranks_train_what_one_process_trains() {
     let data = data(BATCH * STEPS, 50);
     const TOLERANCE: f64 = 3e-5;
-    for network in [network as fn() -> Network, quantized, || quantized_with("float_statistics")] {
+    for network in [network as fn() -> Network, quantized, || quantized_with("float_statistics", "uniform")] {
         let (alone, common) = (short(), Training { sync_norm: true, ..short() });
         let (folder, same) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let one = run(network(), &data, &alone, 3, folder.path(), &mut |_| ()).unwrap();

@@ -1,0 +1,28 @@
+//! Launches of cap.cu.
+
+use crate::Result;
+use crate::gpu::{Launch, Module, empty, module, name, width};
+use candle_core::Tensor;
+
+const MODULE: Module = module!("cap");
+
+pub(super) fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
+    launch("lower", &[x], cap)
+}
+
+pub(super) fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
+    launch("pass", &[y, gy], cap)
+}
+
+/// What a kernel makes of maps of one shape and dtype.
+fn launch(kernel: &str, maps: &[&Tensor], cap: &Tensor) -> Result<Tensor> {
+    let like = maps[0];
+    let out = empty(like.dims(), like.dtype(), like.device())?;
+    let width = width(like.elem_count(), maps.iter().copied().chain([&out]))?;
+    let count = like.elem_count() / width;
+    let kernel = format!("{kernel}_{}_{width}", name(like.dtype()));
+    let launch = Launch::shared(MODULE, kernel, count);
+    let launch = maps.iter().try_fold(launch, |launch, map| launch.read(map))?;
+    launch.read(cap)?.write(&out)?.sizes([count, cap.elem_count()])?.run()?;
+    Ok(out)
+}
