@@ -1,7 +1,7 @@
 use crate::evaluate::evaluate_on;
 use crate::together::Work;
 use crate::totals::{Means, Totals};
-use crate::{Error, Evaluation, Found, Result, TimeLimit, Trainer, Training};
+use crate::{Error, Evaluation, Result, TimeLimit, Trainer, Training};
 use datasets::{Dataset, Feed};
 use models::{Extras, Network};
 use ranks::Ranks;
@@ -222,7 +222,7 @@ impl State {
             // The rate at the middle of the step.
             rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64, &accuracies);
             let (images, labels) = (&batch.images, &batch.labels);
-            let found: Found = match work.share(epoch, step) {
+            let found = match work.share(epoch, step) {
                 Some(share) => self.trainer.shared_step(images, labels, rate, share)?,
                 None => self.trainer.step(images, labels, rate)?,
             };
