@@ -9,7 +9,6 @@ use candle_core::{Device, Error};
 ///
 /// It reads and writes the memory that it was recorded with, so its owner keeps the tensors alive that were there before; what
 /// was made and dropped while it was recorded is memory of the graph.
-#[cfg_attr(not(feature = "cuda"), derive(Debug))]
 pub struct Graph {
     #[cfg(feature = "cuda")]
     graph: candle_core::cuda::cudarc::driver::CudaGraph,
