@@ -168,6 +168,21 @@ fn mebibytes(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
 
+/// What the stages gave that a folder of results comes from.
+///
+/// # Errors
+/// Where that is not what was written.
+pub(crate) fn outcomes(place: &Path) -> Result<Vec<Outcome>> {
+    report::read_stages(place)?;
+    let path = place.join(STAGES);
+    let read = || -> Result<Vec<Outcome>> {
+        let mut value: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        let stages: Vec<Value> = serde_json::from_value(value["stages"].take())?;
+        stages.into_iter().map(|stage| Outcome::of_results(stage).map_err(anyhow::Error::msg)).collect()
+    };
+    read().with_context(|| path.display().to_string())
+}
+
 /// A folder of published networks.
 pub(crate) struct Folder {
     place: PathBuf,
@@ -181,14 +196,7 @@ impl Folder {
         if !place.join(NETWORKS).is_file() {
             return Ok(None);
         }
-        report::read_stages(place)?;
-        let path = place.join(STAGES);
-        let read = || -> Result<Vec<Outcome>> {
-            let mut value: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-            let stages: Vec<Value> = serde_json::from_value(value["stages"].take())?;
-            stages.into_iter().map(|stage| Outcome::of_results(stage).map_err(anyhow::Error::msg)).collect()
-        };
-        let outcomes = read().with_context(|| path.display().to_string())?;
+        let outcomes = outcomes(place)?;
         Ok(Some(Self { place: place.into(), rows: report::read_networks(place)?, outcomes }))
     }
 

@@ -2,13 +2,14 @@
 
 use crate::flags::{Flags, Only};
 use crate::networks::{self, Pick};
+use crate::process::one_line;
 use crate::profile::ModelName;
 use crate::session::{self, Done, Session};
 use crate::{figure3, output, tables};
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 use quant_core::Precision;
-use report::{Paper, Row};
+use report::{Paper, Row, STAGES};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -248,21 +249,31 @@ impl Table {
     }
 
     /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from those
-    /// rows that have been run; gives the table as text. `None`, and nothing written, where none has.
+    /// rows that have been run; gives the table as text. `None`, and nothing written, where none has. Rows that stand in the
+    /// folder stay although the store does not have them, as they may be another machine's; if their keys are still those of the
+    /// settings, and they began from the networks that are here.
     fn write(&self, session: &Session, plans: &[RowPlan], folder: &Path) -> Result<Option<String>> {
         let Session { profile, data, provenance, .. } = session;
         let ends: Vec<Arc<Stage>> = plans.iter().map(|row| row.stage.clone()).collect();
         let plan = session.plan(&ends)?;
-        let done = done(&plan);
+        let here = done(&plan);
+        let written = written(folder);
+        let mut all = here.clone();
+        for outcome in &written {
+            all.entry(&outcome.key).or_insert(outcome);
+        }
         let mut rows = Vec::new();
         let mut outcomes: Vec<&Outcome> = Vec::new();
         for planned in plans {
-            // A row that `--only` left out, now or in earlier runs, is not in the table.
+            // A row that `--only` left out, now and in earlier runs, is not in the table.
             let key = planned.stage.key(data.fingerprint())?;
-            if plan.iter().any(|planned| planned.key == key && planned.to_do) {
+            if !all.contains_key(key.as_str()) {
                 continue;
             }
-            let lineage = line(&planned.stage, data.fingerprint(), &done)?;
+            let lineage = match line(&planned.stage, data.fingerprint(), &all) {
+                Err(_) if !here.contains_key(key.as_str()) => continue,
+                lineage => lineage?,
+            };
             rows.push(self.row(session, planned, &lineage)?.compare(Paper::published()));
             for outcome in lineage {
                 if !outcomes.iter().any(|known| known.key == outcome.key) {
@@ -332,6 +343,18 @@ impl Table {
             wall_seconds: lineage.iter().map(|outcome| outcome.seconds).sum(),
         })
     }
+}
+
+/// What the stages gave whose rows an earlier run wrote to a folder; nothing where there are none, or of an older version.
+fn written(folder: &Path) -> Vec<Outcome> {
+    if !folder.join(STAGES).exists() {
+        return Vec::new();
+    }
+    networks::outcomes(folder).unwrap_or_else(|problem| {
+        let problem = one_line(&problem);
+        output::tell(&format!("rows of earlier runs are left out, unless the store has them: {problem}"));
+        Vec::new()
+    })
 }
 
 /// What stages of a plan gave, by their keys.

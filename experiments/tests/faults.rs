@@ -26,13 +26,35 @@ fn a_missing_early_stage_is_run_again_or_named() {
     assert!(said.contains("mobilenet_v1 pre-train seed 0 …"), "{said}");
     assert_eq!(place.rows(), rows);
 
-    // Without its outcome a stage is as good as missing. The other row does not need it, the table does.
+    // Without its outcome a stage is as good as missing. The other row does not need it, the table does, and no results tell what
+    // it gave.
+    std::fs::remove_file(place.path("results/table3/tiny/stages.json")).unwrap();
     let first = std::fs::read_dir(place.path("runs")).unwrap().map(|entry| entry.unwrap().path());
     let first = first.filter(|path| path.to_str().unwrap().contains("prune")).min().unwrap();
     std::fs::remove_file(first.join("outcome.json")).unwrap();
     let flags = ["--data", "synthetic", "--only", &format!("{ROWS},dfq_with_fine_tune")];
     place.check_refused(&flags, &["stage mobilenet_v1 PfQ", "is missing", "without --only"]);
     assert_eq!(place.rows(), rows, "what was there stays");
+}
+
+/// The results of one machine are gone on with on another, which lacks the store: rows stay that are of these settings.
+#[test]
+fn rows_of_another_store_stay() {
+    let place = Place::new();
+    place.run(&["--only", &format!("{ROWS},ours")]);
+    let [ours] = &place.rows()[..] else { panic!("{:?}", place.rows()) };
+    let other_row = || {
+        place.run(&["--only", &format!("{ROWS},dfq_with_fine_tune")]);
+        place.rows()
+    };
+    std::fs::remove_dir_all(place.path("runs")).unwrap();
+    let both = other_row();
+    assert_eq!((both.len(), both.contains(ours)), (2, true), "{both:?}");
+
+    let settings = place.path("tiny.toml");
+    let text = std::fs::read_to_string(&settings).unwrap();
+    std::fs::write(&settings, text.replace("threshold = 0.95", "threshold = 0.94")).unwrap();
+    assert_eq!(other_row().len(), 1, "of other settings");
 }
 
 /// Nothing is looked for, loaded or begun where a flag cannot be.
