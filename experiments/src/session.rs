@@ -293,11 +293,16 @@ impl Session {
         self.run_by(Store::run_here, stage)
     }
 
-    fn run_by(&mut self, run: Run, stage: &Stage) -> Result<Option<Outcome>> {
+    /// What stages run on, what keeps them, and what tells how they go.
+    fn parts(&mut self) -> (Resources<'_>, &Store, &mut Display) {
         let Self { data, machine, provenance, given, display, .. } = self;
         let Machine { device, store, ranks, graphs, .. } = machine;
         let (data, given, ranks) = (&**data, given.as_ref(), ranks.as_deref());
-        let resources = Resources { data, device, provenance, given, ranks, graphs: *graphs };
+        (Resources { data, device, provenance, given, ranks, graphs: *graphs }, store, display)
+    }
+
+    fn run_by(&mut self, run: Run, stage: &Stage) -> Result<Option<Outcome>> {
+        let (resources, store, display) = self.parts();
         match run(store, stage, &resources, &mut |event| display.stage(event)) {
             Err(error) if error.is_time_limit() => {
                 display.clear();
@@ -325,11 +330,8 @@ impl Session {
 
     /// The network that a stage gives.
     pub fn network(&mut self, stage: &Stage) -> Result<Network> {
-        let Self { data, machine, provenance, given, display, .. } = self;
-        let Machine { device, store, ranks, graphs, .. } = machine;
-        let (data, given, ranks) = (&**data, given.as_ref(), ranks.as_deref());
-        let resources = Resources { data, device, provenance, given, ranks, graphs: *graphs };
-        Ok(store.produce(stage, device, &resources, &mut |event| display.stage(event))?.1)
+        let (resources, store, display) = self.parts();
+        Ok(store.produce(stage, resources.device, &resources, &mut |event| display.stage(event))?.1)
     }
 
     /// Tells of the images that could not be used.
