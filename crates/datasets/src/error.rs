@@ -128,50 +128,9 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
-    /// The file is not in the cache, and offline mode forbids downloading it.
-    #[error(
-        "{file} of {repo} is not in the cache {cache} and HF_HUB_OFFLINE forbids downloading it: unset \
-         HF_HUB_OFFLINE, or point HF_HOME at a cache that holds the file"
-    )]
-    Offline {
-        /// The file within the repository.
-        file: String,
-        /// The repository.
-        repo: String,
-        /// The cache directory that was searched.
-        cache: PathBuf,
-    },
-    /// The hub did not send a file.
-    #[error("cannot download {file} of {repo} from {endpoint}: {what}; {remedy}")]
-    Hub {
-        /// The file within the repository.
-        file: String,
-        /// The repository.
-        repo: String,
-        /// The base address of the hub.
-        endpoint: String,
-        /// What happened instead.
-        what: String,
-        /// What to do.
-        remedy: &'static str,
-    },
-    /// The hub refuses to send a file without a token, or to the token's account.
-    #[error(
-        "{endpoint} refused {file} of {repo} ({what}): if that data set is given only to those who have accepted \
-         its terms, do so at {endpoint}/datasets/{repo}; then make a token for reading at \
-         {endpoint}/settings/tokens, and put it into the environment variable HF_TOKEN, or log in with \
-         `hf auth login`, which keeps it in the file `token` in HF_HOME (~/.cache/huggingface by default)"
-    )]
-    Gated {
-        /// The file within the repository.
-        file: String,
-        /// The repository.
-        repo: String,
-        /// The base address of the hub.
-        endpoint: String,
-        /// Whether a valid token or the account's access is missing, and the hub's own words.
-        what: String,
-    },
+    /// The hub gives no file, or the cache cannot be written.
+    #[error(transparent)]
+    Hub(#[from] hub::Error),
     /// An argument is unusable.
     #[error("{0}")]
     Invalid(String),

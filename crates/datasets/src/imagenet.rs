@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
+use hub::{Hub, MAIN, Repo};
 use pictures::{Picture, Scaler};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -30,7 +31,7 @@ use crate::batches::{Augmentation, Batch, Batches, Epoch, Normalization, Part, o
 use crate::dataset::{Dataset, Skipped};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::hub::{Hub, REVISION, Repo};
+use crate::from_hub::fetch;
 use crate::memory::CHANNELS;
 use crate::source::DataSource;
 use crate::subset;
@@ -82,8 +83,8 @@ const STD: [f32; 3] = [0.229, 0.224, 0.225];
 /// # Errors
 ///
 /// [`Error::NoImageNet`] if nothing is found, [`Error::Labels`] if a picture has no class or a file of labels
-/// is wrong, [`Error::Malformed`] if an archive or a table is, [`Error::Gated`], [`Error::Hub`] or
-/// [`Error::Offline`] if the hub does not give a file, [`Error::Invalid`] for impossible options.
+/// is wrong, [`Error::Malformed`] if an archive or a table is, [`Error::Hub`] if the
+/// hub does not give a file, [`Error::Invalid`] for impossible options.
 pub fn load(source: &DataSource, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
     match source {
         DataSource::Auto => {
@@ -167,7 +168,7 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
     let classes = Classes::official();
     let mut splits = [Vec::new(), Vec::new()];
     let mut listed = None;
-    let mut revision = String::from(REVISION);
+    let mut revision = String::from(MAIN);
     for (split, prefix) in splits.iter_mut().zip(["train", "validation"]) {
         // Unpacked tables need no network.
         let archives = match complete(&folder, prefix, options.tables)? {
@@ -177,7 +178,7 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
                     Some(paths) => paths,
                     None => {
                         on_event(Event::Trying { place: format!("the Hugging Face hub ({REPO})") });
-                        hub.list(REPO, TABLES, REVISION)?
+                        hub.list(REPO, TABLES, MAIN)?
                     }
                 };
                 let names: Vec<String> =
@@ -191,9 +192,9 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
                 let mut archives = Vec::new();
                 for name in names {
                     archives.push(unpack(&name, &folder, &classes, on_event, |on_event| {
-                        let table = hub.fetch(REPO, &format!("{TABLES}/{name}"), &revision, on_event)?;
+                        let table = fetch(hub, REPO, &format!("{TABLES}/{name}"), &revision, on_event)?;
                         // All tables must be of one commit.
-                        revision = crate::hub::commit(&table);
+                        revision = hub::commit(&table);
                         Ok(table)
                     })?);
                 }

@@ -5,13 +5,14 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use hub::Hub;
 use serde::{Deserialize, Serialize};
 
 use crate::cifar::Manifest;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::folder;
-use crate::hub::{self, Hub};
+use crate::from_hub;
 use crate::memory::InMemoryDataset;
 use crate::synthetic;
 
@@ -103,7 +104,7 @@ pub fn load(source: &DataSource, on_event: &mut dyn FnMut(Event)) -> Result<InMe
         DataSource::Auto => Search::from_env().run(on_event),
         DataSource::Synthetic => synthetic::default(),
         DataSource::Folder(folder) => folder::load(folder, &Manifest::official(), on_event),
-        DataSource::Hub => hub::load(&Hub::from_env(), on_event),
+        DataSource::Hub => from_hub::load(&Hub::from_env(), on_event),
     }
 }
 
@@ -135,10 +136,10 @@ impl Search {
             Err(error @ Error::NoData { .. }) => skip(self.folder.display(), error, on_event),
             done => return done,
         }
-        match hub::load_with(&self.hub, &self.manifest, on_event) {
-            Err(error @ (Error::Hub { .. } | Error::Gated { .. } | Error::Offline { .. })) => {
-                skip("the hub", error, on_event)
-            }
+        match from_hub::load_with(&self.hub, &self.manifest, on_event) {
+            Err(Error::Hub(
+                error @ (hub::Error::Failed { .. } | hub::Error::Gated { .. } | hub::Error::Offline { .. }),
+            )) => skip("the hub", error, on_event),
             done => return done,
         }
         let why = format!(
@@ -151,7 +152,7 @@ impl Search {
 }
 
 /// Reports that a place has no data.
-fn skip(place: impl fmt::Display, error: Error, on_event: &mut dyn FnMut(Event)) {
+fn skip(place: impl fmt::Display, error: impl fmt::Display, on_event: &mut dyn FnMut(Event)) {
     on_event(Event::NoData { place: place.to_string(), why: error.to_string() });
 }
 

@@ -65,6 +65,9 @@ fn draw_all(n: usize, seed: u64, split: u8) -> Images {
 
 type Color = [i32; 3];
 
+/// The pixels of a picture, by rows.
+type Shades = [[Color; SIDE]; SIDE];
+
 /// Draws a picture of the class.
 fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     let shape = class % SHAPES;
@@ -96,36 +99,41 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
         lean: rng.random(),
     };
 
-    let mut noise = [0; PIXELS];
-    rng.fill_bytes(&mut noise);
-    let mut pixels = [0; PIXELS];
-    for (i, (pixel, noise)) in
-        pixels.as_chunks_mut::<3>().0.iter_mut().zip(noise.as_chunks::<3>().0).enumerate()
-    {
-        let (column, row) = ((i % SIDE) as i32, (i / SIDE) as i32);
-        let (x, y) = (column * UNIT + UNIT / 2, row * UNIT + UNIT / 2);
-
-        let half = SIDE as i32 / 2;
-        let share = (128 + slope_x * (column - half) + slope_y * (row - half)).clamp(0, 256);
-        let mut shade: Color =
-            std::array::from_fn(|c| (ground[0][c] * (256 - share) + ground[1][c] * share) / 256);
-        if let Some(blot) = clutter.iter().rev().find(|blot| blot.covers(x, y)) {
-            shade = blot.color;
-        }
-        let (u, v) = ((x - x0) * RADIUS / radius, (y - y0) * RADIUS / radius);
-        if inside(shape, u, v) {
-            shade = if weave.is_dark(x - x0, y - y0) { dark } else { bright };
-        }
-        if cover.covers(x, y) {
-            shade = cover.color;
-        }
-        for c in 0..3 {
-            // The sum of two numbers of four bits: small deviations are likelier than large ones.
-            let deviation = i32::from(noise[c] >> 4) + i32::from(noise[c] & 15) - 15;
-            pixel[c] = (shade[c] + 2 * deviation).clamp(0, 255) as u8;
+    // Each layer covers those before it.
+    let half = SIDE as i32 / 2;
+    let mut shades: Shades = std::array::from_fn(|row| {
+        std::array::from_fn(|column| {
+            let share = 128 + slope_x * (column as i32 - half) + slope_y * (row as i32 - half);
+            let share = share.clamp(0, 256);
+            std::array::from_fn(|c| (ground[0][c] * (256 - share) + ground[1][c] * share) / 256)
+        })
+    });
+    clutter.iter().for_each(|blot| blot.paint(&mut shades));
+    let us: [i32; SIDE] = std::array::from_fn(|column| (center(column) - x0) * RADIUS / radius);
+    for (row, shades) in shades.iter_mut().enumerate() {
+        let y = center(row) - y0;
+        let v = y * RADIUS / radius;
+        for (column, shade) in shades.iter_mut().enumerate() {
+            if inside(shape, us[column], v) {
+                *shade = if weave.is_dark(center(column) - x0, y) { dark } else { bright };
+            }
         }
     }
+    cover.paint(&mut shades);
+
+    let mut pixels = [0; PIXELS];
+    rng.fill_bytes(&mut pixels);
+    for (pixel, shade) in pixels.iter_mut().zip(shades.as_flattened().as_flattened()) {
+        // The sum of two random numbers of four bits: small deviations are likelier than large ones.
+        let deviation = i32::from(*pixel >> 4) + i32::from(*pixel & 15) - 15;
+        *pixel = (shade + 2 * deviation).clamp(0, 255) as u8;
+    }
     pixels
+}
+
+/// The middle of a column or a row.
+fn center(index: usize) -> i32 {
+    index as i32 * UNIT + UNIT / 2
 }
 
 /// Whether the point is inside the shape, which covers about the disc of `RADIUS` around the origin; v points
@@ -196,6 +204,17 @@ impl Blot {
         let (hue, light, strength) =
             (rng.random_range(0..HUES), rng.random_range(60..=255), rng.random_range(0..=256));
         Blot { x, y, size, round: rng.random(), color: color(hue, light, strength) }
+    }
+
+    fn paint(&self, shades: &mut Shades) {
+        let near = |&(row, _): &(usize, &mut [Color; SIDE])| (center(row) - self.y).abs() < self.size;
+        for (row, shades) in shades.iter_mut().enumerate().filter(near) {
+            for (column, shade) in shades.iter_mut().enumerate() {
+                if self.covers(center(column), center(row)) {
+                    *shade = self.color;
+                }
+            }
+        }
     }
 
     fn covers(&self, x: i32, y: i32) -> bool {

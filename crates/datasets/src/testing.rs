@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use hub::Hub;
 use image::{DynamicImage, ImageFormat, RgbImage};
 use md5::{Digest, Md5};
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
@@ -16,7 +17,6 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
 use crate::cifar::{CLASSES, Expected, Manifest, Release};
-use crate::hub::Hub;
 use crate::memory::{Images, InMemoryDataset};
 
 /// The Python form of `images(3)` and `images(2)`, written by `make.py` beside them.

@@ -263,7 +263,7 @@ impl Frame {
 /// colour that is not of this module.
 pub(crate) fn themed(svg: &str) -> Option<String> {
     let family = format!(" font-family=\"{FONT}\"");
-    let said_anyway = [" opacity=\"1\"", " stroke=\"none\"", family.as_str()];
+    let said_anyway = [" opacity=\"1\"", " stroke=\"none\"", " text-anchor=\"start\"", family.as_str()];
     let svg = said_anyway.iter().fold(svg.to_string(), |svg, attribute| svg.replace(attribute, ""));
     let hex = |RGBColor(red, green, blue)| format!("#{red:02X}{green:02X}{blue:02X}");
     let (white, alarm) = (hex(WHITE), hex(ALARM));

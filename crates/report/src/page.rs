@@ -540,7 +540,7 @@ fn table_html(caption: &str, table: &Table) -> Markup {
                             @for (place, (cell, (_, number))) in row.iter().zip(&table.head).enumerate() {
                                 @if place == 0 { th scope="row" { (cell.text) } }
                                 @else {
-                                    td class=[number.then_some("number")] {
+                                    td class=[(!number).then_some("words")] {
                                         @if cell.strong { strong { (cell.text) } } @else { (cell.text) }
                                     }
                                 }

@@ -552,7 +552,7 @@ fn a_missing_or_refused_token_is_explained() {
     let (server, _home, hub, options) = hub(Some("hf_wrong"));
     let refused = |hub: &Hub| {
         let error = load_hub(hub, &options, &mut |_| {}).unwrap_err();
-        assert!(matches!(error, Error::Gated { .. }), "{error}");
+        assert!(matches!(error, Error::Hub(hub::Error::Gated { .. })), "{error}");
         let text = error.to_string();
         let page = format!("{}/datasets/ILSVRC/imagenet-1k;", server.endpoint);
         for part in [page.as_str(), "HF_TOKEN", "hf auth login", "Access is restricted."] {
@@ -570,5 +570,5 @@ fn a_missing_or_refused_token_is_explained() {
     let elsewhere = tempfile::tempdir().unwrap();
     let options = Options { unpacked: Some(elsewhere.path().into()), ..options.clone() };
     let error = load_hub(&Hub { offline: true, ..hub.clone() }, &options, &mut |_| {}).unwrap_err();
-    assert!(matches!(error, Error::Offline { .. }), "{error}");
+    assert!(matches!(error, Error::Hub(hub::Error::Offline { .. })), "{error}");
 }

@@ -96,12 +96,12 @@ pub(super) fn summary(judged: &[Judged], profiles: &[&str]) -> Markup {
                                 " " small { (source(claim)) }
                             }
                             @for (profile, comparisons) in by_profile {
-                                td {
+                                td.words {
                                     (badge(verdict(comparisons))) " " small { (counts(comparisons)) }
                                     @if claim.forced(profile).is_some() { " " span.flag { "forced by the design" } }
                                 }
                             }
-                            @if by_profile.is_empty() { td { (badge(Verdict::NotRun)) } }
+                            @if by_profile.is_empty() { td.words { (badge(Verdict::NotRun)) } }
                         }
                     }
                 }
@@ -193,19 +193,19 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                             @for (place, of) in comparisons.iter().enumerate() {
                                 tr class=[(index > 0 && place == 0).then_some("begins")] {
                                     th scope="row" { (of.cell) }
-                                    @if several { td { (profile) } }
-                                    td.what { (of.what) }
-                                    td.number { (of.estimate.map_or("–".into(), |of| number(of.mean))) }
-                                    td.number { (of.estimate.and_then(|of| of.interval).map_or("–".into(), interval_of(claim))) }
-                                    td.number { (of.estimate.map_or(0, |of| of.count)) }
-                                    td.number { (of.networks.map_or("–".into(), |of| of.to_string())) }
-                                    td.number { (of.p_value.map_or("–".into(), p_value)) }
-                                    td.number { (of.paper.map_or("–".into(), number)) }
-                                    td {
+                                    @if several { td.words { (profile) } }
+                                    td.words.what { (of.what) }
+                                    td { (of.estimate.map_or("–".into(), |of| number(of.mean))) }
+                                    td { (of.estimate.and_then(|of| of.interval).map_or("–".into(), interval_of(claim))) }
+                                    td { (of.estimate.map_or(0, |of| of.count)) }
+                                    td { (of.networks.map_or("–".into(), |of| of.to_string())) }
+                                    td { (of.p_value.map_or("–".into(), p_value)) }
+                                    td { (of.paper.map_or("–".into(), number)) }
+                                    td.words {
                                         (badge(of.verdict))
                                         @if let Some(needs) = needs(of) { " " small { (needs) } }
                                     }
-                                    td { (scale.draw(of)) }
+                                    td.words { (scale.draw(of)) }
                                 }
                             }
                         }

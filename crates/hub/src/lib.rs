@@ -1,4 +1,12 @@
-//! Files of data sets on the Hugging Face hub, and CIFAR-100 from there.
+//! Files of data sets on the Hugging Face hub, by way of the cache that all tools of the hub share.
+//!
+//! A crate of its own, as what the hub's client is made of takes longer to compile than all that reads the files.
+
+#![forbid(unsafe_code)]
+
+mod error;
+
+pub use error::{Error, Result};
 
 use std::fmt;
 use std::fs::File;
@@ -13,17 +21,12 @@ use hf_hub::{HFClient, HFError};
 use tokio::runtime::Builder;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::cifar::Manifest;
-use crate::error::{Error, Result};
-use crate::event::Event;
-use crate::folder::{TABLES, TABLES_FOLDER};
-use crate::memory::InMemoryDataset;
-use crate::table;
-
 /// A data set's repository.
-#[derive(Clone, Copy)]
-pub(crate) struct Repo {
+#[derive(Clone, Copy, Debug)]
+pub struct Repo {
+    /// The account or organization.
     pub owner: &'static str,
+    /// The repository's name within it.
     pub name: &'static str,
 }
 
@@ -33,8 +36,8 @@ impl fmt::Display for Repo {
     }
 }
 
-const CIFAR: Repo = Repo { owner: "uoft-cs", name: "cifar100" };
-pub(crate) const REVISION: &str = "main";
+/// The revision that a repository is at.
+pub const MAIN: &str = "main";
 const ENDPOINT: &str = "https://huggingface.co";
 /// The number of files that no folder may exceed.
 const MOST_FILES: usize = 10_000;
@@ -108,16 +111,21 @@ impl Hub {
         }
     }
 
-    /// The path of a file of the repository in the cache. Downloads it if it is not there.
+    /// The path of a file of the repository in the cache, `snapshots/<commit>/<file>`. Downloads it if it is not there:
+    /// `on_progress` gets the number of bytes that have arrived and that of the whole file, 0 if it is unknown, several
+    /// times a second, and both 0 at the beginning. `revision` is a commit or the name of a branch.
+    ///
+    /// # Errors
+    /// The file cannot be downloaded or must not be, or the cache cannot be written.
     ///
     /// The client could fill the cache itself, but it would name files as the hub's headers say. Here the
     /// names come from the caller and from the commit, which is checked.
-    pub(crate) fn fetch(
+    pub fn fetch(
         &self,
         repo: Repo,
         file: &str,
         revision: &str,
-        on_event: &mut dyn FnMut(Event),
+        on_progress: &mut dyn FnMut(u64, u64),
     ) -> Result<PathBuf> {
         let folder = self.cache.join(format!("datasets--{}--{}", repo.owner, repo.name));
         let snapshot = |commit: &str| folder.join("snapshots").join(commit).join(file);
@@ -133,7 +141,7 @@ impl Hub {
         if self.offline {
             return Err(self.is_offline(repo, file));
         }
-        on_event(Event::Download { file: file.into(), done: 0, total: 0 });
+        on_progress(0, 0);
         let access = Access::new(self, repo, file)?;
         let commit = access.commit(revision)?;
         let path = snapshot(&commit);
@@ -144,7 +152,7 @@ impl Hub {
                 let mut output = File::create(temporary).map_err(Error::write(&path))?;
                 access.download(&commit, |bytes, done, total| {
                     output.write_all(bytes).map_err(Error::write(&path))?;
-                    on_event(Event::Download { file: file.into(), done, total });
+                    on_progress(done, total);
                     Ok(())
                 })
             },
@@ -156,7 +164,10 @@ impl Hub {
     }
 
     /// The paths of the files in a folder of the repository, as the hub lists them now.
-    pub(crate) fn list(&self, repo: Repo, folder: &str, revision: &str) -> Result<Vec<String>> {
+    ///
+    /// # Errors
+    /// The hub cannot be asked, or must not be.
+    pub fn list(&self, repo: Repo, folder: &str, revision: &str) -> Result<Vec<String>> {
         match self.offline {
             true => Err(self.is_offline(repo, folder)),
             false => Access::new(self, repo, folder)?.list(revision),
@@ -165,7 +176,7 @@ impl Hub {
 
     fn failed(&self, repo: Repo, file: &str, what: String, remedy: &'static str) -> Error {
         let (file, repo, endpoint) = (file.into(), repo.to_string(), self.endpoint.clone());
-        Error::Hub { file, repo, endpoint, what, remedy }
+        Error::Failed { file, repo, endpoint, what, remedy }
     }
 
     fn is_offline(&self, repo: Repo, file: &str) -> Error {
@@ -337,49 +348,17 @@ impl<'a> Access<'a> {
 /// Does requests in this thread.
 fn block_on<T>(requests: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Error::Invalid(format!("requests are impossible: {error}")))?;
+    let runtime = runtime.map_err(Error::Runtime)?;
     let done = runtime.block_on(requests);
     // After a timeout, nobody should wait for the look-up of a name to end.
     runtime.shutdown_background();
     done
 }
 
-/// Loads CIFAR-100 from the hub's repository `uoft-cs/cifar100`. Downloads files that are not in the cache.
-///
-/// What is in the cache is used without asking the hub for something newer. The number of records, the form
-/// of every picture and the range of every label are checked. [`Event::Unverified`] reports that the pictures
-/// differ from those of the official files.
-///
-/// # Errors
-///
-/// [`Error::Hub`] and [`Error::Gated`] if a file cannot be downloaded, [`Error::Offline`] if it must not be,
-/// [`Error::Malformed`] if a file in the cache is damaged (deleting the named file mends that).
-pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<InMemoryDataset> {
-    load_with(hub, &Manifest::official(), on_event)
-}
-
-pub(crate) fn load_with(
-    hub: &Hub,
-    manifest: &Manifest,
-    on_event: &mut dyn FnMut(Event),
-) -> Result<InMemoryDataset> {
-    on_event(Event::Trying { place: format!("the Hugging Face hub ({CIFAR})") });
-    let [train, test] = TABLES.map(|table| format!("{TABLES_FOLDER}/{table}"));
-    let train = hub.fetch(CIFAR, &train, REVISION, on_event)?;
-    // Both files must be of one commit.
-    let commit = commit(&train);
-    let test = hub.fetch(CIFAR, &test, &commit, on_event)?;
-    let source = format!("hub {CIFAR} @ {commit}");
-    // Links are resolved so that an error names the file to delete and not a link to it.
-    let [train, test] = [train, test].map(|path| path.canonicalize().unwrap_or(path));
-    let [n_train, n_test] = manifest.records;
-    manifest.dataset(source, [table::read(&train, n_train)?, table::read(&test, n_test)?], on_event)
-}
-
 /// The commit of a file in the cache, which is `snapshots/<commit>/<folder>/<file>`.
-pub(crate) fn commit(cached: &Path) -> String {
+pub fn commit(cached: &Path) -> String {
     let commit = cached.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
-    commit.unwrap_or(REVISION).to_string()
+    commit.unwrap_or(MAIN).to_string()
 }
 
 /// An error with its causes: those of a failed connection say why it failed.
@@ -394,141 +373,9 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{COMMIT, Mood, Server, images, manifest};
-    use std::fs;
-    use std::time::Instant;
-
-    /// An empty cache and a hub to fill it from.
-    fn setup() -> (Server, tempfile::TempDir, Hub) {
-        let (server, home) = (Server::start(), tempfile::tempdir().unwrap());
-        let hub = server.hub(home.path());
-        (server, home, hub)
-    }
-
-    fn quietly(hub: &Hub) -> Result<InMemoryDataset> {
-        load_with(hub, &manifest(b"", b""), &mut |_| {})
-    }
-
-    fn check(data: &InMemoryDataset) {
-        assert_eq!((&data.train, &data.test), (&images(3), &images(2)));
-        assert_eq!(data.fingerprint, manifest(b"", b"").fingerprint);
-        assert_eq!(data.source, format!("hub uoft-cs/cifar100 @ {COMMIT}"));
-    }
 
     #[test]
-    fn files_are_downloaded_once_and_then_taken_from_the_cache() {
-        let (server, _home, hub) = setup();
-        let mut events = Vec::new();
-        check(&load_with(&hub, &manifest(b"", b""), &mut |event| events.push(event)).unwrap());
-        let prefix = "/datasets/uoft-cs/cifar100/resolve";
-        let (train, test) = ("cifar100/train-00000-of-00001.parquet", "cifar100/test-00000-of-00001.parquet");
-        // The second file is asked for under the commit that the first one came from.
-        let expected = [
-            "GET /api/datasets/uoft-cs/cifar100/revision/main?expand=sha".into(),
-            format!("HEAD {prefix}/{COMMIT}/{train}"),
-            format!("GET {prefix}/{COMMIT}/{train}"),
-            format!("HEAD {prefix}/{COMMIT}/{test}"),
-            format!("GET {prefix}/{COMMIT}/{test}"),
-        ];
-        assert_eq!(server.requests(), expected);
-        assert!(matches!(events[0], Event::Trying { .. }));
-        for file in [train, test] {
-            let last = events
-                .iter()
-                .rev()
-                .find(|event| matches!(event, Event::Download { file: f, .. } if f == file));
-            assert!(
-                matches!(last, Some(Event::Download { done, total, .. }) if done == total && *total > 0),
-                "{events:?}"
-            );
-        }
-        assert!(!events.iter().any(|event| matches!(event, Event::Unverified { .. })));
-
-        server.set(Mood::Failing);
-        check(&quietly(&hub).unwrap());
-        check(&quietly(&Hub { offline: true, ..hub.clone() }).unwrap());
-        assert!(server.requests().is_empty());
-    }
-
-    #[test]
-    fn offline_means_no_request() {
-        let (server, home, hub) = setup();
-        let error = quietly(&Hub { offline: true, ..hub }).unwrap_err();
-        assert!(matches!(&error, Error::Offline { cache, .. } if cache.starts_with(home.path())), "{error}");
-        assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
-        assert!(server.requests().is_empty());
-    }
-
-    #[test]
-    fn a_hub_that_does_not_deliver_is_named() {
-        let (server, home, hub) = setup();
-        for (mood, reason, remedy) in [
-            (Mood::Empty, "not found", "check HF_ENDPOINT"),
-            (Mood::Failing, "500", "try again later"),
-            (Mood::Limiting, "limited", "set HF_TOKEN"),
-            (Mood::Truncating, "body", "check the network"),
-            (Mood::Endless, "more than 1048576 bytes", "check HF_ENDPOINT"),
-            (Mood::Misnaming, "\"../../../outside\" is given as the commit of main", "check HF_ENDPOINT"),
-        ] {
-            server.set(mood);
-            let error = quietly(&hub).unwrap_err();
-            assert!(matches!(error, Error::Hub { .. }), "{error}");
-            let text = error.to_string();
-            assert!(text.contains(&server.endpoint) && text.contains("cifar100/train-00000"), "{text}");
-            assert!(text.to_lowercase().contains(reason) && text.contains(remedy), "{text}");
-        }
-        // These failures leave nothing behind.
-        assert_eq!(files(home.path()), Vec::<PathBuf>::new());
-        server.set(Mood::Good);
-        check(&quietly(&hub).unwrap());
-    }
-
-    /// All files under a folder.
-    fn files(folder: &Path) -> Vec<PathBuf> {
-        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-        entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
-    }
-
-    #[test]
-    fn no_header_places_a_file_outside_the_cache() {
-        let (server, home, hub) = setup();
-        // The cache is three folders deep, so that what leads out of it stays in the test's folder.
-        let hub = Hub { cache: home.path().join("a/b/hub"), ..hub };
-        server.set(Mood::Placing);
-        check(&quietly(&hub).unwrap());
-        for file in files(home.path()) {
-            assert!(file.starts_with(&hub.cache), "{file:?}");
-        }
-    }
-
-    #[test]
-    fn a_hub_out_of_reach_is_given_up_soon() {
-        let (server, home, hub) = setup();
-        let soon = Duration::from_millis(300);
-        let hub = Hub { answer_timeout: soon, stall_timeout: soon, ..hub };
-        for (mood, reason) in [
-            (Mood::Silent, "no answer came within 0.3 seconds"),
-            (Mood::Stalling, "bytes arrived in 0.3 seconds"),
-            (Mood::Trickling, "bytes arrived in 0.3 seconds"),
-        ] {
-            server.set(mood);
-            let start = Instant::now();
-            let error = quietly(&hub).unwrap_err().to_string();
-            assert!(error.contains(reason), "{error}");
-            assert!(start.elapsed() < Duration::from_secs(3));
-        }
-        assert_eq!(files(home.path()), Vec::<PathBuf>::new());
-        // No one listens on a port that was just given back.
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let start = Instant::now();
-        let hub = Hub { endpoint: format!("http://127.0.0.1:{port}"), answer_timeout: 10 * soon, ..hub };
-        let error = quietly(&hub).unwrap_err();
-        assert!(matches!(&error, Error::Hub { what, .. } if what.contains("refused")), "{error}");
-        assert!(start.elapsed() < Duration::from_secs(3));
-    }
-
-    #[test]
-    fn what_the_environment_says_is_cleaned_or_refused() {
+    fn what_the_environment_says_is_cleaned() {
         let hub = |variables: &[(&str, &str)]| {
             Hub::described(|name| Some(variables.iter().find(|(known, _)| *known == name)?.1.into()))
         };
@@ -559,54 +406,10 @@ mod tests {
             (spaced.endpoint.as_str(), spaced.token.as_deref(), spaced.offline),
             ("http://x", Some("hf_x"), true)
         );
-        fs::write(home.path().join("token"), "hf_stored\n").unwrap();
+        std::fs::write(home.path().join("token"), "hf_stored\n").unwrap();
         assert_eq!(hub(&[("HF_HOME", path)]).token.as_deref(), Some("hf_stored"));
         assert_eq!(hub(&[("HF_HOME", path), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token, None);
         assert_eq!(hub(&[("HF_HOME", path)]).cache, home.path().join("hub"));
         assert_eq!(hub(&[("HF_HOME", path), ("HF_HUB_CACHE", "/c")]).cache, Path::new("/c"));
-
-        let (server, _home, usual) = setup();
-        let refused = |hub: &Hub, expected: &str| {
-            let error = quietly(hub).unwrap_err();
-            assert!(matches!(error, Error::Hub { .. }) && error.to_string().contains(expected), "{error}");
-        };
-        for endpoint in ["hf-mirror.com", "localhost:8080", "http://"] {
-            refused(&Hub { endpoint: endpoint.into(), ..usual.clone() }, "HF_ENDPOINT");
-        }
-        refused(&Hub { token: Some("hf x".into()), ..usual.clone() }, "set HF_TOKEN to the token alone");
-        assert!(server.requests().is_empty());
-        // What is in the cache needs neither.
-        quietly(&usual).unwrap();
-        check(&quietly(&Hub { endpoint: "hf-mirror.com".into(), offline: true, ..usual }).unwrap());
-    }
-
-    #[test]
-    fn a_damaged_file_in_the_cache_is_named_and_mended_by_deleting_it() {
-        let (server, home, hub) = setup();
-        let named = |hub: &Hub| match quietly(hub) {
-            Err(Error::Malformed { file, .. }) => PathBuf::from(file),
-            other => panic!("{other:?}"),
-        };
-        server.set(Mood::Corrupting);
-        let train = named(&hub);
-        assert!(train.starts_with(home.path().canonicalize().unwrap()), "{train:?}");
-        server.set(Mood::Good);
-        // It stays an error until the files are deleted, as the message asks.
-        assert_eq!(named(&hub), train);
-        fs::remove_file(&train).unwrap();
-        let test = named(&hub);
-        assert_ne!(test, train);
-        fs::remove_file(&test).unwrap();
-        check(&quietly(&hub).unwrap());
-
-        let cached = hub.fetch(CIFAR, "cifar100/test-00000-of-00001.parquet", REVISION, &mut |_| {}).unwrap();
-        let blob = cached.canonicalize().unwrap();
-        let contents = fs::read(&blob).unwrap();
-        fs::write(&blob, &contents[..contents.len() / 2]).unwrap();
-        let error = quietly(&Hub { offline: true, ..hub.clone() }).unwrap_err();
-        assert!(matches!(&error, Error::Malformed { file, .. } if Path::new(file) == blob), "{error}");
-        assert!(error.to_string().contains("delete it"), "{error}");
-        fs::remove_file(&blob).unwrap();
-        check(&quietly(&hub).unwrap());
     }
 }
