@@ -1,4 +1,4 @@
-//! CIFAR-100 from the Hugging Face hub.
+//! Files from the Hugging Face hub, with events of their progress, and CIFAR-100 from there.
 
 use std::path::PathBuf;
 

@@ -83,8 +83,8 @@ const STD: [f32; 3] = [0.229, 0.224, 0.225];
 /// # Errors
 ///
 /// [`Error::NoImageNet`] if nothing is found, [`Error::Labels`] if a picture has no class or a file of labels
-/// is wrong, [`Error::Malformed`] if an archive or a table is, [`Error::Hub`] if the
-/// hub does not give a file, [`Error::Invalid`] for impossible options.
+/// is wrong, [`Error::Malformed`] if an archive or a table is, [`Error::Hub`] if the hub does not give a
+/// file, [`Error::Invalid`] for impossible options.
 pub fn load(source: &DataSource, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
     match source {
         DataSource::Auto => {

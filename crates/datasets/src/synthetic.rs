@@ -206,6 +206,7 @@ impl Blot {
         Blot { x, y, size, round: rng.random(), color: color(hue, light, strength) }
     }
 
+    /// Gives the pixels that the blot covers its colour.
     fn paint(&self, shades: &mut Shades) {
         let near = |&(row, _): &(usize, &mut [Color; SIDE])| (center(row) - self.y).abs() < self.size;
         for (row, shades) in shades.iter_mut().enumerate().filter(near) {

@@ -36,7 +36,7 @@ impl fmt::Display for Repo {
     }
 }
 
-/// The revision that a repository is at.
+/// The branch with the newest state of a repository.
 pub const MAIN: &str = "main";
 const ENDPOINT: &str = "https://huggingface.co";
 /// The number of files that no folder may exceed.
@@ -115,11 +115,11 @@ impl Hub {
     /// `on_progress` gets the number of bytes that have arrived and that of the whole file, 0 if it is unknown, several
     /// times a second, and both 0 at the beginning. `revision` is a commit or the name of a branch.
     ///
-    /// # Errors
-    /// The file cannot be downloaded or must not be, or the cache cannot be written.
-    ///
     /// The client could fill the cache itself, but it would name files as the hub's headers say. Here the
     /// names come from the caller and from the commit, which is checked.
+    ///
+    /// # Errors
+    /// The file cannot be downloaded or must not be, or the cache cannot be written.
     pub fn fetch(
         &self,
         repo: Repo,
