@@ -15,8 +15,8 @@ mod pytorch;
 pub mod step_profile;
 mod worker;
 
+use crate::command::quoted;
 use crate::device::{self, Arithmetic};
-use crate::session::quoted;
 use crate::{output, process};
 use anyhow::{Context, Result, bail};
 use case::{Case, Layers, picked};

@@ -6,8 +6,8 @@
 use crate::flags::{Flags, Only};
 use crate::output;
 use crate::profile::ModelName;
+use crate::results::PROFILE;
 use crate::session::{self, Done, Session};
-use crate::table::PROFILE;
 use anyhow::{Context as _, Result, bail};
 use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};

@@ -8,7 +8,9 @@
 // They panic where their reader has gone: what is printed goes through `output`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod all;
 pub mod bench;
+mod command;
 mod device;
 pub mod figure3;
 mod flags;
@@ -19,7 +21,9 @@ pub mod premise;
 mod process;
 mod profile;
 mod progress;
+mod published;
 pub mod report_page;
+mod results;
 mod session;
 mod signals;
 mod slurm;
@@ -31,4 +35,4 @@ pub use device::Arithmetic;
 pub use flags::{Flags, Only};
 pub use process::exit;
 pub use profile::{DataSettings, ModelName, NetworkSettings, Profile, Pruning, QuantizationSettings};
-pub use table::{Method, RowPlan, Table, all, main};
+pub use table::{Method, RowPlan, Table, main};

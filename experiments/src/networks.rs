@@ -4,34 +4,25 @@
 //! Such a folder holds the networks as their stages wrote them, `networks.csv` that says what each is, the settings, and
 //! `stages.json` with the outcomes of all stages that the networks come from.
 
+use crate::output;
 use crate::process::one_line;
-use crate::profile::{DataSettings, ModelName, Profile};
+use crate::profile::{ModelName, Profile};
 use crate::progress::Display;
+use crate::published::{Examined, Folder};
+use crate::results::{self, PROFILE, entries};
 use crate::session::{self, Session};
-use crate::table::{self, PROFILE};
 use crate::tool::text;
-use crate::{output, report_page};
 use anyhow::{Context as _, Result, bail};
-use candle_core::Device;
-use datasets::Dataset;
-use models::{MAX_FILE_BYTES, Network};
-use report::{NETWORKS, NetworkRow, Row, STAGES};
-use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use models::MAX_FILE_BYTES;
+use report::{NETWORKS, NetworkRow, Row};
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
-use train::{Arithmetic, Evaluation};
 use whole_file::seal;
-use workflow::{Outcome, Published, Stage};
-
-/// The name of the results' folder in which each profile has one of its networks.
-pub(crate) const FOLDER: &str = "networks";
+use workflow::{Outcome, Stage};
 
 /// The most bytes that the networks of a profile may have together: they are kept with the code.
 const MAX_BYTES: u64 = 96 << 20;
-
-/// How far a loss may be from the one that was said, as a part of it: sums are taken in another order on another device.
-pub(crate) const TOLERANCE: f64 = 1e-4;
 
 /// A network to be published.
 pub(crate) struct Pick {
@@ -53,10 +44,10 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
     let fingerprint = session.data.fingerprint();
     let ends: Vec<Arc<Stage>> = picks.iter().map(|pick| pick.stage.clone()).collect();
     let plan = session.plan(&ends)?;
-    let done = table::done(&plan);
+    let done = results::done(&plan);
     let (mut outcomes, mut rows, mut files) = (Vec::<&Outcome>::new(), Vec::<NetworkRow>::new(), Vec::new());
     for pick in picks {
-        let lineage = table::line(&pick.stage, fingerprint, &done)?;
+        let lineage = results::line(&pick.stage, fingerprint, &done)?;
         for outcome in &lineage {
             if !outcomes.iter().any(|known| known.key == outcome.key) {
                 outcomes.push(outcome);
@@ -114,8 +105,8 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
     }
     let sizes: Vec<(&str, u64)> = rows.iter().map(|row| (row.file.as_str(), row.bytes)).collect();
     check_sizes(&sizes)?;
-    session.claim(FOLDER)?;
-    let folder = session.folder(FOLDER);
+    session.claim(results::NETWORKS)?;
+    let folder = session.folder(results::NETWORKS);
     let before = report::read_stages(&folder).map(|stages| stages.files).unwrap_or_default();
     for (row, bytes) in rows.iter().zip(files) {
         let path = folder.join(&row.file);
@@ -168,176 +159,13 @@ fn mebibytes(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
 
-/// What the stages gave that a folder of results comes from.
-///
-/// # Errors
-/// Where that is not what was written.
-pub(crate) fn outcomes(place: &Path) -> Result<Vec<Outcome>> {
-    report::read_stages(place)?;
-    let path = place.join(STAGES);
-    let read = || -> Result<Vec<Outcome>> {
-        let mut value: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-        let stages: Vec<Value> = serde_json::from_value(value["stages"].take())?;
-        stages.into_iter().map(|stage| Outcome::of_results(stage).map_err(anyhow::Error::msg)).collect()
-    };
-    read().with_context(|| path.display().to_string())
-}
-
-/// A folder of published networks.
-pub(crate) struct Folder {
-    place: PathBuf,
-    rows: Vec<NetworkRow>,
-    outcomes: Vec<Outcome>,
-}
-
-impl Folder {
-    /// Reads the lists of the networks, but none of these, in a folder; `None` where it holds none.
-    pub fn read(place: &Path) -> Result<Option<Self>> {
-        if !place.join(NETWORKS).is_file() {
-            return Ok(None);
-        }
-        let outcomes = outcomes(place)?;
-        Ok(Some(Self { place: place.into(), rows: report::read_networks(place)?, outcomes }))
-    }
-
-    /// The list.
-    pub fn rows(&self) -> &[NetworkRow] {
-        &self.rows
-    }
-
-    /// The networks, for a store.
-    ///
-    /// # Errors
-    /// Where the list of networks and the stages contradict each other.
-    pub fn published(self) -> Result<Published> {
-        let mut networks = BTreeMap::new();
-        for row in &self.rows {
-            self.outcome(row)?;
-            networks.insert(row.key.clone(), self.place.join(&row.file));
-        }
-        Ok(Published::new(self.outcomes, networks)?)
-    }
-
-    /// What the stage gave that a line of the list is of.
-    fn outcome(&self, row: &NetworkRow) -> Result<&Outcome> {
-        let path = self.place.join(&row.file);
-        let path = path.display();
-        let Some(outcome) = self.outcomes.iter().find(|outcome| outcome.key == row.key) else {
-            bail!("{path}: its stage {} by {NETWORKS} is none of those in {STAGES}", row.key);
-        };
-        let Evaluation { loss, top1_percent } = outcome.evaluation;
-        for (what, said, expected) in [
-            ("sha256", &row.sha256, &outcome.network_hash().unwrap_or("none").to_string()),
-            ("parent", &format!("{:?}", row.parent), &format!("{:?}", outcome.parent)),
-            ("settings", &row.settings, &outcome.stage.to_string()),
-            ("dataset", &row.dataset, &outcome.data.name),
-            ("top1_percent", &row.top1_percent.to_string(), &top1_percent.to_string()),
-            ("loss", &row.loss.to_string(), &loss.to_string()),
-            ("macs", &row.macs.to_string(), &outcome.macs.to_string()),
-            ("weights", &row.weights.to_string(), &outcome.weights.to_string()),
-        ] {
-            if said != expected {
-                bail!(
-                    "{path}: {NETWORKS} says {what} = {said}, and stage {} in {STAGES} {expected}",
-                    row.key
-                );
-            }
-        }
-        Ok(outcome)
-    }
-
-    /// Checks the file of a network, evaluates it as its stage did, and compares.
-    ///
-    /// # Errors
-    /// Where it can't be evaluated: it is not what was published, or the data are others.
-    pub fn examine(&self, row: &NetworkRow, data: &dyn Dataset) -> Result<Examined> {
-        let outcome = self.outcomes.iter().find(|outcome| outcome.key == row.key);
-        let arithmetic = outcome.map_or(Arithmetic::F32, Outcome::arithmetic);
-        if let Some(outcome) = outcome
-            && outcome.data.fingerprint != data.fingerprint()
-        {
-            bail!("{} from {} are other data than its {}", data.name(), data.source(), outcome.data.source);
-        }
-        let (network, _) = Network::load_verified(&self.place.join(&row.file), &row.sha256, &Device::Cpu)?;
-        let found = train::evaluate_in(&network, data, arithmetic)?;
-        let mut problems = Vec::new();
-        let loss_differs = (found.loss - row.loss).abs() > TOLERANCE * row.loss.abs();
-        if found.top1_percent != row.top1_percent || loss_differs {
-            let processors = match (arithmetic, outcome) {
-                (Arithmetic::Bf16, Some(outcome)) => {
-                    format!(
-                        " (it was found in bf16 on {}; other processors round otherwise)",
-                        outcome.provenance.device
-                    )
-                }
-                _ => String::new(),
-            };
-            problems.push(format!("the figures differ{processors}"));
-        }
-        if (network.macs(), network.weights()) != (row.macs, row.weights) {
-            problems.push(format!("it has {} MACs and {} weights", network.macs(), network.weights()));
-        }
-        problems.extend(self.outcome(row).err().map(|error| error.to_string()));
-        Ok(Examined { found, problems })
-    }
-}
-
-/// What was found of a published network.
-pub(crate) struct Examined {
-    /// Its evaluation now.
-    pub found: Evaluation,
-    /// Whatever is not as it was said; nothing if all is.
-    pub problems: Vec<String>,
-}
-
-/// The file of a published network.
-pub(crate) struct PublishedFile {
-    folder: Folder,
-    row: NetworkRow,
-    settings: Profile,
-}
-
-impl PublishedFile {
-    /// The file, if the list beside it has it.
-    pub fn find(file: &Path) -> Result<Option<Self>> {
-        let place = file.parent().unwrap_or(Path::new(""));
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        let Some(folder) = Folder::read(place)? else { return Ok(None) };
-        let Some(row) = folder.rows.iter().find(|row| row.file == name).cloned() else { return Ok(None) };
-        Ok(Some(Self { folder, row, settings: Profile::read(&place.join(PROFILE))? }))
-    }
-
-    /// Which images its stage took.
-    pub fn data(&self) -> &DataSettings {
-        &self.settings.data
-    }
-
-    /// Whether its figures are of these images.
-    pub fn is_of(&self, data: &dyn Dataset) -> bool {
-        self.folder.outcome(&self.row).is_ok_and(|outcome| outcome.data.fingerprint == data.fingerprint())
-    }
-
-    /// Its evaluation, and in words whether that is what was published.
-    pub fn evaluate(&self, data: &dyn Dataset) -> Result<(Evaluation, String)> {
-        let Self { folder, row, .. } = self;
-        let Examined { found, problems } = folder.examine(row, data)?;
-        let agrees = if problems.is_empty() { "the same".into() } else { problems.join("; ") };
-        let NetworkRow { subject, top1_percent, loss, .. } = row;
-        Ok((
-            found,
-            format!("published ({subject}) with top-1 {top1_percent:.2} %, loss {loss:.4}: {agrees}\n"),
-        ))
-    }
-}
-
 /// Evaluates every published network beside the results in a folder, and prints what was said and what was found.
 ///
 /// # Errors
 /// When a figure is not found again, and where there is no network.
 pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
-    let networks = results.join(FOLDER);
-    let profiles =
-        if networks.is_dir() { report_page::entries(&networks, Path::is_dir)? } else { Vec::new() };
+    let networks = results.join(results::NETWORKS);
+    let profiles = if networks.is_dir() { entries(&networks, Path::is_dir)? } else { Vec::new() };
     let tables = rows_of_tables(results)?;
     let (mut lines, mut wrong) = (Vec::new(), 0);
     for profile in profiles {
@@ -345,7 +173,7 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
         let Some(folder) = Folder::read(&place)? else { continue };
         let settings = Profile::read(&place.join(PROFILE))?;
         let data = session::load(wanted, &settings.data, &mut Display::new())?;
-        for row in &folder.rows {
+        for row in folder.rows() {
             let (found, mut problems) = match folder.examine(row, &*data) {
                 Ok(Examined { found, problems }) => (Some(found), problems),
                 Err(error) => (None, vec![one_line(&error)]),
@@ -388,11 +216,11 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
 /// The rows of all tables beside each other in a folder of results.
 fn rows_of_tables(results: &Path) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for name in report_page::entries(results, Path::is_dir)? {
+    for name in entries(results, Path::is_dir)? {
         let folder = results.join(&name);
-        for profile in report_page::entries(&folder, Path::is_dir)? {
+        for profile in entries(&folder, Path::is_dir)? {
             let path = folder.join(profile).join(format!("{name}.csv"));
-            if name != FOLDER && name != "bench" && path.is_file() {
+            if name != results::NETWORKS && name != "bench" && path.is_file() {
                 rows.extend(report::read_csv(&path)?);
             }
         }

@@ -6,8 +6,8 @@
 use crate::figure3::{IMAGES, subjects};
 use crate::flags::Flags;
 use crate::output;
+use crate::results::PROFILE;
 use crate::session::{self, Done, Session};
-use crate::table::PROFILE;
 use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
 use clap::{CommandFactory, FromArgMatches};

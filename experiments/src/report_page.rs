@@ -1,7 +1,8 @@
 //! The page of all results: finds what lies under `results/` and writes `results/index.html`.
 
-use crate::networks::{self, Folder};
-use crate::{output, process, tables};
+use crate::published::Folder;
+use crate::results::{self, entries};
+use crate::{networks, output, process, tables};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::Parser;
 use report::{
@@ -85,7 +86,7 @@ pub fn read(results: &Path) -> Result<Page> {
             }
             continue;
         }
-        if name == networks::FOLDER {
+        if name == results::NETWORKS {
             for profile in entries(&folder, Path::is_dir)? {
                 let exhibit = exhibit(results, &[&name, &profile], "", &[NETWORKS])?;
                 let folder = folder.join(&profile);
@@ -174,23 +175,6 @@ fn exhibit(results: &Path, parts: &[&str], title: &str, read: &[&str]) -> Result
 fn lines(path: &Path) -> csv::Result<Vec<Vec<String>>> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_path(path)?;
     reader.records().map(|record| Ok(record?.iter().map(String::from).collect())).collect()
-}
-
-/// The names in a folder that are of a kind, sorted, without hidden ones.
-pub(crate) fn entries(folder: &Path, kind: fn(&Path) -> bool) -> Result<Vec<String>> {
-    let list = || -> std::io::Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(folder)? {
-            let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if kind(&entry.path()) && !name.starts_with('.') {
-                names.push(name);
-            }
-        }
-        names.sort();
-        Ok(names)
-    };
-    list().with_context(|| format!("folder {} could not be read", folder.display()))
 }
 
 #[cfg(test)]

@@ -2,17 +2,17 @@
 
 use crate::flags::{Flags, PlanFormat, Running, TIME_LIMIT};
 use crate::job::Job;
-use crate::networks::{self, Folder};
 use crate::profile::{self, ModelName, Profile};
 use crate::progress::{Display, duration};
-use crate::{device, output, process, signals, slurm};
+use crate::published::Folder;
+use crate::{command, device, output, process, results, signals, slurm};
 use anyhow::{Context as _, Result, bail};
 use candle_core::Device;
 use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
 use models::Network;
 use ranks::Ranks;
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use train::{Arithmetic, TimeLimit};
@@ -162,7 +162,7 @@ impl Session {
 
     /// Has stages whose networks are published beside the results count as done.
     fn take_published(&mut self) -> Result<()> {
-        let place = self.folder(networks::FOLDER);
+        let place = self.folder(results::NETWORKS);
         if let Some(folder) = Folder::read(&place)? {
             self.display.line(&format!(
                 "{} networks are published in {}",
@@ -225,7 +225,11 @@ impl Session {
             seeds: profile.seeds.clone(),
             profile,
             data,
-            provenance: Provenance { command: command_line(), git_commit: env!("PFQ_COMMIT").into(), device },
+            provenance: Provenance {
+                command: command::line(),
+                git_commit: env!("PFQ_COMMIT").into(),
+                device,
+            },
             machine,
             given: None,
             published: Vec::new(),
@@ -247,7 +251,7 @@ impl Session {
 
     /// The folder of the results called `name`. Networks for which training images were held out are beside the profile's others.
     pub fn folder(&self, name: &str) -> PathBuf {
-        let held_out = name == networks::FOLDER && self.profile.data.hold_out.is_some();
+        let held_out = name == results::NETWORKS && self.profile.data.hold_out.is_some();
         self.out.join(name).join(format!("{}{}", self.profile.name, if held_out { "_holdout" } else { "" }))
     }
 
@@ -359,7 +363,7 @@ impl Session {
             (None, true, PlanFormat::Text) => self.show_plan(ends).map(|()| Some(Done::All)),
             (None, true, PlanFormat::Slurm) => {
                 let (plan, fingerprint) = (self.plan(ends)?, self.data.fingerprint());
-                output::print(&slurm::script(&plan, fingerprint, &slurm::command()?, title)?);
+                output::print(&slurm::script(&plan, fingerprint, &command::without_plan()?, title)?);
                 Ok(Some(Done::All))
             }
             (Some(key), ..) => {
@@ -480,37 +484,4 @@ pub(crate) fn load(
     };
     display.clear();
     Ok(data)
-}
-
-/// The command that runs this program as it was called.
-fn command_line() -> String {
-    let mut words = std::env::args();
-    let program = words.next().unwrap_or_default();
-    let program = Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut command = vec!["cargo run --release --bin".into(), program, "--".into()];
-    command.extend(words.map(quoted));
-    command.join(" ").trim_end_matches(" --").into()
-}
-
-/// A word as a shell reads it as one.
-pub(crate) fn quoted(word: String) -> String {
-    let plain = |c: char| c.is_alphanumeric() || "-_=+.,:/@%".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        word
-    } else {
-        format!("'{}'", word.replace('\'', "'\\''"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_are_quoted_where_a_shell_would_cut_them() {
-        assert_eq!(quoted("--seeds=0,1".into()), "--seeds=0,1");
-        assert_eq!(quoted("as the others,float".into()), "'as the others,float'");
-        assert_eq!(quoted("it's".into()), "'it'\\''s'");
-        assert_eq!(quoted(String::new()), "''");
-    }
 }

@@ -3,9 +3,9 @@
 //! Stages are files in a store that all nodes share, so a job needs nothing but the key of its stage. An array has the
 //! stages that need only those of the arrays before it, and begins when these are done.
 
+use crate::command::quoted;
 use crate::flags::TIME_LIMIT;
-use crate::session::quoted;
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use std::collections::BTreeMap;
 use workflow::Planned;
 
@@ -65,20 +65,4 @@ pub(crate) fn script(plan: &[Planned], fingerprint: &str, command: &[String], ti
     };
     let arrays: String = levels.iter().enumerate().map(array).collect();
     Ok(format!("{head}{arrays}# Then no stage is left, and the results are written.\narray {title} ''"))
-}
-
-/// This program and its flags, but for those that ask for a plan.
-pub(crate) fn command() -> Result<Vec<String>> {
-    let program = std::env::current_exe().context("the path of this program is not known")?;
-    let mut command = vec![program.display().to_string()];
-    let mut words = std::env::args().skip(1);
-    while let Some(word) = words.next() {
-        match word.as_str() {
-            "--plan" => {}
-            "--format" => drop(words.next()),
-            _ if word.starts_with("--format=") => {}
-            _ => command.push(word),
-        }
-    }
-    Ok(command)
 }

@@ -2,18 +2,18 @@
 
 use crate::flags::{Flags, Only};
 use crate::networks::{self, Pick};
+use crate::output;
 use crate::process::one_line;
 use crate::profile::ModelName;
+use crate::results::{self, PROFILE};
 use crate::session::{self, Done, Session};
-use crate::{figure3, output, tables};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use clap::Parser;
 use quant_core::Precision;
 use report::{Paper, Row, STAGES};
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use workflow::{Outcome, Planned, Recipe, Stage, StageKind};
+use workflow::{Outcome, Recipe, Stage, StageKind};
 
 /// A table of the paper, or one of our own like it: which workflows stand in its columns, for which models
 /// and bits.
@@ -55,9 +55,6 @@ pub struct RowPlan {
     pub stage: Arc<Stage>,
 }
 
-/// The file of the settings in a folder of results.
-pub(crate) const PROFILE: &str = "profile.toml";
-
 /// Runs the binary of one or more tables: parses the flags, runs what is missing, writes the results.
 pub fn main(tables: &[&Table]) -> Result<()> {
     let flags = Flags::parse();
@@ -66,27 +63,8 @@ pub fn main(tables: &[&Table]) -> Result<()> {
     session::main(&flags, chooses, |session| run(tables, &only, session, &flags))
 }
 
-/// Runs the binary of every table and Figure 3, which have their stages in common.
-pub fn all() -> Result<()> {
-    let flags = Flags::parse();
-    let only = only(&tables::ALL, &flags)?;
-    session::main(&flags, false, |session| {
-        let done = run(&tables::ALL, &only, session, &flags)?;
-        // `--only` picks rows of tables, and the figure begins with stages that a plan of all tables has.
-        if done == Done::InTime
-            || flags.plan
-            || flags.publish
-            || flags.stage.is_some()
-            || !flags.only.is_empty()
-        {
-            return Ok(done);
-        }
-        figure3::run(&figure3::subjects(&flags)?, session, &flags)
-    })
-}
-
 /// Which rows `--only` picks: some of those that the tables have.
-fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
+pub(crate) fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
     let of = |f: fn(&Table) -> Vec<&'static str>| names(tables, f);
     let titles = of(|table| vec![table.name]);
     let only = Only::parse(&flags.only, &of(Table::models), &of(Table::methods), &titles)?;
@@ -103,7 +81,7 @@ fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
 }
 
 /// Runs what is missing of the tables and writes them.
-fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
+pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
     let tables: Vec<&Table> = tables.iter().copied().filter(|table| only.picks_table(table.name)).collect();
     let rows = tables.iter().map(|table| table.rows(session)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
     let picked: Vec<(&Table, Vec<&RowPlan>)> = tables
@@ -256,7 +234,7 @@ impl Table {
         let Session { profile, data, provenance, .. } = session;
         let ends: Vec<Arc<Stage>> = plans.iter().map(|row| row.stage.clone()).collect();
         let plan = session.plan(&ends)?;
-        let here = done(&plan);
+        let here = results::done(&plan);
         let written = written(folder);
         let mut all = here.clone();
         for outcome in &written {
@@ -270,7 +248,7 @@ impl Table {
             if !all.contains_key(key.as_str()) {
                 continue;
             }
-            let lineage = match line(&planned.stage, data.fingerprint(), &all) {
+            let lineage = match results::line(&planned.stage, data.fingerprint(), &all) {
                 Err(_) if !here.contains_key(key.as_str()) => continue,
                 lineage => lineage?,
             };
@@ -350,51 +328,11 @@ fn written(folder: &Path) -> Vec<Outcome> {
     if !folder.join(STAGES).exists() {
         return Vec::new();
     }
-    networks::outcomes(folder).unwrap_or_else(|problem| {
+    results::outcomes(folder).unwrap_or_else(|problem| {
         let problem = one_line(&problem);
         output::tell(&format!("rows of earlier runs are left out, unless the store has them: {problem}"));
         Vec::new()
     })
-}
-
-/// What stages of a plan gave, by their keys.
-pub(crate) fn done(plan: &[Planned]) -> BTreeMap<&str, &Outcome> {
-    plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect()
-}
-
-/// What a stage and those before it gave, the first one first.
-///
-/// # Errors
-/// Where one is missing, or was made from another network than that of the stage before it.
-pub(crate) fn line<'a>(
-    stage: &Arc<Stage>,
-    fingerprint: &str,
-    done: &BTreeMap<&str, &'a Outcome>,
-) -> Result<Vec<&'a Outcome>> {
-    let mut line: Vec<&Outcome> = Vec::new();
-    for of in stage.lineage() {
-        let key = of.key(fingerprint)?;
-        let outcome = *done.get(key.as_str()).with_context(|| {
-            format!(
-                "stage {} ({key}) is missing from the store, and {} was made from it: run the table again without --only to \
-                 make it anew",
-                of.label(),
-                stage.label()
-            )
-        })?;
-        if let (Some(then), Some(now)) =
-            (&outcome.parent_network, line.last().and_then(|parent| parent.network_hash()))
-            && then != now
-        {
-            bail!(
-                "stage {} ({key}) was made from another network than the published one of the stage before it: write results \
-                 elsewhere (--out), so that what is published does not count",
-                of.label()
-            );
-        }
-        line.push(outcome);
-    }
-    Ok(line)
 }
 
 /// The network that a row is about, after the float network that it began with and, for a row of ours, that network right after

@@ -3,7 +3,6 @@
 //! Kernels are compiled for each [`Element`], which is that of all maps and gradients of a pass ([`by_element!`] chooses).
 
 use crate::cpu::simd;
-use crate::product::FactorOf;
 use crate::work::{Progress, Writer, Written, append, write_tiles, write_with};
 use candle_core::WithDType;
 use half::bf16;
@@ -15,9 +14,6 @@ use std::ops::Range;
 
 /// A number in memory that stands for a float: a float itself, or its upper half.
 pub(crate) trait Element: WithDType + Default {
-    /// What products of such elements multiply where the machine has the instructions ([`crate::product`]); else floats.
-    type Factor: FactorOf<Self>;
-
     /// How many floats a kernel computes at once at most, if it can choose: of those that are rounded then, so many as stay in
     /// the first-level cache.
     const AT_ONCE: usize;
@@ -50,8 +46,6 @@ pub(crate) trait Element: WithDType + Default {
 }
 
 impl Element for f32 {
-    type Factor = Self;
-
     const AT_ONCE: usize = usize::MAX;
 
     const PIECE: usize = usize::MAX;
@@ -90,11 +84,6 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    #[cfg(target_arch = "x86_64")]
-    type Factor = crate::product::Pair;
-    #[cfg(not(target_arch = "x86_64"))]
-    type Factor = f32;
-
     const AT_ONCE: usize = 8 * 1024;
 
     const PIECE: usize = 256;

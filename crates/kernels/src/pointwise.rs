@@ -18,12 +18,12 @@ use crate::affine::AffineActivation;
 use crate::blockwise::{self, Blockwise};
 use crate::check::Check;
 use crate::cpu::{self, open};
-use crate::elements::{Element, Stored, by_element, signed_levels};
+use crate::elements::{Stored, by_element, signed_levels};
 use crate::feature::Operand;
 use crate::norm::{
     self, DeferredGradient, Epilogue, GradientAccumulator, GradientSums, MapGradient, OpenEpilogue, Stats,
 };
-use crate::product::{self, IntegerPanels, LANES, Operands, Panels};
+use crate::product::{self, IntegerPanels, LANES, Multiplicand, Operands, Panels};
 use crate::work::{CHUNK, Progress, Written, append, blocks, fill};
 use crate::{Activation, FeatureMap, ProductSizes, Quantizer, Result, Weight, profiler};
 use candle_core::Tensor;
@@ -204,7 +204,7 @@ fn forward_sizes(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Product
 }
 
 /// Checks the operands of a forward product, and calls `f` with it.
-fn with_product<T: Element, R>(
+fn with_product<T: Multiplicand, R>(
     check: &Check,
     x: &FeatureMap,
     w: Weight<'_>,
@@ -232,7 +232,7 @@ fn with_product<T: Element, R>(
 }
 
 /// The levels of both operands, if each of the weights fits a signed byte: so with up to 7 bits.
-fn level_factors<'a, T: Element>(
+fn level_factors<'a, T: Multiplicand>(
     check: &Check,
     (x, x_grid): (&'a [u8], Grid),
     w: &Tensor,
@@ -257,31 +257,31 @@ fn level_factors<'a, T: Element>(
 }
 
 /// The operands of a forward product.
-enum Factors<'a, T: Element> {
+enum Factors<'a, T: Multiplicand> {
     Floats(Operand<'a, T>, Panels<T>),
     Levels { x: &'a [u8], grid: Grid, w: IntegerPanels, scale: Vec<f32> },
 }
 
 /// A forward product, whose result has the dimensions `dims`.
-struct Product<'a, T: Element> {
+struct Product<'a, T: Multiplicand> {
     factors: Factors<'a, T>,
     dims: Vec<usize>,
     sizes: ProductSizes,
 }
 
 /// Rows of a block: what they read and write takes about half of a small second-level cache.
-fn rows_per_block<T: Element>(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
+fn rows_per_block<T: Multiplicand>(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
     let bytes = 16 * CHUNK;
     (bytes / size_of::<T>() / (depth + columns)).max(64).next_multiple_of(8)
 }
 
 /// Rows of `columns` floats that are computed at once, of a block of so many: two matrix tiles at least.
-fn rows_at_once<T: Element>(columns: usize, rows: usize) -> usize {
+fn rows_at_once<T: Multiplicand>(columns: usize, rows: usize) -> usize {
     const TILES: usize = 32;
     (T::AT_ONCE / columns).clamp(1, rows).next_multiple_of(TILES).min(rows)
 }
 
-impl<T: Element> Blockwise for Product<'_, T> {
+impl<T: Multiplicand> Blockwise for Product<'_, T> {
     type Element = T;
     type Scratch = (Vec<T>, Operands<T>);
 
@@ -325,7 +325,7 @@ const PARTIAL_SUMS: usize = 1 << 20;
 /// The gradients of a forward product, where `gz(rows, block)` appends these rows of `∂z`: of the weight, and, if the
 /// transposed weight is given, of the input, with the sums of what made it. The weight's and these are summed up in
 /// parts, whose number depends on the shape alone.
-fn gradients<T: Element>(
+fn gradients<T: Multiplicand>(
     x: Operand<'_, T>,
     gz: impl Fn(Range<usize>, &mut Vec<T>) + Sync + Send,
     input: Option<(&Panels<T>, Option<&OpenEpilogue<'_, T>>)>,

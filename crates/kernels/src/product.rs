@@ -14,20 +14,24 @@ use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
 use crate::elements::Element;
 use crate::work::{fill, poison};
+use half::bf16;
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod level_product;
 mod levels;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 
-pub(crate) use levels::{IntegerPanels, set_levels};
-#[cfg(target_arch = "x86_64")]
-pub(crate) use pairs::Pair;
+pub(crate) use level_product::IntegerPanels;
+pub(crate) use levels::set_levels;
 
 /// Columns of a vector: one register of AVX-512, two of AVX2.
 pub(crate) const LANES: usize = 16;
+
+/// Products that an integer vector adds up in one lane.
+const GROUP: usize = 4;
 
 /// Rows of a tile.
 const ROWS: usize = 8;
@@ -94,6 +98,29 @@ pub(crate) trait FactorOf<T>: Factor {
         false
     }
 }
+
+/// Elements whose products there are.
+pub(crate) trait Multiplicand: Element {
+    /// What is multiplied where the machine has the instructions; else floats.
+    type Factor: FactorOf<Self>;
+}
+
+impl Multiplicand for f32 {
+    type Factor = Self;
+}
+
+impl Multiplicand for bf16 {
+    #[cfg(target_arch = "x86_64")]
+    type Factor = Pair;
+    #[cfg(not(target_arch = "x86_64"))]
+    type Factor = f32;
+}
+
+/// Two halves that are neighbours in the depth.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub(crate) struct Pair([bf16; 2]);
 
 impl Factor for f32 {
     const ELEMENTS: usize = 1;
@@ -244,12 +271,12 @@ impl<F: Factor> Packed<F, LANES> {
 }
 
 /// Weights as the right operand of maps of elements `T`: as what the machine multiplies, or else as floats.
-pub(crate) enum Panels<T: Element> {
+pub(crate) enum Panels<T: Multiplicand> {
     Factors(Packed<T::Factor, LANES>),
     Floats(Packed<f32, LANES>),
 }
 
-impl<T: Element> Panels<T> {
+impl<T: Multiplicand> Panels<T> {
     /// From `w[depth, columns]`.
     pub(crate) fn new(w: &[f32], columns: usize) -> Self {
         if T::Factor::are_multiplied() {
@@ -270,7 +297,7 @@ impl<T: Element> Panels<T> {
 
 impl<F: Factor> Packed<F, LANES> {
     /// `w[depth, columns]`, rounded to elements. The depth is filled up with zeros to whole steps.
-    fn of_weights<T: Element>(w: &[f32], columns: usize) -> Self
+    fn of_weights<T: Multiplicand>(w: &[f32], columns: usize) -> Self
     where
         F: FactorOf<T>,
     {
@@ -300,7 +327,7 @@ simd! {
 }
 
 /// Writes `c = a·b`, and returns it.
-pub(crate) fn set<'c, T: Element>(
+pub(crate) fn set<'c, T: Multiplicand>(
     a: &[T],
     b: &Panels<T>,
     sizes: ProductSizes,
@@ -334,14 +361,14 @@ fn set_factors<'c, T, F: FactorOf<T>>(
 }
 
 /// Memory for the operands of products of maps of elements `T`.
-pub(crate) struct Operands<T: Element> {
+pub(crate) struct Operands<T: Multiplicand> {
     factors: Scratch<T::Factor>,
     floats: Scratch<f32>,
     /// Levels of a left operand, in matrix tiles.
-    levels: Vec<Line<[u8; levels::GROUP]>>,
+    levels: Vec<Line<[u8; GROUP]>>,
 }
 
-impl<T: Element> Default for Operands<T> {
+impl<T: Multiplicand> Default for Operands<T> {
     fn default() -> Self {
         Self { factors: Scratch::default(), floats: Scratch::default(), levels: Vec::new() }
     }
@@ -358,7 +385,7 @@ pub(crate) struct Scratch<F> {
 
 /// `c += aᵀ·b` of `a[depth, rows]` and `b[depth, columns]`, after whose last row [`LANES`] elements must follow; what
 /// they are has no effect.
-pub(crate) fn add_transposed<T: Element>(
+pub(crate) fn add_transposed<T: Multiplicand>(
     a: &[T],
     b: &[T],
     sizes: ProductSizes,
@@ -682,7 +709,6 @@ mod tests {
     use crate::testing::*;
     use crate::work::append;
     use candle_core::Tensor;
-    use half::bf16;
 
     /// Rows, columns and depths around those of tiles and steps of the depth, narrow operands and wide ones.
     pub(super) const SIZES: &[(usize, usize, usize)] = if cfg!(miri) {

@@ -8,18 +8,20 @@ mod calibrate;
 mod evaluate;
 mod fit;
 mod limit;
+mod run;
 mod settings;
+mod state;
 mod step;
 mod together;
 mod totals;
 
 pub use calibrate::calibrate;
 pub use evaluate::{Evaluation, evaluate, evaluate_in};
-pub use fit::{EpochMetrics, Progress, Trained, TrainingRun, fit};
+pub use fit::{dismiss, fit, follow};
 pub use limit::TimeLimit;
+pub use run::{EpochMetrics, Progress, Trained, TrainingRun};
 pub use settings::{Arithmetic, Decay, Training};
 pub use step::{Found, Trainer};
-pub use together::{dismiss, follow};
 
 /// What can go wrong while training.
 #[derive(Debug, thiserror::Error)]

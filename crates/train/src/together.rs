@@ -4,62 +4,11 @@
 //! gradients of the ranks are added up, and each rank updates its own copy of the network, so that all copies stay the same
 //! bits. Rank 0 has the run: it reads the checkpoint, tells the others where it begins, and writes what comes of it.
 
-use crate::fit::{State, TrainedEpoch, TrainingRun, json};
 use crate::{Error, Result, Training};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use datasets::{Dataset, Part};
-use models::{Extras, Gradients, Network, Parameter};
+use models::{Gradients, Network, Parameter};
 use ranks::Ranks;
-use serde::de::DeserializeOwned;
-use std::path::Path;
-
-/// Takes part in every training that rank 0 runs, as one of the other ranks, until rank 0 calls [`dismiss`].
-///
-/// # Errors
-/// Those of [`fit`](crate::fit()), and where the data are not those of rank 0. The others can't go on then: the job is to be
-/// ended.
-pub fn follow(ranks: &dyn Ranks, data: &dyn Dataset, device: &Device) -> Result<()> {
-    loop {
-        let message = ranks.broadcast(Vec::new());
-        if message.is_empty() {
-            return Ok(());
-        }
-        let fail = |problem: String| Error::Ranks { rank: ranks.rank(), problem };
-        let (network, mut extras) = Network::from_bytes(Path::new("what rank 0 sent"), &message, device)?;
-        let training: Training = read(said(&extras, TRAINING)).map_err(fail)?;
-        let (state, trained) = State::of(network, &mut extras, (&training, false), fail)?;
-        let said = |key| said(&extras, key);
-        if said(DATA) != data.fingerprint() {
-            let (found, expected) = (data.fingerprint(), said(DATA));
-            let problem = format!("has data of the fingerprint {found}, and rank 0 those of {expected}");
-            return Err(fail(format!("{problem}: expected every rank to read the same")));
-        }
-        let work =
-            Work { data, training: &training, seed: read(said(SEED)).map_err(fail)?, ranks: Some(ranks) };
-        match state.train(trained, &work, None, &mut |_| ()) {
-            Ok(_) | Err(Error::TimeLimit { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Lets the ranks that [`follow`] end: rank 0 has nothing more to train.
-pub fn dismiss(ranks: &dyn Ranks) {
-    ranks.broadcast(Vec::new());
-}
-
-/// Names of what rank 0 sends beside a state.
-const TRAINING: &str = "training";
-const SEED: &str = "seed";
-const DATA: &str = "data";
-
-fn said<'a>(extras: &'a Extras, key: &str) -> &'a str {
-    extras.metadata.get(key).map_or("", String::as_str)
-}
-
-fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|e| format!("can't read what rank 0 sent: {e}"))
-}
 
 /// What every rank knows of a run.
 pub(crate) struct Work<'a> {
@@ -67,13 +16,6 @@ pub(crate) struct Work<'a> {
     pub(crate) training: &'a Training,
     pub(crate) seed: u64,
     pub(crate) ranks: Option<&'a dyn Ranks>,
-}
-
-impl<'a> TrainingRun<'a> {
-    pub(crate) fn work(&self) -> Work<'a> {
-        let &Self { data, training, seed, ranks, .. } = self;
-        Work { data, training, seed, ranks }
-    }
 }
 
 impl<'a> Work<'a> {
@@ -87,18 +29,6 @@ impl<'a> Work<'a> {
             let expected = "no fewer images in any step of an epoch than there are processes";
             return Err(Error::Setting { key: "batch", found, expected });
         }
-        Ok(())
-    }
-
-    /// Tells the other ranks what is trained, and from where on.
-    pub(crate) fn begin(&self, state: &State, trained: Option<TrainedEpoch>) -> Result<()> {
-        let Some(ranks) = self.ranks else { return Ok(()) };
-        let mut extras = state.extras(trained);
-        let mut tell = |key: &str, value: String| extras.metadata.insert(key.into(), value);
-        tell(TRAINING, json(self.training));
-        tell(SEED, json(&self.seed));
-        tell(DATA, self.data.fingerprint().into());
-        ranks.broadcast(state.trainer.network().to_bytes(&extras)?);
         Ok(())
     }
 

@@ -23,6 +23,8 @@ pub use stage::{Stage, StageKind};
 pub use store::{Event, Planned, Resources, Store, image_range};
 pub use verify::{Checked, Finding, verify};
 
+use std::path::Path;
+
 /// What can go wrong while running stages.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -93,6 +95,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// A file that could not be used, and why.
+    pub(crate) fn file(path: &Path, problem: impl std::fmt::Display) -> Self {
+        Self::File { path: path.display().to_string(), problem: problem.to_string() }
+    }
+
     /// Whether nothing failed, but the time limit of [`Store::within`] ended the work.
     pub fn is_time_limit(&self) -> bool {
         match self {

@@ -1,4 +1,3 @@
-use crate::store::file_error;
 use crate::{Error, Result, key};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -103,7 +102,7 @@ impl Outcome {
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(file_error(&path, e)),
+            Err(e) => return Err(Error::file(&path, e)),
         };
         let value = serde_json::from_slice(&text).map_err(|e| format!("can't be understood: {e}"));
         let outcome = value.and_then(Self::from_value);
@@ -146,13 +145,13 @@ impl Outcome {
     /// Seals the outcome and writes it to the stage's folder, whole or not at all.
     pub(crate) fn write(&mut self, folder: &Path) -> Result<()> {
         let path = folder.join(OUTCOME);
-        let fail = |e: serde_json::Error| file_error(&path, e);
+        let fail = |e: serde_json::Error| Error::file(&path, e);
         self.seal = None;
         // As it will be read, so that the seal is one of what can be read.
         let text = serde_json::to_string(self).map_err(fail)?;
         self.seal = Some(seal::of(&serde_json::from_str(&text).map_err(fail)?));
         let text = serde_json::to_string_pretty(self).map_err(fail)?;
-        whole_file::write(&path, text).map_err(|e| file_error(&path, e))
+        whole_file::write(&path, text).map_err(|e| Error::file(&path, e))
     }
 
     /// The SHA-256 of the network's file; none for stages of older versions.
@@ -171,7 +170,7 @@ impl Outcome {
             let found = match seal::sha256_of_file(&path) {
                 Ok(found) => found,
                 Err(e) if e.kind() == ErrorKind::NotFound => return Err(damaged(e.to_string())),
-                Err(e) => return Err(file_error(&path, e)),
+                Err(e) => return Err(Error::file(&path, e)),
             };
             if found != *expected {
                 return Err(damaged(format!("has SHA-256 {found}, expected {expected}")));

@@ -318,7 +318,7 @@ impl Store {
             source: Box::new(source),
         };
         let lock = self.lock(stage, &folder, observe).map_err(named)?;
-        whole_file::sweep(&folder).map_err(|e| named(file_error(&folder, e)))?;
+        whole_file::sweep(&folder).map_err(|e| named(Error::file(&folder, e)))?;
         match self.stored(stage, fingerprint) {
             // Another process has run it while this one waited.
             Ok(Some(outcome)) => {
@@ -355,7 +355,7 @@ impl Store {
             Lock::Held(_) => {}
             Lock::Taken(file) => {
                 observe(Event::Waiting(stage));
-                file.lock().map_err(|e| file_error(folder, format!("could not be locked: {e}")))?;
+                file.lock().map_err(|e| Error::file(folder, format!("could not be locked: {e}")))?;
             }
             Lock::Impossible(error) => observe(Event::NoLocks(error)),
         }
@@ -375,7 +375,7 @@ impl Store {
         let mut parent_network = None;
         let mut input = |device: &Device, observe: &mut dyn FnMut(Event)| -> Result<Network> {
             let parent = stage.parent.as_ref().ok_or_else(|| {
-                file_error(folder, format!("stage {} has no parent to take a network from", stage.label()))
+                Error::file(folder, format!("stage {} has no parent to take a network from", stage.label()))
             })?;
             let (outcome, network) =
                 self.produce(parent, device, resources, observe).map_err(|source| Error::Stage {
@@ -401,7 +401,7 @@ impl Store {
                 let given =
                     given.filter(|given| given.sha256().is_ok_and(|found| found.starts_with(&expected)));
                 let given =
-                    given.ok_or_else(|| file_error(folder, format!("no network {expected}… was given")))?;
+                    given.ok_or_else(|| Error::file(folder, format!("no network {expected}… was given")))?;
                 (given.to_device(device)?, Vec::new(), None)
             }
             StageKind::Pretrain { network, training, seed } => {
@@ -448,7 +448,7 @@ impl Store {
         }
         if !metrics.is_empty() {
             let path = folder.join(METRICS);
-            let hash = seal::sha256_of_file(&path).map_err(|e| file_error(&path, e))?;
+            let hash = seal::sha256_of_file(&path).map_err(|e| Error::file(&path, e))?;
             files.insert(METRICS.into(), hash);
         }
         let mut outcome = Outcome {
@@ -475,7 +475,7 @@ impl Store {
                 }
                 None => BTreeMap::new(),
             },
-            report: report.transpose().map_err(|e| file_error(folder, e))?,
+            report: report.transpose().map_err(|e| Error::file(folder, e))?,
             provenance: provenance.clone(),
             files,
             parent_network,
@@ -501,7 +501,8 @@ fn set_aside(
     why: &Error,
     observe: &mut dyn FnMut(Event),
 ) -> Result<()> {
-    let fail = |e: std::io::Error| file_error(folder, format!("what is damaged could not be set aside: {e}"));
+    let fail =
+        |e: std::io::Error| Error::file(folder, format!("what is damaged could not be set aside: {e}"));
     let numbers = (1..).map(|number| folder.join(format!("{DAMAGED}{number}")));
     let place =
         numbers.into_iter().find(|place| !place.exists()).expect("there are more numbers than folders");
@@ -547,7 +548,7 @@ enum Lock {
 impl Lock {
     /// Takes the lock if nobody has it.
     fn try_take(folder: &Path) -> Result<Self> {
-        let fail = |e: std::io::Error| file_error(folder, format!("could not be locked: {e}"));
+        let fail = |e: std::io::Error| Error::file(folder, format!("could not be locked: {e}"));
         std::fs::create_dir_all(folder).map_err(fail)?;
         let file = File::create(folder.join("lock")).map_err(fail)?;
         match file.try_lock() {
@@ -575,8 +576,4 @@ fn tidy(folder: &Path) {
         Network::remove(&checkpoint_file(folder)).ok();
         whole_file::sweep(folder).ok();
     }
-}
-
-pub(crate) fn file_error(path: &Path, problem: impl std::fmt::Display) -> Error {
-    Error::File { path: path.display().to_string(), problem: problem.to_string() }
 }

@@ -1,7 +1,7 @@
 //! Whether the stages in a folder are what was written, and made from each other.
 
 use crate::outcome::{NETWORK, Outcome};
-use crate::store::{DAMAGED, checkpoint_file, file_error};
+use crate::store::{DAMAGED, checkpoint_file};
 use crate::{Error, Result, key};
 use candle_core::Device;
 use models::Network;
@@ -38,8 +38,8 @@ pub enum Finding {
 /// When a folder or a file can't be read.
 pub fn verify(store: &Path) -> Result<Vec<Checked>> {
     let mut folders = Vec::new();
-    for entry in std::fs::read_dir(store).map_err(|e| file_error(store, e))? {
-        let path = entry.map_err(|e| file_error(store, e))?.path();
+    for entry in std::fs::read_dir(store).map_err(|e| Error::file(store, e))? {
+        let path = entry.map_err(|e| Error::file(store, e))?.path();
         let aside = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(DAMAGED));
         if path.is_dir() && !aside {
             folders.push(path);

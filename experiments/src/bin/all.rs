@@ -1,5 +1,5 @@
 //! Every table of the paper and its Figure 3, one after the other, from one set of stages.
 
 fn main() -> std::process::ExitCode {
-    experiments::exit(experiments::all())
+    experiments::exit(experiments::all::main())
 }

@@ -1,7 +1,7 @@
 use super::data::{self, Wanted};
 use super::network::NetworkFile;
-use crate::networks::PublishedFile;
 use crate::progress::duration;
+use crate::published::PublishedFile;
 use anyhow::{Result, bail};
 use clap::Args;
 use datasets::Dataset;

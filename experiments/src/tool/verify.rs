@@ -1,7 +1,7 @@
-use crate::networks::{Folder, TOLERANCE};
 use crate::process::one_line;
 use crate::profile::Profile;
 use crate::progress::Display;
+use crate::published::{Folder, TOLERANCE};
 use crate::{output, session};
 use anyhow::{Result, bail};
 use candle_core::Device;
@@ -129,7 +129,7 @@ fn results(folder: &Path, report: &mut Report) -> Result<()> {
     if folder.join(STAGES).is_file() {
         report.add(&folder.display().to_string(), check_results(folder));
     }
-    for name in crate::report_page::entries(folder, Path::is_dir)? {
+    for name in crate::results::entries(folder, Path::is_dir)? {
         results(&folder.join(name), report)?;
     }
     Ok(())

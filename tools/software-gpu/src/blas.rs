@@ -5,7 +5,8 @@
 // The functions of a C library: pointers from the caller.
 #![allow(unsafe_code)]
 
-use crate::driver::{functions, touch};
+use crate::device::touch;
+use crate::driver::functions;
 use crate::graphs;
 use crate::memory;
 use crate::ops::Value;

@@ -6,26 +6,19 @@
 // The functions of a C library: pointers from the caller.
 #![allow(unsafe_code)]
 
-use crate::graphs::{self, Graph};
+use crate::device::{Handle, OF_THIS_THREAD, Pointer, device, new_handle, stream};
+use crate::graphs::{self, Graph, set};
 use crate::launch::Launch;
 use crate::memory::Allocations;
 use crate::program::{self, Program};
 use crate::ptx::{self, Space};
-use crate::streams::{Stream, Streams};
 use crate::{Error, Result};
-use std::alloc::Layout;
-use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{LazyLock, Mutex, MutexGuard};
+use std::sync::{LazyLock, Mutex};
 
 pub(crate) type Status = c_int;
-/// Of streams, events, modules, graphs: a number, or an address of ours.
-pub(crate) type Handle = u64;
-pub(crate) type Pointer = u64;
-
 const SUCCESS: Status = 0;
 const INVALID_VALUE: Status = 1;
 const NOT_SUPPORTED: Status = 801;
@@ -34,25 +27,6 @@ const INVALID_PTX: Status = 218;
 const NOT_FOUND: Status = 500;
 const UNKNOWN: Status = 999;
 
-/// The handle that stands for the stream of the calling thread (`CU_STREAM_PER_THREAD`).
-const OF_THIS_THREAD: Handle = 2;
-/// Allocations begin at multiples of this, as those of a GPU do.
-const ALIGN: usize = 256;
-
-/// All that the device has.
-#[derive(Default)]
-pub(crate) struct Device {
-    /// By address.
-    allocations: BTreeMap<Pointer, Allocation>,
-    streams: Streams,
-}
-
-struct Allocation {
-    size: usize,
-    /// The last work on it.
-    work: Option<(Stream, u64)>,
-}
-
 /// A loaded module.
 struct Module {
     tree: ptx::Module,
@@ -60,25 +34,6 @@ struct Module {
     globals: HashMap<String, Pointer>,
     /// Its kernels, as far as they were asked for.
     kernels: Mutex<HashMap<String, &'static Program>>,
-}
-
-pub(crate) fn device() -> MutexGuard<'static, Device> {
-    static DEVICE: LazyLock<Mutex<Device>> = LazyLock::new(Mutex::default);
-    DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-/// A number that no other handle has, nor any that the API gives a meaning.
-fn new_handle() -> Handle {
-    static NEXT: AtomicU64 = AtomicU64::new(0x1000);
-    NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
-/// The stream of a handle, with the calling thread's number where it is that thread's.
-pub(crate) fn stream(handle: Handle) -> Stream {
-    thread_local! {
-        static NUMBER: Cell<u64> = Cell::new(new_handle());
-    }
-    (handle, if handle == OF_THIS_THREAD { NUMBER.get() } else { 0 })
 }
 
 /// Does what a call asks for; an error is told on stderr, as the status says little.
@@ -100,77 +55,6 @@ pub(crate) fn answer(call: &str, work: impl FnOnce() -> Result<()>) -> Status {
     };
     eprintln!("software-gpu: {call}: {problem}");
     status
-}
-
-impl Device {
-    /// The allocation that bytes are of.
-    fn allocation(&mut self, address: Pointer, size: usize) -> Result<&mut Allocation> {
-        let found = self.allocations.range_mut(..=address).next_back();
-        match found {
-            Some((start, allocation)) if address + size as u64 <= start + allocation.size as u64 => {
-                Ok(allocation)
-            }
-            _ => Err(Error::Call(format!("{size} bytes at {address:#x} are of no allocation"))),
-        }
-    }
-
-    /// Takes note of a stream's work on memory; an error if nothing puts it behind what was done there before.
-    pub(crate) fn touch(
-        &mut self,
-        handle: Handle,
-        memory: impl IntoIterator<Item = (Pointer, usize)>,
-    ) -> Result<()> {
-        let stream = stream(handle);
-        // The default stream waits for all others, and all others for it.
-        if handle == 0 {
-            self.streams.wait_for_all();
-        }
-        let work = self.streams.work(stream);
-        for (address, size) in memory {
-            let before = self.allocation(address, size)?.work.replace(work);
-            if before.is_some_and(|before| !self.streams.is_before(before, stream)) {
-                return Err(Error::Call(format!(
-                    "memory at {address:#x} is used in stream {stream:x?}, and nothing puts that behind the work of \
-                     {:x?} on it",
-                    before.expect("some").0
-                )));
-            }
-        }
-        if handle == 0 {
-            self.streams.wait(stream);
-        }
-        Ok(())
-    }
-
-    pub(crate) fn allocate(&mut self, size: usize) -> Result<Pointer> {
-        let layout = Layout::from_size_align(size, ALIGN).ok().filter(|_| size > 0);
-        let layout = layout.ok_or_else(|| Error::Call(format!("an allocation of {size} bytes")))?;
-        // SAFETY: not of size 0.
-        let address = unsafe { std::alloc::alloc(layout) };
-        if address.is_null() {
-            std::alloc::handle_alloc_error(layout);
-        }
-        // No number, so that what nobody wrote shows.
-        // SAFETY: that many bytes.
-        unsafe { address.write_bytes(0xff, size) };
-        self.allocations.insert(address as u64, Allocation { size, work: None });
-        Ok(address as u64)
-    }
-
-    pub(crate) fn free(&mut self, address: Pointer) -> Result<()> {
-        let allocation = self.allocations.remove(&address);
-        let allocation =
-            allocation.ok_or_else(|| Error::Call(format!("no allocation begins at {address:#x}")))?;
-        let layout = Layout::from_size_align(allocation.size, ALIGN).expect("a size");
-        // SAFETY: of `allocate`, with this layout.
-        unsafe { std::alloc::dealloc(address as *mut u8, layout) };
-        Ok(())
-    }
-}
-
-/// Work of a library on memory, in a stream.
-pub(crate) fn touch(handle: Handle, memory: &[(Pointer, usize)]) -> Result<()> {
-    device().touch(handle, memory.iter().copied())
 }
 
 /// Functions of a C library, whose bodies are [`answer`]'s work.
@@ -401,8 +285,7 @@ functions! {
         }
         graphs::put(handle, move |handle| {
             let mut device = device();
-            let all = device.allocations.iter().map(|(&start, allocation)| (start, start + allocation.size as u64));
-            let allocations = Allocations::new(all);
+            let allocations = Allocations::new(device.bounds());
             Launch {
                 program,
                 grid: [grid_x, grid_y, grid_z],
@@ -418,15 +301,6 @@ functions! {
     }
 }
 
-pub(crate) fn set(address: Pointer, value: u8, size: usize, handle: Handle) -> Result<()> {
-    graphs::put(handle, move |handle| {
-        device().touch(handle, [(address, size)])?;
-        // SAFETY: all of an allocation: `touch`.
-        unsafe { (address as *mut u8).write_bytes(value, size) };
-        Ok(())
-    })
-}
-
 /// From or to the host, or on the device.
 fn copy(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
     if size == 0 {
@@ -438,12 +312,8 @@ fn copy(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
 fn copy_now(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
     let mut device = device();
     // One of both may be the host's.
-    let of_device = |address: &Pointer| {
-        let before = device.allocations.range(..=address).next_back();
-        before.is_some_and(|(start, allocation)| *address < start + allocation.size as u64)
-    };
-    let memory: Vec<(Pointer, usize)> =
-        [to, from].into_iter().filter(of_device).map(|address| (address, size)).collect();
+    let of_device = [to, from].into_iter().filter(|address| device.has(*address));
+    let memory: Vec<(Pointer, usize)> = of_device.map(|address| (address, size)).collect();
     if memory.is_empty() {
         return Err(Error::Call(format!("neither {to:#x} nor {from:#x} is memory of the device")));
     }
@@ -472,7 +342,7 @@ functions! {
 
 /// For tests, which share the device: whoever waits for it puts the streams of all in order.
 #[cfg(test)]
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
+pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

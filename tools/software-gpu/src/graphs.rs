@@ -4,7 +4,7 @@
 //! before the recording ends. A launch makes it hold no number when it is taken and when it is given back, so what is read too
 //! early or too late shows. What a GPU could not record, or would do wrong when it does it again, is an error.
 
-use crate::driver::{Handle, Pointer, device, set, stream};
+use crate::device::{Handle, Pointer, device, stream};
 use crate::streams::Stream;
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap};
@@ -41,6 +41,17 @@ pub(crate) fn put(handle: Handle, work: impl Fn(Handle) -> Result<()> + Send + '
         return Ok(());
     }
     work(handle)
+}
+
+/// Fills memory with a byte, in a stream.
+pub(crate) fn set(address: Pointer, value: u8, size: usize, handle: Handle) -> Result<()> {
+    put(handle, move |handle| {
+        device().touch(handle, [(address, size)])?;
+        // SAFETY: all of an allocation: `touch`.
+        #[allow(unsafe_code)]
+        unsafe { (address as *mut u8).write_bytes(value, size) };
+        Ok(())
+    })
 }
 
 /// An error where a stream records, of what can't be recorded.

@@ -18,10 +18,11 @@
 //! does not look for races between threads (`races`), and takes half of the time.
 //!
 //! `ptx` reads the text of a module, `program` makes a kernel of it ready, `launch` runs it with the operations of `ops`;
-//! `driver`, `blas`, `rand` and `nccl` are the libraries' functions, `streams` the order that a GPU would keep,
-//! `graphs` what is recorded to be done later.
+//! `driver`, `blas`, `rand` and `nccl` are the libraries' functions, `device` the GPU with its memory, `streams` the order that it
+//! would keep, `graphs` what is recorded to be done later.
 
 mod blas;
+mod device;
 mod driver;
 mod graphs;
 mod launch;

@@ -7,7 +7,8 @@
 #![allow(unsafe_code)]
 
 use crate::Error;
-use crate::driver::{functions, touch};
+use crate::device::touch;
+use crate::driver::functions;
 use crate::graphs;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::io::{self, Read, Write};

@@ -2,7 +2,7 @@
 //! (`TDPBUSD`).
 //!
 //! A tile has 16 rows of 64 bytes. An instruction adds the product of a tile of the left operand (16 rows by 16 factors) and
-//! one of the right operand (16 factors by 16 columns, as [`super::Panels`] and [`super::levels::IntegerPanels`] lie) to a tile of
+//! one of the right operand (16 factors by 16 columns, as [`super::Panels`] and [`super::IntegerPanels`] lie) to a tile of
 //! sums. Two by two tiles of sums are computed at once, so that each tile that is loaded serves twice.
 //!
 //! Operands are copied into whole tiles that follow each other, with zeros where something is missing. Measured on a Xeon of
@@ -11,7 +11,7 @@
 //! stays in the first-level cache, and vectors write them where they belong. Rust has no stable functions for tiles, hence the
 //! assembly.
 
-use super::levels::LevelProduct;
+use super::level_product::LevelProduct;
 use super::{Line, Pair};
 use crate::ProductSizes;
 use half::bf16;
@@ -438,7 +438,8 @@ mod tiles_in_software;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod tests {
-    use super::super::levels::{IntegerPanels, groups, set_levels_plainly};
+    use super::super::level_product::{IntegerPanels, groups};
+    use super::super::levels::set_levels_plainly;
     use super::super::{LANES, Packed};
     use super::*;
     use crate::elements::Element;

@@ -5,58 +5,16 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
-use super::{LANES, Line, Operands};
+use super::level_product::{IntegerPanels, LevelProduct, groups};
+use super::{GROUP, LANES, Line, Multiplicand, Operands};
 use crate::cpu::{Instructions, simd};
-use crate::elements::Element;
 use crate::work::{Written, poison};
 use quant_core::Grid;
 use std::mem::MaybeUninit;
 
-/// Products that an integer vector adds up in one lane.
-pub(super) const GROUP: usize = 4;
-
-/// Integer weights as the right operand: 16 columns at a time, the depth in groups of four, those that are
-/// missing 0.
-pub(crate) struct IntegerPanels {
-    pub(super) lines: Vec<Line<[i8; GROUP]>>,
-    /// Of a column, those that fill up a matrix tile included.
-    pub(super) groups: usize,
-    pub(super) columns: usize,
-    /// The sum of each column.
-    pub(super) sums: Vec<i32>,
-    /// The largest size of a weight.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
-    largest: u32,
-}
-
-impl IntegerPanels {
-    /// From `w[depth, columns]`.
-    pub(crate) fn new(w: &[i8], depth: usize, columns: usize) -> Self {
-        let groups = groups(depth);
-        let mut lines = vec![Line([[0; GROUP]; LANES]); columns.div_ceil(LANES) * groups];
-        let mut sums = vec![0; columns.next_multiple_of(LANES)];
-        for (p, row) in w.chunks_exact(columns).enumerate() {
-            for (panel, (row, sums)) in row.chunks(LANES).zip(sums.chunks_exact_mut(LANES)).enumerate() {
-                let vector = &mut lines[panel * groups + p / GROUP];
-                for ((slot, w), sum) in vector.0.iter_mut().zip(row).zip(sums) {
-                    slot[p % GROUP] = *w;
-                    *sum += i32::from(*w);
-                }
-            }
-        }
-        let largest = w.iter().map(|w| u32::from(w.unsigned_abs())).max().unwrap_or(0);
-        Self { lines, groups, columns, sums, largest }
-    }
-}
-
-/// The groups of a column, in whole matrix tiles.
-pub(super) fn groups(depth: usize) -> usize {
-    depth.div_ceil(GROUP).next_multiple_of(LANES)
-}
-
 /// Writes `c = scale · (x − zero_point)·w` of the numbers `x[rows, depth]` of a grid's levels: exact but for the scale and, beyond
 /// 2²⁴, the conversion. There is a scale for each column, those that are missing in the last vector included.
-pub(crate) fn set_levels<'c, T: Element>(
+pub(crate) fn set_levels<'c, T: Multiplicand>(
     x: &[u8],
     depth: usize,
     grid: &Grid,
@@ -72,7 +30,7 @@ pub(crate) fn set_levels<'c, T: Element>(
     let shift: Vec<i32> = w.sums.iter().map(|sum| -zero_point * sum).collect();
     let product = LevelProduct { x, highest: grid.max_level() as u32, depth, w, shift: &shift, scale };
     poison(c);
-    product.set(rows, &mut operands.levels, c);
+    set(&product, rows, &mut operands.levels, c);
     // SAFETY: either has written all columns of all rows.
     #[allow(unsafe_code)]
     unsafe {
@@ -80,47 +38,26 @@ pub(crate) fn set_levels<'c, T: Element>(
     }
 }
 
-/// The operands of [`set_levels`]; `shift` is what each column's sums begin with.
-pub(super) struct LevelProduct<'a> {
-    pub(super) x: &'a [u8],
-    /// No element of `x` is larger.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
-    pub(super) highest: u32,
-    pub(super) depth: usize,
-    pub(super) w: &'a IntegerPanels,
-    pub(super) shift: &'a [i32],
-    pub(super) scale: &'a [f32],
-}
-
-impl LevelProduct<'_> {
-    /// Of how many groups 16 bits hold the sums that [`avx2`] keeps in them, each of half of a group's products.
+/// Writes all of `c`, of so many rows, by the instructions that the machine has.
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
+fn set(product: &LevelProduct, rows: usize, tiles: &mut Vec<Line<[u8; GROUP]>>, c: &mut [MaybeUninit<f32>]) {
     #[cfg(target_arch = "x86_64")]
-    fn groups_in_16_bits(&self) -> usize {
-        let most_of_a_group = 2 * self.highest * self.w.largest;
-        (i16::MAX as u32).checked_div(most_of_a_group).map_or(usize::MAX, |groups| groups as usize)
-    }
-
-    /// Writes all of `c`, of so many rows, by the instructions that the machine has.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
-    fn set(&self, rows: usize, tiles: &mut Vec<Line<[u8; GROUP]>>, c: &mut [MaybeUninit<f32>]) {
-        #[cfg(target_arch = "x86_64")]
-        if Instructions::current() >= Instructions::WIDE {
-            // SAFETY: the machine has the instructions, and the operands the rows.
-            #[allow(unsafe_code)]
-            if amx::available() {
-                return unsafe { amx::set_levels(self, rows, tiles, c) };
-            } else if is_x86_feature_detected!("avx512vnni") {
-                return unsafe { vnni::set(self, rows, c) };
-            }
+    if Instructions::current() >= Instructions::WIDE {
+        // SAFETY: the machine has the instructions, and the operands the rows.
+        #[allow(unsafe_code)]
+        if amx::available() {
+            return unsafe { amx::set_levels(product, rows, tiles, c) };
+        } else if is_x86_feature_detected!("avx512vnni") {
+            return unsafe { vnni::set(product, rows, c) };
         }
-        #[cfg(target_arch = "x86_64")]
-        if Instructions::current() >= Instructions::Avx2 && self.groups_in_16_bits() > 0 {
-            // SAFETY: the machine has the instructions, and the operands the rows.
-            #[allow(unsafe_code)]
-            return unsafe { avx2::set(self, rows, c) };
-        }
-        set_levels_plainly(self, c);
     }
+    #[cfg(target_arch = "x86_64")]
+    if Instructions::current() >= Instructions::Avx2 && product.groups_in_16_bits() > 0 {
+        // SAFETY: the machine has the instructions, and the operands the rows.
+        #[allow(unsafe_code)]
+        return unsafe { avx2::set(product, rows, c) };
+    }
+    set_levels_plainly(product, c);
 }
 
 simd! {
@@ -167,8 +104,8 @@ unsafe fn rest_of_row(row: *const u8, depth: usize) -> i32 {
 /// Products of levels of few bits: `VPMADDUBSW` adds up two neighbours in 16 bits, where the sums stay for as many groups as fit.
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{GROUP, LevelProduct, rest_of_row};
-    use crate::product::LANES;
+    use super::{LevelProduct, rest_of_row};
+    use crate::product::{GROUP, LANES};
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
@@ -268,8 +205,8 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
-    use super::{GROUP, LevelProduct, rest_of_row};
-    use crate::product::LANES;
+    use super::{LevelProduct, rest_of_row};
+    use crate::product::{GROUP, LANES};
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 

@@ -1,16 +1,11 @@
 //! Products of halves (`bf16`) in pairs of neighbours in the depth, by AVX512-BF16 or by matrix tiles.
 
-use super::{Factor, FactorOf, LANES, Left, Multiply, Packed, Right, Scratch, amx, sum_up};
+use super::{Factor, FactorOf, LANES, Left, Multiply, Packed, Pair, Right, Scratch, amx, sum_up};
 use crate::ProductSizes;
 use crate::cpu::{Instructions, simd};
 use half::bf16;
 use std::arch::x86_64::*;
 use std::mem::{MaybeUninit, transmute};
-
-/// Two halves that are neighbours in the depth.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-pub(crate) struct Pair([bf16; 2]);
 
 impl Factor for Pair {
     const ELEMENTS: usize = 2;

@@ -1,0 +1,26 @@
+//! Every table of the paper and Figure 3, by one program.
+
+use crate::flags::Flags;
+use crate::session::{self, Done};
+use crate::{figure3, table, tables};
+use anyhow::Result;
+use clap::Parser;
+
+/// Runs the binary: every table, and Figure 3, which have their stages in common.
+pub fn main() -> Result<()> {
+    let flags = Flags::parse();
+    let only = table::only(&tables::ALL, &flags)?;
+    session::main(&flags, false, |session| {
+        let done = table::run(&tables::ALL, &only, session, &flags)?;
+        // `--only` picks rows of tables, and the figure begins with stages that a plan of all tables has.
+        if done == Done::InTime
+            || flags.plan
+            || flags.publish
+            || flags.stage.is_some()
+            || !flags.only.is_empty()
+        {
+            return Ok(done);
+        }
+        figure3::run(&figure3::subjects(&flags)?, session, &flags)
+    })
+}

@@ -1,0 +1,53 @@
+//! The command that runs this program.
+
+use anyhow::{Context as _, Result};
+use std::path::Path;
+
+/// The command that runs this program as it was called.
+pub(crate) fn line() -> String {
+    let mut words = std::env::args();
+    let program = words.next().unwrap_or_default();
+    let program = Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut command = vec!["cargo run --release --bin".into(), program, "--".into()];
+    command.extend(words.map(quoted));
+    command.join(" ").trim_end_matches(" --").into()
+}
+
+/// This program and its flags, but for those that ask for a plan.
+pub(crate) fn without_plan() -> Result<Vec<String>> {
+    let program = std::env::current_exe().context("the path of this program is not known")?;
+    let mut command = vec![program.display().to_string()];
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--plan" => {}
+            "--format" => drop(words.next()),
+            _ if word.starts_with("--format=") => {}
+            _ => command.push(word),
+        }
+    }
+    Ok(command)
+}
+
+/// A word as a shell reads it as one.
+pub(crate) fn quoted(word: String) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_=+.,:/@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_where_a_shell_would_cut_them() {
+        assert_eq!(quoted("--seeds=0,1".into()), "--seeds=0,1");
+        assert_eq!(quoted("as the others,float".into()), "'as the others,float'");
+        assert_eq!(quoted("it's".into()), "'it'\\''s'");
+        assert_eq!(quoted(String::new()), "''");
+    }
+}

@@ -1,0 +1,163 @@
+//! Networks that are published beside the results, as they are read: taken for stages that a store lacks, and evaluated again.
+
+use crate::profile::{DataSettings, Profile};
+use crate::results::{PROFILE, outcomes};
+use anyhow::{Result, bail};
+use candle_core::Device;
+use datasets::Dataset;
+use models::Network;
+use report::{NETWORKS, NetworkRow, STAGES};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use train::{Arithmetic, Evaluation};
+use workflow::{Outcome, Published};
+
+/// How far a loss may be from the one that was said, as a part of it: sums are taken in another order on another device.
+pub(crate) const TOLERANCE: f64 = 1e-4;
+
+/// A folder of published networks.
+pub(crate) struct Folder {
+    place: PathBuf,
+    rows: Vec<NetworkRow>,
+    outcomes: Vec<Outcome>,
+}
+
+impl Folder {
+    /// Reads the lists of the networks, but none of these, in a folder; `None` where it holds none.
+    pub fn read(place: &Path) -> Result<Option<Self>> {
+        if !place.join(NETWORKS).is_file() {
+            return Ok(None);
+        }
+        let outcomes = outcomes(place)?;
+        Ok(Some(Self { place: place.into(), rows: report::read_networks(place)?, outcomes }))
+    }
+
+    /// The list.
+    pub fn rows(&self) -> &[NetworkRow] {
+        &self.rows
+    }
+
+    /// The networks, for a store.
+    ///
+    /// # Errors
+    /// Where the list of networks and the stages contradict each other.
+    pub fn published(self) -> Result<Published> {
+        let mut networks = BTreeMap::new();
+        for row in &self.rows {
+            self.outcome(row)?;
+            networks.insert(row.key.clone(), self.place.join(&row.file));
+        }
+        Ok(Published::new(self.outcomes, networks)?)
+    }
+
+    /// What the stage gave that a line of the list is of.
+    fn outcome(&self, row: &NetworkRow) -> Result<&Outcome> {
+        let path = self.place.join(&row.file);
+        let path = path.display();
+        let Some(outcome) = self.outcomes.iter().find(|outcome| outcome.key == row.key) else {
+            bail!("{path}: its stage {} by {NETWORKS} is none of those in {STAGES}", row.key);
+        };
+        let Evaluation { loss, top1_percent } = outcome.evaluation;
+        for (what, said, expected) in [
+            ("sha256", &row.sha256, &outcome.network_hash().unwrap_or("none").to_string()),
+            ("parent", &format!("{:?}", row.parent), &format!("{:?}", outcome.parent)),
+            ("settings", &row.settings, &outcome.stage.to_string()),
+            ("dataset", &row.dataset, &outcome.data.name),
+            ("top1_percent", &row.top1_percent.to_string(), &top1_percent.to_string()),
+            ("loss", &row.loss.to_string(), &loss.to_string()),
+            ("macs", &row.macs.to_string(), &outcome.macs.to_string()),
+            ("weights", &row.weights.to_string(), &outcome.weights.to_string()),
+        ] {
+            if said != expected {
+                bail!(
+                    "{path}: {NETWORKS} says {what} = {said}, and stage {} in {STAGES} {expected}",
+                    row.key
+                );
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Checks the file of a network, evaluates it as its stage did, and compares.
+    ///
+    /// # Errors
+    /// Where it can't be evaluated: it is not what was published, or the data are others.
+    pub fn examine(&self, row: &NetworkRow, data: &dyn Dataset) -> Result<Examined> {
+        let outcome = self.outcomes.iter().find(|outcome| outcome.key == row.key);
+        let arithmetic = outcome.map_or(Arithmetic::F32, Outcome::arithmetic);
+        if let Some(outcome) = outcome
+            && outcome.data.fingerprint != data.fingerprint()
+        {
+            bail!("{} from {} are other data than its {}", data.name(), data.source(), outcome.data.source);
+        }
+        let (network, _) = Network::load_verified(&self.place.join(&row.file), &row.sha256, &Device::Cpu)?;
+        let found = train::evaluate_in(&network, data, arithmetic)?;
+        let mut problems = Vec::new();
+        let loss_differs = (found.loss - row.loss).abs() > TOLERANCE * row.loss.abs();
+        if found.top1_percent != row.top1_percent || loss_differs {
+            let processors = match (arithmetic, outcome) {
+                (Arithmetic::Bf16, Some(outcome)) => {
+                    format!(
+                        " (it was found in bf16 on {}; other processors round otherwise)",
+                        outcome.provenance.device
+                    )
+                }
+                _ => String::new(),
+            };
+            problems.push(format!("the figures differ{processors}"));
+        }
+        if (network.macs(), network.weights()) != (row.macs, row.weights) {
+            problems.push(format!("it has {} MACs and {} weights", network.macs(), network.weights()));
+        }
+        problems.extend(self.outcome(row).err().map(|error| error.to_string()));
+        Ok(Examined { found, problems })
+    }
+}
+
+/// What was found of a published network.
+pub(crate) struct Examined {
+    /// Its evaluation now.
+    pub found: Evaluation,
+    /// Whatever is not as it was said; nothing if all is.
+    pub problems: Vec<String>,
+}
+
+/// The file of a published network.
+pub(crate) struct PublishedFile {
+    folder: Folder,
+    row: NetworkRow,
+    settings: Profile,
+}
+
+impl PublishedFile {
+    /// The file, if the list beside it has it.
+    pub fn find(file: &Path) -> Result<Option<Self>> {
+        let place = file.parent().unwrap_or(Path::new(""));
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let Some(folder) = Folder::read(place)? else { return Ok(None) };
+        let Some(row) = folder.rows.iter().find(|row| row.file == name).cloned() else { return Ok(None) };
+        Ok(Some(Self { folder, row, settings: Profile::read(&place.join(PROFILE))? }))
+    }
+
+    /// Which images its stage took.
+    pub fn data(&self) -> &DataSettings {
+        &self.settings.data
+    }
+
+    /// Whether its figures are of these images.
+    pub fn is_of(&self, data: &dyn Dataset) -> bool {
+        self.folder.outcome(&self.row).is_ok_and(|outcome| outcome.data.fingerprint == data.fingerprint())
+    }
+
+    /// Its evaluation, and in words whether that is what was published.
+    pub fn evaluate(&self, data: &dyn Dataset) -> Result<(Evaluation, String)> {
+        let Self { folder, row, .. } = self;
+        let Examined { found, problems } = folder.examine(row, data)?;
+        let agrees = if problems.is_empty() { "the same".into() } else { problems.join("; ") };
+        let NetworkRow { subject, top1_percent, loss, .. } = row;
+        Ok((
+            found,
+            format!("published ({subject}) with top-1 {top1_percent:.2} %, loss {loss:.4}: {agrees}\n"),
+        ))
+    }
+}
