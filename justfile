@@ -16,7 +16,7 @@ table4 *flags:
 table5 *flags:
     cargo run --release --bin table5 -- {{flags}}
 
-# Beyond the paper: quantizers that learn, LSQ among them, beside ours
+# Beyond the paper: methods that learn their quantizers, LSQ among them, compared with ours
 beyond *flags:
     cargo run --release --bin beyond -- {{flags}}
 
@@ -24,7 +24,7 @@ beyond *flags:
 all *flags:
     cargo run --release --bin all -- {{flags}}
 
-# What the paper leaves open, measured: each setting beside its alternatives
+# What the paper leaves open, measured: each setting compared with its alternatives
 ablation *flags:
     cargo run --release --bin ablation -- {{flags}}
 
@@ -48,19 +48,19 @@ pfq *arguments:
 test:
     cargo test --workspace
 
-# The custom operations, timed one by one
+# Timings of the custom operations, one by one
 bench:
     cargo bench -p kernels
 
-# Training, evaluation and operations beside PyTorch (flags: just bench-pytorch --help)
+# Training, evaluation and operations compared with PyTorch (flags: just bench-pytorch --help)
 bench-pytorch *flags:
     cargo run --release --bin bench_pytorch -- {{flags}}
 
-# Where a training step's time goes, beside the machine's peaks
+# Where a training step's time goes, compared with the machine's peaks
 profile *flags:
     cargo run --release --bin profile_step -- {{flags}}
 
-# The programs with CUDA, for the GPU there or for CUDA_COMPUTE_CAP; fetches NVIDIA's compiler if need be
+# The programs with CUDA, for this machine's GPU or for CUDA_COMPUTE_CAP; fetches NVIDIA's compiler if needed
 cuda-build *flags:
     scripts/cuda-toolchain run cargo build --release -p experiments --bins --features cuda {{flags}}
 
@@ -68,11 +68,11 @@ cuda-build *flags:
 dist-cuda *capability:
     scripts/dist-cuda {{capability}}
 
-# Every operation on the GPU beside its CPU twin, and training there; skips where no GPU answers
+# Every operation on the GPU compared with its CPU twin, and training there; skipped if no GPU answers
 test-cuda *flags:
     scripts/cuda-toolchain run cargo test --workspace --features experiments/cuda {{flags}}
 
-# The same without a GPU, on one in software; slow
+# The same on a GPU in software; slow
 test-cuda-software *flags:
     scripts/software-gpu cargo test --workspace --features experiments/cuda --test cuda --test device --test fit {{flags}}
 
@@ -80,7 +80,7 @@ test-cuda-software *flags:
 test-nccl-software *flags:
     scripts/software-gpu cargo test --workspace --features experiments/nccl --test mpi on_gpus {{flags}}
 
-# Training, evaluation and operations beside PyTorch on a GPU (flags: just bench-cuda --help)
+# Training, evaluation and operations compared with PyTorch on a GPU (flags: just bench-cuda --help)
 bench-cuda *flags:
     scripts/cuda-toolchain run cargo run --release -p experiments --features cuda --bin bench_pytorch -- --device cuda {{flags}}
 
@@ -88,10 +88,10 @@ bench-cuda *flags:
 test-mpi *flags:
     cargo test --workspace --features experiments/mpi --test mpi --test slurm together {{flags}}
 
-# Licences, sources and versions of the dependencies, by deny.toml
+# Licences, sources and versions of the dependencies, checked against deny.toml
 deny:
     scripts/cargo-deny
 
-# What must pass before a change is taken
+# What must pass before a change is accepted
 ci:
     bash .ci/run

@@ -1,4 +1,4 @@
-//! Tells the binaries which commit they were built from.
+//! Tells the binaries which commit and which GPU architecture they were built for.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ fn main() {
     for path in ["../.git/logs/HEAD", "../Cargo.lock", "../crates", "../experiments"] {
         println!("cargo::rerun-if-changed={path}");
     }
-    // For the message where a GPU can't run the kernels.
+    // The message that a GPU can't run the kernels shows this.
     println!("cargo::rerun-if-env-changed=CUDA_COMPUTE_CAP");
     let capability = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "of the GPU there".into());
     println!("cargo::rustc-env=PFQ_COMPUTE_CAP={capability}");

@@ -1,4 +1,5 @@
-//! Algorithm 1 from end to end: what comes out is smaller, quantized to the bit, and in its file.
+//! Algorithm 1 from end to end: the resulting network is smaller, exactly quantized, and stored in
+//! its file.
 
 mod common;
 
@@ -23,8 +24,9 @@ fn grid(range: &Tensor, bits: Bits) -> Grid {
     Grid::new(range[0], range[1], bits).unwrap()
 }
 
-/// Checks that every output between image and pooling lies on the grid of its quantizer, for a batch, but for the logits
-/// and what goes into sums alone; gives the most levels that one took.
+/// Checks for a batch that every output between image and pooling lies on its quantizer's grid,
+/// except for the logits and outputs that only go into sums. Returns the largest number of levels
+/// that an output takes.
 fn check_activations(network: &Network, images: &Tensor) -> usize {
     let readers = network.readers();
     let mut most = 0;
@@ -50,7 +52,7 @@ fn check_activations(network: &Network, images: &Tensor) -> usize {
     most
 }
 
-/// A tensor on the grid that its own extremes span.
+/// Quantizes a tensor on the grid that its own extremes span.
 fn on_grid(weight: &Tensor, bits: Bits, name: &str) -> Tensor {
     let all = values(weight);
     let (lo, hi) = all.iter().fold((f32::MAX, f32::MIN), |(lo, hi), x| (lo.min(*x), hi.max(*x)));
@@ -65,9 +67,10 @@ fn on_grid(weight: &Tensor, bits: Bits, name: &str) -> Tensor {
     Tensor::from_vec(quantized, weight.shape(), &Device::Cpu).unwrap()
 }
 
-/// Quantizes the weights by [`Grid`], one number at a time, and checks that a network with these, and without
-/// weight quantizers, gives the same bits: so the network computes with at most `2^b` values of each folded
-/// weight tensor.
+/// Checks that the network computes with at most `2^b` values of each folded weight tensor.
+///
+/// It quantizes the weights by [`Grid`], one number at a time, and compares the bits of the outputs
+/// with those of a network that has these weights and no weight quantizers.
 fn check_weights(network: &Network, images: &Tensor) {
     let mut stated = network.duplicate().unwrap();
     let epsilon = stated.epsilon;
@@ -88,7 +91,7 @@ fn check_weights(network: &Network, images: &Tensor) {
     assert_eq!(bits_of(&stated), bits_of(&found), "the weights in use are not the quantized ones");
 }
 
-/// The same logits after one more trip through a file.
+/// Checks that the network has the same logits after it has been written to a file and read.
 fn check_file(network: &Network, images: &Tensor) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("again.safetensors");
@@ -99,7 +102,8 @@ fn check_file(network: &Network, images: &Tensor) {
     assert_eq!(bits_of(&logits), bits_of(&again), "logits after reading the file");
 }
 
-/// Runs Algorithm 1 at 4 bits with a threshold that a few epochs on synthetic images reach.
+/// Runs Algorithm 1 at 4 bits. A few epochs on synthetic images must bring some variances below
+/// `threshold`.
 fn check(version: Version, threshold: f64) {
     let folder = tempfile::tempdir().unwrap();
     let (store, data) = (Store::new(folder.path()), data(200, 100, 5));
@@ -125,14 +129,14 @@ fn check(version: Version, threshold: f64) {
         let prunes = after.stage.get("prune").is_some();
         assert_eq!(after.report.is_some(), prunes, "{}", after.label);
         assert!(after.macs <= before.macs && (prunes || after.macs == before.macs), "{}", after.label);
-        // What is reported is what the file does.
+        // The reported evaluation is that of the network in the file.
         assert_eq!(evaluate(network, &data).unwrap(), after.evaluation, "{}", after.label);
     }
     assert!(pruned.macs < stages[0].0.macs && pruned.weights < stages[0].0.weights, "nothing was pruned");
-    // Not down to the one channel that every layer must keep.
+    // Every layer must keep one channel; some layer must have kept more.
     assert!(network.units().any(|unit| unit.filters() > 1), "everything was pruned");
 
-    // Step 3 quantizes activations only, step 5 the weights too.
+    // Step 3 quantizes only the activations, step 5 also the weights.
     let images = images(&data, 100);
     assert!(activations.units().all(|unit| unit.weight_quantizer.is_none()));
     check_activations(activations, &images);
@@ -151,8 +155,8 @@ fn v2() {
     check(Version::V2, 0.05);
 }
 
-/// All test images of the real CIFAR-100, where the environment variable `PFQ_DATA` names its folder: no image
-/// takes a unit off its grid.
+/// No test image of the real CIFAR-100 takes a unit off its grid. This runs if the environment
+/// variable `PFQ_DATA` names the folder of the data.
 #[test]
 fn every_real_image_stays_on_the_grid() {
     let Some(folder) = std::env::var_os("PFQ_DATA").filter(|folder| !folder.is_empty()) else {

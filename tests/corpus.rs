@@ -1,4 +1,4 @@
-//! The inputs of the fuzz targets' corpora, and damaged copies of them, through the same targets.
+//! Runs the fuzz targets on the inputs of their corpora and on damaged copies of them.
 
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
@@ -8,13 +8,13 @@ use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Damaged copies of each input, if `CORPUS_COPIES` says no other number.
+/// The number of damaged copies of each input, unless `CORPUS_COPIES` is set.
 const COPIES: usize = 40;
 
-/// What one input may take, on a busy machine and without optimization.
+/// The maximum time for one input, on a busy machine and without optimization.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A copy with some bytes changed, cut out, doubled, or cut off.
+/// Returns a copy with some bytes changed, cut out, repeated, or cut off.
 fn damaged(input: &[u8], rng: &mut ChaCha8Rng) -> Vec<u8> {
     let mut data = input.to_vec();
     for _ in 0..rng.random_range(1..4) {
@@ -53,7 +53,7 @@ fn check(target: &str) {
         for copy in 0..=copies {
             let data = if copy == 0 { whole.clone() } else { damaged(&whole, &mut rng) };
             let began = Instant::now();
-            // A panic would not say which of the copies it was.
+            // The panic message would not say which copy it was.
             if let Err(panic) = std::panic::catch_unwind(|| fuzz::run(target, &data)) {
                 let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{target}-panic"));
                 std::fs::write(&kept, &data).unwrap();

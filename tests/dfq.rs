@@ -1,4 +1,5 @@
-//! DFQ at 8 bits, without fine-tuning, loses at most a point of the float network's accuracy.
+//! DFQ at 8 bits, without fine-tuning, loses at most one percentage point of the float network's
+//! accuracy.
 
 mod common;
 
@@ -15,7 +16,7 @@ fn eight_bits_cost_at_most_a_point() {
     let store = Store::new(folder.path());
     let eight = Precision::try_from(8).unwrap();
     let calibration = Some(Calibration { batches: 20, batch: 64, momentum: 0.1 });
-    // Until it is far from the 1 % of chance, where nothing could be lost.
+    // The accuracy must be far above the 1 % of guessing, at which nothing could be lost.
     let training = Training { warmup_epochs: 1.0, batch: 32, weight_decay: 1e-4, ..training(5) };
     let network = MobileNet { width: 0.25, ..MobileNet::new(Version::V1, Input::Cifar, 100) };
     let float = Stage::root(StageKind::Pretrain { network, training, seed: 0 });
@@ -33,7 +34,8 @@ fn eight_bits_cost_at_most_a_point() {
         let found = run_well(&store, &prepared, &data).0.evaluation.top1_percent;
         println!("{found} %, {trained} % in float, by {dfq:?}");
         assert!(found > trained - 1.0, "{found} % by {dfq:?}, {trained} % in float");
-        // Every quantizer's range is in the file beside the outcome, and only data moves those of outputs.
+        // Every quantizer's range is in the file next to the outcome. Only calibration changes the
+        // ranges of outputs.
         let file = store.folder(&prepared, &data.fingerprint).unwrap().join("ranges.csv");
         let ranges = std::fs::read_to_string(file).unwrap();
         let of = |what: &str, at: &str| -> Vec<String> {

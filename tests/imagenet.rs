@@ -1,4 +1,4 @@
-//! Algorithm 1 on pictures that are read from files as they are used.
+//! Algorithm 1 on pictures that are read from files when they are needed.
 
 mod common;
 
@@ -16,7 +16,7 @@ fn load(folder: &Path, options: &Options) -> ImageNet {
     imagenet::load(&DataSource::Folder(folder.into()), options, &mut |_| ()).unwrap()
 }
 
-/// Pre-training, pruning and both fine-tunings, an epoch each, on images of 224 × 224 pixels.
+/// Runs pre-training, pruning and both fine-tunings, one epoch each, on images of 224 × 224 pixels.
 fn check_algorithm1(data: &ImageNet) {
     let training = Training { augmentation: Augmentation { pad: 0, flip: true }, batch: 10, ..training(1) };
     let network = MobileNet { input: Input::Imagenet, classes: data.classes(), ..mobilenet(Version::V2) };
@@ -30,7 +30,7 @@ fn check_algorithm1(data: &ImageNet) {
     assert_eq!(executed(&told).len(), 5);
     assert_eq!(outcome.data.name, data.name());
     assert!(outcome.metrics[0].train_loss.is_finite());
-    // What is reported is what the file does, and the next call finds it.
+    // The reported evaluation is that of the network in the file, and the next call finds it.
     let network = store.network(&end, data.fingerprint(), &Device::Cpu).unwrap();
     assert_eq!(network.input, [224, 224, 3]);
     assert_eq!(evaluate(&network, data).unwrap(), outcome.evaluation);
@@ -60,7 +60,8 @@ fn a_folder_of_pictures_is_trained_on_and_damaged_ones_are_left_out() {
     assert!(skipped.len() == 1 && skipped[0].file.ends_with("5.png"), "{skipped:?}");
 }
 
-/// The folder that `PFQ_IMAGENET` names; of its validation images, for a folder with nothing else.
+/// Algorithm 1 runs on ImageNet's validation images, if `PFQ_IMAGENET` names their folder. They are
+/// used for training too, because the folder may have no others.
 #[test]
 #[cfg(unix)]
 fn real_pictures_are_trained_on() {

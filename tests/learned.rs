@@ -1,4 +1,5 @@
-//! Methods that learn from end to end: fine-tuned from a float network as Table 4 does it; interrupted and resumed.
+//! Methods that learn their quantizers, from end to end: fine-tuned from a float network as in
+//! Table 4, interrupted and resumed.
 
 mod common;
 
@@ -10,7 +11,7 @@ use std::path::Path;
 use train::{Progress, Trained, Training, TrainingRun, evaluate, fit};
 use workflow::{Purpose, Store};
 
-/// The bits of what a method learns beside the usual parameters.
+/// Returns the bits of what a method learns in addition to the usual parameters.
 fn learned(network: &Network) -> Vec<(String, Vec<u32>)> {
     let own: Vec<String> = network
         .parameters()
@@ -36,7 +37,7 @@ fn a_network_is_fine_tuned_once_and_its_loss_falls() {
         assert!(outcome.label.contains(&format!("fine-tune {name} A4/W4")), "{}", outcome.label);
         let losses: Vec<f64> = outcome.metrics.iter().map(|m| m.train_loss).collect();
         assert!(losses[4] < losses[0] - 0.05, "{name}: losses of the epochs: {losses:?}");
-        // What is reported is what the file does, learned bounds and all.
+        // The reported evaluation is that of the network in the file, including the learned bounds.
         let network = store.network(&end, &data.fingerprint, &Device::Cpu).unwrap();
         assert!(!learned(&network).is_empty());
         assert_eq!(evaluate(&network, &data).unwrap(), outcome.evaluation, "{name}");
@@ -78,7 +79,7 @@ fn an_interrupted_run_goes_on_with_the_same_bits() {
         let [whole, parts] = [(); 2].map(|()| tempfile::tempdir().unwrap());
         let expected = go(whole.path(), &mut |_| ()).network;
 
-        // Ends in the middle of the second epoch.
+        // The run ends in the middle of the second epoch.
         let interrupted = catch_unwind(AssertUnwindSafe(|| {
             go(parts.path(), &mut |progress| {
                 if let Progress::Steps { epoch: 2, .. } = progress {

@@ -1,3 +1,3 @@
-//! Tests that cross crates; see the files beside this one.
+//! Tests that cross crates; see the files next to this one.
 
 #![forbid(unsafe_code)]

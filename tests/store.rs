@@ -1,6 +1,6 @@
-//! The store of stages: nothing runs twice, nothing is mixed up, what is interrupted goes on.
+//! The store of stages: nothing runs twice, nothing is mixed up, and interrupted work resumes.
 //!
-//! Other processes are this binary started again, running what `child` says.
+//! Other processes are this binary, started again to run the test `child`.
 
 mod common;
 
@@ -21,16 +21,16 @@ use std::time::Duration;
 use train::TimeLimit;
 use workflow::{Error, Event, Outcome, Published, Purpose, Recipe, Stage, StageKind, Store};
 
-/// Names the store to another process.
+/// The environment variable that names the store to another process.
 const STORE: &str = "PFQ_TEST_STORE";
-/// What it is to stop at, as [`run`] tells it.
+/// The environment variable with the event at which another process stops, as [`run`] reports it.
 const HOLD: &str = "PFQ_TEST_HOLD";
 
 fn small() -> Arc<datasets::InMemoryDataset> {
     data(60, 40, 5)
 }
 
-/// Pre-training, pruning, fine-tuning in two epochs.
+/// Returns a workflow of pre-training, pruning, and fine-tuning in two epochs.
 fn short_workflow() -> Arc<Stage> {
     let recipe = recipe(4);
     let pruned = pretrain(Version::V1, 1, 0).then(StageKind::Prune { pfq: recipe.pfq });
@@ -58,7 +58,7 @@ fn a_stage_runs_once() {
         }
     }
 
-    // Again, and by a store that has not seen it.
+    // Again with the same store, and with a new one in the same folder.
     for store in [store.clone(), Store::new(folder.path())] {
         let (again, told) = run_well(&store, &end, &data);
         assert_eq!(told, [format!("found {}", labels[2])]);
@@ -67,7 +67,7 @@ fn a_stage_runs_once() {
             (outcome.key.clone(), outcome.evaluation.top1_percent, outcome.metrics.len())
         );
     }
-    // Only what is missing runs.
+    // Only what is missing is run.
     std::fs::remove_dir_all(store.folder(&end.lineage()[1], &data.fingerprint).unwrap()).unwrap();
     let (_, told) = run_well(&store, &end, &data);
     assert_eq!(told, [format!("found {}", labels[2])], "what is before a finished stage is not needed");
@@ -76,7 +76,8 @@ fn a_stage_runs_once() {
     assert_eq!(executed(&told), [&labels[1], &labels[2]]);
 }
 
-/// A store that lacks a stage takes what is published of it, as far as its own networks are those that it came from.
+/// A store that lacks a stage uses the published one, provided that it was made from the network
+/// that its parent has in the store.
 #[test]
 fn published_stages_count_as_done() {
     let folder = tempfile::tempdir().unwrap();
@@ -86,7 +87,7 @@ fn published_stages_count_as_done() {
     let (expected, _) = run_well(&first, &end, &data);
     let outcome = |stage: &Stage| first.outcome(stage, &data.fingerprint).unwrap().unwrap();
     let outcomes: Vec<Outcome> = lineage.iter().map(|stage| outcome(stage)).collect();
-    // Networks of some of the stages, by their place.
+    // The networks of some stages, given by their indices.
     let networks = |places: &[usize]| {
         let file = |stage: &Stage| first.network_file(stage, &data.fingerprint).unwrap();
         places.iter().map(|&place| (outcomes[place].key.clone(), file(&lineage[place]))).collect()
@@ -101,7 +102,7 @@ fn published_stages_count_as_done() {
         assert_eq!(found, expected);
     };
 
-    // The last one is done, and what came before is known.
+    // The last stage is done, and the outcomes of the stages before it are known.
     let store = beside("last", &outcomes, &[2]);
     check_plan(&store, &lineage[2..], &[(true, false); 3]);
     let (found, told) = run_well(&store, &end, &data);
@@ -111,10 +112,11 @@ fn published_stages_count_as_done() {
         bits(&store.network(&end, &data.fingerprint, &Device::Cpu).unwrap())
             == bits(&first.network(&end, &data.fingerprint, &Device::Cpu).unwrap())
     );
-    // A network that is not published is to be made where it is asked for, or what comes after.
+    // A network that is not published must be made if it is asked for, or if a stage after it needs
+    // it.
     check_plan(&store, &lineage[1..2], &[(true, true), (true, true)]);
 
-    // The first one is done, the last one is to be made from it.
+    // The first stage is done, and the last one must be made from it.
     let store = beside("first_alone", &outcomes, &[0]);
     check_plan(&store, &lineage[2..], &[(true, false), (true, true), (true, true)]);
     let (outcome, told) = run_well(&store, &end, &data);
@@ -122,7 +124,7 @@ fn published_stages_count_as_done() {
     assert_eq!(outcome.network_hash(), expected.network_hash());
     check_plan(&store, &lineage[2..], &[(true, false), (false, false), (false, false)]);
 
-    // Made from another network than the store has.
+    // Published stages are ignored if they were made from another network than the store has.
     let store = beside("mixed", &outcomes, &[1, 2]);
     run_well(&store, &lineage[0], &data);
     check_plan(&store, &lineage[2..], &[(false, false), (true, false), (true, false)]);
@@ -133,17 +135,17 @@ fn published_stages_count_as_done() {
     let (_, told) = run_well(&store, &end, &data);
     assert_eq!(executed(&told), [&labels[1], &labels[2]]);
 
-    // What is published is of the stages that it came with.
+    // A published network must belong to one of the published stages.
     let error = Published::new(outcomes[..2].to_vec(), networks(&[2])).unwrap_err().to_string();
     assert!(error.contains(&outcomes[2].key), "{error}");
 }
 
-/// The keys of a workflow's stages.
+/// Returns the keys of a workflow's stages.
 fn keys(end: &Arc<Stage>) -> Vec<String> {
     end.lineage().iter().map(|stage| stage.key("some data").unwrap()).collect()
 }
 
-/// The number of stages that two workflows share; checks that they are the first ones.
+/// Checks that two workflows share exactly their first `expected` stages.
 #[track_caller]
 fn check_shared(a: &Arc<Stage>, b: &Arc<Stage>, expected: usize, what: &str) {
     let (a, b) = (keys(a), keys(b));
@@ -215,7 +217,7 @@ fn a_plan_names_each_stage_once() {
         recipe(4).algorithm1(&root).unwrap(),
     ];
     let plan = store.plan(&ends, &data.fingerprint).unwrap();
-    // The root and the first pruning are shared: 5 + 3 + 2.
+    // The workflows share the root and the first pruning: 5 + 3 + 2 stages.
     assert_eq!(plan.len(), 10);
     let keys: Vec<&str> = plan.iter().map(|planned| planned.key.as_str()).collect();
     assert_eq!(keys.iter().collect::<BTreeSet<_>>().len(), 10, "a stage is planned twice: {keys:?}");
@@ -241,7 +243,8 @@ fn a_plan_names_each_stage_once() {
     assert_eq!(plan[0].epochs_done, 1);
 }
 
-/// With no time at all, each call does the one epoch that it may always begin, and the last one ends the work.
+/// Without any time, each call does the one epoch that it may always start, and the last call
+/// finishes the work.
 #[test]
 fn a_workflow_in_pieces_gives_the_bits_of_one() {
     let (data, end) = (small(), short_workflow());
@@ -288,12 +291,12 @@ fn a_workflow_in_pieces_gives_the_bits_of_one() {
         |root: &Path| Store::new(root).folder(&end, &data.fingerprint).unwrap().join("network.safetensors");
     let network = |root: &Path| Network::load(&folder_of(root), &Device::Cpu).unwrap().0;
     assert!(bits(&network(folder.path())) == bits(&network(whole_folder.path())));
-    // What is done needs no time.
+    // Finished work needs no time.
     let (again, told) = run(&in_time(), &end, &data, &mut |_, _| ());
     assert_eq!((again.unwrap().key, told), (outcome.key, vec![format!("found {third}")]));
 }
 
-/// Not a test: what other processes run.
+/// The process that other tests start; by itself it tests nothing.
 #[test]
 fn child() {
     let Some(folder) = std::env::var_os(STORE) else { return };
@@ -314,7 +317,7 @@ fn child() {
     outcome.unwrap();
 }
 
-/// Another process; killed, if it still runs, when this is dropped.
+/// Another process, which is killed when this is dropped if it still runs.
 struct Process {
     child: Child,
     output: BufReader<ChildStdout>,
@@ -322,13 +325,13 @@ struct Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Fails if the process has ended, which is what is wanted.
+        // Killing fails if the process has already ended, which is fine.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Runs the short workflow in another process until it holds.
+/// Starts the short workflow in another process and waits until it stops at `hold`.
 fn start(store: &Path, hold: &str) -> Process {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child", "--nocapture", "--test-threads", "1"])
@@ -386,7 +389,7 @@ fn a_killed_workflow_goes_on_where_it_was() {
     }
 }
 
-/// Another process runs the first stage; this one waits for it and takes its result.
+/// If another process is running a stage, this one waits and takes its result.
 #[test]
 fn two_processes_run_a_stage_once() {
     let folder = tempfile::tempdir().unwrap();
@@ -403,7 +406,7 @@ fn two_processes_run_a_stage_once() {
     });
     assert_eq!(told, [format!("waiting {label}"), format!("found {label}")]);
     assert_eq!(outcome.unwrap().label, label);
-    // The other one goes on with its workflow, to the end.
+    // The other process continues its workflow to the end.
     let mut rest = String::new();
     process.output.read_to_string(&mut rest).unwrap();
     assert!(process.child.wait().unwrap().success(), "{rest}");
@@ -446,7 +449,7 @@ fn two_threads_run_a_stage_once() {
     assert_eq!(first.0.unwrap().key, second.0.unwrap().key);
 }
 
-/// The chain of an error's causes.
+/// Returns the messages of an error and of its causes.
 fn story(error: &dyn std::error::Error) -> String {
     let mut story = error.to_string();
     let mut source = error.source();
@@ -462,7 +465,7 @@ fn a_failed_stage_is_named_and_what_came_before_stays() {
     let folder = tempfile::tempdir().unwrap();
     let (store, data) = (Store::new(folder.path()), small());
     let end = short_workflow();
-    // Weights are quantized by now, so this can't be pruned.
+    // The weights are quantized by now, so the network cannot be pruned.
     let impossible = end.then(StageKind::Prune { pfq: PfQ::default() });
     let (outcome, _) = run(&store, &impossible, &data, &mut |_, _| ());
     let error = outcome.unwrap_err();
@@ -473,7 +476,7 @@ fn a_failed_stage_is_named_and_what_came_before_stays() {
     assert_eq!(told, [format!("found {}", end.label())]);
 }
 
-/// What lies in the folder of a stage that has been run, with a bit of one of its files flipped.
+/// Flips a random bit of a file.
 fn flip(path: &Path, random: &mut impl Rng) {
     let mut data = std::fs::read(path).unwrap();
     let bit = random.random_range(0..8 * data.len());
@@ -481,7 +484,8 @@ fn flip(path: &Path, random: &mut impl Rng) {
     std::fs::write(path, data).unwrap();
 }
 
-/// A strict store names what is damaged; any other sets it aside, runs the stage again, and ends with the same bits.
+/// A strict store reports the damaged file. Any other store sets it aside, runs the stage again,
+/// and gets the same bits.
 #[test]
 fn what_is_damaged_is_an_error_or_is_set_aside_and_run_again() {
     let folder = tempfile::tempdir().unwrap();
@@ -496,7 +500,7 @@ fn what_is_damaged_is_an_error_or_is_set_aside_and_run_again() {
         let mut bytes = std::fs::read(&path).unwrap();
         change(&mut bytes);
         if bytes.is_empty() { std::fs::remove_file(&path) } else { std::fs::write(&path, &bytes) }.unwrap();
-        // So that what reads the damaged stage has something to do.
+        // The next stage is removed, so that the damaged network is needed again.
         if file != "outcome.json" {
             std::fs::remove_dir_all(folder_of(next)).unwrap();
         }
@@ -517,17 +521,18 @@ fn what_is_damaged_is_an_error_or_is_set_aside_and_run_again() {
         (1..=5).map(|number| folder_of(root).join(format!("damaged-{number}"))).collect();
     assert!(aside.iter().all(|place| place.is_dir()), "{aside:?}");
     assert!(aside.iter().all(|place| place.join("outcome.json").exists()));
-    // What was left alone is still whole.
+    // Undamaged stages are still intact.
     assert_eq!(run_well(&store, &end, &data).1, [format!("found {}", end.label())]);
 }
 
-/// One bit of each kind of file, at random places: a strict store says so, or what it gives is the same.
+/// Random bits are flipped in each kind of file. A strict store reports this, unless the flip
+/// changes nothing that is read.
 #[test]
 fn flipped_bits_are_found() {
     let folder = tempfile::tempdir().unwrap();
     let (store, data, end) = (Store::new(folder.path()), small(), short_workflow());
     let [root, next, _] = &end.lineage()[..] else { panic!("three stages") };
-    // The last stage stops after its first epoch, with a checkpoint.
+    // The last stage stops after its first epoch and leaves a checkpoint.
     run_well(&store, next, &data);
     let limited = store.clone().strict().within(TimeLimit::after(Duration::ZERO));
     let unfinished = |store: &Store| run(store, &end, &data, &mut |_, _| ()).0;
@@ -566,11 +571,11 @@ fn flipped_bits_are_found() {
     }
     println!("{told} of 300 flips were told, {same} changed nothing that is read");
     assert!(told >= 295, "{told} of 300");
-    // Nothing was damaged by that, and the run goes on.
+    // This has damaged nothing, and the run resumes.
     assert_eq!(executed(&run_well(&store, &end, &data).1), [&end.label()]);
 }
 
-/// A stage without hashes, as older versions wrote it, is taken as it is.
+/// A stage without hashes, as older versions wrote it, is accepted.
 #[test]
 fn a_store_of_an_older_version_is_read() {
     let folder = tempfile::tempdir().unwrap();
@@ -589,7 +594,7 @@ fn a_store_of_an_older_version_is_read() {
     assert_eq!(executed(&told), [&end.label()]);
 }
 
-/// A stage that was made from another network than the one before it has now is run again.
+/// A stage is run again if it was made from another network than its parent has now.
 #[test]
 fn a_stage_is_made_from_what_is_before_it() {
     let folder = tempfile::tempdir().unwrap();
@@ -603,7 +608,7 @@ fn a_stage_is_made_from_what_is_before_it() {
     assert_eq!(executed(&told), [&next.label()]);
 }
 
-/// Nor does a training go on from a checkpoint that began from another network.
+/// A training does not resume from a checkpoint that started from another network.
 #[test]
 fn a_checkpoint_goes_on_from_the_network_that_it_began_from() {
     let folder = tempfile::tempdir().unwrap();
@@ -612,7 +617,7 @@ fn a_checkpoint_goes_on_from_the_network_that_it_began_from() {
     let (training, root) = (recipe.trainings.get(Purpose::Activations).unwrap(), pretrain(Version::V1, 1, 0));
     let end = root.then(StageKind::FineTune { quantization: recipe.quantization, training, seed: 1 });
     run_well(&store, &root, &data);
-    // It stops after its first epoch, with a checkpoint.
+    // The stage stops after its first epoch and leaves a checkpoint.
     let limited = store.clone().within(TimeLimit::after(Duration::ZERO));
     assert!(run(&limited, &end, &data, &mut |_, _| ()).0.unwrap_err().is_time_limit());
     let checkpoint = store.folder(&end, &data.fingerprint).unwrap().join("checkpoint.safetensors");
@@ -628,7 +633,7 @@ fn a_checkpoint_goes_on_from_the_network_that_it_began_from() {
     assert!(told.contains(&format!("set aside {}", end.label())), "{told:?}");
     let aside = checkpoint.with_file_name("damaged-1").join("checkpoint.safetensors");
     assert!(std::fs::read(aside).unwrap() == began);
-    // As it would be without the old checkpoint.
+    // The result must be the same as without the old checkpoint.
     let ended = |store: &Store| bits(&store.network(&end, &data.fingerprint, &Device::Cpu).unwrap());
     let found = ended(&store);
     std::fs::remove_dir_all(checkpoint.parent().unwrap()).unwrap();
@@ -636,7 +641,7 @@ fn a_checkpoint_goes_on_from_the_network_that_it_began_from() {
     assert!(ended(&store) == found, "the old checkpoint left something");
 }
 
-/// Gives the stage another network, as if it had been run anew on a machine that gives other bits.
+/// Gives the stage another network, as if it had been run again on a machine that gives other bits.
 fn replace_network(store: &Store, stage: &Stage) {
     let data = small();
     let place = store.folder(stage, &data.fingerprint).unwrap();

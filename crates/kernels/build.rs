@@ -1,8 +1,9 @@
-//! Tells builds of the dev profile, which tests are, from releases: `cfg(checked)`. With the feature `cuda`, compiles the CUDA
-//! kernels to PTX.
+//! Sets `cfg(checked)` in builds of the dev profile, which tests use, and not in releases. With the
+//! feature `cuda`, compiles the CUDA kernels to PTX.
 //!
-//! nvcc is that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`. The PTX is for the compute capability in
-//! `CUDA_COMPUTE_CAP` (75 for 7.5, the default): a GPU of that or any later one runs it, compiled by its driver.
+//! nvcc comes from `CUDA_HOME` or `CUDA_PATH`, else from `PATH`. The PTX is for the compute
+//! capability in `CUDA_COMPUTE_CAP` (75 for 7.5, the default). A GPU of that or any later
+//! capability runs it, and its driver compiles it.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -21,20 +22,21 @@ fn main() {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     if let Err(problem) = compile() {
-        // One message, rather than a panic with a trace.
+        // Prints the problem as an error instead of a panic with a backtrace.
         for line in problem.lines() {
             println!("cargo::error={line}");
         }
     }
 }
 
-/// Compiles every module, the file `NAME/NAME.cu`, or says what is missing.
+/// Compiles every module, the file `NAME/NAME.cu`, or returns what is missing.
 fn compile() -> Result<(), String> {
     let nvcc = nvcc()?;
     let capability = capability()?;
     let source = Path::new("src");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; run cargo")?);
-    // A new operation is named there; one that gets its kernels later needs a build from scratch.
+    // lib.rs names every operation, so adding one reruns this script. An existing operation that
+    // gets its first kernels later needs a clean build.
     println!("cargo::rerun-if-changed={}", source.join("lib.rs").display());
     for header in files(&source.join("gpu"))?.filter(|file| file.extension().is_some_and(|e| e == "cuh")) {
         println!("cargo::rerun-if-changed={}", header.display());
@@ -47,9 +49,10 @@ fn compile() -> Result<(), String> {
         }
         println!("cargo::rerun-if-changed={}", file.display());
         let output = Command::new(&nvcc)
-            // Flags that are to make Candle's many kernels compile fast are not for these few.
+            // These flags make Candle's many kernels compile fast; they are not meant for these few
+            // kernels.
             .env_remove("NVCC_APPEND_FLAGS")
-            // Operations are rounded one by one, as on the CPU (common.cuh).
+            // Every operation is rounded by itself, as on the CPU (common.cuh).
             .args(["--ptx", "--std=c++17", "-O3", "--fmad=false"])
             .arg(format!("--gpu-architecture=compute_{capability}"))
             .arg("--include-path")
@@ -70,7 +73,7 @@ fn compile() -> Result<(), String> {
     Ok(())
 }
 
-/// What is in a folder.
+/// Returns the paths in a folder.
 fn files(folder: &Path) -> Result<impl Iterator<Item = PathBuf>, String> {
     let fail = |e| format!("{}: {e}", folder.display());
     Ok(folder.read_dir().map_err(fail)?.filter_map(|file| Some(file.ok()?.path())))
@@ -93,7 +96,7 @@ fn nvcc() -> Result<PathBuf, String> {
         })
 }
 
-/// `CUDA_COMPUTE_CAP` without its dot.
+/// Returns `CUDA_COMPUTE_CAP` without its dot.
 fn capability() -> Result<String, String> {
     let found = env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "75".into());
     let digits: String = found.chars().filter(|c| *c != '.').collect();

@@ -1,4 +1,4 @@
-//! Lists the paper's tables, so that a table of published figures is its CSV file in `paper/` and nothing else.
+//! Generates the list of the paper's tables, so that a table is added by its CSV file alone.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -12,7 +12,8 @@ fn main() {
         files.filter(|path| path.extension().is_some_and(|e| e == "csv")).collect();
     tables.retain(|path| stem(path) != "pruned_weights");
     tables.sort();
-    // The folder is named when the crate is compiled, as a checkout can be moved together with what was built in it.
+    // The folder is resolved when the crate is compiled, because a checkout can be moved together
+    // with its build outputs.
     let entry = |path: &PathBuf| {
         let name = stem(path);
         format!("({name:?}, include_str!(concat!(env!(\"CARGO_MANIFEST_DIR\"), \"/paper/{name}.csv\"))), ")

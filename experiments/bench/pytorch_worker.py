@@ -17,7 +17,7 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-# What libraries print must not get between the answers.
+# The output of libraries must not get between the answers.
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver, disable_observer
 
-# Steps before the first that is timed. They take torch.compile's time, the libraries' choice of kernels, and
-# the memory that later steps use again.
+# The number of steps before the first timed one. They take the time of torch.compile and of
+# choosing kernels, and allocate the memory that later steps use again.
 WARM_UP = 3
 
 
@@ -39,7 +39,7 @@ class FakeQuantizer(FusedMovingAvgObsFakeQuantize):
 
     def forward(self, x):
         observer = self.activation_post_process
-        # It takes float32 only; under autocast there may be bfloat16.
+        # The fused quantizer takes float32 only; under autocast x may be bfloat16.
         return torch.fused_moving_avg_obs_fake_quant(
             x.float(),
             self.observer_enabled,
@@ -80,7 +80,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     def __init__(self, bits, *args, **kwargs):
         super().__init__(*args, bias=False, **kwargs)
-        # The range is that of the weights as they are: each step replaces it.
+        # The range is that of the current weights: each step replaces it.
         self.weight_quantizer = quantizer(bits, 1.0)
 
     def forward(self, x):
@@ -252,7 +252,7 @@ class Mode:
         self.device = torch.device(flags.device)
         self.on_gpu = self.device.type == "cuda"
         self.channels_last, self.compile, self.autocast = flags.channels_last, flags.compile, flags.autocast
-        # Whether the case says so; on a GPU the flags do.
+        # Whether the case asks for bfloat16; on a GPU the flags decide.
         self.half = False
         if self.on_gpu:
             self.device = torch.device("cuda", self.device.index or 0)
@@ -266,7 +266,7 @@ class Mode:
     def compiled(self, function):
         if not self.compile:
             return function
-        # On a GPU with CUDA graphs, where it can: small kernels are bound by their launches.
+        # On a GPU this uses CUDA graphs if it can: small kernels are bound by their launches.
         return torch.compile(function, mode="reduce-overhead") if self.on_gpu else torch.compile(function)
 
     def wait(self):

@@ -1,4 +1,4 @@
-//! Every table of the paper and Figure 3, by one program.
+//! The binary for every table of the paper and Figure 3.
 
 use crate::flags::Flags;
 use crate::session::{self, Done};
@@ -6,13 +6,13 @@ use crate::{figure3, table, tables};
 use anyhow::Result;
 use clap::Parser;
 
-/// Runs the binary: every table, and Figure 3, which have their stages in common.
+/// Runs the binary: every table and Figure 3, which share stages.
 pub fn main() -> Result<()> {
     let flags = Flags::parse();
     let only = table::only(&tables::ALL, &flags)?;
     session::main(&flags, false, |session| {
         let done = table::run(&tables::ALL, &only, session, &flags)?;
-        // `--only` picks rows of tables, and the figure begins with stages that a plan of all tables has.
+        // `--only` picks rows of tables. A plan of all tables has the figure's stages too.
         if done == Done::InTime
             || flags.plan
             || flags.publish

@@ -1,12 +1,13 @@
-//! The benchmark beside PyTorch: the same networks, operations, shapes and threads, in turns.
+//! The benchmark against PyTorch: the same networks, operations, shapes and threads, in turns.
 //!
-//! Every implementation is a process of its own (ours is this program with a hidden flag), so that each has
-//! its own memory and allocator, and all are asked through the same lines of JSON. For each case all are set up
-//! and warmed; then, round by round, each in turn runs as many steps as take some time, while the others are
-//! blocked. So a machine that gets slower or faster in between does not favour anyone: ratios are taken within
-//! a round.
+//! Every implementation runs in its own process (ours is this program with a hidden flag), so that
+//! each has its own memory and allocator. All of them answer the same JSON requests, one per line.
+//! For each case, all processes are set up and warmed up. In each round, they then take turns to
+//! run steps for some time, while the other processes block. Ratios are taken within a round, so a
+//! machine that becomes slower or faster over time favours none of them.
 //!
-//! The same on a GPU, which all use in turns: see the notes of its report for what is different there.
+//! On a GPU, the implementations take turns in the same way. The notes of that report say what is
+//! different there.
 
 mod case;
 mod machine;
@@ -87,16 +88,16 @@ struct Flags {
     worker: bool,
 }
 
-/// What `--modes` may name: the labels of PyTorch's implementations.
+/// The values of `--modes`: `none` and the labels of PyTorch's implementations.
 const MODES: [&str; 4] = ["none", "eager", "channels_last", "compile"];
 
-/// Settings of the training steps.
+/// The settings of the training steps.
 const SETTINGS: Settings = Settings { rate: 1e-3, momentum: 0.9, weight_decay: 1e-3, range_momentum: 0.01 };
 
-/// Between two turns: threads that still spin at the end of one come to rest.
+/// The pause between two turns, in which threads that still spin come to rest.
 const REST: Duration = Duration::from_millis(30);
 
-/// What a reader of the results should know.
+/// Notes for readers of results on a CPU.
 const NOTES: [&str; 9] = [
     "train is forward pass, cross-entropy, backward pass, and SGD with momentum and weight decay; eval is the \
      forward pass with running statistics. The images are in memory, the same in every step.",
@@ -116,7 +117,7 @@ const NOTES: [&str; 9] = [
     "Ratios of single operations say less than those of networks: ours runs several of them as one there.",
 ];
 
-/// What is different on a GPU.
+/// Notes for readers of results on a GPU.
 const NOTES_GPU: [&str; 5] = [
     "train is forward pass, cross-entropy, backward pass, and SGD with momentum and weight decay; eval is the \
      forward pass with running statistics. The images are on the GPU, the same in every step. A turn is measured \
@@ -137,7 +138,7 @@ const NOTES_GPU: [&str; 5] = [
 pub fn main() -> Result<()> {
     let flags = Flags::parse();
     if flags.worker {
-        // It runs as the programs do that train.
+        // The worker runs in the same way as the programs that train.
         return process::run(|| {
             let (device, name) = device::open(&flags.device)?;
             flags.arithmetic.unwrap_or_default().set(&device, name)?;
@@ -148,7 +149,7 @@ pub fn main() -> Result<()> {
     if !(flags.seconds > 0.0 && flags.seconds <= 600.0) {
         bail!("--seconds {}: expected more than 0, at most 600", flags.seconds);
     }
-    // Before anything else, as without it there is nothing to measure.
+    // The device is opened first: without it there is nothing to measure.
     let (place, device_name, arithmetics) = {
         let (device, name) = device::open(&flags.device)?;
         let (arithmetic, mut name) = flags.arithmetic.unwrap_or_default().set(&device, name)?;
@@ -217,7 +218,7 @@ pub fn main() -> Result<()> {
         output::print(&format!("    {}", summary(&measured)));
         rows.extend(measured);
         others.extend(of_others);
-        // A run that is stopped keeps what it has measured.
+        // Writing after each case keeps the measurements of a run that is stopped.
         if let Some(folder) = &folder {
             report::bench::write(&rows, &context(&others), folder)?;
         }
@@ -229,7 +230,7 @@ pub fn main() -> Result<()> {
     Ok(())
 }
 
-/// The command as a person would give it elsewhere: without where things lie here.
+/// Returns the command as it can be given elsewhere: without flags that name local paths.
 fn command_line(mut flags: impl Iterator<Item = String>) -> String {
     let mut words = vec!["just bench-pytorch".to_string()];
     while let Some(word) = flags.next() {
@@ -243,19 +244,19 @@ fn command_line(mut flags: impl Iterator<Item = String>) -> String {
     words.join(" ")
 }
 
-/// This program. On Linux by a name that is still that of this build when another has taken its place.
+/// Returns a path of this program. On Linux, it stays valid if a new build replaces the file.
 fn own_program() -> Result<PathBuf> {
     let running = PathBuf::from("/proc/self/exe");
     Ok(if running.exists() { running } else { std::env::current_exe()? })
 }
 
-/// How to measure.
+/// The settings of a benchmark run.
 struct Bench {
-    /// Those that are compared, ours first.
+    /// The implementations to compare, ours first.
     implementations: Vec<Implementation>,
     /// An interpreter that has PyTorch, if any of its modes is compared.
     python: Option<PathBuf>,
-    /// As given.
+    /// The value of `--device`.
     device: String,
     arithmetic: Arithmetic,
     graphs: bool,
@@ -263,27 +264,27 @@ struct Bench {
     threads: usize,
     rounds: usize,
     seconds: f64,
-    /// The batch size that torch.compile is measured at.
+    /// The batch size at which torch.compile is measured.
     compiled_batch: usize,
 }
 
-/// An implementation in a case, or why it does not run.
+/// An implementation that runs a case, or the reason why it does not.
 type Slot = Result<Runner, (Implementation, String)>;
 
-/// An implementation in a case.
+/// An implementation that runs a case.
 struct Runner {
     implementation: Implementation,
     worker: Worker,
     ready: Option<Ready>,
-    /// Steps a turn.
+    /// The number of steps per turn.
     steps: usize,
-    /// Images a second of each round.
+    /// Images per second, one value per round.
     speeds: Vec<f64>,
     peak_mib: Option<f64>,
 }
 
 impl Bench {
-    /// Checks that PyTorch is there, if it is needed.
+    /// Checks that PyTorch works, if it is needed; returns its version.
     fn pytorch_version(&self) -> Result<Option<String>> {
         let Some(python) = &self.python else { return Ok(None) };
         let mut worker = self.start(&self.implementations[1])?;
@@ -314,16 +315,17 @@ impl Bench {
         Worker::start(command, logs.join(format!("{}.log", implementation.id)))
     }
 
-    /// Whether the implementation takes part in the case.
+    /// Returns whether the implementation takes part in the case.
     fn takes_part(&self, implementation: &Implementation, case: &Case) -> bool {
         implementation.id != "pytorch_compile" || (case.of_network() && case.batch == self.compiled_batch)
     }
 
-    /// A row for each implementation that takes part, ours first, and the share of the cores that other
-    /// programs took. A mode of PyTorch that fails has a row that says why; if ours fails, that is an error.
+    /// Returns a row for each implementation that takes part, ours first, and the share of the
+    /// cores that other programs used. If a mode of PyTorch fails, its row says why. If ours fails,
+    /// that is an error.
     fn measure(&self, case: &Case) -> Result<(Vec<Speed>, Option<f64>)> {
         let taking_part = self.implementations.iter().filter(|i| self.takes_part(i, case));
-        // All are started before the first is asked: what takes long, loading PyTorch, is done at once.
+        // All workers are started before the first request, so that they load PyTorch in parallel.
         let mut runners: Vec<Slot> = Vec::new();
         for &implementation in taking_part {
             let worker = self.start(&implementation)?;
@@ -341,7 +343,7 @@ impl Bench {
         each(&mut runners, |runner| {
             runner.worker.answer::<Hello>()?;
             let ready = runner.set_up(case, layers.as_ref())?;
-            // Ours are the first.
+            // Our implementation is the first.
             let expected = *expected.get_or_insert((ready.parameters, ready.quantizers));
             if layers.is_some() && (ready.parameters, ready.quantizers) != expected {
                 bail!(
@@ -416,7 +418,7 @@ impl Runner {
     }
 }
 
-/// The speed, with how near it comes to that of the memory.
+/// Adds the memory traffic of a step, and its bandwidth as a share of the copy's.
 fn with_traffic(speed: Speed, traffic: Option<Traffic>) -> Speed {
     let Some((traffic, images_per_second)) = traffic.zip(speed.images_per_second) else { return speed };
     let bytes_per_second = traffic.step_bytes * images_per_second / speed.batch as f64;
@@ -427,7 +429,8 @@ fn with_traffic(speed: Speed, traffic: Option<Traffic>) -> Speed {
     }
 }
 
-/// Lets each that still runs do something. One of PyTorch's that fails is replaced by the reason.
+/// Calls `act` for each implementation that still runs. If one of PyTorch's fails, the reason
+/// replaces it.
 fn each(runners: &mut [Slot], mut act: impl FnMut(&mut Runner) -> Result<()>) -> Result<()> {
     for slot in runners {
         let Ok(runner) = slot else { continue };
@@ -441,7 +444,7 @@ fn each(runners: &mut [Slot], mut act: impl FnMut(&mut Runner) -> Result<()>) ->
     Ok(())
 }
 
-/// A case's speeds in a line.
+/// Formats the speeds of a case as one line.
 fn summary(rows: &[Speed]) -> String {
     let one = |row: &Speed| {
         let known = IMPLEMENTATIONS.iter().find(|known| known.id == row.implementation);
@@ -474,7 +477,7 @@ mod tests {
 
     #[test]
     fn shares_are_of_the_copy() {
-        // 64 images take 32 ms, in which 1 GiB is moved, where a copy moves 64 GiB a second.
+        // 64 images take 32 ms and move 1 GiB; a copy moves 64 GiB per second.
         let gib = f64::from(1 << 30);
         let speed = Speed { batch: 64, ..Speed::default() }.measured(&[2000.0], None);
         let traffic = Traffic { step_bytes: gib, copy_bytes_per_second: 64.0 * gib };

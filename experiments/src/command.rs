@@ -1,9 +1,9 @@
-//! The command that runs this program.
+//! The command line of this program.
 
 use anyhow::{Context as _, Result};
 use std::path::Path;
 
-/// The command that runs this program as it was called.
+/// Returns the cargo command that repeats this call of the program.
 pub(crate) fn line() -> String {
     let mut words = std::env::args();
     let program = words.next().unwrap_or_default();
@@ -13,7 +13,7 @@ pub(crate) fn line() -> String {
     command.join(" ").trim_end_matches(" --").into()
 }
 
-/// This program and its flags, but for those that ask for a plan.
+/// Returns the path of this program and its flags, without those that ask for a plan.
 pub(crate) fn without_plan() -> Result<Vec<String>> {
     let program = std::env::current_exe().context("the path of this program is not known")?;
     let mut command = vec![program.display().to_string()];
@@ -29,7 +29,7 @@ pub(crate) fn without_plan() -> Result<Vec<String>> {
     Ok(command)
 }
 
-/// A word as a shell reads it as one.
+/// Quotes a word for a shell, if necessary.
 pub(crate) fn quoted(word: String) -> String {
     let plain = |c: char| c.is_alphanumeric() || "-_=+.,:/@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! Where a run takes place.
+//! The device that a run uses, and its arithmetic.
 
 use crate::output;
 use crate::process::one_line;
@@ -6,15 +6,15 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::ValueEnum;
 
-/// The device that `--device` asks for, and its name for the records.
+/// Opens the device that `--device` asks for; also returns its name for the records.
 ///
-/// `cuda` is a GPU of this process's own where the node has several processes of a job, and the first one otherwise. `auto` is
-/// that GPU if it answers, and the CPU otherwise; where this program could use a GPU and none
-/// answers, that is said on stderr. Whether one answers is found out by computing something on it: how the program was
-/// compiled says nothing about it.
+/// If a job has several processes on the node, `cuda` is a GPU of this process's own, otherwise the
+/// first GPU. `auto` is the same GPU if it answers, and the CPU otherwise. If this program was
+/// built for GPUs and none answers, `auto` says so on stderr. To find out whether a GPU answers,
+/// this computes something on it, because the build says nothing about the machine.
 ///
 /// # Errors
-/// A GPU that is asked for and does not answer, or an unknown name.
+/// If the name is unknown, or the requested GPU does not answer.
 pub fn open(wanted: &str) -> Result<(Device, String)> {
     match Wanted::parse(wanted)? {
         Wanted::Cpu => Ok(cpu()),
@@ -27,10 +27,10 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     }
 }
 
-/// Whether `--cuda-graphs` was given, for a device that has them.
+/// Returns whether `--cuda-graphs` was given, for a device that has CUDA graphs.
 ///
 /// # Errors
-/// The flag on a CPU.
+/// If the flag is given for a CPU.
 pub fn allow_graphs(device: &Device, wanted: bool) -> Result<bool> {
     if wanted && device.is_cpu() {
         bail!("--cuda-graphs is for GPUs, and this runs on the CPU: leave it out, or use --device cuda");
@@ -38,7 +38,8 @@ pub fn allow_graphs(device: &Device, wanted: bool) -> Result<bool> {
     Ok(wanted)
 }
 
-/// How it is computed, `--arithmetic`: in place of what a profile says of its trainings ([`train::Arithmetic`]). What is learned, and all statistics, are float32 in each.
+/// The arithmetic of `--arithmetic`, which replaces the one of a profile's trainings
+/// ([`train::Arithmetic`]). Parameters and all statistics are float32 in each of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Arithmetic {
     /// In float32.
@@ -52,16 +53,16 @@ pub enum Arithmetic {
 }
 
 impl Arithmetic {
-    /// As the flag has it.
+    /// Returns the flag's value for this arithmetic.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().into())
     }
 
-    /// Sets how products on `device`, which is so named, are computed; gives in which feature maps are kept, and the name
-    /// for the records.
+    /// Sets how products on `device`, named `name`, are computed. Returns the arithmetic in which
+    /// feature maps are stored, and the device's name for the records.
     ///
     /// # Errors
-    /// TF32 on a CPU.
+    /// If TF32 is requested on a CPU.
     pub fn set(self, device: &Device, name: String) -> Result<(train::Arithmetic, String)> {
         if device.is_cpu() && self == Self::Tf32 {
             bail!("--arithmetic tf32 is for GPUs, and this runs on {name}: expected f32 or bf16");
@@ -77,15 +78,15 @@ impl Arithmetic {
     }
 }
 
-/// What stands behind a device's name where feature maps are kept in bfloat16.
+/// The suffix of a device's name if feature maps are stored in bfloat16.
 pub(crate) const BFLOAT16: &str = ", bfloat16";
 
-/// What `--device` can say.
+/// A parsed value of `--device`.
 #[derive(Debug, PartialEq, Eq)]
 enum Wanted {
     Auto,
     Cpu,
-    /// Of that number, or the process's own.
+    /// The GPU of that number, or the process's own.
     Gpu(Option<usize>),
 }
 
@@ -106,7 +107,7 @@ fn cpu() -> (Device, String) {
     (Device::Cpu, processor())
 }
 
-/// The processor's name and the number of threads, as far as the system tells.
+/// Returns the processor's name and the number of threads, as far as the system tells.
 fn processor() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
@@ -115,7 +116,7 @@ fn processor() -> String {
     format!("cpu ({name}, {threads} threads)")
 }
 
-/// The GPU of that number, or this process's own.
+/// Fails, because this program was built without CUDA.
 #[cfg(not(feature = "cuda"))]
 fn gpu(_number: Option<usize>) -> Result<(Device, String)> {
     bail!(
@@ -123,7 +124,7 @@ fn gpu(_number: Option<usize>) -> Result<(Device, String)> {
     )
 }
 
-/// The GPU of that number, or this process's own, once it has computed something.
+/// Opens the GPU of that number, or this process's own, and checks that it can compute.
 #[cfg(feature = "cuda")]
 fn gpu(number: Option<usize>) -> Result<(Device, String)> {
     use candle_core::cuda::cudarc::driver::CudaContext;
@@ -154,7 +155,8 @@ fn gpu(number: Option<usize>) -> Result<(Device, String)> {
     Ok((device, name))
 }
 
-/// This process's own of `count` GPUs: that of its number among those of the job on this node, as mpirun or Slurm say it.
+/// Returns which of `count` GPUs is this process's own: it goes by the rank on this node that
+/// mpirun or Slurm set.
 #[cfg(feature = "cuda")]
 fn own(count: usize) -> usize {
     let number = |name| std::env::var(name).ok()?.parse::<usize>().ok();
@@ -162,7 +164,7 @@ fn own(count: usize) -> usize {
     number.unwrap_or(0) % count.max(1)
 }
 
-/// The device, after a sum that shows that it runs what was compiled.
+/// Opens the device and computes a sum, to check that it runs this program's kernels.
 #[cfg(feature = "cuda")]
 fn works(number: usize) -> Result<Device> {
     let device = Device::new_cuda(number)?;
@@ -196,7 +198,7 @@ mod tests {
     fn the_cpu_is_always_there() {
         let (device, name) = open("cpu").unwrap();
         assert!(device.is_cpu() && name.starts_with("cpu ("), "{name}");
-        // With or without a GPU.
+        // This must work with and without a GPU.
         open("auto").unwrap();
     }
 
@@ -209,7 +211,7 @@ mod tests {
         assert!(error.contains("for GPUs") && error.contains("expected f32 or bf16"), "{error}");
     }
 
-    /// Where a GPU can't be had, the message says what to do about it.
+    /// If a GPU is not available, the message says what to do about it.
     #[test]
     fn a_gpu_that_does_not_answer_is_a_clear_error() {
         match open("cuda:1000") {

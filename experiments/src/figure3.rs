@@ -1,7 +1,8 @@
-//! Figure 3 of the paper: what filters of low and of ordinary running variance give, and the running variances of
-//! every layer.
+//! Figure 3 of the paper: the outputs of filters with low and with ordinary running variance, and
+//! the running variances of every layer.
 //!
-//! The networks are the pre-trained ones that the tables begin with, so they come from the same store.
+//! The networks are the pre-trained ones that the tables start from, so they come from the same
+//! store.
 
 use crate::flags::{Flags, Only};
 use crate::output;
@@ -17,13 +18,13 @@ use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Stage};
 
-/// Test images that the filters are shown: the first ones.
+/// The number of test images on which outputs are observed: the first ones.
 pub(crate) const IMAGES: usize = 250;
-/// Bins of a histogram of outputs.
+/// The number of bins of a histogram of outputs.
 const BINS: usize = 40;
 const MODELS: [ModelName; 2] = [ModelName::MobilenetV1, ModelName::MobilenetV2];
 
-/// Runs the figure's binary: parses the flags, pre-trains what is missing, writes the pictures.
+/// Runs the figure's binary: parses the flags, pre-trains missing networks, writes the pictures.
 pub fn main() -> Result<()> {
     let about = "Draws Figure 3 of the PfQ paper from the pre-trained networks, which are trained if they are not in \
                  the store: what filters of low and of ordinary running variance give, and the running variances of \
@@ -33,11 +34,11 @@ pub fn main() -> Result<()> {
     session::main(&flags, false, |session| run(&models, session, &flags))
 }
 
-/// The networks that `--only` picks.
+/// Returns the networks that `--only` picks.
 pub(crate) fn subjects(flags: &Flags) -> Result<Vec<ModelName>> {
     let names = MODELS.map(|model| model.version().name());
     let only = Only::parse(&flags.only, &names, &[], &[])?;
-    // Before quantization everything is float.
+    // Pre-trained networks are not quantized.
     let picks = |model: &ModelName| only.picks("", model.version().name(), (32, 32), "");
     let models: Vec<ModelName> = MODELS.into_iter().filter(picks).collect();
     if models.is_empty() {
@@ -46,7 +47,7 @@ pub(crate) fn subjects(flags: &Flags) -> Result<Vec<ModelName>> {
     Ok(models)
 }
 
-/// Pre-trains what is missing and draws the figure.
+/// Pre-trains missing networks and draws the figure.
 pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) -> Result<Done> {
     let seed = session.seeds[0];
     let mut subjects = Vec::new();
@@ -70,7 +71,7 @@ pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) ->
     Ok(Done::All)
 }
 
-/// What the figure shows of one network.
+/// The data that the figure shows for one network.
 struct Figure {
     config: MobileNet,
     outcome: Outcome,
@@ -98,17 +99,18 @@ impl Figure {
     }
 }
 
-/// A filter to be shown, and why.
+/// A filter that the figure shows, and the rule that chose it.
 struct Chosen {
-    /// The layer, as a node of the network.
+    /// The layer, as an index of the network's nodes.
     node: usize,
     filter: usize,
     variance: f64,
     rule: String,
 }
 
-/// The filters to be shown, by rule: among the depthwise layers, and among all others, the filter with the lowest
-/// running variance, and beside it the filter with the median running variance of the same layer.
+/// Chooses the filters to show. Among the depthwise layers, and among all other layers, these are
+/// the filter with the lowest running variance, and the filter with the median running variance of
+/// the same layer.
 fn choose(network: &Network) -> Result<Vec<Chosen>> {
     let mut chosen = Vec::new();
     for (depthwise, which) in [(true, "depthwise layers"), (false, "other layers")] {
@@ -139,8 +141,8 @@ fn choose(network: &Network) -> Result<Vec<Chosen>> {
     Ok(chosen)
 }
 
-/// What the chosen filters give on `images` `[N, H, W, C]`: the output of the convolution, and what normalization
-/// with the running statistics and the activation make of it.
+/// Returns the outputs of the chosen filters on `images` `[N, H, W, C]`: those of the convolution,
+/// and those after normalization with the running statistics and activation.
 fn observe(network: &Network, chosen: &[Chosen], images: &Tensor) -> Result<Vec<FilterOutputs>> {
     let mut outputs: Vec<Vec<f32>> = vec![Vec::new(); chosen.len()];
     network.forward_observed(images, &mut |node, z, _| {
@@ -161,7 +163,8 @@ fn observe(network: &Network, chosen: &[Chosen], images: &Tensor) -> Result<Vec<
         let activation = |&z: &f32| unit.activation.apply(scale * z + shift);
         activations.push(output.iter().map(activation).collect::<Vec<f32>>());
     }
-    // The filters of a layer on one scale, or a constant would look like anything else.
+    // The filters of a layer share one scale. Otherwise a constant would look like any other
+    // filter.
     let together = |values: &[Vec<f32>], node: usize| {
         let of_layer = chosen.iter().zip(values).filter(|(chosen, _)| chosen.node == node);
         span(of_layer.flat_map(|(_, values)| values.iter().copied()))
@@ -180,7 +183,7 @@ fn observe(network: &Network, chosen: &[Chosen], images: &Tensor) -> Result<Vec<
         .collect())
 }
 
-/// The lowest and the highest value; a little apart if they are the same.
+/// Returns the lowest and the highest value; if they are equal, the bounds are 0.5 below and above.
 fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
     let (low, high) =
         values.fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
@@ -188,7 +191,8 @@ fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
     if low < high { (low, high) } else { (low - 0.5, low + 0.5) }
 }
 
-/// Writes pictures, CSV, the settings, the stages and a description to `folder`; gives the description.
+/// Writes pictures, CSV files, the settings, the stages and a description to `folder`; returns the
+/// description.
 fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String> {
     let Session { profile, data, provenance, .. } = session;
     let (mut outputs, mut variances) = (Vec::new(), Vec::new());
@@ -284,11 +288,11 @@ mod tests {
     use datasets::test_batches;
     use models::{Input, Unit, Version};
 
-    /// Steps of training, all on the same images and without a change of the weights.
+    /// The number of training steps, all on the same images and without changing the weights.
     const STEPS: i32 = 200;
 
-    /// A network whose running variances have moved towards those of its outputs on `images`, with one dead
-    /// depthwise filter.
+    /// Returns a network with one dead depthwise filter, whose running variances have moved towards
+    /// the variances of its outputs on `images`.
     fn network(images: &Tensor) -> Network {
         let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
         let mut network = config.init(1, &Device::Cpu).unwrap();
@@ -330,7 +334,7 @@ mod tests {
             (dead.convolution.low, dead.convolution.high),
             (ordinary.convolution.low, ordinary.convolution.high)
         );
-        // The running variance began with 1, of which a tenth went in every step, and is unbiased.
+        // The running variance starts at 1, is updated by a tenth in every step, and is unbiased.
         let began = 0.9f64.powi(STEPS);
         let count = |h: &Histogram| h.counts.iter().sum::<u64>();
         let n = count(&ordinary.convolution) as f64;
@@ -339,7 +343,7 @@ mod tests {
         assert!((ratio - 1.0).abs() < 1e-3, "variance of the outputs is {ratio} of that in training");
         let (low, high) = (ordinary.activation.low, ordinary.activation.high);
         assert!(low == 0.0 && high > 0.5 && high <= 6.0, "ReLU6 gave {low} to {high}");
-        // 20 images; the map's size cancels out.
+        // There are 20 images; the size of the map cancels out.
         assert!(count(&dead.activation) == count(&ordinary.convolution) && count(&dead.activation) % 20 == 0);
     }
 }

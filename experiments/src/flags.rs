@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// The exit code where the time limit ended the work: EX_TEMPFAIL, "try again", of sysexits.h.
+/// The exit code if the time limit ended the work: EX_TEMPFAIL, "try again", of sysexits.h.
 pub const TIME_LIMIT: i32 = 75;
 
 /// Flags of every table's binary.
@@ -18,7 +18,7 @@ pub const TIME_LIMIT: i32 = 75;
     about = "Runs the stages of a table of the PfQ paper and writes it beside the published one"
 )]
 pub struct Flags {
-    /// Settings to use: quick (about ten minutes on 2 cores), reduced (the real CIFAR-100 with narrow
+    /// Settings to use: quick (about five minutes on 2 cores), reduced (the real CIFAR-100 with narrow
     /// networks, hours), full (the full networks, a day), paper (these by the paper's settings) or imagenet (those on ImageNet-1000, for table4); paper on a GPU and quick on a CPU if not given
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub profile: Option<String>,
@@ -123,7 +123,7 @@ pub enum PlanFormat {
     Slurm,
 }
 
-/// A number of minutes.
+/// Parses a number of minutes.
 fn minutes(text: &str) -> Result<Duration, String> {
     let minutes = text.parse::<f64>().ok().filter(|minutes| *minutes > 0.0 && *minutes <= 1e6);
     let minutes = minutes.ok_or("expected a number of minutes above 0, e.g. 8 or 0.5")?;
@@ -131,14 +131,14 @@ fn minutes(text: &str) -> Result<Duration, String> {
 }
 
 impl Flags {
-    /// The profile's name, where no settings file is given.
+    /// Returns the profile's name, for runs without a settings file.
     pub fn profile(&self, device: &Device) -> &str {
         // The full networks would take weeks on a CPU.
         self.profile.as_deref().unwrap_or(if device.is_cpu() { "quick" } else { "paper" })
     }
 
-    /// Makes the profile one of that part of ImageNet which `--classes` and `--limit` pick, and its name say so; and one of the
-    /// cache that `--cache` names.
+    /// Restricts the profile to the part of ImageNet that `--classes` and `--limit` pick, marks
+    /// this in its name, and sets the cache that `--cache` names.
     pub fn narrow(&self, profile: &mut Profile) -> Result<()> {
         if self.classes.is_none() && self.limit.is_none() && self.cache.is_none() {
             return Ok(());
@@ -162,7 +162,8 @@ impl Flags {
     }
 }
 
-/// Which rows `--only` picks: one list of allowed values for every kind, empty meaning all.
+/// The rows that `--only` picks: a list of allowed values for every kind of term. An empty list
+/// allows all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Only {
     models: Vec<String>,
@@ -172,7 +173,8 @@ pub struct Only {
 }
 
 impl Only {
-    /// Sorts the terms by kind, in upper or lower case; an unknown term is an error that names what is allowed.
+    /// Sorts the terms by kind, ignoring case. An unknown term is an error that names what is
+    /// allowed.
     pub fn parse(terms: &[String], models: &[&str], methods: &[&str], tables: &[&str]) -> Result<Self> {
         let mut only = Self::default();
         for term in terms {
@@ -202,12 +204,13 @@ impl Only {
         Ok(only)
     }
 
-    /// Whether a table is picked: then it is written from all of its rows that have been run.
+    /// Returns whether a table is picked. It is then written from all of its rows that have been
+    /// run.
     pub fn picks_table(&self, table: &str) -> bool {
         self.tables.is_empty() || self.tables.iter().any(|picked| picked == table)
     }
 
-    /// Whether a row is picked.
+    /// Returns whether a row is picked.
     pub fn picks(&self, table: &str, model: &str, bits: (u32, u32), method: &str) -> bool {
         let fits = |list: &[String], value: &str| list.is_empty() || list.iter().any(|x| x == value);
         fits(&self.models, model)
@@ -217,7 +220,7 @@ impl Only {
     }
 }
 
-/// `a4w4` → (4, 4).
+/// Parses bits: `a4w4` gives (4, 4).
 pub(crate) fn parse_bits(term: &str) -> Option<(u32, u32)> {
     let (a, w) = term.strip_prefix('a')?.split_once('w')?;
     Some((u32::from_str(a).ok()?, u32::from_str(w).ok()?))

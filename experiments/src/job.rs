@@ -1,5 +1,6 @@
-//! The processes of a job that train together, started by `mpirun` or `srun`: rank 0 does all the work of a program, and in its
-//! trainings the other ranks take part.
+//! The processes of a job that train together, started by `mpirun` or `srun`.
+//!
+//! Rank 0 does all the work of a program. The other ranks take part in its trainings.
 
 use crate::{output, process};
 use anyhow::Result;
@@ -14,20 +15,21 @@ mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
 
-/// This process's place in a job, or none where it works alone.
+/// This process's place in a job. The process may also work alone.
 pub(crate) struct Job {
     #[cfg(feature = "mpi")]
     mpi: Option<Rc<mpi::Mpi>>,
-    /// Kept until all ranks leave.
+    /// The connection between the GPUs, kept until all ranks leave.
     #[cfg(feature = "nccl")]
     gpus: OnceCell<Rc<nccl::Nccl>>,
 }
 
 impl Job {
-    /// Finds out what this process was started as; in a job of several, waits for the others.
+    /// Finds out how this process was started. In a job of several processes, waits for the other
+    /// ones.
     ///
     /// # Errors
-    /// Where MPI can't begin.
+    /// If MPI can't be initialized.
     #[cfg(feature = "mpi")]
     pub fn open() -> Result<Self> {
         Ok(Self {
@@ -37,10 +39,10 @@ impl Job {
         })
     }
 
-    /// Finds out what this process was started as.
+    /// Finds out how this process was started.
     ///
     /// # Errors
-    /// Where it is one of several, as it was built without MPI.
+    /// If it is one of several processes, because this program was built without MPI.
     #[cfg(not(feature = "mpi"))]
     pub fn open() -> Result<Self> {
         let several = |name: &str| std::env::var(name).is_ok_and(|size| !matches!(size.as_str(), "0" | "1"));
@@ -53,7 +55,7 @@ impl Job {
         Ok(Self {})
     }
 
-    /// The ranks that train together, where there are several.
+    /// Returns the ranks that train together, if there are several.
     pub fn ranks(&self) -> Option<Rc<dyn Ranks>> {
         #[cfg(feature = "mpi")]
         if let Some(mpi) = self.mpi.clone().filter(|mpi| mpi.size() > 1) {
@@ -62,10 +64,11 @@ impl Job {
         None
     }
 
-    /// [`Job::ranks`] for trainings on `device`: of GPUs NCCL adds up the gradients, where this was built with it.
+    /// Returns [`Job::ranks`] for trainings on `device`. On GPUs, NCCL adds up the gradients if
+    /// this program was built with it.
     ///
     /// # Errors
-    /// Where NCCL can't begin.
+    /// If NCCL can't be initialized, or only some of the ranks compute on GPUs.
     pub fn ranks_on(&self, device: &Device) -> Result<Option<Rc<dyn Ranks>>> {
         #[cfg(feature = "nccl")]
         if let Some(ranks) = self.ranks()
@@ -78,8 +81,8 @@ impl Job {
         Ok(self.ranks())
     }
 
-    /// Ends this process's part of the job with what came of it. An error ends the whole job, as the other ranks would wait for
-    /// this one for ever.
+    /// Ends this process's part of the job and passes on the result of its work. An error ends the
+    /// whole job, because the other ranks would wait for this one forever.
     pub fn end<T>(self, result: Result<T>) -> Result<T> {
         let Some(ranks) = self.ranks() else {
             self.leave();
@@ -91,7 +94,7 @@ impl Job {
             Err(error) => {
                 let error = process::one_line(error);
                 output::complain(&format!("Error: rank {} of {}: {error}", ranks.rank(), ranks.size()));
-                // Leaves the job unfinished, which ends it.
+                // Returning without leaving ends the whole job.
                 return result;
             }
         }
@@ -99,7 +102,7 @@ impl Job {
         result
     }
 
-    /// Says that the job may end without this process.
+    /// Declares that the job may end without this process.
     fn leave(&self) {
         #[cfg(feature = "nccl")]
         if let Some(gpus) = self.gpus.get() {
@@ -112,8 +115,8 @@ impl Job {
     }
 }
 
-/// Whether something started this process that may have started others with it: Open MPI's mpirun, or `srun` or another with
-/// PMIx or PMI.
+/// Returns whether a launcher that may have started other processes too has started this one: Open
+/// MPI's mpirun, or `srun` or another launcher with PMIx or PMI.
 #[cfg(feature = "mpi")]
 fn started_by_a_launcher() -> bool {
     ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"].into_iter().any(|name| std::env::var_os(name).is_some())

@@ -1,11 +1,12 @@
-//! What the table binaries share: flags, profiles, progress, and running a table's stages.
+//! The code that the binaries share: flags, profiles, progress, and running a table's stages.
 //!
-//! A table's binary is a [`Table`] of [`tables`] and a call of [`main`]; Figure 3 is [`mod@figure3`], the measurement of the
-//! premise [`mod@premise`], the tool for networks in files [`mod@tool`], the benchmark beside PyTorch [`mod@bench`], the page of all results
-//! [`report_page`]. Only this crate parses flags and prints.
+//! A table's binary calls [`main`] with a [`Table`] of [`tables`]. Figure 3 is [`mod@figure3`], the
+//! measurement of the premise [`mod@premise`], the tool for networks in files [`mod@tool`], the
+//! benchmark against PyTorch [`mod@bench`], and the page of all results [`report_page`]. Only this
+//! crate parses flags and prints.
 
 #![forbid(unsafe_code)]
-// They panic where their reader has gone: what is printed goes through `output`.
+// These macros panic if the reader has closed the output; `output` does not.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod all;

@@ -1,8 +1,9 @@
-//! Networks that are published beside the results, in `<results>/networks/<profile>/`: written from a store, taken for stages
-//! that another store lacks, and evaluated again.
+//! Publishing networks next to the results, in `<results>/networks/<profile>/`: they are written
+//! from a store, used for stages that another store lacks, and evaluated again.
 //!
-//! Such a folder holds the networks as their stages wrote them, `networks.csv` that says what each is, the settings, and
-//! `stages.json` with the outcomes of all stages that the networks come from.
+//! Such a folder holds the networks as their stages wrote them, `networks.csv` with a description
+//! of each, the settings, and `stages.json` with the outcomes of all stages that the networks come
+//! from.
 
 use crate::output;
 use crate::process::one_line;
@@ -21,25 +22,27 @@ use std::sync::Arc;
 use whole_file::seal;
 use workflow::{Outcome, Stage};
 
-/// The most bytes that the networks of a profile may have together: they are kept with the code.
+/// The maximum size in bytes of all networks of a profile together, because they are kept with the
+/// code.
 const MAX_BYTES: u64 = 96 << 20;
 
-/// A network to be published.
+/// A network to publish.
 pub(crate) struct Pick {
-    /// Its file's name without the extension.
+    /// The file's name without the extension.
     pub name: String,
-    /// [`NetworkRow::subject`].
+    /// The value of [`NetworkRow::subject`].
     pub subject: String,
-    /// [`NetworkRow::seed`].
+    /// The value of [`NetworkRow::seed`].
     pub seed: u64,
-    /// What was pre-trained.
+    /// The model of the network.
     pub model: ModelName,
-    /// The stage that gave it.
+    /// The stage that produced the network.
     pub stage: Arc<Stage>,
 }
 
-/// Copies networks of finished stages to the folder of the session's profile, from its store or, where it lacks one, from that
-/// folder, in place of whatever else is published there; says what was written.
+/// Copies networks of finished stages to the folder of the session's profile, in place of
+/// everything that is published there. A network comes from the store or, if the store lacks it,
+/// from that folder. Returns a description of what was written.
 pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
     let fingerprint = session.data.fingerprint();
     let ends: Vec<Arc<Stage>> = picks.iter().map(|pick| pick.stage.clone()).collect();
@@ -59,7 +62,7 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
         }
         let mut file = format!("{}.safetensors", pick.name);
         if rows.iter().any(|row| row.file == file) {
-            // Alternatives may begin from networks of their own, which differ in their settings alone.
+            // Alternatives may start from networks of their own that differ only in their settings.
             file = format!("{}-{}.safetensors", pick.name, &outcome.key[..8]);
         }
         let row = NetworkRow {
@@ -90,7 +93,7 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
                 if row.sha256.is_empty() { "none" } else { &row.sha256 }
             );
         }
-        // What is larger than a file may be lies in parts beside it.
+        // A network that exceeds the size limit of a file has further parts next to it.
         let parts = outcome.files.keys().filter(|name| name.starts_with("network.part-"));
         let parts = parts.map(|name| Ok(path.with_file_name(name).metadata()?.len()));
         let parts =
@@ -159,10 +162,11 @@ fn mebibytes(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
 
-/// Evaluates every published network beside the results in a folder, and prints what was said and what was found.
+/// Evaluates every published network next to the results in a folder, and prints the published and
+/// the measured figures.
 ///
 /// # Errors
-/// When a figure is not found again, and where there is no network.
+/// If a figure is not reproduced, or if there is no network.
 pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
     let networks = results.join(results::NETWORKS);
     let profiles = if networks.is_dir() { entries(&networks, Path::is_dir)? } else { Vec::new() };
@@ -213,7 +217,7 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
     Ok(())
 }
 
-/// The rows of all tables beside each other in a folder of results.
+/// Reads the rows of all tables in a folder of results.
 fn rows_of_tables(results: &Path) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for name in entries(results, Path::is_dir)? {

@@ -1,7 +1,7 @@
-//! What is printed: results on standard output, everything else on standard error.
+//! Printing: results go to standard output, everything else to standard error.
 //!
-//! Printing is not worth a run. What can't be printed is left out, and a program tells of it when it ends, unless it was
-//! the reader who went, as in `| head`.
+//! A failure to print must not stop a run. Text that can't be printed is dropped, and the program
+//! reports this when it ends, unless the reader has closed the pipe, as in `| head`.
 
 use anyhow::{Result, bail};
 use std::io::{self, ErrorKind, Write};
@@ -9,18 +9,18 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Why standard output could not be written, from then on.
+/// The first error in writing to standard output. After it, nothing is written there.
 static BROKEN: OnceLock<io::Error> = OnceLock::new();
 
-/// Whether another process of the job prints what is to be printed.
+/// Whether another process of the job does the printing.
 static SILENT: AtomicBool = AtomicBool::new(false);
 
-/// From now on nothing but errors is printed: another process of the job does that.
+/// Suppresses everything but errors from now on, because another process of the job prints.
 pub fn silence() {
     SILENT.store(true, Ordering::Relaxed);
 }
 
-/// Prints a line, or several, on standard output.
+/// Prints one or more lines to standard output.
 pub fn print(text: &str) {
     if BROKEN.get().is_some() || SILENT.load(Ordering::Relaxed) {
         return;
@@ -31,19 +31,20 @@ pub fn print(text: &str) {
     }
 }
 
-/// Tells something on standard error, if that can be written.
+/// Prints a message to standard error, if it can be written.
 pub fn tell(text: &str) {
     if !SILENT.load(Ordering::Relaxed) {
         complain(text);
     }
 }
 
-/// Tells of an error, whichever process this is.
+/// Prints an error to standard error, even if this process is silenced.
 pub fn complain(text: &str) {
     writeln!(io::stderr(), "{text}").ok();
 }
 
-/// Checks that a file to be written has the extension of what is written, so that a slip replaces none of another kind.
+/// Checks that an output file has the extension of its format, so that a mistyped name does not
+/// overwrite a file of another kind.
 pub(crate) fn check_extension(out: &Path, extension: &str) -> Result<()> {
     if out.extension().is_none_or(|found| found != extension) {
         bail!("{}: expected a name that ends in .{extension}, which is what is written", out.display());
@@ -51,10 +52,10 @@ pub(crate) fn check_extension(out: &Path, extension: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether all that was printed went where its reader is.
+/// Checks that everything was printed, unless the reader has closed standard output.
 ///
 /// # Errors
-/// When standard output could not be written, as on a full disk.
+/// If standard output could not be written, for example on a full disk.
 pub fn finish() -> Result<()> {
     match BROKEN.get() {
         Some(error) if error.kind() != ErrorKind::BrokenPipe => {

@@ -1,7 +1,11 @@
-//! The paper's premise without any training: what pruning changes of the dynamic range of folded weights, of the
-//! signal-to-noise ratio of their quantization and of their gradients, and of the ranges of activations, layer by layer.
+//! The paper's premise, measured without any training.
 //!
-//! The networks are the pre-trained ones that the tables begin with, so they come from the same store.
+//! For each layer, this compares before and after pruning: the dynamic range of the folded weights,
+//! the signal-to-noise ratio of their quantization and of their gradients, and the ranges of
+//! activations.
+//!
+//! The networks are the pre-trained ones that the tables start from, so they come from the same
+//! store.
 
 use crate::figure3::{IMAGES, subjects};
 use crate::flags::Flags;
@@ -24,7 +28,7 @@ use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Stage};
 
-/// Runs the binary: parses the flags, pre-trains what is missing, writes the pictures.
+/// Runs the binary: parses the flags, pre-trains missing networks, writes the pictures.
 pub fn main() -> Result<()> {
     let about = "Measures what pruning changes of pre-trained networks, which are trained if they are not in the store: the \
                  dynamic range of folded weights, the signal-to-noise ratio of their quantization to 4 and 3 bits, that of their \
@@ -47,12 +51,13 @@ pub fn main() -> Result<()> {
         let on_cpu = Batch { images, labels };
         let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
         let mut found = Vec::new();
-        let threshold = session.profile.pfq.threshold;
         for (config, stage) in subjects {
             let Some(outcome) = session.run(&stage)? else { return Ok(Done::InTime) };
             let network = session.network(&stage)?.to_device(&Device::Cpu)?;
             let rows = measure(&network, &pfq, &on_cpu)?;
-            found.push((config, outcome, rows, filters(&network, threshold)?));
+            let threshold = session.profile.pfq.threshold.unwrap_or(network.epsilon);
+            let filters = filters(&network, threshold)?;
+            found.push(Measured { config, outcome, threshold, rows, filters });
         }
         let folder = session.folder("premise");
         let text = write(&found, session, &folder)?;
@@ -61,7 +66,8 @@ pub fn main() -> Result<()> {
     })
 }
 
-/// The layers of a pre-trained network before and after pruning by `pfq`; outputs and gradients are those of the batch.
+/// Measures the layers of a pre-trained network before and after pruning by `pfq`. Outputs and
+/// gradients are those on the batch.
 fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow>> {
     let kept = pfq.kept(network)?;
     let (pruned, _) = pfq.apply(network)?;
@@ -96,7 +102,8 @@ fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow
         let lsq_after = lsq(&unfolded.1, &unfolded.1)?;
         let [largest_before, largest_after] = [unit, other].map(largest_of_filters);
         let (largest_before, largest_after) = (largest_before?, largest_after?);
-        // Of the filters that stay: where most are dead, the median of all would be nothing.
+        // The median is taken over the filters that stay: if most filters are dead, the median of
+        // all would be zero.
         let usual = largest_after[largest_after.len() / 2].max(f64::from(f32::MIN_POSITIVE));
         let [largest_before, largest_after] = [largest_before, largest_after].map(|all| all[all.len() - 1]);
         rows.push(PremiseRow {
@@ -129,9 +136,8 @@ fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow
     Ok(rows)
 }
 
-/// Every normalized filter; `threshold` is τ, ε if not given.
-fn filters(network: &Network, threshold: Option<f64>) -> Result<Vec<FilterRow>> {
-    let threshold = threshold.unwrap_or(network.epsilon);
+/// Returns a row for every normalized filter. `threshold` is τ.
+fn filters(network: &Network, threshold: f64) -> Result<Vec<FilterRow>> {
     let mut rows = Vec::new();
     for unit in network.units() {
         let Some(norm) = unit.batch_norm() else { continue };
@@ -153,7 +159,7 @@ fn filters(network: &Network, threshold: Option<f64>) -> Result<Vec<FilterRow>> 
     Ok(rows)
 }
 
-/// What of a unit's weights stays.
+/// The part of a unit's weights that pruning keeps.
 struct Stays<'a> {
     unit: &'a Unit,
     filters: Tensor,
@@ -164,7 +170,7 @@ impl Stays<'_> {
     fn of(&self, weight: &Tensor) -> Result<Tensor> {
         let kernel = self.unit.kernel;
         let filters = kernel.select_filters(weight, &self.filters)?;
-        // A depthwise filter's input is its own channel.
+        // The input of a depthwise filter is its own channel.
         if kernel.is_depthwise() { Ok(filters) } else { Ok(kernel.select_inputs(&filters, &self.inputs)?) }
     }
 }
@@ -174,23 +180,24 @@ fn indices(kept: &[bool]) -> Result<Tensor> {
     Ok(Tensor::new(indices, &Device::Cpu)?)
 }
 
-/// On one grid between the extremes.
+/// Quantizes weights on one grid between their extremes.
 fn quantized(weight: &Tensor, bits: Bits) -> Result<Tensor> {
     let range = &quantize::min_max(weight)?;
     Ok(quantize::forward(weight, kernels::Quantizer { range, bits })?)
 }
 
-/// What LSQ makes of a layer before any training: weights of 3 bits at the step that it begins with.
+/// The effect of LSQ on a layer before any training: weights of 3 bits with LSQ's initial step.
 struct Lsq {
-    /// The step.
+    /// The initial step.
     step: f64,
-    /// The share of the weights that stay beyond the lowest and the highest level.
+    /// The share of the weights that stay which lie beyond the lowest or the highest level.
     clipped: f64,
     /// The signal-to-noise ratio of the weights that stay, in decibels.
     snr: f64,
 }
 
-/// The step is that of all weights of the layer; the rest is about those that stay.
+/// Measures LSQ's initial quantization. The step comes from all weights of the layer; the other
+/// values are about the weights that stay.
 fn lsq(all: &Tensor, staying: &Tensor) -> Result<Lsq> {
     let bits = Bits::new(3)?;
     let step = kernels::lsq::initial_step(all, bits, true)?;
@@ -203,7 +210,8 @@ fn lsq(all: &Tensor, staying: &Tensor) -> Result<Lsq> {
     Ok(Lsq { step, clipped, snr })
 }
 
-/// Signal to noise: `10·log₁₀(Σw²/Σ(q − w)²)`; infinite where nothing is off.
+/// Returns the signal-to-noise ratio in decibels, `10·log₁₀(Σw²/Σ(q − w)²)`. It is infinite if
+/// there is no noise.
 fn decibels(weight: &Tensor, quantized: &Tensor) -> Result<f64> {
     let power = |tensor: &Tensor| -> Result<f64> {
         let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
@@ -212,15 +220,16 @@ fn decibels(weight: &Tensor, quantized: &Tensor) -> Result<f64> {
     Ok(10.0 * (power(weight)? / power(&(quantized - weight)?)?).log10())
 }
 
-/// The largest size of a weight of each filter, ascending.
+/// Returns the largest magnitude of each filter's weights, in ascending order.
 fn largest_of_filters(unit: &Unit) -> Result<Vec<f64>> {
     let mut filters: Vec<f32> = unit.kernel.filter_ranges(&unit.weight)?.to_vec1()?;
     filters.sort_by(f32::total_cmp);
     Ok(filters.into_iter().map(f64::from).collect())
 }
 
-/// The gradient of each unit's weights, by the unit's name, in a training step of Algorithm 1's first stage: normalization has
-/// the batch's statistics, activations are quantized to `bits` between the batch's extremes, or not at all, and weights are float.
+/// Returns the gradient of each unit's weights, by the unit's name, in a training step of Algorithm
+/// 1's first stage. Normalization uses the batch's statistics, and weights are float. If `bits` is
+/// given, activations are quantized to it between the batch's extremes.
 fn weight_gradients(network: &Network, batch: &Batch, bits: Option<Bits>) -> Result<HashMap<String, Tensor>> {
     let mut network = network.duplicate()?;
     if let Some(bits) = bits {
@@ -244,7 +253,7 @@ fn weight_gradients(network: &Network, batch: &Batch, bits: Option<Bits>) -> Res
     network.units().map(of).collect()
 }
 
-/// The lowest and the highest output of every node.
+/// Returns the lowest and the highest output of every node.
 fn extremes(network: &Network, images: &Tensor) -> Result<Vec<(f64, f64)>> {
     let mut all = Vec::new();
     network.forward_observed(images, &mut |_, _, y| {
@@ -255,10 +264,19 @@ fn extremes(network: &Network, images: &Tensor) -> Result<Vec<(f64, f64)>> {
     Ok(all)
 }
 
-/// A network, its pre-training, and what was found of its layers and filters.
-type Measured = (MobileNet, Outcome, Vec<PremiseRow>, Vec<FilterRow>);
+/// What was measured of a network.
+struct Measured {
+    config: MobileNet,
+    /// The outcome of its pre-training.
+    outcome: Outcome,
+    /// The threshold τ of its pruning.
+    threshold: f64,
+    rows: Vec<PremiseRow>,
+    filters: Vec<FilterRow>,
+}
 
-/// Writes pictures, CSV, the settings, the stages and a description to `folder`; gives the description.
+/// Writes pictures, CSV files, the settings, the stages and a description to `folder`; returns the
+/// description.
 fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String> {
     let Session { profile, data, provenance, .. } = session;
     let mut names: Vec<String> = ["layers.csv", "filters.csv", "premise.md", PROFILE].map(Into::into).into();
@@ -274,12 +292,12 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         data.test_images().min(IMAGES)
     );
     text += "| network | | before | after | layers that change |\n|---|---|--:|--:|--:|\n";
-    for (config, outcome, rows, filters) in found {
+    for Measured { config, outcome, threshold, rows, filters } in found {
         let model = config.version.name();
         let mut line = |what: &str,
                         of: &dyn Fn(&PremiseRow) -> (f64, f64),
                         changes: &dyn Fn(f64, f64) -> bool| {
-            // A block that is dead has no gradient, and so no noise of it.
+            // A dead block has no gradient, so its signal-to-noise ratio is NaN.
             let both = rows.iter().map(of).filter(|(a, b)| !a.is_nan() && !b.is_nan());
             let (before, after): (Vec<f64>, Vec<f64>) = both.unzip();
             let changed = before.iter().zip(&after).filter(|(a, b)| changes(**a, **b)).count();
@@ -317,13 +335,12 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         let more = [format!("profile {}", profile.name), top1];
         let more: Vec<&str> = more.iter().map(String::as_str).collect();
         let what = "weights before and after pruning";
-        let threshold = profile.pfq.threshold.unwrap_or(1e-5);
-        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, threshold);
+        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, *threshold);
         let [svg, png] = ["svg", "png"].map(|extension| format!("premise_{model}.{extension}"));
         plot(rows, &caption, &folder.join(&svg), &folder.join(&png))?;
         names.extend([svg, png]);
         let what = "folding factors of all filters over their running variances";
-        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, threshold);
+        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, *threshold);
         let [svg, png] = ["svg", "png"].map(|extension| format!("filters_{model}.{extension}"));
         plot_filters(filters, &caption, &folder.join(&svg), &folder.join(&png))?;
         names.extend([svg, png]);
@@ -337,18 +354,18 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         data.name(),
         data.source()
     );
-    let rows: Vec<&PremiseRow> = found.iter().flat_map(|(_, _, rows, _)| rows).collect();
-    let filters: Vec<&FilterRow> = found.iter().flat_map(|(.., filters)| filters).collect();
+    let rows: Vec<&PremiseRow> = found.iter().flat_map(|of| &of.rows).collect();
+    let filters: Vec<&FilterRow> = found.iter().flat_map(|of| &of.filters).collect();
     write_rows(&filters, &folder.join("filters.csv"))?;
     write_rows(&rows, &folder.join("layers.csv"))?;
     report::write_text(&text, &folder.join("premise.md"))?;
     report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
-    let stages: Vec<&Outcome> = found.iter().map(|(_, outcome, ..)| outcome).collect();
+    let stages: Vec<&Outcome> = found.iter().map(|of| &of.outcome).collect();
     report::write_stages(&stages, folder, &names)?;
     Ok(text)
 }
 
-/// The upper of two; NaN of none.
+/// Returns the median, the upper one of two middle values; NaN if there are no values.
 fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
@@ -360,7 +377,8 @@ mod tests {
     use super::*;
     use models::{Input, Norm, Version};
 
-    /// A filter of hardly any variance whose factor is large sets its layer's grid: without it the others keep their levels.
+    /// A filter with almost no variance and a large folding factor sets its layer's grid. Without
+    /// it, the other filters keep their levels.
     #[test]
     fn a_filter_that_spans_the_grid_is_seen() {
         let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V2, Input::Cifar, 100) };
@@ -370,10 +388,11 @@ mod tests {
         let unit = network.units_mut().find(|unit| unit.name == "blocks.3.expand").unwrap();
         let filters = unit.filters();
         let Norm::Batch(norm) = &mut unit.norm else { panic!("a new network is normalized") };
-        // γ/√(V + ε) is 316 there, and 1 elsewhere.
+        // γ/√(V + ε) is 316 for this filter and 1 for all others.
         let variance = (0..filters).map(|j| if j == 5 { 0.0 } else { 1.0 }).collect::<Vec<f32>>();
         norm.variance = Tensor::new(variance, &Device::Cpu).unwrap();
-        // Of another layer three filters in four are nothing, so LSQ's step is a quarter of what those that stay need.
+        // In another layer, three of four filters are zero, so LSQ's step is a quarter of what the
+        // weights that stay need.
         let unit = network.units_mut().find(|unit| unit.name == "blocks.4.expand").unwrap();
         let stays: Vec<f32> = (0..unit.filters()).map(|j| f32::from(u8::from(j % 4 == 0))).collect();
         let stays = Tensor::new(stays, &Device::Cpu).unwrap();
@@ -382,7 +401,7 @@ mod tests {
         norm.variance = stays;
         let rows = measure(&network, &PfQ::default(), &batch).unwrap();
         assert_eq!(rows.len(), network.units().count());
-        let all = super::filters(&network, None).unwrap();
+        let all = super::filters(&network, network.epsilon).unwrap();
         assert_eq!(all.len(), network.units().rev().skip(1).map(Unit::filters).sum::<usize>());
         let low: Vec<&FilterRow> = all.iter().filter(|row| row.below_threshold).collect();
         assert!(low[0].layer == "blocks.3.expand" && low[0].filter == 5, "{low:?}");
@@ -394,7 +413,8 @@ mod tests {
                 "blocks.3.expand" => {
                     assert_eq!(row.filters_before - row.filters_after, 1);
                     assert!(row.dynamic_range_before > 100.0 && row.dynamic_range_after < 3.0, "{row:?}");
-                    // All others round to zero, which is as much noise as signal; then some 20 dB at 4 bits.
+                    // All other filters round to zero, so the noise equals the signal (0 dB).
+                    // Without this filter, 4 bits give some 20 dB.
                     assert!(row.snr_4_bits_before.abs() < 1.0 && row.snr_4_bits_after > 12.0, "{row:?}");
                     assert!(
                         row.snr_3_bits_after > 5.0 && row.snr_3_bits_after < row.snr_4_bits_after,

@@ -1,4 +1,4 @@
-//! What is set once for the whole process.
+//! Settings of the whole process, and how a program ends.
 
 use crate::output;
 use anyhow::{Error, Result};
@@ -7,14 +7,15 @@ use std::process::ExitCode;
 /// Runs a program's work where it runs fastest:
 ///
 /// * with an allocator that keeps its pages ([`kernels::memory::keep_pages`]);
-/// * on a thread of the pool that shares its loops, so that it takes part in them instead of sleeping,
-///   being woken, and competing with them for a core in between: 5 to 8 % of a training step on 2 cores.
+/// * on a thread of the pool that runs its parallel loops. This thread then takes part in the loops
+///   instead of sleeping, being woken, and competing with them for a core, which saves 5 to 8 % of
+///   a training step on 2 cores.
 pub fn run(work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     kernels::memory::keep_pages();
     rayon::scope(|_| work())
 }
 
-/// Ends a program: with an error, in one line on standard error, or without.
+/// Returns a program's exit code, and prints an error as one line to standard error.
 pub fn exit(result: Result<()>) -> ExitCode {
     match result.and_then(|()| output::finish()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -25,18 +26,19 @@ pub fn exit(result: Result<()>) -> ExitCode {
     }
 }
 
-/// An error with its causes, in one line.
+/// Formats an error with its causes as one line.
 pub(crate) fn one_line(error: &Error) -> String {
     joined(&format!("{error:#}"))
 }
 
-/// A message in one line. Where RUST_BACKTRACE is set, Candle puts a backtrace in the middle of its messages.
+/// Joins the lines of a message. If RUST_BACKTRACE is set, Candle puts a backtrace in the middle of
+/// its messages, which this removes.
 fn joined(message: &str) -> String {
     let lines = message.lines().map(|line| if line.starts_with("  ") { without_frame(line) } else { line });
     lines.map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// What is left of a line without what a backtrace has in it: `  12: function` or `     at file:34:5`.
+/// Removes what belongs to a backtrace from a line: `  12: function` or `     at file:34:5`.
 fn without_frame(line: &str) -> &str {
     let text = line.trim_start();
     let digits = |text: &str| text.chars().take_while(char::is_ascii_digit).count();

@@ -12,34 +12,35 @@ use std::path::Path;
 use train::Training;
 use workflow::{Purpose, Recipe, Trainings};
 
-/// All settings of a run. Every value stands in the profile's TOML file; nothing is a constant of the
-/// code.
+/// All settings of a run. Every value comes from the profile's TOML file, not from a constant in
+/// the code.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Profile {
-    /// Names the results' folder and column.
+    /// The profile's name, which names the results' folder and column.
     pub name: String,
-    /// Seeds of the fine-tuning.
+    /// The seeds of the fine-tuning.
     pub seeds: Vec<u64>,
-    /// Seed of the one pre-trained network that all seeds share, so that they compare methods in
-    /// pairs; without it every seed pre-trains its own.
+    /// The seed of the one pre-trained network that all seeds share, so that methods are compared
+    /// in pairs. If not given, every seed pre-trains its own network.
     pub pretraining_seed: Option<u64>,
-    /// Which data is used, and how much of it.
+    /// The data, and how much of it is used.
     pub data: DataSettings,
     /// The networks, by model.
     pub networks: BTreeMap<ModelName, NetworkSettings>,
-    /// Bits of the layers with special treatment, and batch normalization.
+    /// The quantization settings that the tables' bit widths leave open.
     pub quantization: QuantizationSettings,
-    /// Pruning.
+    /// The settings of pruning.
     pub pfq: Pruning,
-    /// The baseline.
+    /// The settings of the baseline, DFQ.
     pub dfq: Dfq,
-    /// The trainings. In a file each may be `like = "another"` and say only what differs from it.
+    /// The trainings. In a file, a training may be `like = "another"` and give only the settings
+    /// that differ.
     #[serde(deserialize_with = "trainings")]
     pub training: Trainings,
 }
 
-/// A model that can stand in a table.
+/// A model of the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelName {
@@ -49,64 +50,67 @@ pub enum ModelName {
     MobilenetV2,
 }
 
-/// Which data is used, and how much of it.
+/// The data, and how much of it is used.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSettings {
-    /// Training images, balanced over the classes; all if not given.
+    /// The number of training images, balanced over the classes; all if not given.
     pub train_images: Option<usize>,
-    /// Test images, likewise.
+    /// The number of test images, balanced over the classes; all if not given.
     pub test_images: Option<usize>,
-    /// If given, that many training images stand in for the test set, which is not touched: for
-    /// choosing settings.
+    /// If given, this number of training images replaces the test set, which is not touched. This
+    /// is for choosing settings.
     pub hold_out: Option<usize>,
-    /// If given, the data is ImageNet, and this is what is taken of it, in place of `train_images` and `test_images`;
-    /// if not, it is CIFAR-100.
+    /// If given, the data is ImageNet with these options, which replace `train_images` and
+    /// `test_images`. If not given, the data is CIFAR-100.
     pub imagenet: Option<Options>,
 }
 
-/// One network.
+/// The settings of one network.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkSettings {
-    /// Width multiplier; 1 is the paper's.
+    /// The width multiplier; the paper uses 1.
     pub width: f64,
-    /// `relu6` or `relu`.
+    /// The activation, `relu6` or `relu`.
     pub activation: Activation,
-    /// Weight decay of its pre-training; that of `training.pretraining` if not given. What share of a network gets a low
-    /// variance follows from it, and differs between networks.
+    /// The weight decay of its pre-training; the one of `training.pretraining` if not given. The
+    /// share of filters that get a low variance depends on it, and differs between networks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
 }
 
-/// What the tables' bit widths leave open.
+/// The quantization settings that the tables' bit widths leave open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantizationSettings {
-    /// Bits of the first layer's weights and of the input image.
+    /// The bits of the first layer's weights and of the input image.
     pub first_layer: Precision,
-    /// Bits of the classifier's weights and of the pooled features.
+    /// The bits of the classifier's weights and of the pooled features.
     pub last_layer: Precision,
-    /// Batch normalization under quantized weights, for our method; DFQ's is always `frozen`.
+    /// How our method treats batch normalization while weights are quantized. For DFQ,
+    /// `dfq.normalization` says this.
     pub fold: Fold,
-    /// Grids of uniform weights: `tensor`, one for each layer, or `channel`, one for each output channel. One for each
-    /// layer if not given.
+    /// The grids of uniformly quantized weights: `tensor`, one for each layer, which is the
+    /// default, or `channel`, one for each output channel.
     #[serde(default)]
     pub weight_grid: WeightGrid,
-    /// Whether DSQ's gradients of its bounds and softness are scaled as LSQ's of its step. Not, if not given.
+    /// Whether the gradients of DSQ's bounds and softness are scaled like the gradient of LSQ's
+    /// step. Off by default.
     #[serde(default)]
     pub gradient_scale: bool,
 }
 
-/// Pruning.
+/// The settings of pruning.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pruning {
-    /// τ; the ε of batch normalization if not given.
+    /// The threshold τ; the ε of batch normalization if not given.
     pub threshold: Option<f64>,
 }
 
-/// Seeds of the fine-tuning, each of which makes a row: at least one, none twice.
+/// Checks the seeds of the fine-tuning, each of which makes a row: at least one seed, and no
+/// duplicates.
 pub(crate) fn check_seeds(seeds: &[u64]) -> Result<()> {
     if seeds.is_empty() {
         bail!("seeds is empty: expected at least one, e.g. [0]");
@@ -123,14 +127,14 @@ fn positive(number: f64) -> bool {
     number > 0.0 && number.is_finite()
 }
 
-/// Reads trainings, of which each may be `like = "another"` and say only what differs from it.
+/// Reads trainings, each of which may be `like = "another"` and give only the settings that differ.
 fn trainings<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Trainings, D::Error> {
     let given = BTreeMap::deserialize(deserializer)?;
     let whole = given.keys().map(|purpose| Ok((*purpose, training(*purpose, &given)?)));
     whole.collect::<Result<_>>().map(Trainings).map_err(|error| D::Error::custom(format!("{error:#}")))
 }
 
-/// The whole of a training: what it says, and the rest from the one that it is like.
+/// Returns a complete training: its own settings, and the rest from the training that it is like.
 fn training(purpose: Purpose, given: &BTreeMap<Purpose, toml::Table>) -> Result<Training> {
     let mut whole = toml::Table::new();
     let mut seen = Vec::new();
@@ -154,7 +158,7 @@ fn training(purpose: Purpose, given: &BTreeMap<Purpose, toml::Table>) -> Result<
     whole.try_into().with_context(|| format!("training.{purpose}"))
 }
 
-/// Rows and columns of the images that the networks for ImageNet see.
+/// The height and width of the images for the ImageNet networks.
 const IMAGENET_SIDE: usize = 224;
 
 const QUICK: &str = include_str!("../profiles/quick.toml");
@@ -164,7 +168,7 @@ const PAPER: &str = include_str!("../profiles/paper.toml");
 const IMAGENET: &str = include_str!("../profiles/imagenet.toml");
 
 impl Profile {
-    /// The built-in profile of that name.
+    /// Returns the built-in profile of that name.
     pub fn named(name: &str) -> Result<Self> {
         let text = match name {
             "quick" => QUICK,
@@ -179,7 +183,7 @@ impl Profile {
         Self::parse(text).with_context(|| format!("profile {name}"))
     }
 
-    /// The settings in a file.
+    /// Reads the settings from a file.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("settings file {} could not be read", path.display()))?;
@@ -270,7 +274,7 @@ impl Profile {
         Ok(())
     }
 
-    /// The network to pre-train for a model; an error if the profile has none.
+    /// Returns the network to pre-train for a model; an error if the profile has none.
     pub fn network(&self, model: ModelName, classes: usize) -> Result<MobileNet> {
         let Some(settings) = self.networks.get(&model) else {
             bail!("the settings have no [networks.{}]", model.version().name());
@@ -280,18 +284,18 @@ impl Profile {
         Ok(MobileNet { width, activation, ..MobileNet::new(model.version(), input, classes) })
     }
 
-    /// How a model's network is pre-trained.
+    /// Returns the settings of a model's pre-training.
     pub fn pretraining(&self, model: ModelName) -> Result<Training> {
         let training = self.training.get(Purpose::Pretraining)?;
         let own = self.networks.get(&model).and_then(|network| network.weight_decay);
         Ok(Training { weight_decay: own.unwrap_or(training.weight_decay), ..training })
     }
 
-    /// The settings of one table cell's workflows.
+    /// Returns the settings for the workflows of one table cell.
     pub fn recipe(&self, activations: Precision, weights: Precision, seed: u64) -> Recipe {
         let QuantizationSettings { first_layer, last_layer, fold, weight_grid, gradient_scale } =
             self.quantization;
-        // Recipes that need another one say so.
+        // Recipes that need another method set it.
         let method = Method::Uniform;
         Recipe {
             quantization: Quantization {
@@ -313,7 +317,7 @@ impl Profile {
 }
 
 impl ModelName {
-    /// The network's version.
+    /// Returns the network's version.
     pub fn version(self) -> Version {
         match self {
             Self::MobilenetV1 => Version::V1,
@@ -333,13 +337,13 @@ mod tests {
         }
     }
 
-    /// Profiles in files of this folder that are not built in.
+    /// The profiles in `profiles/` that are not built in are valid too.
     #[test]
     fn other_profiles_are_valid() {
         assert_eq!(Profile::parse(include_str!("../profiles/short.toml")).unwrap().name, "short");
     }
 
-    /// What `profile.toml` beside a table says is what it was made with.
+    /// The `profile.toml` next to a table holds the settings that the table was made with.
     #[test]
     fn a_profile_survives_being_written() {
         let reduced = Profile::named("reduced").unwrap();
@@ -348,7 +352,8 @@ mod tests {
         assert!(recipe.quantization.gradient_scale && recipe.dfq.calibration.is_some());
     }
 
-    /// What brings low-variance filters: rate × decay, summed over the steps of pre-training on CIFAR-100's 50,000 images.
+    /// Low-variance filters come from rate × decay, summed over the steps of pre-training on the
+    /// 50,000 images of CIFAR-100.
     #[test]
     fn full_networks_decay_as_much_as_the_papers() {
         let sum = |name: &str| {
@@ -362,7 +367,8 @@ mod tests {
         }
     }
 
-    /// `full` is `reduced` but for width, length, decay and arithmetic.
+    /// `full` differs from `reduced` only in width, length, decay and arithmetic (and in name and
+    /// seeds).
     #[test]
     fn full_networks_are_trained_as_narrow_ones() {
         let mut full = Profile::named("full").unwrap();
@@ -384,24 +390,26 @@ mod tests {
         assert_eq!(full, reduced);
     }
 
-    /// A training is that which it is like, but for what it says itself.
+    /// A training has the settings of the one that it is like, except for those that it gives
+    /// itself.
     #[test]
     fn a_training_may_be_like_another() {
         let trainings = Profile::named("quick").unwrap().training;
         let get = |purpose| trainings.get(purpose).unwrap();
         let dfq = Training { learning_rate: 0.001, batch: 128, ..get(Purpose::Once) };
         assert_eq!(get(Purpose::Dfq), dfq);
-        // A method that learns needs no training of its own.
+        // A method that learns its quantizers needs no training of its own.
         assert_eq!(get(Purpose::Learned(Method::Pact)), get(Purpose::Once));
-        // Of a chain of them the nearest counts.
+        // In a chain of trainings, the nearest setting counts.
         let once = Training { cosine_epochs: 2.0, ..get(Purpose::Activations) };
         assert_eq!(get(Purpose::Once), once);
-        // Written out, it is the same.
+        // Written out and read again, the profile is the same.
         let profile = Profile::named("quick").unwrap();
         assert_eq!(Profile::parse(&toml::to_string(&profile).unwrap()).unwrap(), profile);
     }
 
-    /// The built-in quick profile with one piece replaced must fail with a message holding `parts`.
+    /// Checks that the built-in quick profile with one piece replaced fails with a message that
+    /// contains `parts`.
     #[track_caller]
     fn check(from: &str, to: &str, parts: &[&str]) {
         assert!(QUICK.contains(from), "the profile has no {from:?}");
@@ -459,7 +467,7 @@ mod tests {
         for value in ["0", "1000000"] {
             check("max_sweeps = ", &format!("max_sweeps = {value} # "), &["max_sweeps", "expected"]);
         }
-        // What is no whole number at all, TOML's reader names by its line.
+        // The TOML reader itself rejects values that are not whole numbers, and names the line.
         for value in ["-1", "nan", "1.5"] {
             check("max_sweeps = ", &format!("max_sweeps = {value} # "), &["line ", "expected usize"]);
         }

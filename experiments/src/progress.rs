@@ -1,4 +1,4 @@
-//! Progress: bars where the output is a terminal, plain lines where it isn't.
+//! Progress: bars if the output is a terminal, plain lines otherwise.
 
 use crate::process::one_line;
 use crate::{output, signals};
@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use train::{EpochMetrics, Progress, Training};
 use workflow::{Event, Outcome};
 
-/// Shows what runs, on standard error.
+/// A display of the progress on standard error.
 pub struct Display {
     bar: Option<ProgressBar>,
     terminal: bool,
@@ -15,12 +15,12 @@ pub struct Display {
 }
 
 impl Display {
-    /// A display fit for where standard error goes.
+    /// Creates a display that fits where standard error goes.
     pub fn new() -> Self {
         Self { bar: None, terminal: std::io::stderr().is_terminal(), told_of_locks: false }
     }
 
-    /// A line above whatever bar is shown.
+    /// Prints a line above the bar, if one is shown.
     pub fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| output::tell(text)),
@@ -28,7 +28,7 @@ impl Display {
         }
     }
 
-    /// Shows what loading the data tells.
+    /// Shows an event of loading the data.
     pub fn data(&mut self, event: &datasets::Event) {
         match event {
             datasets::Event::Download { file, done, total } if self.terminal => {
@@ -50,7 +50,7 @@ impl Display {
         }
     }
 
-    /// Shows what a stage tells.
+    /// Shows an event of a stage.
     pub fn stage(&mut self, event: Event) {
         match event {
             Event::Found(_) => {}
@@ -92,7 +92,7 @@ impl Display {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn clear(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
@@ -153,7 +153,7 @@ impl Display {
     }
 }
 
-/// `42 s`, `3 min 20 s`, `2 h 05 min`.
+/// Formats a duration as `42 s`, `3 min 20 s` or `2 h 05 min`.
 pub fn duration(seconds: f64) -> String {
     let s = seconds.round() as u64;
     match s {

@@ -1,4 +1,4 @@
-//! Networks that are published beside the results, as they are read: taken for stages that a store lacks, and evaluated again.
+//! Reading published networks, which are used for stages that a store lacks and evaluated again.
 
 use crate::profile::{DataSettings, Profile};
 use crate::results::{PROFILE, outcomes};
@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use train::{Arithmetic, Evaluation};
 use workflow::{Outcome, Published};
 
-/// How far a loss may be from the one that was said, as a part of it: sums are taken in another order on another device.
+/// The relative tolerance of a published loss, because another device adds up sums in another
+/// order.
 pub(crate) const TOLERANCE: f64 = 1e-4;
 
 /// A folder of published networks.
@@ -23,7 +24,8 @@ pub(crate) struct Folder {
 }
 
 impl Folder {
-    /// Reads the lists of the networks, but none of these, in a folder; `None` where it holds none.
+    /// Reads the lists in a folder of published networks, but not the networks; `None` if it holds
+    /// none.
     pub fn read(place: &Path) -> Result<Option<Self>> {
         if !place.join(NETWORKS).is_file() {
             return Ok(None);
@@ -32,15 +34,15 @@ impl Folder {
         Ok(Some(Self { place: place.into(), rows: report::read_networks(place)?, outcomes }))
     }
 
-    /// The list.
+    /// Returns the list of the networks.
     pub fn rows(&self) -> &[NetworkRow] {
         &self.rows
     }
 
-    /// The networks, for a store.
+    /// Returns the networks for use by a store.
     ///
     /// # Errors
-    /// Where the list of networks and the stages contradict each other.
+    /// If the list of networks and the stages contradict each other.
     pub fn published(self) -> Result<Published> {
         let mut networks = BTreeMap::new();
         for row in &self.rows {
@@ -50,7 +52,7 @@ impl Folder {
         Ok(Published::new(self.outcomes, networks)?)
     }
 
-    /// What the stage gave that a line of the list is of.
+    /// Returns the outcome of the stage that a row names; an error if they contradict each other.
     fn outcome(&self, row: &NetworkRow) -> Result<&Outcome> {
         let path = self.place.join(&row.file);
         let path = path.display();
@@ -78,10 +80,10 @@ impl Folder {
         Ok(outcome)
     }
 
-    /// Checks the file of a network, evaluates it as its stage did, and compares.
+    /// Checks a network's file, evaluates the network as its stage did, and compares the figures.
     ///
     /// # Errors
-    /// Where it can't be evaluated: it is not what was published, or the data are others.
+    /// If it can't be evaluated, because it is not what was published or the data differ.
     pub fn examine(&self, row: &NetworkRow, data: &dyn Dataset) -> Result<Examined> {
         let outcome = self.outcomes.iter().find(|outcome| outcome.key == row.key);
         let arithmetic = outcome.map_or(Arithmetic::F32, Outcome::arithmetic);
@@ -114,11 +116,11 @@ impl Folder {
     }
 }
 
-/// What was found of a published network.
+/// The result of examining a published network.
 pub(crate) struct Examined {
-    /// Its evaluation now.
+    /// The evaluation that was measured now.
     pub found: Evaluation,
-    /// Whatever is not as it was said; nothing if all is.
+    /// Everything that differs from what was published; empty if nothing does.
     pub problems: Vec<String>,
 }
 
@@ -130,7 +132,7 @@ pub(crate) struct PublishedFile {
 }
 
 impl PublishedFile {
-    /// The file, if the list beside it has it.
+    /// Finds a file in the list next to it; `None` if it is not listed.
     pub fn find(file: &Path) -> Result<Option<Self>> {
         let place = file.parent().unwrap_or(Path::new(""));
         let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -139,17 +141,18 @@ impl PublishedFile {
         Ok(Some(Self { folder, row, settings: Profile::read(&place.join(PROFILE))? }))
     }
 
-    /// Which images its stage took.
+    /// Returns which images its stage used.
     pub fn data(&self) -> &DataSettings {
         &self.settings.data
     }
 
-    /// Whether its figures are of these images.
+    /// Returns whether its figures were measured on these images.
     pub fn is_of(&self, data: &dyn Dataset) -> bool {
         self.folder.outcome(&self.row).is_ok_and(|outcome| outcome.data.fingerprint == data.fingerprint())
     }
 
-    /// Its evaluation, and in words whether that is what was published.
+    /// Evaluates the network; also returns a line that says whether the result is the published
+    /// one.
     pub fn evaluate(&self, data: &dyn Dataset) -> Result<(Evaluation, String)> {
         let Self { folder, row, .. } = self;
         let Examined { found, problems } = folder.examine(row, data)?;

@@ -1,4 +1,4 @@
-//! The page of all results: finds what lies under `results/` and writes `results/index.html`.
+//! The page of all results: reads everything under `results/` and writes `results/index.html`.
 
 use crate::published::Folder;
 use crate::results::{self, entries};
@@ -52,19 +52,21 @@ pub fn main() -> Result<()> {
     Ok(())
 }
 
-/// The paper's statements that can fail, from `experiments/claims.toml`.
+/// Returns the paper's claims that can fail, from `experiments/claims.toml`.
 pub fn claims() -> report::Result<Vec<Claim>> {
     Claim::parse(CLAIMS, "experiments/claims.toml")
 }
 
-/// What is done otherwise than in the paper, from `experiments/deviations.toml`.
+/// Returns the deviations from the paper, from `experiments/deviations.toml`.
 pub fn deviations() -> report::Result<Vec<Deviation>> {
     Deviation::parse(DEVIATIONS, "experiments/deviations.toml")
 }
 
-/// Everything that a folder of results holds: `<table>/<profile>/<table>.csv` are a table's rows, `bench/` is speed, and
-/// `networks/<profile>/` are published networks, and
-/// whatever else has pictures or CSV files, as `figure3/<profile>/`, is shown as it is.
+/// Reads everything that a folder of results holds.
+///
+/// `<table>/<profile>/<table>.csv` are a table's rows, `bench/` is speed, and `networks/<profile>/`
+/// are published networks. Any other folder with pictures or CSV files, such as
+/// `figure3/<profile>/`, is shown as it is.
 pub fn read(results: &Path) -> Result<Page> {
     let tables = tables::ALL.iter().chain(&tables::ABLATIONS).map(|table| TableEntry {
         name: table.name.into(),
@@ -137,7 +139,7 @@ pub fn read(results: &Path) -> Result<Page> {
     Ok(page)
 }
 
-/// "figure3" is "Figure 3", "ablation" is "Ablation".
+/// Returns a title: "figure3" gives "Figure 3", and "ablation" gives "Ablation".
 fn title(name: &str) -> String {
     let words = name.replace(['_', '-'], " ");
     let split = words.find(|c: char| c.is_ascii_digit()).unwrap_or(words.len());
@@ -147,13 +149,15 @@ fn title(name: &str) -> String {
     format!("{first}{} {number}", letters.as_str()).trim_end().into()
 }
 
-/// The files of one folder under `results`; those in `read` are shown row by row elsewhere, and only linked to here.
+/// Collects the files of one folder under `results`. Files named in `read` are only linked to,
+/// because their rows are shown elsewhere.
 fn exhibit(results: &Path, parts: &[&str], title: &str, read: &[&str]) -> Result<Exhibit> {
     let folder = parts.iter().fold(results.to_path_buf(), |path, part| path.join(part));
     let mut exhibit = Exhibit { title: title.into(), ..Exhibit::default() };
     for name in entries(&folder, Path::is_file)? {
         let (path, link) = (folder.join(&name), format!("{}/{name}", parts.join("/")));
-        // A file of another kind than its name says is no reason to make no page: it is linked to.
+        // A file that is not of the kind that its name says must not prevent the page: it is only
+        // linked to.
         let unreadable = |why: &dyn Display| output::tell(&format!("{} is not shown: {why}", path.display()));
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("svg") => match std::fs::read_to_string(&path) {
@@ -171,7 +175,7 @@ fn exhibit(results: &Path, parts: &[&str], title: &str, read: &[&str]) -> Result
     Ok(exhibit)
 }
 
-/// The lines of a CSV file, the head first.
+/// Reads the lines of a CSV file, the heading first.
 fn lines(path: &Path) -> csv::Result<Vec<Vec<String>>> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_path(path)?;
     reader.records().map(|record| Ok(record?.iter().map(String::from).collect())).collect()

@@ -1,4 +1,4 @@
-//! What lies in a folder of results, and the stages that it comes from.
+//! The contents of a folder of results, and the stages that they come from.
 
 use anyhow::{Context as _, Result, bail};
 use report::STAGES;
@@ -8,13 +8,13 @@ use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Planned, Stage};
 
-/// The name of the results' folder in which each profile has one of its networks.
+/// The name of the results' folder with the published networks of each profile.
 pub(crate) const NETWORKS: &str = "networks";
 
-/// The file of the settings in a folder of results.
+/// The name of the file with the settings in a folder of results.
 pub(crate) const PROFILE: &str = "profile.toml";
 
-/// The names in a folder that are of a kind, sorted, without hidden ones.
+/// Returns the names in a folder whose paths satisfy `kind`, sorted and without hidden ones.
 pub(crate) fn entries(folder: &Path, kind: fn(&Path) -> bool) -> Result<Vec<String>> {
     let list = || -> std::io::Result<Vec<String>> {
         let mut names = Vec::new();
@@ -31,10 +31,10 @@ pub(crate) fn entries(folder: &Path, kind: fn(&Path) -> bool) -> Result<Vec<Stri
     list().with_context(|| format!("folder {} could not be read", folder.display()))
 }
 
-/// What the stages gave that a folder of results comes from.
+/// Reads the outcomes of the stages that a folder of results comes from.
 ///
 /// # Errors
-/// Where that is not what was written.
+/// If they can't be read, or are not what was written.
 pub(crate) fn outcomes(place: &Path) -> Result<Vec<Outcome>> {
     report::read_stages(place)?;
     let path = place.join(STAGES);
@@ -46,15 +46,15 @@ pub(crate) fn outcomes(place: &Path) -> Result<Vec<Outcome>> {
     read().with_context(|| path.display().to_string())
 }
 
-/// What stages of a plan gave, by their keys.
+/// Returns the outcomes of a plan's stages that have one, by their keys.
 pub(crate) fn done(plan: &[Planned]) -> BTreeMap<&str, &Outcome> {
     plan.iter().filter_map(|p| Some((p.key.as_str(), p.outcome.as_ref()?))).collect()
 }
 
-/// What a stage and those before it gave, the first one first.
+/// Returns the outcomes of a stage and of those before it, the first one first.
 ///
 /// # Errors
-/// Where one is missing, or was made from another network than that of the stage before it.
+/// If one is missing, or was made from another network than the one that the stage before it has.
 pub(crate) fn line<'a>(
     stage: &Arc<Stage>,
     fingerprint: &str,

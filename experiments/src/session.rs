@@ -1,4 +1,4 @@
-//! What every program that runs stages opens: settings, data, device and store.
+//! The session of a program that runs stages: its settings, data, device and store.
 
 use crate::flags::{Flags, PlanFormat, Running, TIME_LIMIT};
 use crate::job::Job;
@@ -18,25 +18,28 @@ use std::sync::Arc;
 use train::{Arithmetic, TimeLimit};
 use workflow::{Outcome, Planned, Provenance, Resources, Stage, StageKind, Store};
 
-/// Training images that stand in for the test set where a table chooses settings.
+/// The number of training images that replace the test set if a table chooses settings.
 const HOLD_OUT: usize = 5000;
 
-/// Training throughput that a plan assumes before any stage has been measured, in multiply–accumulates
-/// of the forward pass a second; measured on two cores of a 2.6 GHz server processor.
+/// The training throughput that a plan assumes before any stage has been measured, in
+/// multiply–accumulates of the forward pass per second. It was measured on two cores of a 2.6 GHz
+/// server processor.
 const ASSUMED_MACS_PER_SECOND: f64 = 1e10;
 
-/// Whether all that was asked for is done.
+/// Whether all requested work is done.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Done {
-    /// It is.
+    /// All of it is done.
     All,
-    /// The time limit ended it: the same command goes on.
+    /// The time limit ended the work; the same command resumes it.
     InTime,
 }
 
-/// Runs a program's work where it runs fastest, in a session as the flags ask for; the exit code tells where the time limit
-/// ended it. If the work `chooses` settings, training images stand in for the test set. Of several processes that train
-/// together, the first does the work.
+/// Runs a program's work where it runs fastest, in a session as the flags ask for.
+///
+/// If the time limit ended the work, the exit code says so. If the work `chooses` settings,
+/// training images replace the test set. Of several processes that train together, the first one
+/// does the work.
 pub(crate) fn main(
     flags: &Flags,
     chooses: bool,
@@ -66,22 +69,22 @@ pub(crate) fn main(
     Ok(())
 }
 
-/// Where stages run and are kept.
+/// The device that stages run on, and the store that keeps them.
 pub(crate) struct Machine {
     device: Device,
-    /// In place of the profile's.
+    /// The arithmetic that replaces the profile's.
     arithmetic: Option<Arithmetic>,
-    /// The device's, with such an arithmetic.
+    /// The device's name for the records, including that arithmetic.
     name: String,
     store: Store,
     /// Whether training steps on a GPU become CUDA graphs.
     graphs: bool,
-    /// The processes that train together, where there are several.
+    /// The processes that train together, if there are several.
     ranks: Option<Rc<dyn Ranks>>,
 }
 
 impl Machine {
-    /// As the flags say. A time limit begins.
+    /// Opens the device and the store that the flags name. The time limit starts here.
     pub fn open(running: &Running) -> Result<Self> {
         let limit = running.time_limit.map(TimeLimit::after);
         let (device, name) = device::open(&running.device)?;
@@ -101,27 +104,27 @@ impl Machine {
     }
 }
 
-/// Settings, data, device and store, as the flags ask for them.
+/// The settings, data, device and store that the flags ask for.
 pub(crate) struct Session {
     /// All settings.
     pub profile: Profile,
-    /// Seeds of the fine-tuning.
+    /// The seeds of the fine-tuning.
     pub seeds: Vec<u64>,
-    /// Training and test images.
+    /// The training and test images.
     pub data: Box<dyn Dataset>,
-    /// The command and what it ran on.
+    /// The command, the commit and the device, for the records.
     pub provenance: Provenance,
     machine: Machine,
-    /// What workflows begin with that do not pre-train.
+    /// The network that workflows without pre-training start from.
     given: Option<Network>,
-    /// Keys of stages whose networks are published.
+    /// The keys of stages whose networks are published.
     published: Vec<String>,
     display: Display,
     out: PathBuf,
 }
 
 impl Session {
-    /// Opens all of it, as one of the job's ranks if there are several.
+    /// Opens the session, as one of the job's ranks if there are several.
     fn open(flags: &Flags, chooses: bool, job: &Job) -> Result<Self> {
         let mut machine = Machine::open(&flags.running)?;
         machine.ranks = job.ranks_on(&machine.device)?;
@@ -136,7 +139,7 @@ impl Session {
         let seeds = flags.seeds.clone().unwrap_or_else(|| profile.seeds.clone());
         profile::check_seeds(&seeds).context("--seeds")?;
         let mut display = Display::new();
-        // The first rank fetches and indexes what the others then find.
+        // The first rank downloads and indexes the data, so that the other ranks find them.
         let data = match machine.ranks.as_deref() {
             Some(ranks) if !ranks.is_first() => {
                 ranks.barrier();
@@ -153,14 +156,14 @@ impl Session {
         session.tell_data();
         session.tell_ranks();
         match session.take_published() {
-            // What can't be used is about to be replaced.
+            // Published networks that can't be used are about to be replaced.
             Err(error) if flags.publish => session.display.line(&format!("not taken: {error:#}")),
             result => result?,
         }
         Ok(session)
     }
 
-    /// Has stages whose networks are published beside the results count as done.
+    /// Makes stages whose networks are published next to the results count as done.
     fn take_published(&mut self) -> Result<()> {
         let place = self.folder(results::NETWORKS);
         if let Some(folder) = Folder::read(&place)? {
@@ -175,7 +178,8 @@ impl Session {
         Ok(())
     }
 
-    /// Takes part in the trainings of the first rank until it ends, if this is another one.
+    /// Takes part in the trainings of the first rank until it ends. Returns false at once on the
+    /// first rank, or if there is only one process.
     fn follow(&self) -> Result<bool> {
         let Machine { device, ranks, .. } = &self.machine;
         match ranks.as_deref().filter(|ranks| !ranks.is_first()) {
@@ -184,7 +188,7 @@ impl Session {
         }
     }
 
-    /// Tells how batches are divided among ranks.
+    /// Tells how batches are divided among the ranks.
     fn tell_ranks(&self) {
         let Some(ranks) = &self.machine.ranks else { return };
         let trainings = self.profile.training.0.values();
@@ -203,7 +207,7 @@ impl Session {
         ));
     }
 
-    /// With the machine's store, for the stages of workflows that begin with a given network.
+    /// Creates a session with the machine's store for workflows that start from a given network.
     pub fn given(machine: Machine, profile: Profile, data: Box<dyn Dataset>, network: Network) -> Self {
         let session = Self { given: Some(network), ..Self::of(machine, profile, data) };
         session.tell_data();
@@ -249,14 +253,16 @@ impl Session {
         ));
     }
 
-    /// The folder of the results called `name`. Networks for which training images were held out are beside the profile's others.
+    /// Returns the folder of the results called `name`. Networks for which training images were
+    /// held out have a folder of their own next to the profile's.
     pub fn folder(&self, name: &str) -> PathBuf {
         let held_out = name == results::NETWORKS && self.profile.data.hold_out.is_some();
         self.out.join(name).join(format!("{}{}", self.profile.name, if held_out { "_holdout" } else { "" }))
     }
 
-    /// Checks, before anything runs, that the results called `name` can be written and do not take the place of those
-    /// of other data: real ones are a record, which a run that fell back to synthetic images must not overwrite.
+    /// Checks, before anything runs, that the results called `name` can be written and do not
+    /// replace results on other data. Results on real data are a record, which a run that fell back
+    /// to synthetic images must not overwrite.
     pub fn claim(&self, name: &str) -> Result<()> {
         let folder = self.folder(name);
         let shown = folder.display();
@@ -278,7 +284,7 @@ impl Session {
         whole_file::check(&folder).with_context(|| format!("{shown}: the results can't be written there"))
     }
 
-    /// The stage that every workflow of this model and seed begins with.
+    /// Returns the stage that every workflow of this model and seed starts with.
     pub fn pretraining(&self, model: ModelName, seed: u64) -> Result<Arc<Stage>> {
         Ok(Stage::root(StageKind::Pretrain {
             network: self.profile.network(model, self.data.classes())?,
@@ -287,17 +293,18 @@ impl Session {
         }))
     }
 
-    /// What the stage gives, run if it has not been; `None` where the time limit ended it.
+    /// Returns the outcome of a stage, which runs if it has not been run; `None` if the time limit
+    /// ended it.
     pub fn run(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
         self.run_by(Store::run, stage)
     }
 
-    /// [`Session::run`], also where the stage's network is published.
+    /// Does the same as [`Session::run`], but runs a stage whose network is published too.
     fn run_here(&mut self, stage: &Stage) -> Result<Option<Outcome>> {
         self.run_by(Store::run_here, stage)
     }
 
-    /// What stages run on, what keeps them, and what tells how they go.
+    /// Returns what stages run on, the store that keeps them, and the display of their progress.
     fn parts(&mut self) -> (Resources<'_>, &Store, &mut Display) {
         let Self { data, machine, provenance, given, display, .. } = self;
         let Machine { device, store, ranks, graphs, .. } = machine;
@@ -317,28 +324,28 @@ impl Session {
         }
     }
 
-    /// The stages that `ends` need, each once, with what they gave if they have been run.
+    /// Returns the stages that `ends` need, each once, with their outcomes if they have been run.
     pub fn plan(&self, ends: &[Arc<Stage>]) -> Result<Vec<Planned>> {
         Ok(self.machine.store.plan(ends, self.data.fingerprint())?)
     }
 
-    /// Whether a stage's network is published, whether or not the store has it too.
+    /// Returns whether a stage's network is published, whether or not the store has it too.
     pub fn is_published(&self, stage: &Stage) -> bool {
         stage.key(self.data.fingerprint()).is_ok_and(|key| self.published.contains(&key))
     }
 
-    /// The file of a finished stage's network.
+    /// Returns the file of a finished stage's network.
     pub fn network_file(&self, stage: &Stage) -> Result<PathBuf> {
         Ok(self.machine.store.network_file(stage, self.data.fingerprint())?)
     }
 
-    /// The network that a stage gives.
+    /// Returns a stage's network; runs the stage if it has not been run.
     pub fn network(&mut self, stage: &Stage) -> Result<Network> {
         let (resources, store, display) = self.parts();
         Ok(store.produce(stage, resources.device, &resources, &mut |event| display.stage(event))?.1)
     }
 
-    /// Tells of the images that could not be used.
+    /// Tells how many images could not be used.
     pub fn tell_skipped(&self) {
         let skipped = self.data.skipped();
         if let Some(first) = skipped.first() {
@@ -350,8 +357,9 @@ impl Session {
         }
     }
 
-    /// Does what the flags ask for instead of the whole work, which ends in the stages `ends`: shows its plan, or runs one
-    /// of its stages. `None` where they ask for the whole. `title` names the jobs of a cluster.
+    /// Does what the flags ask for instead of the whole work, which ends in the stages `ends`:
+    /// shows the plan or runs one stage. Returns `None` if they ask for the whole work. `title`
+    /// names the jobs of a cluster.
     pub fn part(&mut self, ends: &[Arc<Stage>], title: &str, flags: &Flags) -> Result<Option<Done>> {
         if flags.publish {
             bail!(
@@ -385,14 +393,15 @@ impl Session {
         }
     }
 
-    /// Prints what is done, what is to do, and an estimate of how long that takes.
+    /// Prints which stages are done, which are left, and an estimate of the time left.
     fn show_plan(&self, ends: &[Arc<Stage>]) -> Result<()> {
         let plan = self.plan(ends)?;
         let (train, test) = (self.data.train_images() as f64, self.data.test_images() as f64);
-        // Multiply–accumulates of the forward passes that an epoch needs, evaluation counted in.
+        // The work of an epoch in multiply–accumulates of the forward pass. Evaluating an image
+        // takes a third of the time of training on it.
         let epoch_work = |macs: u64| macs as f64 * (train + test / 3.0);
         let (mut work, mut seconds) = (0.0, 0.0);
-        // Published ones were run on another machine.
+        // Published stages were run on another machine.
         for outcome in plan.iter().filter(|p| !p.published).filter_map(|p| p.outcome.as_ref()) {
             work += epoch_work(outcome.macs) * outcome.metrics.len() as f64;
             seconds += outcome.metrics.iter().map(|m| m.seconds).sum::<f64>();
@@ -414,7 +423,7 @@ impl Session {
                 }
                 (None, None) => "to do: seconds".into(),
                 (None, Some(training)) => {
-                    // Pruning makes later stages cheaper; how much is not known before.
+                    // Pruning makes later stages cheaper; by how much is not known in advance.
                     let StageKind::Pretrain { network, .. } = &planned.stage.origin().kind else {
                         bail!("stage {label} does not begin with pre-training");
                     };
@@ -437,7 +446,7 @@ impl Session {
 /// How a stage is run: [`Store::run`] or [`Store::run_here`].
 type Run = fn(&Store, &Stage, &Resources, &mut dyn FnMut(workflow::Event)) -> workflow::Result<Outcome>;
 
-/// A stage that was run again beside what is published of it.
+/// Describes a stage that was run again, compared with its published outcome.
 fn repeated(now: &Outcome, published: &Outcome) -> String {
     let shown = |outcome: &Outcome| outcome.network_hash().map_or("unknown", |hash| &hash[..16]).to_string();
     match now.network_hash() == published.network_hash() {
@@ -453,7 +462,8 @@ fn repeated(now: &Outcome, published: &Outcome) -> String {
     }
 }
 
-/// Loads the data that `--data` and the settings ask for, and takes the part that the settings do.
+/// Loads the data that `--data` and the settings ask for, reduced to the part that the settings
+/// take.
 pub(crate) fn load(
     wanted: &str,
     settings: &profile::DataSettings,
@@ -475,7 +485,8 @@ pub(crate) fn load(
                 // A figure on held-out training images must not pass for one on the test set.
                 data.name += "_holdout";
             }
-            // The synthetic set is smaller than CIFAR-100: all of it, where a profile asks for more.
+            // The synthetic set is smaller than CIFAR-100. If a profile asks for more images, it
+            // takes all of them.
             let at_most = |wanted: Option<usize>, there: usize| wanted.filter(|&n| n < there);
             let train = at_most(settings.train_images, data.train.len());
             let test = at_most(settings.test_images, data.test.len());

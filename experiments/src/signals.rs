@@ -1,19 +1,20 @@
-//! What a run says when it is told to end.
+//! The message of a run that is told to end.
 //!
-//! All that is finished is on the disk already, so nothing is left to do: SIGINT (Ctrl-C), SIGTERM and SIGHUP end the
-//! program with one line that says what is kept, and exit code 128 plus the signal's number, as shells have it.
+//! All finished work is on the disk already, so nothing is left to do. SIGINT (Ctrl-C), SIGTERM and
+//! SIGHUP end the program with one line that says what is kept. The exit code is 128 plus the
+//! signal's number, as in shells.
 
 use std::sync::Mutex;
 
-/// What is kept of the stage that runs; none where no stage does.
+/// What is kept of the stage that runs; `None` if no stage runs.
 static KEPT: Mutex<Option<String>> = Mutex::new(None);
 
-/// Notes what is kept of the stage that runs.
+/// Records what is kept of the stage that runs.
 pub fn note(kept: Option<String>) {
     *KEPT.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = kept;
 }
 
-/// Waits for a signal on a thread of its own.
+/// Starts a thread that waits for a signal.
 #[cfg(unix)]
 pub fn watch() {
     use crate::output;
@@ -21,7 +22,7 @@ pub fn watch() {
 
     let all = [(SIGINT, "SIGINT"), (SIGTERM, "SIGTERM"), (SIGHUP, "SIGHUP")];
     let wanted = all.iter().map(|(signal, _)| *signal).filter(|signal| !is_ignored(*signal));
-    // Without it a signal ends the program as ever.
+    // If this fails, a signal ends the program as usual.
     let Ok(mut signals) = signal_hook::iterator::Signals::new(wanted) else { return };
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
@@ -34,11 +35,11 @@ pub fn watch() {
     });
 }
 
-/// Nothing, as there are no such signals.
+/// Does nothing, because there are no such signals.
 #[cfg(not(unix))]
 pub fn watch() {}
 
-/// Whether the program was started with a signal ignored, as by nohup.
+/// Returns whether the program was started with a signal ignored, as by nohup.
 #[cfg(unix)]
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

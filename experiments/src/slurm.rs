@@ -1,7 +1,8 @@
-//! Plans as job scripts for [Slurm](https://slurm.schedmd.com): the stages that are left as arrays of jobs.
+//! Plans as job scripts for [Slurm](https://slurm.schedmd.com): the stages that are left become job
+//! arrays.
 //!
-//! Stages are files in a store that all nodes share, so a job needs nothing but the key of its stage. An array has the
-//! stages that need only those of the arrays before it, and begins when these are done.
+//! Stages are files in a store that all nodes share, so a job needs only the key of its stage. An
+//! array holds the stages that need only stages of earlier arrays, and starts when those are done.
 
 use crate::command::quoted;
 use crate::flags::TIME_LIMIT;
@@ -9,7 +10,7 @@ use anyhow::Result;
 use std::collections::BTreeMap;
 use workflow::Planned;
 
-/// The script before its arrays.
+/// The script up to its arrays.
 const HEAD: &str = r##"#!/bin/bash
 # Submits the stages that are left to Slurm. Run it in the folder where the program was asked for its plan, with the
 # options that sbatch needs, such as
@@ -43,8 +44,9 @@ JOB
 
 "##;
 
-/// A Bash script that submits the stages of a plan that are left, and then the program itself, which by then only has
-/// to write its results. `command` are the program and its flags; `title` names the jobs.
+/// Returns a Bash script that submits the stages of a plan that are left, and then the program
+/// itself, which by then only has to write its results. `command` is the program and its flags;
+/// `title` names the jobs.
 pub(crate) fn script(plan: &[Planned], fingerprint: &str, command: &[String], title: &str) -> Result<String> {
     let mut levels: Vec<Vec<&Planned>> = Vec::new();
     let mut level_of: BTreeMap<String, usize> = BTreeMap::new();

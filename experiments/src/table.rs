@@ -15,33 +15,33 @@ use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Recipe, Stage, StageKind};
 
-/// A table of the paper, or one of our own like it: which workflows stand in its columns, for which models
-/// and bits.
+/// A table of the paper, or one of our own like it: the workflows of its columns, and the models
+/// and bits that they run for.
 pub struct Table {
-    /// Its name, e.g. `table3`; names the results' folder and files.
+    /// The name, e.g. `table3`, which also names the results' folder and files.
     pub name: &'static str,
-    /// Heading of the written table.
+    /// The heading of the written table.
     pub title: &'static str,
     /// Models, in the paper's order.
     pub models: &'static [ModelName],
     /// Bits of activations and weights; 32 is float.
     pub bits: &'static [(u32, u32)],
-    /// The compared methods, the paper's own last.
+    /// The compared methods; the last one is the paper's own.
     pub methods: &'static [Method],
-    /// Whether settings are chosen by it: then it is made on training images held out for that, and the test
-    /// set is not touched.
+    /// Whether the table serves to choose settings. If so, it is made on held-out training images,
+    /// and the test set is not touched.
     pub chooses: bool,
 }
 
-/// A column of a table.
+/// A method, which is a column of a table.
 pub struct Method {
-    /// Its name in the paper's CSV files and ours.
+    /// The name in the paper's CSV files and ours.
     pub name: &'static str,
-    /// The workflow that it stands for, on a pre-trained network.
+    /// The workflow of the method on a pre-trained network.
     pub workflow: fn(&Recipe, &Arc<Stage>) -> workflow::Result<Arc<Stage>>,
 }
 
-/// One result to be had: a row of the CSV file.
+/// A planned result, which becomes a row of the CSV file.
 pub struct RowPlan {
     /// The model.
     pub model: ModelName,
@@ -49,13 +49,14 @@ pub struct RowPlan {
     pub bits: (u32, u32),
     /// The method's name.
     pub method: &'static str,
-    /// Seed of the fine-tuning.
+    /// The seed of the fine-tuning.
     pub seed: u64,
     /// The stage whose network the row is about.
     pub stage: Arc<Stage>,
 }
 
-/// Runs the binary of one or more tables: parses the flags, runs what is missing, writes the results.
+/// Runs the binary of one or more tables: parses the flags, runs missing stages, writes the
+/// results.
 pub fn main(tables: &[&Table]) -> Result<()> {
     let flags = Flags::parse();
     let only = only(tables, &flags)?;
@@ -63,7 +64,7 @@ pub fn main(tables: &[&Table]) -> Result<()> {
     session::main(&flags, chooses, |session| run(tables, &only, session, &flags))
 }
 
-/// Which rows `--only` picks: some of those that the tables have.
+/// Returns the rows that `--only` picks; an error if the tables have no such row.
 pub(crate) fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
     let of = |f: fn(&Table) -> Vec<&'static str>| names(tables, f);
     let titles = of(|table| vec![table.name]);
@@ -80,7 +81,7 @@ pub(crate) fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
     Ok(only)
 }
 
-/// Runs what is missing of the tables and writes them.
+/// Runs the missing stages of the tables and writes the tables.
 pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
     let tables: Vec<&Table> = tables.iter().copied().filter(|table| only.picks_table(table.name)).collect();
     let rows = tables.iter().map(|table| table.rows(session)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
@@ -110,7 +111,8 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
         session.claim(table.name)?;
     }
     let mut done = Done::All;
-    // A finished stage needs those before it no more, but the table does; of a published one it has what it needs.
+    // A finished stage no longer needs the stages before it, but the table reads their outcomes.
+    // For published stages these are known.
     for planned in session.plan(&ends)?.iter().filter(|planned| planned.to_do || !planned.published) {
         if session.run(&planned.stage)?.is_none() {
             done = Done::InTime;
@@ -127,7 +129,7 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
     Ok(done)
 }
 
-/// The networks of the rows that are picked, and of the others those that are published already.
+/// Returns the networks of the picked rows, and those of other rows that are already published.
 fn to_publish(
     all: &[(&Table, Vec<&RowPlan>)],
     picked: &[(&Table, Vec<&RowPlan>)],
@@ -144,7 +146,7 @@ fn to_publish(
     Ok(picks)
 }
 
-/// What tables name, each once.
+/// Returns the names that `f` gives for the tables, each once.
 fn names(tables: &[&Table], f: impl Fn(&Table) -> Vec<&'static str>) -> Vec<&'static str> {
     let mut names: Vec<&str> = Vec::new();
     for name in tables.iter().flat_map(|table| f(table)) {
@@ -164,7 +166,7 @@ impl Table {
         self.methods.iter().map(|method| method.name).collect()
     }
 
-    /// Every model with all bits and methods, in the paper's order.
+    /// Returns every model with all bits and methods, in the paper's order.
     fn combinations(&self) -> Vec<(ModelName, (u32, u32), &'static Method)> {
         let mut all = Vec::new();
         for &model in self.models {
@@ -175,7 +177,7 @@ impl Table {
         all
     }
 
-    /// Every row of the table, in the paper's order, for every seed.
+    /// Returns every row of the table, in the paper's order, for every seed.
     fn rows(&self, session: &Session) -> Result<Vec<RowPlan>> {
         let mut rows = Vec::new();
         for (model, bits, method) in self.combinations() {
@@ -189,8 +191,9 @@ impl Table {
         Ok(rows)
     }
 
-    /// The networks that are published of those rows that are done: at all bits of a model ours and that of the method which
-    /// is best of the others by its mean over the seeds, with the float networks and the pruned one that these come from.
+    /// Returns the networks to publish of the finished rows. For each model and bits, these are
+    /// ours and those of the other method with the best mean over the seeds, together with the
+    /// float and pruned networks that they come from.
     fn networks(&self, rows: &[&RowPlan], session: &Session) -> Result<Vec<Pick>> {
         let ends: Vec<Arc<Stage>> = rows.iter().map(|row| row.stage.clone()).collect();
         let fingerprint = session.data.fingerprint();
@@ -226,10 +229,13 @@ impl Table {
         Ok(picks)
     }
 
-    /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from those
-    /// rows that have been run; gives the table as text. `None`, and nothing written, where none has. Rows that stand in the
-    /// folder stay although the store does not have them, as they may be another machine's; if their keys are still those of the
-    /// settings, and they began from the networks that are here.
+    /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from the
+    /// rows that have been run; returns the table as text. Returns `None` and writes nothing if no
+    /// row has been run.
+    ///
+    /// A row that is already in the folder stays even if the store lacks it, because it may come
+    /// from another machine. Its key must still match the settings, and it must come from the
+    /// networks that are here.
     fn write(&self, session: &Session, plans: &[RowPlan], folder: &Path) -> Result<Option<String>> {
         let Session { profile, data, provenance, .. } = session;
         let ends: Vec<Arc<Stage>> = plans.iter().map(|row| row.stage.clone()).collect();
@@ -323,7 +329,8 @@ impl Table {
     }
 }
 
-/// What the stages gave whose rows an earlier run wrote to a folder; nothing where there are none, or of an older version.
+/// Returns the outcomes of the stages whose rows an earlier run wrote to a folder; empty if there
+/// are none, or if they can't be read, for example because an older version wrote them.
 fn written(folder: &Path) -> Vec<Outcome> {
     if !folder.join(STAGES).exists() {
         return Vec::new();
@@ -335,8 +342,8 @@ fn written(folder: &Path) -> Vec<Outcome> {
     })
 }
 
-/// The network that a row is about, after the float network that it began with and, for a row of ours, that network right after
-/// the first pruning.
+/// Returns the network of a row, after the float network that it started from and, for a row of
+/// ours, the network right after the first pruning.
 fn networks_of(row: &RowPlan, is_ours: bool) -> Vec<Pick> {
     let RowPlan { model, bits: (a, w), method, seed, stage } = row;
     let pick = |name: String, subject: String, seed: u64, stage: &Arc<Stage>| {
@@ -354,7 +361,7 @@ fn networks_of(row: &RowPlan, is_ours: bool) -> Vec<Pick> {
     picks
 }
 
-/// What a reader of the table should know: the float networks it began from, and what pruning did.
+/// Returns notes for the table's readers: the accuracy of the float networks, and what pruning did.
 fn notes(rows: &[Row], outcomes: &[&Outcome]) -> Vec<String> {
     let mut notes = Vec::new();
     let mut models: Vec<(&str, f64)> =

@@ -1,4 +1,4 @@
-//! The tables of the paper, and our own of what it leaves open.
+//! The tables of the paper, and our own tables about what it leaves open.
 
 use crate::{Method, ModelName, Table};
 use baselines::{Cap, Dfq, Normalization};
@@ -12,7 +12,8 @@ use workflow::{Purpose, Recipe, Result, Stage, StageKind};
 
 const BOTH: &[ModelName] = &[ModelName::MobilenetV1, ModelName::MobilenetV2];
 
-/// Fine-tuning with quantized activations after no pruning, PfQ without bias correction, and PfQ.
+/// Table 1: fine-tuning with quantized activations after no pruning, PfQ without bias correction,
+/// and PfQ.
 pub const TABLE1: Table = Table {
     name: "table1",
     title: "Table 1: activations quantized, with and without PfQ",
@@ -26,7 +27,7 @@ pub const TABLE1: Table = Table {
     chooses: false,
 };
 
-/// Fine-tuning once after PfQ beside Algorithm 1.
+/// Table 2: fine-tuning once after PfQ, compared with Algorithm 1.
 pub const TABLE2: Table = Table {
     name: "table2",
     title: "Table 2: fine-tuning once and Algorithm 1",
@@ -39,7 +40,7 @@ pub const TABLE2: Table = Table {
     chooses: false,
 };
 
-/// DFQ + fine-tuning beside Algorithm 1.
+/// Table 3: DFQ + fine-tuning, compared with Algorithm 1.
 pub const TABLE3: Table = Table {
     name: "table3",
     title: "Table 3: DFQ + fine-tune and ours",
@@ -52,8 +53,9 @@ pub const TABLE3: Table = Table {
     chooses: false,
 };
 
-/// DFQ + fine-tuning, PACT, DSQ and Algorithm 1. The paper compares them on ImageNet, which is profile `imagenet`; in the
-/// others it is the same comparison on CIFAR-100, and the written table says so.
+/// Table 4: DFQ + fine-tuning, PACT, DSQ and Algorithm 1. The paper compares them on ImageNet,
+/// which is profile `imagenet`. Other profiles make the same comparison on CIFAR-100, and the
+/// written table says so.
 pub const TABLE4: Table = Table {
     name: "table4",
     title: "Table 4: DFQ + fine-tune, PACT, DSQ and ours",
@@ -68,9 +70,11 @@ pub const TABLE4: Table = Table {
     chooses: false,
 };
 
-/// DFQ + fine-tuning beside Algorithm 1 "using accuracy drop" (appendix A.1), of which we know nothing but the words and
-/// the figures. Ours are those of Table 3 at 92.4 M multiply–accumulates too, so the networks are the same and their
-/// training differs; our reading is that its rate falls when the accuracy drops ([`Decay::AccuracyDrop`]).
+/// Table 5: DFQ + fine-tuning, compared with Algorithm 1 "using accuracy drop" (appendix A.1). The
+/// paper gives nothing but these words and the figures. Its own method has the 92.4 M
+/// multiply–accumulates of Table 3 here too, so the networks are the same and their training
+/// differs. In our reading, the learning rate falls when the accuracy drops
+/// ([`Decay::AccuracyDrop`]).
 pub const TABLE5: Table = Table {
     name: "table5",
     title: "Table 5: DFQ and ours, using accuracy drop (in our reading, for the learning rate)",
@@ -83,7 +87,7 @@ pub const TABLE5: Table = Table {
     chooses: false,
 };
 
-/// The recipe with the learning rate of Table 5.
+/// Returns the recipe with the learning-rate schedule of Table 5.
 fn by_accuracy_drop(recipe: &Recipe) -> Recipe {
     let mut recipe = recipe.clone();
     for training in recipe.trainings.0.values_mut() {
@@ -92,7 +96,8 @@ fn by_accuracy_drop(recipe: &Recipe) -> Recipe {
     recipe
 }
 
-/// Methods that learn beside Algorithm 1, at the bits of Table 3: a comparison that the paper does not have.
+/// Methods that learn their quantizers, and DFQ + fine-tuning at the paper's rate, compared with
+/// Algorithm 1 at the bits of Table 3. The paper does not make this comparison.
 pub const BEYOND: Table = Table {
     name: "beyond",
     title: "Beyond the paper: learned quantizers and ours",
@@ -111,8 +116,8 @@ pub const BEYOND: Table = Table {
     chooses: false,
 };
 
-/// The candidates for the learning rate of a training: four for each, so that no method has more tries than another. What is
-/// chosen stands in the profile then.
+/// The candidates for the learning rate of a training: four for each method, so that no method has
+/// more tries than another. The chosen rate then stands in the profile.
 macro_rules! rates {
     ($purpose:expr, $workflow:expr, $($rate:literal),+) => {
         &[$(Method {
@@ -125,19 +130,20 @@ macro_rules! rates {
     };
 }
 
-/// [`rates!`] of a method that learns its quantizers.
+/// The candidates of [`rates!`] for a method that learns its quantizers.
 macro_rules! learned_rates {
     ($method:expr, $($rate:literal),+) => {
         rates!(Purpose::Learned($method), |r, network| r.learned(network, $method), $($rate),+)
     };
 }
 
-/// Every table of the paper, in the order that brings the main result first.
+/// Every table of the paper, in an order that starts with the main result.
 pub const ALL: [&Table; 5] = [&TABLE3, &TABLE1, &TABLE2, &TABLE4, &TABLE5];
 
-/// One table for each point that the paper leaves open: Algorithm 1 with the setting's alternatives, its default
-/// last, on MobileNetV2 at 4 bits. After these what DFQ's settings do, what its claims rest on, and the rates that each method's
-/// training may have.
+/// One table for each point that the paper leaves open: Algorithm 1 with the alternatives of a
+/// setting, the default last, on MobileNetV2 at 4 bits. After these come tables about DFQ's
+/// settings, about what the paper's claims rest on, and about the candidate rates of each method's
+/// training.
 pub const ABLATIONS: [&Table; 23] = [
     &ablation(
         "ablation_threshold",
@@ -440,7 +446,8 @@ pub const ABLATIONS: [&Table; 23] = [
         &[(4, 4)],
         learned_rates!(Quantizers::Dsq, 1e-3, 3e-3, 1e-2, 3e-2),
     ),
-    // The size of its steps follows the rate: at 3e-3 and above all is at chance after an epoch.
+    // The updates of LSQ's steps are proportional to the rate: at 3e-3 and above, all networks are
+    // at chance after an epoch.
     &compared(
         "ablation_rate_lsq",
         "The rate of LSQ",
@@ -453,7 +460,7 @@ const fn ablation(name: &'static str, title: &'static str, methods: &'static [Me
     Table { name, title, models: &[ModelName::MobilenetV2], bits: &[(4, 4)], methods, chooses: true }
 }
 
-/// Methods beside each other on both networks, on training images held out for it.
+/// Returns a table that compares methods on both networks, on held-out training images.
 const fn compared(
     name: &'static str,
     title: &'static str,
@@ -463,10 +470,10 @@ const fn compared(
     Table { name, title, models: BOTH, bits, methods, chooses: true }
 }
 
-/// The paper's rate of DFQ's fine-tuning, given for ImageNet.
+/// The paper's rate of DFQ's fine-tuning, which it gives for ImageNet.
 const PAPERS_RATE: f64 = 1e-4;
 
-/// Nothing but quantizers, with ranges from the statistics.
+/// DFQ that does nothing but insert quantizers, with ranges from the statistics.
 const UNPREPARED: Dfq = Dfq {
     equalize: false,
     absorb: false,
@@ -480,22 +487,22 @@ const UNPREPARED: Dfq = Dfq {
     calibration: None,
 };
 
-/// DFQ as its paper has it, for use without data.
+/// Returns DFQ's settings as published, for use without data.
 fn as_published(dfq: Dfq) -> Dfq {
     Dfq { cap: Cap::None, normalization: Normalization::Frozen, calibration: None, ..dfq }
 }
 
-/// DFQ without fine-tuning, its settings changed.
+/// Returns DFQ without fine-tuning, with changed settings.
 fn prepared(recipe: &Recipe, pretrained: &Arc<Stage>, change: fn(Dfq) -> Dfq) -> Arc<Stage> {
     Recipe { dfq: change(recipe.dfq), ..recipe.clone() }.dfq_alone(pretrained)
 }
 
-/// DFQ with fine-tuning, its settings changed.
+/// Returns DFQ with fine-tuning, with changed settings.
 fn dfq_with(recipe: &Recipe, pretrained: &Arc<Stage>, change: fn(Dfq) -> Dfq) -> Result<Arc<Stage>> {
     Recipe { dfq: change(recipe.dfq), ..recipe.clone() }.dfq_with_fine_tune(pretrained)
 }
 
-/// The recipe with one of its trainings changed.
+/// Returns the recipe with one of its trainings changed.
 fn trained_by(recipe: &Recipe, purpose: Purpose, change: impl FnOnce(&mut Training)) -> Result<Recipe> {
     let mut training = recipe.trainings.get(purpose)?;
     change(&mut training);
@@ -504,7 +511,7 @@ fn trained_by(recipe: &Recipe, purpose: Purpose, change: impl FnOnce(&mut Traini
     Ok(recipe)
 }
 
-/// The recipe with another learning rate for one of its trainings.
+/// Returns the recipe with another learning rate for one of its trainings.
 fn at_rate(recipe: &Recipe, purpose: Purpose, rate: f64) -> Result<Recipe> {
     trained_by(recipe, purpose, |training| training.learning_rate = rate)
 }
@@ -513,7 +520,7 @@ fn folded(recipe: &Recipe, fold: Fold) -> Recipe {
     Recipe { quantization: Quantization { fold, ..recipe.quantization }, ..recipe.clone() }
 }
 
-/// Pruned so, and fine-tuned with only the activations quantized.
+/// Returns pruning by `pfq` and fine-tuning with only the activations quantized.
 fn pruned_by(recipe: &Recipe, pretrained: &Arc<Stage>, pfq: PfQ) -> Result<Arc<Stage>> {
     Recipe { pfq, ..recipe.clone() }.pfq(pretrained)
 }
@@ -571,7 +578,7 @@ fn weight_decay(recipe: &Recipe, pretrained: &Arc<Stage>, weight_decay: f64) -> 
     })
 }
 
-/// A workflow whose trainings are all computed so, that of the network included.
+/// Returns a workflow in which all trainings, including the pre-training, use `arithmetic`.
 fn computed_in(
     recipe: &Recipe,
     pretrained: &Arc<Stage>,
@@ -588,7 +595,7 @@ fn computed_in(
     workflow(&recipe, &Stage::root(kind))
 }
 
-/// Algorithm 1 on a network that was pre-trained otherwise.
+/// Returns Algorithm 1 on a network with a changed pre-training.
 fn repretrained(
     recipe: &Recipe,
     pretrained: &Arc<Stage>,

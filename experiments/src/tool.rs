@@ -1,5 +1,6 @@
-//! The tool `pfq`, for a network in a file: its running variances, pruning, multiply–accumulates, evaluation, quantization
-//! with training and without, export; and verification of stores and results.
+//! The tool `pfq`, for a network in a file: running variances, pruning, multiply–accumulates,
+//! evaluation, quantization with and without training, and export. It also verifies stores and
+//! results.
 
 mod conversion;
 mod data;
@@ -47,10 +48,10 @@ enum Command {
 }
 
 impl Cli {
-    /// Does what was asked for; gives what is to be printed.
+    /// Runs the command; returns the text to print.
     ///
     /// # Errors
-    /// When a file can't be read as a network or written, or an argument does not fit it.
+    /// If a file can't be read as a network or written, or an argument does not fit it.
     pub fn run(&self) -> Result<String> {
         match &self.command {
             Command::Variance(command) => command.run(),

@@ -1,5 +1,5 @@
-//! Tables from end to end on a GPU beside the CPU: every kind of stage, and a store that both share. Skipped, with a
-//! message, where no GPU answers.
+//! Tables from end to end on a GPU and on the CPU: every kind of stage, and a store that both
+//! share. Skipped with a message if no GPU answers.
 #![cfg(feature = "cuda")]
 
 mod tiny;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
 
-/// A folder with that profile, if a GPU answers.
+/// Returns a folder with the tiny profile, if a GPU answers.
 fn folder() -> Option<tempfile::TempDir> {
     if let Err(error) = Device::new_cuda(0) {
         eprintln!("skipped: no GPU answers: {error}");
@@ -20,32 +20,33 @@ fn folder() -> Option<tempfile::TempDir> {
     Some(folder)
 }
 
-/// What a table's program prints in a folder; it must succeed.
+/// Returns what a table's program prints in a folder; it must succeed.
 #[track_caller]
 fn run(program: &str, folder: &Path, flags: &[&str]) -> String {
     let common = ["--config", "tiny.toml", "--data", "synthetic"];
     let mut command = Command::new(program);
-    // A GPU in software looks for races where kernels are tested one by one; here it would take three times as long.
+    // The software GPU looks for races in the tests of single kernels. Here this would take three
+    // times as long.
     command.env("SOFTWARE_GPU_RACES", "0");
     let output = command.current_dir(folder).args(common).args(flags).output().unwrap();
     assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The stages of a table, as its file has them.
+/// Returns the stages of a table from its `stages.json`.
 fn stages(folder: &Path, out: &str, table: &str) -> Vec<Value> {
     let file = folder.join(out).join(table).join("tiny/stages.json");
     let whole: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
     whole["stages"].as_array().unwrap().clone()
 }
 
-/// The loss of a stage's network on the test images.
+/// Returns the loss of a stage's network on the test images.
 fn loss(stage: &Value) -> f64 {
     stage["evaluation"]["loss"].as_f64().unwrap()
 }
 
-/// DFQ, both ways of PfQ's fine-tuning, PACT and DSQ give on a GPU what they give on a CPU: losses up to the order of
-/// sums, and the same networks.
+/// DFQ, both fine-tunings of PfQ, PACT and DSQ give the same results on a GPU as on a CPU: networks
+/// of the same size, and losses that agree up to the order of sums.
 #[test]
 fn tables_on_a_gpu_and_on_a_cpu() {
     let Some(folder) = folder() else { return };
@@ -55,7 +56,7 @@ fn tables_on_a_gpu_and_on_a_cpu() {
         let rows = ["--only", "mobilenet_v2,a4w4"];
         let flags = |more: &[&'static str]| [&rows[..], more].concat();
         run(program, folder, &flags(&["--device", "cpu", "--store", "cpu", "--out", "on_cpu"]));
-        // Some as CUDA graphs, which change no bit.
+        // Some steps are CUDA graphs, which change no bit.
         let graphs: &[&str] = if table == "table3" { &["--cuda-graphs"] } else { &[] };
         let on_gpu = flags(&["--device", "cuda", "--store", "gpu", "--out", "on_gpu"]);
         run(program, folder, &[&on_gpu, graphs].concat());
@@ -74,16 +75,16 @@ fn tables_on_a_gpu_and_on_a_cpu() {
                 first(found),
                 first(expected)
             );
-            // Filters whose variances are within rounding of τ could go either way; none is.
+            // Filters whose variances are within rounding of τ could go either way; there are none.
             assert_eq!(found["weights"], expected["weights"], "{label}");
             assert_eq!(found["macs"], expected["macs"], "{label}");
             assert!(off < 0.02, "{label}: {found:#}\n{expected:#}");
-            // The first step of all begins from the same network.
+            // The first step of every pre-training starts from the same network.
             if expected["parent"].is_null() {
                 assert!((first(found).unwrap() - first(expected).unwrap()).abs() < 1e-4, "{label}");
             }
         }
-        // What a GPU has done need not be done again on a CPU.
+        // A CPU need not repeat what a GPU has done.
         let plan = run(program, folder, &flags(&["--device", "cpu", "--store", "gpu", "--plan"]));
         let done = plan.lines().find_map(|line| line.split_once(" stages done")).expect("a plan");
         let (done, all) = done.0.split_once(" of ").unwrap();
@@ -94,7 +95,8 @@ fn tables_on_a_gpu_and_on_a_cpu() {
     assert!(weights.clone().min() < weights.max(), "no filter was removed");
 }
 
-/// Feature maps in half precision, and products that round their operands: near what a CPU gives, and not the same.
+/// Feature maps in bfloat16, and products that round their operands: close to the CPU's result, but
+/// not equal.
 #[test]
 fn other_arithmetics() {
     let Some(folder) = folder() else { return };

@@ -1,4 +1,4 @@
-//! Tables from end to end where something is wrong: what is missing, what is in the way, what cannot be.
+//! Tables from end to end if something is wrong: something is missing, in the way, or impossible.
 
 mod tiny;
 
@@ -9,10 +9,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use tiny::{Place, TABLE3, said};
 
-/// One network at some bits.
+/// Two rows: one network at some bits.
 const ROWS: &str = "mobilenet_v1,a4w4";
 
-/// A finished row began with stages that it needs no more; its share of pruned weights and its float accuracy are theirs.
+/// A finished row no longer needs the stages that it started from, but its share of pruned weights
+/// and its float accuracy come from them.
 #[test]
 fn a_missing_early_stage_is_run_again_or_named() {
     let place = Place::new();
@@ -26,8 +27,8 @@ fn a_missing_early_stage_is_run_again_or_named() {
     assert!(said.contains("mobilenet_v1 pre-train seed 0 …"), "{said}");
     assert_eq!(place.rows(), rows);
 
-    // Without its outcome a stage is as good as missing. The other row does not need it, the table does, and no results tell what
-    // it gave.
+    // A stage without its outcome counts as missing. The other row does not need it, but the table
+    // does, and no results record its outcome.
     std::fs::remove_file(place.path("results/table3/tiny/stages.json")).unwrap();
     let first = std::fs::read_dir(place.path("runs")).unwrap().map(|entry| entry.unwrap().path());
     let first = first.filter(|path| path.to_str().unwrap().contains("prune")).min().unwrap();
@@ -37,7 +38,8 @@ fn a_missing_early_stage_is_run_again_or_named() {
     assert_eq!(place.rows(), rows, "what was there stays");
 }
 
-/// The results of one machine are gone on with on another, which lacks the store: rows stay that are of these settings.
+/// The results of one machine are continued on another one without its store: rows with the current
+/// settings stay.
 #[test]
 fn rows_of_another_store_stay() {
     let place = Place::new();
@@ -57,7 +59,7 @@ fn rows_of_another_store_stay() {
     assert_eq!(other_row().len(), 1, "of other settings");
 }
 
-/// Nothing is looked for, loaded or begun where a flag cannot be.
+/// Impossible flags are refused before anything is looked for, loaded or started.
 #[test]
 fn flags_are_checked_before_data_are_looked_for() {
     let place = Place::new();
@@ -72,7 +74,8 @@ fn flags_are_checked_before_data_are_looked_for() {
     assert_eq!(place.stages(), 0);
 }
 
-/// A key has no place for what is not finite, and a stage none for what is not positive.
+/// A key can't hold settings that are not finite, and a stage can't run with settings that are not
+/// positive.
 #[test]
 fn impossible_settings_are_refused_before_anything_runs() {
     let place = Place::new();
@@ -92,8 +95,8 @@ fn impossible_settings_are_refused_before_anything_runs() {
     assert_eq!(place.stages(), 0);
 }
 
-/// One bit of each kind of file of a table's results, at random places: no page is made of it, or the same one; and
-/// `pfq verify` says which file it is.
+/// Flips one bit in each kind of file of a table's results, at random places. The page is then
+/// either refused or the same, and `pfq verify` names the file.
 #[test]
 fn flipped_bits_of_results_are_found() {
     let place = Place::new();
@@ -133,14 +136,14 @@ fn flipped_bits_of_results_are_found() {
     assert_eq!(page().unwrap(), whole);
 }
 
-/// What a program says on both outputs, and its exit code.
+/// Runs `pfq`; returns its exit code and what it prints on both outputs.
 fn pfq(place: &Place, flags: &[&str]) -> (i32, String) {
     let output =
         Command::new(env!("CARGO_BIN_EXE_pfq")).current_dir(place.root()).args(flags).output().unwrap();
     (output.status.code().unwrap(), String::from_utf8(output.stdout.clone()).unwrap() + &said(&output))
 }
 
-/// `pfq verify` knows whole stores and results, evaluates again, and names what is wrong.
+/// `pfq verify` accepts intact stores and results, evaluates again, and names what is wrong.
 #[test]
 fn stores_and_results_are_verified() {
     let place = Place::new();
@@ -165,7 +168,7 @@ fn stores_and_results_are_verified() {
     std::fs::create_dir(place.path("empty")).unwrap();
     check(&["empty"], 1, &["neither stages nor results"]);
 
-    // A network that is whole, but not the one that the figures are of: only evaluating it tells.
+    // Only evaluation finds a network that is intact, but not the one that the figures belong to.
     let (first, last) = (place.stage("pretrain"), "outcome.json");
     let text = std::fs::read_to_string(first.join(last)).unwrap();
     let mut outcome: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -179,14 +182,14 @@ fn stores_and_results_are_verified() {
         &["WRONG  mobilenet_v1 pre-train seed 0: its network has loss", "1.5", "1 of 5 are wrong"],
     );
 
-    // Settings that are not those of the key.
+    // These settings are not the ones of the key.
     outcome["stage"]["pretrain"]["seed"] = 1.into();
     outcome["seal"] = whole_file::seal::of(&outcome).into();
     std::fs::write(first.join(last), outcome.to_string()).unwrap();
     check(&["runs"], 1, &["is not that of its folder, settings and data"]);
     std::fs::write(first.join(last), text).unwrap();
 
-    // A row that its stages do not give, in results whose hashes were made to fit.
+    // This row does not follow from its stages, and the hashes of the results fit it.
     let results = place.path("results/table3/tiny");
     let mut rows = report::read_csv(&results.join("table3.csv")).unwrap();
     rows[0].top1_percent += 10.0;
@@ -200,7 +203,8 @@ fn stores_and_results_are_verified() {
     check(&["results"], 1, &["seed 0: top1_percent", "the stages say"]);
 }
 
-/// The results that are kept with the code, which have no hashes, are read; their rows say what their stages gave.
+/// The results that are kept with the code are verified. Those of older versions without hashes are
+/// compared row by row with their stages.
 #[test]
 fn results_of_older_versions_are_verified_by_their_rows() {
     let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results");
@@ -213,13 +217,14 @@ fn results_of_older_versions_are_verified_by_their_rows() {
     );
 }
 
-/// Results of real data are a record. A run that found no data and fell back to synthetic ones leaves them alone.
+/// Results on real data are a record. A run that found no data and fell back to synthetic ones
+/// leaves them alone.
 #[test]
 fn results_of_other_data_stay() {
     let place = Place::new();
     place.run(&["--only", &format!("{ROWS},ours")]);
     let results = place.path("results/table3/tiny");
-    // As they were of CIFAR-100.
+    // Makes the results look like results on CIFAR-100.
     let stages = std::fs::read_to_string(results.join("stages.json")).unwrap();
     let mut real: serde_json::Value = serde_json::from_str(&stages).unwrap();
     for stage in real["stages"].as_array_mut().unwrap() {
@@ -240,12 +245,12 @@ fn results_of_other_data_stay() {
     place.check_refused(&flags, &["results/table3/tiny", "cifar100", "synthetic", "--out"]);
     assert!(files() == before && place.stages() == begun, "something was done");
     place.run(&[&flags[2..], &["--out", "elsewhere"]].concat());
-    // Synthetic ones may go.
+    // Results on synthetic data may be replaced.
     std::fs::write(results.join("stages.json"), &stages).unwrap();
     place.run(&flags[2..]);
 }
 
-/// That the results can't be written is noticed before hours of training.
+/// If the results can't be written, this is noticed before hours of training.
 #[test]
 fn results_that_cannot_be_written_are_noticed_first() {
     let place = Place::new();
@@ -256,7 +261,7 @@ fn results_that_cannot_be_written_are_noticed_first() {
     assert_eq!(place.stages(), 0);
 }
 
-/// Whoever ends a run is told what is kept of it, and the same command goes on from there.
+/// A run that is ended by a signal says what is kept, and the same command resumes it.
 #[test]
 #[cfg(unix)]
 fn signals_end_a_run_with_a_line_that_says_what_is_kept() {
@@ -269,7 +274,8 @@ fn signals_end_a_run_with_a_line_that_says_what_is_kept() {
     place.pretrain_for(5);
     let flags = ["--config", "tiny.toml", "--device", "cpu", "--data", "synthetic"];
     for (signal, code, epoch) in [("INT", 130, 1), ("TERM", 143, 2), ("HUP", 129, 3)] {
-        // Whatever this test was started with: a shell's jobs in the background ignore SIGINT.
+        // This must not depend on how the test was started: a shell's background jobs ignore
+        // SIGINT.
         let mut command = Command::new("env");
         command.args(["--default-signal=INT,TERM,HUP", TABLE3]);
         command.current_dir(place.root()).args(flags).args(ours);
@@ -293,7 +299,7 @@ fn signals_end_a_run_with_a_line_that_says_what_is_kept() {
     assert_eq!(place.rows(), undisturbed.rows());
 }
 
-/// Started with a signal ignored, as by nohup, a run goes on when it comes.
+/// A run that was started with a signal ignored, as by nohup, goes on when the signal comes.
 #[test]
 #[cfg(target_os = "linux")]
 fn an_ignored_signal_stays_ignored() {
@@ -307,7 +313,7 @@ fn an_ignored_signal_stays_ignored() {
     assert_eq!(place.rows().len(), 1);
 }
 
-/// A closed or full output does not cost a run: its results are those of any other.
+/// A closed or full output does not end a run: its results are the same as those of any other run.
 #[test]
 #[cfg(target_os = "linux")]
 fn printing_is_not_worth_a_run() {

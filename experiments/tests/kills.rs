@@ -1,7 +1,8 @@
-//! A table that is killed at each call that changes a file, at random moments, and where each such call fails: what the
-//! same command gives afterwards is what an undisturbed run gives, and nothing is left over.
+//! A table that is killed at each call that changes a file and at random moments, and one in which
+//! each such call fails. Afterwards, the same command gives what an undisturbed run gives, and
+//! nothing is left over.
 //!
-//! The calls are seen by a library that is loaded before the system's, `kills/layer.c`.
+//! A library that is loaded before the system's, `kills/layer.c`, intercepts the calls.
 #![cfg(target_os = "linux")]
 
 mod tiny;
@@ -18,16 +19,16 @@ use whole_file::seal::sha256;
 /// `ENOSPC`, `EIO` and `EACCES`, as Linux numbers them.
 const ERRORS: [(&str, &str); 3] = [("a full disk", "28"), ("a failing disk", "5"), ("no permission", "13")];
 
-/// Every how manieth point the short tests try; the long ones try each.
+/// The distance between the calls that the short tests try; the long ones try every call.
 const STEP: usize = 11;
 
-/// The layer, and what a run gives without it.
+/// The intercepting library, and what a run gives without faults.
 struct Faults {
     folder: tempfile::TempDir,
-    /// The calls that an undisturbed run makes.
+    /// The number of calls of an undisturbed run.
     calls: usize,
     expected: BTreeMap<String, String>,
-    /// Seconds that such a run takes.
+    /// The seconds that such a run takes.
     seconds: f64,
 }
 
@@ -76,7 +77,8 @@ impl Faults {
         self.command(place, faults).output().unwrap()
     }
 
-    /// The same command once more, undisturbed, must give what an undisturbed run gives, and leave what that leaves.
+    /// Runs the same command once more without faults: it must give and leave behind what an
+    /// undisturbed run does.
     #[track_caller]
     fn check_afterwards(&self, place: &Place, what: &str) {
         let output = self.run(place, &[]);
@@ -98,7 +100,8 @@ impl Faults {
         self.check_afterwards(&place, &format!("a kill at call {call}"));
     }
 
-    /// Lets a call fail: no panic, and afterwards nothing tells of it.
+    /// Makes a call fail: the run must not panic, and nothing of the failure may be left
+    /// afterwards. Returns whether the run succeeded.
     fn fail_at(&self, call: usize, (what, error): (&str, &str)) -> bool {
         let place = Place::new();
         let output = self.run(&place, &[("FAULT_AT", &call.to_string()), ("FAULT_HOW", error)]);
@@ -113,7 +116,7 @@ impl Faults {
         output.status.success()
     }
 
-    /// Kills a run at a moment.
+    /// Kills a run after a time; returns whether it was still running.
     fn kill_after(&self, seconds: f64) -> bool {
         let place = Place::new();
         let mut child = self.command(&place, &[]).spawn().unwrap();
@@ -125,8 +128,8 @@ impl Faults {
     }
 }
 
-/// Every file by its path, with a hash of what does not change from run to run: networks whole, outcomes and tables without
-/// times, of the rest that they are there.
+/// Returns every file by its path, with what does not change from run to run: hashes of whole
+/// networks, outcomes and tables without times, and nothing for the rest.
 fn what_is_there(place: &Place) -> BTreeMap<String, String> {
     let mut files = BTreeMap::new();
     let mut folders = vec![place.path("all")];
@@ -208,7 +211,7 @@ fn a_run_that_is_killed_at_random_moments() {
     println!("200 kills, {killed} of them before the end");
 }
 
-/// Some clusters' file systems refuse every lock: that is said once, and no reason to stop.
+/// The file systems of some clusters refuse every lock: the run says so once and goes on.
 #[test]
 fn a_store_without_locks() {
     let faults = Faults::new();

@@ -1,12 +1,13 @@
-//! Tables by several processes that train together, under Open MPI. Skipped where this was built without the feature `mpi`, or
-//! mpirun is not installed (Debian: libopenmpi-dev and openmpi-bin).
+//! Tables by several processes that train together under Open MPI. Skipped if this was built
+//! without the feature `mpi`, or if mpirun is not installed (Debian: libopenmpi-dev and
+//! openmpi-bin).
 
 mod tiny;
 
 use std::process::Command;
 use tiny::{Place, TABLE3, said};
 
-/// A program that can't join the others says so, instead of doing their work once more.
+/// A program that can't join the other processes says so, instead of repeating their work.
 #[test]
 #[cfg(not(feature = "mpi"))]
 fn without_mpi_one_of_several_processes_is_refused() {
@@ -32,13 +33,14 @@ mod together {
     use std::process::{Child, Output, Stdio};
     use std::time::{Duration, Instant};
 
-    /// τ: about the median of the variances after two steps, which began at 1.
+    /// τ: about the median of the variances after two steps from 1.
     const THRESHOLD: f64 = 0.9;
 
-    /// By when a job must have ended of which a process is lost.
+    /// The time in which a job must end after it has lost a process.
     const MOST: Duration = Duration::from_secs(30);
 
-    /// Writes the tiny profile as `name`, with so many images, in steps of 16, another τ, and settings of every training.
+    /// Writes the tiny profile as `name`, with another number of training images and another τ, and
+    /// with settings that all trainings get.
     fn change(place: &Place, name: &str, images: i64, threshold: f64, settings: &[(&str, toml::Value)]) {
         let text = std::fs::read_to_string(place.path("tiny.toml")).unwrap();
         let mut profile: toml::Table = text.parse().unwrap();
@@ -51,7 +53,8 @@ mod together {
         std::fs::write(place.path(name), profile.to_string()).unwrap();
     }
 
-    /// mpirun, as any user, with more processes than cores; none where it is not installed.
+    /// Returns mpirun for any user and for more processes than cores; `None` if it is not
+    /// installed.
     fn mpirun() -> Option<Command> {
         if Command::new("mpirun").arg("--version").output().is_err() {
             eprintln!("SKIPPED: mpirun is not installed (libopenmpi-dev and openmpi-bin of Debian)");
@@ -60,7 +63,8 @@ mod together {
         let mut command = Command::new("mpirun");
         command.args(["--oversubscribe", "--bind-to", "none", "--mca", "btl", "self,vader"]);
         command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-        // Processes in a container may not read each other's memory; and they have the cores by turns.
+        // Processes in a container may not be allowed to read each other's memory, and they share
+        // the cores.
         command
             .env("OMPI_MCA_btl_vader_single_copy_mechanism", "none")
             .env("OMPI_MCA_mpi_yield_when_idle", "1");
@@ -68,12 +72,13 @@ mod together {
         Some(command)
     }
 
-    /// So many processes of a row of Table 3, with the settings `config`, in the store `store` of its own.
+    /// Adds a row of Table 3 in `processes` processes, with the settings `config` and its own store
+    /// `store`.
     fn table3<'a>(command: &'a mut Command, processes: &str, config: &str, store: &str) -> &'a mut Command {
         row(command.args(["-n", processes, TABLE3]), "cpu", config, store)
     }
 
-    /// The flags for a row of Table 3 on such a device.
+    /// Adds the flags for a row of Table 3 on a device.
     fn row<'a>(command: &'a mut Command, device: &str, config: &str, store: &str) -> &'a mut Command {
         command.args(["--device", device, "--data", "synthetic"]);
         command.args(["--only", "mobilenet_v1,a4w4,ours", "--config", config, "--store", store])
@@ -87,7 +92,7 @@ mod together {
         Some(said(&output))
     }
 
-    /// The networks of a store, by their stages.
+    /// Returns the networks of a store, by the names of their stages' folders.
     fn networks(store: &Path) -> BTreeMap<String, Network> {
         let network = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry.unwrap();
@@ -101,7 +106,7 @@ mod together {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// The distance of two networks' numbers, over their size.
+    /// Returns the distance between the values of two networks, relative to their norm.
     fn difference(found: &Network, expected: &Network) -> f64 {
         let (mut distance, mut size) = (0.0, 0.0);
         for ((name, found), (_, expected)) in found.tensors().into_iter().zip(expected.tensors()) {
@@ -114,10 +119,12 @@ mod together {
         (distance / size).sqrt()
     }
 
-    /// With statistics of whole batches two processes with 8 images each pre-train what one with 16 does, but for the rounding of
-    /// sums in another order: two steps of 27 layers give 1e-6, and where rounding takes a value to the other side of an
-    /// activation's bound 1e-5. (Quantizers have many such bounds; what is compared there are smaller networks, in the tests of
-    /// `train`.) With statistics of their own they give something else. Both say what they do.
+    /// With statistics of whole batches, two processes with 8 images each pre-train the same
+    /// network as one process with 16, except for rounding in sums of another order. After two
+    /// steps of 27 layers the difference is 1e-6, or 1e-5 if rounding moves a value across an
+    /// activation's bound. (Quantizers have many such bounds; the tests of `train` compare smaller
+    /// networks there.) With each process's own statistics the network is another one. Both runs
+    /// say what they do.
     #[test]
     fn two_processes_with_half_a_batch_are_as_one() {
         let place = Place::new();
@@ -147,12 +154,12 @@ mod together {
         assert!(difference(&own, &one) > 1e-3, "{:.1e}", difference(&own, &one));
     }
 
-    /// The network that was pre-trained in a store.
+    /// Returns the pre-trained network of a store.
     fn pretrained(store: &Path) -> Network {
         networks(store).into_iter().find(|(stage, _)| stage.contains("pretrain")).unwrap().1
     }
 
-    /// Waits for a job's end, which must come in time.
+    /// Waits for the end of a job, which must come in time.
     fn end(mut job: Child) -> Output {
         let started = Instant::now();
         while job.try_wait().unwrap().is_none() {
@@ -165,7 +172,7 @@ mod together {
         job.wait_with_output().unwrap()
     }
 
-    /// The process of that rank among those that mpirun has started.
+    /// Returns the process ID of a rank that mpirun has started.
     fn process(job: &Child, rank: usize) -> String {
         let id = job.id();
         let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
@@ -177,8 +184,8 @@ mod together {
         children.split_whitespace().find(is_the_rank).expect("every rank is a child of mpirun").into()
     }
 
-    /// One of two processes is killed while they train: the job ends in time and names it, and the same command goes on to the
-    /// bits of a job that was not disturbed.
+    /// If one of two processes is killed while they train, the job ends in time and names it. The
+    /// same command then resumes, to the bits of an undisturbed job.
     #[test]
     fn a_job_of_which_a_process_is_killed_ends_and_is_gone_on_with() {
         let place = Place::new();
@@ -228,7 +235,8 @@ mod together {
         }
     }
 
-    /// All processes end together where the time limit stops them, with the exit code that says that something is left.
+    /// At the time limit all processes end together, with the exit code that says that something is
+    /// left.
     #[test]
     fn a_time_limit_ends_the_job_after_an_epoch() {
         let place = Place::new();
@@ -245,7 +253,7 @@ mod together {
         }
     }
 
-    /// An error of one process ends the job, and says whose it is.
+    /// An error of one process ends the job and names the rank.
     #[test]
     fn an_error_names_its_rank_and_ends_the_job() {
         let place = Place::new();
@@ -260,13 +268,14 @@ mod together {
         assert!(told.contains("Error: rank 1 of 2: rank 1 has data of the fingerprint"), "{told}");
     }
 
-    /// Skipped where there are no GPUs.
+    /// Skipped if there are no GPUs.
     #[cfg(feature = "nccl")]
     mod on_gpus {
         use super::*;
         use candle_core::cuda::cudarc::driver::CudaContext;
 
-        /// Whether two processes have a GPU each; of those in software every process has one.
+        /// Returns whether two processes have a GPU each. With the software GPU, every process has
+        /// one.
         fn have_gpus() -> bool {
             let in_software = std::env::var("LD_PRELOAD").is_ok_and(|loaded| loaded.contains("software_gpu"));
             let found = CudaContext::device_count().unwrap_or(0) >= if in_software { 1 } else { 2 };
@@ -276,8 +285,8 @@ mod together {
             found
         }
 
-        /// Two processes on GPUs, whose gradients NCCL adds up, pre-train what two on CPUs do, but for the order of sums in their
-        /// kernels.
+        /// Two processes on GPUs, whose gradients NCCL adds up, pre-train the same network as two
+        /// on CPUs, except for the order of sums in their kernels.
         #[test]
         fn two_processes_on_gpus_are_as_two_on_cpus() {
             let place = Place::new();
@@ -300,7 +309,7 @@ mod together {
             assert!(difference(&found, &expected) < 1e-4, "{:.1e}", difference(&found, &expected));
         }
 
-        /// A process that NCCL fails for ends the job, and says whose it is and why.
+        /// If NCCL fails in a process, the process ends the job and names its rank and the reason.
         #[test]
         fn a_failure_of_nccl_names_its_rank_and_ends_the_job() {
             let place = Place::new();

@@ -1,5 +1,5 @@
-//! Published networks: copied from a store, taken where another store lacks them, evaluated again, and refused where they are
-//! not what was published.
+//! Published networks: copied from a store, used if another store lacks them, evaluated again, and
+//! refused if they are not what was published.
 
 mod tiny;
 
@@ -22,7 +22,7 @@ const NAMES: [&str; 4] = [
 ];
 const OURS: &str = NAMES[3];
 
-/// A place where these rows were run and their networks published.
+/// Returns a place where these rows were run and their networks published.
 fn first() -> &'static Place {
     static FIRST: OnceLock<Place> = OnceLock::new();
     FIRST.get_or_init(|| {
@@ -33,7 +33,7 @@ fn first() -> &'static Place {
     })
 }
 
-/// A place that has nothing but what was published.
+/// Returns a place that has nothing but what was published.
 fn elsewhere() -> Place {
     let place = Place::new();
     let folder = networks(&place);
@@ -61,7 +61,7 @@ fn run(program: &str, place: &Place, flags: &[&str]) -> Output {
     Command::new(program).current_dir(place.root()).args(flags).output().unwrap()
 }
 
-/// What a program prints, and whether it succeeds.
+/// Returns what a program printed, and whether it succeeded.
 fn printed(output: Output) -> (String, bool) {
     (String::from_utf8(output.stdout.clone()).unwrap() + &said(&output), output.status.success())
 }
@@ -70,7 +70,8 @@ fn report(place: &Place, flags: &[&str]) -> (String, bool) {
     printed(run(env!("CARGO_BIN_EXE_report"), place, flags))
 }
 
-/// What `report --verify` says of a place's networks, and whether that is that all are right.
+/// Runs `report --verify` on the networks of a place; returns what it prints, and whether it finds
+/// all of them right.
 fn verify(place: &Place) -> (String, bool) {
     report(place, &["--verify", "--data", "synthetic"])
 }
@@ -83,7 +84,7 @@ fn flip(path: &Path) {
     std::fs::write(path, bytes).unwrap();
 }
 
-/// Changes the folder's stages, and seals them again, as who falsifies them may do.
+/// Changes the folder's stages and seals them again, as someone who falsifies them could do.
 fn falsify(folder: &Path, change: impl Fn(&mut Value)) {
     let path = folder.join(STAGES);
     let mut all: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
@@ -112,7 +113,7 @@ fn networks_of_rows_are_published_with_what_they_are() {
         assert!(std::fs::read(stored).unwrap() == std::fs::read(path).unwrap(), "{}", row.file);
         assert_eq!((row.model.as_str(), row.width, row.seed), ("mobilenet_v1", 0.1, 0));
     }
-    // They are those of the table.
+    // The networks are those of the table.
     for (file, method) in [(NAMES[1], "dfq_with_fine_tune"), (OURS, "ours")] {
         let (network, row) = (row(place, file), rows.iter().find(|row| row.method == method).unwrap());
         assert_eq!(
@@ -136,7 +137,8 @@ fn networks_of_rows_are_published_with_what_they_are() {
     assert!(well && text.contains("4 published networks"), "{text}");
 }
 
-/// Publishing again adds rows and drops what no row has any more; what has not been run can't be published.
+/// Publishing again adds rows and drops networks that no longer belong to a row. A row that has not
+/// been run can't be published.
 #[test]
 fn rows_are_published_as_they_come() {
     let place = Place::new();
@@ -156,7 +158,7 @@ fn rows_are_published_as_they_come() {
         list(&place).iter().map(|row| row.file.as_str()).collect::<Vec<_>>(),
         [NAMES[0], NAMES[2], OURS]
     );
-    // A network that the store no longer has whole is not published.
+    // A network that is damaged in the store is not published.
     let path = place.stage(&row(&place, OURS).key).join("network.safetensors");
     let whole = std::fs::read(&path).unwrap();
     flip(&path);
@@ -165,7 +167,7 @@ fn rows_are_published_as_they_come() {
         &["network.safetensors has SHA-256", "run the table again"],
     );
     std::fs::write(path, whole).unwrap();
-    // A row comes from another store, which has gone on from the published network.
+    // A row may come from another store, which has continued from the published network.
     std::fs::remove_dir_all(place.path("runs")).unwrap();
     let dfq = format!("{ROWS},dfq_with_fine_tune");
     place.run(&["--only", &dfq]);
@@ -173,7 +175,7 @@ fn rows_are_published_as_they_come() {
     place.run(&["--only", &dfq, "--publish"]);
     assert_eq!(list(&place).iter().map(|row| row.file.as_str()).collect::<Vec<_>>(), NAMES);
     assert!(verify(&place).1);
-    // Where the lists can't be read, the store has to have all of it.
+    // If the lists can't be read, the store must have everything.
     let path = networks(&place).join(STAGES);
     let stages = std::fs::read(&path).unwrap();
     flip(&path);
@@ -181,7 +183,7 @@ fn rows_are_published_as_they_come() {
     let flags = ["--data", "synthetic", "--only", &dfq, "--publish"];
     place.check_refused(&flags, &["not taken", "is missing from the store"]);
     std::fs::write(path, stages).unwrap();
-    // With other settings these are networks of no row any more.
+    // With other settings, these networks no longer belong to a row.
     place.pretrain_for(2);
     place.run(&["--only", &ours]);
     place.run(&["--only", &ours, "--publish"]);
@@ -192,7 +194,8 @@ fn rows_are_published_as_they_come() {
     assert!(!networks(&place).join(NAMES[1]).exists() && verify(&place).1);
 }
 
-/// With an empty store: a table from the published networks, and a stage of it again.
+/// With an empty store, a table is made from the published networks, and one of its stages is run
+/// again.
 #[test]
 fn a_table_is_drawn_and_a_stage_repeated_without_pre_training() {
     let place = elsewhere();
@@ -200,7 +203,8 @@ fn a_table_is_drawn_and_a_stage_repeated_without_pre_training() {
     let plan = place.table3(&[&["--data", "synthetic", "--plan"], &flags[..]].concat());
     let plan = String::from_utf8(plan.stdout).unwrap();
     let lines = plan.lines().filter(|line| line.contains("published: top-1")).count();
-    // Pre-training; DFQ and its fine-tuning; the five stages of Algorithm 1 but the first.
+    // Pre-training; DFQ and its fine-tuning; the five stages of Algorithm 1 without the first,
+    // which is that pre-training.
     assert!(lines == 7 && plan.contains("7 of 7 stages done"), "{plan}");
 
     let said = place.run(&flags);
@@ -212,8 +216,8 @@ fn a_table_is_drawn_and_a_stage_repeated_without_pre_training() {
         assert_eq!(read(&place), read(first()), "{file}");
     }
 
-    // Of the stages between, which are not published, there is only what they gave: where their networks are needed they
-    // are run, from the pruned network.
+    // The stages in between are not published, so only their outcomes are known. If their networks
+    // are needed, these stages are run, starting from the pruned network.
     let key = row(&place, OURS).key;
     let output = place.table3(&["--data", "synthetic", "--stage", &key]);
     let (text, well) = printed(output);
@@ -224,13 +228,15 @@ fn a_table_is_drawn_and_a_stage_repeated_without_pre_training() {
         ["mobilenet_v1 fine-tune A4/W32 seed 0", "mobilenet_v1 PfQ", "mobilenet_v1 fine-tune A4/W4 seed 0"]
     );
     assert_eq!(place.stages(), 3);
-    // A record alone does not make a row: at 3 bits nothing is published, and all but pre-training and pruning is run.
+    // An outcome alone does not make a row: at 3 bits nothing is published, so everything except
+    // pre-training and pruning is run.
     let said = place.run(&["--only", "mobilenet_v1,a3w3,ours"]);
     assert!(said.contains("fine-tune A3/W32") && !said.contains("pre-train seed 0 …"), "{said}");
     assert_eq!(place.rows().len(), 3);
 }
 
-/// Those for which training images are held out do not take the place of the profile's others.
+/// Networks for which training images are held out do not replace the other networks of the
+/// profile.
 #[test]
 fn networks_of_other_images_have_a_folder_of_their_own() {
     let place = elsewhere();
@@ -253,7 +259,7 @@ fn every_published_figure_is_found_again() {
     let (text, well) = verify(first());
     assert!(well && text.contains("4 published networks evaluated, every figure found again"), "{text}");
     assert_eq!(text.lines().filter(|line| line.ends_with("  the same")).count(), 4, "{text}");
-    // One of them by the tool.
+    // The tool evaluates one of them.
     let file = format!("results/networks/tiny/{OURS}");
     let (text, well) =
         printed(run(env!("CARGO_BIN_EXE_pfq"), first(), &["eval", &file, "--data", "synthetic"]));
@@ -262,12 +268,12 @@ fn every_published_figure_is_found_again() {
     let published =
         format!("published (A4/W4 ours) with top-1 {top1_percent:.2} %, loss {loss:.4}: the same");
     assert!(text.contains(&published), "{text}");
-    // On other images its figure is another one.
+    // On other images the figure is another one.
     let limited = ["eval", &file, "--data", "synthetic", "--limit", "10"];
     let (text, well) = printed(run(env!("CARGO_BIN_EXE_pfq"), first(), &limited));
     assert!(well && text.contains("10 test images") && !text.contains("published ("), "{text}");
 
-    // Trained in bf16, a network is evaluated in it too.
+    // A network that was trained in bf16 is also evaluated in bf16.
     let place = Place::new();
     let flags = ["--only", "mobilenet_v2,a4w4,ours", "--arithmetic", "bf16"];
     place.run(&flags);
@@ -282,7 +288,7 @@ fn every_published_figure_is_found_again() {
     assert!(well && text.matches("to the bit").count() == 5, "{text}");
 }
 
-/// What is not what was published is named and not used, whatever the store is told of damage.
+/// A network that is not what was published is named and not used, with and without `--strict`.
 #[test]
 fn damaged_networks_are_refused() {
     let check = |damage: &dyn Fn(&Path), parts: &[&str]| {
@@ -295,7 +301,7 @@ fn damaged_networks_are_refused() {
         assert!(!verify(&place).1);
         let (text, well) = report(&place, &[]);
         assert!(!well, "{text}");
-        // Nobody is bound to use them.
+        // A program works without published networks too.
         std::fs::remove_dir_all(networks(&place)).unwrap();
         place.run(&["--plan"]);
     };
@@ -303,7 +309,7 @@ fn damaged_networks_are_refused() {
         check(&|folder| flip(&folder.join(name)), &[name, "a published network", "SHA-256", "expected"]);
     }
     check(&|folder| std::fs::remove_file(folder.join(OURS)).unwrap(), &[OURS, "a published network"]);
-    // The network of another stage.
+    // This is the network of another stage.
     let pruned = NAMES[2];
     let other = |folder: &Path| assert!(std::fs::copy(folder.join(pruned), folder.join(OURS)).unwrap() > 0);
     check(&other, &[OURS, "SHA-256"]);
@@ -317,7 +323,7 @@ fn damaged_networks_are_refused() {
     let [ours, float] = [row(first(), OURS), row(first(), NAMES[0])];
     check(&|folder| edit(folder, &ours.key, &float.key), &[OURS, "sha256"]);
     check(&|folder| edit(folder, &ours.key, "0123456789abcdef"), &[OURS, "0123456789abcdef"]);
-    // Settings that are not those of the key, sealed.
+    // These settings are sealed, but are not the ones of the key.
     check(
         &|folder| {
             falsify(folder, |stage| {
@@ -330,7 +336,7 @@ fn damaged_networks_are_refused() {
     );
 }
 
-/// A figure that was changed everywhere, with all hashes made anew, is found by evaluating the network.
+/// Evaluating the network finds a figure that was changed everywhere, with all hashes made again.
 #[test]
 fn a_falsified_figure_is_found() {
     let place = elsewhere();

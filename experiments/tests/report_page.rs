@@ -1,4 +1,4 @@
-//! The page of all results in a real browser: headless Chromium, where there is one.
+//! The page of all results in a real browser: headless Chromium, if it is installed.
 
 #[path = "../../crates/report/tests/sample/mod.rs"]
 mod sample;
@@ -8,7 +8,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The folder of the results that are kept with the code.
+/// Returns the folder of the results that are kept with the code.
 fn results() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../results")
 }
@@ -21,21 +21,21 @@ fn browser() -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// What a browser makes of a page in a window of some width.
+/// What a browser makes of a page in a window of a given width.
 #[derive(Debug)]
 struct Seen {
-    /// The window's width, and what the page needs, in CSS pixels.
+    /// The width of the window; `scroll` is the width that the page needs. Both are in CSS pixels.
     inner: u64,
     scroll: u64,
     tables: usize,
-    /// Which of the five tables have no table of figures.
+    /// Those of the five tables that have no table of figures.
     missing: Vec<String>,
-    /// Headings that have no height: nothing was laid out.
+    /// The number of headings without height, which were not laid out.
     flat: usize,
     console: Vec<String>,
 }
 
-/// Shows the page in a frame of that width, as windows cannot be arbitrarily narrow, and measures it.
+/// Shows the page in a frame of that width and measures it. Windows can't be arbitrarily narrow.
 fn look(browser: &Path, html: &str, width: u32) -> Seen {
     let folder = tempfile::tempdir().unwrap();
     let inner = html.replace('&', "&amp;").replace('"', "&quot;");
@@ -76,7 +76,7 @@ fn look(browser: &Path, html: &str, width: u32) -> Seen {
     }
 }
 
-/// Results of every table with three seeds, long names included, written as the tables' binaries do.
+/// Writes results of every table with three seeds and with long names, as the tables' binaries do.
 fn all_tables(folder: &Path) {
     for table in Paper::published().tables() {
         let row = |of: &report::PaperRow, seed: u64| {
@@ -121,7 +121,7 @@ fn the_page_fits_phones_and_desktops_without_an_error() {
         println!("skipped: no chromium in PATH");
         return;
     };
-    // What is looked for is found where it is.
+    // The measurement finds the faults of a bad page.
     let bad =
         "<!DOCTYPE html><body><h1>a</h1><div style='width:2000px'>wide</div><script>nothing.of.it()</script>";
     let seen = look(&browser, bad, 360);
@@ -173,7 +173,7 @@ fn every_table_has_claims_that_the_paper_bears_out() {
     assert!(!experiments::report_page::deviations().unwrap().is_empty());
 }
 
-/// A slip of the name must not replace a table by the page.
+/// A mistyped name must not replace a table by the page.
 #[test]
 fn only_a_page_is_written_over() {
     let folder = tempfile::tempdir().unwrap();
@@ -192,7 +192,7 @@ fn a_missing_folder_is_explained() {
     assert!(error.contains("no/such/folder") && error.contains("--results"), "{error}");
 }
 
-/// What someone has put there, in an encoding of its own, is linked to; the page is made all the same.
+/// A file in another encoding is linked to, and the page is made all the same.
 #[test]
 fn files_that_are_not_what_they_are_called_do_not_matter() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
-//! A table's stages as jobs of a real Slurm: a controller and a node of our own, in a folder of their own. Skipped where
-//! slurmctld, slurmd and sbatch are not installed (Debian: slurmctld, slurmd, slurm-client).
+//! A table's stages as jobs of a real Slurm, with a controller and a node in a folder of their own.
+//! Skipped if slurmctld, slurmd and sbatch are not installed (Debian: slurmctld, slurmd,
+//! slurm-client).
 
 mod tiny;
 
@@ -9,17 +10,17 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Long enough for jobs that take seconds on a machine with much else to do.
+/// Long enough for jobs that take seconds, on a machine that is busy with other work.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A controller and a node, which end with it.
+/// A controller and a node, which end when this is dropped.
 struct Slurm {
     folder: tempfile::TempDir,
     processes: Vec<Child>,
 }
 
 impl Slurm {
-    /// `None` where Slurm is not installed.
+    /// Starts both; `None` if Slurm is not installed.
     fn start() -> Option<Self> {
         let installed = ["slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue"].map(program);
         if installed.iter().any(Option::is_none) {
@@ -53,7 +54,8 @@ impl Slurm {
         let mut slurm = Self { folder, processes: Vec::new() };
         for daemon in ["slurmctld", "slurmd"] {
             let mut command = Command::new(program(daemon).unwrap());
-            // slurmd takes its configuration from the flag, everything else from the variable.
+            // The daemons take their configuration from the flag, all other programs from
+            // SLURM_CONF.
             command.args(["-D", "-f"]).arg(slurm.folder.path().join("slurm.conf"));
             command.stdout(Stdio::null()).stderr(Stdio::null());
             slurm.processes.push(command.spawn().unwrap());
@@ -83,7 +85,8 @@ impl Slurm {
         }
     }
 
-    /// Submits what is left of Table 3, in `folder`, started by `launch`. What the script said.
+    /// Submits what is left of Table 3 in `folder`, started by `launch`; returns what the script
+    /// printed.
     fn submit(&self, folder: &Path, launch: &str) -> String {
         let script = table3(folder, &["--plan", "--format", "slurm"]);
         std::fs::write(folder.join("submit.sh"), script).unwrap();
@@ -109,14 +112,14 @@ impl Drop for Slurm {
     }
 }
 
-/// The path of a program, in the folders of the administrator too.
+/// Returns the path of a program, which may also be in the administrator's folders.
 fn program(name: &str) -> Option<std::path::PathBuf> {
     let path = std::env::var_os("PATH")?;
     let folders = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
     folders.map(|folder| folder.join(name)).find(|program| program.is_file())
 }
 
-/// Runs a row of Table 3 in `folder`; what it printed.
+/// Runs the rows of one network of Table 3 in `folder`; returns what the program printed.
 fn table3(folder: &Path, flags: &[&str]) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_table3"));
     command.args(["--config", "tiny.toml", "--device", "cpu", "--data", "synthetic"]);
@@ -126,20 +129,21 @@ fn table3(folder: &Path, flags: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What the jobs said.
+/// Returns what the jobs printed.
 fn logs(folder: &Path) -> String {
     let files = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
     let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
     files.map(|path| std::fs::read_to_string(path).unwrap()).collect()
 }
 
-/// The rows, without the time that they took.
+/// Returns the rows without their times.
 fn rows(folder: &Path) -> Vec<Row> {
     let rows = report::read_csv(&folder.join("results/table3/tiny/table3.csv")).unwrap();
     rows.into_iter().map(|row| Row { wall_seconds: 0.0, ..row }).collect()
 }
 
-/// A folder with the tiny profile, whose pre-training has so many epochs that it can be killed in one.
+/// Returns a folder with the tiny profile, whose pre-training has so many epochs that it can be
+/// killed within them.
 fn place() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     tiny::write_profile(folder.path());
@@ -156,7 +160,8 @@ fn a_table_runs_as_jobs_and_survives_that_one_is_killed() {
     let [undisturbed, place] = [place(), place()];
     table3(undisturbed.path(), &[]);
 
-    // Pre-training; both methods' first step; their second; Algorithm 1's second step and third; the table.
+    // The arrays are pre-training, the first stage of both methods, their second stage, the third
+    // and the fourth stage of Algorithm 1, and the table.
     let said = slurm.submit(place.path(), "");
     let names: Vec<&str> = said.lines().map(|line| line.split_once(": ").unwrap().1).collect();
     assert_eq!(names.first(), Some(&"table3-1"), "{said}");
@@ -171,7 +176,7 @@ fn a_table_runs_as_jobs_and_survives_that_one_is_killed() {
     };
     slurm.wait("pre-training to begin", |_| epochs() > 3);
     slurm.says("scancel", &["--signal=KILL", "--full", first]);
-    // What depends on it is never run.
+    // The jobs that depend on it never run.
     slurm.wait_for_all_jobs();
     let begun = epochs();
     assert!((4..100).contains(&begun), "{begun} epochs");
@@ -185,7 +190,7 @@ fn a_table_runs_as_jobs_and_survives_that_one_is_killed() {
     assert!(table3(place.path(), &["--plan"]).contains("7 of 7 stages done"));
 }
 
-/// Each job is one of two processes of MPI.
+/// Each job consists of two MPI processes.
 #[test]
 #[cfg(feature = "mpi")]
 fn jobs_of_two_processes_train_together() {

@@ -1,7 +1,7 @@
 //! The tool `pfq` from end to end, on a checkpoint that torchvision wrote.
 //!
-//! It is `crates/models/tests/import/torchvision_v2.pth`: MobileNetV2 of width 0.1 with random weights, in which
-//! seven filters are planted that give next to a constant.
+//! The checkpoint is `crates/models/tests/import/torchvision_v2.pth`: MobileNetV2 of width 0.1 with
+//! random weights and seven planted filters whose outputs are almost constant.
 
 use candle_core::{Device, Tensor};
 use models::{Import, Network, Norm, Origin};
@@ -12,7 +12,7 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/models/tests/import").join(name)
 }
 
-/// What the tool prints; it must succeed.
+/// Returns what the tool prints; it must succeed.
 #[track_caller]
 fn run(arguments: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_pfq")).args(arguments).output().unwrap();
@@ -20,7 +20,7 @@ fn run(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The tool must fail with a message that has all of `parts`.
+/// Checks that the tool fails with a message that contains all of `parts`.
 #[track_caller]
 fn check_error(arguments: &[&str], parts: &[&str]) {
     let output = Command::new(env!("CARGO_BIN_EXE_pfq")).args(arguments).output().unwrap();
@@ -39,8 +39,8 @@ fn distance(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 
-/// Logits before and after pruning at τ = ε, of order 1. What is removed varies by 1e-8 and is normalized to 3e-6
-/// of its usual size; the rest is rounding in float32.
+/// The tolerance for logits of order 1, before and after pruning at τ = ε. The removed filters vary
+/// by 1e-8 and are normalized to 3e-6 of their usual size; the rest is rounding in float32.
 const TOLERANCE: f32 = 1e-4;
 
 #[test]
@@ -50,7 +50,7 @@ fn pruning_a_torchvision_checkpoint_keeps_its_outputs() {
     let (input_text, out_text) = (input.to_str().unwrap(), out.to_str().unwrap());
     let text = run(&["prune", input_text, out_text]);
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
-    // Layer, filters, below τ, removed; the planted channel of blocks 3 to 5 is low in all three.
+    // Layer, filters, below τ, removed. The planted channel of blocks 3 to 5 is low in all three.
     for row in [
         ["blocks.2.expand", "48", "0", "1"],
         ["blocks.2.depthwise", "48", "1", "1"],
@@ -73,16 +73,17 @@ fn pruning_a_torchvision_checkpoint_keeps_its_outputs() {
     let (whole, pruned) =
         (before.forward(&images["images"]).unwrap(), after.forward(&images["images"]).unwrap());
     assert!(distance(&whole, &pruned) < TOLERANCE, "off by {}", distance(&whole, &pruned));
-    // And so are those of torchvision itself.
+    // They agree with torchvision's own logits too.
     assert!(distance(&images["torchvision_v2"], &pruned) < TOLERANCE);
 
-    // The constants do matter: without them the outputs are others.
+    // The constants matter: without them the outputs differ.
     let bare = folder.path().join("bare.safetensors");
     run(&["prune", input_text, bare.to_str().unwrap(), "--no-bias-correction"]);
     let bare = open(&bare).0.forward(&images["images"]).unwrap();
     assert!(distance(&whole, &bare) > 100.0 * TOLERANCE, "off by {}", distance(&whole, &bare));
 
-    // The pruned file can be read by every command, and has nothing left to prune but what is tied.
+    // Every command can read the pruned file. Nothing is left to prune except a channel that is
+    // tied.
     let again = run(&["variance", out_text]);
     assert!(again.contains("1 of ") && again.contains("below τ = 1e-5"), "{again}");
     let macs = run(&["macs", out_text, "--size", "64"]);
@@ -113,7 +114,7 @@ fn variances_are_shown_drawn_and_written() {
     let what = "mobilenet_v2, width 0.1, named as in torchvision, strides 2,1,2,2,2,1,2,1 (assumed; --strides says others), \
                 relu6 (assumed; --activation says others), ε 1e-5 (assumed; --epsilon says others); 10 classes, 224×224";
     assert!(text.contains(what), "{text}");
-    // The seven planted ones, and the depthwise filter that reads a planted zero.
+    // The seven planted filters, and the depthwise filter that reads a planted zero.
     assert!(text.contains("8 of ") && text.contains("τ = 1e-6"), "{text}");
     let csv = std::fs::read_to_string(path("v.csv")).unwrap();
     assert_eq!(csv.lines().next(), Some("layer,filter,running_variance,below_threshold"));
@@ -125,7 +126,7 @@ fn variances_are_shown_drawn_and_written() {
     assert!(std::fs::read(path("v.png")).unwrap().starts_with(b"\x89PNG"));
 }
 
-/// A dot in a picture's name is a part of it, but for that of its extension.
+/// A dot in a picture's name is a part of the name, unless it starts the extension.
 #[test]
 fn pictures_are_named_as_asked() {
     let folder = tempfile::tempdir().unwrap();
@@ -144,7 +145,8 @@ fn pictures_are_named_as_asked() {
     assert_eq!(found, stems.map(|stem| [format!("{stem}.png"), format!("{stem}.svg")]).concat());
 }
 
-/// Where RUST_BACKTRACE is set, a backtrace stands inside Candle's messages; ours are one line all the same.
+/// If RUST_BACKTRACE is set, Candle's messages contain a backtrace. Our messages are still one
+/// line.
 #[test]
 fn errors_are_one_line() {
     let folder = tempfile::tempdir().unwrap();
@@ -161,7 +163,7 @@ fn errors_are_one_line() {
     }
 }
 
-/// A reader who goes, as `head` does, is no error, and a full disk is one.
+/// It is no error if the reader closes the pipe, as `head` does. A full disk is one.
 #[test]
 #[cfg(target_os = "linux")]
 fn a_closed_output_is_no_error() {
@@ -179,11 +181,13 @@ fn a_closed_output_is_no_error() {
     assert!(output.status.code() == Some(1) && error.starts_with("Error: standard output"), "{error}");
 }
 
-/// Weights don't tell their strides; those of the networks that are published for CIFAR are others than this project's.
+/// Weights don't tell their strides, and the networks that are published for CIFAR have other
+/// strides than this project's.
 #[test]
 fn strides_are_taken_as_given() {
     let folder = tempfile::tempdir().unwrap();
-    // The names and shapes of torchvision's MobileNetV2 of width 1, which the published networks for CIFAR-100 have too.
+    // The names and shapes are those of torchvision's MobileNetV2 of width 1 and of the published
+    // networks for CIFAR-100.
     let config = models::MobileNet {
         first_expansion: false,
         ..models::MobileNet::new(models::Version::V2, models::Input::Cifar, 100)
@@ -210,7 +214,7 @@ fn strides_are_taken_as_given() {
         let ends = text.lines().next().zip(text.lines().last());
         ends.map(|(first, last)| (first.to_string(), last.to_string())).unwrap()
     };
-    // The published figure of 88.09 M.
+    // The published figure is 88.09 M.
     let (head, total) = lines(&macs(&["--strides", "1,1,1,2,2,1,2,1"]));
     assert!(head.contains("strides 1,1,1,2,2,1,2,1, relu6 (assumed"), "{head}");
     assert!(head.contains("; 100 classes, 32×32"), "{head}");
@@ -220,12 +224,12 @@ fn strides_are_taken_as_given() {
     let (head, total) = lines(&macs(&["--strides", "cifar"]));
     assert!(head.contains("strides 1,1,2,2,1,1,1,1, relu6 (assumed"), "{head}");
     assert!(total.contains("146.19 M MACs"), "{total}");
-    // Torchvision's 300.8 M with 1000 classes.
+    // Torchvision has 300.8 M with 1000 classes.
     let (head, total) = lines(&macs(&[]));
     assert!(head.contains("2,1,2,2,2,1,2,1 (assumed; --strides says others)"), "{head}");
     assert!(total.contains("299.62 M MACs") && total.contains("224×224"), "{total}");
 
-    // The pruned file says its strides itself.
+    // The pruned file contains its strides.
     let out = folder.path().join("pruned.safetensors");
     let out = out.to_str().unwrap();
     run(&["prune", file, out, "--strides", "1,1,1,2,2,1,2,1"]);
@@ -233,11 +237,12 @@ fn strides_are_taken_as_given() {
     for wrong in ["1,1,2", "1,1,1,2,2,1,2,3", "1,1,1,2,2,1,2,0", "1,1,1,2,2,1,2,", "none"] {
         check_error(&["macs", file, "--strides", wrong], &["--strides", "8 of a MobileNetV2", "14 of a V1"]);
     }
-    // As many as a V1 has.
+    // This is the number of strides of a V1.
     check_error(&["macs", file, "--strides", "2,1,1,1,1,1,1,1,1,1,1,1,2,1"], &["14 strides", "expected 8"]);
 }
 
-/// Torchvision's names of a MobileNetV2's unit: of its convolution, and of its normalization or bias.
+/// Returns torchvision's names of a MobileNetV2 unit: of its convolution, and of its normalization
+/// or bias.
 fn names(unit: usize) -> (String, String) {
     let parts: &[(&str, &str)] = &[("0.0", "0.1"), ("1.0", "1.1"), ("2", "3")];
     let (place, convolution, norm) = match unit {
@@ -251,12 +256,12 @@ fn names(unit: usize) -> (String, String) {
     (format!("{place}.{convolution}"), format!("{place}.{norm}"))
 }
 
-/// A network with the strides for CIFAR is evaluated before and after pruning, to the same accuracy.
+/// A network with the strides for CIFAR has the same accuracy before and after pruning.
 #[test]
 fn evaluation_before_and_after_pruning_agrees() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
-    // Ten classes more than once make the hundred of the data.
+    // The ten classes are repeated to give the hundred classes of the data.
     let (mut network, _) = Network::open(
         &fixture("torchvision_v2.pth"),
         &Import { input: models::Input::Cifar, ..Import::default() },
@@ -283,7 +288,7 @@ fn evaluation_before_and_after_pruning_agrees() {
     assert!((before.1 - after.1).abs() < 2e-4, "loss {} and {}", before.1, after.1);
 }
 
-/// What the model says is compared with ONNX Runtime in the crate `onnx`.
+/// The crate `onnx` compares the outputs of exported networks with ONNX Runtime.
 #[test]
 fn networks_are_exported() {
     let folder = tempfile::tempdir().unwrap();
@@ -292,10 +297,10 @@ fn networks_are_exported() {
     let text = run(&["export", input, out, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]);
     let bytes = std::fs::metadata(out).unwrap().len();
     assert!(text.contains(&format!("net.onnx: opset 13, {bytes} bytes")), "{text}");
-    // Every weight is there, as a float.
+    // Every weight is stored, as a float.
     assert!(bytes > 4 * open(Path::new(input)).0.weights(), "{bytes}");
     check_error(&["export", input, "net.pb"], &["net.pb", ".onnx"]);
-    // PyTorch's names are compared in the crate `models`.
+    // The crate `models` compares PyTorch's names.
     let state = folder.path().join("state.safetensors");
     let state = state.to_str().unwrap();
     let torch = ["--format", "safetensors-torch"];
@@ -312,14 +317,14 @@ fn networks_are_exported() {
     check_error(&["export", input, out, "--mean", "0,0,0", "--std", "1,0,1"], &["--std", "above 0"]);
 }
 
-/// Without training, and written such that every command reads it.
+/// Networks are quantized without training, and every command can read the result.
 #[test]
 fn networks_are_quantized_without_training() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
     let input = fixture("torchvision_v2.pth");
     let input = input.to_str().unwrap();
-    // A network for 224×224 images; its images are those that torchvision's own logits were made from.
+    // The network is for 224×224 images. torchvision's own logits were made from these images.
     let images = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu).unwrap();
     let logits = &images["torchvision_v2"];
     let spread = distance(logits, &logits.zeros_like().unwrap());
@@ -332,11 +337,12 @@ fn networks_are_quantized_without_training() {
     };
     let (eight, channels) = (quantized(&["--bits", "a8w8"]), quantized(&["--bits", "a8w8", "--per-channel"]));
     let four = quantized(&["--bits", "a4w4", "--end-layers", "4"]);
-    // Shares of the largest logit. The checkpoint's statistics are random ones, so ranges from β ± 6γ do not fit it well.
+    // These are shares of the largest logit. The checkpoint's statistics are random, so ranges of β
+    // ± 6γ do not fit it well.
     assert!(eight < 0.8 && channels < 0.8 && four > 2.0 * eight, "{eight}, {channels}, {four}");
     assert!(eight != channels, "one grid and many give the same");
 
-    // Levels of 4 bits take an eighth of a float.
+    // A level of 4 bits takes an eighth of the space of a float.
     let (float, levels) = (path("float.onnx"), path("levels.onnx"));
     run(&["export", input, &float]);
     let text = run(&["export", &path("quantized.safetensors"), &levels]);
@@ -354,7 +360,7 @@ fn networks_are_quantized_without_training() {
     check_error(&["quantize", input, &twice, "--bits", "a8w8", "--image-range", "1,2"], &["around 0"]);
 }
 
-/// Finite weights may give outputs that are none.
+/// Finite weights may give outputs that are not finite.
 #[test]
 fn a_loss_that_is_no_number_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
@@ -387,7 +393,7 @@ fn errors_say_what_to_do() {
     run(&["prune", input, own]);
     check_error(&["prune", input, "out.pth"], &["out.pth", ".safetensors"]);
     check_error(&["prune", own, own], &["is the file that is read"]);
-    // Nor by another path, and nor does anything else write there.
+    // The same file is also refused by another path, and as the output of other commands.
     let roundabout = format!(
         "{}/../{}",
         folder.path().display(),
@@ -400,7 +406,7 @@ fn errors_say_what_to_do() {
         &["variance", own, "--csv", &path("v.svg"), "--plot", &path("v")],
         &["v.svg would be written twice"],
     );
-    // Nor a network that is not read, by a slip.
+    // A mistyped name must not replace another network either.
     let other = path("other.safetensors");
     std::fs::copy(own, &other).unwrap();
     check_error(&["variance", input, "--csv", &other], &["other.safetensors", "ends in .csv"]);

@@ -1,4 +1,4 @@
-//! `pfq tune` from end to end: a network of one's own, pictures of one's own, an interruption.
+//! `pfq tune` from end to end: a network and pictures of the user, and an interruption.
 
 mod tiny;
 
@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tiny::said;
 
-/// Pictures of `classes` classes, each of a colour of its own, in `train/` and `val/`.
+/// Writes pictures of `classes`, each class with its own colour, to `train/` and `val/`.
 fn pictures(folder: &Path, classes: &[&str]) {
     for (split, count) in [("train", 12), ("val", 6)] {
         for (class, name) in classes.iter().enumerate() {
@@ -32,13 +32,14 @@ fn pictures(folder: &Path, classes: &[&str]) {
     }
 }
 
-/// A folder with pictures, a network for them, `net.safetensors`, and settings, `tiny.toml`, whose trainings take an epoch.
+/// Returns a folder with pictures, a network for them, `net.safetensors`, and settings,
+/// `tiny.toml`, whose trainings take one epoch.
 fn place() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     pictures(&folder.path().join("pictures"), &["cat", "dog", "newt"]);
     let config = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 3) };
     let mut network = config.init(7, &Device::Cpu).unwrap();
-    // As small as it begins, the classifier would give logits that tell nothing.
+    // With its small initial weights, the classifier would give meaningless logits.
     let classifier = network.units_mut().next_back().unwrap();
     classifier.weight = (&classifier.weight * 100.0).unwrap();
     let mut random = ChaCha8Rng::seed_from_u64(1);
@@ -51,7 +52,7 @@ fn place() -> tempfile::TempDir {
     tiny::write_profile(folder.path());
     let path = folder.path().join("tiny.toml");
     let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
-    // Pictures are cropped instead.
+    // Pictures are cropped instead of padded.
     let augmentation: toml::Table = "pad = 0\nflip = true".parse().unwrap();
     profile["training"]["pretraining"]
         .as_table_mut()
@@ -74,7 +75,7 @@ fn succeeded(output: Output) -> (String, String) {
     (String::from_utf8(output.stdout.clone()).unwrap(), said(&output))
 }
 
-/// Killed in the midst of a training, it goes on, to the same bits.
+/// A run that is killed during a training resumes to the same bits.
 #[test]
 fn an_interrupted_run_goes_on_to_the_same_network() {
     let flags = ["--bits", "a4w4", "--epochs", "3"];
@@ -110,14 +111,14 @@ fn an_interrupted_run_goes_on_to_the_same_network() {
     assert!(told.contains("going on from the checkpoint"), "{told}");
     assert!(written(folder.path()) == written(undisturbed.path()), "other bits after an interruption");
 
-    // Again, from what is stored.
+    // One more run uses what is stored.
     std::fs::remove_file(folder.path().join("out.safetensors")).unwrap();
     let (again, told) = succeeded(tune(folder.path(), &flags).output().unwrap());
     assert!(!told.contains("epoch"), "{told}");
     assert!(written(folder.path()) == written(undisturbed.path()));
     assert!(again.contains("written to out.safetensors"), "{again}");
 
-    // What is written is a network for every command, and the store can be verified.
+    // Every command can read the written network, and the store can be verified.
     let pfq = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pfq"));
         succeeded(command.current_dir(folder.path()).args(arguments).output().unwrap()).0
@@ -126,7 +127,7 @@ fn an_interrupted_run_goes_on_to_the_same_network() {
     let top1 = top1.split("→ ").nth(1).unwrap().split(';').next().unwrap();
     let evaluated = pfq(&["eval", "out.safetensors", "--data", "pictures"]);
     assert!(evaluated.contains(&format!("top-1 {top1}")), "{evaluated} and {top1}");
-    // In whole numbers too.
+    // The network can be evaluated in whole numbers too.
     let whole = pfq(&["eval", "out.safetensors", "--data", "pictures", "--integer"]);
     assert!(whole.contains(&format!("simulated: top-1 {top1}")), "{whole} and {top1}");
     assert!(
@@ -137,7 +138,7 @@ fn an_interrupted_run_goes_on_to_the_same_network() {
     assert!(pfq(&["verify", "runs"]).contains("nothing wrong"));
 }
 
-/// What is chosen with such settings is not chosen on the test images.
+/// Settings that hold out images are not chosen on the test images.
 #[test]
 fn images_that_settings_hold_out_stand_in_for_the_test_images() {
     let folder = place();
@@ -164,17 +165,17 @@ fn other_methods_tune_too() {
         let (network, _) = Network::load(&folder.path().join(out), &Device::Cpu).unwrap();
         assert_eq!(network.input, [40, 40, 3]);
     }
-    // A float network has no whole numbers.
+    // A float network can't be evaluated in whole numbers.
     let mut eval = Command::new(env!("CARGO_BIN_EXE_pfq"));
     eval.current_dir(folder.path()).args(["eval", "net.safetensors", "--data", "pictures", "--integer"]);
     assert!(said(&eval.output().unwrap()).contains("the output is not quantized"));
-    // The network that they begin with is one stage.
+    // All methods start from the same network, which is one stage.
     let names =
         std::fs::read_dir(folder.path().join("runs")).unwrap().map(|entry| entry.unwrap().file_name());
     assert_eq!(names.filter(|name| name.to_string_lossy().starts_with("network-given-")).count(), 1);
 }
 
-/// Of few levels, those between the extremes that images give serve better than those of β ± 6γ.
+/// If there are few levels, ranges between the extremes on images are better than β ± 6γ.
 #[test]
 fn ranges_come_from_images_where_there_are_any() {
     let folder = place();
@@ -200,7 +201,7 @@ fn ranges_come_from_images_where_there_are_any() {
     let (with, without) = (off("with.safetensors"), off("without.safetensors"));
     assert!(with < 0.8 * without, "off by {with} and {without}");
 
-    // A damaged picture is left out as far as is asked for.
+    // Damaged pictures are left out up to the requested share.
     std::fs::write(folder.path().join("pictures/train/cat/damaged.png"), "no picture").unwrap();
     let flags = ["quantize", "net.safetensors", "some.safetensors", "--bits", "a4w8", "--data", "pictures"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_pfq"));

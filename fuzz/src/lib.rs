@@ -1,16 +1,18 @@
-//! What the fuzz targets do with an input, whatever its bytes: nothing may panic, hang, or take memory out of proportion.
+//! The fuzz targets. Whatever bytes an input has, nothing may panic, hang, or use memory out of
+//! proportion to the input.
 //!
-//! The test `tests/corpus.rs` of the main workspace runs the same on the inputs in `corpus/`, and on damaged copies.
+//! The test `tests/corpus.rs` of the main workspace runs the same targets on the inputs in
+//! `corpus/` and on damaged copies of them.
 
 use candle_core::{DType, Device, Tensor};
 use datasets::imagenet::fuzzing;
 use models::{Import, Network};
 use std::path::Path;
 
-/// A name, which is that of the corpus, and what is done with an input.
+/// The name of a target and of its corpus, and the function that processes an input.
 type Target = (&'static str, fn(&[u8]));
 
-/// Every target.
+/// All targets.
 pub const TARGETS: [Target; 10] = [
     ("network", |data| network(data, "input.safetensors")),
     ("pth", |data| network(data, "input.pth")),
@@ -22,19 +24,20 @@ pub const TARGETS: [Target; 10] = [
     ("profile", |data| with_file(data, "input.toml", |path| drop(experiments::Profile::read(path)))),
     ("results_csv", |data| with_file(data, "input.csv", |path| drop(report::read_csv(path)))),
     ("results_json", |data| {
-        // It is read from its folder.
+        // The reader takes the folder, not the file.
         with_file(data, report::STAGES, |path| drop(path.parent().map(report::read_stages)));
     }),
 ];
 
-/// A network of any kind. One that is read can be counted and copied, and computing with it ends, with an error at worst.
+/// Opens a network of any kind. A network that can be read can also be counted and copied, and its
+/// forward pass ends, at worst with an error.
 fn network(data: &[u8], name: &str) {
     with_file(data, name, |path| {
         let Ok((network, _)) = Network::open(path, &Import::default(), &Device::Cpu) else { return };
         network.macs();
         network.duplicate().expect("whatever is read can be copied");
         let [height, width, channels] = network.input;
-        // A network may be large, but this is no test of patience.
+        // A network may be large, so only small ones are computed.
         if network.macs() < 1_000_000 && height * width * channels < 100_000 {
             let images =
                 Tensor::ones((1, height, width, channels), DType::F32, &Device::Cpu).expect("a small image");
@@ -56,7 +59,7 @@ fn with_file(data: &[u8], name: &str, act: impl FnOnce(&Path)) {
     });
 }
 
-/// Runs the target of that name.
+/// Runs the target with the given name.
 pub fn run(target: &str, data: &[u8]) {
     let (_, act) = TARGETS.into_iter().find(|(name, _)| *name == target).expect("a target's name");
     act(data);

@@ -1,4 +1,5 @@
-//! What the tests share: tiny data, tiny networks, settings, and a record of the store's events.
+//! Shared code of the tests: tiny data, tiny networks, settings, and a record of the store's
+//! events.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
@@ -14,12 +15,13 @@ use workflow::{
     Event, Outcome, Provenance, Purpose, Recipe, Resources, Result, Stage, StageKind, Store, Trainings,
 };
 
-/// Synthetic images; `seed` makes other ones.
+/// Returns synthetic images, which depend on `seed`.
 pub fn data(train: usize, test: usize, seed: u64) -> Arc<InMemoryDataset> {
     Arc::new(datasets::synthetic(train, test, seed).unwrap())
 }
 
-/// Eight channels nearly everywhere: half a million multiply–accumulates (V1), two millions (V2).
+/// Returns a network with eight channels in nearly every layer: half a million multiply–accumulates
+/// (V1) or two million (V2).
 pub fn mobilenet(version: Version) -> MobileNet {
     MobileNet { width: 0.01, ..MobileNet::new(version, Input::Cifar, 100) }
 }
@@ -70,8 +72,11 @@ pub fn pretrain(version: Version, epochs: usize, seed: u64) -> Arc<Stage> {
     Stage::root(StageKind::Pretrain { network: mobilenet(version), training: training(epochs), seed })
 }
 
-/// Runs a stage and gives its outcome with what the store told, as `found LABEL`, `started LABEL`,
-/// `finished LABEL`, `waiting LABEL`, `resumed N`; `watch` is shown each.
+/// Runs a stage and returns its outcome and the store's events as texts.
+///
+/// The texts are `found LABEL`, `started LABEL`, `finished LABEL`, `waiting LABEL`,
+/// `set aside LABEL`, `no locks` and `resumed N`. `watch` gets each text and event, also those of
+/// events without a text.
 pub fn run(
     store: &Store,
     stage: &Stage,
@@ -108,19 +113,19 @@ pub fn run(
     (outcome, told)
 }
 
-/// [`run`] of a stage that succeeds.
+/// [`run`] for a stage that must succeed.
 #[track_caller]
 pub fn run_well(store: &Store, stage: &Stage, data: &dyn Dataset) -> (Outcome, Vec<String>) {
     let (outcome, told) = run(store, stage, data, &mut |_, _| ());
     (outcome.unwrap(), told)
 }
 
-/// Labels of the stages that were run, from what was told.
+/// Returns the labels of the stages that were run, given the store's events.
 pub fn executed(told: &[String]) -> Vec<&str> {
     told.iter().filter_map(|text| text.strip_prefix("started ")).collect()
 }
 
-/// The bits of every tensor.
+/// Returns the bits of every tensor.
 pub fn bits(network: &Network) -> BTreeMap<String, Vec<u32>> {
     network.tensors().into_iter().map(|(name, tensor)| (name, bits_of(tensor))).collect()
 }
@@ -133,7 +138,7 @@ pub fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The first `count` test images as a batch.
+/// Returns the first `count` test images as a batch.
 pub fn images(data: &Arc<InMemoryDataset>, count: usize) -> Tensor {
     datasets::test_batches(data, count).next().unwrap().unwrap().images
 }

@@ -1,5 +1,5 @@
-//! DFQ: "Data-Free Quantization through Weight Equalization and Bias Correction" (Nagel et al. 2019,
-//! arXiv 1906.04721). One file for each step, in the paper's order.
+//! DFQ: "Data-Free Quantization through Weight Equalization and Bias Correction" (Nagel et al.
+//! 2019, arXiv 1906.04721). There is one file for each step, in the paper's order.
 
 mod absorb;
 mod correct;
@@ -19,83 +19,89 @@ use serde::{Deserialize, Serialize};
 
 /// The settings of DFQ.
 ///
-/// # Where this differs from the paper
+/// # Differences from the paper
 ///
-/// * Biases are absorbed into pointwise layers only. Into a depthwise layer the paper's formula counts
-///   all nine taps, of which zero padding takes some away at the border, where the outputs would be wrong.
-/// * The deviation of a channel before its activation is `|γ|·√(V/(V+ε))`, which batch normalization
-///   gives exactly; the paper's `γ` is its limit for `V ≫ ε`.
-/// * A filter with a running variance `V < ε` gives (nearly) a constant. Equalization may make its
-///   weights smaller but not larger: as little as its weights do, it would multiply the channel's bias,
-///   and with it the range of the whole activation tensor, by many orders of magnitude.
+/// * Biases are absorbed only into pointwise layers. For a depthwise layer, the paper's formula
+///   counts all nine taps. At the border, zero padding removes some of them, and the outputs would
+///   be wrong.
+/// * The deviation of a channel before its activation is `|γ|·√(V/(V+ε))`, which is what batch
+///   normalization gives exactly. The paper's `γ` is its limit for `V ≫ ε`.
+/// * A filter with a running variance `V < ε` is nearly constant. Equalization may make its weights
+///   smaller but not larger. Because its weights are so small, it would multiply the channel's
+///   bias, and with it the range of the whole activation tensor, by many orders of magnitude.
 ///   [`LayerReport::constant`] counts these filters.
-/// * As in the paper, bias correction takes all nine taps of a depthwise filter: at the border, where
-///   padding takes some away, it corrects slightly too much.
+/// * As in the paper, bias correction counts all nine taps of a depthwise filter. At the border,
+///   where padding removes some of them, it corrects slightly too much.
 /// * The classifier takes part in bias correction, but not in equalization and absorption.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dfq {
-    /// Cross-layer equalization of weight ranges (section 4.1).
+    /// Whether cross-layer equalization of weight ranges is on (section 4.1).
     pub equalize: bool,
-    /// Absorption of high biases into the next layer (section 4.1, "Absorbing high biases").
+    /// Whether high biases are absorbed into the next layer (section 4.1, "Absorbing high biases").
     pub absorb: bool,
-    /// Analytic correction of the bias that quantized weights introduce (section 4.2).
+    /// Whether the bias that quantized weights introduce is corrected analytically (section 4.2).
     pub correct_bias: bool,
-    /// `n` in the activation ranges `β ± n·γ`. The paper's 6 by default.
+    /// `n` in the activation ranges `β ± n·γ`. The default is the paper's 6.
     pub range_sigmas: f64,
-    /// `n` in the absorbed amount `c = max(0, β − n·γ)`. The paper's 3 by default.
+    /// `n` in the absorbed amount `c = max(0, β − n·γ)`. The default is the paper's 3.
     pub absorb_sigmas: f64,
-    /// Equalization has settled when no channel's scale differs from 1 by more. By default 0.001, far
-    /// below the step of any quantizer; the paper says "until convergence".
+    /// The tolerance of equalization, which stops when no channel's scale differs from 1 by more.
+    /// The default, 0.001, is far below the step of any quantizer; the paper says "until
+    /// convergence".
     pub tolerance: f64,
-    /// The most sweeps over all pairs of layers. 1000 by default.
+    /// The largest number of sweeps over all pairs of layers. The default is 1000.
     pub max_sweeps: usize,
-    /// What stands for ReLU6 where channels may be scaled. By default the paper's ReLU.
+    /// The replacement of ReLU6 where channels may be scaled. The default is the paper's ReLU.
     #[serde(default)]
     pub cap: Cap,
-    /// Batch normalization from here on: frozen, as in the paper, by default.
+    /// The treatment of batch normalization. The default is frozen, as in the paper.
     #[serde(default)]
     pub normalization: Normalization,
-    /// If given, whoever has training images moves the activation ranges to those of their batches, before anything is
-    /// trained; else they stay `β ± n·γ`, for which no data is needed.
+    /// The calibration of the activation ranges on batches of training images, before any training.
+    /// It is done by the caller, which has the images. Without it, the ranges stay `β ± n·γ`, which
+    /// needs no data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<Calibration>,
 }
 
-/// What stands for ReLU6 where cross-layer equalization may scale a channel.
+/// The replacement of ReLU6 where cross-layer equalization may scale a channel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cap {
-    /// ReLU, in all of the network: values above 6 pass, and a channel that is made larger takes the range of the whole
-    /// tensor along.
+    /// ReLU in the whole network. Values above 6 pass, and a channel that is made larger enlarges
+    /// the range of the whole tensor.
     #[default]
     None,
-    /// `min(max(x, 0), 6/s)` of a channel divided by `s`, which is what ReLU6 is there: outputs stay what they were.
+    /// `min(max(x, 0), 6/s)` for a channel divided by `s`. This equals the scaled ReLU6, so the
+    /// outputs do not change.
     PerChannel,
 }
 
-/// Batch normalization after the preparation.
+/// The treatment of batch normalization after the preparation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Normalization {
-    /// Folded for good; the folded weights are equalized and quantized.
+    /// It is folded permanently. The folded weights are equalized and quantized.
     #[default]
     Frozen,
-    /// Live in training: the weights as they are, which are what is quantized, are equalized, and with them mean, variance,
-    /// γ and β are scaled.
+    /// It stays live in training. The unfolded weights, which are quantized, are equalized, and
+    /// mean, variance, γ and β are scaled with them.
     Live,
 }
 
-/// How activation ranges are estimated on training images, which are not augmented: the first batch sets them, and each
-/// further one moves them by `momentum` of the distance to its extremes, as in training.
+/// The estimation of activation ranges on training images without augmentation.
+///
+/// As in training, the first batch sets the ranges, and each further batch moves them by `momentum`
+/// of the distance to its extremes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
-    /// Number of batches; fewer where the training images are.
+    /// The number of batches. It is smaller if there are fewer training images.
     pub batches: usize,
-    /// Images of a batch.
+    /// The number of images in a batch.
     pub batch: usize,
-    /// The share by which a batch moves the ranges.
+    /// The fraction by which a batch moves the ranges.
     pub momentum: f64,
 }
 
@@ -116,36 +122,38 @@ impl Default for Dfq {
     }
 }
 
-/// What DFQ did to a network.
+/// The result of DFQ for a network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DfqReport {
-    /// Sweeps of equalization until it settled; [`Dfq::max_sweeps`] if it did not.
+    /// The number of sweeps until equalization converged, or [`Dfq::max_sweeps`] if it did not.
     pub sweeps: usize,
-    /// The largest `|s − 1|` of a scale that another sweep would still apply.
+    /// The largest `|s − 1|` of a scale that another sweep would apply.
     pub remaining: f64,
-    /// Every convolution and the classifier, in order.
+    /// The results for every convolution and the classifier, in order.
     pub layers: Vec<LayerReport>,
 }
 
-/// What DFQ did to one layer.
+/// The result of DFQ for one layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
-    /// Name of the unit, or `head`.
+    /// The name of the unit, or `head`.
     pub name: String,
-    /// Lowest and highest weight, batch normalization folded, before equalization.
+    /// The lowest and highest weight before equalization, with batch normalization folded if it is
+    /// frozen.
     pub range_before: (f32, f32),
-    /// Lowest and highest weight after equalization: what the quantizer spans.
+    /// The lowest and highest weight after equalization, which is the range that the quantizer
+    /// spans.
     pub range_after: (f32, f32),
-    /// Filters whose running variance is below ε.
+    /// The number of filters whose running variance is below ε.
     pub constant: usize,
-    /// Channels of which a part of the bias went into the next layer.
+    /// The number of channels of which a part of the bias was absorbed into the next layer.
     pub absorbed: usize,
-    /// Mean |change| of a bias by bias correction.
+    /// The mean |change| of a bias by bias correction.
     pub correction: f64,
 }
 
 impl Dfq {
-    /// Batch normalization under quantized weights that goes with the settings.
+    /// Returns the treatment of batch normalization in quantization that matches the settings.
     pub fn fold(&self) -> Fold {
         match self.normalization {
             Normalization::Frozen => Fold::Frozen,
@@ -153,16 +161,19 @@ impl Dfq {
         }
     }
 
-    /// A copy of a pre-trained network that is ready to run, or to be fine-tuned, with quantizers;
-    /// `image_range` is the lowest and the highest value of a normalized image. Training moves the
-    /// activation ranges on from those given here.
+    /// Returns a copy of a pre-trained network with quantizers, ready to run or to be fine-tuned,
+    /// and a report.
     ///
-    /// Normalized images are taken to have mean 0. ReLU6 becomes ReLU if `equalize` or `absorb` is set; without caps
-    /// ([`Cap::None`]) that alone changes the outputs wherever a value exceeds 6.
+    /// `image_range` is the lowest and the highest value of a normalized image. Training continues
+    /// from the activation ranges set here.
+    ///
+    /// Normalized images are assumed to have mean 0. If `equalize` or `absorb` is set, ReLU6
+    /// becomes ReLU. Without caps ([`Cap::None`]), this alone changes the outputs wherever a value
+    /// exceeds 6.
     ///
     /// # Errors
-    /// When weights stay float, quantizers are not uniform, `quantization.fold` is not [`Dfq::fold`], batch normalization has
-    /// been folded before, or a range is not finite.
+    /// If weights stay float, quantizers are not uniform, `quantization.fold` is not [`Dfq::fold`],
+    /// batch normalization has been folded before, or a range is not finite.
     pub fn apply(
         &self,
         network: &Network,
@@ -215,7 +226,7 @@ impl Dfq {
     }
 }
 
-/// Lowest and highest weight of every unit, the classifier included.
+/// Returns the lowest and highest weight of every unit, including the classifier.
 fn weight_ranges(network: &Network) -> Result<Vec<(f32, f32)>> {
     let range = |unit: &Unit| {
         let range = quantize::min_max(&unit.weight)?.to_vec1::<f32>()?;
@@ -256,13 +267,13 @@ mod tests {
         refused(&network, &good, "unit stem has no batch normalization");
     }
 
-    /// On a network with badly balanced filters, DFQ at 8 bits comes much closer to the float outputs
-    /// than the same quantizers without it.
+    /// Checks that on a network with badly balanced filters, DFQ at 8 bits comes much closer to the
+    /// float outputs than the same quantizers without it.
     fn check(version: Version) {
         let mut network = mobilenet(version, Relu);
         let mut gaussian = Gaussian::new(1);
         for pair in Draft::new(&network, Normalization::Frozen).unwrap().pairs() {
-            // Where γ is 0 there is no filter to balance what reads it with.
+            // If γ is 0, there is no filter to unbalance against the layer that reads it.
             unbalance(
                 &mut network,
                 pair,
@@ -278,7 +289,7 @@ mod tests {
         };
         let ((plain, untouched), (dfq, report)) = (distance(none), distance(Dfq::default()));
         assert!(dfq < 0.5 * plain, "{version:?}: {dfq} with DFQ, {plain} without");
-        // The network that came in is as it was.
+        // The input network is unchanged.
         assert_eq!(relative_difference(&logits, &network.forward(&images).unwrap()), 0.0);
 
         let names: Vec<&str> = report.layers.iter().map(|l| l.name.as_str()).collect();
@@ -291,7 +302,7 @@ mod tests {
         assert!(many > names.len() / 4, "{many} ranges shrank");
         assert!(report.remaining <= Dfq::default().tolerance && report.sweeps > 1);
         assert!(report.layers.iter().any(|l| l.absorbed > 0));
-        // The first layer reads images, of mean 0.
+        // The first layer reads images, which have mean 0, so its bias is not corrected.
         assert!(report.layers.iter().enumerate().all(|(i, l)| (l.correction > 0.0) == (i > 0)), "{report:?}");
         assert!(untouched.remaining > 1.0 && untouched.sweeps == 0);
         for layer in &untouched.layers {
@@ -309,8 +320,8 @@ mod tests {
         check(Version::V2);
     }
 
-    /// A float network through all steps but the rounding: at 8 bits what is left is rounding. Values exceed 6, which
-    /// ReLU in place of ReLU6 lets through.
+    /// With caps, equalization of a float network changes the outputs only by rounding. The values
+    /// exceed 6, so ReLU instead of ReLU6 changes them.
     #[test]
     fn caps_keep_what_relu6_gives() {
         for (version, normalization) in [
@@ -331,7 +342,8 @@ mod tests {
                 relative_difference(&logits, &draft.network.forward(&images).unwrap())
             };
             let (with, without) = (prepared(Cap::PerChannel), prepared(Cap::None));
-            // Rounding of some thirty layers in float32, and a kink here and there.
+            // The difference is the rounding of some thirty layers in float32, and an occasional
+            // kink.
             assert!(with < 1e-4, "{version:?}, {normalization:?}: off by {with} with caps");
             assert!(
                 without > 1e-2,
@@ -340,11 +352,13 @@ mod tests {
         }
     }
 
-    /// Scaled by powers of two, which round nothing, ReLU6 and ReLU with caps give the same bits.
+    /// If the scales are powers of two, which cause no rounding, ReLU6 and ReLU with caps give the
+    /// same bits.
     #[test]
     fn caps_are_exact() {
         use models::Kernel::Pointwise;
-        // What makes and what reads each channel: s = √(8/2) = 2, √(1/4) = ½, and √(16/1) = 4.
+        // The weights that make and read each channel give s = √(8/2) = 2, √(1/4) = ½, and √(16/1)
+        // = 4.
         let units = [(Pointwise, Relu6), (Pointwise, kernels::Activation::Identity)];
         let network = chain(1, &units, &[&[8.0, -1.0, 16.0], &[2.0, 4.0, 1.0]]).network;
         let images = (gaussian_images(4, &network) * 3.0).unwrap();
@@ -357,7 +371,7 @@ mod tests {
         };
         network.forward_observed(&images, observe).unwrap();
         assert_eq!(highest, 6.0, "values are cut off");
-        // Folding would divide by √(1 + ε).
+        // There is no folding here, because it would divide by √(1 + ε).
         let mut draft = Draft::new(&network, Normalization::Frozen).unwrap();
         draft.network = network.duplicate().unwrap();
         for unit in draft.network.units_mut() {
@@ -371,7 +385,8 @@ mod tests {
         assert_eq!(relative_difference(&logits, &draft.network.forward(&images).unwrap()), 0.0);
     }
 
-    /// Live normalization gives what the frozen one gives, in evaluation: the same weights up to their factors.
+    /// In evaluation, live normalization gives about the same as frozen normalization: the weights
+    /// are the same up to their factors.
     #[test]
     fn live_normalization_prepares_alike() {
         for version in [Version::V1, Version::V2] {
@@ -404,7 +419,8 @@ mod tests {
         assert_eq!(count(off, Relu6), 36);
         assert_eq!(count(Dfq { absorb: true, ..off }, Relu6), 0);
         assert_eq!(count(Dfq::default(), Relu), 36);
-        // Where channels may be scaled alone: the stem's are a summand too, the last unit's are pooled.
+        // Only units whose channels may be scaled change: the stem's output is a summand too, and
+        // the last unit's is pooled.
         let capped = Dfq { cap: Cap::PerChannel, ..Dfq::default() };
         assert_eq!((count(capped, Relu), count(capped, Relu6)), (34, 2));
     }

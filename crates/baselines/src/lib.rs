@@ -1,4 +1,4 @@
-//! The paper's baselines as ways to prepare a [`models::Network`] for quantized fine-tuning.
+//! The paper's baselines: methods that prepare a [`models::Network`] for quantized fine-tuning.
 //!
 //! [`Dfq`] (Nagel et al. 2019) prepares a pre-trained network without any data.
 
@@ -10,34 +10,34 @@ pub use dfq::{Calibration, Cap, Dfq, DfqReport, LayerReport, Normalization};
 
 use models::{Fold, Method};
 
-/// What can be wrong with the preparation of a network.
+/// An error in the preparation of a network.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// What quantizes goes against what DFQ leaves of batch normalization.
+    /// The quantization's `fold` does not match DFQ's `normalization`.
     #[error(
         "DFQ leaves batch normalization as its `normalization` says: set `fold` to {expected:?}, found {found:?}"
     )]
     Fold {
-        /// What the quantization says.
+        /// The `fold` of the quantization settings.
         found: Fold,
-        /// What goes with DFQ's settings.
+        /// The `fold` that matches DFQ's settings.
         expected: Fold,
     },
-    /// DFQ sets the ranges of uniform quantizers.
+    /// DFQ only sets the ranges of uniform quantizers.
     #[error("DFQ prepares uniform quantizers: set `method` to \"uniform\", found {0:?}")]
     Method(Method),
-    /// There is nothing for DFQ to prepare.
+    /// The weights stay float, so DFQ has nothing to prepare.
     #[error(
         "DFQ prepares weights for their quantization, but `weights` is 32 (float): set it to 2 to 8 bits"
     )]
     FloatWeights,
-    /// The statistics that DFQ takes from batch normalization are gone.
+    /// Batch normalization has been folded, so DFQ can't use its statistics.
     #[error(
         "network {network}: unit {unit} has no batch normalization any more, and DFQ takes its statistics \
          from there; start from the pre-trained network, before any folding"
     )]
     Folded {
-        /// Name of the network.
+        /// The name of the network.
         network: String,
         /// The first unit without batch normalization.
         unit: String,
@@ -45,7 +45,7 @@ pub enum Error {
     /// A quantizer's range is not usable.
     #[error(transparent)]
     Quantizer(#[from] quant_core::Error),
-    /// A network could not do its part.
+    /// An operation of the network failed.
     #[error(transparent)]
     Network(#[from] models::Error),
     /// A kernel refused its arguments.

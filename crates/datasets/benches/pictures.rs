@@ -1,8 +1,9 @@
 //! Times the preparation of ImageNet's batches: reading, decoding, cropping, scaling, normalizing.
 //!
-//! `PFQ_IMAGENET=folder cargo bench -p datasets` gives images/s of one thread and of one for each core: the best of
-//! several rounds, because other work on the machine only slows a round down. The processor's time that an image takes is that of
-//! all rounds. With `PFQ_IMAGENET_CACHE=folder` they are read from a cache of shrunk pictures.
+//! `PFQ_IMAGENET=folder cargo bench -p datasets` prints images/s for one thread and for one thread
+//! per core. The speed is that of the best of several rounds, because other work on the machine
+//! only slows a round down. The CPU time of an image is averaged over all rounds. If
+//! `PFQ_IMAGENET_CACHE=folder` is set, the pictures are read from a cache of shrunk pictures.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -51,10 +52,11 @@ fn measure(what: &str, threads: usize, data: &ImageNet, batches: impl Fn(&ImageN
     );
 }
 
-/// What this process has taken of processors, by Linux's count of hundredths of a second; NaN elsewhere.
+/// Returns the CPU seconds of this process, in Linux's clock ticks of 1/100 s; NaN elsewhere.
 fn processor_seconds() -> f64 {
     let status = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // The fields behind the name, which may have spaces: the first is the third of all, the times are 14 and 15.
+    // Fields 3 and later follow the process's name, which may contain spaces. The CPU times are
+    // fields 14 and 15.
     let fields = status.rsplit(')').next().unwrap_or_default().split_whitespace();
     let ticks: Vec<f64> = fields.skip(11).take(2).filter_map(|ticks| ticks.parse().ok()).collect();
     if ticks.len() == 2 { ticks.iter().sum::<f64>() / 100.0 } else { f64::NAN }

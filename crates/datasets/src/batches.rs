@@ -1,4 +1,4 @@
-//! Augmentation, and batches that a background thread prepares ahead of their use.
+//! Augmentation, and batches that a background thread prepares in advance.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,30 +15,30 @@ use crate::error::{Error, Result};
 use crate::memory::{CHANNELS, Images, InMemoryDataset};
 use pictures::panic_message;
 
-/// The number of batches that wait in the channel while the thread makes another one.
+/// The number of finished batches that the channel holds while the thread makes another one.
 const AHEAD: usize = 2;
 
-/// How training images are varied.
+/// The augmentation of training images.
 ///
-/// An image is padded with `pad` black pixels on every side, a window of the original size is cut out at a
-/// uniformly drawn place, and if `flip`, the window is mirrored left to right with probability one half. The
-/// padding is black *before* normalization, that is (0 - mean) / std after it.
+/// An image is padded with `pad` black pixels on every side, and a window of the original size is
+/// cut out at a uniformly drawn position. If `flip`, the window is mirrored left to right with
+/// probability one half. The padding is black *before* normalization, so it becomes `-mean / std`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Augmentation {
-    /// The number of pixels that are added on every side before the crop; 0 leaves the image in place.
+    /// The number of pixels added on every side before the crop; 0 leaves the image in place.
     pub pad: usize,
-    /// Whether a random half of the images is mirrored left to right.
+    /// Whether each image is mirrored left to right with probability one half.
     pub flip: bool,
 }
 
 impl Augmentation {
-    /// No augmentation.
+    /// Returns an augmentation that changes nothing.
     pub fn none() -> Augmentation {
         Augmentation { pad: 0, flip: false }
     }
 
-    /// The view of training image `index` in `epoch`. It depends on the arguments alone and so neither on the
-    /// order of the images nor on the batch size.
+    /// Returns the view of training image `index` in `epoch`. It depends only on the arguments, so
+    /// neither on the order of the images nor on the batch size.
     pub(crate) fn view(self, seed: u64, epoch: usize, index: usize) -> View {
         if self == Augmentation::none() {
             return View::default();
@@ -53,62 +53,65 @@ impl Augmentation {
     }
 }
 
-/// What the order and the views of an epoch's training images are drawn from.
+/// The values from which the order and the views of an epoch's training images are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch {
-    /// How images are varied.
+    /// The augmentation of the images.
     pub augmentation: Augmentation,
-    /// The seed of the training.
+    /// The seed of the training run.
     pub seed: u64,
-    /// The number of the epoch, from 0.
+    /// The index of the epoch, from 0.
     pub epoch: usize,
 }
 
-/// Which part of each batch is made, where several make one together: part `index` of `of`. The parts of a batch hold its
-/// images in their order and are as large as each other, or differ by one image.
+/// The part of each batch that is made, if several ranks share one batch.
+///
+/// The parts of a batch hold its images in order, and their sizes differ by at most one image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// From 0.
+    /// The index of the part, from 0.
     pub index: usize,
-    /// Parts of a batch, at least 1.
+    /// The number of parts of a batch, at least 1.
     pub of: usize,
 }
 
 impl Part {
-    /// All of it.
+    /// The whole batch as a single part.
     pub const WHOLE: Part = Part { index: 0, of: 1 };
 
-    /// The positions of this part of a batch.
+    /// Returns the range of this part within the range of a batch.
     fn positions(self, batch: Range<usize>) -> Range<usize> {
         let end = |part: usize| batch.start + batch.len() * part / self.of;
         end(self.index)..end(self.index + 1)
     }
 }
 
-/// Images for a network, and their labels.
+/// A batch of normalized images and their labels.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// (x / 255 - mean) / std with the data set's statistics, `[n, height, width, channels]`; f32 unless a
-    /// [`Feed`](crate::Feed) makes another dtype.
+    /// The images, (x / 255 - mean) / std with the data set's statistics, `[n, height, width,
+    /// channels]`. The dtype is f32 unless a [`Feed`](crate::Feed) makes another one.
     pub images: Tensor,
-    /// The classes, u32 `[n]`.
+    /// The classes, u32, `[n]`.
     pub labels: Tensor,
 }
 
 impl Batch {
-    /// Moves the batch to `device` and converts the images to `dtype`. Copies nothing that is there already.
+    /// Moves the batch to `device` and converts the images to `dtype`. Tensors that already match
+    /// are not copied.
     fn to(self, (device, dtype): &(Device, DType)) -> Result<Batch> {
         let images = self.images.to_device(device)?.to_dtype(*dtype)?;
         Ok(Batch { images, labels: self.labels.to_device(device)? })
     }
 }
 
-/// The training batches of one epoch, on the CPU; [`Feed`](crate::Feed) makes the same ones on any device.
+/// Returns the training batches of one epoch on the CPU; [`Feed`](crate::Feed) makes the same
+/// batches on any device.
 ///
-/// The order is a permutation drawn from `(seed, epoch)`, and the augmentation of an image depends on `(seed,
-/// epoch, its index)` alone, so an epoch is the same however often and however fast it is consumed. Every
-/// image appears exactly once. The last batch is short if `batch` does not divide their number;
-/// [`Batches::drop_last`] leaves it out.
+/// The order is a permutation drawn from `(seed, epoch)`, and the augmentation of an image depends
+/// only on `(seed, epoch, its index)`. So an epoch is the same however often and however fast it is
+/// consumed. Every image appears exactly once. The last batch is short if `batch` does not divide
+/// the number of images; [`Batches::drop_last`] leaves it out.
 ///
 /// If `batch` is 0, the first item is an error.
 pub fn train_batches(
@@ -121,7 +124,7 @@ pub fn train_batches(
     train_parts(data, batch, Part::WHOLE, Epoch { augmentation, seed, epoch })
 }
 
-/// A part of each of [`train_batches`].
+/// Returns a part of each batch of [`train_batches`].
 pub(crate) fn train_parts(data: &Arc<InMemoryDataset>, batch: usize, part: Part, draws: Epoch) -> Batches {
     let Epoch { augmentation, seed, epoch } = draws;
     let order = order(data.train.len(), seed, epoch);
@@ -133,21 +136,22 @@ pub(crate) fn train_parts(data: &Arc<InMemoryDataset>, batch: usize, part: Part,
     })
 }
 
-/// The order of an epoch's training images: a permutation of `0..images`.
+/// Returns the order of an epoch's training images, a permutation of `0..images`.
 pub(crate) fn order(images: usize, seed: u64, epoch: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..images).collect();
     order.shuffle(&mut rng(seed, epoch, Purpose::Shuffle));
     order
 }
 
-/// The test images on the CPU, in order and without augmentation. The last batch may be short.
+/// Returns batches of the test images on the CPU, in order and without augmentation. The last batch
+/// may be short.
 ///
 /// If `batch` is 0, the first item is an error.
 pub fn test_batches(data: &Arc<InMemoryDataset>, batch: usize) -> Batches {
     test_parts(data, batch, Part::WHOLE)
 }
 
-/// A part of each of [`test_batches`].
+/// Returns a part of each batch of [`test_batches`].
 pub(crate) fn test_parts(data: &Arc<InMemoryDataset>, batch: usize, part: Part) -> Batches {
     let data = Arc::clone(data);
     let table = Normalization::new(&data);
@@ -156,32 +160,35 @@ pub(crate) fn test_parts(data: &Arc<InMemoryDataset>, batch: usize, part: Part) 
     })
 }
 
-/// The batches of an epoch. On the CPU a background thread prepares up to three of them ahead; it stops when
-/// this is dropped. On an accelerator the batch is begun when the caller asks for it, as the device itself
-/// works in the background.
+/// An iterator over the batches of an epoch.
 ///
-/// If the thread fails, the failure is the next item and the last one, so an epoch never ends early without
-/// an error.
+/// A background thread prepares up to three batches in advance; it stops when this value is
+/// dropped. Batches that are made on an accelerator from a copy of the images need no thread: each
+/// is started when the caller asks for it, because the device runs asynchronously.
+///
+/// If the thread fails, the failure is the next and the last item, so an epoch never ends early
+/// without an error.
 pub struct Batches {
     maker: Maker,
-    /// The device and the dtype that each batch is converted to; `None` leaves it as it was made.
+    /// The device and the dtype to which each batch is converted; `None` does not convert it.
     place: Option<(Device, DType)>,
     remaining: usize,
     last_is_short: bool,
 }
 
-/// What makes the batches.
+/// The source of the batches.
 enum Maker {
     /// A background thread.
     Thread { receiver: Receiver<Result<Batch>>, worker: JoinHandle<()> },
-    /// The thread that asks for them.
+    /// A function that the calling thread runs.
     Caller(Box<dyn FnMut() -> Result<Batch> + Send>),
-    /// Nothing any more. The error, if there is one, is the next item.
+    /// No source any more. The error, if there is one, is the next item.
     Stopped(Option<Error>),
 }
 
 impl Batches {
-    /// Parts of batches of `batch` of `images` images. A thread calls `make` with the positions of each part.
+    /// Starts a thread that makes this part of each batch; a batch has `batch` of the `images`
+    /// images. The thread calls `make` with the positions of each part.
     pub(crate) fn start(
         images: usize,
         batch: usize,
@@ -196,7 +203,7 @@ impl Batches {
             for range in ranges(images, batch, part) {
                 let made = make(range);
                 let failed = made.is_err();
-                // An error of the channel means that nobody wants more batches.
+                // Sending fails if the receiver was dropped, so nobody wants more batches.
                 if sender.send(made).is_err() || failed {
                     return;
                 }
@@ -208,7 +215,7 @@ impl Batches {
         }
     }
 
-    /// The same without a thread: `make` is called when a batch is asked for.
+    /// Makes the same batches without a thread: `make` is called when a batch is requested.
     pub(crate) fn on_demand(
         images: usize,
         batch: usize,
@@ -229,13 +236,13 @@ impl Batches {
         Batches { maker, place: None, remaining, last_is_short }
     }
 
-    /// The same batches on `device` with images in `dtype`. Each is copied there when it is asked for.
+    /// Converts each batch to `device` and its images to `dtype` when it is requested.
     pub(crate) fn on(mut self, device: &Device, dtype: DType) -> Batches {
         self.place = Some((device.clone(), dtype));
         self
     }
 
-    /// An error as the only item.
+    /// Returns an iterator whose only item is an error.
     pub(crate) fn failed(error: Error) -> Batches {
         Batches { maker: Maker::Stopped(Some(error)), place: None, remaining: 1, last_is_short: false }
     }
@@ -246,13 +253,13 @@ impl Batches {
         self
     }
 
-    /// The number of remaining batches. Fewer come if one fails, or if one is skipped because none of its
-    /// images can be read.
+    /// Returns the number of remaining batches. Fewer batches follow if one fails, or if one is
+    /// skipped because none of its images can be read.
     pub fn len(&self) -> usize {
         self.remaining
     }
 
-    /// Whether no batch remains.
+    /// Returns whether no batch remains.
     pub fn is_empty(&self) -> bool {
         self.remaining == 0
     }
@@ -279,32 +286,30 @@ impl Iterator for Batches {
     type Item = Result<Batch>;
 
     fn next(&mut self) -> Option<Result<Batch>> {
-        if self.remaining == 0 {
-            return None;
-        }
-        let made = match &mut self.maker {
-            Maker::Thread { receiver, .. } => receiver.recv().ok(),
-            Maker::Caller(make) => Some(make()),
-            Maker::Stopped(failure) => failure.take().map(Err),
-        };
-        match made {
-            Some(Ok(batch)) => {
-                self.remaining -= 1;
-                // None of its images could be read; `Dataset::skipped` names them.
-                if batch.labels.elem_count() == 0 {
-                    return self.next();
+        while self.remaining > 0 {
+            let made = match &mut self.maker {
+                Maker::Thread { receiver, .. } => receiver.recv().ok(),
+                Maker::Caller(make) => Some(make()),
+                Maker::Stopped(failure) => failure.take().map(Err),
+            };
+            let batch = match made {
+                Some(Ok(batch)) => batch,
+                Some(Err(error)) => return self.fail(error),
+                None => {
+                    let why = self.stop().unwrap_or_else(|| "its thread ended early".into());
+                    return self.fail(Error::Loader(why));
                 }
-                Some(match &self.place {
+            };
+            self.remaining -= 1;
+            // A batch is empty if none of its images could be read; `Dataset::skipped` names them.
+            if batch.labels.elem_count() > 0 {
+                return Some(match &self.place {
                     Some(place) => batch.to(place),
                     None => Ok(batch),
-                })
-            }
-            Some(Err(error)) => self.fail(error),
-            None => {
-                let why = self.stop().unwrap_or_else(|| "its thread ended early".into());
-                self.fail(Error::Loader(why))
+                });
             }
         }
+        None
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -319,7 +324,7 @@ impl Drop for Batches {
     }
 }
 
-/// The positions of each batch's part, those left out that are empty.
+/// Returns the positions of each batch's part without the empty parts.
 fn ranges(images: usize, batch: usize, part: Part) -> impl Iterator<Item = Range<usize>> {
     let batches = (0..images).step_by(batch).map(move |start| start..images.min(start + batch));
     batches.map(move |batch| part.positions(batch)).filter(|part| !part.is_empty())
@@ -329,14 +334,14 @@ fn no_images() -> Error {
     Error::Invalid("a batch must hold at least one image".into())
 }
 
-/// What random numbers are drawn for. Each purpose has its own sequence.
+/// The purpose of random numbers. Each purpose has its own sequence.
 #[derive(Clone, Copy)]
 pub(crate) enum Purpose {
     Shuffle = 1,
     Augment = 2,
 }
 
-/// The random numbers of one epoch and purpose.
+/// Returns the random number generator of one epoch and purpose.
 pub(crate) fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -345,8 +350,8 @@ pub(crate) fn rng(seed: u64, epoch: usize, purpose: Purpose) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(key)
 }
 
-/// Where an output image lies in its source: output pixel (y, x) is source pixel (y + top, x + left). Then
-/// the output is mirrored if `flip`.
+/// The position of an output image in its source: output pixel (y, x) is source pixel (y + top, x +
+/// left). The output is then mirrored if `flip`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct View {
     pub(crate) top: isize,
@@ -354,8 +359,9 @@ pub(crate) struct View {
     pub(crate) flip: bool,
 }
 
-/// The normalized value of every byte for each channel. Looking it up replaces a conversion, a subtraction
-/// and a division.
+/// A table of the normalized value of every byte for each channel.
+///
+/// The lookup replaces a conversion, a subtraction and a division.
 pub(crate) struct Normalization(pub(crate) [[f32; 256]; CHANNELS]);
 
 impl Normalization {
@@ -363,7 +369,7 @@ impl Normalization {
         Normalization::of(data.mean, data.std)
     }
 
-    /// The table for this mean and standard deviation, where full intensity is 1.
+    /// Returns the table for this mean and standard deviation, where full intensity is 1.
     pub(crate) fn of(mean: [f32; CHANNELS], std: [f32; CHANNELS]) -> Normalization {
         Normalization(std::array::from_fn(|c| {
             std::array::from_fn(|value| (value as f32 / 255.0 - mean[c]) / std[c])
@@ -378,14 +384,14 @@ impl Normalization {
         }
     }
 
-    /// Writes the normalized view of an image of the given width to `target`. Both are `[height, width, 3]`.
+    /// Writes the normalized view of an image to `target`. Both are `[height, width, 3]`.
     fn image(&self, source: &[u8], width: usize, view: View, target: &mut [f32]) {
         let mut black = [0.0; CHANNELS];
         self.pixel(&[0; CHANNELS], &mut black);
         let (source, _) = source.as_chunks::<CHANNELS>();
         let (target, _) = target.as_chunks_mut::<CHANNELS>();
         let height = source.len() / width;
-        // The columns of the output that lie inside the source.
+        // These columns of the output lie inside the source.
         let begin = view.left.min(0).unsigned_abs().min(width);
         let end = width.saturating_sub(view.left.max(0).unsigned_abs()).max(begin);
         for (y, row) in target.chunks_exact_mut(width).enumerate() {
@@ -404,7 +410,7 @@ impl Normalization {
     }
 }
 
-/// Makes a batch of the views of the given images.
+/// Makes a batch from the given indices of images and their views.
 fn assemble(
     images: &Images,
     table: &Normalization,
@@ -433,7 +439,7 @@ mod tests {
 
     const VARIED: Augmentation = Augmentation { pad: 4, flip: true };
 
-    /// A data set whose training images all differ.
+    /// Returns a data set whose training images all differ.
     fn data() -> Arc<InMemoryDataset> {
         Arc::new(crate::synthetic(230, 70, 1).unwrap())
     }
@@ -448,7 +454,7 @@ mod tests {
         batches.map(unpack).collect()
     }
 
-    /// The bits of each image of an epoch.
+    /// Returns the bit patterns of each image of an epoch.
     fn single_images(batches: Batches) -> Vec<Vec<u32>> {
         let split = |(pixels, _): (Vec<f32>, _)| {
             pixels.chunks(3072).map(|image| image.iter().map(|x| x.to_bits()).collect()).collect::<Vec<_>>()
@@ -464,17 +470,17 @@ mod tests {
         assert_eq!(first, epoch(1, 0));
         assert_ne!(first, epoch(1, 1));
         assert_ne!(first, epoch(2, 0));
-        // A slow consumer receives the same.
+        // A slow consumer receives the same batches.
         let slowly =
             train_batches(&data, 64, VARIED, 1, 0).inspect(|_| std::thread::sleep(Duration::from_millis(20)));
         let slowly: Vec<Vec<u32>> = slowly.map(|batch| batch.unwrap().labels.to_vec1().unwrap()).collect();
         assert_eq!(slowly, first.iter().map(|(_, labels)| labels.clone()).collect::<Vec<_>>());
-        // So do several consumers at once.
+        // Several consumers at once receive the same batches.
         std::thread::scope(|scope| {
             let runs: Vec<_> = (0..3).map(|_| scope.spawn(|| epoch(1, 0))).collect();
             runs.into_iter().for_each(|run| assert_eq!(run.join().unwrap(), first));
         });
-        // The images do not depend on how they are grouped.
+        // The images do not depend on the batch size.
         assert_eq!(
             single_images(train_batches(&data, 64, VARIED, 1, 0)),
             single_images(train_batches(&data, 7, VARIED, 1, 0))
@@ -538,7 +544,7 @@ mod tests {
                 (f64::from(byte) / 255.0 - f64::from(data.mean[p % 3])) / f64::from(data.std[p % 3]);
             assert!((f64::from(*found) - expected).abs() < 1e-5);
         }
-        // Over the training images, the result has mean 0 and standard deviation 1.
+        // Over the training images, the normalized values have mean 0 and standard deviation 1.
         let train = collect(train_batches(&data, 230, Augmentation::none(), 0, 0)).remove(0).0;
         for c in 0..3 {
             let channel: Vec<f64> = train.iter().skip(c).step_by(3).map(|&x| x.into()).collect();
@@ -550,9 +556,9 @@ mod tests {
 
     #[test]
     fn views_are_those_worked_out_by_hand() {
-        // Two rows of three pixels, whose red channels are 1 2 3 / 4 5 6; green and blue are constant.
+        // Two rows of three pixels have the red values 1 2 3 / 4 5 6; green and blue are constant.
         let source: Vec<u8> = (1..=6).flat_map(|red| [red, 10, 20]).collect();
-        // With this table the result shows where each byte went, and black differs from all of them.
+        // With this table the result shows where each byte went, and black differs from all pixels.
         let table =
             Normalization(std::array::from_fn(|c| std::array::from_fn(|v| v as f32 - 100.0 * c as f32)));
         let red = |top, left, flip| {
@@ -581,7 +587,7 @@ mod tests {
         let data = data();
         let whole = collect(train_batches(&data, 64, VARIED, 1, 2));
         let tested = collect(test_batches(&data, 32));
-        // The last batch has 38 images, and of the test images 6; five parts are of different sizes.
+        // The last batch has 38 training images or 6 test images, so five parts differ in size.
         for of in [1, 2, 5] {
             let together = |parts: Vec<Vec<(Vec<f32>, Vec<u32>)>>| -> Vec<(Vec<f32>, Vec<u32>)> {
                 let batch = |i: usize| {
@@ -596,7 +602,8 @@ mod tests {
             assert!(parts(&|part| train_parts(&data, 64, part, EPOCH)) == whole, "{of} parts");
             assert!(parts(&|part| test_parts(&data, 32, part)) == tested, "{of} parts of test images");
         }
-        // Parts of a batch of 6 images for 4: of one and of two. Of a batch smaller than the parts some are left out.
+        // A batch of 6 images has 4 parts of one or two images. If a batch has fewer images than
+        // parts, the empty parts are left out.
         let sizes = |index| Part { index, of: 4 }.positions(0..6).len();
         assert_eq!([0, 1, 2, 3].map(sizes), [1, 2, 1, 2]);
         let few = |index| collect(test_parts(&data, 34, Part { index, of: 3 })).len();
@@ -636,7 +643,7 @@ mod tests {
         });
         batches.next().unwrap().unwrap();
         drop(batches);
-        // Dropping waits for the thread, which has the other reference.
+        // Dropping waits for the thread, which owns the other reference.
         assert_eq!(Arc::strong_count(&made), 1);
         assert!(made.load(Ordering::SeqCst) <= 5);
     }

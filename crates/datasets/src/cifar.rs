@@ -1,4 +1,4 @@
-//! CIFAR-100: its official files and the forms of its records.
+//! CIFAR-100: the official files and their record formats.
 
 use md5::{Digest, Md5};
 
@@ -11,17 +11,17 @@ use crate::pickled;
 pub(crate) const SIDE: usize = 32;
 /// The number of bytes of an image.
 pub(crate) const PIXELS: usize = SIDE * SIDE * CHANNELS;
-/// The number of fine classes, which are the ones to learn.
+/// The number of fine classes, which are the ones that networks learn.
 pub(crate) const CLASSES: usize = 100;
-/// The number of coarse classes. Their labels are checked and not used.
+/// The number of coarse classes. Their labels are checked but not used.
 pub(crate) const COARSE: usize = 20;
 
-/// Length and checksum of an official file.
+/// The length and the checksum of an official file.
 #[derive(Clone, Debug)]
 pub(crate) struct Expected {
-    /// Its length, if it is published: that a length is wrong says more than that a checksum is.
+    /// The length in bytes, if it is published. A wrong length tells more than a wrong checksum.
     pub bytes: Option<u64>,
-    /// Its MD5 in lower-case hex.
+    /// The MD5 as lower-case hex digits.
     pub md5: String,
 }
 
@@ -49,24 +49,24 @@ impl Expected {
         }
     }
 
-    /// Checks the contents of `file`.
+    /// Checks the length and the MD5 of `file`, whose bytes are `contents`.
     pub fn check(&self, file: &str, contents: &[u8]) -> Result<()> {
         self.check_size(file, contents.len() as u64)?;
         self.check_md5(file, Md5::new_with_prefix(contents))
     }
 }
 
-/// A published form: the official archive, and its members for training and testing.
+/// A published format: the official archive and its members for training and testing.
 #[derive(Clone, Debug)]
 pub(crate) struct Release {
     pub archive: Expected,
     pub members: [Expected; 2],
 }
 
-/// What the official files are. Tests have one of a small data set.
+/// The expected official files. Tests use a manifest of a small data set.
 #[derive(Clone, Debug)]
 pub(crate) struct Manifest {
-    /// The numbers of images for training and testing.
+    /// The number of training and of test images.
     pub records: [usize; 2],
     pub binary: Release,
     pub python: Release,
@@ -75,7 +75,7 @@ pub(crate) struct Manifest {
 }
 
 impl Manifest {
-    /// CIFAR-100 as published by its authors.
+    /// Returns the manifest of CIFAR-100 as its authors published it.
     pub fn official() -> Manifest {
         Manifest {
             records: [50_000, 10_000],
@@ -97,8 +97,10 @@ impl Manifest {
         }
     }
 
-    /// The data set of the given images. Reports [`Event::Unverified`] if they are not the official ones in
-    /// their official order, which is possible only for files without an official checksum.
+    /// Returns the data set of the given images.
+    ///
+    /// Reports [`Event::Unverified`] if they are not the official images in their official order,
+    /// which is possible only for files that have no official checksum.
     pub fn dataset(
         &self,
         source: String,
@@ -118,7 +120,7 @@ impl Manifest {
     }
 }
 
-/// No image yet, with capacity for `n`.
+/// Returns an empty set of images with capacity for `n`.
 pub(crate) fn with_capacity(n: usize) -> Images {
     Images {
         pixels: Vec::with_capacity(n * PIXELS),
@@ -140,13 +142,13 @@ pub(crate) fn check_labels(file: &str, i: usize, coarse: i64, fine: i64) -> Resu
     Ok(fine as u16)
 }
 
-/// Appends an image that is given as three planes, red, green and blue, each row by row.
+/// Appends an image that is given as three row-major planes: red, green, blue.
 fn push_planes(planes: &[u8], pixels: &mut Vec<u8>) {
     let plane = SIDE * SIDE;
     pixels.extend((0..plane).flat_map(|i| [planes[i], planes[plane + i], planes[2 * plane + i]]));
 }
 
-/// Reads `records` records of the binary form: a coarse label, a fine label, three planes.
+/// Reads `records` records of the binary format: a coarse label, a fine label, three planes.
 pub(crate) fn parse_binary(file: &str, contents: &[u8], records: usize) -> Result<Images> {
     const RECORD: usize = 2 + PIXELS;
     if contents.len() != records * RECORD {
@@ -161,8 +163,10 @@ pub(crate) fn parse_binary(file: &str, contents: &[u8], records: usize) -> Resul
     Ok(images)
 }
 
-/// Reads the Python form: a pickled dictionary of the NumPy array `data`, `[records, 3072]`, whose rows are
-/// three planes, and of the lists `fine_labels` and `coarse_labels`.
+/// Reads the Python format.
+///
+/// It is a pickled dictionary with the NumPy array `data`, `[records, 3072]`, whose rows hold three
+/// planes, and with the lists `fine_labels` and `coarse_labels`.
 pub(crate) fn parse_python(file: &str, contents: &[u8], records: usize) -> Result<Images> {
     let bad = |what: String| Error::malformed(file, what);
     let dictionary = pickled::read(contents).map_err(bad)?;
@@ -190,7 +194,7 @@ mod tests {
         let images = parse_binary("x", &record, 1).unwrap();
         assert_eq!(images.labels, [42]);
         assert_eq!((images.height, images.width, images.channels), (32, 32, 3));
-        // Row 3, column 5: red 3 + 5, green 100 more, blue 200 more.
+        // At row 3, column 5, red is 3 + 5, green is larger by 100, and blue by 200.
         assert_eq!(images.image(0)[(3 * 32 + 5) * 3..][..3], [8, 108, 208]);
         assert_eq!(images.image(0)[..6], [0, 100, 200, 1, 101, 201]);
     }

@@ -1,8 +1,8 @@
-//! What loading reports while it works.
+//! Progress reports of loading.
 
 use std::fmt;
 
-/// What loading reports while it works. `Display` gives a text to show to people.
+/// A progress report of loading. `Display` gives a text for users.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
@@ -11,11 +11,11 @@ pub enum Event {
         /// The place.
         place: String,
     },
-    /// A place has no data; the next one follows.
+    /// A place has no data, so the next place is searched.
     NoData {
         /// The place.
         place: String,
-        /// What was found there, or why nothing could be.
+        /// What was found there, or why nothing could be found.
         why: String,
     },
     /// A download has made progress. This event can come several times a second.
@@ -27,10 +27,9 @@ pub enum Event {
         /// The number of bytes of the whole file; 0 if it is unknown.
         total: u64,
     },
-    /// The data have the right form, but they are not known to be the official pictures in their official
-    /// order.
+    /// The data have the right format, but may not be the official pictures in official order.
     Unverified {
-        /// Why not.
+        /// The reason.
         why: String,
     },
     /// An archive is searched for the positions of its members. This can take minutes.
@@ -38,35 +37,35 @@ pub enum Event {
         /// The archive.
         archive: String,
     },
-    /// A table is unpacked into an archive.
+    /// A parquet file is unpacked into an archive.
     Unpacking {
         /// The parquet file.
         table: String,
         /// The tar file.
         archive: String,
     },
-    /// Pictures are decoded and shrunk into a cache: a part of it, of which there may be many.
+    /// One part of the pictures is decoded and shrunk into a cache. A cache can have many parts.
     Shrinking {
         /// The folder of the cache.
         folder: String,
         /// `training` or `test`.
         split: String,
-        /// The number of the split's pictures that are there already.
+        /// The number of the split's pictures that are already done.
         done: usize,
-        /// The number of the split's pictures.
+        /// The number of pictures in the split.
         total: usize,
     },
     /// A file that saves time at the next start could not be written.
     NotKept {
         /// The file.
         file: String,
-        /// Why not.
+        /// The reason.
         why: String,
     },
-    /// No real data were found, so synthetic data are used: results say nothing about CIFAR-100. Show this
-    /// event loudly.
+    /// No real data were found, so synthetic data are used and results say nothing about CIFAR-100.
+    /// Show this event prominently.
     FellBack {
-        /// Where real data were looked for.
+        /// The places where real data were searched.
         why: String,
     },
 }

@@ -1,6 +1,8 @@
-//! Batches on the device of the network. On the CPU they are those of [`Dataset::train_batches`] and
-//! [`Dataset::test_batches`]. On an accelerator they are the same ones; those of a set in memory are made
-//! there from a copy of the images.
+//! Batches on the network's device.
+//!
+//! On the CPU they are those of [`Dataset::train_batches`] and [`Dataset::test_batches`]. On an
+//! accelerator they have the same images; if the data set is in memory, they are made on the device
+//! from a copy of the images.
 
 use std::ops::Range;
 
@@ -12,13 +14,13 @@ use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::memory::{CHANNELS, Images, InMemoryDataset};
 
-/// The batches of a data set on a device.
+/// A source of batches of a data set on a device.
 ///
-/// On an accelerator, the first batch of a split copies all of its images there as bytes, if the set is in
-/// memory, and the beginning of an epoch copies the epoch's choices: which image, which part of it, mirrored
-/// or not. So a step copies nothing from the host and waits for nothing. The choices are those of the CPU,
-/// and so are the normalized values, up to the rounding of the device's division. Batches of images that are
-/// read from files are copied one by one.
+/// On an accelerator, the first epoch of a split copies all images of an in-memory data set to the
+/// device, as bytes. The start of an epoch copies its choices: the index of each image, the
+/// position of its window, and whether it is mirrored. So a step copies nothing from the host and
+/// does not wait. The choices are the same as on the CPU, and so are the normalized values, up to
+/// the rounding of the device's division. Batches from files are copied one by one.
 pub struct Feed<'a> {
     data: &'a dyn Dataset,
     device: Device,
@@ -29,32 +31,32 @@ pub struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    /// A feed of batches on `device` of images in `dtype`: `F32` or `BF16`. Copies nothing
-    /// yet.
+    /// Returns a feed of batches on `device` with images in `F32` or `BF16`. Copies nothing yet.
     pub fn new(data: &'a dyn Dataset, device: &Device, dtype: DType) -> Self {
         Feed { data, device: device.clone(), dtype, part: Part::WHOLE, train: None, test: None }
     }
 
-    /// The feed of that part of each batch; parts without images are left out.
+    /// Returns a feed of this part of each batch; parts without images are left out.
     pub fn part(self, part: Part) -> Self {
         Feed { part, ..self }
     }
 
-    /// The data set.
+    /// Returns the data set.
     pub fn data(&self) -> &'a dyn Dataset {
         self.data
     }
 
-    /// The data set, if its batches are made from a copy on the device.
+    /// Returns the data set if its batches are made from a copy on the device.
     fn copied(&self) -> Option<&'a InMemoryDataset> {
         self.data.in_memory().filter(|_| !self.device.is_cpu())
     }
 
-    /// The training batches of one epoch, with the images and the order of [`Dataset::train_batches`].
+    /// Returns the training batches of one epoch, with the images and the order of
+    /// [`Dataset::train_batches`].
     ///
     /// # Errors
-    /// [`Error::Candle`] if the images do not fit into the device's memory, [`Error::Invalid`] if there are
-    /// more pixels than a u32 counts.
+    /// [`Error::Candle`] if the images do not fit into the device's memory, [`Error::Invalid`] if
+    /// the number of pixels does not fit into a u32.
     pub fn train(
         &mut self,
         batch: usize,
@@ -72,10 +74,10 @@ impl<'a> Feed<'a> {
         resident.epoch(&order, (batch, self.part), augmentation.pad, self.dtype, view)
     }
 
-    /// The test images in order, as those of [`Dataset::test_batches`].
+    /// Returns batches of the test images in order, as [`Dataset::test_batches`] does.
     ///
     /// # Errors
-    /// As for [`Feed::train`].
+    /// The same as for [`Feed::train`].
     pub fn test(&mut self, batch: usize) -> Result<Batches> {
         let Some(data) = self.copied() else {
             return Ok(self.data.test_parts(batch, self.part).on(&self.device, self.dtype));
@@ -86,7 +88,7 @@ impl<'a> Feed<'a> {
     }
 }
 
-/// The split's copy on the device. Makes it if it does not exist yet.
+/// Returns the split's copy on the device. Makes the copy if it does not exist yet.
 fn stay<'a>(
     place: &'a mut Option<Resident>,
     data: &InMemoryDataset,
@@ -102,26 +104,26 @@ fn stay<'a>(
 /// The images of a split in a device's memory.
 #[derive(Clone)]
 struct Resident {
-    /// u8, `[n, height, width, channels]`.
+    /// The pixels, u8, `[n, height, width, channels]`.
     images: Tensor,
-    /// u32, `[n]`.
+    /// The labels, u32, `[n]`.
     labels: Tensor,
-    /// f32, `[channels]`, where full intensity is 1.
+    /// The mean, f32, `[channels]`, where full intensity is 1.
     mean: Tensor,
-    /// f32, `[channels]`, in the same units.
+    /// The standard deviation, f32, `[channels]`, in the same units.
     std: Tensor,
 }
 
-/// The choices of an epoch for each image in its order, on the device.
+/// The random choices of an epoch on the device, for each image in its order.
 struct Choices {
-    /// The index of the image, u32, `[n]`.
+    /// The index of each image, u32, `[n]`.
     index: Tensor,
-    /// The row and the column of the padded image where the window begins, from 0 to twice the padding, u32,
-    /// `[n, 2]`.
+    /// The row and the column of the padded image where the window begins, from 0 to twice the
+    /// padding; u32, `[n, 2]`.
     corners: Tensor,
-    /// 1 where the window is mirrored, else 0; u8, `[n]`.
+    /// 1 if the window is mirrored, else 0; u8, `[n]`.
     flip: Tensor,
-    /// The number of pixels of the padding.
+    /// The number of pixels of padding on every side.
     pad: usize,
 }
 
@@ -145,8 +147,8 @@ impl Resident {
         })
     }
 
-    /// The images in the given order. `view` gives the view of an index, which must lie inside the padding
-    /// `pad`.
+    /// Returns the batches of the images in this order. `view` returns the view of the image with
+    /// an index; the view's offsets must be at most `pad`.
     fn epoch(
         &self,
         order: &[usize],
@@ -182,7 +184,7 @@ impl Resident {
 }
 
 impl Choices {
-    /// The choices of the given positions.
+    /// Returns the choices at the given positions.
     fn part(&self, range: Range<usize>) -> Result<Choices> {
         let part = |values: &Tensor| values.narrow(0, range.start, range.len());
         Ok(Choices {
@@ -200,7 +202,7 @@ mod tests {
     use crate::batches::{test_batches, train_batches};
     use std::sync::Arc;
 
-    /// The bits of every image and the labels, batch by batch.
+    /// Returns the shape, the bit patterns of the images, and the labels of each batch.
     fn collect(batches: Batches) -> Vec<(Vec<usize>, Vec<u32>, Vec<u32>)> {
         let unpack = |batch: Result<Batch>| {
             let Batch { images, labels } = batch.unwrap();
@@ -211,8 +213,8 @@ mod tests {
         batches.map(unpack).collect()
     }
 
-    /// The batches that are made from a copy (on the CPU, in this test) have the bits of the background
-    /// thread's.
+    /// Checks that batches made from a copy (on the CPU, in this test) equal those of the
+    /// background thread, bit by bit.
     #[test]
     fn copies_on_a_device_give_the_same_bits() {
         let data = Arc::new(crate::synthetic(230, 70, 1).unwrap());
@@ -221,7 +223,7 @@ mod tests {
             Augmentation::none(),
             Augmentation { pad: 4, flip: true },
             Augmentation { pad: 4, flip: false },
-            // Windows that lie completely in the padding.
+            // Some of these windows lie completely in the padding.
             Augmentation { pad: 40, flip: true },
         ] {
             for (batch, seed, epoch) in [(64, 1, 0), (7, 1, 3), (500, 2, 0)] {

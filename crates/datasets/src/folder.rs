@@ -1,4 +1,4 @@
-//! CIFAR-100 from the files of a folder.
+//! Loading of CIFAR-100 from the files of a folder.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -13,29 +13,28 @@ use crate::event::Event;
 use crate::memory::{Images, InMemoryDataset};
 use crate::table;
 
-/// Parses a file. The arguments are its name for messages, its contents, and the number of records that it
-/// must have.
+/// A function that parses a file. Its arguments are the file's name for messages, its contents, and
+/// the expected number of records.
 type Parse = fn(&str, &[u8], usize) -> Result<Images>;
 
-/// The files of a published form.
+/// The files of a published format.
 struct Form<'a> {
-    /// The folder in the archive.
+    /// The folder inside the archive.
     folder: &'static str,
     archive: &'static str,
-    /// For training and testing.
+    /// The names of the training file and of the test file.
     files: [&'static str; 2],
     parse: Parse,
     release: &'a Release,
 }
 
-/// The hub's parquet files and their folder there.
+/// The names of the hub's parquet files. Their folder is [`TABLES_FOLDER`].
 pub(crate) const TABLES: [&str; 2] = ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"];
 pub(crate) const TABLES_FOLDER: &str = "cifar100";
 
-/// Loads the first form that the folder holds, in the order that `DataSource::Folder` documents.
+/// Loads the first format that the folder holds, in the order documented at `DataSource::Folder`.
 ///
-/// Files are verified in memory after they have been read, so the bytes that are parsed are those that were
-/// checked.
+/// Files are verified after they have been read, so exactly the verified bytes are parsed.
 pub(crate) fn load(
     folder: &Path,
     manifest: &Manifest,
@@ -76,7 +75,7 @@ pub(crate) fn load(
             ),
         };
     }
-    // The names of the other forms are too common to count outside their folder.
+    // The file names of the other formats are too common to be recognized outside their folder.
     if let Some(paths) = pair(folder, binary.files)? {
         return found(folder, binary.read(&paths, manifest)?);
     }
@@ -106,15 +105,17 @@ pub(crate) fn load(
     ))
 }
 
-/// The folders where the files of an archive's folder `name` can lie: under `folder`, also twice, which
-/// happens where an archive is unpacked by hand, or in `folder` itself.
+/// Returns the folders in which the files of an archive's folder `name` can lie.
+///
+/// They are `name` and `name/name` under `folder` (unpacking by hand can nest them), and `folder`
+/// itself if it has this name.
 fn places(folder: &Path, name: &str) -> impl Iterator<Item = PathBuf> {
     let own = folder.canonicalize().is_ok_and(|folder| folder.ends_with(name));
     let inner = folder.join(name);
     [inner.clone(), inner.join(name)].into_iter().chain(own.then(|| folder.to_path_buf()))
 }
 
-/// The two files in `folder`; `None` if neither exists.
+/// Returns the paths of the two files in `folder`; `None` if neither exists.
 fn pair(folder: &Path, names: [&str; 2]) -> Result<Option<[PathBuf; 2]>> {
     let [train, test] = names.map(|name| folder.join(name));
     match (train.is_file(), test.is_file()) {
@@ -126,12 +127,12 @@ fn pair(folder: &Path, names: [&str; 2]) -> Result<Option<[PathBuf; 2]>> {
 }
 
 impl Form<'_> {
-    /// Reads the unpacked files.
+    /// Reads and verifies the unpacked files.
     fn read(&self, paths: &[PathBuf; 2], manifest: &Manifest) -> Result<[Images; 2]> {
         let read = |split: usize| {
             let (path, expected) = (&paths[split], &self.release.members[split]);
             let name = path.display().to_string();
-            // The length comes first, because a file of another length need not be read.
+            // The length is checked first, because a file of a wrong length need not be read.
             expected.check_size(&name, fs::metadata(path).map_err(Error::io(path))?.len())?;
             let contents = fs::read(path).map_err(Error::io(path))?;
             expected.check(&name, &contents)?;
@@ -140,7 +141,7 @@ impl Form<'_> {
         Ok([read(0)?, read(1)?])
     }
 
-    /// Reads the files in the archive without unpacking it to the disk.
+    /// Reads the files in the archive without unpacking it to disk.
     fn unpack(&self, archive: &Path, manifest: &Manifest) -> Result<[Images; 2]> {
         let name = archive.display().to_string();
         check_file(archive, &name, &self.release.archive)?;
@@ -173,7 +174,7 @@ impl Form<'_> {
     }
 }
 
-/// Checks a file that is too large to keep in memory.
+/// Checks the length and the MD5 of a file without keeping its contents in memory.
 fn check_file(path: &Path, name: &str, expected: &Expected) -> Result<()> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     expected.check_size(name, file.metadata().map_err(Error::io(path))?.len())?;
@@ -216,7 +217,8 @@ mod tests {
                 "cifar-100-python",
                 [("cifar-100-python/train", &pickles[0]), ("cifar-100-python/test", &pickles[1])],
             ),
-            // A folder in another one of its name, an archive in its folder, and an archive itself.
+            // These are a folder nested in another one of its name, an archive in its folder, and
+            // the path of an archive.
             (
                 "",
                 [
@@ -259,7 +261,7 @@ mod tests {
         let absent = dir.path().join("absent");
         assert!(matches!(quietly(&absent, &manifest), Err(Error::NoData { .. })));
         assert!(message(&absent, &manifest).contains("there is no such folder"));
-        // Names as common as these do not count by themselves.
+        // Common names such as these are not recognized outside their folder.
         for name in ["train", "test", "train-00000-of-00001.parquet"] {
             write(&dir.path().join(name), b"something else");
         }
@@ -310,7 +312,7 @@ mod tests {
         damaged[40] ^= 1;
         write(&archive, &damaged);
         assert!(matches!(quietly(dir.path(), &manifest(&good, b"")), Err(Error::Checksum { .. })));
-        // From here on the archive's own checksum is right, so the checks after it are reached.
+        // From here on the checksum of the archive is right, so the later checks are reached.
         assert!(matches!(quietly(dir.path(), &manifest(&damaged, b"")), Err(Error::Malformed { .. })));
         let check = |contents: &[u8]| {
             write(&archive, contents);
@@ -359,10 +361,10 @@ mod tests {
         let mut labels = images(3);
         labels.labels[2] = 100;
         assert!(check(&parquet(&labels, "png")).contains("record 2 has the fine label 100"));
-        // Labels may have any type of integer.
+        // Labels may have any integer type.
         write(&train, &parquet(&images(3), "unsigned"));
         assert_eq!(quietly(dir.path(), &manifest).unwrap().train, images(3));
-        // Wherever else a byte is wrong, the result is an error or the right pictures, and never a panic.
+        // A wrong byte elsewhere gives an error or the right pictures, but never a panic.
         for at in (0..good.len()).step_by(61) {
             let mut damaged = good.clone();
             damaged[at] ^= 0x55;

@@ -1,4 +1,4 @@
-//! Files from the Hugging Face hub, with events of their progress, and CIFAR-100 from there.
+//! Files from the Hugging Face hub with progress events, and CIFAR-100 from the hub.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use crate::table;
 
 const CIFAR: Repo = Repo { owner: "uoft-cs", name: "cifar100" };
 
-/// [`Hub::fetch`], whose progress is an event.
+/// Calls [`Hub::fetch`] and reports its progress as events.
 pub(crate) fn fetch(
     hub: &Hub,
     repo: Repo,
@@ -25,16 +25,17 @@ pub(crate) fn fetch(
     Ok(hub.fetch(repo, file, revision, &mut on_progress)?)
 }
 
-/// Loads CIFAR-100 from the hub's repository `uoft-cs/cifar100`. Downloads files that are not in the cache.
+/// Loads CIFAR-100 from the hub's `uoft-cs/cifar100`. Downloads files that are not in the cache.
 ///
-/// What is in the cache is used without asking the hub for something newer. The number of records, the form
-/// of every picture and the range of every label are checked. [`Event::Unverified`] reports that the pictures
-/// differ from those of the official files.
+/// Files in the cache are used without asking the hub for newer versions. The number of records,
+/// the format of every picture and the range of every label are checked. [`Event::Unverified`] is
+/// reported if the pictures differ from those of the official files.
 ///
 /// # Errors
 ///
 /// [`Error::Hub`](crate::Error::Hub) if a file cannot be downloaded or must not be,
-/// [`Error::Malformed`](crate::Error::Malformed) if a file in the cache is damaged (deleting the named file mends that).
+/// [`Error::Malformed`](crate::Error::Malformed) if a file in the cache is damaged (to repair this,
+/// delete the named file).
 pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<InMemoryDataset> {
     load_with(hub, &Manifest::official(), on_event)
 }
@@ -47,11 +48,11 @@ pub(crate) fn load_with(
     on_event(Event::Trying { place: format!("the Hugging Face hub ({CIFAR})") });
     let [train, test] = TABLES.map(|table| format!("{TABLES_FOLDER}/{table}"));
     let train = fetch(hub, CIFAR, &train, MAIN, on_event)?;
-    // Both files must be of one commit.
+    // Both files must come from the same commit.
     let commit = commit(&train);
     let test = fetch(hub, CIFAR, &test, &commit, on_event)?;
     let source = format!("hub {CIFAR} @ {commit}");
-    // Links are resolved so that an error names the file to delete and not a link to it.
+    // Links are resolved so that an error names the file to delete, not a link to it.
     let [train, test] = [train, test].map(|path| path.canonicalize().unwrap_or(path));
     let [n_train, n_test] = manifest.records;
     manifest.dataset(source, [table::read(&train, n_train)?, table::read(&test, n_test)?], on_event)
@@ -66,7 +67,7 @@ mod tests {
     use std::path::Path;
     use std::time::{Duration, Instant};
 
-    /// An empty cache and a hub to fill it from.
+    /// Returns a hub, and an empty cache to fill from it.
     fn setup() -> (Server, tempfile::TempDir, Hub) {
         let (server, home) = (Server::start(), tempfile::tempdir().unwrap());
         let hub = server.hub(home.path());
@@ -90,7 +91,7 @@ mod tests {
         check(&load_with(&hub, &manifest(b"", b""), &mut |event| events.push(event)).unwrap());
         let prefix = "/datasets/uoft-cs/cifar100/resolve";
         let (train, test) = ("cifar100/train-00000-of-00001.parquet", "cifar100/test-00000-of-00001.parquet");
-        // The second file is asked for under the commit that the first one came from.
+        // The second file is requested from the same commit as the first one.
         let expected = [
             "GET /api/datasets/uoft-cs/cifar100/revision/main?expand=sha".into(),
             format!("HEAD {prefix}/{COMMIT}/{train}"),
@@ -148,13 +149,13 @@ mod tests {
             assert!(text.contains(&server.endpoint) && text.contains("cifar100/train-00000"), "{text}");
             assert!(text.to_lowercase().contains(reason) && text.contains(remedy), "{text}");
         }
-        // These failures leave nothing behind.
+        // These failures leave no files behind.
         assert_eq!(files(home.path()), Vec::<PathBuf>::new());
         server.set(Mood::Good);
         check(&quietly(&hub).unwrap());
     }
 
-    /// All files under a folder.
+    /// Returns all files under a folder.
     fn files(folder: &Path) -> Vec<PathBuf> {
         let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
@@ -163,7 +164,7 @@ mod tests {
     #[test]
     fn no_header_places_a_file_outside_the_cache() {
         let (server, home, hub) = setup();
-        // The cache is three folders deep, so that what leads out of it stays in the test's folder.
+        // The cache is three folders deep, so a path out of it stays in the test's folder.
         let hub = Hub { cache: home.path().join("a/b/hub"), ..hub };
         server.set(Mood::Placing);
         check(&quietly(&hub).unwrap());
@@ -189,7 +190,7 @@ mod tests {
             assert!(start.elapsed() < Duration::from_secs(3));
         }
         assert_eq!(files(home.path()), Vec::<PathBuf>::new());
-        // No one listens on a port that was just given back.
+        // Nobody listens on a port that was just released.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let start = Instant::now();
         let hub = Hub { endpoint: format!("http://127.0.0.1:{port}"), answer_timeout: 10 * soon, ..hub };
@@ -217,7 +218,7 @@ mod tests {
         }
         refused(&Hub { token: Some("hf x".into()), ..usual.clone() }, "set HF_TOKEN to the token alone");
         assert!(server.requests().is_empty());
-        // What is in the cache needs neither.
+        // Cached files need neither a valid endpoint nor a valid token.
         quietly(&usual).unwrap();
         check(&quietly(&Hub { endpoint: "hf-mirror.com".into(), offline: true, ..usual }).unwrap());
     }
@@ -233,7 +234,7 @@ mod tests {
         let train = named(&hub);
         assert!(train.starts_with(home.path().canonicalize().unwrap()), "{train:?}");
         server.set(Mood::Good);
-        // It stays an error until the files are deleted, as the message asks.
+        // The error remains until the files are deleted, as the message asks.
         assert_eq!(named(&hub), train);
         fs::remove_file(&train).unwrap();
         let test = named(&hub);

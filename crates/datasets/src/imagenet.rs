@@ -1,8 +1,8 @@
-//! ImageNet-1000, read and decoded when it is used.
+//! ImageNet-1000, whose pictures are read and decoded when they are used.
 //!
-//! [`load`] finds the pictures and their classes in a folder (class folders, the official tar files, or the
-//! hub's parquet files) or on the hub. The result knows where each picture is, and makes batches: its own
-//! threads read, decode, crop and scale pictures ahead of their use.
+//! [`load`] finds the pictures and their classes in a folder (class folders, the official tar
+//! files, or the hub's parquet files) or on the hub. The result stores where each picture is and
+//! makes batches: its own threads read, decode, crop and scale pictures in advance.
 
 mod archive;
 mod cache;
@@ -47,44 +47,45 @@ pub use options::{Limit, Options};
 
 /// The hub's repository, which is gated.
 const REPO: Repo = Repo { owner: "ILSVRC", name: "imagenet-1k" };
-/// The folder of its parquet files.
+/// The folder of the repository's parquet files.
 const TABLES: &str = "data";
-/// The folder of [`DataSource::Auto`] if `PFQ_IMAGENET` is not set.
+/// The folder that [`DataSource::Auto`] uses if `PFQ_IMAGENET` is not set.
 const FOLDER: &str = "imagenet";
-/// The official numbers of images for training and validation.
+/// The official numbers of training and validation images.
 const OFFICIAL: [usize; 2] = [1_281_167, 50_000];
-/// The mean and the standard deviation of ImageNet's channels that are generally used.
+/// The mean and the standard deviation of the channels that are generally used for ImageNet.
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const STD: [f32; 3] = [0.229, 0.224, 0.225];
 
-/// Loads ImageNet: finds every picture and its class. Reads no picture yet.
+/// Loads ImageNet: finds every picture and its class, but reads no picture yet.
 ///
 /// [`DataSource::Auto`] is the folder that the environment variable `PFQ_IMAGENET` names, or else
-/// `./imagenet`; it never is the hub (150 GB). A folder can hold, for each of training and validation, the
-/// first of:
+/// `./imagenet`; it is never the hub (150 GB). For training and for validation, a folder can hold
+/// the first of:
 ///
-/// 1. `train/<class>/*` and `val/<class>/*`, or flat `val/*` (also under `ILSVRC/Data/CLS-LOC`, and in another folder of
-///    their name);
-/// 2. `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which stay as they are: `.index` files beside
-///    them keep the positions of their members;
-/// 3. the hub's `train-*.parquet` and `validation-*.parquet`, directly or in `data/`, which are unpacked once
-///    into tar files ([`Options::unpacked`]).
+/// 1. `train/<class>/*` and `val/<class>/*`, or flat `val/*` (also under `ILSVRC/Data/CLS-LOC`, and
+///    nested in another folder of the same name);
+/// 2. `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, which are not changed: `.index`
+///    files next to them store the positions of their members;
+/// 3. the hub's `train-*.parquet` and `validation-*.parquet`, directly or in `data/`, which are
+///    unpacked once into tar files ([`Options::unpacked`]).
 ///
-/// Pictures are files ending in `.jpeg`, `.jpg` or `.png`, in capitals or not. The class of flat validation
-/// images comes from [`Options::labels`], or else from the first of `LOC_val_solution.csv`,
-/// `ILSVRC2012_validation_ground_truth.txt` (with `map_clsloc.txt` or `synsets.txt` for the order of its
-/// numbers), `imagenet_2012_validation_synset_labels.txt`, `val.txt` and `val_labels.txt`.
+/// Pictures are files that end in `.jpeg`, `.jpg` or `.png`, in upper or lower case. The classes of
+/// flat validation images come from [`Options::labels`], or else from the first of
+/// `LOC_val_solution.csv`, `ILSVRC2012_validation_ground_truth.txt` (with `map_clsloc.txt` or
+/// `synsets.txt` for the order of its numbers), `imagenet_2012_validation_synset_labels.txt`,
+/// `val.txt` and `val_labels.txt`.
 ///
-/// If all class folders are among the official 1000, however few they are, labels are the official numbers 0
-/// to 999, which follow the sorted names. `class_index.tsv` in the folder (lines of a number, a tab, a name)
-/// gives other classes. If no folder is an official class, the folders are the classes: in the order of their
-/// numbers if they are 0 to n-1, else sorted by name.
+/// If all class folders are official classes, even if they are few, labels are the official indices
+/// 0 to 999, which follow the sorted names. `class_index.tsv` in the folder (lines of an index, a
+/// tab, a name) gives other classes. If no folder is an official class, the folders are the
+/// classes: in numerical order if their names are 0 to n-1, else sorted by name.
 ///
 /// # Errors
 ///
-/// [`Error::NoImageNet`] if nothing is found, [`Error::Labels`] if a picture has no class or a file of labels
-/// is wrong, [`Error::Malformed`] if an archive or a table is, [`Error::Hub`] if the hub does not give a
-/// file, [`Error::Invalid`] for impossible options.
+/// [`Error::NoImageNet`] if nothing is found, [`Error::Labels`] if a picture has no class or a file
+/// of labels is wrong, [`Error::Malformed`] if an archive or a table is malformed, [`Error::Hub`]
+/// if the hub does not deliver a file, [`Error::Invalid`] if the options are invalid.
 pub fn load(source: &DataSource, options: &Options, on_event: &mut dyn FnMut(Event)) -> Result<ImageNet> {
     match source {
         DataSource::Auto => {
@@ -114,7 +115,7 @@ fn load_folder(folder: &Path, options: &Options, on_event: &mut dyn FnMut(Event)
     let classes = given_classes(folder)?;
     let tabled = classes.clone().unwrap_or_else(Classes::official);
     let mut split = |folders: &[&str], archive: &str, tables: &str| -> Result<Vec<Stored>> {
-        // A folder in another one of its name, as unpacking by hand makes it.
+        // Unpacking by hand can nest a folder in another one of its name.
         for path in folders.iter().flat_map(|name| [root.join(name), root.join(name).join(name)]) {
             let found = Some(path).filter(|path| path.is_dir()).map(|path| files::scan(&path));
             if let Some(found) = found.transpose()?.filter(|found| !found.is_empty()) {
@@ -151,7 +152,7 @@ fn load_folder(folder: &Path, options: &Options, on_event: &mut dyn FnMut(Event)
     ImageNet::new(source, classes, [train, test], &labels, options, on_event)
 }
 
-/// The classes of the folder's `class_index.tsv`, if it has one.
+/// Reads the classes of the folder's `class_index.tsv`, if it has one.
 fn given_classes(folder: &Path) -> Result<Option<Classes>> {
     let path = folder.join(classes::FILE);
     path.is_file().then(|| Classes::read(&path)).transpose()
@@ -193,7 +194,7 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
                 for name in names {
                     archives.push(unpack(&name, &folder, &classes, on_event, |on_event| {
                         let table = fetch(hub, REPO, &format!("{TABLES}/{name}"), &revision, on_event)?;
-                        // All tables must be of one commit.
+                        // All tables must come from the same commit.
                         revision = hub::commit(&table);
                         Ok(table)
                     })?);
@@ -207,14 +208,14 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
     ImageNet::new(source, Some(classes), splits, &[], options, on_event)
 }
 
-/// The folder that the hub's tables are unpacked to by default.
+/// Returns the default folder to which the hub's tables are unpacked.
 fn cache() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
     Some(base.join("pfq/imagenet"))
 }
 
-/// The names of the files in a folder, which need not exist.
+/// Returns the names of the files in a folder; none if the folder does not exist.
 fn names(folder: &Path) -> Result<Vec<String>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
@@ -225,7 +226,7 @@ fn names(folder: &Path) -> Result<Vec<String>> {
         .collect()
 }
 
-/// The names of the split's tables among `names`, sorted, and at most `limit` of them.
+/// Returns the names of the split's tables among `names`, sorted, and at most `limit` of them.
 fn tables_of(split: &str, names: &[String], limit: Option<usize>) -> Vec<String> {
     let mut tables: Vec<String> = names
         .iter()
@@ -239,8 +240,8 @@ fn tables_of(split: &str, names: &[String], limit: Option<usize>) -> Vec<String>
     tables
 }
 
-/// The archives of the split in a folder, `<split>-<number>-of-<all>.tar`; `None` unless all of them, or the
-/// first `limit`, exist.
+/// Returns the archives of the split in a folder, `<split>-<number>-of-<all>.tar`; `None` unless
+/// all of them, or the first `limit`, exist.
 fn complete(folder: &Path, split: &str, limit: Option<usize>) -> Result<Option<Vec<PathBuf>>> {
     let names = names(folder)?;
     let all = names.iter().find_map(|name| {
@@ -254,7 +255,8 @@ fn complete(folder: &Path, split: &str, limit: Option<usize>) -> Result<Option<V
     Ok(archives.iter().all(|path| path.is_file()).then_some(archives))
 }
 
-/// The archive of the table `name` in `folder`. If it does not exist, unpacks the table that `fetch` returns.
+/// Returns the archive of the table `name` in `folder`. If it does not exist, unpacks the table
+/// that `fetch` returns.
 fn unpack(
     name: &str,
     folder: &Path,
@@ -264,7 +266,7 @@ fn unpack(
 ) -> Result<PathBuf> {
     let archive = folder.join(name).with_extension("tar");
     if !archive.is_file() {
-        // Links are resolved so that an error names the file to delete and not a link to it.
+        // Links are resolved so that an error names the file to delete, not a link to it.
         let table = fetch(on_event)?;
         table::unpack(&table.canonicalize().unwrap_or(table), &archive, classes, on_event)?;
     }
@@ -284,37 +286,39 @@ fn all_pictures(archives: &[PathBuf], on_event: &mut dyn FnMut(Event)) -> Result
 struct Item {
     stored: Stored,
     label: u16,
-    /// Where it is in the cache, if there is one.
+    /// The position in the cache, if there is one.
     packed: Option<Packed>,
 }
 
 impl Item {
-    /// The picture, or what is wrong with it.
+    /// Reads the picture. The inner error says why it cannot be used.
     ///
     /// # Errors
     ///
-    /// Where the cache is damaged.
+    /// Returns an error if the cache is damaged.
     fn picture(&self) -> Result<Result<Picture, String>> {
         self.packed.as_ref().map_or_else(|| Ok(self.stored.picture()), Packed::read)
     }
 }
 
-/// The numbers of the splits, and their names.
+/// The indices of the splits. Their names are [`SPLITS`].
 const TRAIN: usize = 0;
 const TEST: usize = 1;
 const SPLITS: [&str; 2] = ["training", "test"];
 
-/// ImageNet-1000 or a part of it: the places of the pictures and their classes. Clones are cheap and share
-/// everything.
+/// ImageNet-1000 or a part of it: the locations of the pictures and their classes.
 ///
-/// Pictures are decoded as `PIL.Image.open(..).convert("RGB")` does (the orientation in EXIF is ignored). For
-/// training they are cropped and scaled as by torchvision's `RandomResizedCrop`, and mirrored if
-/// [`Augmentation::flip`]; for evaluation, scaled and cropped as by its `Resize` and `CenterCrop`. They are
-/// normalized with the usual mean and standard deviation. [`Augmentation::pad`] must be 0.
+/// Clones are cheap and share everything.
 ///
-/// A picture that cannot be read or decoded is left out, so its batch is smaller, and [`Dataset::skipped`]
-/// names it. If there are more of them than [`Options::bad_percent`] permits, the epoch ends with
-/// [`Error::TooManyBad`].
+/// Pictures are decoded as `PIL.Image.open(..).convert("RGB")` does (the orientation in EXIF is
+/// ignored). For training they are cropped and scaled as by torchvision's `RandomResizedCrop`, and
+/// mirrored if [`Augmentation::flip`]; for evaluation they are scaled and cropped as by its
+/// `Resize` and `CenterCrop`. They are normalized with the usual mean and standard deviation.
+/// [`Augmentation::pad`] must be 0.
+///
+/// A picture that cannot be read or decoded is left out, so its batch is smaller, and
+/// [`Dataset::skipped`] names it. If more pictures are left out than [`Options::bad_percent`]
+/// permits, the epoch ends with [`Error::TooManyBad`].
 #[derive(Clone)]
 pub struct ImageNet(Arc<Inner>);
 
@@ -326,9 +330,10 @@ struct Inner {
     splits: [Vec<Item>; 2],
     fingerprint: String,
     table: Normalization,
-    /// The threads that read and decode. If they computed too, one kind of work would wait for the other.
+    /// The threads that read and decode. They are separate from the threads that compute, so that
+    /// neither kind of work waits for the other.
     pool: Arc<ThreadPool>,
-    /// For each split, the indices of unusable images and what is wrong with each.
+    /// For each split, the indices of unusable images and the reason for each.
     skipped: Mutex<[BTreeMap<usize, String>; 2]>,
 }
 
@@ -344,7 +349,7 @@ impl fmt::Debug for ImageNet {
 }
 
 impl ImageNet {
-    /// The data set of the pictures in `found`. Searches `folders` for the labels of flat validation images.
+    /// Makes a data set of `found`. Searches `folders` for the labels of flat validation images.
     fn new(
         source: String,
         given: Option<Classes>,
@@ -390,8 +395,8 @@ impl ImageNet {
             let labels = labels_of(items);
             let kept = match limit {
                 Limit::Total(n) => subset::first(&labels, classes.len(), n),
-                // They are sorted by class, so an image is one of the first n if that n places before has
-                // another class.
+                // The items are sorted by class, so an image is one of the first n of its class if
+                // the item n places before it has another class.
                 Limit::PerClass(n) => {
                     (0..labels.len()).filter(|&i| i < n || labels[i - n] != labels[i]).collect()
                 }
@@ -404,7 +409,7 @@ impl ImageNet {
             .thread_name(|i| format!("decode-{i}"))
             .build()
             .map_err(|error| Error::Loader(error.to_string()))?;
-        // Nobody must take a figure on a part for one on the whole.
+        // A result on a part must not be mistaken for a result on the whole set.
         let whole = splits.iter().zip(OFFICIAL).all(|(items, official)| items.len() == official);
         let name = if whole && classes == Classes::official() { "imagenet1000" } else { "imagenet_part" };
         if let Some(folder) = &options.cache {
@@ -422,7 +427,7 @@ impl ImageNet {
         splits: [Vec<Item>; 2],
         pool: Arc<ThreadPool>,
     ) -> ImageNet {
-        // These are other data.
+        // Shrunk pictures are different data, so the name differs.
         let name = format!("{name}{}", if options.cache.is_some() { "_shrunk" } else { "" });
         let fingerprint = fingerprint(&options, &splits);
         let table = Normalization::of(MEAN, STD);
@@ -440,9 +445,11 @@ impl ImageNet {
         }))
     }
 
-    /// For choosing settings without looking at the test set: `n` training images, drawn with `seed` and
-    /// spread over the classes as evenly as possible, become the test images, and the others stay training
-    /// images, as in [`InMemoryDataset::hold_out`](crate::InMemoryDataset::hold_out).
+    /// Holds out training images, to choose settings without looking at the test set.
+    ///
+    /// `n` training images, drawn with `seed` and spread over the classes as evenly as possible,
+    /// become the test images. The other training images stay training images, as in
+    /// [`InMemoryDataset::hold_out`](crate::InMemoryDataset::hold_out).
     ///
     /// # Errors
     ///
@@ -457,7 +464,7 @@ impl ImageNet {
         Ok(ImageNet::of("imagenet_holdout", source, classes, options, splits, pool))
     }
 
-    /// The batch of the images with these indices; `transform` gives the transform of an index.
+    /// Makes the batch of these images; `transform` returns the transform of an index.
     fn assemble(
         &self,
         split: usize,
@@ -494,7 +501,7 @@ impl ImageNet {
         })
     }
 
-    /// Records that an image is left out. Returns an error if they are too many.
+    /// Records that an image is left out. Returns an error if too many images are left out.
     fn skip(&self, split: usize, index: usize, why: String) -> Result<()> {
         let Inner { options, splits, skipped, .. } = &*self.0;
         let mut skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
@@ -599,8 +606,10 @@ fn labels_of(items: &[Item]) -> Vec<u16> {
     items.iter().map(|item| item.label).collect()
 }
 
-/// The classes of pictures that lie in folders: the official ones if all folders are among them, or the
-/// folders if none is: by number if they are the numbers 0 to n-1, else sorted by name.
+/// Returns the classes of pictures that lie in folders.
+///
+/// They are the official classes if all folders are official classes. If no folder is, the folders
+/// are the classes: in numerical order if their names are 0 to n-1, else sorted by name.
 fn classes_of(found: &[Vec<Stored>; 2]) -> Result<Classes> {
     let folders: BTreeSet<&str> = found.iter().flatten().filter_map(Stored::folder).collect();
     let refused = |folder: &str, what: String| {
@@ -636,8 +645,9 @@ fn classes_of(found: &[Vec<Stored>; 2]) -> Result<Classes> {
     Classes::ordered(names.into_iter().map(|name| name.to_string()).collect())
 }
 
-/// Gives every picture the class of its folder, or else that of its name in `labels`, and sorts the pictures
-/// by class and name, so that their order is the same in every form of the data.
+/// Gives every picture the class of its folder, or else the class of its name in `labels`.
+///
+/// The pictures are sorted by class and name, so that every format gives the same order.
 fn label(found: Vec<Stored>, classes: &Classes, labels: Option<&ValidationLabels>) -> Result<Vec<Item>> {
     let mut items = Vec::with_capacity(found.len());
     for stored in found {
@@ -659,7 +669,7 @@ fn label(found: Vec<Stored>, classes: &Classes, labels: Option<&ValidationLabels
     Ok(items)
 }
 
-/// Gives every picture its place in the cache, and makes what the cache lacks.
+/// Gives every picture its position in the cache, and makes the missing parts of the cache.
 fn pack(
     folder: &Path,
     options: &Options,
@@ -677,17 +687,19 @@ fn pack(
     Ok(())
 }
 
-/// What the data set is known by: [`fingerprint_of`] the pictures and the options that determine their preparation.
+/// Returns the fingerprint of the data set: [`fingerprint_of`] the pictures and of the options that
+/// determine their preparation.
 fn fingerprint(options: &Options, splits: &[Vec<Item>; 2]) -> String {
     let Options { side, resize, scale, ratio, cache, .. } = options;
     let shrunk = if cache.is_some() { ", shrunk first" } else { "" };
     fingerprint_of(&format!("imagenet 1: {side} {resize} {scale:?} {ratio:?}{shrunk}"), splits)
 }
 
-/// A SHA-256 in lower-case hex. It covers the `preparation` of pictures, and for
-/// each split the number of pictures (u64) and for each picture its label (u16), its file's length (u64), the
-/// length of its name (u64) and its name. Integers are little-endian. The contents are left out, as reading
-/// them takes minutes.
+/// Returns a SHA-256 in lower-case hex digits.
+///
+/// It covers `preparation`, then for each split the number of pictures (u64), and for each picture
+/// its label (u16), its file's length (u64), the length of its name (u64) and its name. Integers
+/// are little-endian. The contents are left out, because reading them takes minutes.
 fn fingerprint_of(preparation: &str, splits: &[Vec<Item>; 2]) -> String {
     let mut hash = Sha256::new();
     hash.update(preparation);

@@ -1,11 +1,11 @@
 //! CIFAR-100, a synthetic stand-in, and ImageNet: loading, verification, augmentation, batches.
 //!
-//! [`load`] takes CIFAR-100 from a folder or from the Hugging Face hub, or draws a synthetic set, and
-//! verifies all of it before any of it is used. [`train_batches`] and [`test_batches`] turn it into
-//! normalized tensors. A background thread prepares them, yet they depend on the arguments alone. A [`Feed`]
-//! gives the same batches on the device where the network is; on an accelerator it makes them from a copy of
-//! the images in the device's memory. [`imagenet`] reads its pictures from files when they are used.
-//! [`Dataset`] is what all of these have in common.
+//! [`load`] loads CIFAR-100 from a folder or from the Hugging Face hub, or draws a synthetic set,
+//! and verifies all of it before any of it is used. [`train_batches`] and [`test_batches`] turn it
+//! into normalized tensors. A background thread prepares them, but they depend only on the
+//! arguments. A [`Feed`] gives the same batches on the network's device; on an accelerator it makes
+//! them from a copy of the images in the device's memory. [`imagenet`] reads its pictures from
+//! files when they are used. [`Dataset`] is the common interface.
 //!
 //! ```
 //! # fn main() -> datasets::Result<()> {

@@ -5,10 +5,10 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::subset;
 
-/// The channels of every image: red, green, blue.
+/// The number of channels of every image: red, green, blue.
 pub(crate) use pictures::CHANNELS;
 
-/// Labelled images of one size, stored as bytes.
+/// Labelled images of the same size, stored as bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Images {
     /// The pixels, `[n, height, width, channels]`, row-major, from 0 to 255.
@@ -24,17 +24,17 @@ pub struct Images {
 }
 
 impl Images {
-    /// The number of images.
+    /// Returns the number of images.
     pub fn len(&self) -> usize {
         self.labels.len()
     }
 
-    /// Whether there is no image.
+    /// Returns whether there is no image.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }
 
-    /// The bytes of image `i`, `[height, width, channels]`.
+    /// Returns the bytes of image `i`, `[height, width, channels]`.
     ///
     /// # Panics
     ///
@@ -63,7 +63,7 @@ impl Images {
         }
     }
 
-    /// The number of bytes of one image.
+    /// Returns the number of bytes of one image.
     pub(crate) fn image_size(&self) -> usize {
         self.height * self.width * self.channels
     }
@@ -95,38 +95,40 @@ impl Images {
 /// A data set in memory, with its origin and its statistics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InMemoryDataset {
-    /// `"cifar100"` or `"synthetic"`.
+    /// The name, `"cifar100"` or `"synthetic"` as loaded.
     pub name: String,
-    /// Where it comes from and which part of it was taken, for people to read: the folder, the hub's
+    /// The origin and the selected part of the data, as text for users: the folder, the hub's
     /// repository and revision, or `synthetic (seed ..)`.
     pub source: String,
     /// The number of classes. Labels lie in `0..classes`.
     pub classes: usize,
-    /// The images to train on.
+    /// The training images.
     pub train: Images,
-    /// The images to test on.
+    /// The test images.
     pub test: Images,
     /// The mean of each channel over all pixels of `train`, where black is 0 and full intensity is 1.
     pub mean: [f32; 3],
-    /// The standard deviation of each channel over all pixels of `train` (divided by the number of pixels),
-    /// in the same units. It is 1 for a constant channel, so that the channel is normalized to zero.
+    /// The standard deviation of each channel over all pixels of `train` (divided by the number of
+    /// pixels), in the same units. It is 1 for a constant channel, so that the channel is
+    /// normalized to zero.
     pub std: [f32; 3],
-    /// A SHA-256 in lower-case hex that identifies the pictures. It covers `train` and then `test`: the
-    /// number of images (u64), height, width and channels (u32 each), then for every image its label (u16)
-    /// and its pixels row by row, with red, green and blue of a pixel together. Integers are little-endian.
+    /// A SHA-256 in lower-case hex digits that identifies the pictures.
     ///
-    /// The same pictures with the same labels in the same order have the same fingerprint whatever form of
-    /// file they come from.
+    /// It covers `train` and then `test`: the number of images (u64), height, width and channels
+    /// (u32 each), then for every image its label (u16) and its pixels in row-major order, with the
+    /// red, green and blue of a pixel together. Integers are little-endian.
+    ///
+    /// The same pictures, labels and order have the same fingerprint in every file format.
     pub fingerprint: String,
 }
 
 impl InMemoryDataset {
-    /// A data set of the given images. Computes the statistics and the fingerprint.
+    /// Makes a data set of the given images. Computes the statistics and the fingerprint.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if there is no training image, if the images differ in size or do not have three
-    /// channels, or if a label is not in `0..classes`.
+    /// [`Error::Invalid`] if there is no training image, if the images differ in size or do not
+    /// have three channels, or if a label is not in `0..classes`.
     pub fn new(
         name: impl Into<String>,
         source: impl Into<String>,
@@ -159,10 +161,12 @@ impl InMemoryDataset {
         })
     }
 
-    /// For choosing settings without looking at the test set: `n` training images, drawn with `seed` and
-    /// spread over the classes as evenly as possible, become `test`, and the others stay in `train`. Both
-    /// keep their order. The result does not contain the real test set. It keeps the name; its statistics (of
-    /// the remaining training images) and its fingerprint are new.
+    /// Holds out training images, to choose settings without looking at the test set.
+    ///
+    /// `n` training images, drawn with `seed` and spread over the classes as evenly as possible,
+    /// become `test`. The other training images stay in `train`. Both keep their order. The result
+    /// does not contain the real test set. It keeps the name. The statistics (of the remaining
+    /// training images) and the fingerprint are computed anew.
     ///
     /// # Errors
     ///
@@ -179,10 +183,12 @@ impl InMemoryDataset {
         )
     }
 
-    /// The first `train` training images and the first `test` test images, taken from the classes in turn,
-    /// which keeps these as balanced as possible. The order stays. `None`, or a number that is not below the
-    /// number of images, keeps all of them. If an image is left out, the statistics and the fingerprint are
-    /// new.
+    /// Limits the data set to the first `train` training images and the first `test` test images.
+    ///
+    /// The images are taken from the classes in turn, so that the classes stay balanced, and they
+    /// keep their order. `None`, or a limit that is not below the number of images, keeps all of
+    /// them. If an image is left out, the statistics and the fingerprint are computed anew, and
+    /// `_part` is appended to the name.
     ///
     /// # Errors
     ///
@@ -200,12 +206,12 @@ impl InMemoryDataset {
             return Ok(self.clone());
         }
         let source = format!("{}; limited to {} + {} images", self.source, train.len(), test.len());
-        InMemoryDataset::new(&self.name, source, self.classes, train, test)
+        InMemoryDataset::new(format!("{}_part", self.name), source, self.classes, train, test)
     }
 }
 
-/// Mean and standard deviation of each channel of interleaved pixels, in units of full intensity. The sums
-/// are integers, so the result does not depend on their order.
+/// Computes the mean and the standard deviation of each channel of interleaved pixels, where full
+/// intensity is 1. The sums are integers, so the result does not depend on their order.
 fn channel_statistics(pixels: &[u8]) -> ([f32; 3], [f32; 3]) {
     let (mut sum, mut squares) = ([0u64; CHANNELS], [0u64; CHANNELS]);
     for pixel in pixels.chunks_exact(CHANNELS) {
@@ -244,8 +250,8 @@ fn fingerprint(splits: &[&Images]) -> String {
 mod tests {
     use super::*;
 
-    /// `n` images of 2x1 pixels, whose labels go through `classes` in turn. Image `i` holds the byte `i` six
-    /// times.
+    /// Returns `n` images of 2x1 pixels whose labels cycle through the classes. Image `i` holds the
+    /// byte `i` six times.
     fn numbered(n: usize, classes: usize) -> Images {
         Images {
             pixels: (0..n).flat_map(|i| [i as u8; 6]).collect(),
@@ -352,7 +358,7 @@ mod tests {
         assert_eq!(data.limit(None, None).unwrap(), data);
         assert_eq!(data.limit(Some(30), Some(99)).unwrap(), data);
 
-        // Where images are sorted by class, the first ones of each class are no prefix.
+        // If images are sorted by class, the first images of each class are not a prefix.
         let mut sorted = numbered(30, 1);
         sorted.labels = (0..30).map(|i| i / 10).collect();
         let data = InMemoryDataset::new("d", "x", 3, sorted, numbered(1, 1)).unwrap();

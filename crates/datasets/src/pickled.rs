@@ -1,4 +1,5 @@
-//! The dictionaries of CIFAR-100, as Python 2 and NumPy pickled them: strings, lists of integers, and one array.
+//! The dictionaries of CIFAR-100 as Python 2 and NumPy pickled them: strings, lists of integers,
+//! and one array.
 
 use std::borrow::Cow;
 
@@ -6,11 +7,11 @@ use ::pickle::{Pickle, Place, Value};
 
 type Result<T> = std::result::Result<T, String>;
 
-/// The dictionary of a pickle.
+/// The dictionary in a pickle.
 #[derive(Debug)]
 pub(crate) struct Dictionary<'a>(Pickle<'a>);
 
-/// Reads a pickle. The error names the byte where the input is wrong.
+/// Reads a pickle. The error names the byte at which the input is wrong.
 pub(crate) fn read(input: &[u8]) -> Result<Dictionary<'_>> {
     pickle::read(input).map(Dictionary)
 }
@@ -21,7 +22,7 @@ impl<'a> Dictionary<'a> {
         pickle.item(pickle.top(), key).ok_or_else(|| format!("there is no {key:?} in its dictionary"))
     }
 
-    /// The list of `n` integers under `key`.
+    /// Returns the list of `n` integers under `key`.
     pub fn integers(&self, key: &str, n: usize) -> Result<Vec<i64>> {
         let Self(pickle) = self;
         let Value::List(elements) = pickle.get(self.get(key)?) else {
@@ -37,7 +38,7 @@ impl<'a> Dictionary<'a> {
         elements.iter().map(integer).collect()
     }
 
-    /// The NumPy array `[rows, columns]` of unsigned bytes under `key`, row by row.
+    /// Returns the NumPy array `[rows, columns]` of unsigned bytes under `key`, in row-major order.
     pub fn bytes(&self, key: &str, rows: usize, columns: usize) -> Result<Cow<'a, [u8]>> {
         let array = self.array(self.get(key)?).filter(|(shape, ..)| *shape == [rows, columns]);
         let Some((_, by_column, elements)) = array else {
@@ -53,7 +54,7 @@ impl<'a> Dictionary<'a> {
         })
     }
 
-    /// The shape of a NumPy array of unsigned bytes, whether it is stored column by column, and its elements.
+    /// Returns the shape, the column-major flag and the bytes of a NumPy array of unsigned bytes.
     fn array(&self, place: Place) -> Option<(Vec<usize>, bool, &'a [u8])> {
         let Self(pickle) = self;
         let Value::Call { state: Some(state), .. } = pickle.get(place) else { return None };
@@ -89,7 +90,7 @@ mod tests {
         let elements = input.windows(5).position(|window| window == b"\x89T\x00\x18\x00").unwrap();
         input[elements] = 0x88;
         let data = read(&input).unwrap().bytes("data", 2, 3072).unwrap().into_owned();
-        // Neighbours in the input are a row apart in the result.
+        // Adjacent bytes of the input are one row apart in the result.
         assert_eq!((data[0], data[3072], data[1], data[3073]), (0, 3, 6, 9));
     }
 

@@ -1,4 +1,4 @@
-//! The places that CIFAR-100 can be loaded from.
+//! The sources from which CIFAR-100 can be loaded.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -19,41 +19,43 @@ use crate::synthetic;
 /// The folder that [`DataSource::Auto`] searches if `PFQ_DATA` is not set.
 const FOLDER: &str = "data";
 
-/// Where to take a data set from. It is read from text (`"auto"`, `"synthetic"`, `"hub"`; everything else
-/// names a folder) and written as the same text.
+/// The source of a data set.
+///
+/// It is parsed from text (`"auto"`, `"synthetic"`, `"hub"`; any other text is a folder) and
+/// written as the same text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum DataSource {
-    /// The first of:
+    /// The first source that has data, of:
     ///
-    /// 1. the folder that the environment variable `PFQ_DATA` names, if it is set and not empty; the folder
-    ///    must then hold CIFAR-100, so that a wrong setting is noticed;
-    /// 2. `./data`, in any form that [`DataSource::Folder`] reads (for example
+    /// 1. the folder that the environment variable `PFQ_DATA` names, if it is set and not empty;
+    ///    the folder must then hold CIFAR-100, so that a wrong setting is noticed;
+    /// 2. `./data`, in any format that [`DataSource::Folder`] reads (for example
     ///    `./data/cifar-100-binary/train.bin`);
     /// 3. the hub, as [`DataSource::Hub`];
     /// 4. the synthetic data, which [`Event::FellBack`] reports.
     ///
-    /// A folder with a broken form of CIFAR-100 is an error and no reason to search on, and so is a broken
-    /// file in the hub's cache.
+    /// A folder with a broken form of CIFAR-100, or a broken file in the hub's cache, is an error
+    /// and does not continue the search.
     #[default]
     Auto,
-    /// The drawn stand-in, see [`synthetic`](crate::synthetic()).
+    /// The synthetic stand-in, see [`synthetic`](crate::synthetic()).
     Synthetic,
-    /// CIFAR-100 in this folder, in the first of these forms:
+    /// CIFAR-100 in this folder, in the first of these formats that exists:
     ///
     /// 1. `train.bin` and `test.bin`, in the folder or in `cifar-100-binary/` under it;
     /// 2. the pickles `cifar-100-python/train` and `cifar-100-python/test`;
     /// 3. `cifar-100-binary.tar.gz`, then `cifar-100-python.tar.gz`;
-    /// 4. the hub's `cifar100/train-00000-of-00001.parquet` and `cifar100/test-00000-of-00001.parquet`.
+    /// 4. the hub's `cifar100/train-00000-of-00001.parquet` and
+    ///    `cifar100/test-00000-of-00001.parquet`.
     ///
-    /// The folder may also be `cifar-100-python` or `cifar100` itself, or hold a folder of that name in
-    /// another one of the same name. The path of an official archive may stand in its place.
+    /// The folder may also be `cifar-100-python` or `cifar100` itself, or hold such a folder nested
+    /// in another one of the same name. The path may also be that of an official archive.
     ///
-    /// Forms 1 to 3 must have the sizes and MD5 sums of the official files, archives as well as their
-    /// members. Nothing is written.
+    /// Formats 1 to 3 must have the sizes and MD5 sums of the official files; this is checked for
+    /// archives and their members. Nothing is written.
     Folder(PathBuf),
-    /// `uoft-cs/cifar100` on the Hugging Face hub, downloaded unless it is in the cache, see
-    /// [`Hub::from_env`].
+    /// `uoft-cs/cifar100` on the Hugging Face hub, or in its cache; see [`Hub::from_env`].
     Hub,
 }
 
@@ -93,12 +95,12 @@ impl fmt::Display for DataSource {
     }
 }
 
-/// Loads CIFAR-100 or its stand-in. `on_event` receives the events of the way; nothing is printed.
+/// Loads CIFAR-100 or its stand-in. Reports progress to `on_event` and prints nothing.
 ///
 /// # Errors
 ///
-/// Every reason why the source cannot be read completely and correctly; see [`Error`]. [`DataSource::Auto`]
-/// goes on to the next place only from one that holds no data at all.
+/// Any reason why the source cannot be read completely and correctly; see [`Error`].
+/// [`DataSource::Auto`] continues with the next place only if a place holds no data at all.
 pub fn load(source: &DataSource, on_event: &mut dyn FnMut(Event)) -> Result<InMemoryDataset> {
     match source {
         DataSource::Auto => Search::from_env().run(on_event),
@@ -108,11 +110,11 @@ pub fn load(source: &DataSource, on_event: &mut dyn FnMut(Event)) -> Result<InMe
     }
 }
 
-/// The places of [`DataSource::Auto`]. Tests choose others than the environment does.
+/// The places that [`DataSource::Auto`] searches. Tests set them without the environment.
 struct Search {
-    /// The folder that must hold data.
+    /// The folder that must hold data, if it is set.
     required: Option<PathBuf>,
-    /// The folder that may.
+    /// The folder that may hold data.
     folder: PathBuf,
     hub: Hub,
     manifest: Manifest,
@@ -232,7 +234,7 @@ mod tests {
         write_data(&search.folder);
         write(&search.folder.join("cifar-100-binary/test.bin"), &binary(1));
         assert!(matches!(run(&search).0, Err(Error::WrongSize { .. })));
-        // A wrong PFQ_DATA is an error too, although there are other places.
+        // A wrong PFQ_DATA is an error too, although other places exist.
         search.required = Some(root.path().join("absent"));
         assert!(matches!(run(&search).0, Err(Error::NoData { .. })));
         assert!(server.requests().is_empty());

@@ -1,4 +1,4 @@
-//! Which images of a split are taken where not all of them are.
+//! The selection of some images of a split.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -6,13 +6,14 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
 
-/// The first `n` images, ascending, taken from the classes in turn.
+/// Returns the indices of the first `n` images, taken from the classes in turn, in ascending order.
 pub(crate) fn first(labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
     balanced(&Vec::from_iter(0..labels.len()), labels, classes, n)
 }
 
-/// Divides the images into those to train on and `n` held-out ones, both ascending. `seed` determines which
-/// ones are held out; they are spread over the classes as evenly as possible.
+/// Returns the indices of the training images and of `n` held-out images, both ascending.
+///
+/// `seed` determines the held-out images, which are spread evenly over the classes.
 ///
 /// # Errors
 ///
@@ -32,9 +33,10 @@ pub(crate) fn hold_out(labels: &[u16], classes: usize, n: usize, seed: u64) -> R
     Ok([kept, held])
 }
 
-/// `n` of the indices in `order`, ascending: the first one of every class, then the second one of every
-/// class, and so on. So the numbers of images of two classes differ by at most one, unless a class has no
-/// more images.
+/// Returns `n` of the indices in `order`, in ascending order.
+///
+/// The first index of every class is taken, then the second index of every class, and so on. So the
+/// numbers of images of two classes differ by at most one, unless a class runs out of images.
 fn balanced(order: &[usize], labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
     let mut seen = vec![0usize; classes];
     let mut ranked: Vec<(usize, usize)> = order

@@ -1,4 +1,4 @@
-//! A stand-in for CIFAR-100: drawn pictures, for machines and for tests without the real ones.
+//! A synthetic stand-in for CIFAR-100, for tests and for machines without the real data.
 
 use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -7,36 +7,37 @@ use crate::cifar::{CLASSES, PIXELS, SIDE, with_capacity};
 use crate::error::Result;
 use crate::memory::{Images, InMemoryDataset};
 
-/// The numbers of pictures and the seed of `DataSource::Synthetic`.
+/// The numbers of images and the seed of `DataSource::Synthetic`.
 const TRAIN: usize = 10_000;
 const TEST: usize = 2_000;
 const SEED: u64 = 100;
 
-/// A class has a shape, a texture, and a range of colours.
+/// The numbers of shapes and textures. A class has a shape, a texture, and a range of colours.
 const SHAPES: usize = 10;
 const TEXTURES: usize = 5;
 
-/// Coordinates are in sixteenths of a pixel.
+/// The number of units of a coordinate per pixel.
 const UNIT: i32 = 16;
-/// The radius that `inside` describes shapes with.
+/// The radius of shapes in the coordinates of `inside`.
 const RADIUS: i32 = 256;
-/// The number of steps of the circle of hues, which begins at red.
+/// The number of hues, which form a circle that begins at red.
 const HUES: i32 = 6 * 256;
 
-/// The data set of `DataSource::Synthetic`.
+/// Draws the data set of `DataSource::Synthetic`.
 pub(crate) fn default() -> Result<InMemoryDataset> {
     synthetic(TRAIN, TEST, SEED)
 }
 
-/// Draws `train` + `test` pictures of 32x32 RGB pixels. Their labels go through 100 classes in turn.
+/// Draws `train` + `test` pictures of 32x32 RGB pixels, whose labels cycle through 100 classes.
 ///
-/// A class is one of 10 shapes with one of 5 textures in warm or in cold colours. Each picture places the
-/// shape elsewhere, in another size and shade, on a gradient of any colours, with clutter around it, partly
-/// covered and under noise. So a small convolutional network learns the classes in a few epochs, yet not
-/// perfectly, and colours alone tell little. Every class is symmetric under mirroring left to right.
+/// A class is one of 10 shapes with one of 5 textures in warm or in cold colours. Each picture
+/// draws the shape at another position, in another size and shade, on a gradient of random colours,
+/// with clutter around it, partly covered and with noise. So a small convolutional network learns
+/// the classes in a few epochs, but not perfectly, and colours alone tell little. Every class is
+/// symmetric under mirroring left to right.
 ///
-/// All arithmetic is done in integers, and all random numbers are ChaCha8's, so a seed gives the same bytes
-/// everywhere. `DataSource::Synthetic` is 10,000 + 2,000 pictures with seed 100.
+/// All arithmetic uses integers, and all random numbers come from ChaCha8, so a seed gives the same
+/// bytes on every machine. `DataSource::Synthetic` has 10,000 + 2,000 pictures with seed 100.
 ///
 /// # Errors
 ///
@@ -46,7 +47,7 @@ pub fn synthetic(train: usize, test: usize, seed: u64) -> Result<InMemoryDataset
     InMemoryDataset::new("synthetic", source, CLASSES, draw_all(train, seed, 0), draw_all(test, seed, 1))
 }
 
-/// `n` pictures of the split, each from its own stream of random numbers.
+/// Draws `n` pictures of the split, each from its own stream of random numbers.
 fn draw_all(n: usize, seed: u64, split: u8) -> Images {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -65,7 +66,7 @@ fn draw_all(n: usize, seed: u64, split: u8) -> Images {
 
 type Color = [i32; 3];
 
-/// The pixels of a picture, by rows.
+/// The pixels of a picture, in row-major order.
 type Shades = [[Color; SIDE]; SIDE];
 
 /// Draws a picture of the class.
@@ -74,7 +75,7 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     let texture = class / SHAPES % TEXTURES;
     let cold = class / (SHAPES * TEXTURES);
 
-    // The ground is a gradient between two dull colours.
+    // The background is a gradient between two dull colours.
     let ground = [(); 2].map(|_| {
         let (hue, light) = (rng.random_range(0..HUES), rng.random_range(40..170));
         color(hue, light, rng.random_range(0..128))
@@ -83,7 +84,7 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     let clutter: [Blot; 4] = std::array::from_fn(|_| Blot::random(rng, 2..5));
     let cover = Blot::random(rng, 2..6);
 
-    // Warm hues are around orange, cold ones are opposite.
+    // Warm hues are around orange, and cold hues are on the opposite side of the circle.
     let hue = 128 + cold as i32 * HUES / 2 + rng.random_range(-340..=340);
     let light = rng.random_range(150..=255);
     let bright = color(hue, light, rng.random_range(120..=230));
@@ -99,7 +100,7 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
         lean: rng.random(),
     };
 
-    // Each layer covers those before it.
+    // Each layer covers the layers drawn before it.
     let half = SIDE as i32 / 2;
     let mut shades: Shades = std::array::from_fn(|row| {
         std::array::from_fn(|column| {
@@ -124,20 +125,20 @@ fn draw(class: usize, rng: &mut ChaCha8Rng) -> [u8; PIXELS] {
     let mut pixels = [0; PIXELS];
     rng.fill_bytes(&mut pixels);
     for (pixel, shade) in pixels.iter_mut().zip(shades.as_flattened().as_flattened()) {
-        // The sum of two random numbers of four bits: small deviations are likelier than large ones.
+        // The sum of two random 4-bit numbers makes small deviations likelier than large ones.
         let deviation = i32::from(*pixel >> 4) + i32::from(*pixel & 15) - 15;
         *pixel = (shade + 2 * deviation).clamp(0, 255) as u8;
     }
     pixels
 }
 
-/// The middle of a column or a row.
+/// Returns the coordinate of the center of a column or row.
 fn center(index: usize) -> i32 {
     index as i32 * UNIT + UNIT / 2
 }
 
-/// Whether the point is inside the shape, which covers about the disc of `RADIUS` around the origin; v points
-/// down.
+/// Returns whether the point is inside the shape, which covers about the disc of `RADIUS` around
+/// the origin; v points down.
 fn inside(shape: usize, u: i32, v: i32) -> bool {
     let (au, av) = (u.abs(), v.abs());
     let far = au.max(av);
@@ -161,13 +162,13 @@ fn inside(shape: usize, u: i32, v: i32) -> bool {
     }
 }
 
-/// The texture of a shape: it tells where the shape is dark.
+/// The texture of a shape, which determines where the shape is dark.
 struct Weave {
     texture: usize,
     /// The width of a stripe.
     width: i32,
     phase: [i32; 2],
-    /// The direction of diagonals.
+    /// The direction of diagonal stripes.
     lean: bool,
 }
 
@@ -180,7 +181,7 @@ impl Weave {
             1 => stripe(x),
             2 => stripe(y),
             3 => stripe(x) != stripe(y),
-            // Across a diagonal stripe the distance is about 5/7 of that along an axis.
+            // The distance across diagonal stripes is about 5/7 of x + y or x - y.
             _ => stripe((if self.lean { x + y } else { x - y }) * 5 / 7),
         }
     }
@@ -196,7 +197,7 @@ struct Blot {
 }
 
 impl Blot {
-    /// A blot anywhere in the picture. `pixels` is the range of its radius, or of half its edge.
+    /// Draws a blot at a random place. `pixels` is the range of its radius, or of half its edge.
     fn random(rng: &mut ChaCha8Rng, pixels: std::ops::Range<i32>) -> Blot {
         let side = SIDE as i32 * UNIT;
         let (x, y) = (rng.random_range(0..side), rng.random_range(0..side));
@@ -206,7 +207,7 @@ impl Blot {
         Blot { x, y, size, round: rng.random(), color: color(hue, light, strength) }
     }
 
-    /// Gives the pixels that the blot covers its colour.
+    /// Paints the pixels that the blot covers.
     fn paint(&self, shades: &mut Shades) {
         let near = |&(row, _): &(usize, &mut [Color; SIDE])| (center(row) - self.y).abs() < self.size;
         for (row, shades) in shades.iter_mut().enumerate().filter(near) {
@@ -227,11 +228,11 @@ impl Blot {
     }
 }
 
-/// The colour of a hue (any integer; the circle has `HUES` steps). `light` (0 to 255) is its largest channel,
-/// and `strength` (0 to 256) is its distance from grey.
+/// Returns the RGB colour of a hue (any integer; the circle has `HUES` steps). `light` (0 to 255)
+/// is its largest channel, and `strength` (0 to 256) is its distance from grey.
 fn color(hue: i32, light: i32, strength: i32) -> Color {
-    // A channel is full up to a sixth of the circle away from its own hue, empty from a third on, and linear
-    // in between.
+    // A channel is full up to one sixth of the circle from its own hue, zero from one third on, and
+    // linear in between.
     [0, HUES / 3, 2 * HUES / 3].map(|own| {
         let away = (hue - own).rem_euclid(HUES);
         let pure = (2 * HUES / 6 - away.min(HUES - away)).clamp(0, 256);
@@ -249,7 +250,7 @@ mod tests {
         assert_eq!(data.fingerprint, "09216edc0a6aae28a37759729f6c0fd096ecd22ddb97798fb88ca512a6a13d3f");
         assert_eq!(data, synthetic(200, 100, 3).unwrap());
         assert_ne!(data.train, synthetic(200, 100, 4).unwrap().train);
-        // Training and test pictures differ, and the first ones do not depend on the number of pictures.
+        // Training and test pictures differ, and do not depend on the number of pictures.
         assert_ne!(data.train.image(0), data.test.image(0));
         assert_eq!(data.train.pixels, synthetic(300, 1, 3).unwrap().train.pixels[..data.train.pixels.len()]);
     }
@@ -301,7 +302,7 @@ mod tests {
         assert_eq!(color(0, 200, 128), [200, 100, 100]);
     }
 
-    /// The share of test pictures whose `features` are nearest to the mean of their own class.
+    /// Returns the share of test pictures whose `features` are nearest to their class's mean.
     fn nearest_mean(data: &InMemoryDataset, features: fn(&[u8]) -> Vec<f32>) -> f32 {
         let mut means =
             vec![features(data.train.image(0)).iter().map(|_| 0.0).collect::<Vec<f32>>(); CLASSES];

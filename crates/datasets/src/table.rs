@@ -1,10 +1,10 @@
-//! CIFAR-100 from the parquet files of the hub, and the columns of such files.
+//! CIFAR-100 from the hub's parquet files, and access to the columns of such files.
 
 use std::fs::File;
 use std::io::Cursor;
 use std::path::Path;
 
-// This trait and the reader below must be of the same version of parquet.
+// This trait and the reader below must come from the same version of parquet.
 use candle_datasets::hub::FileReader;
 use image::codecs::png::PngDecoder;
 use image::{ColorType, ImageDecoder, Limits};
@@ -18,11 +18,13 @@ use crate::error::{Error, Result};
 use crate::memory::Images;
 use pictures::catch_panic;
 
-/// The memory in bytes that the headers of a picture may take.
+/// The memory in bytes that the decoder of a picture may allocate.
 const MOST_MEMORY: u64 = 1 << 20;
 
-/// Reads a table of exactly `records` rows with the columns `img` (a group whose `bytes` are a PNG of 32x32
-/// RGB pixels), `fine_label` and `coarse_label`. Everything else is [`Error::Malformed`].
+/// Reads a table of exactly `records` rows with the columns `img` (a group whose `bytes` are a PNG
+/// of 32x32 RGB pixels), `fine_label` and `coarse_label`.
+///
+/// Anything else is [`Error::Malformed`].
 pub(crate) fn read(path: &Path, records: usize) -> Result<Images> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(Error::io(path))?;
@@ -58,7 +60,8 @@ fn decode(file: File, name: &str, records: usize) -> Result<Images> {
             let decoder =
                 PngDecoder::with_limits(Cursor::new(png.data()), limits.clone()).map_err(damaged)?;
             let (color, (width, height)) = (decoder.color_type(), decoder.dimensions());
-            // The size comes first, as a small file can describe a picture that no memory holds.
+            // The size is checked first, because a small file can describe a picture that does not
+            // fit into memory.
             if color != ColorType::Rgb8 || [width, height] != [SIDE as u32; 2] {
                 let what = format!(
                     "the picture of row {i} is {width}x{height} {color:?} instead of {SIDE}x{SIDE} Rgb8"
@@ -75,7 +78,7 @@ fn column<'a>(row: &'a Row, name: &str) -> Option<&'a Field> {
     row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field)
 }
 
-/// The integer in the column `name`.
+/// Returns the integer in the column `name`.
 pub(crate) fn integer(row: &Row, name: &str) -> Option<i64> {
     match column(row, name)? {
         Field::Byte(value) => Some((*value).into()),
@@ -90,7 +93,7 @@ pub(crate) fn integer(row: &Row, name: &str) -> Option<i64> {
     }
 }
 
-/// The `bytes` in the column `name`, which is a group.
+/// Returns the `bytes` in the column `name`, which is a group.
 pub(crate) fn bytes(row: &Row, name: &str) -> Option<ByteArray> {
     let Field::Group(group) = column(row, name)? else { return None };
     match column(group, "bytes")? {
@@ -99,7 +102,7 @@ pub(crate) fn bytes(row: &Row, name: &str) -> Option<ByteArray> {
     }
 }
 
-/// The text called `inner` in the column `name`, which is a group.
+/// Returns the text field `inner` in the column `name`, which is a group.
 pub(crate) fn text(row: &Row, name: &str, inner: &str) -> Option<String> {
     let Field::Group(group) = column(row, name)? else { return None };
     match column(group, inner)? {

@@ -1,4 +1,4 @@
-//! A data set of three training and two test images in every form, for the tests of this crate.
+//! A data set of three training and two test images in every format, for the tests of this crate.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Cursor, Write};
@@ -19,11 +19,11 @@ use parquet::schema::parser::parse_message_type;
 use crate::cifar::{CLASSES, Expected, Manifest, Release};
 use crate::memory::{Images, InMemoryDataset};
 
-/// The Python form of `images(3)` and `images(2)`, written by `make.py` beside them.
+/// The Python format of `images(3)` and `images(2)`, written by `make.py` next to these files.
 pub const PICKLES: [&[u8]; 2] =
     [include_bytes!("../tests/fixtures/train"), include_bytes!("../tests/fixtures/test")];
 
-/// The value of a pixel by the formula of `make.py`.
+/// Returns the value of a pixel by the formula of `make.py`.
 fn value(i: usize, c: usize, y: usize, x: usize) -> u8 {
     ((i * 91 + c * 57 + y * 7 + x * 3) % 251) as u8
 }
@@ -55,7 +55,7 @@ pub fn manifest(binary_archive: &[u8], python_archive: &[u8]) -> Manifest {
     }
 }
 
-/// Writes a file, and the folders around it.
+/// Writes a file and creates its folders.
 pub fn write(path: &Path, contents: &[u8]) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, contents).unwrap();
@@ -74,7 +74,7 @@ pub fn tar_gz(folder: &str, names: &[&str], contents: &[Vec<u8>]) -> Vec<u8> {
     tar.into_inner().unwrap().finish().unwrap()
 }
 
-/// A parquet file as the hub has it. `flaw` names what is wrong with the pictures; `"png"` is without a flaw.
+/// Returns a parquet file in the hub's format with the flaw `flaw`; `"png"` has no flaw.
 pub fn parquet(images: &Images, flaw: &str) -> Vec<u8> {
     let schema = "message schema {
         optional group img { optional binary bytes; optional binary path (UTF8); }
@@ -93,12 +93,12 @@ pub fn parquet(images: &Images, flaw: &str) -> Vec<u8> {
     write_parquet(&schema, [pngs, paths], &[fine, (0..n as i64).map(|i| i % 20).collect()])
 }
 
-/// A parquet file of two columns of bytes in a group and of columns of integers.
+/// Returns a parquet file with a group of two byte columns, followed by columns of integers.
 pub fn write_parquet(schema: &str, bytes: [Vec<Vec<u8>>; 2], integers: &[Vec<i64>]) -> Vec<u8> {
     let schema = Arc::new(parse_message_type(schema).unwrap());
     let mut writer = SerializedFileWriter::new(Vec::new(), schema, Default::default()).unwrap();
     let mut group = writer.next_row_group().unwrap();
-    // The numbers tell that no value is missing, neither in its group nor the group.
+    // The definition levels, 2 and 1, say that no value and no group is missing.
     for column in bytes {
         let column: Vec<ByteArray> = column.into_iter().map(ByteArray::from).collect();
         let mut writer = group.next_column().unwrap().unwrap();
@@ -131,10 +131,10 @@ fn png(pixels: &[u8], flaw: &str) -> Vec<u8> {
     out.into_inner()
 }
 
-/// The commit that a [`Server`] has.
+/// The commit that a [`Server`] serves.
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// What a [`Server`] does to requests.
+/// The behaviour of a [`Server`].
 #[derive(Clone, Copy, PartialEq)]
 pub enum Mood {
     Good,
@@ -162,18 +162,18 @@ pub enum Mood {
     Endless,
     /// Sends headers that would place a file outside the cache.
     Placing,
-    /// Names something as the commit that leads out of the cache.
+    /// Names a commit that leads out of the cache.
     Misnaming,
 }
 
-/// What the server's headers or answers lead to beside the cache.
+/// A path that leads out of the cache, for the server's headers and answers.
 pub const OUTSIDE: &str = "../../../outside";
 
 /// A small hub on the loopback address.
 pub struct Server {
     pub endpoint: String,
     pub mood: Arc<Mutex<Mood>>,
-    /// The methods and paths of the requests so far.
+    /// The methods and paths of the requests since the last call of [`Server::requests`].
     pub log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -190,7 +190,7 @@ impl Server {
         Server::of("uoft-cs/cifar100", None, files.map(|(name, contents)| (name.into(), contents)).into())
     }
 
-    /// Serves the files of a data set's repository, to everybody or only to those who send the token.
+    /// Serves the files of a data set's repository, to everybody or only with the token.
     pub fn of(repo: &'static str, token: Option<&'static str>, files: Files) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -200,14 +200,14 @@ impl Server {
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (mood, log, files) = (*mood.lock().unwrap(), Arc::clone(&log), Arc::clone(&files));
-                // The client may hang up whenever it likes.
+                // The client may close the connection at any time.
                 std::thread::spawn(move || drop(serve(stream.unwrap(), repo, token, mood, &log, &files)));
             }
         });
         server
     }
 
-    /// A client for this hub, with its cache in the folder `home`.
+    /// Returns a client for this hub, with its cache in the folder `home`.
     pub fn hub(&self, home: &Path) -> Hub {
         Hub {
             endpoint: self.endpoint.clone(),
@@ -224,7 +224,7 @@ impl Server {
         *self.mood.lock().unwrap() = mood;
     }
 
-    /// The requests since the last call.
+    /// Returns the requests since the last call.
     pub fn requests(&self) -> Vec<String> {
         std::mem::take(&mut *self.log.lock().unwrap())
     }

@@ -1,4 +1,4 @@
-//! The real CIFAR-100, if the environment variable `PFQ_DATA` names its folder.
+//! A test on the real CIFAR-100, if `PFQ_DATA` names its folder.
 
 use datasets::{DataSource, Error, Event, load};
 
@@ -33,10 +33,10 @@ fn the_real_data_are_read_correctly() {
             "{found:?}"
         );
     }
-    // The first training picture shows cattle, the first test picture a mountain.
+    // The first training picture shows cattle, and the first test picture a mountain.
     assert_eq!((data.train.labels[0], data.test.labels[0]), (19, 49));
 
-    // Neighbouring pixels of a picture resemble each other, unless rows, columns or channels are mixed up.
+    // Adjacent pixels of a picture are similar, unless rows, columns or channels are mixed up.
     let image = |i: usize| data.train.image(i);
     let (mut along, mut across) = (0u64, 0u64);
     for i in (0..data.train.len()).step_by(97) {

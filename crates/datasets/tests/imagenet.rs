@@ -1,4 +1,4 @@
-//! Real ImageNet or a part of it, if the environment variable `PFQ_IMAGENET` names its folder.
+//! A test on the real ImageNet or a part of it, if `PFQ_IMAGENET` names its folder.
 
 use datasets::imagenet::{self, Limit, Options};
 use datasets::{Augmentation, Batches, DataSource, Dataset};
@@ -25,7 +25,7 @@ fn real_pictures_are_read_correctly() {
             assert_eq!(batch.images.dims(), [labels.len(), 224, 224, 3]);
             assert!(labels.iter().all(|&label| (label as usize) < data.classes()));
             let pixels = batch.images.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            // Black and white, normalized.
+            // The bounds are those of normalized black and white.
             assert!(pixels.iter().all(|x| (-2.2..2.7).contains(x)));
             sum += pixels.iter().map(|&x| f64::from(x)).sum::<f64>();
             squares += pixels.iter().map(|&x| f64::from(x * x)).sum::<f64>();

@@ -1,11 +1,11 @@
-//! Why a file of the hub can't be had.
+//! Errors of accessing files on the hub.
 
 use std::path::PathBuf;
 
 /// The result of every function of this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong. A message names the file, what was found, and what to do.
+/// An error of accessing the hub. Messages name the file, what was found and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -31,9 +31,9 @@ pub enum Error {
         repo: String,
         /// The base address of the hub.
         endpoint: String,
-        /// What happened instead.
+        /// What happened.
         what: String,
-        /// What to do.
+        /// What to do about it.
         remedy: &'static str,
     },
     /// The hub refuses to send a file without a token, or to the token's account.
@@ -50,7 +50,7 @@ pub enum Error {
         repo: String,
         /// The base address of the hub.
         endpoint: String,
-        /// Whether a valid token or the account's access is missing, and the hub's own words.
+        /// What is missing, a valid token or the account's access, and the hub's own message.
         what: String,
     },
     /// The operating system could not write into the cache.
@@ -61,13 +61,13 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
-    /// The operating system permits no requests.
+    /// The asynchronous runtime for requests could not be created.
     #[error("requests to the hub are impossible: {0}")]
     Runtime(std::io::Error),
 }
 
 impl Error {
-    /// For `map_err`: an error while writing `path`.
+    /// Returns a function for `map_err` that makes an error while writing `path`.
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Write { path, source }

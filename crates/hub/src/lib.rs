@@ -1,6 +1,8 @@
-//! Files of data sets on the Hugging Face hub, by way of the cache that all tools of the hub share.
+//! Files of data sets on the Hugging Face hub, read through the cache that all tools of the hub
+//! share.
 //!
-//! A crate of its own, as what the hub's client is made of takes longer to compile than all that reads the files.
+//! This is a crate of its own because the hub's client takes longer to compile than everything that
+//! reads the files.
 
 #![forbid(unsafe_code)]
 
@@ -39,43 +41,43 @@ impl fmt::Display for Repo {
 /// The branch with the newest state of a repository.
 pub const MAIN: &str = "main";
 const ENDPOINT: &str = "https://huggingface.co";
-/// The number of files that no folder may exceed.
+/// The maximum number of entries in a folder whose files are listed.
 const MOST_FILES: usize = 10_000;
-/// The number of bytes of a download that count as progress.
+/// The number of downloaded bytes that count as progress.
 const PROGRESS: u64 = 64 << 10;
 
-/// How to reach the hub.
+/// The settings for accessing the hub.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hub {
     /// The base address.
     pub endpoint: String,
     /// The cache's folder, in the layout that all tools of the hub share.
     pub cache: PathBuf,
-    /// The token that is sent, if there is one.
+    /// The token that is sent, if any.
     pub token: Option<String>,
     /// Whether only the cache is used and nothing is requested.
     pub offline: bool,
     /// How long to wait for the first answer to a request.
     pub answer_timeout: Duration,
-    /// How long a download may take for 64 KiB.
+    /// The time within which 64 KiB of a download must arrive.
     pub stall_timeout: Duration,
-    /// The length in bytes that no file may exceed.
+    /// The maximum length of a file in bytes.
     pub longest: u64,
 }
 
 impl Hub {
-    /// The hub as the environment describes it. An empty variable counts as one that is not set, and white
+    /// Reads the settings from the environment. An empty variable counts as not set, and white
     /// space around a value is ignored:
     ///
     /// - `HF_ENDPOINT` is the base address, by default <https://huggingface.co>;
-    /// - `HF_HUB_CACHE` is the cache, or else `hub` in `HF_HOME`, or else `huggingface/hub` in
-    ///   `XDG_CACHE_HOME` or `~/.cache`;
-    /// - `HF_TOKEN` is the token, or else the contents of the file that `HF_TOKEN_PATH` names, or else of
-    ///   `token` in `HF_HOME`; `HF_HUB_DISABLE_IMPLICIT_TOKEN` forbids to send any;
+    /// - `HF_HUB_CACHE` (or `HUGGINGFACE_HUB_CACHE`) is the cache, or else `hub` in `HF_HOME`, or
+    ///   else `huggingface/hub` in `XDG_CACHE_HOME` or `~/.cache`;
+    /// - `HF_TOKEN` is the token, or else the contents of the file that `HF_TOKEN_PATH` names, or
+    ///   else of `token` in `HF_HOME`; `HF_HUB_DISABLE_IMPLICIT_TOKEN` forbids sending any token;
     /// - `HF_HUB_OFFLINE` forbids requests if it is 1, true, yes or on.
     ///
-    /// An answer may take 10 seconds, and a minute of a download must bring 64 KiB. A file may have 2 GiB,
-    /// which is four times as much as those of ImageNet.
+    /// An answer may take 10 seconds, and 64 KiB of a download must arrive within a minute. A file
+    /// may have 2 GiB, four times the size of ImageNet's files.
     pub fn from_env() -> Hub {
         Hub::described(|name| std::env::var(name).ok())
     }
@@ -111,15 +113,18 @@ impl Hub {
         }
     }
 
-    /// The path of a file of the repository in the cache, `snapshots/<commit>/<file>`. Downloads it if it is not there:
-    /// `on_progress` gets the number of bytes that have arrived and that of the whole file, 0 if it is unknown, several
-    /// times a second, and both 0 at the beginning. `revision` is a commit or the name of a branch.
+    /// Returns the path of a file of the repository in the cache, `snapshots/<commit>/<file>`, and
+    /// downloads the file if it is not there.
     ///
-    /// The client could fill the cache itself, but it would name files as the hub's headers say. Here the
-    /// names come from the caller and from the commit, which is checked.
+    /// `revision` is a commit or the name of a branch. During a download, `on_progress` gets the
+    /// number of bytes that have arrived and the length of the file, or 0 if the length is unknown:
+    /// first 0 and 0, and then for every chunk.
+    ///
+    /// The client could fill the cache itself, but it would take file names from the hub's headers.
+    /// Here the names come from the caller and from the commit, which is checked.
     ///
     /// # Errors
-    /// The file cannot be downloaded or must not be, or the cache cannot be written.
+    /// If the file cannot or must not be downloaded, or the cache cannot be written.
     pub fn fetch(
         &self,
         repo: Repo,
@@ -163,10 +168,10 @@ impl Hub {
         Ok(path)
     }
 
-    /// The paths of the files in a folder of the repository, as the hub lists them now.
+    /// Returns the paths of the files in a folder of the repository, as the hub lists them now.
     ///
     /// # Errors
-    /// The hub cannot be asked, or must not be.
+    /// If the hub cannot or must not be asked.
     pub fn list(&self, repo: Repo, folder: &str, revision: &str) -> Result<Vec<String>> {
         match self.offline {
             true => Err(self.is_offline(repo, folder)),
@@ -184,7 +189,7 @@ impl Hub {
     }
 }
 
-/// Whether a revision is a commit and not a name. A commit is safe as the name of a folder.
+/// Returns whether a revision is a commit and not a name. A commit is safe as the name of a folder.
 fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
@@ -208,7 +213,7 @@ impl<'a> Access<'a> {
             let remedy = "HF_ENDPOINT must be an address such as https://huggingface.co";
             return unusable("the address has no scheme", remedy);
         }
-        // The client would leave out a token that no header can hold.
+        // The client would silently leave out a token that no header can hold.
         if hub.token.as_ref().is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
             return unusable(
                 "the token has a character that no token has",
@@ -231,7 +236,7 @@ impl<'a> Access<'a> {
         self.hub.failed(self.repo, self.file, what, remedy)
     }
 
-    /// The commit that the revision names now.
+    /// Returns the commit that the revision names now.
     fn commit(&self, revision: &str) -> Result<String> {
         if is_commit(revision) {
             return Ok(revision.into());
@@ -246,7 +251,7 @@ impl<'a> Access<'a> {
         }
     }
 
-    /// The files in the folder.
+    /// Lists the files in the folder.
     fn list(&self, revision: &str) -> Result<Vec<String>> {
         let entries = block_on(self.answer(async {
             let entries = self
@@ -254,10 +259,14 @@ impl<'a> Access<'a> {
                 .list_tree()
                 .path_in_repo(self.file)
                 .revision(revision)
-                .limit(MOST_FILES)
+                .limit(MOST_FILES + 1)
                 .send()?;
             entries.try_collect::<Vec<_>>().await
         }))?;
+        if entries.len() > MOST_FILES {
+            let what = format!("the folder has more than {MOST_FILES} entries");
+            return Err(self.failed(what, CHECK_ENDPOINT));
+        }
         let file = |entry| match entry {
             RepoTreeEntry::File { path, .. } => Some(path),
             RepoTreeEntry::Directory { .. } => None,
@@ -265,8 +274,8 @@ impl<'a> Access<'a> {
         Ok(entries.into_iter().filter_map(file).collect())
     }
 
-    /// Downloads the file and gives its bytes to `write`, with the number of bytes so far and that of the
-    /// whole file, or 0 if it is unknown.
+    /// Downloads the file and passes its bytes to `write`, together with the number of bytes so far
+    /// and the length of the file, or 0 if it is unknown.
     fn download(&self, commit: &str, mut write: impl FnMut(&[u8], u64, u64) -> Result<()>) -> Result<()> {
         block_on(async {
             let request = self.client.download_file_stream().filename(self.file).revision(commit).send();
@@ -302,7 +311,7 @@ impl<'a> Access<'a> {
         })
     }
 
-    /// Waits for an answer, but not for longer than permitted.
+    /// Waits for an answer, at most for the permitted time.
     async fn answer<T>(&self, request: impl Future<Output = Result<T, HFError>>) -> Result<T> {
         match timeout(self.hub.answer_timeout, request).await {
             Ok(answer) => answer.map_err(|error| self.explain(&error)),
@@ -319,7 +328,7 @@ impl<'a> Access<'a> {
         let (whose, context) = match error {
             HFError::AuthRequired { context } => (UNKNOWN, context),
             HFError::Forbidden { context } => (NO_ACCESS, context),
-            // The client reports them so when it lists files.
+            // The client reports these errors in this way when it lists files.
             HFError::Http { context } if context.status == 401 => (UNKNOWN, context),
             HFError::Http { context } if context.status == 403 => (NO_ACCESS, context),
             _ => {
@@ -345,27 +354,27 @@ impl<'a> Access<'a> {
     }
 }
 
-/// Does requests in this thread.
+/// Runs requests on this thread.
 fn block_on<T>(requests: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(Error::Runtime)?;
     let done = runtime.block_on(requests);
-    // After a timeout, nobody should wait for the look-up of a name to end.
+    // After a timeout, do not wait for a pending name look-up.
     runtime.shutdown_background();
     done
 }
 
-/// The commit of a file in the cache, which is `snapshots/<commit>/<folder>/<file>`.
+/// Returns the commit of a file in the cache, whose path is `snapshots/<commit>/<folder>/<file>`.
 pub fn commit(cached: &Path) -> String {
     let commit = cached.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
     commit.unwrap_or(MAIN).to_string()
 }
 
-/// An error with its causes: those of a failed connection say why it failed.
+/// Returns the message of an error and of its causes, which say why a connection failed.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
-    // The texts of some errors repeat their cause.
+    // The messages of some errors repeat their cause.
     texts.dedup_by(|later, earlier| earlier.contains(later.as_str()));
     texts.join(": ")
 }
@@ -381,7 +390,7 @@ mod tests {
         };
         let home = tempfile::tempdir().unwrap();
         let path = home.path().to_str().unwrap();
-        // An empty variable is not set.
+        // An empty variable counts as not set.
         let empty = [
             "HF_ENDPOINT",
             "HF_HOME",
@@ -399,7 +408,7 @@ mod tests {
         let plain = hub(&[("HOME", path)]);
         assert_eq!((plain.endpoint.as_str(), plain.token.as_ref(), plain.offline), (ENDPOINT, None, false));
         assert_eq!(plain.cache, home.path().join(".cache/huggingface/hub"));
-        // White space around a value does not count.
+        // White space around a value is ignored.
         let spaced =
             hub(&[("HF_ENDPOINT", " http://x\n"), ("HF_TOKEN", "hf_x\r\n"), ("HF_HUB_OFFLINE", "Yes\n")]);
         assert_eq!(

@@ -1,11 +1,13 @@
-//! Quantized networks in whole numbers.
+//! Integer evaluation of quantized networks.
 //!
-//! Training simulates quantization: values are floats on a lattice. [`Engine`] computes with the levels themselves, as an engine
-//! for integers does: levels of 8 bits or fewer, products summed up in 32 bits, and from these sums to the next levels by a
-//! multiplier of [`MULTIPLIER_BITS`] bits, an addition and a shift in 64 bits. No float is between the image's levels and the logits.
+//! Training simulates quantization with floats that lie on a lattice. [`Engine`] computes with the
+//! levels themselves, as an integer inference engine does. Levels have 8 bits or fewer, and
+//! products are summed in 32 bits. A multiplier of [`MULTIPLIER_BITS`] bits, an addition and a
+//! shift, in 64 bits, turn these sums into the next levels. There is no float between the image's
+//! levels and the logits.
 //!
-//! What is not quantized in between, the branch of a residual, keeps [`FRACTION`] bits behind the point of the sum's level;
-//! logits keep [`LOGIT_FRACTION`].
+//! A value that is not quantized, such as the branch of a residual, has [`FRACTION`] fractional
+//! bits relative to a level of the sum. Logits have [`LOGIT_FRACTION`] fractional bits.
 
 #![forbid(unsafe_code)]
 
@@ -18,44 +20,47 @@ use rescale::Rescale;
 
 pub use rescale::{MOST_SHIFT, MULTIPLIER_BITS};
 
-/// Bits behind the point of a sum's level that its summands keep where they are not quantized themselves, which leaves 11 bits
-/// before it. With 12 behind it, a level in some eight thousand would be another one than in the simulation.
+/// The number of fractional bits of a summand that is not quantized, relative to a level of the
+/// sum.
+///
+/// This leaves 11 bits for the integer part. With 12 fractional bits, about one level in eight
+/// thousand would differ from the simulation.
 pub const FRACTION: u32 = 20;
 
-/// Bits behind the point of a logit.
+/// The number of fractional bits of a logit.
 pub const LOGIT_FRACTION: u32 = 16;
 
-/// Why a network can't be evaluated in whole numbers.
+/// The reasons why a network can't be evaluated with integers.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The network or its tensors could not be used.
+    /// A network operation failed.
     #[error(transparent)]
     Model(#[from] models::Error),
-    /// Candle.
+    /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// Something is float.
+    /// A weight or an output is not quantized.
     #[error(
         "{place}: {what} is not quantized; expected a network whose weights and activations all are, as of pfq quantize or tune"
     )]
     Float {
-        /// The node.
+        /// The node's name.
         place: String,
-        /// Weights or output.
+        /// Which tensor: the weight, the output or the image.
         what: &'static str,
     },
-    /// Numbers may not fit.
+    /// Integers may overflow, or a factor is not finite.
     #[error("{place}: sums may need more than 32 bits, or steps, γ or β are not finite")]
     Range {
-        /// The node.
+        /// The node's name.
         place: String,
     },
-    /// Images of another size.
+    /// The images have the wrong size.
     #[error("images of the shape {found:?}: expected [N, {0}, {1}, {2}]", expected[0], expected[1], expected[2])]
     Images {
-        /// Their shape.
+        /// The shape of the images.
         found: Vec<usize>,
-        /// Height, width and channels of the network's input.
+        /// The height, width and channels of the network's input.
         expected: [usize; 3],
     },
 }
@@ -63,20 +68,20 @@ pub enum Error {
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A quantized network in whole numbers.
+/// A quantized network that is evaluated with integers.
 #[derive(Debug)]
 pub struct Engine {
     input: [usize; 3],
     image: Quantizer,
     image_scale: Scale,
-    /// Of every node but the image.
+    /// The steps of every node except the image.
     steps: Vec<Step>,
-    /// Height, width and channels of each node's output.
+    /// The height, width and channels of each node's output.
     shapes: Vec<[usize; 3]>,
 }
 
-/// What the whole numbers `u` of a node's output stand for: `offset + step·u`. Of quantized ones `u` is the level less the zero
-/// point.
+/// The meaning and range of the integers `u` of a node's output: `u` stands for the value
+/// `offset + step·u`. For a quantized output, `u` is the level minus the zero point.
 #[derive(Debug, Clone, Copy)]
 struct Scale {
     step: f64,
@@ -96,19 +101,19 @@ impl Scale {
         }
     }
 
-    /// Not quantized, 32 bits.
+    /// Returns the scale of 32-bit integers for an output that is not quantized.
     fn fine(step: f64) -> Self {
         Self { step, offset: 0.0, lowest: i32::MIN.into(), highest: i32::MAX.into() }
     }
 
-    /// Less what an activation cuts off.
+    /// Returns the scale with its range limited to the bounds of an activation.
     fn within(self, (low, high): (f32, f32)) -> Self {
         let level = |bound: f32| ((f64::from(bound) - self.offset) / self.step).round_ties_even();
         let bounded = |bound: f32| level(bound).clamp(self.lowest as f64, self.highest as f64) as i64;
         Self { lowest: bounded(low), highest: bounded(high), ..self }
     }
 
-    /// The largest absolute value of the whole numbers.
+    /// Returns the largest absolute value of the integers.
     fn most(self) -> f64 {
         self.lowest.unsigned_abs().max(self.highest.unsigned_abs()) as f64
     }
@@ -118,7 +123,7 @@ impl Scale {
     }
 }
 
-/// What is computed for a node.
+/// The computation of a node.
 #[derive(Debug)]
 enum Step {
     Unit(Convolution),
@@ -126,23 +131,26 @@ enum Step {
     Pool { input: usize, rescale: Rescale<1>, output: Scale },
 }
 
-/// A convolution with all that follows it.
+/// A convolution, its normalization and its requantization.
 #[derive(Debug)]
 struct Convolution {
     input: usize,
     kernel: Kernel,
-    /// Levels less the zero point, as `[taps·C_in, C_out]` or `[taps, C]`.
+    /// The levels minus the zero point, as `[taps·C_in, C_out]` or `[taps, C]`.
     weights: Vec<i16>,
-    /// For each filter, of the four sums of [`Sums`].
+    /// The requantization of each filter, from the four sums of [`Sums`] and the number of
+    /// products.
     rescale: Vec<Rescale<4>>,
-    /// Whether the sum of what is read, and that of the weights, count: where the lattice of the other has an offset.
+    /// Whether the sum of the inputs and the sum of the weights are needed: each is if the other
+    /// operand's lattice has an offset.
     sums_inputs: bool,
     sums_weights: bool,
-    /// Of each filter, which may have a cap of its own.
+    /// The output scale of each filter, which may have its own cap.
     outputs: Vec<Scale>,
 }
 
-/// Over the taps that lie within the map, for each filter: the sums of products, of what is read, and of weights.
+/// For each filter, the sums of the products, the inputs and the weights over the taps inside the
+/// map.
 struct Sums {
     products: Vec<i32>,
     inputs: Vec<i32>,
@@ -150,10 +158,10 @@ struct Sums {
 }
 
 impl Engine {
-    /// Of a network whose activations and weights are all quantized.
+    /// Returns the engine for a network whose activations and weights are all quantized.
     ///
     /// # Errors
-    /// [`Error::Float`] where something is not, [`Error::Range`] where numbers are too large.
+    /// [`Error::Float`] if something is not quantized, [`Error::Range`] if numbers are too large.
     pub fn new(network: &Network) -> Result<Self> {
         let network = &network.to_device(&Device::Cpu)?;
         let shapes = network.shapes();
@@ -166,7 +174,7 @@ impl Engine {
             let output = match node.quantizer() {
                 Some(quantizer) => lattice(quantizer, place)?,
                 None if index == network.last() => Scale::fine(2f64.powi(-(LOGIT_FRACTION as i32))),
-                // What only sums read is as fine as the first of them needs it.
+                // An output that only sums read gets a scale relative to the first of these sums.
                 None => {
                     let sums = readers[index].iter().map(|&reader| match &network.nodes[reader] {
                         Node::Sum(sum) => sum.quantizer.as_ref(),
@@ -209,7 +217,8 @@ impl Engine {
         Ok(Self { input: network.input, image, image_scale: scales[0], steps, shapes })
     }
 
-    /// The logits `[N, classes]` of normalized images `[N, H, W, C]`, whose levels are those of the simulation.
+    /// Returns the logits `[N, classes]` of normalized images `[N, H, W, C]`, whose levels are
+    /// those of the simulation.
     pub fn logits(&self, images: &Tensor) -> Result<Tensor> {
         let [height, width, channels] = self.input;
         if images.dims().get(1..) != Some(&self.input) {
@@ -230,13 +239,13 @@ impl Engine {
         Ok(Tensor::from_vec(logits.concat(), (count, self.shapes[self.shapes.len() - 1][2]), &Device::Cpu)?)
     }
 
-    /// The logits of an image's whole numbers.
+    /// Returns the logits of an image that is given as integers.
     fn run(&self, image: Vec<i32>) -> Vec<f32> {
         let step = 2f32.powi(-(LOGIT_FRACTION as i32));
         self.outputs(image).pop().unwrap_or_default().into_iter().map(|logit| logit as f32 * step).collect()
     }
 
-    /// The whole numbers of every node.
+    /// Returns the integers of every node's output.
     fn outputs(&self, image: Vec<i32>) -> Vec<Vec<i32>> {
         let mut outputs = vec![image];
         for step in &self.steps {
@@ -263,7 +272,7 @@ impl Engine {
     }
 }
 
-/// The lattice of a quantizer of activations.
+/// Returns the scale of an activation quantizer.
 fn lattice(quantizer: &Quantizer, place: &str) -> Result<Scale> {
     let lattice = quantizer.output_lattice()?;
     lattice.as_ref().map(Scale::of).ok_or_else(|| Error::Float { place: place.into(), what: "the output" })
@@ -279,7 +288,7 @@ impl Convolution {
         let centred = levels.levels.broadcast_sub(&Tensor::new(zeros, &Device::Cpu)?)?;
         let weights: Vec<i16> =
             centred.flatten_all()?.to_vec1::<f32>()?.into_iter().map(|level| level as i16).collect();
-        // What is left to be done behind the convolution.
+        // What remains to be done after the convolution.
         let (factor, shift) = match &unit.norm {
             Norm::Bias(bias) => (vec![1.0; filters], bias.to_vec1::<f32>()?),
             Norm::Batch(norm) => {
@@ -364,7 +373,7 @@ impl Convolution {
         output
     }
 
-    /// Adds what a tap reads; gives the number of products of each filter.
+    /// Adds the terms of one tap to the sums, and returns the number of products of each filter.
     fn add(&self, tap: usize, pixel: &[i16], filters: usize, sums: &mut Sums) -> i64 {
         if self.kernel.is_depthwise() {
             let weights = &self.weights[tap * filters..][..filters];
@@ -381,7 +390,7 @@ impl Convolution {
         }
         let weights = &self.weights[tap * pixel.len() * filters..][..pixel.len() * filters];
         for (&x, weights) in pixel.iter().zip(weights.chunks_exact(filters)) {
-            // Half of what follows a ReLU.
+            // After a ReLU, about half of the inputs are zero.
             if x != 0 {
                 for (sum, &w) in sums.products.iter_mut().zip(weights) {
                     *sum += i32::from(x) * i32::from(w);

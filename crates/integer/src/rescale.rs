@@ -1,41 +1,46 @@
-//! From the numbers of one lattice to those of another, in fixed point.
+//! Fixed-point conversion of the integers of one lattice to those of another.
 
 use crate::{Error, Result};
 
-/// The bits of a multiplier, with its sign one more.
+/// The number of bits of a multiplier, without its sign.
 pub const MULTIPLIER_BITS: u32 = 31;
 
-/// The most fractional bits of a multiplier and of what is added. Where ratios are so small that 31 significant bits would need
-/// more, they have fewer.
+/// The largest number of fractional bits of a multiplier and of the bias. If ratios are so small
+/// that 31 significant bits would need more, they have fewer significant bits.
 pub const MOST_SHIFT: u32 = 40;
 
-/// What a sum of `N` kinds of whole numbers is multiplied by: `(Σ multipliers[i]·sums[i] + bias) >> shift`, in 64 bits, rounds
-/// `Σ ratios[i]·sums[i] + added` to the nearest whole number, halves up. Where ratios are so large that the shift is negative, as
-/// where the outputs of a dead layer have next to no range, it goes to the left and saturates.
+/// The factors of a sum of `N` kinds of integers.
+///
+/// `(Σ multipliers[i]·sums[i] + bias) >> shift`, in 64 bits, rounds `Σ ratios[i]·sums[i] + added`
+/// to the nearest integer, halves up. If ratios are so large that the shift is negative, the sum is
+/// shifted to the left and saturates. This happens if the outputs of a dead layer have almost no
+/// range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rescale<const N: usize> {
     multipliers: [i64; N],
-    /// What is added, and a half if there is a shift to the right.
+    /// The added term, plus one half if the shift goes to the right.
     bias: i64,
     shift: i32,
 }
 
 impl<const N: usize> Rescale<N> {
-    /// `most[i]` bounds the absolute value of `sums[i]`; `place` names the node.
+    /// Returns the factors for `ratios` and `added`.
+    ///
+    /// `most[i]` is a bound of the absolute value of `sums[i]`. `place` is the name of the node.
     ///
     /// # Errors
-    /// When a number is not finite.
+    /// If a number is not finite.
     pub fn new(ratios: [f64; N], added: f64, most: [f64; N], place: &str) -> Result<Self> {
         let largest = ratios.iter().fold(0.0, |largest: f64, ratio| largest.max(ratio.abs()));
         let bits = f64::from(MULTIPLIER_BITS - 1) - largest.log2().floor();
-        // The whole sum has to fit, what is added with it.
+        // The whole sum, with the added term, must fit in 64 bits.
         let whole =
             ratios.iter().zip(most).map(|(ratio, most)| ratio.abs() * most).sum::<f64>() + added.abs();
         if !whole.is_finite() {
             return Err(Error::Range { place: place.into() });
         }
         let room = 60.0 - (whole + 1.0).log2().ceil();
-        // Without any ratio but 0 the logarithm is infinite.
+        // If all ratios are 0, the logarithm is infinite.
         let shift = bits.min(room).min(f64::from(MOST_SHIFT)) as i32;
         let fixed = |value: f64| (value * 2f64.powi(shift)).round() as i64;
         let half = if shift > 0 { 1 << (shift - 1) } else { 0 };
@@ -50,7 +55,7 @@ impl<const N: usize> Rescale<N> {
     }
 }
 
-/// `sum` shifted to the left; the largest or the lowest number where it has no room.
+/// Returns `sum` shifted to the left, saturated at the bounds of `i64`.
 fn saturated(sum: i64, shift: u32) -> i64 {
     let wide = i128::from(sum) << shift.min(64);
     wide.clamp(i64::MIN.into(), i64::MAX.into()) as i64
@@ -67,13 +72,13 @@ mod tests {
             for sum in [-99_999_999, -12345, -1, 0, 1, 17, 4096, 99_999_999] {
                 let exact = ratio * sum as f64 + 0.25;
                 let found = rescale.apply([sum]) as f64;
-                // Half a unit of rounding, and what 31 bits of the ratio leave.
+                // Half a unit of rounding, and the error of the ratio's 31 bits.
                 let tolerance = 0.5 + exact.abs() * 2f64.powi(-30) + 1e-3;
                 assert!((found - exact).abs() <= tolerance, "{ratio} × {sum}: {found} for {exact}");
             }
         }
         let two = Rescale::new([0.5, -0.25], 0.0, [1e6; 2], "here").unwrap();
-        // Halves go up.
+        // Halves are rounded up.
         assert_eq!(
             [two.apply([1, 0]), two.apply([-1, 0]), two.apply([3, 4]), two.apply([0, 0])],
             [1, 0, 1, 0]
@@ -84,7 +89,7 @@ mod tests {
         assert!(Rescale::new([f64::INFINITY], 0.0, [1.0], "here").is_err());
     }
 
-    /// Where next to no range is left behind a layer, every sum but 0 is beyond it.
+    /// If almost no range is left after a layer, every sum except 0 is beyond it.
     #[test]
     fn what_is_too_large_saturates() {
         for ratio in [1e12, 1e25, 1e60, 1e300] {
@@ -93,7 +98,7 @@ mod tests {
             assert!(found[0] < -1 << 31 && found[1] < -1 << 31, "{ratio}: {found:?}");
             assert!(found[2] == 0 && found[3] > 1 << 31 && found[4] > 1 << 31, "{ratio}: {found:?}");
         }
-        // What is added decides, or the difference of both.
+        // The added term decides, or the difference of both.
         let rescale = Rescale::new([1e25], -3e25, [1e6], "here").unwrap();
         let found = [2, 3, 4].map(|sum| rescale.apply([sum]));
         assert!(found[0] < -1 << 31 && found[2] > 1 << 31, "{found:?}");

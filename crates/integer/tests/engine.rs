@@ -1,4 +1,4 @@
-//! Networks in whole numbers beside the simulation with floats, for every method, fold and grid.
+//! Integer evaluation compared with the float simulation, for every method, fold and grid.
 
 #[path = "../../models/tests/networks/mod.rs"]
 mod networks;
@@ -13,7 +13,8 @@ fn network(version: Version, settings: &Quantization, capped: bool) -> Network {
     networks::network(version, Some(settings), (8, 8), capped)
 }
 
-/// For each image the largest difference of its logits, as a part of the largest logit, ascending.
+/// Returns the largest difference of each image's logits, relative to the largest logit, in
+/// ascending order.
 fn differences(network: &Network) -> Vec<f32> {
     let images = images(20, network);
     let (simulated, whole) =
@@ -29,8 +30,11 @@ fn differences(network: &Network) -> Vec<f32> {
     all
 }
 
-/// Where a float lies within rounding of the middle between two levels, the level may be the other one, and what follows differs by
-/// that level's share. A wrong zero point, offset, step or shift changes every logit of every image.
+/// Compares the logits with the simulation.
+///
+/// If a float lies within rounding of the middle between two levels, the levels may differ, and
+/// later values differ accordingly. A wrong zero point, offset, step or shift changes every logit
+/// of every image.
 #[test]
 fn logits_are_those_of_the_simulation() {
     let uniform = settings(4, Method::Uniform);
@@ -58,16 +62,16 @@ fn logits_are_those_of_the_simulation() {
         let differences = differences(&network(version, &settings, capped));
         let (half, most) = (differences[differences.len() / 2], differences[differences.len() - 1]);
         println!("{name}: {half:e} half, {most:e} at most");
-        // The logits' own grid, 2⁻¹⁶, and float32. With DSQ a filter that is constant, as its γ is 0, lies in the middle of two
-        // levels.
+        // The error is the logits' own resolution, 2⁻¹⁶, and float32 rounding. With DSQ, a filter
+        // that is constant because its γ is 0 lies in the middle between two levels.
         let expected = if method == Method::Dsq { 0.01 } else { 1e-4 };
         assert!(half < expected, "{name}: half of the images differ by {half} or more");
         assert!(most < 0.1, "{name}: an image differs by {most}");
     }
 }
 
-/// Weight decay leaves layers whose outputs have next to no range, so that whatever comes out of the convolution is many times as
-/// large: it is cut off, as in the simulation.
+/// Weight decay leaves layers whose outputs have almost no range, so that the convolution's output
+/// exceeds it many times. It is clamped, as in the simulation.
 #[test]
 fn dead_layers_saturate() {
     for highest in [1e-12, 1e-30] {
@@ -88,7 +92,7 @@ fn what_is_float_is_named() {
     let eight = Precision::try_from(8).unwrap();
     let activations = Quantization { activations: eight, first_layer: eight, ..Quantization::default() };
     float.quantize(&activations).unwrap();
-    // Not even the ranges have been set.
+    // Even the ranges are not set yet.
     assert!(matches!(Engine::new(&float).unwrap_err(), Error::Float { place, .. } if place == "input"));
     let whole = network(Version::V1, &settings(8, Method::Uniform), false);
     let error = Engine::new(&whole).unwrap().logits(&random(0, &[1, 31, 32, 3], 0.0, 1.0)).unwrap_err();

@@ -1,17 +1,19 @@
-//! Times the operations of a training step of MobileNetV2, width 1, on a batch of 64 images of 32×32, one by one.
+//! Times each operation of a training step of MobileNetV2, width 1, on a batch of 64 images of
+//! 32×32.
 //!
-//! `cargo bench -p kernels -- [part of a name]`; `-- --help` says what else there is. A name is that of the
-//! operation, what its feature maps hold ([`Floats`] or [`Levels`]) and its [`Layer`]:
-//! `depthwise::forward_stats::Levels::32×32×96 /2`.
+//! Run `cargo bench -p kernels -- [part of a name]`; `-- --help` lists the other options. A name
+//! consists of the operation, the contents of its feature maps ([`Floats`] or [`Levels`]) and its
+//! [`Layer`]: `depthwise::forward_stats::Levels::32×32×96 /2`.
 //!
-//! The first row of a benchmark has its times, each of one call on rayon's threads: the fastest says what the
-//! machine can do, the median what it does. The second has a rate, as a bound to compare with: of a product
-//! (`item/s`) its multiply-accumulates per second, of everything else (`B/s`) the memory of its operands and results
-//! per second, as though each were read or written once.
+//! The first row of a benchmark has its times, each of one call on rayon's threads: the fastest
+//! shows what the machine can do, the median what it usually does. The second row has a rate, to
+//! compare with a bound. For a product (`item/s`) the rate is its multiply-accumulates per second.
+//! For all other operations (`B/s`) it is the memory of operands and results per second, as if each
+//! were read or written once.
 //!
-//! Operands are made before the clock starts, and results freed after it stops. Large results are fresh allocations;
-//! `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296` makes glibc keep their pages, as
-//! a training program's allocator should.
+//! Operands are made before the clock starts, and results are freed after it stops. Large results
+//! are fresh allocations; `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296`
+//! makes glibc keep their pages, as a training program's allocator should.
 
 use candle_core::{DType, Device, Tensor};
 use divan::counter::{BytesCount, IntoCounter, ItemsCount};
@@ -28,8 +30,10 @@ use std::time::Duration;
 const BATCH: usize = 64;
 const ACTIVATION: Activation = Activation::Relu6;
 
-/// What an operation reads and writes: maps of `size`×`size` positions with `inputs` channels, and maps with `outputs`
-/// channels, `stride` times smaller.
+/// The sizes of what an operation reads and writes.
+///
+/// It reads maps of `size`×`size` positions with `inputs` channels, and writes maps with `outputs`
+/// channels that are `stride` times smaller along each side.
 #[derive(Clone, Copy)]
 struct Layer {
     size: usize,
@@ -47,7 +51,7 @@ const DEPTHWISE: [Layer; 9] = [
     Layer::depthwise(8, 384, 1),
     Layer::depthwise(8, 576, 1),
     Layer::depthwise(8, 960, 1),
-    // Of a pruned network: channels that fill no whole number of vectors.
+    // From a pruned network: the channels do not fill whole vectors.
     Layer::depthwise(8, 357, 1),
 ];
 
@@ -64,7 +68,7 @@ const POINTWISE: [Layer; 10] = [
     Layer::product(8, 320, 1280),
 ];
 
-/// What is normalized. The second is of a pruned network.
+/// The maps that are normalized. The second is from a pruned network.
 const MAPS: [Layer; 5] =
     [Layer::map(32, 96), Layer::map(32, 13), Layer::map(16, 144), Layer::map(8, 384), LAST];
 
@@ -73,7 +77,7 @@ const RESIDUALS: [Layer; 3] = [Layer::map(16, 24), Layer::map(8, 64), Layer::map
 
 const IMAGES: Layer = Layer::map(32, 3);
 
-/// The first convolution, of the images' 3×3 patches.
+/// The first convolution, as a product with the images' 3×3 patches.
 const STEM: Layer = Layer::product(32, 27, 32);
 
 /// The last maps, whose averages are classified.
@@ -102,23 +106,23 @@ impl Layer {
         [BATCH, self.size / self.stride, self.size / self.stride, self.outputs]
     }
 
-    /// Of a product.
+    /// Returns the shape of the weight of a product.
     fn weight(self) -> [usize; 2] {
         [self.inputs, self.outputs]
     }
 
-    /// The work of a product.
+    /// Returns the number of multiply-accumulates of a product.
     fn macs(self) -> usize {
         count(self.output()) * self.inputs
     }
 
-    /// The work of an operation that moves `bytes` for each element of the input.
+    /// Returns the work of an operation that moves `bytes` for each element of the input.
     fn moving(self, bytes: usize) -> BytesCount {
         BytesCount::new(count(self.input()) * bytes)
     }
 }
 
-/// `32×32×96`, with a stride of 2 `32×32×96 /2`, for a product `32×32×16→96`.
+/// Writes `32×32×96`, with a stride of 2 `32×32×96 /2`, and for a product `32×32×16→96`.
 impl fmt::Display for Layer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { size, inputs, outputs, stride } = self;
@@ -133,16 +137,16 @@ impl fmt::Display for Layer {
     }
 }
 
-/// What the feature maps hold that one unit of the network hands to the next.
+/// The contents of the feature maps that one unit of the network hands to the next.
 trait Maps {
-    /// The size of an element in memory.
+    /// The size of an element in bytes.
     const BYTES: usize;
 
-    /// What makes them.
+    /// Returns the quantizer that makes the maps, if there is one.
     fn quantizer() -> Option<Quantizer<'static>>;
 }
 
-/// Floats, as a network has before it is quantized. Gradients are floats always.
+/// Floats, as in a network that is not quantized yet. Gradients are always floats.
 struct Floats;
 
 /// The levels of a 4-bit quantizer, one byte each. The weights of products are quantized too.
@@ -188,11 +192,11 @@ fn measure<T>(bencher: Bencher, work: impl IntoCounter, operation: impl Fn() -> 
 }
 
 fn main() {
-    // A second for each line, unless the command line says otherwise.
+    // One second for each line, unless the command line says otherwise.
     Divan::default().max_time(Duration::from_secs(1)).config_with_args().main();
 }
 
-/// The depthwise convolution, which moves more than it computes.
+/// The depthwise convolution, which is bound by memory more than by arithmetic.
 mod depthwise {
     use super::*;
     use kernels::depthwise;
@@ -205,14 +209,14 @@ mod depthwise {
         BytesCount::new(count(layer.input()) * M::BYTES + count(layer.output()) * Floats::BYTES)
     }
 
-    /// What [`forward_stats`] takes more than this is what the statistics cost.
+    /// The forward pass alone. What [`forward_stats`] takes longer is the cost of the statistics.
     #[divan::bench(types = [Floats, Levels], args = DEPTHWISE)]
     fn forward<M: Maps>(bencher: Bencher, layer: Layer) {
         let (x, w) = (maps::<M>(layer.input()), weight(layer));
         measure(bencher, moved::<M>(layer), || depthwise::forward(&x, &w, layer.stride));
     }
 
-    /// Forward in training: with the statistics of each channel.
+    /// The forward pass in training, with the statistics of each channel.
     #[divan::bench(types = [Floats, Levels], args = DEPTHWISE)]
     fn forward_stats<M: Maps>(bencher: Bencher, layer: Layer) {
         let (x, w) = (maps::<M>(layer.input()), weight(layer));
@@ -235,12 +239,13 @@ mod depthwise {
     }
 }
 
-/// The pointwise convolution, the stem and the classifier: products.
+/// The pointwise convolution, the stem and the classifier, all of which are products.
 mod pointwise {
     use super::*;
     use kernels::{pointwise, quantize};
 
-    /// Forward in training, with the statistics of each channel: a product of floats, or of whole numbers.
+    /// The forward pass in training, with the statistics of each channel: a product of floats or of
+    /// whole numbers.
     #[divan::bench(types = [Floats, Levels], args = POINTWISE)]
     fn forward_stats<M: Maps>(bencher: Bencher, layer: Layer) {
         let (x, original) = (maps::<M>(layer.input()), random(layer.weight()));
@@ -253,8 +258,8 @@ mod pointwise {
         measure(bencher, ItemsCount::new(layer.macs()), || pointwise::forward_stats(&x, w));
     }
 
-    /// Both gradients, two products, in which [`norm::backward_gradient`] is computed on the way, and the sums of
-    /// what made the input.
+    /// Both gradients, which are two products. They include [`norm::backward_gradient`], and the
+    /// sums for the epilogue that made the input.
     #[divan::bench(types = [Floats, Levels], args = POINTWISE)]
     fn backward<M: Maps>(bencher: Bencher, layer: Layer) {
         let (x, w) = (maps::<M>(layer.input()), random(layer.weight()));
@@ -271,7 +276,7 @@ mod pointwise {
         measure(bencher, ItemsCount::new(layer.macs()), || pointwise::forward(&x, &w));
     }
 
-    /// The gradient of what the logits are computed from.
+    /// The gradient of the input from which the logits are computed.
     #[divan::bench(args = [CLASSIFIER])]
     fn grad_input(bencher: Bencher, layer: Layer) {
         let (gz, w) = (random(layer.output()), random(layer.weight()));
@@ -286,12 +291,12 @@ mod pointwise {
     }
 }
 
-/// Batch normalization with ReLU6 and, to levels, the quantizer.
+/// Batch normalization with ReLU6 and, for levels, the quantizer.
 mod norm {
     use super::*;
     use kernels::norm;
 
-    /// Maps with their normalization, and a gradient of what comes out.
+    /// Maps with their normalization, and a gradient of the result.
     pub struct Normalized {
         z: Tensor,
         gy: MapGradient,
@@ -315,7 +320,7 @@ mod norm {
         }
     }
 
-    /// Floats read, floats or levels written.
+    /// The forward pass, which reads floats and writes floats or levels.
     #[divan::bench(types = [Floats, Levels], args = MAPS)]
     fn forward<M: Maps>(bencher: Bencher, layer: Layer) {
         let Normalized { z, norm: BatchNormalization { scale, shift, .. }, .. } =
@@ -332,7 +337,7 @@ mod norm {
         measure(bencher, layer.moving(2 * Floats::BYTES), || of.backward::<M>());
     }
 
-    /// The gradient of the input, which follows from the sums and the two maps.
+    /// The gradient of the input, which is computed from the sums and the two maps.
     #[divan::bench(types = [Floats, Levels], args = MAPS)]
     fn backward_gradient<M: Maps>(bencher: Bencher, layer: Layer) {
         let gz = Normalized::new(layer.input()).backward::<M>().expect("gradients").z;
@@ -340,19 +345,19 @@ mod norm {
     }
 }
 
-/// Fake quantization, floats to floats.
+/// Fake quantization from floats to floats.
 mod quantize {
     use super::*;
     use kernels::quantize;
 
-    /// As of images and weights.
+    /// The forward pass, as for images and weights.
     #[divan::bench(args = [IMAGES])]
     fn forward(bencher: Bencher, layer: Layer) {
         let x = random(layer.input());
         measure(bencher, layer.moving(2 * Floats::BYTES), || quantize::forward(&x, quantizer()));
     }
 
-    /// As of weights and the sums of residual branches.
+    /// The gradient, as for weights and the sums of residual branches.
     #[divan::bench(args = RESIDUALS)]
     fn backward(bencher: Bencher, layer: Layer) {
         let (x, gy) = (random(layer.input()), random(layer.input()));
@@ -372,7 +377,7 @@ mod residual {
     use super::*;
     use kernels::residual;
 
-    /// Forward: the branch, normalized, and the shortcut, with the range of the sum.
+    /// The forward pass: the sum of the normalized branch and the shortcut, with its range.
     #[divan::bench(types = [Floats, Levels], args = RESIDUALS)]
     fn add_normalized<M: Maps>(bencher: Bencher, layer: Layer) {
         let (z, shortcut) = (random(layer.input()), maps::<M>(layer.input()));
@@ -382,7 +387,7 @@ mod residual {
         });
     }
 
-    /// Forward: the levels of the sum.
+    /// The forward pass: the levels of the sum.
     #[divan::bench(args = RESIDUALS)]
     fn quantize(bencher: Bencher, layer: Layer) {
         let sum = random(layer.input());
@@ -391,7 +396,7 @@ mod residual {
         });
     }
 
-    /// Backward: the gradients of the branch and the shortcut.
+    /// The backward pass: the sum of the gradients of the branch and the shortcut.
     #[divan::bench(args = RESIDUALS)]
     fn add(bencher: Bencher, layer: Layer) {
         let (a, b) = (random(layer.input()), random(layer.input()));
@@ -399,7 +404,7 @@ mod residual {
     }
 }
 
-/// A batch of images, mirrored and moved: from bytes to floats.
+/// A batch of images, mirrored and shifted, from bytes to floats.
 #[divan::bench(args = [IMAGES])]
 fn augment(bencher: Bencher, layer: Layer) {
     let ones = |dims: &[usize], dtype| Tensor::ones(dims, dtype, &Device::Cpu).expect("ones");
@@ -412,21 +417,21 @@ fn augment(bencher: Bencher, layer: Layer) {
     });
 }
 
-/// The 3×3 patches of the images, nine times as large.
+/// The 3×3 patches of the images, which are nine times as large as the images.
 #[divan::bench(args = [IMAGES])]
 fn im2col(bencher: Bencher, layer: Layer) {
     let images = random(layer.input());
     measure(bencher, layer.moving((1 + 9) * Floats::BYTES), || kernels::im2col::forward(&images, 3, 1, 1));
 }
 
-/// The averages of the last maps, which are read.
+/// The averages of the last maps; the benchmark counts the maps that are read.
 #[divan::bench(types = [Floats, Levels], args = [LAST])]
 fn pool<M: Maps>(bencher: Bencher, layer: Layer) {
     let x = maps::<M>(layer.input());
     measure(bencher, layer.moving(M::BYTES), || kernels::pool::global_average(&x));
 }
 
-/// The gradient of the last maps, which is written.
+/// The gradient of the last maps; the benchmark counts the gradient that is written.
 #[divan::bench(args = [LAST])]
 fn pool_backward(bencher: Bencher, layer: Layer) {
     let gy = random([BATCH, layer.inputs]);
@@ -442,8 +447,8 @@ fn loss(bencher: Bencher) {
     measure(bencher, moved, || kernels::loss::softmax_cross_entropy(&logits, &labels, 0.1));
 }
 
-/// One step of SGD with momentum for the weights of [`POINTWISE`], a million: each is read with its gradient and
-/// velocity, and written with its velocity.
+/// One step of SGD with momentum for the weights of [`POINTWISE`], about a million. Each weight is
+/// read with its gradient and velocity, and written with its velocity.
 #[divan::bench]
 fn sgd(bencher: Bencher) {
     let weights = || POINTWISE.map(|layer| random(layer.weight()));

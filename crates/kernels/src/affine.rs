@@ -1,4 +1,5 @@
-//! The affine map and the activation behind a convolution, `φ(scale·z + shift)`, row by row on the CPU.
+//! The affine map and activation after a convolution, `φ(scale·z + shift)`, computed row by row on
+//! the CPU.
 
 use crate::check::Check;
 use crate::cpu::{read_ahead, simd};
@@ -10,7 +11,8 @@ use candle_core::Tensor;
 use quant_core::Grid;
 use std::mem::MaybeUninit;
 
-/// `φ(scale·z + shift)` with `scale` and `shift` of each channel, or the grid's values nearest to it.
+/// The map `φ(scale·z + shift)` with a `scale` and `shift` for each channel, rounded to the values
+/// of a grid if there is one.
 pub(crate) struct AffineActivation {
     scale: Vec<f32>,
     shift: Vec<f32>,
@@ -19,7 +21,7 @@ pub(crate) struct AffineActivation {
 }
 
 impl AffineActivation {
-    /// Of `c` channels, with `scale` and `shift` `[c]`.
+    /// Creates the map for `c` channels from `scale` and `shift` of shape `[c]`, without a grid.
     pub(crate) fn new(
         check: &Check,
         c: usize,
@@ -31,7 +33,7 @@ impl AffineActivation {
         Ok(Self { scale: tiled(&scale)?, shift: tiled(&shift)?, bounds: act.bounds(), grid: None })
     }
 
-    /// The same on a grid, if there is one.
+    /// Returns the same map with its results rounded to `grid`, if there is one.
     pub(crate) fn on(self, grid: Option<Grid>) -> Self {
         Self { grid, ..self }
     }
@@ -40,17 +42,18 @@ impl AffineActivation {
         self.grid
     }
 
-    /// Scale and shift, each of at least as many elements as there are channels.
+    /// Returns scale and shift, repeated over the rows of a tile. Each has at least one element per
+    /// channel.
     pub(crate) fn coefficients(&self) -> [&[f32]; 2] {
         [&self.scale, &self.shift]
     }
 
-    /// The bounds of the activation.
+    /// Returns the bounds of the activation.
     pub(crate) fn bounds(&self) -> (f32, f32) {
         self.bounds
     }
 
-    /// Writes the map of whole rows `z`.
+    /// Writes the map of `z`, which must consist of whole rows.
     pub(crate) fn write<'y, Z: Element, Y: Element>(&self, z: &[Z], y: Sink<'y, Y>) -> Written<'y> {
         match self.grid {
             None => write(z, &self.scale, &self.shift, self.bounds, y),
@@ -58,7 +61,8 @@ impl AffineActivation {
         }
     }
 
-    /// Writes the grid's levels less their zero point, which are exact in 8 bits.
+    /// Writes the map's grid levels minus the zero point. These integers have at most 8 bits, so
+    /// `bf16` holds them exactly.
     pub(crate) fn whole_numbers<'y, T: Element>(
         &self,
         z: &[T],
@@ -69,7 +73,7 @@ impl AffineActivation {
     }
 }
 
-/// `f(φ(scale·z + shift))` of a piece of a tile, by the position in it.
+/// Returns the function from a position in a piece of a tile to `f(φ(scale·z + shift))`.
 #[inline(always)]
 fn piece<'z, Z: Element>(
     (z, scale, shift): (&'z [Z], &'z [f32], &'z [f32]),

@@ -1,10 +1,11 @@
-//! Batches of varied images from a data set that lies on the device, normalized.
+//! Normalized batches of varied images from a data set that is in the device's memory.
 //!
-//! The image `index[b]` is padded with `pad` black pixels on every side, a window of the original size is cut out
-//! whose first row and column in the padded image are `corners[b]`, and if `flip[b]` is not 0 the window is mirrored
-//! left to right: `y[b, h, w, c] = (p/255 − mean[c]) / std[c]` of the pixel `p` (0 in the padding) at row
-//! `h + corners[b, 0] − pad` and column `w' + corners[b, 1] − pad`, where `w' = W − 1 − w` if mirrored and `w` if not.
-//! With `pad` 0 and corners 0 that is the image as it is.
+//! Image `index[b]` is padded with `pad` black pixels on every side. From the padded image a window
+//! of the original size is cut out, whose first row and column are `corners[b]`. If `flip[b]` is
+//! not 0, the window is mirrored left to right: `y[b, h, w, c] = (p/255 − mean[c]) / std[c]`, where
+//! `p` is the pixel (0 in the padding) at row `h + corners[b, 0] − pad` and column
+//! `w' + corners[b, 1] − pad`, and `w'` is `W − 1 − w` if mirrored and `w` if not. If `pad` and the
+//! corners are 0, the window is the image itself.
 
 mod gpu;
 
@@ -15,25 +16,28 @@ use crate::work::fill;
 use crate::{Result, profiler};
 use candle_core::{DType, Tensor};
 
-/// How the images of a batch follow from those of the data set.
+/// How the images of a batch are made from those of the data set.
 #[derive(Clone, Copy, Debug)]
 pub struct Views<'a> {
-    /// `u32` `[B]`: which image.
+    /// The image of the data set, `u32` `[B]`.
     pub index: &'a Tensor,
-    /// `u32` `[B, 2]`, each `0 … 2·pad`: first row and column of the window in the padded image.
+    /// The first row and column of the window in the padded image, `u32` `[B, 2]`, each
+    /// `0 … 2·pad`.
     pub corners: &'a Tensor,
-    /// `u8` `[B]`: whether the window is mirrored.
+    /// Whether the window is mirrored, `u8` `[B]`.
     pub flip: &'a Tensor,
-    /// Black pixels on every side.
+    /// The number of black pixels on every side.
     pub pad: usize,
 }
 
-/// The batch `[B, H, W, C]`, in `dtype` (`F32` or `BF16`), of `images: u8 [N, H, W, C]`, normalized with
-/// `mean` and `std`, `f32` `[C]`. All tensors are on one device.
+/// Returns the batch `[B, H, W, C]` of `images: u8 [N, H, W, C]`, in `dtype` (`F32` or `BF16`).
+///
+/// It is normalized with `mean` and `std`, `f32` `[C]`. All tensors must be on one device.
 ///
 /// # Errors
-/// Wrong shapes and dtypes; on the CPU, an index or a corner outside its range. On a GPU, where nothing waits for what
-/// a kernel finds, an index outside the data set gives NaN, and a corner outside its range black pixels.
+/// Returns an error for wrong shapes and dtypes and, on the CPU, for an index or a corner outside
+/// its range. On a GPU, where nothing waits for the results of a kernel, an index outside the data
+/// set gives NaN, and a corner outside its range gives black pixels.
 pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dtype: DType) -> Result<Tensor> {
     let check = Check("augment::batch");
     let (count, h, w, c) = check.map("images", images)?;
@@ -111,7 +115,7 @@ mod tests {
         let views = Views { index: &index, corners: &corners, flip: &flip, pad: 2 };
         let found = batch(&images(), views, &mean, &std, DType::F32).unwrap();
         assert_eq!(found.dims(), [3, 3, 4, 2]);
-        // By Candle: padded, cut, mirrored, normalized.
+        // Candle pads, cuts, mirrors and normalizes.
         let bytes = images().to_dtype(DType::F32).unwrap();
         for (b, (image, top, left, flip)) in
             [(1, 2, 2, false), (0, 0, 3, true), (1, 4, 1, false)].iter().enumerate()

@@ -1,7 +1,8 @@
 //! The bias of a classifier: `y[n,k] = x[n,k] + b[k]`, so `∂b[k] = Σ_n ∂y[n,k]`.
 //!
-//! On the CPU these are Candle's operations. On a GPU those copy the tensors' shapes to the device each time, for which the
-//! driver may wait, so there are kernels of our own.
+//! On the CPU these are Candle's operations. On a GPU, Candle's operations copy the tensor shapes
+//! to the device on each call, and the driver may wait for these copies. So this module has its own
+//! kernels.
 
 mod gpu;
 
@@ -9,10 +10,10 @@ use crate::check::Check;
 use crate::{Result, profiler};
 use candle_core::{D, Tensor};
 
-/// `x[N, K]` with `bias[K]` added to each row.
+/// Adds `bias[K]` to each row of `x[N, K]`.
 ///
 /// # Errors
-/// Wrong shapes, and dtypes other than `F32`.
+/// Returns an error if a shape is wrong or a dtype is not `F32`.
 pub fn add(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let check = Check("bias::add");
     let classes = match x.dims() {
@@ -27,10 +28,10 @@ pub fn add(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if crate::gpu::runs(x.device()) { gpu::add(&x, &bias) } else { Ok(x.broadcast_add(&bias)?) }
 }
 
-/// The gradient of the bias, `[K]`, from that of the sums, `[N, K]`.
+/// Computes the gradient of the bias, `[K]`, from the gradient of the sums, `[N, K]`.
 ///
 /// # Errors
-/// Wrong shapes, and dtypes other than `F32`.
+/// Returns an error if a shape is wrong or a dtype is not `F32`.
 pub fn gradient(gy: &Tensor) -> Result<Tensor> {
     let check = Check("bias::gradient");
     if gy.rank() != 2 || gy.elem_count() == 0 {

@@ -1,7 +1,9 @@
-//! Convolutions that compute their output block by block, and what is done with a block while it is in cache.
+//! Convolutions that compute their output block by block, and the work done on a block while it is
+//! in cache.
 //!
-//! A block is some rows (positions) of the output. In training its statistics are taken at once ([`with_stats`]); in
-//! evaluation it is normalized and quantized at once and never written to memory ([`normalized`]).
+//! A block is a range of rows (positions) of the output. In training, its statistics are computed
+//! at once ([`with_stats`]). In evaluation, it is normalized and quantized at once, and the
+//! convolution's output is never written to memory ([`normalized`]).
 
 use crate::affine::AffineActivation;
 use crate::cpu;
@@ -14,23 +16,25 @@ use candle_core::Tensor;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// A convolution with its operands, which computes its output block by block.
+/// A convolution with its operands that computes its output block by block.
 pub(crate) trait Blockwise: Sync {
-    /// What its output is stored as.
+    /// The type of the output's elements in memory.
     type Element: Element;
 
-    /// Scratch memory of a thread.
+    /// The scratch memory of a thread.
     type Scratch: Send;
 
-    /// The output's dimensions, channels last.
+    /// Returns the output's dimensions, channels last.
     fn dims(&self) -> &[usize];
 
-    /// Rows in a block, which is to fit in cache with what it is computed from.
+    /// Returns the number of rows in a block. A block should fit in cache together with the data
+    /// from which it is computed.
     fn rows_per_block(&self) -> usize;
 
     fn scratch(&self) -> Self::Scratch;
 
-    /// Writes some rows of the output, which begin at a multiple of [`Blockwise::rows_per_block`].
+    /// Writes output rows `rows`, which begin at a multiple of [`Blockwise::rows_per_block`], to
+    /// `z`.
     fn compute<'z>(
         &self,
         scratch: &mut Self::Scratch,
@@ -39,14 +43,14 @@ pub(crate) trait Blockwise: Sync {
     ) -> Written<'z>;
 }
 
-/// Rows and channels of the output.
+/// Returns the numbers of rows and channels of the output.
 fn size(convolution: &impl Blockwise) -> (usize, usize) {
     let dims = convolution.dims();
     let channels = dims[dims.len() - 1];
     (dims.iter().product::<usize>() / channels, channels)
 }
 
-/// The output.
+/// Computes the output.
 pub(crate) fn plain<C: Blockwise>(convolution: &C) -> Result<Tensor> {
     let (per_block, init) = (convolution.rows_per_block(), || (convolution.scratch(), Vec::new()));
     let (rows, c) = size(convolution);
@@ -58,8 +62,10 @@ pub(crate) fn plain<C: Blockwise>(convolution: &C) -> Result<Tensor> {
     cpu::tensor(z, convolution.dims())
 }
 
-/// The output and its statistics, which are those of what is stored. They are summed up in parts of some blocks, whose
-/// number depends on the shape alone.
+/// Computes the output and the statistics of its values as they are stored.
+///
+/// The statistics are summed up in parts of several blocks. The number of parts depends only on the
+/// shape.
 pub(crate) fn with_stats<C: Blockwise>(convolution: &C) -> Result<(Tensor, Stats)> {
     let (rows, c) = size(convolution);
     let per_block = convolution.rows_per_block();
@@ -84,7 +90,7 @@ pub(crate) fn with_stats<C: Blockwise>(convolution: &C) -> Result<(Tensor, Stats
     Ok((cpu::tensor(z, convolution.dims())?, Stats::of_parts(moments)?))
 }
 
-/// The output, normalized, activated and quantized.
+/// Computes the output, normalized, activated and quantized.
 pub(crate) fn normalized<C: Blockwise>(
     convolution: &C,
     affine: &AffineActivation,

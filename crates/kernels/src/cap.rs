@@ -1,9 +1,10 @@
-//! Upper bounds of channels: `y[…,c] = min(x[…,c], cap[c])`, behind an activation.
+//! Upper bounds of channels after an activation: `y[…,c] = min(x[…,c], cap[c])`.
 //!
-//! Equalization by a factor `s` of each channel turns ReLU6 into `min(max(x, 0), 6/s)` ([`crate::Activation`] has one
-//! bound for all channels). `∂x = ∂y·[y < cap]`: 0 at the kink, as for the activations. The caps are not learned.
+//! Equalization by a factor `s` of each channel turns ReLU6 into `min(max(x, 0), 6/s)`, whereas
+//! [`crate::Activation`] has one bound for all channels. The gradient is `∂x = ∂y·[y < cap]`: 0 at
+//! the kink, as for the activations. The caps are not learned.
 //!
-//! A pass of its own over the map: it is a baseline's, and nothing else waits for it.
+//! This is a separate pass over the map, because only a baseline needs it.
 
 mod gpu;
 
@@ -14,10 +15,10 @@ use crate::work::{CHUNK, fill};
 use crate::{Result, profiler};
 use candle_core::Tensor;
 
-/// `min(x, cap)`, with `x[…, C]` and `cap[C]`.
+/// Computes `min(x, cap)`, with `x[…, C]` and `cap[C]`.
 ///
 /// # Errors
-/// Wrong shapes and dtypes.
+/// Returns an error for wrong shapes and dtypes.
 pub fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
     let check = Check("cap::forward");
     let (_, c) = check.rows("x", x)?;
@@ -33,10 +34,11 @@ pub fn forward(x: &Tensor, cap: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The gradient of the input of [`forward`] from that of its output `y`, both `[…, C]`.
+/// Computes the gradient of the input of [`forward`] from the gradient of its output `y`, both
+/// `[…, C]`.
 ///
 /// # Errors
-/// Wrong shapes and dtypes.
+/// Returns an error for wrong shapes and dtypes.
 pub fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
     let check = Check("cap::backward");
     let (_, c) = check.rows("y", y)?;
@@ -54,7 +56,7 @@ pub fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The elements of a chunk that ends with a row of `c` channels.
+/// Returns the number of elements of a chunk of whole rows of `c` channels.
 fn whole_rows(c: usize) -> usize {
     (CHUNK / c).max(1) * c
 }
@@ -76,7 +78,7 @@ simd! {
         for (i, ((gx, y), of_gy)) in gx.chunks_mut(c).zip(y.chunks(c)).zip(gy.chunks(c)).enumerate() {
             read_ahead(gy, i * c, c);
             for (((gx, y), gy), cap) in gx.iter_mut().zip(y).zip(of_gy).zip(cap) {
-                // What was stored: the nearest to the cap.
+                // Compares with the stored cap, which is rounded to the element type.
                 *gx = if y.float() < T::nearest(*cap).float() { *gy } else { T::default() };
             }
         }
@@ -98,7 +100,8 @@ mod tests {
         assert_eq!(elements(&backward(&y, &gy, &cap).unwrap()), [1.0, 2.0, 0.0, 0.0, 0.0, 0.0]);
     }
 
-    /// Against Candle's operations, over several chunks and channels that are no whole vectors.
+    /// Compares with Candle's operations, for several chunks and for channels that do not fill
+    /// whole vectors.
     #[test]
     fn agrees_with_candle() {
         for dims in LARGE {

@@ -3,16 +3,16 @@
 use crate::{Error, Quantizer, Result};
 use candle_core::{DType, Shape, Tensor};
 
-/// Checks the arguments of one operation, whose name its errors begin with.
+/// The checks of the arguments of one operation, whose error messages begin with its name.
 pub(crate) struct Check(pub(crate) &'static str);
 
 impl Check {
-    /// Returns the tensor, contiguous; it must be `f32`.
+    /// Checks that the tensor is `f32`, and returns it as a contiguous tensor.
     pub(crate) fn float(&self, argument: &'static str, tensor: &Tensor) -> Result<Tensor> {
         self.dtype(argument, tensor, DType::F32)
     }
 
-    /// Returns the tensor, contiguous; it must have the expected dtype.
+    /// Checks that the tensor has the expected dtype, and returns it as a contiguous tensor.
     pub(crate) fn dtype(&self, argument: &'static str, tensor: &Tensor, expected: DType) -> Result<Tensor> {
         if tensor.dtype() != expected {
             return Err(Error::DType { op: self.0, argument, found: tensor.dtype(), expected });
@@ -20,13 +20,14 @@ impl Check {
         Ok(tensor.contiguous()?)
     }
 
-    /// Returns a feature map of floats, contiguous; it must be `f32` or `bf16`.
+    /// Checks that a feature map is `f32` or `bf16`, and returns it as a contiguous tensor.
     pub(crate) fn map_float(&self, argument: &'static str, tensor: &Tensor) -> Result<Tensor> {
         let half = tensor.dtype() == DType::BF16;
         self.dtype(argument, tensor, if half { DType::BF16 } else { DType::F32 })
     }
 
-    /// Returns the tensor, contiguous; it must have the shape and the dtype of another one.
+    /// Checks that the tensor has the shape and dtype of another one, and returns it as a
+    /// contiguous tensor.
     pub(crate) fn map_of(&self, argument: &'static str, tensor: &Tensor, other: &Tensor) -> Result<Tensor> {
         if tensor.dims() != other.dims() {
             return Err(self.shape(argument, tensor, format!("{:?}", other.dims())));
@@ -34,23 +35,24 @@ impl Check {
         self.dtype(argument, tensor, other.dtype())
     }
 
-    /// The error of a wrong shape.
+    /// Returns the error for a wrong shape.
     pub(crate) fn shape(&self, argument: &'static str, tensor: &Tensor, expected: impl ToString) -> Error {
         let expected = expected.to_string();
         Error::Shape { op: self.0, argument, found: tensor.shape().clone(), expected }
     }
 
-    /// [`Check::shape`] for dimensions without a tensor.
+    /// Returns the error of [`Check::shape`] for dimensions without a tensor.
     pub(crate) fn sizes(&self, argument: &'static str, dims: &[usize], expected: impl ToString) -> Error {
         Error::Shape { op: self.0, argument, found: Shape::from(dims), expected: expected.to_string() }
     }
 
-    /// The error of a setting that the operation does not support.
+    /// Returns the error for a setting that the operation does not support.
     pub(crate) fn setting(&self, message: String) -> Error {
         Error::Setting { op: self.0, message }
     }
 
-    /// Returns the tensor, contiguous; it must be `f32` and have the given dimensions.
+    /// Checks that the tensor is `f32` and has the given dimensions, and returns it as a contiguous
+    /// tensor.
     pub(crate) fn dims(&self, argument: &'static str, tensor: &Tensor, dims: &[usize]) -> Result<Tensor> {
         if tensor.dims() != dims {
             return Err(self.shape(argument, tensor, format!("{dims:?}")));
@@ -58,7 +60,7 @@ impl Check {
         self.float(argument, tensor)
     }
 
-    /// Returns the `[N, H, W, C]` of a feature map.
+    /// Returns the dimensions `[N, H, W, C]` of a feature map, all of which must be at least 1.
     pub(crate) fn map(
         &self,
         argument: &'static str,
@@ -67,7 +69,7 @@ impl Check {
         self.map_sizes(argument, tensor.dims())
     }
 
-    /// [`Check::map`] for dimensions.
+    /// Does the same as [`Check::map`] for dimensions without a tensor.
     pub(crate) fn map_sizes(
         &self,
         argument: &'static str,
@@ -79,7 +81,8 @@ impl Check {
         }
     }
 
-    /// Returns the numbers of rows and channels of a tensor, whose last dimension is the channel.
+    /// Returns the numbers of rows and channels of a tensor whose last dimension is the channel.
+    /// The tensor must not be empty.
     pub(crate) fn rows(&self, argument: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
         match tensor.dims().last() {
             Some(&c) if tensor.elem_count() > 0 => Ok((tensor.elem_count() / c, c)),
@@ -87,7 +90,8 @@ impl Check {
         }
     }
 
-    /// Checks that a quantizer's range is `f32`, and `[2]` or, with a column for each channel of `x`, `[2, C]`.
+    /// Checks that a quantizer's range is `f32` and has the shape `[2]` or, with one column per
+    /// channel of `x`, `[2, C]`.
     pub(crate) fn grids(&self, x: &Tensor, quant: Quantizer<'_>) -> Result<()> {
         match (quant.range.dims(), x.dims()) {
             ([2, columns], [.., channels]) if columns == channels => {}
@@ -100,7 +104,7 @@ impl Check {
         self.float("range", quant.range).map(drop)
     }
 
-    /// Checks that a quantizer's range is `[2]` and `f32`.
+    /// Checks that the range of a quantizer, if there is one, is `f32` and has the shape `[2]`.
     pub(crate) fn quantizer(&self, quant: Option<Quantizer<'_>>) -> Result<()> {
         quant.map_or(Ok(()), |quant| self.dims("range", quant.range, &[2]).map(drop))
     }

@@ -1,10 +1,12 @@
-//! The convolutions of a network, whatever their [`Kernel`], and how their weights are laid out.
+//! The convolutions of a network, of every [`Kernel`], and the layouts of their weights.
 //!
-//! `z[n,oh,ow,o] = Σ_{kh,kw,i} w[kh,kw,i,o] · x[n, oh·s + kh − p, ow·s + kw − p, i]`, where `x` is 0 outside the image
-//! and the padding is `p = (k − 1)/2`. A depthwise convolution has the terms with `i = o` alone.
+//! `z[n,oh,ow,o] = Σ_{kh,kw,i} w[kh,kw,i,o] · x[n, oh·s + kh − p, ow·s + kw − p, i]`, where `x` is
+//! 0 outside the image and the padding is `p = (k − 1)/2`. A depthwise convolution has only the
+//! terms with `i = o`.
 //!
-//! The passes of a network call the functions here; which operation computes a kind, [`crate::pointwise`],
-//! [`crate::depthwise`] or [`crate::im2col`], is decided in this file, and what its weight looks like as well.
+//! The passes of a network call the functions here. This file decides which operation computes each
+//! kind of convolution ([`crate::pointwise`], [`crate::depthwise`] or [`crate::im2col`]) and which
+//! layout its weight has.
 
 use crate::check::Check;
 use crate::norm::{DeferredGradient, Epilogue, MapGradient, Stats};
@@ -12,42 +14,45 @@ use crate::{Activation, FeatureMap, Quantizer, Result, Weight, depthwise, im2col
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
 
-/// The kind of a convolution. Padding is `(k − 1)/2` zeros on every side.
+/// The kind of a convolution. The padding is `(k − 1)/2` zeros on every side.
 ///
-/// The weight's last dimension is always the filter (the output channel): `[k·k·C_in, C_out]` (full, rows in the order
-/// kh, kw, channel), `[3, 3, C]` (depthwise), `[C_in, C_out]` (pointwise).
+/// The weight's last dimension is always the filter (the output channel). The weight is
+/// `[k·k·C_in, C_out]` for a full convolution (rows in the order kh, kw, channel), `[3, 3, C]` for
+/// a depthwise one and `[C_in, C_out]` for a pointwise one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kernel {
-    /// Every input channel to every output channel, `size × size`. There is no gradient of its input yet.
+    /// A `size × size` convolution of every input channel to every output channel. Its input
+    /// gradient is not implemented.
     Full {
-        /// Side of the kernel.
+        /// The side of the kernel.
         size: usize,
-        /// Step between outputs.
+        /// The stride.
         stride: usize,
     },
     /// One 3×3 filter for each channel.
     Depthwise {
-        /// Step between outputs.
+        /// The stride.
         stride: usize,
     },
-    /// 1×1: a matrix product over the channels.
+    /// A 1×1 convolution: a matrix product over the channels.
     Pointwise,
 }
 
-/// What lies below a convolution, which decides what [`backward`] computes for it.
+/// The source of a convolution's input, which decides what [`backward`] computes for the input.
 #[derive(Debug, Clone, Copy)]
 pub enum Below<'a> {
-    /// The image, which nothing trains: its gradient is not computed.
+    /// The image, whose gradient is not computed because nothing below it is trained.
     Image,
-    /// A feature map: its gradient is computed.
+    /// A feature map, whose gradient is computed.
     Map,
-    /// A feature map that this epilogue made, and whose gradient goes to it unchanged: the sums that it needs of the
-    /// gradient are taken too, while they are in cache. (Not on a GPU, where a kernel of its own takes them.)
+    /// A feature map made by this epilogue, which gets the map's gradient unchanged. In addition to
+    /// the gradient, the sums over it that the epilogue needs are computed while it is in cache.
+    /// (On a GPU, a separate kernel computes these sums.)
     Epilogue(&'a Epilogue),
 }
 
-/// `z[N, Ho, Wo, C_out]` of `x[N, H, W, C_in]`.
+/// Computes `z[N, Ho, Wo, C_out]` from `x[N, H, W, C_in]`.
 pub fn forward<'a>(kernel: Kernel, x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
     fn of(kernel: Kernel, x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
         match kernel {
@@ -59,7 +64,7 @@ pub fn forward<'a>(kernel: Kernel, x: impl Into<FeatureMap>, w: impl Into<Weight
     of(kernel, &x.into(), w.into())
 }
 
-/// [`forward`], with the statistics of `z`.
+/// Computes [`forward`] and the statistics of `z`.
 pub fn forward_stats<'a>(
     kernel: Kernel,
     x: impl Into<FeatureMap>,
@@ -75,7 +80,8 @@ pub fn forward_stats<'a>(
     of(kernel, &x.into(), w.into())
 }
 
-/// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C_out]`; `z` is never in memory as a whole.
+/// Computes `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C_out]`. On the CPU, `z`
+/// is never in memory as a whole.
 pub fn forward_normalized<'a>(
     kernel: Kernel,
     x: impl Into<FeatureMap>,
@@ -105,10 +111,12 @@ pub fn forward_normalized<'a>(
     of(kernel, &x.into(), w.into(), affine, act, quant)
 }
 
-/// The gradients of the weight, of its shape, and, unless the image lies `below`, of the input `x[N, H, W, C_in]`.
+/// Computes the gradient of the weight, in the weight's shape, and, unless `below` is the image,
+/// the gradient of the input `x[N, H, W, C_in]`.
 ///
 /// # Errors
-/// Wrong shapes and dtypes, and a full convolution whose input's gradient is asked for.
+/// Returns an error if a shape or dtype is wrong, or if the input gradient of a full convolution is
+/// requested.
 pub fn backward(
     kernel: Kernel,
     x: impl Into<FeatureMap>,
@@ -142,11 +150,13 @@ pub fn backward(
     of(kernel, &x.into(), w, gz, below)
 }
 
-/// The gradient of the weight, of its shape, from that of the output, `gz[N, Ho, Wo, C_out]`.
+/// Computes the gradient of the weight, in the weight's shape, from the gradient of the output,
+/// `gz[N, Ho, Wo, C_out]`.
 pub fn grad_weight(kernel: Kernel, x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
     fn of(kernel: Kernel, x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
         match kernel {
-            // The patches are gathered again: to keep them from the forward pass would take `k·k` inputs.
+            // The patches are gathered again because keeping those of the forward pass would take
+            // the memory of `k·k` inputs.
             Kernel::Full { size, stride } => pointwise::grad_weight(&patches(x, size, stride)?, gz),
             Kernel::Depthwise { stride } => depthwise::grad_weight(x, gz, stride),
             Kernel::Pointwise => pointwise::grad_weight(x, gz),
@@ -155,13 +165,13 @@ pub fn grad_weight(kernel: Kernel, x: impl Into<FeatureMap>, gz: &Tensor) -> Res
     of(kernel, &x.into(), gz)
 }
 
-/// The rows that make a full convolution a product.
+/// Gathers the patches of `x` as rows, which makes a full convolution a matrix product.
 fn patches(x: &FeatureMap, size: usize, stride: usize) -> Result<Tensor> {
     im2col::forward(&x.to_float()?, size, stride, (size - 1) / 2)
 }
 
 impl Kernel {
-    /// Side of the kernel.
+    /// Returns the side of the kernel.
     pub fn side(self) -> usize {
         match self {
             Self::Full { size, .. } => size,
@@ -170,12 +180,12 @@ impl Kernel {
         }
     }
 
-    /// Positions of the kernel, each of which has weights.
+    /// Returns the number of positions (taps) of the kernel.
     pub fn taps(self) -> usize {
         self.side() * self.side()
     }
 
-    /// Step between outputs.
+    /// Returns the stride.
     pub fn stride(self) -> usize {
         match self {
             Self::Full { stride, .. } | Self::Depthwise { stride } => stride,
@@ -183,17 +193,19 @@ impl Kernel {
         }
     }
 
-    /// Height or width of the output for one of the input.
+    /// Returns the height or width of the output for that of the input.
     pub fn output_size(self, input: usize) -> usize {
         (input - 1) / self.stride() + 1
     }
 
-    /// Whether output channel `c` reads input channel `c` alone.
+    /// Returns whether output channel `c` reads only input channel `c`.
     pub fn is_depthwise(self) -> bool {
         matches!(self, Self::Depthwise { .. })
     }
 
-    /// The shape of the weight for so many channels; a depthwise one has as many filters as inputs.
+    /// Returns the shape of the weight for the given numbers of channels.
+    ///
+    /// A depthwise kernel has one filter per input channel, so its shape depends only on `filters`.
     pub fn weight_dims(self, inputs: usize, filters: usize) -> Vec<usize> {
         match self {
             Self::Full { .. } => vec![self.taps() * inputs, filters],
@@ -202,28 +214,29 @@ impl Kernel {
         }
     }
 
-    /// The number of filters of a weight.
+    /// Returns the number of filters of a weight.
     pub fn filters(self, weight: &Tensor) -> usize {
         *weight.dims().last().expect("weights have at least two dimensions")
     }
 
-    /// The number of input channels of a weight.
+    /// Returns the number of input channels of a weight.
     pub fn input_channels(self, weight: &Tensor) -> usize {
         if self.is_depthwise() { self.filters(weight) } else { weight.dims()[0] / self.taps() }
     }
 
-    /// The shape of the weight in PyTorch, `[C_out, C_in, k, k]`, where a depthwise one has `C_in = 1`.
+    /// Returns the shape of the weight in PyTorch, `[C_out, C_in, k, k]`, with `C_in = 1` for a
+    /// depthwise kernel.
     pub fn pytorch_dims(self, inputs: usize, filters: usize) -> [usize; 4] {
         [filters, if self.is_depthwise() { 1 } else { inputs }, self.side(), self.side()]
     }
 
-    /// The weight from the one of PyTorch.
+    /// Converts a weight from PyTorch's layout.
     pub fn weight_from_pytorch(self, weight: &Tensor) -> Result<Tensor> {
         let (filters, inputs, ..) = weight.dims4()?;
         Ok(weight.permute((2, 3, 1, 0))?.reshape(self.weight_dims(inputs, filters))?)
     }
 
-    /// The weight as `[taps, C_in, C_out]`; of a depthwise one as `[taps, C]`.
+    /// Reshapes a weight to `[taps, C_in, C_out]`, or to `[taps, C]` for a depthwise kernel.
     fn by_taps(self, weight: &Tensor) -> Result<Tensor> {
         let (taps, filters) = (self.taps(), self.filters(weight));
         Ok(match self {
@@ -232,8 +245,10 @@ impl Kernel {
         })
     }
 
-    /// The output `[C_out]` where every position of the input holds the same values `[C_in]` and no tap lies in the
-    /// padding: the response to a constant input, away from the border.
+    /// Computes the response `[C_out]` to a constant input, away from the border.
+    ///
+    /// Every position of the input holds the same values `input[C_in]`, and no tap lies in the
+    /// padding.
     pub fn response(self, weight: &Tensor, input: &Tensor) -> Result<Tensor> {
         let summed = self.by_taps(weight)?.sum(0)?;
         Ok(match self {
@@ -242,25 +257,26 @@ impl Kernel {
         })
     }
 
-    /// The largest |weight| of each filter, `[C_out]`.
+    /// Returns the largest |weight| of each filter, `[C_out]`.
     pub fn filter_ranges(self, weight: &Tensor) -> Result<Tensor> {
         Ok(weight.abs()?.flatten_to(D::Minus2)?.max(0)?)
     }
 
-    /// The largest |weight| that reads each input channel, `[C_in]`.
+    /// Returns the largest |weight| applied to each input channel, `[C_in]`.
     pub fn input_ranges(self, weight: &Tensor) -> Result<Tensor> {
         let largest = self.by_taps(&weight.abs()?)?.max(0)?;
         Ok(if self.is_depthwise() { largest } else { largest.max(D::Minus1)? })
     }
 
-    /// The weight with what reads input channel `i` multiplied by `factors[i]`.
+    /// Returns the weight with the elements for input channel `i` multiplied by `factors[i]`.
     pub fn scale_inputs(self, weight: &Tensor, factors: &Tensor) -> Result<Tensor> {
         let factors = if self.is_depthwise() { factors.clone() } else { factors.unsqueeze(D::Minus1)? };
         Ok(self.by_taps(weight)?.broadcast_mul(&factors)?.reshape(weight.shape())?)
     }
 
-    /// The weight without the input channels that are not in `channels`, indices `u32`. A depthwise one has none but
-    /// those of its filters.
+    /// Returns the weight with only the input channels in `channels`, which are `u32` indices.
+    ///
+    /// For a depthwise kernel, this selects its filters.
     pub fn select_inputs(self, weight: &Tensor, channels: &Tensor) -> Result<Tensor> {
         if self.is_depthwise() {
             return self.select_filters(weight, channels);
@@ -269,7 +285,7 @@ impl Kernel {
         Ok(self.by_taps(weight)?.contiguous()?.index_select(channels, 1)?.reshape(dims)?)
     }
 
-    /// The weight without the filters that are not in `filters`, indices `u32`.
+    /// Returns the weight with only the filters in `filters`, which are `u32` indices.
     pub fn select_filters(self, weight: &Tensor, filters: &Tensor) -> Result<Tensor> {
         Ok(weight.contiguous()?.index_select(filters, weight.rank() - 1)?)
     }
@@ -291,12 +307,13 @@ mod tests {
         Kernel::Pointwise,
     ];
 
-    /// Each kernel with its numbers of input channels and filters.
+    /// Returns each kernel with its numbers of input channels and filters.
     fn cases() -> impl Iterator<Item = (Kernel, usize, usize)> {
         KERNELS.into_iter().map(|kernel| (kernel, if kernel.is_depthwise() { 7 } else { 5 }, 7))
     }
 
-    /// Candle's convolution, which has PyTorch's layouts, of a map and a weight in ours.
+    /// Computes Candle's convolution, which uses PyTorch's layouts, of a map and a weight in our
+    /// layouts.
     fn reference(kernel: Kernel, x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
         let (side, filters, inputs) = (kernel.side(), kernel.filters(weight), x.dim(3)?);
         let groups = if kernel.is_depthwise() { inputs } else { 1 };
@@ -307,7 +324,8 @@ mod tests {
         z.permute((0, 2, 3, 1))?.contiguous()
     }
 
-    /// A convolution is linear in each operand, so `⟨∂operand, d⟩ = ⟨∂z, convolution of d⟩` for any `d` in its place.
+    /// Checks a gradient by linearity in the operand: `⟨∂operand, d⟩ = ⟨∂z, convolution of d⟩` for
+    /// any `d` in place of the operand.
     #[track_caller]
     fn check_gradient(
         gradient: &Tensor,
@@ -351,7 +369,7 @@ mod tests {
                     "{context}"
                 );
 
-                // Through a normalization that changes nothing, so that `gz` is `gy`.
+                // The normalization is the identity, so `gz` is `gy`.
                 let gy = random(5, z.dims());
                 let (ones, zeros) = (scale.ones_like().unwrap(), scale.zeros_like().unwrap());
                 let of_z = Epilogue::affine(&z, &ones, &zeros, Activation::Identity, None).unwrap();
@@ -389,8 +407,9 @@ mod tests {
         }
     }
 
-    /// What is done with a weight is the same in PyTorch's layout, where filters are the first dimension and input
-    /// channels the second one, and a depthwise weight has its channels in the first.
+    /// Checks that the operations on weights give the same results in PyTorch's layout, where
+    /// filters are the first dimension and input channels the second. In a depthwise weight, the
+    /// channels are the first dimension.
     #[test]
     fn channels_are_where_pytorch_has_them() {
         for (kernel, inputs, filters) in cases() {

@@ -1,5 +1,5 @@
-//! What the CPU kernels share: tensors open for reading and for changes in place, and the choice of the vector
-//! instructions at run time.
+//! The shared parts of the CPU kernels: reading tensors, changing them in place, and the choice of
+//! vector instructions at run time.
 
 use crate::check::Check;
 use crate::{Quantizer, Result};
@@ -7,10 +7,10 @@ use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, Storag
 use quant_core::Grid;
 use std::cell::Cell;
 
-/// The vector instructions that [`simd!`] compiles for, from the least.
+/// The vector instructions that [`simd!`] compiles for, from the least to the most capable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Instructions {
-    /// What every machine of the architecture has.
+    /// The instructions that every machine of the architecture has.
     Portable,
     /// 256-bit vectors with fused multiply-add.
     #[cfg(target_arch = "x86_64")]
@@ -21,13 +21,13 @@ pub(crate) enum Instructions {
 }
 
 impl Instructions {
-    /// Those whose registers hold a tile of 8 rows by 3 vectors of a product.
+    /// The instructions whose registers hold a tile of a product of 8 rows by 3 vectors.
     #[cfg(target_arch = "x86_64")]
     pub(crate) const WIDE: Self = Self::Avx512;
     #[cfg(not(target_arch = "x86_64"))]
     pub(crate) const WIDE: Self = Self::Portable;
 
-    /// The best that this machine has. (Detection is cached by the standard library.)
+    /// Returns the best instructions of this machine. (The standard library caches the detection.)
     #[inline]
     pub(crate) fn of_machine() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -41,7 +41,7 @@ impl Instructions {
         Self::Portable
     }
 
-    /// Those to use: the machine's best, but that a test can forbid some.
+    /// Returns the instructions to use: the machine's best, unless a test forbids them.
     #[cfg(not(test))]
     #[inline]
     pub(crate) fn current() -> Self {
@@ -53,7 +53,7 @@ impl Instructions {
         crate::testing::allowed_instructions().min(Self::of_machine())
     }
 
-    /// Whether AVX512-BF16 is there beside them.
+    /// Returns whether the machine has AVX512-BF16 in addition to these instructions.
     #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(crate) fn have_bf16(self) -> bool {
@@ -61,9 +61,9 @@ impl Instructions {
     }
 }
 
-/// Compiles a function's body once for each of the [`Instructions`], and calls the best that the machine has. The loops
-/// in it vectorize by themselves. Its closures are compiled for the same instructions; functions that it calls must be
-/// `#[inline(always)]`.
+/// Compiles a function's body once for each of the [`Instructions`], and calls the best version
+/// that the machine can run. The compiler vectorizes the loops in the body. Closures in the body
+/// are compiled for the same instructions; functions that it calls must be `#[inline(always)]`.
 macro_rules! simd {
     (
         $(#[$meta:meta])*
@@ -94,7 +94,7 @@ macro_rules! simd {
 }
 pub(crate) use simd;
 
-/// Asks for a line of the cache that will be needed soon.
+/// Prefetches the cache line at an address.
 #[inline(always)]
 pub(crate) fn prefetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
@@ -110,17 +110,18 @@ pub(crate) fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
-/// Bytes between what is read or written and what is asked for ahead.
+/// The number of bytes between an access and its prefetch.
 const AHEAD: usize = 2048;
 
-/// Bytes of a line of the cache.
+/// The number of bytes of a cache line.
 const LINE: usize = 64;
 
-/// While elements `start..start + len` are read, asks for those that lie 2 KiB further on.
+/// Prefetches the memory 2 KiB beyond the elements `start..start + len` that the caller reads.
 ///
-/// Processors do that by themselves, but not well enough. Compilers make `if passes { gy } else { 0 }` a load under a mask,
-/// which an AMD Zen 5 does not read ahead of: a loop over maps that are not in cache takes twice as long there without this. On
-/// a Xeon with AMX it takes 1.5 times as long over halves, and 1.2 times over floats.
+/// Processors prefetch by themselves, but not well enough. Compilers turn
+/// `if passes { gy } else { 0 }` into a masked load, for which an AMD Zen 5 does not prefetch: a
+/// loop over maps that are not in cache takes twice as long there without this function. On a Xeon
+/// with AMX it takes 1.5 times as long for `bf16` and 1.2 times for floats.
 #[inline(always)]
 pub(crate) fn read_ahead<T>(elements: &[T], start: usize, len: usize) {
     for at in (start..start + len).step_by(LINE / size_of::<T>()) {
@@ -128,30 +129,30 @@ pub(crate) fn read_ahead<T>(elements: &[T], start: usize, len: usize) {
     }
 }
 
-/// While a line's elements are written, asks for the line that lies 2 KiB further on. Without this a loop that rounds floats to
-/// a map of halves takes 2.4 times as long on a Xeon with AMX.
+/// Prefetches the cache line 2 KiB beyond `line`, which the caller writes. Without this, a loop
+/// that rounds floats to a `bf16` map takes 2.4 times as long on a Xeon with AMX.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) fn write_ahead<T>(line: &[T]) {
     prefetch(line.as_ptr().wrapping_byte_add(AHEAD));
 }
 
-/// A tensor on the CPU, open for reading.
+/// A CPU tensor that is open for reading.
 pub(crate) struct Opened<'a>(StorageRef<'a>, &'a Layout);
 
-/// Opens a contiguous tensor on the CPU.
+/// Opens a contiguous CPU tensor for reading.
 pub(crate) fn open(tensor: &Tensor) -> Opened<'_> {
     let (storage, layout) = tensor.storage_and_layout();
     Opened(storage, layout)
 }
 
 impl Opened<'_> {
-    /// Its dimensions.
+    /// Returns the tensor's dimensions.
     pub(crate) fn dims(&self) -> &[usize] {
         self.1.dims()
     }
 
-    /// Its elements.
+    /// Returns the tensor's elements.
     pub(crate) fn elements<T: WithDType>(&self) -> candle_core::Result<&[T]> {
         let Storage::Cpu(storage) = &*self.0 else {
             candle_core::bail!("the tensors of one operation are on different devices");
@@ -163,38 +164,40 @@ impl Opened<'_> {
         }
     }
 
-    /// Its elements, of an `f32` tensor.
+    /// Returns the elements of an `f32` tensor.
     pub(crate) fn floats(&self) -> candle_core::Result<&[f32]> {
         self.elements()
     }
 }
 
-/// The elements of a small tensor (per-channel values, a range) that a CPU kernel reads.
+/// Copies the elements of a small tensor (per-channel values, a range) for a CPU kernel.
 pub(crate) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(open(tensor).floats()?.to_vec())
 }
 
-/// The grid of a quantizer of the whole tensor, from its range tensor.
+/// Returns the grid of a whole-tensor quantizer, from its range tensor.
 pub(crate) fn grid(quant: Quantizer<'_>) -> Result<Grid> {
     Ok(grids(quant)?[0])
 }
 
-/// The grids of a quantizer, from its range tensor: one, or one of each channel.
+/// Returns the grids of a quantizer, from its range tensor: one grid, or one for each channel.
 pub(crate) fn grids(quant: Quantizer<'_>) -> Result<Vec<Grid>> {
     let range = values(quant.range)?;
     let (lo, hi) = range.split_at(range.len() / 2);
     Ok(lo.iter().zip(hi).map(|(lo, hi)| Grid::spanning(*lo, *hi, quant.bits)).collect())
 }
 
-/// A tensor on the CPU of what a kernel has computed.
+/// Creates a CPU tensor from elements that a kernel has computed.
 pub(crate) fn tensor<T: WithDType>(elements: Vec<T>, dims: impl Into<Shape>) -> Result<Tensor> {
     Ok(Tensor::from_vec(elements, dims.into(), &Device::Cpu)?)
 }
 
-/// Changes a contiguous `f32` tensor on the CPU in place, by what it reads of `others`: `f(elements, others)`.
+/// Changes a contiguous `f32` tensor on the CPU in place with `f(elements, others)`, where `f`
+/// reads the elements of `others`.
 ///
 /// # Errors
-/// When one of the others shares its memory, or anything is not contiguous `f32`.
+/// Returns an error if one of `others` shares memory with `tensor`, or if a tensor is not
+/// contiguous `f32`.
 pub(crate) fn update<const N: usize>(
     check: &Check,
     argument: &'static str,
@@ -202,7 +205,7 @@ pub(crate) fn update<const N: usize>(
     others: [&Tensor; N],
     f: impl FnOnce(&mut [f32], [&[f32]; N]),
 ) -> Result<()> {
-    /// Candle lends elements to be changed to an operation alone.
+    /// The change as an operation, because Candle gives mutable elements only to operations.
     struct InPlace<F>(Cell<Option<F>>);
 
     impl<F: FnOnce(&mut [f32])> InplaceOp1 for InPlace<F> {

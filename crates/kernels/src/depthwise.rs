@@ -1,18 +1,20 @@
-//! The depthwise 3×3 convolution with padding 1, stride `s` of 1 or 2.
+//! The depthwise 3×3 convolution with padding 1 and a stride `s` of 1 or 2.
 //!
-//! `y[n,oh,ow,c] = Σ_{kh,kw} w[kh,kw,c] · x[n, oh·s + kh − 1, ow·s + kw − 1, c]`, where `x` is 0 outside
-//! the image, and `Ho = (H − 1)/s + 1`. So
+//! `y[n,oh,ow,c] = Σ_{kh,kw} w[kh,kw,c] · x[n, oh·s + kh − 1, ow·s + kw − 1, c]`, where `x` is 0
+//! outside the image and `Ho = (H − 1)/s + 1`. So
 //! `∂x[n,ih,iw,c] = Σ_{kh,kw} w[kh,kw,c] · ∂y[n, (ih + 1 − kh)/s, (iw + 1 − kw)/s, c]` over the terms
 //! whose divisions leave no remainder, and
 //! `∂w[kh,kw,c] = Σ_{n,oh,ow} ∂y[n,oh,ow,c] · x[n, oh·s + kh − 1, ow·s + kw − 1, c]`.
 //!
-//! The kernels visit a map's positions in the order of memory, and at each the channels in blocks whose
-//! sums stay in registers. Which taps reach a position is a product of rows and columns, found once per
-//! call: so the borders of a map, the stride and the direction are all one to the inner loops. The
-//! weight's gradient, which has nine sums for each channel, takes 16 channels of some rows at a time. Rows that are
-//! themselves to be computed, of a normalized input or of `∂z`, are so in a window that stays in cache.
+//! The kernels visit the positions of a map in memory order, and at each position the channels in
+//! blocks whose sums stay in registers. The taps that reach a position are a product of row taps
+//! and column taps, which are found once per call, so the inner loops treat borders, strides and
+//! both directions alike. The gradient of the weight has nine sums for each channel, so its kernel
+//! takes 16 channels of some rows at a time. Rows that must first be computed, of a normalized
+//! input or of `∂z`, are held in a window that stays in cache.
 //!
-//! On a GPU a thread goes down some columns of a map with the rows of its window in registers (depthwise.cu).
+//! On a GPU a thread goes down some columns of a map and holds the rows of its window in registers
+//! (depthwise.cu).
 
 mod gpu;
 
@@ -32,7 +34,7 @@ use candle_core::Tensor;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// `z[N, Ho, Wo, C]` of `x[N, H, W, C]` and `w[3, 3, C]`.
+/// Computes `z[N, Ho, Wo, C]` from `x[N, H, W, C]` and `w[3, 3, C]`.
 pub fn forward(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<Tensor> {
     fn of(x: &FeatureMap, w: &Tensor, stride: usize) -> Result<Tensor> {
         let check = Check("depthwise::forward");
@@ -44,7 +46,7 @@ pub fn forward(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<Te
     of(&x.into(), w, stride)
 }
 
-/// [`forward`], with the statistics of `z`.
+/// Computes [`forward`] and the statistics of `z`.
 pub fn forward_stats(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
     fn of(x: &FeatureMap, w: &Tensor, stride: usize) -> Result<(Tensor, Stats)> {
         let check = Check("depthwise::forward_stats");
@@ -58,7 +60,7 @@ pub fn forward_stats(x: impl Into<FeatureMap>, w: &Tensor, stride: usize) -> Res
     of(&x.into(), w, stride)
 }
 
-/// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
+/// Computes `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
 pub fn forward_normalized(
     x: impl Into<FeatureMap>,
     w: &Tensor,
@@ -88,8 +90,8 @@ pub fn forward_normalized(
     of(&x.into(), w, stride, affine, act, quant)
 }
 
-/// The gradient of the input, `[N, h, w, C]`, from that of the output; `size` is the `(h, w)` of the
-/// input.
+/// Computes the gradient of the input, `[N, h, w, C]`, from the gradient of the output; `size` is
+/// the `(h, w)` of the input.
 pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) -> Result<Tensor> {
     let check = Check("depthwise::grad_input");
     let (n, _, _, c) = check.map("gz", gz)?;
@@ -112,7 +114,7 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
     })
 }
 
-/// The gradient of the weight, `[3, 3, C]`.
+/// Computes the gradient of the weight, `[3, 3, C]`.
 pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor, stride: usize) -> Result<Tensor> {
     fn of(x: &FeatureMap, gz: &Tensor, stride: usize) -> Result<Tensor> {
         let check = Check("depthwise::grad_weight");
@@ -133,8 +135,10 @@ pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor, stride: usize) -> Resu
     of(&x.into(), gz, stride)
 }
 
-/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([3, 3, C], [N, H, W, C])`. `below` is what
-/// made `x`, as in [`crate::pointwise::backward`].
+/// Computes [`grad_weight`] and [`grad_input`] from the gradient `∂z` of the output:
+/// `([3, 3, C], [N, H, W, C])`.
+///
+/// `below` is the epilogue that made `x`, as in [`crate::pointwise::backward`].
 pub fn backward(
     x: impl Into<FeatureMap>,
     w: &Tensor,
@@ -227,24 +231,28 @@ impl Geometry {
     }
 }
 
-/// How taps reach from the positions of one map to those of another, along one dimension.
+/// The direction in which taps lead from the positions of one map to those of another, along one
+/// dimension.
 #[derive(Clone, Copy)]
 enum Direction {
     /// From output to input: tap `k` of position `o` is at `o·s + k − 1`.
     Forward,
-    /// From input to output: tap `k` of position `i` is at `(i + 1 − k)/s`, where that is whole.
+    /// From input to output: tap `k` of position `i` is at `(i + 1 − k)/s`, if that is an integer.
     Backward,
 }
 
-/// One tap: where it reads, and its place in the weight, both as offsets in memory.
+/// One tap: the position that it reads and its position in the weight, both as offsets in memory.
 #[derive(Clone, Copy)]
 struct Tap {
     source: usize,
     weight: usize,
 }
 
-/// For each of `positions`, the taps that fall on a source of `sources` positions, whose elements are
-/// `source_step` and `weight_step` apart in memory.
+/// Returns, for each of `positions` positions, the taps whose source is one of the `sources` source
+/// positions.
+///
+/// Neighbouring sources are `source_step` elements apart in memory, and neighbouring taps
+/// `weight_step`.
 fn reach(
     direction: Direction,
     stride: usize,
@@ -265,8 +273,9 @@ fn reach(
     (0..positions).map(|position| (0..3).filter_map(|k| tap(position, k)).collect()).collect()
 }
 
-/// Calls `$block::<L, …>(…, at)` for blocks of `L` channels, from `at` on, that cover `$c` channels. The
-/// last block may overlap the one before it: computing a channel twice must do no harm.
+/// Calls `$block::<L, …>(…, at)` for blocks of `L` channels, starting at `at`, that together cover
+/// `$c` channels. The last block may overlap the one before it, so computing a channel twice must
+/// do no harm.
 macro_rules! cover {
     ($c:expr, [$($lanes:literal),*], $block:ident $constants:tt $arguments:tt) => {{
         let (c, mut at) = ($c, 0);
@@ -275,7 +284,7 @@ macro_rules! cover {
                 cover!(@call $block, $lanes, $constants, at, $arguments);
                 at += $lanes;
             }
-            // Better one block that repeats some channels than several narrow ones.
+            // One block that repeats some channels is cheaper than several narrow ones.
             if at < c && c >= $lanes && $lanes <= 16 {
                 cover!(@call $block, $lanes, $constants, c - $lanes, $arguments);
                 at = c;
@@ -290,7 +299,7 @@ macro_rules! cover {
     };
 }
 
-/// `y[at..at + L] = Σ_taps x·w` at one position.
+/// Computes `y[at..at + L] = Σ_taps x·w` at one position.
 #[inline(always)]
 fn single<T: Copy, const L: usize>(
     x: &[T],
@@ -314,9 +323,9 @@ fn single<T: Copy, const L: usize>(
     y[at..at + L].write_copy_of_slice(&sum);
 }
 
-/// [`single`] at `P` neighbouring positions of `c` channels, `first` being the column taps of the first
-/// of them. They have all three columns, a position apart, so most of what one position reads the others
-/// need too.
+/// Computes [`single`] at `P` neighbouring positions of `c` channels, where `first` are the column
+/// taps of the first position. All positions have all three column taps, and their sources are one
+/// position apart, so neighbouring positions share most of what they read.
 #[inline(always)]
 fn several<T: Copy, const L: usize, const P: usize>(
     x: &[T],
@@ -328,7 +337,7 @@ fn several<T: Copy, const L: usize, const P: usize>(
     first: &[Tap; 3],
     at: usize,
 ) {
-    // In either direction: the leftmost source, and the weights from left to right.
+    // In either direction, the leftmost source, and the weights from left to right.
     let source = first[0].source.min(first[2].source);
     let mut weights = first.map(|tap| tap.weight);
     if first[0].source > source {
@@ -347,7 +356,7 @@ fn several<T: Copy, const L: usize, const P: usize>(
                 *value_at = value(*x);
             }
             for p in 0..P {
-                // Constant after unrolling.
+                // The condition is constant after unrolling.
                 if p <= column && column <= p + 2 {
                     let (sum, tap) = (&mut sums[p], &taps[column - p]);
                     for i in 0..L {
@@ -363,7 +372,7 @@ fn several<T: Copy, const L: usize, const P: usize>(
 }
 
 simd! {
-    /// Writes one row of positions, `y[columns][c]`, from an image.
+    /// Writes one row of positions, `y[columns][c]`, computed from an image.
     fn gather_row<'y, T: Element>(
         x: Stored<'_, T>,
         w: &[f32],
@@ -419,16 +428,17 @@ fn gather_positions<T: Copy>(
     }
 }
 
-/// What the taps gather for each position of the maps of a batch: the convolution, or its input's gradient.
+/// The sum over taps at each position of the maps of a batch: the convolution, or the gradient of
+/// its input.
 struct Gather<'a, T> {
     x: Operand<'a, T>,
     w: &'a [f32],
     stride: usize,
     dims: [usize; 4],
-    /// Elements of an image that is read, and of a row of it.
+    /// The number of elements of an image that is read; `from_row` is that of one of its rows.
     from: usize,
     from_row: usize,
-    /// Height, width and channels of a map that is written.
+    /// Height, width and number of channels of a map that is written.
     to: (usize, usize, usize),
     rows: Vec<Vec<Tap>>,
     columns: Vec<Vec<Tap>>,
@@ -452,17 +462,18 @@ impl<'a, T: Element> Gather<'a, T> {
     }
 }
 
-/// Some rows of an image, computed as they are first needed.
+/// Some rows of an image, which are computed when they are first needed.
 #[derive(Default)]
 struct Window<T> {
     image: usize,
-    /// The first of the rows.
+    /// The index of the first row in the window.
     first: usize,
     elements: Vec<T>,
 }
 
 impl<T: Element> Window<T> {
-    /// Rows `rows` of an image, of `len` elements each. `append` appends rows that are not there yet.
+    /// Returns the rows `rows` of an image, of `len` elements each. `append` appends the rows that
+    /// the window does not hold yet.
     fn get(
         &mut self,
         image: usize,
@@ -478,7 +489,8 @@ impl<T: Element> Window<T> {
         }
         let end = self.first + self.elements.len() / len;
         if end < rows.end {
-            // Rows that were passed make room only when they would else drive those that are needed out of the cache.
+            // Drops rows that are no longer needed only if the window would otherwise outgrow the
+            // cache.
             if (rows.end - self.first) * len > 2 * CHUNK {
                 self.elements.drain(..(rows.start - self.first) * len);
                 self.first = rows.start;
@@ -489,13 +501,13 @@ impl<T: Element> Window<T> {
     }
 }
 
-/// The rows that some taps reach, `len` elements each.
+/// Returns the range of rows, of `len` elements each, that some taps reach.
 fn reached(taps: &[Tap], len: usize) -> Range<usize> {
     let rows = || taps.iter().map(|tap| tap.source / len);
     rows().min().unwrap_or(0)..rows().max().map_or(0, |last| last + 1)
 }
 
-/// The taps where an image's rows, of `len` elements each, are given from row `first` on.
+/// Rebases taps to a slice that begins at row `first` of the image, with rows of `len` elements.
 fn from_row(taps: &[Tap], first: usize, len: usize) -> Vec<Tap> {
     taps.iter().map(|tap| Tap { source: tap.source - first * len, ..*tap }).collect()
 }
@@ -508,7 +520,7 @@ impl<T: Element> Blockwise for Gather<'_, T> {
         &self.dims
     }
 
-    /// Whole rows of a map.
+    /// Returns the number of positions in whole rows of a map.
     fn rows_per_block(&self) -> usize {
         let (_, w, c) = self.to;
         (CHUNK.min(T::AT_ONCE) / (w * c)).max(1) * w
@@ -550,7 +562,7 @@ impl<T: Element> Blockwise for Gather<'_, T> {
 
 const LANES: usize = 16;
 
-/// Neighbouring channels at one position, on a cache line of their own.
+/// Neighbouring channels at one position, aligned to a cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Lanes([f32; LANES]);
@@ -559,7 +571,7 @@ const ZERO: Lanes = Lanes([0.0; LANES]);
 const ONE: Lanes = Lanes([1.0; LANES]);
 
 impl Lanes {
-    /// The channels of a slice, those missing being 0.
+    /// Loads the channels of a slice; missing channels are 0.
     #[inline(always)]
     fn load<T: Copy>(from: &[T], value: impl Fn(usize, T) -> f32) -> Self {
         let mut lanes = ZERO;
@@ -578,7 +590,7 @@ impl Lanes {
         lanes
     }
 
-    /// `self + a·b`. By value, which keeps sums in registers.
+    /// Returns `self + a·b`. It takes `self` by value, which keeps sums in registers.
     #[inline(always)]
     fn plus(mut self, a: &Self, b: &Self) -> Self {
         for i in 0..LANES {
@@ -588,7 +600,7 @@ impl Lanes {
     }
 }
 
-/// Copies one block of channels of rows of an image `[h, w, c]`, from row `first − 1` on, to
+/// Copies one block of channels of rows of an image `[h, w, c]`, starting at row `first − 1`, to
 /// `block[rows][w + 2]`, with zeros around the image.
 #[inline(always)]
 fn pack<T: Copy>(
@@ -610,7 +622,8 @@ fn pack<T: Copy>(
         out[w + 1] = ZERO;
         let row = &image[(row - 1) * w * c..][..w * c];
         for (out, position) in out[1..=w].iter_mut().zip(row.chunks_exact(c)) {
-            // The next row's, as processors do not read ahead so far apart.
+            // Prefetches the same channels one row below, because hardware prefetchers do not
+            // follow accesses that are this far apart.
             prefetch(position[channels.start..].as_ptr().wrapping_add(w * c));
             *out = Lanes::load(&position[channels.clone()], value);
         }
@@ -618,9 +631,11 @@ fn pack<T: Copy>(
 }
 
 simd! {
-    /// Adds to the sums of the weight's gradient what rows `gy[rows][wo][c]`, from row `oh` on, of one
-    /// image give. One block of channels at a time is copied to `block`, which stays in cache, with a
-    /// border of zeros: so all positions have all taps, and their sums stay in registers.
+    /// Adds the contributions of rows `gy[rows][wo][c]` of one image, starting at row `oh`, to the
+    /// sums of the weight's gradient.
+    ///
+    /// One block of channels at a time is copied to `block`, which stays in cache, with a border of
+    /// zeros. So every position has all nine taps, and the sums stay in registers.
     fn correlate<T: Element>(
         image: Operand<'_, T>,
         gy: &[T],
@@ -677,8 +692,10 @@ simd! {
     }
 }
 
-/// Cuts rows `rows` of the maps of a batch, `height` rows each, in bands of at most `most` that do not
-/// cross images: `(image, first row in it, rows)`.
+/// Cuts the rows `rows` of a batch of maps with `height` rows each into bands of at most `most`
+/// rows that do not cross images.
+///
+/// The items are `(image, first row in it, number of rows)`.
 fn bands(rows: Range<usize>, height: usize, most: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     let mut next = rows.start;
     std::iter::from_fn(move || {
@@ -690,19 +707,20 @@ fn bands(rows: Range<usize>, height: usize, most: usize) -> impl Iterator<Item =
 }
 
 impl Geometry {
-    /// Rows of a band: what a block of its channels reads fits in a first-level cache.
+    /// Returns the number of rows of a band, chosen so that what one block of channels reads fits
+    /// in a first-level cache.
     fn rows_per_band(&self) -> usize {
         (CHUNK / 4 / (LANES * (self.w + 2) * self.stride)).max(2)
     }
 
-    /// The part of an input that is an image.
+    /// Returns the range of elements of one image of an input.
     fn image(&self, image: usize) -> Range<usize> {
         let len = self.h * self.w * self.c;
         image * len..(image + 1) * len
     }
 }
 
-/// The gradient of the weight from a batch of `n` images.
+/// Computes the gradient of the weight from a batch of `n` images.
 fn weight_gradient<T: Element>(x: Operand<'_, T>, gz: &[T], n: usize, geometry: &Geometry) -> Vec<f32> {
     let &Geometry { ho, wo, c, .. } = geometry;
     let sums = parts(n * ho, wo * c, |rows| {
@@ -724,8 +742,8 @@ fn weight_gradient<T: Element>(x: Operand<'_, T>, gz: &[T], n: usize, geometry: 
     sum_of_parts(&sums, c)
 }
 
-/// Both gradients from a batch of `n` images, and the sums of what made the input: each row of `∂z` is computed once,
-/// and used while it is in cache.
+/// Computes both gradients from a batch of `n` images, and the sums for the epilogue that made the
+/// input. Each row of `∂z` is computed once, and used while it is in cache.
 fn gradients<T: Element>(
     x: Operand<'_, T>,
     w: &[f32],
@@ -738,7 +756,7 @@ fn gradients<T: Element>(
     let len = wo * c;
     let row_taps = reach(Direction::Backward, stride, (h, ho), (len, 3 * c));
     let column_taps = reach(Direction::Backward, stride, (width, wo), (c, c));
-    // Where the rows of the input begin that belong to the output from a row on.
+    // The first element of the input rows that belong to the output rows from `row` on.
     let inputs = |row: usize| (row / ho * h + (row % ho * stride).min(h)) * width * c;
     let (gx, parts) = parts_writing((n * ho, len), inputs, |rows, gx| {
         let mut sums = vec![[ZERO; 9]; c.div_ceil(LANES)];
@@ -746,7 +764,7 @@ fn gradients<T: Element>(
         let (mut block, mut window, mut floats) = (Vec::new(), Window::default(), Vec::new());
         let mut gx = Progress::new(gx);
         for (image, oh, rows) in bands(rows, ho, geometry.rows_per_band()) {
-            // The rows beside the band reach its inputs, too.
+            // The output rows next to the band also contribute to the gradients of its inputs.
             let first = oh.saturating_sub(1);
             let gz = window.get(image, first..(oh + rows + 1).min(ho), len, |rows, elements| {
                 let row = image * ho * wo;
@@ -774,7 +792,7 @@ fn gradients<T: Element>(
     (sum_of_parts(&of_weight, c), gx, GradientSums::of_parts(of_below.into_iter().flatten()))
 }
 
-/// The gradient of the weight, `[3, 3, C]`, from those of the parts of a batch.
+/// Adds up the weight gradients of the parts of a batch, `[3, 3, C]`.
 fn sum_of_parts(parts: &[Vec<[Lanes; 9]>], c: usize) -> Vec<f32> {
     let sum = |tap: usize, channel: usize| {
         let of_part = |sums: &Vec<[Lanes; 9]>| f64::from(sums[channel / LANES][tap].0[channel % LANES]);
@@ -791,7 +809,7 @@ mod tests {
     use super::*;
     use crate::testing::*;
 
-    /// Every `stride`-th position, beginning at `start`, along a dimension.
+    /// Selects every `stride`-th position along a dimension, beginning at `start`.
     fn strided(
         x: &Tensor,
         dim: usize,
@@ -847,7 +865,7 @@ mod tests {
             let expected = reference(&x, &w, stride).unwrap();
             let gy = random(3, expected.dims());
             assert_close(&forward(&x, &w, stride).unwrap(), &expected, 1e-6, &context);
-            // ⟨∂y, conv(x, w)⟩ is linear in both, so it is ⟨∂x, x⟩ and ⟨∂w, w⟩.
+            // ⟨∂y, conv(x, w)⟩ is linear in x and in w, so it equals both ⟨∂x, x⟩ and ⟨∂w, w⟩.
             let dot = |a: &Tensor, b: &Tensor| -> f64 {
                 elements(a).iter().zip(elements(b)).map(|(a, b)| a * b).sum()
             };
@@ -897,7 +915,8 @@ mod tests {
         }
     }
 
-    /// To the bit: one pass over the bands of a batch is the two passes over all of `∂z`.
+    /// Checks that one pass over the bands of a batch gives the same bits as two passes over all of
+    /// `∂z`.
     #[test]
     fn both_gradients_are_those_of_the_single_operations() {
         let maps = MAPS.iter().flat_map(|&(n, h, w)| CHANNELS.map(|c| [n, h, w, c])).chain(LARGE);

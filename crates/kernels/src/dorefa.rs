@@ -1,11 +1,11 @@
-//! The quantized weights of DoReFa-Net (Zhou et al. 2016, arXiv:1606.06160), which PACT takes for its own.
+//! The quantized weights of DoReFa-Net (Zhou et al. 2016, arXiv:1606.06160), which PACT uses too.
 //!
-//! With `M = max|tanh w|` over the tensor: `t = tanh(w)/2M + ½` lies in [0, 1], `q` is the nearest of the `2^b` levels
-//! `0, 1/(2^b − 1), …, 1`, and `y = 2q − 1`. So `y` spans [−1, 1] whatever the size of the weights: what follows must
-//! normalize. Zero is no level.
+//! With `M = max|tanh w|` over the tensor, `t = tanh(w)/2M + ½` lies in [0, 1], `q` is the nearest
+//! of the `2^b` levels `0, 1/(2^b − 1), …, 1`, and `y = 2q − 1`. So `y` spans [−1, 1] for weights
+//! of any size, and the next layer must normalize. Zero is not a level.
 //!
-//! Rounding is passed straight through, and `M` is held constant: `∂w = ∂y·(1 − tanh²w)/M`. (Differentiating
-//! `M` too would change the gradient of the largest weight alone.)
+//! Rounding has a straight-through gradient, and `M` is held constant: `∂w = ∂y·(1 − tanh²w)/M`.
+//! (Differentiating `M` too would change only the gradient of the largest weight.)
 
 mod gpu;
 
@@ -17,7 +17,7 @@ use crate::{Result, profiler, quantize};
 use candle_core::Tensor;
 use quant_core::Bits;
 
-/// The quantized weights, of the shape of `weight`.
+/// Quantizes the weights.
 pub fn forward(weight: &Tensor, bits: Bits) -> Result<Tensor> {
     let check = Check("dorefa::forward");
     let _note = profiler::note(check.0, 0, 8 * weight.elem_count());
@@ -32,7 +32,7 @@ pub fn forward(weight: &Tensor, bits: Bits) -> Result<Tensor> {
     cpu::tensor(fill(w.len(), CHUNK, |part, y| levels(&w[part], y, half, steps)), opened.dims())
 }
 
-/// The gradient of the weights. It does not depend on the bits.
+/// Computes the gradient of the weights, which does not depend on the bit width.
 pub fn backward(weight: &Tensor, gy: &Tensor) -> Result<Tensor> {
     let check = Check("dorefa::backward");
     let _note = profiler::note(check.0, 0, 12 * weight.elem_count());
@@ -49,10 +49,10 @@ pub fn backward(weight: &Tensor, gy: &Tensor) -> Result<Tensor> {
     cpu::tensor(gw, opened.dims())
 }
 
-/// `M = max|tanh w|`, which is that of the largest weight.
+/// Returns `M = max|tanh w|`, from the extremes of the weights because tanh is monotone.
 fn maximum(weight: &Tensor) -> Result<f32> {
     let ends = cpu::values(&quantize::min_max(weight)?)?;
-    // Below the smallest normal number the reciprocal would overflow.
+    // The reciprocal of a value below the smallest normal number would overflow.
     Ok(tanh(ends[0]).abs().max(tanh(ends[1]).abs()).max(f32::MIN_POSITIVE))
 }
 
@@ -62,7 +62,8 @@ simd! {
             let level = (tanh(*w).mul_add(half, 0.5) * steps).round_ties_even();
             let level = if level > 0.0 { level } else { 0.0 };
             let level = if level < steps { level } else { steps };
-            // Whole numbers up to the division, so that opposite levels are opposite to the bit.
+            // All values before the division are whole numbers, so opposite levels differ only in
+            // the sign bit.
             *y = (2.0 * level - steps) / steps;
         }
     }
@@ -87,8 +88,8 @@ mod tests {
         Bits::new(bits).unwrap()
     }
 
-    /// Two bits: levels −1, −⅓, ⅓, 1. The largest weight has tanh(ln 3) = 4/5, tanh(ln 2) = 3/5,
-    /// tanh(½ ln 2) = ⅓, so t is 0, (1 − ¾)/2 = 1/8, ½ ∓ 5/24, 7/8.
+    /// Checks two bits: levels −1, −⅓, ⅓, 1. The largest weight has tanh(ln 3) = 4/5, tanh(ln 2) =
+    /// 3/5, tanh(½ ln 2) = ⅓, so t is 0, (1 − ¾)/2 = 1/8, ½ ∓ 5/24, 7/8.
     #[test]
     fn hand_worked() {
         let (two, three) = (2f32.ln(), 3f32.ln());
@@ -103,7 +104,8 @@ mod tests {
         assert_close(&gw, &tensor(&expected.map(|x: f64| x as f32)), 1e-6, "∂w");
     }
 
-    /// The function without its rounding, with the maximum held, by plain Candle and by differences.
+    /// Checks the gradients of the function without its rounding and with a constant maximum, with
+    /// plain Candle's autograd and with finite differences.
     #[test]
     fn gradients_are_those_of_the_tanh() {
         let (w, gy) = ((random(1, &[9, 14]) * 2.0).unwrap(), random(2, &[9, 14]));
@@ -122,7 +124,7 @@ mod tests {
                 // Large weights are all near the ends.
                 let least = if scale > 1.0 { 2 } else { 1 << b };
                 assert!((least..=1 << b).contains(&levels.len()), "{} levels at {b} bits", levels.len());
-                // Only one of the two ends need be there.
+                // Only one of the two ends must occur.
                 let largest = y.iter().fold(0.0, |a: f64, y| a.max(y.abs()));
                 assert_eq!(largest, 1.0, "{b} bits at scale {scale}");
             }

@@ -1,23 +1,25 @@
 //! Differentiable soft quantization (DSQ, Gong et al. 2019, arXiv:1908.05033).
 //!
-//! Between the bounds `l` and `u` lie `N = 2^b − 1` intervals of width `Δ = (u − l)/N`; the middle of interval `i` is
-//! `m_i = l + (i + ½)Δ`. In each, a piece of a hyperbolic tangent stands for the step:
+//! Between the bounds `l` and `u` lie `N = 2^b − 1` intervals of width `Δ = (u − l)/N`; the middle
+//! of interval `i` is `m_i = l + (i + ½)Δ`. In each interval, a piece of a hyperbolic tangent
+//! replaces the step:
 //!
 //! * `φ(x) = s·tanh(k(x − m_i))`, with `s = 1/tanh(kΔ/2)`, so that the pieces join;
 //! * the soft value is `Q(x) = l + Δ·(i + (φ(x) + 1)/2)` from `l` to `u`, `l` below, `u` above;
-//! * the hard value has the sign of `φ` in its place: the nearest of the `2^b` levels `l + Δq`.
+//! * the hard value has the sign of `φ` in place of `φ`: it is the nearest of the `2^b` levels
+//!   `l + Δq`.
 //!
-//! The softness `α = 1 − tanh(kΔ/2)` gives `s = 1/(1 − α)` and `k = ln(2/α − 1)/Δ`: at 0 the soft value is the hard one.
-//! `l`, `u` and `α` are learned.
+//! The softness `α = 1 − tanh(kΔ/2)` gives `s = 1/(1 − α)` and `k = ln(2/α − 1)/Δ`. At `α = 0` the
+//! soft value equals the hard value. `l`, `u` and `α` are learned.
 //!
-//! [`forward`] gives the hard value, [`backward`] the derivatives of the soft one, all of them, through `Δ`, `k`, `s` and
-//! `m_i`, as the paper takes them. With `t = (x − l)/Δ`, `f = t − i − ½`, `κ = kΔ`, `T = tanh(κf)`, `q = i + (sT + 1)/2`
-//! and the slope `D = ½sκ(1 − T²)`, from `l` to `u`:
+//! [`forward`] returns the hard value. [`backward`] returns all derivatives of the soft value,
+//! through `Δ`, `k`, `s` and `m_i`, as in the paper. With `t = (x − l)/Δ`, `f = t − i − ½`,
+//! `κ = kΔ`, `T = tanh(κf)`, `q = i + (sT + 1)/2` and the slope `D = ½sκ(1 − T²)`, from `l` to `u`:
 //!
 //! * `∂Q/∂x = D`, `∂Q/∂u = (q − D·t)/N`, `∂Q/∂l = 1 − D − ∂Q/∂u`;
 //! * `∂Q/∂α = ½Δ·(s²T − s(1 − T²)·f·2/(α(2 − α)))`.
 //!
-//! Below, only `∂Q/∂l = 1`; above, only `∂Q/∂u = 1`.
+//! Below `l`, only `∂Q/∂l = 1` is nonzero; above `u`, only `∂Q/∂u = 1`.
 
 mod gpu;
 
@@ -31,20 +33,21 @@ use crate::{Result, clamp, profiler};
 use candle_core::Tensor;
 use quant_core::Bits;
 
-/// The range of `α`. The paper's ends at ½; from 0 it keeps such a distance that all is finite (`κ` is 9.9 there).
+/// The range of `α`. Like the paper's range, it ends at ½; it begins above 0, so that everything
+/// stays finite (`κ` is 9.9 at its lower end).
 pub const SOFTNESS: (f32, f32) = (1e-4, 0.5);
 
 /// The gradients of the soft function.
 pub struct Gradients {
-    /// Of the input, of its shape.
+    /// The gradient of the input, of its shape.
     pub x: Tensor,
-    /// Of `(l, u)`, `[2]`.
+    /// The gradient of `(l, u)`, `[2]`.
     pub bounds: Tensor,
-    /// Of `α`, `[1]`.
+    /// The gradient of `α`, `[1]`.
     pub softness: Tensor,
 }
 
-/// The nearest level of each element: the hard value; `bounds` is `[2] = (l, u)`.
+/// Returns the hard value, the nearest level of each element; `bounds` is `[2] = (l, u)`.
 pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
     let check = Check("dsq::forward");
     let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
@@ -60,7 +63,7 @@ pub fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
     })
 }
 
-/// The gradients of the soft value; `softness` is `[1] = α`, and counts as the nearest of the values in [`SOFTNESS`].
+/// Returns the gradients of the soft value; `softness` is `[1] = α`, clamped to [`SOFTNESS`].
 pub fn backward(
     x: &Tensor,
     gy: &Tensor,
@@ -91,8 +94,10 @@ pub fn backward(
     })
 }
 
-/// Brings `α` back into [`SOFTNESS`] and the bounds back in order, both in place, after a step of the optimizer:
-/// bounds that have passed each other meet in their middle.
+/// Brings `α` back into [`SOFTNESS`] and the bounds back in order, in place; called after a step of
+/// the optimizer.
+///
+/// Bounds that have crossed both move to their midpoint.
 pub fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {
     let check = Check("dsq::project");
     check.dims("bounds", bounds, &[2])?;
@@ -130,7 +135,8 @@ impl Intervals {
 
     fn new(low: f32, high: f32, bits: Bits) -> Self {
         let count = bits.max_level() as f32;
-        // Below the smallest normal number the reciprocal would overflow; so would it where the bounds meet.
+        // The reciprocal of a width below the smallest normal number, or of 0 if the bounds meet,
+        // would overflow.
         let width = (high - low) / count;
         let width = if width < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { width };
         Self { low, high, count, width, per_width: 1.0 / width }
@@ -141,7 +147,7 @@ simd! {
     fn hard<T: Element>(x: &[T], y: &mut [T], intervals: &Intervals) {
         let Intervals { low, count, width, per_width, .. } = *intervals;
         for (y, x) in y.iter_mut().zip(x) {
-            // In the middle of an interval φ is 0, and counts as positive.
+            // In the middle of an interval φ is 0, and its sign counts as positive.
             let level = ((x.float() - low) * per_width + 0.5).floor();
             let level = if level > 0.0 { level } else { 0.0 };
             let level = if level < count { level } else { count };
@@ -150,7 +156,7 @@ simd! {
     }
 }
 
-/// What the soft function needs beside its intervals.
+/// The coefficients of the soft function.
 #[derive(Clone, Copy)]
 struct Soft {
     intervals: Intervals,
@@ -168,7 +174,7 @@ struct Soft {
 
 impl Soft {
     fn new(intervals: Intervals, softness: f32) -> Self {
-        // In double precision, as 2/α − 1 and its logarithm are needed once only.
+        // In double precision, because 2/α − 1 and its logarithm are computed only once.
         let alpha = f64::from(clamp(softness, SOFTNESS));
         let (scale, steepness) = (1.0 / (1.0 - alpha), (2.0 / alpha - 1.0).ln());
         let half = 0.5 * f64::from(intervals.width);
@@ -185,7 +191,7 @@ impl Soft {
         }
     }
 
-    /// `∂Q/∂x`, `∂Q/∂l`, `∂Q/∂u`, `∂Q/∂α`.
+    /// Returns `∂Q/∂x`, `∂Q/∂l`, `∂Q/∂u`, `∂Q/∂α`.
     #[inline(always)]
     fn slopes(&self, x: f32) -> [f32; 4] {
         let Intervals { low, high, count, per_width, .. } = self.intervals;
@@ -198,7 +204,7 @@ impl Soft {
         let level = interval + 0.5 * self.scale.mul_add(t, 1.0);
         let by_high = (level - slope * at) * self.per_count;
         let by_softness = self.by_softness[0] * t - self.by_softness[1] * (rest * from_middle);
-        // Selections, which cost less than branches and vectorize.
+        // Selections vectorize, and cost less than branches.
         let (below, above) = (x < low, x > high);
         let inside = |slope: f32| if below || above { 0.0 } else { slope };
         [
@@ -211,12 +217,13 @@ impl Soft {
 }
 
 simd! {
-    /// The gradient of `x`; returns those of `l`, `u` and `α`.
+    /// Writes the gradient of `x`, and returns the gradients of `l`, `u` and `α`.
     fn slopes<T: Element>(x: &[T], gy: &[T], gx: &mut [T], soft: &Soft) -> [f64; 3] {
         let soft = *soft;
         let mut sums: [Lanes; 3] = [[0.0; LANES]; 3];
         for ((x, gy), gx) in x.chunks(LANES).zip(gy.chunks(LANES)).zip(gx.chunks_mut(LANES)) {
-            // Chunks but the last have all lanes: an array, so that the loops have no end to look for.
+            // Copies each chunk to full arrays, so that the loops over lanes have a constant
+            // length. Only the last chunk may have fewer elements.
             let (mut all_x, mut all_gy, mut shares) = ([0.0; LANES], [0.0; LANES], [[0.0; LANES]; 4]);
             all_x.iter_mut().zip(x).for_each(|(lane, x)| *lane = x.float());
             all_gy.iter_mut().zip(gy).for_each(|(lane, gy)| *lane = gy.float());
@@ -248,7 +255,8 @@ mod tests {
         Bits::new(bits).unwrap()
     }
 
-    /// The soft function, as the module's head has it, by plain Candle; `inputs` are `x`, `(l, u)` and `α`.
+    /// Computes the soft function of the module documentation with plain Candle; `inputs` are `x`,
+    /// `(l, u)` and `α`.
     fn soft(inputs: &[Tensor], bits: Bits) -> candle_core::Result<Tensor> {
         let [x, bounds, alpha] = inputs else { panic!("x, bounds and softness") };
         let wide = |t: Tensor| t.broadcast_as(x.shape());
@@ -258,7 +266,7 @@ mod tests {
         let width = ((&high - &low)? / count)?;
         let scale = (alpha.affine(-1.0, 1.0))?.recip()?;
         let k = ((alpha.recip()? * 2.0)? - 1.0)?.log()?.div(&width)?;
-        // The numbers of the intervals are constants.
+        // The indices of the intervals are constants.
         let interval = ((x - &low)? / &width)?.floor()?.clamp(0.0, count - 1.0)?.detach();
         let middle = (&low + ((&interval + 0.5)? * &width)?)?;
         let phi = (scale * (k * (x - middle)?)?.tanh()?)?;
@@ -272,7 +280,7 @@ mod tests {
         assert_close(found, &tensor(&expected), 1e-6, what);
     }
 
-    /// Two bits from 1 to 7: Δ = 2, middles 2, 4, 6, levels 1, 3, 5, 7.
+    /// Checks two bits from 1 to 7: Δ = 2, middles 2, 4, 6, levels 1, 3, 5, 7.
     #[test]
     fn hand_worked_levels() {
         let x = tensor(&[-9.0, 1.0, 1.9, 2.0, 3.0, 3.9, 4.1, 5.9, 6.1, 7.0, 8.0]);
@@ -280,15 +288,15 @@ mod tests {
         assert_eq!(elements(&y), [1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 5.0, 5.0, 7.0, 7.0, 7.0]);
     }
 
-    /// The same intervals at α = 0.2: s = 5/4, κ = ln 9 = 2 ln 3. In the middle of an interval T = 0; at a quarter of
-    /// it, f = −¼ and T = −tanh(½ ln 3) = −½.
+    /// Checks the same intervals at α = 0.2: s = 5/4, κ = ln 9 = 2 ln 3. In the middle of an
+    /// interval T = 0; at a quarter of it, f = −¼ and T = −tanh(½ ln 3) = −½.
     #[test]
     fn hand_worked_slopes() {
         let kappa = 9f64.ln();
         let middle = 0.5 * 1.25 * kappa;
         let quarter = middle * 0.75;
-        // x, then D, q, t and ∂Q/∂α.
-        // α(2 − α)/2 is 0.18; ½Δs² T − ½Δs(1 − T²)f/0.18.
+        // The tuples are x, D, q, t and ∂Q/∂α.
+        // α(2 − α)/2 is 0.18, so ∂Q/∂α is ½Δs² T − ½Δs(1 − T²)f/0.18.
         let at_quarter = 1.5625 * -0.5 + 1.25 * 0.75 * 0.25 / 0.18;
         for (x, slope, level, at, by_softness) in [
             (4.0, middle, 1.5, 1.5, 0.0),
@@ -303,7 +311,7 @@ mod tests {
             check_close(&grads.bounds, &[3.0 * (1.0 - slope - by_high), 3.0 * by_high], "∂l, ∂u");
             check_close(&grads.softness, &[3.0 * by_softness], "∂α");
         }
-        // Outside, the bounds alone.
+        // Outside the bounds, only the bounds have gradients.
         let grads = backward(
             &tensor(&[0.0, 8.0, 0.5]),
             &tensor(&[1.0, 2.0, 4.0]),
@@ -317,7 +325,8 @@ mod tests {
         assert_eq!(elements(&grads.softness), [0.0]);
     }
 
-    /// All gradients against plain Candle's autograd of the soft function, and against its differences.
+    /// Checks all gradients against those of the soft function by Candle's autograd and by finite
+    /// differences.
     #[test]
     fn gradients_are_those_of_the_soft_function() {
         for b in [2, 4] {
@@ -338,7 +347,8 @@ mod tests {
         }
     }
 
-    /// The soft value and the hard one share the side of every middle, and agree as the softness goes to 0.
+    /// Checks that the soft and the hard value lie on the same side of every middle, and that they
+    /// agree as the softness goes to 0.
     #[test]
     fn soft_values_become_hard_ones() {
         let (x, bounds) = (random(1, &[2000]), tensor(&[-0.8, 0.6]));
@@ -360,7 +370,7 @@ mod tests {
 
     #[test]
     fn levels_and_idempotence() {
-        // So many that no level of 256 is left out.
+        // So many values that none of the up to 256 levels is left out.
         let x = random(1, &[50_000]);
         for (low, high) in [(-0.3, 0.8), (0.11, 0.73), (-0.9, -0.2)] {
             let bounds = tensor(&[low, high]);
@@ -373,7 +383,8 @@ mod tests {
         }
     }
 
-    /// A shift of everything shifts the value along: ∂x + ∂l + ∂u = ∂y.
+    /// Checks that a shift of `x` and both bounds shifts the value by the same amount:
+    /// `∂x + ∂l + ∂u = ∂y`.
     #[test]
     fn gradients_of_a_shift_add_up() {
         let (x, gy) = (random(1, &[40_000]), random(2, &[40_000]));
@@ -397,7 +408,8 @@ mod tests {
         }
     }
 
-    /// Bounds that have met give one value, finite gradients, and one that parts them.
+    /// Checks that bounds that have met give one value and finite gradients, which part the bounds
+    /// again.
     #[test]
     fn bounds_that_have_met_can_part_again() {
         let (x, gy) = (tensor(&[-1.0, 0.5, 2.0]), tensor(&[1.0, 2.0, 4.0]));

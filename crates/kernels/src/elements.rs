@@ -1,6 +1,8 @@
-//! The elements of feature maps as CPU kernels read and write them: here levels and `bf16` become floats, and floats these.
+//! The elements of feature maps as CPU kernels read and write them, with the conversions between
+//! floats, `bf16` and levels.
 //!
-//! Kernels are compiled for each [`Element`], which is that of all maps and gradients of a pass ([`by_element!`] chooses).
+//! Kernels are compiled for each [`Element`] type. All maps and gradients of a pass have the same
+//! type, which [`by_element!`] selects.
 
 use crate::cpu::simd;
 use crate::work::{Progress, Writer, Written, append, write_tiles, write_with};
@@ -12,28 +14,29 @@ use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// A number in memory that stands for a float: a float itself, or its upper half.
+/// A number in memory that represents a float: an `f32`, or a `bf16`, which is the upper half of
+/// one.
 pub(crate) trait Element: WithDType + Default {
-    /// How many floats a kernel computes at once at most, if it can choose: of those that are rounded then, so many as stay in
-    /// the first-level cache.
+    /// The largest number of floats that a kernel should compute at once, if it can choose. Floats
+    /// that will be rounded should stay in the first-level cache.
     const AT_ONCE: usize;
 
     fn float(self) -> f32;
 
-    /// The nearest one; of two the even one, as IEEE 754 rounds.
+    /// Returns the element nearest to `x`; ties go to the even one, as in IEEE 754.
     fn nearest(x: f32) -> Self;
 
-    /// The most elements that [`Element::write`] writes at once.
+    /// The largest number of elements that [`Element::write`] writes at once.
     const PIECE: usize;
 
-    /// Writes the nearest of `f(i)` as the element `i` of a piece.
+    /// Writes the element nearest to `f(i)` as element `i` of a piece.
     fn write(piece: &mut [MaybeUninit<Self>], f: impl Fn(usize) -> f32) -> &mut [Self];
 
-    /// [`Element::nearest`] of each.
+    /// Returns [`Element::nearest`] of each float.
     fn all_nearest(x: &[f32]) -> Cow<'_, [Self]>;
 
-    /// Has `write` compute the next `len` floats of a block, stores them, and returns what they have become; `floats`
-    /// is scratch memory for them.
+    /// Computes the next `len` floats of a block with `write`, stores them as elements, and returns
+    /// the floats that these elements represent. `floats` is scratch memory.
     fn next_floats<'a>(
         block: &'a mut Progress<'_, Self>,
         len: usize,
@@ -41,7 +44,7 @@ pub(crate) trait Element: WithDType + Default {
         write: impl for<'b> FnOnce(&'b mut [MaybeUninit<f32>]) -> Written<'b>,
     ) -> &'a [f32];
 
-    /// The floats of elements; `floats` is scratch memory for them.
+    /// Returns elements as floats; `floats` is scratch memory.
     fn floats<'a>(elements: &'a [Self], floats: &'a mut Vec<f32>) -> &'a [f32];
 }
 
@@ -93,17 +96,19 @@ impl Element for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    /// In a few vector instructions, unlike `bf16::from_f32`.
+    /// Rounds in a few vector instructions, unlike `bf16::from_f32`.
     #[inline(always)]
     fn nearest(x: f32) -> Self {
         let bits = x.to_bits();
         let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        // A NaN whose bits are all below would become infinite.
+        // Without the bit 0x40, a NaN would become infinite if its mantissa bits are all in the
+        // lower half.
         let nan = bits >> 16 | 0x40;
         Self::from_bits(if x.is_nan() { nan } else { rounded } as u16)
     }
 
-    /// By way of floats in the first-level cache, as these become halves by an instruction of its own where there is one.
+    /// Computes floats in the first-level cache and then rounds them, because some machines have a
+    /// vector instruction for the rounding.
     #[inline(always)]
     fn write(piece: &mut [MaybeUninit<Self>], f: impl Fn(usize) -> f32) -> &mut [Self] {
         let mut floats = [MaybeUninit::uninit(); Self::PIECE];
@@ -134,22 +139,22 @@ impl Element for bf16 {
     }
 }
 
-/// Writes the halves nearest to some floats, and makes the floats what these stand for.
+/// Writes the `bf16` values nearest to `x`, and replaces each float in `x` by its rounded value.
 fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::Instructions::current().have_bf16() {
-        // SAFETY: the machine has the instruction.
+        // SAFETY: `have_bf16` shows that the machine has the instruction.
         #[allow(unsafe_code)]
         return unsafe { conversion::round(x, y) };
     }
     round_plainly(x, y)
 }
 
-/// Writes the halves nearest to some floats.
+/// Writes the `bf16` values nearest to `x`.
 fn round_to<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::Instructions::current().have_bf16() {
-        // SAFETY: the machine has the instruction.
+        // SAFETY: `have_bf16` shows that the machine has the instruction.
         #[allow(unsafe_code)]
         return unsafe { conversion::round_to(x, y) };
     }
@@ -175,8 +180,10 @@ simd! {
     }
 }
 
-/// Rounding by `VCVTNEPS2BF16` of AVX512-BF16, which rounds as [`Element::nearest`] but takes numbers below the smallest normal one
-/// (1.2e-38) for zeros, as the products of halves do.
+/// Rounding with `VCVTNEPS2BF16` of AVX512-BF16.
+///
+/// It rounds like [`Element::nearest`] but treats numbers below the smallest normal one (1.2e-38)
+/// as zeros, as products of `bf16` values do.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod conversion {
@@ -187,14 +194,15 @@ mod conversion {
 
     const LANES: usize = 16;
 
-    /// See [`super::round`].
+    /// Computes [`super::round`].
     ///
     /// # Safety
-    /// The machine must have the instruction.
+    /// The machine must have AVX512-BF16 and the other target features of this function.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub(super) unsafe fn round<'y>(x: &mut [f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
         assert_eq!(x.len(), y.len());
-        // SAFETY: there are as many floats as halves, and of a vector those of its lanes.
+        // SAFETY: `x` has as many floats as `y` has elements, and each store is masked to the lanes
+        // of its vector.
         unsafe {
             all(x.as_mut_ptr(), y, |x, lanes, halves| {
                 let floats = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves));
@@ -203,21 +211,23 @@ mod conversion {
         }
     }
 
-    /// See [`super::round_to`].
+    /// Computes [`super::round_to`].
     ///
     /// # Safety
-    /// The machine must have the instruction.
+    /// The machine must have AVX512-BF16 and the other target features of this function.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     pub(super) unsafe fn round_to<'y>(x: &[f32], y: &'y mut [MaybeUninit<bf16>]) -> &'y mut [bf16] {
         assert_eq!(x.len(), y.len());
-        // SAFETY: there are as many floats as halves, and nothing is written to them.
+        // SAFETY: `x` has as many floats as `y` has elements, and nothing is written to them.
         unsafe { all(x.as_ptr().cast_mut(), y, |_, _, _| ()) }
     }
 
-    /// Writes the halves nearest to as many floats at `x`, and has `then(floats, lanes, halves)` know of each vector.
+    /// Writes the `bf16` values nearest to the floats at `x`, and calls
+    /// `then(floats, lanes, halves)` for each vector.
     ///
     /// # Safety
-    /// The machine must have the instruction, and there must be so many floats.
+    /// The machine must have the target features of this function, and `x` must point to `y.len()`
+    /// floats.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn all(
@@ -225,7 +235,7 @@ mod conversion {
         y: &mut [MaybeUninit<bf16>],
         then: impl Fn(*mut f32, __mmask16, __m256i),
     ) -> &mut [bf16] {
-        // SAFETY: the lanes are places of `y`, and so many floats there are.
+        // SAFETY: the lanes lie within `y`, and there are as many floats at `x`.
         let vector = |start: usize, lanes: __mmask16, to: *mut i16| unsafe {
             let x = x.add(start);
             let halves = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, x)));
@@ -245,7 +255,7 @@ mod conversion {
             vector(start, u16::MAX >> (LANES - rest.len()), rest.as_mut_ptr().cast());
             start += LANES;
         }
-        // SAFETY: each vector has written its lanes.
+        // SAFETY: the vectors have written all elements of `y`.
         unsafe { y.assume_init_mut() }
     }
 }
@@ -257,7 +267,7 @@ simd! {
     }
 }
 
-/// Writes the nearest elements.
+/// A [`Writer`] of the elements nearest to the floats.
 pub(crate) struct Nearest;
 
 impl<T: Element> Writer<T> for Nearest {
@@ -269,7 +279,7 @@ impl<T: Element> Writer<T> for Nearest {
     }
 }
 
-/// Writes the numbers of a grid's nearest levels.
+/// A [`Writer`] of the numbers of a grid's nearest levels.
 struct Level(Grid);
 
 impl Writer<u8> for Level {
@@ -281,8 +291,8 @@ impl Writer<u8> for Level {
     }
 }
 
-/// Evaluates an expression with the [`Element`] of a dtype as a type. Tensors of any other dtype are refused where they
-/// are opened.
+/// Evaluates an expression with a type alias for the [`Element`] of a dtype. Every dtype other than
+/// `BF16` gives `f32`; tensors of unsupported dtypes are refused when they are opened.
 macro_rules! by_element {
     ($dtype:expr, $element:ident => $body:expr) => {
         match $dtype {
@@ -299,16 +309,16 @@ macro_rules! by_element {
 }
 pub(crate) use by_element;
 
-/// Elements in memory.
+/// The elements of a feature map that a kernel reads.
 #[derive(Clone, Copy)]
 pub(crate) enum Stored<'a, T> {
     Floats(&'a [T]),
-    /// The numbers of a grid's levels.
+    /// The level numbers of a grid.
     Levels(&'a [u8], Grid),
 }
 
 impl<'a, T: Element> Stored<'a, T> {
-    /// Some of the elements.
+    /// Returns the elements in `range`.
     pub(crate) fn part(self, range: Range<usize>) -> Self {
         match self {
             Self::Floats(x) => Self::Floats(&x[range]),
@@ -325,7 +335,7 @@ impl<'a, T: Element> Stored<'a, T> {
 }
 
 simd! {
-    /// Writes elements as elements of a map.
+    /// Writes stored elements to a [`Sink`], in the form that the sink needs.
     pub(crate) fn copy<'y, T: Element>(x: Stored<'_, T>, y: Sink<'y, T>) -> Written<'y> {
         assert_eq!(x.len(), y.len());
         match (x, y) {
@@ -337,7 +347,8 @@ simd! {
 }
 
 simd! {
-    /// Writes levels less their zero point, which are exact in 8 bits.
+    /// Writes levels minus their zero point. These integers have at most 8 bits, so `bf16` holds
+    /// them exactly.
     pub(crate) fn whole_numbers<'y, T: Element>(
         q: &[u8],
         grid: &Grid,
@@ -348,10 +359,10 @@ simd! {
     }
 }
 
-/// Memory for the elements of a feature map that a kernel writes.
+/// The memory to which a kernel writes the elements of a feature map.
 pub(crate) enum Sink<'a, T> {
     Floats(&'a mut [MaybeUninit<T>]),
-    /// The numbers of a grid's levels.
+    /// The level numbers of a grid.
     Levels(&'a mut [MaybeUninit<u8>], Grid),
 }
 
@@ -363,7 +374,7 @@ impl<'a, T: Element> Sink<'a, T> {
         }
     }
 
-    /// Writes `f(i)` as the element `i`.
+    /// Writes `f(i)` as element `i`.
     #[inline(always)]
     pub(crate) fn write_with(self, f: impl Fn(usize) -> f32) -> Written<'a> {
         match self {
@@ -372,7 +383,7 @@ impl<'a, T: Element> Sink<'a, T> {
         }
     }
 
-    /// As [`Sink::write_with`], tile by tile; see [`write_tiles`].
+    /// Does the same as [`Sink::write_with`], tile by tile; see [`write_tiles`].
     #[inline(always)]
     pub(crate) fn write_tiles<F: Fn(usize) -> f32>(
         self,
@@ -386,16 +397,18 @@ impl<'a, T: Element> Sink<'a, T> {
     }
 }
 
-/// The byte of a level, which is a whole number from 0 to 255: the last byte of its sum with 2²³, where floats are
-/// whole numbers. (A conversion would look for numbers that do not fit, in several instructions.)
+/// Converts a level, an integer from 0 to 255, to a byte.
+///
+/// The byte is the last one of the level's sum with 2²³, where floats are integers. (A conversion
+/// would take several instructions to check for numbers that do not fit.)
 #[inline(always)]
 fn byte(level: f32) -> u8 {
     (level + 8_388_608.0).to_bits() as u8
 }
 
 simd! {
-    /// Writes the levels of some floats less their zero points, which must fit a signed byte; where each channel has a
-    /// grid, of whole rows.
+    /// Writes the levels of floats minus their zero points, which must fit in a signed byte. With
+    /// one grid per channel, `x` must consist of whole rows.
     pub(crate) fn signed_levels(x: &[f32], levels: &mut [i8], grids: &[Grid]) {
         #[inline(always)]
         fn signed(grid: &Grid, x: f32) -> i8 {
@@ -420,7 +433,8 @@ simd! {
 mod tests {
     use super::*;
 
-    /// Every sign and exponent, on both sides of the middle between two halves and at it, and what is no number.
+    /// Tests NaN and every sign and exponent, with values at, just below and just above the
+    /// midpoint between two `bf16` values.
     #[test]
     fn halves_are_rounded_as_ieee_754_says() {
         for upper in 0..=u16::MAX {
@@ -436,8 +450,8 @@ mod tests {
         }
     }
 
-    /// Whole vectors, with and without a rest; and where an instruction rounds, that it differs only below the smallest normal
-    /// number, which becomes a zero of its sign.
+    /// Tests whole vectors with and without a remainder. An instruction that rounds may differ only
+    /// for numbers below the smallest normal one, which become zeros of the same sign.
     #[test]
     fn slices_are_rounded_as_single_numbers() {
         let upper = (0..=u16::MAX)

@@ -1,7 +1,8 @@
-//! Feature maps: as floats, as the levels of their quantizer, or as a normalization that is deferred to its readers.
+//! Feature maps: floats, the levels of a quantizer, or a normalization that is deferred to its
+//! readers.
 //!
-//! This is where a CPU kernel's operands are opened ([`FeatureMap::read`]) and where its results are stored
-//! ([`FeatureMap::write`]). What their elements are in memory is known to [`crate::elements`].
+//! A CPU kernel opens its operands ([`FeatureMap::read`]) and stores its results
+//! ([`FeatureMap::write`]) here. [`crate::elements`] defines how the elements lie in memory.
 
 pub(crate) mod gpu;
 
@@ -16,9 +17,10 @@ use candle_core::{DType, Device, Tensor};
 use quant_core::{Bits, Grid};
 use std::ops::Range;
 
-/// A feature map `[…, C]` that is quantized: each element is the number of its level, one byte, a quarter of the
-/// memory of the float that it stands for. The value of level `q` is that of the [`Grid`] over the range:
-/// `(q − z)·step`.
+/// A quantized feature map `[…, C]`, in which each element is the index of its level.
+///
+/// An index takes one byte: a quarter of an `f32`, half of a `bf16`. Level `q` has the value that
+/// the [`Grid`] over the range gives it: `(q − z)·step`.
 #[derive(Clone, Debug)]
 pub struct Levels {
     /// The levels, `u8`.
@@ -27,13 +29,16 @@ pub struct Levels {
     pub range: Tensor,
     /// The quantizer's bit width.
     pub bits: Bits,
-    /// The dtype of the floats that they stand for: `F32` or `BF16`. Operations return their output in it.
+    /// The dtype of the floats that the levels stand for: `F32` or `BF16`. Operations return their
+    /// output in this dtype.
     pub dtype: DType,
 }
 
-/// The feature map `Q(φ(scale·z + shift))`, with a quantizer or without, which each operation that reads it computes from
-/// `z` as it reads. So it is never in memory as a whole, where writing and reading it would cost more than to compute it
-/// again. On the CPU.
+/// The feature map `Q(φ(scale·z + shift))`, with or without a quantizer, that each operation
+/// computes from `z` as it reads it.
+///
+/// It is never in memory as a whole, because writing and reading it would cost more than computing
+/// it again. It exists on the CPU only.
 #[derive(Clone, Debug)]
 pub struct Deferred {
     z: Tensor,
@@ -44,15 +49,16 @@ pub struct Deferred {
     quant: Option<(Tensor, Bits)>,
 }
 
-/// What one unit of a network hands to the next. Operations take it or floats, as `&FeatureMap` or `&Tensor`; a copy
-/// shares the tensors' memory.
+/// What one unit of a network hands to the next.
+///
+/// Operations take it as `&FeatureMap`, or floats as `&Tensor`. A clone shares the tensors' memory.
 #[derive(Clone, Debug)]
 pub enum FeatureMap {
     /// Floats.
     Float(Tensor),
     /// Levels that stand for floats.
     Levels(Levels),
-    /// Floats that are computed where they are read ([`crate::norm::deferred`]).
+    /// Floats that are computed when they are read ([`crate::norm::deferred`]).
     Deferred(Deferred),
 }
 
@@ -69,7 +75,7 @@ impl From<&Self> for FeatureMap {
 }
 
 impl FeatureMap {
-    /// The quantized `x`, as levels; `x` itself without a quantizer.
+    /// Quantizes `x` to levels; without a quantizer, returns `x` itself.
     pub fn quantize(x: &Tensor, quant: Option<Quantizer<'_>>) -> Result<Self> {
         let check = Check("feature::quantize");
         let Some(quant) = quant else { return Ok(Self::Float(x.clone())) };
@@ -87,7 +93,8 @@ impl FeatureMap {
         })
     }
 
-    /// `Q(φ(scale·z + shift))` for `z[…, C]` on the CPU, with `scale` and `shift` `[C]`, left to its readers.
+    /// Returns `Q(φ(scale·z + shift))`, deferred to its readers, for `z[…, C]` on the CPU, with
+    /// `scale` and `shift` `[C]`.
     pub(crate) fn deferred(
         check: &Check,
         z: &Tensor,
@@ -107,7 +114,7 @@ impl FeatureMap {
         }))
     }
 
-    /// `map` as the levels of floats of `dtype`, or without a quantizer as floats.
+    /// Wraps `map`: as the levels of floats of `dtype`, or, without a quantizer, as floats.
     pub(crate) fn of(map: Tensor, dtype: DType, quant: Option<Quantizer<'_>>) -> Self {
         match quant {
             None => Self::Float(map),
@@ -117,8 +124,10 @@ impl FeatureMap {
         }
     }
 
-    /// The map of dimensions `dims` and of elements `T` that `f(state, rows, elements)` writes on the CPU, quantized if
-    /// there is a quantizer, in blocks of `per_block` rows. `size` is `(rows, width)`; see [`blocks`].
+    /// Creates the map with dimensions `dims` and elements `T` that `f(state, rows, elements)`
+    /// writes on the CPU, in blocks of `per_block` rows.
+    ///
+    /// The map is quantized if there is a quantizer. `size` is `(rows, width)`; see [`blocks`].
     pub(crate) fn write<T: Element, S: Send>(
         dims: &[usize],
         size: (usize, usize),
@@ -144,7 +153,8 @@ impl FeatureMap {
         Ok(Self::of(map, T::DTYPE, quant))
     }
 
-    /// Opens the map on the CPU, and calls `f` with its elements `T`, those of [`FeatureMap::dtype`].
+    /// Opens the map on the CPU, and calls `f` with its elements `T`, which must match
+    /// [`FeatureMap::dtype`].
     pub(crate) fn read<T: Element, R>(
         &self,
         check: &Check,
@@ -159,7 +169,8 @@ impl FeatureMap {
         }
     }
 
-    /// [`FeatureMap::read`] for kernels whose parts are not whole rows: a deferred map is computed first.
+    /// Does the same as [`FeatureMap::read`] for kernels whose parts are not whole rows: it
+    /// computes a deferred map first.
     pub(crate) fn read_stored<T: Element, R>(
         &self,
         check: &Check,
@@ -174,12 +185,12 @@ impl FeatureMap {
         f(Stored::Floats(open(&tensor).elements()?))
     }
 
-    /// The dimensions.
+    /// Returns the dimensions.
     pub fn dims(&self) -> &[usize] {
         self.tensor().dims()
     }
 
-    /// The dtype of the floats that it stands for.
+    /// Returns the dtype of the floats that the map stands for.
     pub fn dtype(&self) -> DType {
         match self {
             Self::Float(tensor) => tensor.dtype(),
@@ -188,17 +199,17 @@ impl FeatureMap {
         }
     }
 
-    /// Its size in memory.
+    /// Returns the size in memory, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.tensor().elem_count() * self.tensor().dtype().size_in_bytes()
     }
 
-    /// The device.
+    /// Returns the device.
     pub(crate) fn device(&self) -> &Device {
         self.tensor().device()
     }
 
-    /// What is in memory.
+    /// Returns the tensor that is in memory.
     fn tensor(&self) -> &Tensor {
         match self {
             Self::Float(tensor) => tensor,
@@ -207,7 +218,7 @@ impl FeatureMap {
         }
     }
 
-    /// The floats that it stands for.
+    /// Returns the floats that the map stands for.
     pub fn to_float(&self) -> Result<Tensor> {
         match self {
             Self::Float(tensor) => Ok(tensor.clone()),
@@ -248,16 +259,16 @@ impl Deferred {
     }
 }
 
-/// The elements of a feature map in a kernel.
+/// The elements of a feature map, as a kernel reads them.
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a, T> {
     Stored(Stored<'a, T>),
-    /// Whole rows of `z`, and what is computed of them.
+    /// Whole rows of `z`, and the function to compute from them.
     Deferred(&'a [T], &'a AffineActivation),
 }
 
 impl<'a, T: Element> Operand<'a, T> {
-    /// Some of the elements; of a deferred map whole rows.
+    /// Returns some of the elements; for a deferred map they must be whole rows.
     pub(crate) fn part(self, range: Range<usize>) -> Self {
         match self {
             Self::Stored(x) => Self::Stored(x.part(range)),
@@ -280,7 +291,7 @@ impl<'a, T: Element> Operand<'a, T> {
         }
     }
 
-    /// The elements; `scratch` holds them if they must be computed.
+    /// Returns the elements; `scratch` holds them if they must be computed.
     pub(crate) fn elements(self, scratch: &'a mut Vec<T>) -> &'a [T] {
         if let Self::Stored(Stored::Floats(x)) = self {
             return x;
@@ -289,8 +300,8 @@ impl<'a, T: Element> Operand<'a, T> {
         self.append_to(scratch)
     }
 
-    /// The elements as factors of a product that is multiplied by [`Operand::scale`]: levels as whole numbers where their
-    /// values would be rounded.
+    /// Returns the elements as factors of a product that must be multiplied by [`Operand::scale`].
+    /// Levels become whole numbers if the element type would round their values.
     pub(crate) fn factors(self, scratch: &'a mut Vec<T>) -> &'a [T] {
         match self {
             Self::Stored(Stored::Levels(q, grid)) if T::DTYPE == DType::BF16 => {
@@ -306,7 +317,7 @@ impl<'a, T: Element> Operand<'a, T> {
         }
     }
 
-    /// What the product of [`Operand::factors`] is to be multiplied by.
+    /// Returns the factor by which the product of [`Operand::factors`] must be multiplied.
     pub(crate) fn scale(self) -> f32 {
         match self {
             Self::Stored(Stored::Levels(_, grid)) if T::DTYPE == DType::BF16 => grid.step(),
@@ -343,7 +354,7 @@ mod tests {
         }
     }
 
-    /// To the bit: a reader of a deferred map computes what [`norm::forward`] writes.
+    /// Checks that a reader of a deferred map computes the same bits as [`norm::forward`] writes.
     #[test]
     fn deferred_maps_are_read_as_if_they_were_written() {
         use crate::{depthwise, pointwise, pool, residual};
@@ -376,7 +387,8 @@ mod tests {
         }
     }
 
-    /// To the bit, too: what a backward pass reads for levels is what they stand for.
+    /// Checks that the map that a backward pass reads in place of the levels has the same bits as
+    /// the floats that the levels stand for.
     #[test]
     fn levels_are_recomputed_as_they_were() {
         use crate::{depthwise, pointwise};

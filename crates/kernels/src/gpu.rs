@@ -1,18 +1,20 @@
 //! The GPU side of the operations: launches of CUDA kernels over tensors.
 //!
-//! Each operation has its kernels in a `.cu` file and the code that launches them in a `gpu.rs`, in a folder of its
-//! name; definitions and derivatives stand with the operation. A `Launch` names a kernel, its grid and its block,
-//! and lists the arguments once. It runs
+//! Each operation has a folder with its kernels in a `.cu` file and the code that launches them in
+//! `gpu.rs`. The definitions and derivatives are in the operation's own file. A `Launch` names a
+//! kernel, its grid and its block, and lists the arguments once. It runs
 //!
-//! * on a CUDA device, through Candle's backend (feature `cuda`, `gpu/cuda.rs`): the kernels are compiled to PTX by
-//!   `build.rs`, and for the GPU at hand by its driver when first used;
-//! * on the CPU, in tests (feature `emulation`, `gpu/emulation.rs`): the same sources compiled by the system's C++
-//!   compiler, run thread by thread over the same grid.
+//! * on a CUDA device, through Candle's backend (feature `cuda`, `gpu/cuda.rs`): `build.rs`
+//!   compiles the kernels to PTX, and the driver compiles the PTX for its GPU at the first use;
+//! * on the CPU, in tests (feature `emulation`, `gpu/emulation.rs`): the system's C++ compiler
+//!   compiles the same sources, which run thread by thread over the same grid.
 //!
-//! Grids, blocks and the order of sums depend on the shapes alone, so results are the same on every run, and no
-//! kernel adds floats atomically. Nothing here waits for the device: what a kernel finds stays in tensors.
+//! Grids, blocks and the order of sums depend only on the shapes and on the alignment of the
+//! tensors, so results are the same on every run. No kernel adds floats atomically. Nothing here
+//! waits for the device: the results of kernels stay in tensors.
 //!
-//! Feature maps are `f32` or `bf16`; parameters, statistics, ranges and sums are `f32` (or wider) always.
+//! Feature maps are `f32` or `bf16`; parameters, statistics, ranges and sums are always `f32` or
+//! wider.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -30,8 +32,9 @@ use crate::{Error, Quantizer, Result};
 use candle_core::{CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor};
 use std::cell::Cell;
 
-/// Spares a GPU's events: two for each tensor, by which the driver's binding would put the streams of several in order. All work
-/// on a device is in one.
+/// Turns off cudarc's event tracking for a GPU, because all work on a device is in one stream.
+///
+/// The tracking would cost two events for each tensor, which order the work of several streams.
 pub fn expect_one_stream(device: &Device) {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
@@ -41,7 +44,8 @@ pub fn expect_one_stream(device: &Device) {
     let _ = device;
 }
 
-/// Writes the elements of a tensor over those of another of its shape and dtype, both contiguous and on one device.
+/// Overwrites the elements of `to` with those of `from`, which has the same shape, dtype and
+/// device. Both are contiguous.
 pub fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
     if (to.shape(), to.dtype()) != (from.shape(), from.dtype()) || !to.device().same_device(from.device()) {
         let message = format!("{from:?} is to be written over {to:?}: expected its shape, dtype and device");
@@ -57,7 +61,7 @@ pub fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
     }
 }
 
-/// Whether an operation on this device runs the kernels of this module.
+/// Returns whether an operation on this device runs the kernels of this module.
 pub(crate) fn runs(device: &Device) -> bool {
     device.is_cuda() || emulated()
 }
@@ -72,26 +76,29 @@ const fn emulated() -> bool {
     false
 }
 
-/// Threads of a block, which the kernels rely on as the most (`THREADS` in common.cuh).
+/// The number of threads of a block, and the maximum that the kernels rely on (`THREADS` in
+/// common.cuh).
 pub(crate) const THREADS: usize = 256;
 
-/// Blocks that a kernel with sums is cut into, about: some for each multiprocessor of a large GPU, in any case.
+/// The approximate number of blocks of a kernel that takes sums: several for each multiprocessor,
+/// even of a large GPU.
 pub(crate) const BLOCKS: usize = 1024;
 
-/// The kernels of an operation: the file `NAME/NAME.cu`, by [`module!`].
+/// The kernels of an operation, from the file `NAME/NAME.cu`; made by [`module!`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Module {
-    /// The file's name without its ending, with which the names of its kernels begin.
+    /// The file's name without its extension. The names of its kernels begin with it.
     pub(crate) name: &'static str,
-    /// Its text, for the emulation.
+    /// The source text, for the emulation.
     #[cfg(feature = "emulation")]
     pub(crate) source: &'static str,
-    /// Its PTX, which the driver compiles for its GPU when the module is first used.
+    /// The PTX, which the driver compiles for its GPU when the module is first used.
     #[cfg(feature = "cuda")]
     pub(crate) ptx: &'static str,
 }
 
-/// The [`Module`] in the folder of the file that calls this; `build.rs` has compiled all there are.
+/// Makes the [`Module`] in the folder of the file that calls this. `build.rs` has compiled all
+/// modules.
 macro_rules! module {
     ($name:literal) => {
         $crate::gpu::Module {
@@ -105,17 +112,19 @@ macro_rules! module {
 }
 pub(crate) use module;
 
-/// A kernel with its grid and its arguments, which are added in the order of the fields of its struct.
-// Without either there is nothing to launch on, and nothing reads a launch.
+/// A kernel with its grid and its arguments. The arguments are added in the order of the fields of
+/// the kernel's struct.
+// Without both features there is nothing to launch on, so nothing reads a launch.
 #[cfg_attr(not(any(feature = "cuda", feature = "emulation")), allow(dead_code))]
 pub(crate) struct Launch {
     module: Module,
     kernel: String,
-    /// Blocks, and threads of a block, along x and y.
+    /// The number of blocks along x and y.
+    /// The number of threads of a block along x and y.
     grid: [u32; 2],
     block: [u32; 2],
     arguments: Arguments,
-    /// Where the tensors are.
+    /// The device of the tensors.
     device: Option<Device>,
 }
 
@@ -132,23 +141,23 @@ impl Launch {
         }
     }
 
-    /// One thread for each of `count` elements.
+    /// Makes a launch of one thread for each of `count` elements.
     pub(crate) fn each(module: Module, kernel: impl AsRef<str>, count: usize) -> Self {
         Self::new(module, kernel, [count.div_ceil(THREADS), 1], [THREADS, 1])
     }
 
-    /// Threads that share `count` elements, several each where there are many.
+    /// Makes a launch of threads that share `count` elements; each takes several if there are many.
     pub(crate) fn shared(module: Module, kernel: impl AsRef<str>, count: usize) -> Self {
         Self::new(module, kernel, [count.div_ceil(THREADS).clamp(1, 16 * BLOCKS), 1], [THREADS, 1])
     }
 
-    /// A tensor that the kernel reads.
+    /// Adds a tensor that the kernel reads.
     pub(crate) fn read(mut self, tensor: &Tensor) -> Result<Self> {
         self.arguments.push(&address(tensor)?.to_ne_bytes());
         self.on(tensor)
     }
 
-    /// A tensor that the kernel reads, or a null pointer.
+    /// Adds a tensor that the kernel reads, or a null pointer.
     pub(crate) fn read_if(mut self, tensor: Option<&Tensor>) -> Result<Self> {
         match tensor {
             Some(tensor) => self.read(tensor),
@@ -159,13 +168,13 @@ impl Launch {
         }
     }
 
-    /// A tensor that the kernel writes.
+    /// Adds a tensor that the kernel writes.
     pub(crate) fn write(mut self, tensor: &Tensor) -> Result<Self> {
         self.arguments.push(&address_mut(tensor)?.to_ne_bytes());
         self.on(tensor)
     }
 
-    /// A tensor that the kernel writes, or a null pointer.
+    /// Adds a tensor that the kernel writes, or a null pointer.
     pub(crate) fn write_if(self, tensor: Option<&Tensor>) -> Result<Self> {
         match tensor {
             Some(tensor) => self.write(tensor),
@@ -173,7 +182,7 @@ impl Launch {
         }
     }
 
-    /// That all tensors are on one device.
+    /// Checks that all tensors are on one device.
     fn on(mut self, tensor: &Tensor) -> Result<Self> {
         match &self.device {
             None => self.device = Some(tensor.device().clone()),
@@ -191,7 +200,7 @@ impl Launch {
         Ok(self)
     }
 
-    /// Whole numbers of 32 bits without sign.
+    /// Adds unsigned 32-bit integers.
     pub(crate) fn sizes<const N: usize>(mut self, sizes: [usize; N]) -> Result<Self> {
         for size in sizes {
             let size = u32::try_from(size).map_err(|_| Error::Setting {
@@ -213,7 +222,7 @@ impl Launch {
         self
     }
 
-    /// Runs the kernel; on a CUDA device, puts it at the end of the device's stream.
+    /// Runs the kernel. On a CUDA device, appends it to the device's stream.
     pub(crate) fn run(mut self) -> Result<()> {
         self.arguments.finish();
         let fail = |message| Err(Error::Setting { op: self.module.name, message });
@@ -230,13 +239,14 @@ impl Launch {
     }
 }
 
-/// The most blocks of a grid along y.
+/// The maximum number of blocks of a grid along y.
 const MOST_BLOCKS_Y: u32 = 65_535;
 
-/// The bytes of a C struct, field by field: each is aligned to its size, the whole to 8 bytes if a field has as many.
+/// The bytes of a C struct, built field by field. Each field is aligned to its size, and the struct
+/// to its largest field.
 #[derive(Default)]
 struct Arguments {
-    /// In words, as the struct must be aligned.
+    /// The bytes are stored in words, because the struct must be aligned.
     words: Vec<u64>,
     len: usize,
     align: usize,
@@ -260,7 +270,7 @@ impl Arguments {
     }
 }
 
-/// Where a contiguous tensor's elements lie.
+/// Returns the address of a contiguous tensor's first element.
 fn address(tensor: &Tensor) -> candle_core::Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
@@ -271,7 +281,7 @@ fn address(tensor: &Tensor) -> candle_core::Result<u64> {
     }
 }
 
-/// [`address`], to write there.
+/// Returns the same as [`address`], for writing.
 fn address_mut(tensor: &Tensor) -> candle_core::Result<u64> {
     struct Take(Cell<u64>);
     impl InplaceOp1 for Take {
@@ -309,7 +319,7 @@ fn cpu_address(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<u64
     })
 }
 
-/// The first element of a contiguous layout.
+/// Returns the index of the first element of a contiguous layout.
 fn start(layout: &Layout) -> candle_core::Result<usize> {
     match layout.contiguous_offsets() {
         Some((start, _)) => Ok(start),
@@ -317,9 +327,9 @@ fn start(layout: &Layout) -> candle_core::Result<usize> {
     }
 }
 
-/// Memory for what a kernel writes, which must be all of it.
+/// Allocates a tensor for the output of a kernel, which must write all of it.
 pub(crate) fn empty(dims: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
-    // SAFETY: any bytes are fine elements, and a kernel writes them before anything reads them.
+    // SAFETY: any bytes are valid elements, and a kernel writes them before anything reads them.
     #[allow(unsafe_code)]
     let tensor = unsafe { Tensor::empty(dims, dtype, device)? };
     #[cfg(feature = "emulation")]
@@ -329,7 +339,7 @@ pub(crate) fn empty(dims: impl Into<Shape>, dtype: DType, device: &Device) -> Re
     Ok(tensor)
 }
 
-/// The name of a dtype in the names of kernels.
+/// Returns the name of a dtype in the names of kernels.
 pub(crate) fn name(dtype: DType) -> &'static str {
     match dtype {
         DType::U8 => "u8",
@@ -338,8 +348,10 @@ pub(crate) fn name(dtype: DType) -> &'static str {
     }
 }
 
-/// How many elements a thread takes at once: 4 if they are aligned in every tensor and `len` (the channels, or all
-/// elements) is a multiple of 4, else 1.
+/// Returns how many elements a thread processes at once.
+///
+/// This is 4 if such groups are aligned in every tensor and `len` (the number of channels, or of
+/// all elements) is a multiple of 4, else 1.
 pub(crate) fn width<'a>(len: usize, tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<usize> {
     if !len.is_multiple_of(4) {
         return Ok(1);
@@ -352,7 +364,7 @@ pub(crate) fn width<'a>(len: usize, tensors: impl IntoIterator<Item = &'a Tensor
     Ok(4)
 }
 
-/// A factor of a product: a matrix, or one that is stored transposed.
+/// An operand of a matrix product: a matrix, or a tensor that stores the matrix transposed.
 #[derive(Clone, Copy)]
 pub(crate) enum Factor<'a> {
     Plain(&'a Tensor),
@@ -366,7 +378,7 @@ impl Factor<'_> {
         }
     }
 
-    /// Rows and columns of the matrix.
+    /// Returns the rows and columns of the matrix.
     fn size(&self) -> Result<(usize, usize)> {
         let (rows, columns) = self.tensor().dims2()?;
         Ok(match self {
@@ -376,22 +388,24 @@ impl Factor<'_> {
     }
 }
 
-/// How the rows and channels of a map are cut (`Columns` in common.cuh).
+/// The division of the rows and channels of a map among blocks (`Columns` in common.cuh).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Columns {
     rows: usize,
     channels: usize,
-    /// Threads of a block: along groups of channels, along rows.
+    /// The threads of a block: along groups of channels, and along rows.
     block: [usize; 2],
-    /// Blocks beside each other.
+    /// The number of blocks next to each other along the channels.
     slices: usize,
     rows_per_part: usize,
 }
 
-/// Groups of channels that a block takes, at most: with four floats each, a row's part is 512 bytes.
+/// The maximum number of groups of channels that a block takes. With four floats in a group, a
+/// block reads 512 bytes of each row.
 const GROUPS: usize = 32;
 
-/// A block's threads for groups of channels, `[groups, rows]`, and how many blocks are beside each other.
+/// Returns a block's threads, `[groups of channels, rows]`, and the number of blocks along the
+/// channels.
 pub(crate) fn block_of(channels: usize, width: usize) -> ([usize; 2], usize) {
     let groups = channels.div_ceil(width);
     let slices = groups.div_ceil(GROUPS);
@@ -400,7 +414,7 @@ pub(crate) fn block_of(channels: usize, width: usize) -> ([usize; 2], usize) {
 }
 
 impl Columns {
-    /// For kernels that write as much as they read: each thread takes a few rows.
+    /// Divides the map for kernels that write as much as they read: each thread takes a few rows.
     pub(crate) fn short(rows: usize, channels: usize, width: usize) -> Self {
         let (block, slices) = block_of(channels, width);
         // A grid has at most 65,535 blocks along y.
@@ -408,7 +422,8 @@ impl Columns {
         Self { rows, channels, block, slices, rows_per_part }
     }
 
-    /// For kernels whose parts leave sums, of which there are to be few beside the rows.
+    /// Divides the map for kernels whose parts write sums: there are few parts compared to the
+    /// rows.
     pub(crate) fn long(rows: usize, channels: usize, width: usize) -> Self {
         let (block, slices) = block_of(channels, width);
         let parts = (BLOCKS / slices).max(1);
@@ -428,17 +443,18 @@ impl Columns {
         Launch::new(module, kernel, self.grid(), self.block)
     }
 
-    /// The fields of the struct.
+    /// Returns the fields of the kernels' struct.
     pub(crate) fn fields(&self) -> [usize; 3] {
         [self.rows, self.channels, self.rows_per_part]
     }
 }
 
-/// The block of kernels that add up parts: 8 channels, and 32 threads that share the parts of each.
+/// The block of kernels that add up parts: 8 channels, with 32 threads that share the parts of
+/// each.
 pub(crate) const OVER_PARTS: [usize; 2] = [8, 32];
 
-/// The sum over the first dimension of `sums[parts, count]`, `f32`, in the shape `dims`; by the kernel `total` of a module
-/// that has it.
+/// Returns the sum over the first dimension of `sums[parts, count]` (`f32`), in the shape `dims`.
+/// The module must have the kernel `total`.
 pub(crate) fn total(module: Module, sums: &Tensor, dims: impl Into<Shape>) -> Result<Tensor> {
     let (parts, count) = sums.dims2()?;
     let total = empty(dims, DType::F32, sums.device())?;
@@ -450,12 +466,12 @@ pub(crate) fn total(module: Module, sums: &Tensor, dims: impl Into<Shape>) -> Re
     Ok(total)
 }
 
-/// The number of a quantizer's grids: 1, or that of the channels.
+/// Returns the number of a quantizer's grids: 1, or the number of channels.
 pub(crate) fn grids(quant: Quantizer<'_>) -> usize {
     quant.range.elem_count() / 2
 }
 
-/// The range and the largest level of a quantizer, or none.
+/// Returns the range and the largest level of a quantizer, or `None` and 0.
 pub(crate) fn quantizer<'a>(quant: Option<Quantizer<'a>>) -> (Option<&'a Tensor>, f32) {
     match quant {
         Some(quant) => (Some(quant.range), quant.bits.max_level() as f32),
@@ -463,7 +479,7 @@ pub(crate) fn quantizer<'a>(quant: Option<Quantizer<'a>>) -> (Option<&'a Tensor>
     }
 }
 
-/// The contiguous parts `[channels]` of a tensor `[n, channels]`.
+/// Returns the first `N` rows `[channels]` of a tensor `[n, channels]`, each contiguous.
 pub(crate) fn planes<const N: usize>(all: &Tensor) -> Result<[Tensor; N]> {
     let channels = all.dims()[1];
     let mut planes = Vec::with_capacity(N);

@@ -1,9 +1,10 @@
-//! Patches of images as rows, which makes a `k×k` convolution a matrix product
-//! ([`crate::pointwise`]): for the stem.
+//! Patches of images as rows, for the stem: they make a `k×k` convolution a matrix product
+//! ([`crate::pointwise`]).
 //!
-//! `y[n,oh,ow,(kh·k + kw)·C + c] = x[n, oh·s + kh − p, ow·s + kw − p, c]`, and 0 outside the image. The
-//! weight is a matrix `[k·k·C, Cout]` in that order. There is no input gradient: the input is the
-//! image, and nothing trains it. The weight's is `pointwise::grad_weight` of the patches.
+//! `y[n,oh,ow,(kh·k + kw)·C + c] = x[n, oh·s + kh − p, ow·s + kw − p, c]`, which is 0 outside the
+//! image. The weight is a matrix `[k·k·C, Cout]` with its rows in that order. There is no input
+//! gradient, because the input is the image, which is not trained. The gradient of the weight is
+//! `pointwise::grad_weight` of the patches.
 
 mod gpu;
 
@@ -14,7 +15,7 @@ use crate::work::{CHUNK, fill};
 use crate::{Result, profiler};
 use candle_core::Tensor;
 
-/// The `kernel × kernel` patches of `x[N, H, W, C]`, `[N, Ho, Wo, kernel·kernel·C]`, with
+/// Returns the `kernel × kernel` patches of `x[N, H, W, C]`, `[N, Ho, Wo, kernel·kernel·C]`, with
 /// `Ho = (H + 2·padding − kernel) / stride + 1`.
 pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
     let check = Check("im2col::forward");
@@ -40,7 +41,8 @@ pub fn forward(x: &Tensor, kernel: usize, stride: usize, padding: usize) -> Resu
             for (row, y) in (range.start / row_len..).zip(rows.chunks_exact_mut(row_len)) {
                 let (image, oh) = (row / ho, row % ho);
                 for (ow, y) in y.chunks_exact_mut(patch).enumerate() {
-                    // The columns of the patch that lie in the image are contiguous in both.
+                    // The columns of the patch that lie in the image are contiguous in the image
+                    // and in the patch.
                     let first = (ow * stride).max(padding);
                     let end = (ow * stride + kernel).min(w + padding);
                     if first >= end {
@@ -68,7 +70,8 @@ mod tests {
     use super::*;
     use crate::testing::*;
 
-    /// The convolution by Candle, which is NCHW and wants the weight as `[Cout, C, k, k]`.
+    /// Computes the convolution with Candle, which uses NCHW and a weight of shape
+    /// `[Cout, C, k, k]`.
     fn convolution(x: &Tensor, w: &Tensor, kernel: usize, stride: usize, padding: usize) -> Tensor {
         let (c, outputs) = (x.dims()[3], w.dims()[1]);
         let w = w.reshape((kernel, kernel, c, outputs)).unwrap().permute((3, 2, 0, 1)).unwrap();

@@ -1,21 +1,26 @@
-//! The numerical operations of a quantized network over Candle tensors, each in one file with its
-//! definition, its derivative, its kernels and its tests against a plain-Candle reference.
+//! The numerical operations of a quantized network over Candle tensors.
 //!
-//! Feature maps are NHWC (`[images, height, width, channels]`) and contiguous. They and their gradients are `f32`, or all
-//! of them `bf16`; everything else is `f32`, and so are all sums. Nothing uses Candle's autograd: a network owns its
-//! forward and backward passes and calls the functions here for both. Three promises hold for all of them:
+//! Each operation has a file with its definition, its derivative, its kernels and its tests against
+//! a plain-Candle reference.
 //!
-//! * **No host synchronization.** What a kernel needs (quantization ranges, statistics) it reads from
-//!   tensors; what it finds it returns as tensors.
-//! * **The same bits whatever the number of threads** and, of `f32`, whatever the instruction set: work is cut in
-//!   pieces that depend on the shapes alone, and sums are combined in a fixed order. (With `bf16` maps a processor's own
-//!   products may differ in the last bits of their sums.)
-//! * **Clear errors.** A wrong shape or dtype names the operation and the argument.
+//! Feature maps are NHWC (`[images, height, width, channels]`) and contiguous. Feature maps and
+//! their gradients are either all `f32` or all `bf16`; all other tensors are `f32`, and sums have
+//! at least the precision of `f32`. Nothing uses Candle's autograd: a network owns its forward and
+//! backward passes and calls the functions here for both. All functions keep three promises:
 //!
-//! What the forward pass hands on is a [`FeatureMap`]: floats, or the levels of their quantizer, one byte each.
+//! * **No host synchronization.** A kernel reads what it needs (quantization ranges, statistics)
+//!   from tensors and returns its results as tensors.
+//! * **The same bits for any number of threads** and, with `f32`, for any instruction set. Work is
+//!   cut into pieces that depend only on the shapes, and sums are combined in a fixed order. (With
+//!   `bf16` maps, a processor's own product instructions may give sums that differ in the last
+//!   bits.)
+//! * **Clear errors.** The error for a wrong shape or dtype names the operation and the argument.
 //!
-//! An operation runs where its tensors are: on the CPU, or (feature `cuda`) on a GPU ([`gpu`] says how the kernels are
-//! launched and tested).
+//! Units of a network pass each other a [`FeatureMap`]: floats, the levels of their quantizer (one
+//! byte each), or a normalization that its readers compute.
+//!
+//! An operation runs where its tensors are: on the CPU or, with the feature `cuda`, on a GPU.
+//! [`gpu`] describes how kernels are launched and tested.
 
 mod affine;
 pub mod augment;
@@ -60,7 +65,7 @@ use serde::{Deserialize, Serialize};
 
 /// The activation function `φ` after a normalization.
 ///
-/// Each is a clamp to an interval, which is how the kernels compute it.
+/// Each function clamps to an interval, and the kernels compute it that way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
@@ -73,7 +78,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// The interval that the activation clamps to.
+    /// Returns the interval that the activation clamps to.
     pub const fn bounds(self) -> (f32, f32) {
         match self {
             Self::Identity => (f32::NEG_INFINITY, f32::INFINITY),
@@ -82,43 +87,48 @@ impl Activation {
         }
     }
 
-    /// `φ(x)`; NaN stays NaN.
+    /// Computes `φ(x)`; NaN stays NaN.
     pub fn apply(self, x: f32) -> f32 {
         clamp(x, self.bounds())
     }
 
-    /// Whether `φ'(x) = 1`: strictly inside the interval. Elsewhere, the kinks included, it is 0, as in
-    /// PyTorch.
+    /// Returns whether `φ'(x) = 1`, which holds strictly inside the interval.
+    ///
+    /// Outside the interval and at the kinks the derivative is 0, as in PyTorch.
     pub fn passes(self, x: f32) -> bool {
         let (lo, hi) = self.bounds();
         lo < x && x < hi
     }
 }
 
-/// `x` clamped to `(lo, hi)`, NaN staying NaN, in two vector instructions.
+/// Clamps `x` to `(lo, hi)` in two vector instructions; NaN stays NaN.
 #[inline(always)]
 fn clamp(x: f32, (lo, hi): (f32, f32)) -> f32 {
     let x = if x < lo { lo } else { x };
     if x > hi { hi } else { x }
 }
 
-/// A uniform fake quantizer of a tensor: the grid is [`quant_core::Grid::spanning`] of the range.
+/// A uniform fake quantizer of a tensor, whose grid is [`quant_core::Grid::spanning`] over the
+/// range.
 #[derive(Clone, Copy, Debug)]
 pub struct Quantizer<'a> {
-    /// The range `(lo, hi)`: `[2]` of the whole tensor or, of weights, `[2, C]` with one of each output channel, the last
-    /// dimension.
+    /// The range `(lo, hi)`: `[2]` for the whole tensor or, for weights, `[2, C]` with one range
+    /// for each output channel (the last dimension).
     pub range: &'a Tensor,
     /// The bit width.
     pub bits: Bits,
 }
 
-/// The weight of a convolution as an operand: as floats, and, if it is quantized, by what its levels follow from.
+/// The weight of a convolution as an operand: its floats and, if it is quantized, the data from
+/// which its levels are computed.
 #[derive(Clone, Copy, Debug)]
 pub struct Weight<'a> {
-    /// The weight, in the layout of its [`convolution::Kernel`] (the quantized one, if it is quantized).
+    /// The weight in the layout of its [`convolution::Kernel`]; the quantized one, if it is
+    /// quantized.
     pub value: &'a Tensor,
-    /// The weight before quantization and its quantizer, of the whole or of each output channel, so that a product may be
-    /// one of levels. `value` must be the quantized `original`.
+    /// The weight before quantization and its quantizer, with one range for the whole weight or one
+    /// for each output channel. They allow a product of levels. `value` must be this weight after
+    /// quantization.
     pub quantized: Option<(&'a Tensor, Quantizer<'a>)>,
 }
 
@@ -137,13 +147,13 @@ pub(crate) struct ProductSizes {
 }
 
 impl ProductSizes {
-    /// Multiplications and additions.
+    /// Returns the number of multiplications and additions.
     pub(crate) fn operations(self) -> usize {
         2 * self.rows * self.columns * self.depth
     }
 }
 
-/// What can be wrong with a call of an operation.
+/// An error of an operation.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An argument has the wrong shape.
@@ -153,9 +163,9 @@ pub enum Error {
         op: &'static str,
         /// The argument.
         argument: &'static str,
-        /// Its shape.
+        /// The shape of the argument.
         found: Shape,
-        /// The shape it should have.
+        /// The expected shape.
         expected: String,
     },
     /// An argument has the wrong dtype.
@@ -165,9 +175,9 @@ pub enum Error {
         op: &'static str,
         /// The argument.
         argument: &'static str,
-        /// Its dtype.
+        /// The dtype of the argument.
         found: DType,
-        /// The dtype it should have.
+        /// The expected dtype.
         expected: DType,
     },
     /// A setting is outside what the operation supports.
@@ -175,10 +185,10 @@ pub enum Error {
     Setting {
         /// The operation.
         op: &'static str,
-        /// What was found and what is supported.
+        /// A message that says which setting was found and which are supported.
         message: String,
     },
-    /// Candle could not do its part.
+    /// A Candle operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }

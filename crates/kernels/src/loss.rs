@@ -1,8 +1,8 @@
 //! Softmax cross-entropy with label smoothing.
 //!
-//! With `p = softmax(logits)` and the target `t = (1 − ε)·onehot(label) + ε/K` (PyTorch's convention),
-//! the loss of an image is `−Σ_k t_k·ln p_k`, and that of the batch its mean, so the gradient is
-//! `(p − t)/N`.
+//! With `p = softmax(logits)` and the target `t = (1 − ε)·onehot(label) + ε/K` (PyTorch's
+//! convention), the loss of an image is `−Σ_k t_k·ln p_k`. The loss of a batch is the mean over its
+//! images, so the gradient is `(p − t)/N`.
 
 mod gpu;
 
@@ -13,24 +13,25 @@ use crate::{Result, profiler};
 use candle_core::{DType, Tensor};
 use std::ops::Range;
 
-/// What [`softmax_cross_entropy`] finds.
+/// The results of [`softmax_cross_entropy`].
 #[derive(Clone, Debug)]
 pub struct Loss {
     /// The mean loss of the batch, a scalar.
     pub loss: Tensor,
     /// The gradient of the mean loss with respect to the logits, `[N, K]`.
     pub grad: Tensor,
-    /// How many images have their largest logit (the first of equals) at the label: an `f32` scalar, so
-    /// that it can be summed with the losses.
+    /// The number of images whose largest logit (the first, if several are equal) is at the label.
+    /// It is an `f32` scalar, so that it can be summed with the losses.
     pub correct: Tensor,
 }
 
-/// The mean cross-entropy of `logits[N, K]` against `labels[N]` (`u32`), its gradient, and the number of
-/// images classified correctly.
+/// Computes the mean cross-entropy of `logits[N, K]` against `labels[N]` (`u32`), its gradient, and
+/// the number of images classified correctly.
 ///
 /// # Errors
-/// A label that is not below `K`, and wrong shapes. On a GPU, where nothing waits for what a kernel finds, such a
-/// label makes the loss and the image's gradient NaN instead.
+/// Returns an error for wrong shapes and for a label that is not below `K`. On a GPU, where nothing
+/// waits for the results of a kernel, such a label makes the loss and the gradient of its image NaN
+/// instead.
 pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Loss> {
     let check = Check("loss::softmax_cross_entropy");
     let (n, k) = match logits.dims() {
@@ -75,8 +76,8 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -
     })
 }
 
-/// Writes the gradient of one image's loss (`scale` times it), and gives the loss and whether the image
-/// is classified correctly.
+/// Writes `scale` times the gradient of one image's loss, and returns the loss and whether the
+/// image is classified correctly.
 fn image(logits: &[f32], label: usize, smoothing: f64, scale: f64, grad: &mut [f32]) -> (f64, bool) {
     let mut best = 0;
     for (i, logit) in logits.iter().enumerate() {
@@ -97,7 +98,7 @@ fn image(logits: &[f32], label: usize, smoothing: f64, scale: f64, grad: &mut [f
     }
     let p = (f64::from(logits[label]) - max).exp() / sum;
     grad[label] = ((p - spread - (1.0 - smoothing)) * scale) as f32;
-    // −Σ t·(shifted − ln sum), where the targets sum to 1.
+    // The loss is −Σ t·(shifted − ln sum), and the targets sum to 1.
     let at_label = f64::from(logits[label]) - max;
     (sum.ln() - (1.0 - smoothing) * at_label - spread * total, best == label)
 }

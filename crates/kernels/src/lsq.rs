@@ -1,10 +1,11 @@
-//! Learned step size quantization: LSQ (Esser et al. 2020, arXiv:1902.08153), and LSQ+ (Bhalgat et al. 2020,
-//! arXiv:2004.09576), which adds a learned offset.
+//! Learned step size quantization: LSQ (Esser et al. 2020, arXiv:1902.08153), and LSQ+ (Bhalgat et
+//! al. 2020, arXiv:2004.09576), which adds a learned offset.
 //!
-//! With the step `s`, the offset `β` (0 in LSQ) and the levels from `−Q_N` to `Q_P`, the position of a value is
-//! `p = (x − β)/s` and its quantized value `y = s·clip(round(p), −Q_N, Q_P) + β`. Unsigned levels, for what a ReLU
-//! gives and for LSQ+, have `Q_N = 0` and `Q_P = 2^b − 1`; signed ones, for weights, `Q_N = 2^(b−1)` and
-//! `Q_P = 2^(b−1) − 1`. Rounding is passed straight through, and everything else is differentiated:
+//! With the step `s`, the offset `β` (0 in LSQ) and the levels from `−Q_N` to `Q_P`, the position
+//! of a value is `p = (x − β)/s` and its quantized value is `y = s·clip(round(p), −Q_N, Q_P) + β`.
+//! Unsigned levels, for the output of a ReLU and for LSQ+, have `Q_N = 0` and `Q_P = 2^b − 1`;
+//! signed levels, for weights, have `Q_N = 2^(b−1)` and `Q_P = 2^(b−1) − 1`. Rounding has a
+//! straight-through gradient, and everything else is differentiated:
 //!
 //! | where | `∂y/∂x` | `∂y/∂s` | `∂y/∂β` |
 //! |---|---|---|---|
@@ -12,15 +13,18 @@
 //! | between | 1 | `round(p) − p` | 0 |
 //! | `p ≥ Q_P` | 0 | `Q_P` | 1 |
 //!
-//! The gradients of `s` and `β` are multiplied by `g = 1/√(N·Q_P)`, so that they are as large beside `s` as those of
-//! weights are beside the weights (section 2.2 of LSQ). `N` is the number of weights or, for activations, of features:
-//! here those of one image, so that `g` does not depend on the batch's size. (Implementations in public use mostly count
-//! the whole batch.) LSQ+ does not say how it scales the gradient of `β`; it gets the same `g`, as in public code.
+//! The gradients of `s` and `β` are multiplied by `g = 1/√(N·Q_P)`, so that their size relative to
+//! `s` is about that of the weights' gradients relative to the weights (section 2.2 of LSQ). `N` is
+//! the number of weights or, for activations, of features. Here it counts the features of one
+//! image, so that `g` does not depend on the batch size; most public implementations count the
+//! whole batch. LSQ+ does not say how it scales the gradient of `β`; here it gets the same `g`, as
+//! in public code.
 //!
-//! `s` begins as `2·mean|x|/√Q_P` ([`initial_step`]), with an offset such that the levels span the extremes
-//! ([`initial_step_and_offset`], the plain initialization that LSQ+ states before its search for the least squared
-//! error, with room of 2⁻¹⁰ of a step on both sides, so that rounding does not decide whether the extremes count as
-//! clipped). A step below [`MIN_STEP`] counts as that.
+//! The initial `s` is `2·mean|x|/√Q_P` ([`initial_step`]). With an offset, the initial levels span
+//! the extremes instead ([`initial_step_and_offset`]). This is the plain initialization that LSQ+
+//! states before its search for the least squared error, with room of 2⁻¹⁰ of a step on both sides,
+//! so that rounding does not decide whether the extremes count as clipped. A step below
+//! [`MIN_STEP`] counts as [`MIN_STEP`].
 
 mod gpu;
 
@@ -33,15 +37,15 @@ use crate::{Result, clamp, profiler, quantize};
 use candle_core::Tensor;
 use quant_core::Bits;
 
-/// The least step, that of PyTorch's own learned quantizer: its reciprocal is finite.
+/// The smallest step, the same as in PyTorch's own learned quantizer. Its reciprocal is finite.
 pub const MIN_STEP: f32 = f32::EPSILON;
 
-/// A quantizer: what it has learned, and its levels.
+/// A quantizer: its learned parameters and its levels.
 #[derive(Clone, Copy, Debug)]
 pub struct Params<'a> {
     /// `s`, `[1]`.
     pub step: &'a Tensor,
-    /// `β`, `[1]`; without it the quantizer is that of LSQ.
+    /// `β`, `[1]`; `None` for LSQ.
     pub offset: Option<&'a Tensor>,
     /// The bit width.
     pub bits: Bits,
@@ -49,17 +53,17 @@ pub struct Params<'a> {
     pub signed: bool,
 }
 
-/// The gradients, those of the step and the offset times `g`.
+/// The gradients; those of the step and the offset are multiplied by `g`.
 pub struct Gradients {
-    /// Of the input, of its shape.
+    /// The gradient of the input, of its shape.
     pub x: Tensor,
-    /// Of `s`, `[1]`.
+    /// The gradient of `s`, `[1]`.
     pub step: Tensor,
-    /// Of `β`, `[1]`, if there is one.
+    /// The gradient of `β`, `[1]`, if there is an offset.
     pub offset: Option<Tensor>,
 }
 
-/// The quantized values, of the shape of `x`.
+/// Quantizes `x`.
 pub fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
     let check = Check("lsq::forward");
     let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
@@ -76,7 +80,8 @@ pub fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
     })
 }
 
-/// The gradients, with `items` the `N` of `g`: the number of weights, or of the features of one image.
+/// Computes the gradients; `items` is the `N` of `g`, the number of weights or of the features of
+/// one image.
 pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Result<Gradients> {
     let check = Check("lsq::backward");
     let _note = profiler::note(check.0, 0, 3 * x.dtype().size_in_bytes() * x.elem_count());
@@ -104,7 +109,7 @@ pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Re
     })
 }
 
-/// The step that LSQ begins with, `2·mean|x|/√Q_P`, `[1]`.
+/// Returns the initial step of LSQ, `2·mean|x|/√Q_P`, `[1]`.
 pub fn initial_step(x: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let check = Check("lsq::initial_step");
     let _note = profiler::note(check.0, 0, 4 * x.elem_count());
@@ -128,10 +133,11 @@ pub fn initial_step(x: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     Ok(step)
 }
 
-/// What lies beyond the extremes at first, as a share of the step.
+/// The distance from each extreme to the outermost level at the start, as a fraction of the step.
 const ROOM: f64 = 1.0 / 1024.0;
 
-/// The step and the offset, `[1]` each, with which unsigned levels span the extremes of `x`.
+/// Returns the step and the offset, `[1]` each, with which unsigned levels span the extremes of
+/// `x`.
 pub fn initial_step_and_offset(x: &Tensor, bits: Bits) -> Result<(Tensor, Tensor)> {
     let extremes = quantize::min_max(x)?;
     let (low, high) = (extremes.narrow(0, 0, 1)?, extremes.narrow(0, 1, 1)?);
@@ -141,7 +147,8 @@ pub fn initial_step_and_offset(x: &Tensor, bits: Bits) -> Result<(Tensor, Tensor
     Ok((step, offset))
 }
 
-/// Brings a step `[1]` that has fallen below [`MIN_STEP`] back to it, in place, after a step of the optimizer.
+/// Raises a step `[1]` below [`MIN_STEP`] to [`MIN_STEP`], in place; called after a step of the
+/// optimizer.
 pub fn project(step: &Tensor) -> Result<()> {
     let check = Check("lsq::project");
     check.dims("step", step, &[1])?;
@@ -151,12 +158,12 @@ pub fn project(step: &Tensor) -> Result<()> {
     cpu::update(&check, "step", step, [], |step, []| step[0] = positive(step[0]))
 }
 
-/// A step, at least [`MIN_STEP`]; NaN stays NaN.
+/// Returns a step, at least [`MIN_STEP`]; NaN stays NaN.
 fn positive(step: f32) -> f32 {
     if step < MIN_STEP { MIN_STEP } else { step }
 }
 
-/// The lowest and the highest level, `−Q_N` and `Q_P`.
+/// Returns the lowest and the highest level, `−Q_N` and `Q_P`.
 fn levels(bits: Bits, signed: bool) -> (f32, f32) {
     let count = (bits.max_level() + 1) as f32;
     if signed { (-count / 2.0, count / 2.0 - 1.0) } else { (0.0, count - 1.0) }
@@ -193,7 +200,7 @@ impl Scale {
         Ok(Self { step, per_step: 1.0 / step, offset, levels: params.levels() })
     }
 
-    /// `p`.
+    /// Returns `p`.
     #[inline(always)]
     fn position(&self, x: f32) -> f32 {
         (x - self.offset) * self.per_step
@@ -211,7 +218,7 @@ simd! {
 }
 
 simd! {
-    /// The gradient of `x`; returns the sums of those of `s` and `β`.
+    /// Writes the gradient of `x`, and returns the sums of the gradients of `s` and `β`.
     fn slopes<T: Element>(x: &[T], gy: &[T], gx: &mut [T], scale: &Scale) -> [f64; 2] {
         let scale = *scale;
         let (low, high) = scale.levels;
@@ -236,7 +243,7 @@ simd! {
 }
 
 simd! {
-    /// The sum of the absolute values.
+    /// Returns the sum of the absolute values.
     fn magnitude<T: Element>(x: &[T]) -> f64 {
         let mut sums: Lanes = [0.0; LANES];
         for x in x.chunks(LANES) {
@@ -259,15 +266,16 @@ mod tests {
         Bits::new(bits).unwrap()
     }
 
-    /// A case of two bits with step 2, whose gradients of y are 1, 2, 4, …, so that every sum shows its terms.
-    /// `by_step` are the expected slopes of the step; those of the offset follow from `gx`.
+    /// Checks a case of two bits with step 2. The gradients of y are 1, 2, 4, …, so that every sum
+    /// shows its terms. `by_step` holds the expected slopes of the step; the slopes of the offset
+    /// follow from `gx`.
     #[track_caller]
     fn check(signed: bool, offset: Option<f32>, x: &[f32], y: &[f64], inside: &[bool], by_step: &[f64]) {
         let (step, offset) = (tensor(&[2.0]), offset.map(|offset| tensor(&[offset])));
         let params = Params { step: &step, offset: offset.as_ref(), bits: bits(2), signed };
         assert_eq!(elements(&forward(&tensor(x), params).unwrap()), y);
         let gy: Vec<f32> = (0..x.len()).map(|i| (1 << i) as f32).collect();
-        // N·Q_P is 36 (signed), or 12·3 = 36: g = 1/6.
+        // N·Q_P is 36·1 (signed) or 12·3, so g = 1/6.
         let items = if signed { 36 } else { 12 };
         let grads = backward(&tensor(x), &tensor(&gy), params, items).unwrap();
         let gy: Vec<f64> = gy.into_iter().map(f64::from).collect();
@@ -298,7 +306,8 @@ mod tests {
 
     #[test]
     fn hand_worked_signed() {
-        // Levels −4, −2, 0, 2. From −4 to −5 a value rounds to the lowest level, but is clipped.
+        // Levels −4, −2, 0, 2. A value from −5 to −4 rounds to the lowest level, but counts as
+        // clipped.
         check(
             true,
             None,
@@ -322,8 +331,8 @@ mod tests {
         );
     }
 
-    /// All gradients, by plain Candle's autograd and by differences, of the function that has what rounding adds to a
-    /// position as a constant.
+    /// Checks all gradients, with plain Candle's autograd and with finite differences, against the
+    /// function in which the change of a position by rounding is a constant.
     #[test]
     fn gradients_are_those_of_the_function_with_constant_rounding() {
         for (b, signed, offset) in
@@ -334,7 +343,7 @@ mod tests {
             let offset_tensor = tensor(&[offset.unwrap_or(0.0)]);
             let params =
                 Params { step: &step, offset: offset.map(|_| &offset_tensor), bits: bits(b), signed };
-            // With one item for each 1/Q_P, g is 1.
+            // One item makes g = 1/√Q_P, which `unscaled` divides out.
             let (low, high) = params.levels();
             let grads = backward(&x, &gy, params, 1).unwrap();
             let unscaled = |grad: &Tensor| (grad * f64::from(high).sqrt()).unwrap();
@@ -372,7 +381,8 @@ mod tests {
                 let (step, offset) =
                     (tensor(&[span / (1 << b) as f32]), offset.map(|offset| tensor(&[offset])));
                 let params = Params { step: &step, offset: offset.as_ref(), bits: bits(b), signed };
-                // More than a chunk and no multiple of a vector, so many that no level is left out.
+                // More than a chunk, not a multiple of a vector, and so many values that no level
+                // is left out.
                 let y = forward(&random(1, &[3, 16_667]), params).unwrap();
                 assert_eq!(y.dims(), [3, 16_667]);
                 let levels: BTreeSet<u64> = elements(&y).iter().map(|y| (y + 0.0).to_bits()).collect();
@@ -382,7 +392,8 @@ mod tests {
         }
     }
 
-    /// Small odd sizes, where parts of vectors are left over: each element by itself gives the same.
+    /// Checks small odd sizes, which leave partial vectors: each element by itself gives the same
+    /// result.
     #[test]
     fn elements_do_not_depend_on_their_neighbours() {
         let (step, offset) = (tensor(&[0.13]), tensor(&[-0.6]));
@@ -421,17 +432,17 @@ mod tests {
             "unsigned",
         );
         let (step, offset) = initial_step_and_offset(&x, bits(2)).unwrap();
-        // Three steps and the room on both sides.
+        // Three steps, less the room on both sides.
         let expected = 9.0 / (3.0 - 1.0 / 512.0);
         assert_close(&step, &tensor(&[expected]), 1e-6, "step");
         assert_close(&offset, &tensor(&[-3.0 - expected / 1024.0]), 1e-6, "offset");
         let params = Params { step: &step, offset: Some(&offset), bits: bits(2), signed: false };
         assert_eq!(elements(&backward(&x, &x, params, 1).unwrap().x), elements(&x), "nothing is clipped");
-        // More than a part of a sum.
+        // More than one part of a sum.
         let x = random(1, &[300_001]);
         let mean = elements(&x).iter().map(|x| x.abs()).sum::<f64>() / 300_001.0;
         assert_close(&initial_step(&x, bits(2), true).unwrap(), &tensor(&[2.0 * mean as f32]), 1e-6, "large");
-        // What is constant has the least step.
+        // Constant values get the smallest step.
         let zeros = x.zeros_like().unwrap();
         assert_eq!(elements(&initial_step(&zeros, bits(4), false).unwrap()), [f64::from(MIN_STEP)]);
         let (step, offset) = initial_step_and_offset(&tensor(&[0.5; 3]), bits(4)).unwrap();
@@ -447,7 +458,8 @@ mod tests {
         }
     }
 
-    /// A step that has fallen to zero counts as the least one, where all gradients are finite, and can grow again.
+    /// Checks that a step that has fallen to zero counts as the smallest step, with finite
+    /// gradients, and can grow again.
     #[test]
     fn a_step_of_zero_can_grow_again() {
         let (x, gy) = (tensor(&[-1.0, 0.5, 2.0]), tensor(&[1.0, 2.0, -4.0]));

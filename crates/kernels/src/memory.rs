@@ -1,21 +1,26 @@
-//! How memory is kept from one training step for the next, which needs the same again. Both settings are of the whole
-//! process; without them all runs as it does, only slower.
+//! Settings that keep the memory of a training step for the next step, which allocates the same
+//! again. They apply to the whole process and change only its speed.
 
-/// Makes glibc's allocator keep its pages, huge ones, as getting fresh zeroed pages for each tensor of a step costs a tenth
-/// of its time. To be called before anything else runs; with another C library, or short addresses, it does nothing.
+/// Makes glibc's allocator keep its pages and use huge ones.
+///
+/// Otherwise, fresh zeroed pages for each tensor take a tenth of the time of a step. Call this
+/// before anything else runs. With another C library or 32-bit addresses it does nothing.
 #[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
 #[allow(unsafe_code)]
 pub fn keep_pages() {
-    // SAFETY: mallopt takes plain numbers; madvise is a hint about addresses of malloc's block, which is freed once.
+    // SAFETY: mallopt takes plain numbers. The addresses passed to madvise lie in malloc's block,
+    // which is freed once, and madvise is only a hint.
     unsafe {
-        // No separate mapping for large blocks, no memory given back from the end of the heap, and one heap for
-        // all threads: those of others are given back as soon as they are empty.
+        // Large blocks get no separate mapping, the end of the heap is not given back, and all
+        // threads use one heap. The heaps of other threads would be given back as soon as they are
+        // empty.
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
-        // The first block reserves addresses, of which only those that are used take memory, and which are asked to lie on
-        // huge pages. Freed, they are the end of the heap, which everything else comes from.
+        // The first block reserves addresses and asks for huge pages there. Only the addresses that
+        // are used take memory. When the block is freed, it becomes the end of the heap, from which
+        // all other blocks come.
         let block = libc::malloc(RESERVED);
         if !block.is_null() {
             let start = (block as usize).next_multiple_of(HUGE_PAGE);
@@ -26,27 +31,28 @@ pub fn keep_pages() {
     }
 }
 
-/// Addresses reserved for the heap: what training the paper's networks takes, some times over.
+/// The number of bytes of addresses reserved for the heap: several times what training the paper's
+/// networks takes.
 #[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
 const RESERVED: usize = 4 << 30;
 
-/// The size of a huge page on x86-64, and of the smaller ones elsewhere.
+/// The size of a huge page on x86-64, and of the smaller huge pages elsewhere.
 #[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Does nothing: there is no such setting.
+/// Does nothing, because this platform has no such setting.
 #[cfg(not(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64")))]
 pub fn keep_pages() {}
 
-/// Lets the driver keep a GPU's memory that a step gives back: by default it goes back to the system whenever the host
-/// waits for the device.
+/// Makes the driver keep the GPU memory that a step frees. By default, this memory goes back to the
+/// system whenever the host waits for the device.
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 pub fn keep_gpu_memory(context: &candle_core::cuda::cudarc::driver::CudaContext) {
     use candle_core::cuda::cudarc::driver::{result, sys};
     let mut threshold = u64::MAX;
-    // SAFETY: the device is one that the context was made for, its default pool lives as long as the process, and the
-    // attribute is a u64, which is read before the call returns.
+    // SAFETY: the device is the context's, its default pool lives as long as the process, and the
+    // attribute is a u64 that is read before the call returns.
     unsafe {
         if let Ok(pool) = result::device::get_default_mem_pool(context.cu_device()) {
             let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;

@@ -1,20 +1,21 @@
-//! The moments of rows, per channel, in one pass while the rows are in cache.
+//! The per-channel moments of rows, computed in one pass while the rows are in cache.
 //!
-//! With a pivot `p`, `μ = p + Σ(z − p)/M` and `Σ(z − μ)² = Σ(z − p)² − M·(μ − p)²`, where little cancels if `p` is near
-//! the mean: it is the mean of the first rows. A channel where it turns out not to be near, or whose squares leave
-//! the range of `f32`, is computed again, alone.
+//! With a pivot `p`, `μ = p + Σ(z − p)/M` and `Σ(z − μ)² = Σ(z − p)² − M·(μ − p)²`. Little cancels
+//! if `p` is near the mean, so the pivot is the mean of the first rows. If it turns out not to be
+//! near the mean of a channel, or if the channel's squares leave the range of `f32`, that channel
+//! alone is computed again.
 
 use crate::cpu::simd;
 use crate::elements::Element;
 use crate::tile::{TILES, fold, tile_rows};
 
-/// Rows whose mean is the pivot, at least; fewer only where there are fewer.
+/// The smallest number of rows whose mean is the pivot; fewer are used only if there are fewer.
 const PIVOT_ROWS: usize = 32;
 
-/// `Σ(z − p)²` over `Σ(z − μ)²`, at most: by as much errors of rounding grow.
+/// The largest accepted ratio of `Σ(z − p)²` to `Σ(z − μ)²`, by which rounding errors grow.
 const MAX_CANCELLATION: f64 = 4.0;
 
-/// The mean of `(z − p)²` that `f32` holds well: smaller and larger terms neither under- nor overflow.
+/// The range of the mean of `(z − p)²` in which the terms neither underflow nor overflow in `f32`.
 const MEAN_SQUARES: std::ops::Range<f64> = 1e-30..1e30;
 
 /// The moments of some rows, per channel.
@@ -28,18 +29,18 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
-    /// Of so many rows with these means, biased variances and extremes.
+    /// Creates the moments of `rows` rows from their means, biased variances and extremes.
     pub(crate) fn new(rows: f64, mean: Vec<f64>, variance: Vec<f64>, min: Vec<f32>, max: Vec<f32>) -> Self {
         let squares = variance.into_iter().map(|variance| variance * rows).collect();
         Self { rows, mean, squares, min, max }
     }
 
-    /// How many rows they are of.
+    /// Returns the number of rows.
     pub(crate) fn rows(&self) -> f64 {
         self.rows
     }
 
-    /// The moments of all parts of the rows together, by the rule of Chan, Golub and LeVeque (1983).
+    /// Combines the moments of parts of the rows, by the rule of Chan, Golub and LeVeque (1983).
     pub(crate) fn merged(parts: Vec<Self>) -> Option<Self> {
         parts.into_iter().reduce(|mut all, more| {
             let rows = all.rows + more.rows;
@@ -57,22 +58,23 @@ impl Moments {
         })
     }
 
-    /// The biased variance of each channel.
+    /// Returns the biased variance of each channel.
     pub(crate) fn variance(&self) -> impl Iterator<Item = f64> {
         self.squares.iter().map(|squares| squares / self.rows)
     }
 }
 
-/// Adds up what the [`Moments`] of rows follow from, block by block.
+/// The sums from which the [`Moments`] of rows are computed, added up block by block.
 pub(crate) struct MomentAccumulator {
     rows: usize,
-    /// These five have one element for each position of a tile.
+    /// The pivot. This and the next four fields have one element for each position of a tile.
     pivot: Vec<f32>,
     sum: Vec<f32>,
     squares: Vec<f32>,
     min: Vec<f32>,
     max: Vec<f32>,
-    /// What `sum` and `squares` held after each [`TILES`] tiles, per channel.
+    /// The per-channel totals, to which `sum` is added after at most [`TILES`] tiles. `all_squares`
+    /// is the same for `squares`.
     sums: Vec<f64>,
     all_squares: Vec<f64>,
 }
@@ -92,7 +94,7 @@ impl MomentAccumulator {
         }
     }
 
-    /// Adds a block of rows that fits in cache.
+    /// Adds a block of rows, which should fit in cache.
     pub(crate) fn add(&mut self, z: &[f32]) {
         let channels = self.sums.len();
         if self.rows == 0 {
@@ -103,7 +105,7 @@ impl MomentAccumulator {
         self.rows += z.len() / channels;
     }
 
-    /// Returns the moments of all rows that were added, which are `z`.
+    /// Returns the moments of all added rows, which `z` must contain.
     pub(crate) fn finish<T: Element>(self, z: &[T]) -> Moments {
         let Self { rows, pivot, mut min, mut max, sums, all_squares, .. } = self;
         let channels = sums.len();
@@ -132,13 +134,13 @@ impl MomentAccumulator {
     }
 }
 
-/// The mean of one channel and `Σ(z − mean)²`.
+/// Computes the mean and `Σ(z − mean)²` of one channel.
 fn in_two_passes(z: impl Iterator<Item = f64> + Clone, rows: f64) -> (f64, f64) {
     let mean = z.clone().sum::<f64>() / rows;
     (mean, z.map(|z| (z - mean) * (z - mean)).sum())
 }
 
-/// Adds some tiles at a time, as the sums are loaded and stored each time.
+/// Adds `N` tiles at once, because each call loads and stores the sums.
 #[inline(always)]
 fn add_tiles<const N: usize>(
     tiles: [&[f32]; N],
@@ -187,7 +189,7 @@ simd! {
 }
 
 simd! {
-    /// Sets the pivot to the mean of some rows; exactly, where a channel is constant.
+    /// Sets the pivot to the mean of some rows. For a constant channel the pivot is exact.
     fn find_pivot(z: &[f32], sums: &mut MomentAccumulator) {
         let MomentAccumulator { pivot, sum, sums, .. } = sums;
         let (c, tile) = (sums.len(), pivot.len());

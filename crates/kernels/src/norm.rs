@@ -1,19 +1,19 @@
 //! Batch normalization, activation and fake quantization in one pass, with both backward passes.
 //!
-//! Over `z[…, C]` with `M` rows, per channel (the index is left out):
+//! For `z[…, C]` with `M` rows, and for each channel (the channel index is left out):
 //!
 //! * statistics: `μ = Σz/M`, `V = Σ(z − μ)²/M` ([`channel_stats`]);
-//! * forward: `u = scale·z + shift`, `y = Q(φ(u))` ([`forward`]), where batch normalization is
-//!   `scale = γ/√(V + ε)` and `shift = β − μ·scale` ([`inv_std`], [`affine`]), and a plain bias is
+//! * forward: `u = scale·z + shift`, `y = Q(φ(u))` ([`forward`]). Batch normalization has
+//!   `scale = γ/√(V + ε)` and `shift = β − μ·scale` ([`inv_std`], [`affine`]); a plain bias has
 //!   `scale = 1`;
-//! * the gradient of `u`: `g = ∂y·φ'(u)·[Q does not clamp φ(u)]`. `u` is computed again from `z`,
-//!   nothing else is kept;
+//! * the gradient of `u`: `g = ∂y·φ'(u)·[Q does not clamp φ(u)]`. The backward pass recomputes `u`
+//!   from `z`, so nothing but `z` is kept;
 //! * frozen statistics ([`Epilogue::affine`]): `∂z = scale·g`, `∂shift = Σg`;
-//! * batch statistics ([`Epilogue::batch`]), which depend on `z` themselves: with
+//! * batch statistics ([`Epilogue::batch`]), which themselves depend on `z`: with
 //!   `x̂ = (z − μ)/√(V + ε)`, `∂β = Σg`, `∂γ = Σg·x̂`, `∂z = γ/√(V + ε) · (g − ∂β/M − x̂·∂γ/M)`.
 //!
-//! Sums are `f32` inside a block that fits in cache and `f64` across blocks. On a GPU they are `f32` over the few
-//! rows that a thread has in registers, and `f64` across these.
+//! The CPU sums in `f32` inside a block that fits in cache and in `f64` across blocks. A GPU sums
+//! in `f32` over the few rows that a thread holds in registers, and in `f64` across these.
 
 pub(crate) mod gpu;
 
@@ -56,19 +56,20 @@ pub struct BatchNormalization {
     pub shift: Tensor,
 }
 
-/// Running statistics, each `[C]`: moving averages of the batches' means and unbiased variances.
+/// Running statistics, each `[C]`: moving averages of the batch means and the unbiased batch
+/// variances.
 #[derive(Clone, Debug)]
 pub struct Running {
-    /// Of the means.
+    /// The moving average of the means.
     pub mean: Tensor,
-    /// Of the variances, over `M − 1`.
+    /// The moving average of the variances, over `M − 1`.
     pub variance: Tensor,
 }
 
-/// The statistics of each channel of `z[…, C]`, in one pass over memory.
+/// Returns the statistics of each channel of `z[…, C]`, in one pass over memory.
 ///
-/// The relative error of the variance is some 1e-6, also where it is tiny beside the mean, or near the
-/// smallest numbers there are; that of a constant channel is exactly 0.
+/// The relative error of the variance is about 1e-6, even if the variance is tiny compared with the
+/// mean, or close to the smallest `f32` numbers. The variance of a constant channel is exactly 0.
 pub fn channel_stats(z: &Tensor) -> Result<Stats> {
     let check = Check("norm::channel_stats");
     let (rows, c) = check.rows("z", z)?;
@@ -89,12 +90,13 @@ pub fn channel_stats(z: &Tensor) -> Result<Stats> {
     })
 }
 
-/// `1 / √(variance + epsilon)`.
+/// Returns `1 / √(variance + epsilon)`.
 pub fn inv_std(variance: &Tensor, epsilon: f64) -> Result<Tensor> {
     Ok((variance + epsilon)?.sqrt()?.recip()?)
 }
 
-/// Normalization with given statistics as `(scale, shift)`: `γ·inv_std` and `β − mean·scale`.
+/// Returns normalization with the given statistics as `(scale, shift)`: `γ·inv_std` and
+/// `β − mean·scale`.
 pub fn affine(gamma: &Tensor, beta: &Tensor, mean: &Tensor, inv_std: &Tensor) -> Result<(Tensor, Tensor)> {
     let scale = (gamma * inv_std)?;
     let shift = (beta - (mean * &scale)?)?;
@@ -102,7 +104,7 @@ pub fn affine(gamma: &Tensor, beta: &Tensor, mean: &Tensor, inv_std: &Tensor) ->
 }
 
 impl BatchNormalization {
-    /// With the statistics of a batch.
+    /// Returns the normalization with the statistics of a batch.
     pub fn new(stats: &Stats, gamma: &Tensor, beta: &Tensor, epsilon: f64) -> Result<Self> {
         let inv_std = inv_std(&stats.variance, epsilon)?;
         let (scale, shift) = affine(gamma, beta, &stats.mean, &inv_std)?;
@@ -119,8 +121,10 @@ impl BatchNormalization {
     }
 }
 
-/// What a training step needs of a batch normalization: [`BatchNormalization::new`]. Changes the running statistics in place: moves
-/// them towards those of this batch of `rows` rows by `momentum`.
+/// Returns the [`BatchNormalization::new`] of a training step, and updates the running statistics.
+///
+/// The running statistics change in place: they move towards those of this batch, which has `rows`
+/// rows, by the factor `momentum`.
 pub fn prepare(
     stats: &Stats,
     gamma: &Tensor,
@@ -130,7 +134,7 @@ pub fn prepare(
     momentum: f64,
     rows: usize,
 ) -> Result<BatchNormalization> {
-    // From the biased variance to the unbiased one.
+    // Turns the biased variance into the unbiased one.
     let unbias = rows as f64 / (rows.max(2) - 1) as f64;
     if crate::gpu::runs(stats.mean.device()) {
         return gpu::prepare(stats, gamma, beta, epsilon, running, momentum, unbias);
@@ -141,7 +145,7 @@ pub fn prepare(
     BatchNormalization::new(stats, gamma, beta, epsilon)
 }
 
-/// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
+/// Returns `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C]`.
 pub fn forward(
     z: &Tensor,
     scale: &Tensor,
@@ -174,7 +178,8 @@ pub fn forward(
     })
 }
 
-/// [`forward`] without a quantizer, on the CPU left to its readers ([`FeatureMap::Deferred`]).
+/// Returns [`forward`] without a quantizer. On the CPU its readers compute it
+/// ([`FeatureMap::Deferred`]).
 pub fn deferred(z: &Tensor, scale: &Tensor, shift: &Tensor, act: Activation) -> Result<FeatureMap> {
     if crate::gpu::runs(z.device()) {
         return forward(z, scale, shift, act, None);
@@ -182,8 +187,10 @@ pub fn deferred(z: &Tensor, scale: &Tensor, shift: &Tensor, act: Activation) -> 
     FeatureMap::deferred(&Check("norm::deferred"), z, scale, shift, act, None)
 }
 
-/// What a backward pass reads for `y`, the levels that [`forward`] gave: on the CPU the same map computed again where it is
-/// read, so that nobody keeps the levels; on a GPU `y` itself.
+/// Returns what a backward pass reads in place of `y`, the levels that [`forward`] returned.
+///
+/// On the CPU this is the same map, recomputed whenever it is read, so that the levels need not be
+/// kept. On a GPU it is `y` itself.
 pub fn recomputed(
     y: &FeatureMap,
     z: &Tensor,
@@ -198,8 +205,11 @@ pub fn recomputed(
     FeatureMap::deferred(&Check("norm::recomputed"), z, scale, shift, act, quant)
 }
 
-/// The smallest and the largest element of `φ(scale·z + shift)`, `[2]`, without a pass over `z`: exactly
-/// those of what [`forward`] gives without a quantizer, as all steps are monotone, rounding included.
+/// Returns the smallest and the largest element of `φ(scale·z + shift)`, `[2]`, without a pass over
+/// `z`.
+///
+/// They are exactly the extremes of what [`forward`] returns without a quantizer, because all
+/// steps, including rounding, are monotone.
 pub fn output_range(stats: &Stats, scale: &Tensor, shift: &Tensor, act: Activation) -> Result<Tensor> {
     let check = Check("norm::output_range");
     let (_, c) = check.rows("stats.min", &stats.min)?;
@@ -220,14 +230,14 @@ pub fn output_range(stats: &Stats, scale: &Tensor, shift: &Tensor, act: Activati
     cpu::tensor(vec![lo, hi], 2)
 }
 
-/// What follows a convolution's output `z[…, C]` in a training step, `y = Q(φ(scale·z + shift))`, as its gradients need
-/// it.
+/// The operations after a convolution's output `z[…, C]` in a training step,
+/// `y = Q(φ(scale·z + shift))`, with all that their gradients need.
 #[derive(Clone, Debug)]
 pub struct Epilogue {
     pub(crate) z: Tensor,
     pub(crate) scale: Tensor,
     pub(crate) shift: Tensor,
-    /// The mean and `1/√(V + ε)` of `z` itself; none where scale and shift do not depend on it.
+    /// The mean and `1/√(V + ε)` of `z` itself; `None` if scale and shift do not depend on `z`.
     batch: Option<[Tensor; 2]>,
     pub(crate) act: Activation,
     /// The quantizer's range and bits.
@@ -239,11 +249,13 @@ pub struct Epilogue {
 pub struct MapGradient {
     /// `∂y`.
     pub tensor: Tensor,
-    /// What the [`Epilogue`] that made `y` needs of it, if it was summed up while it was in cache; of use to no other.
+    /// The sums that the [`Epilogue`] that made `y` needs, if they were taken while the gradient
+    /// was in cache. They are of no use to any other epilogue.
     pub(crate) sums: Option<GradientSums>,
 }
 
-/// The sums of numbers over all parts of a batch, each of which gives as many.
+/// A function that adds up numbers over all parts of a batch, element by element. Every part passes
+/// equally many.
 pub type Total<'a> = &'a dyn Fn(&[f64]) -> Vec<f64>;
 
 fn parts_on_a_gpu(op: &'static str) -> Error {
@@ -261,11 +273,11 @@ pub(crate) struct GradientSums {
 
 /// The gradients of an [`Epilogue`].
 pub struct Gradients {
-    /// Of the convolution's output, computed where it is read.
+    /// The gradient of the convolution's output, computed when it is read.
     pub z: DeferredGradient,
-    /// Of `γ`, `[C]`, where normalization has the statistics of the batch.
+    /// The gradient of `γ`, `[C]`, if the normalization uses batch statistics.
     pub gamma: Option<Tensor>,
-    /// Of `β` or the shift, `[C]`.
+    /// The gradient of `β` or the shift, `[C]`.
     pub shift: Tensor,
 }
 
@@ -276,7 +288,7 @@ impl From<Tensor> for MapGradient {
 }
 
 impl Epilogue {
-    /// Where `norm` has the statistics of this batch `z`: `Q(φ(γ·x̂ + β))`.
+    /// Returns the epilogue `Q(φ(γ·x̂ + β))` of a `norm` with the statistics of this batch `z`.
     pub fn batch(
         z: &Tensor,
         norm: &BatchNormalization,
@@ -289,7 +301,7 @@ impl Epilogue {
         Self::new(&check, z, [scale, shift], Some([mean, inv_std]), act, quant)
     }
 
-    /// Where `scale` and `shift`, `[C]`, do not depend on `z`.
+    /// Returns the epilogue whose `scale` and `shift`, `[C]`, do not depend on `z`.
     pub fn affine(
         z: &Tensor,
         scale: &Tensor,
@@ -328,17 +340,20 @@ impl Epilogue {
         self.quant.as_ref().map(|(range, bits)| Quantizer { range, bits: *bits })
     }
 
-    /// The gradients from that of `y`.
+    /// Returns the gradients, from the gradient of `y`.
     pub fn backward(&self, gradient: &MapGradient) -> Result<Gradients> {
         self.backward_of_part(gradient, None)
     }
 
-    /// [`Epilogue::backward`] where `z` may be a part of a batch, whose statistics were [`Stats::merged`]: `total` gives the
-    /// sums of numbers over all parts. The gradients of γ and β are those of this part alone, to be added to those of the
-    /// others; that of `z` takes all parts into account.
+    /// Returns [`Epilogue::backward`] for a `z` that may be one part of a batch with
+    /// [`Stats::merged`] statistics.
+    ///
+    /// `total` adds up numbers over all parts. The returned gradients of γ and β are those of this
+    /// part alone, and the caller must add them up over the parts; the gradient of `z` takes all
+    /// parts into account.
     ///
     /// # Errors
-    /// With `total` on a GPU.
+    /// Returns an error if `total` is given on a GPU.
     pub fn backward_of_part(&self, gradient: &MapGradient, total: Option<Total<'_>>) -> Result<Gradients> {
         let check = Check("norm::backward");
         let gy = check.map_of("gradient", &gradient.tensor, &self.z)?;
@@ -375,7 +390,7 @@ impl Epilogue {
         let (inv_std, scale) = (values(inv_std)?, values(&self.scale)?);
         let rows = gy.elem_count() / c;
         let (gamma, shift) = (sums.gamma(&inv_std), sums.shift());
-        // What the derivatives of mean and variance follow from.
+        // The sums from which the derivatives of mean and variance follow.
         let (of_gamma, of_shift, rows) = match total {
             None => (gamma.clone(), shift.clone(), rows),
             Some(total) => {
@@ -393,7 +408,7 @@ impl Epilogue {
         profiler::note("norm::backward: sums", 0, 2 * self.z.dtype().size_in_bytes() * self.z.elem_count())
     }
 
-    /// Opens the epilogue, and calls `f` with it.
+    /// Opens the epilogue for reading, and calls `f` with it.
     fn read<T: Element, R>(&self, f: impl FnOnce(&OpenEpilogue<'_, T>) -> Result<R>) -> Result<R> {
         let opened = open(&self.z);
         let (scale, shift) = (tiled(&self.scale)?, tiled(&self.shift)?);
@@ -406,7 +421,8 @@ impl Epilogue {
         f(&OpenEpilogue { z: opened.elements()?, channels, scale, shift, mean, gate })
     }
 
-    /// Opens what made an operation's input of dimensions `x`, if anything is known of it, and calls `f` with it.
+    /// Opens the epilogue that made an operation's input, of dimensions `x`, if one is given, and
+    /// calls `f` with it.
     pub(crate) fn read_below<T: Element, R>(
         below: Option<&Self>,
         check: &Check,
@@ -421,7 +437,8 @@ impl Epilogue {
     }
 }
 
-/// The size in memory of an operation's input, and of what it was made of, if that is read too.
+/// Returns the number of bytes of an operation's input, plus those of the map it was made from if
+/// that is read too.
 pub(crate) fn bytes_with(x: &FeatureMap, below: Option<&Epilogue>) -> usize {
     match (x, below) {
         (FeatureMap::Deferred(_), _) | (_, None) => x.bytes(),
@@ -429,7 +446,7 @@ pub(crate) fn bytes_with(x: &FeatureMap, below: Option<&Epilogue>) -> usize {
     }
 }
 
-/// An [`Epilogue`] open for reading, the values of channels repeated over the rows of a tile.
+/// An [`Epilogue`] open for reading, with the per-channel values repeated over the rows of a tile.
 pub(crate) struct OpenEpilogue<'a, T> {
     z: &'a [T],
     channels: usize,
@@ -440,12 +457,12 @@ pub(crate) struct OpenEpilogue<'a, T> {
 }
 
 impl<T: Element> OpenEpilogue<'_, T> {
-    /// The elements of some rows.
+    /// Returns the range of elements of some rows.
     fn part(&self, rows: Range<usize>) -> Range<usize> {
         rows.start * self.channels..rows.end * self.channels
     }
 
-    /// The sums over the whole of `gy`.
+    /// Computes the sums over the whole of `gy`.
     fn sums(&self, gy: &[T]) -> GradientSums {
         let (c, per_block) = (self.channels, block_rows(self.channels));
         let found = parts(gy.len() / c, c, |part| {
@@ -461,7 +478,7 @@ impl<T: Element> OpenEpilogue<'_, T> {
 }
 
 impl GradientSums {
-    /// The sums over all parts of the rows together.
+    /// Adds up the sums of all parts of the rows.
     pub(crate) fn of_parts(parts: impl IntoIterator<Item = Self>) -> Option<Self> {
         parts.into_iter().reduce(|mut all, more| {
             for (all, more) in all.g.iter_mut().zip(more.g) {
@@ -474,30 +491,31 @@ impl GradientSums {
         })
     }
 
-    /// The sums, and the rows, of a whole batch of which these are those of a part.
+    /// Returns the sums and the number of rows of a whole batch, where `self` and `rows` are those
+    /// of one part.
     fn totals(&self, rows: usize, total: Total<'_>) -> (Self, usize) {
         let c = self.g.len();
         let all = total(&[&self.g[..], &self.products, &[rows as f64]].concat());
         (Self { g: all[..c].to_vec(), products: all[c..2 * c].to_vec() }, all[2 * c] as usize)
     }
 
-    /// The gradient of γ.
+    /// Returns the gradient of γ.
     fn gamma(&self, inv_std: &[f32]) -> Vec<f32> {
         let of = |(product, inv_std): (&f64, &f32)| (product * f64::from(*inv_std)) as f32;
         self.products.iter().zip(inv_std).map(of).collect()
     }
 
-    /// The gradient of β or the shift.
+    /// Returns the gradient of β or the shift.
     fn shift(&self) -> Vec<f32> {
         self.g.iter().map(|sum| *sum as f32).collect()
     }
 }
 
-/// Adds up the [`GradientSums`] of rows, block by block.
+/// An accumulator of the [`GradientSums`] of rows, block by block.
 pub(crate) struct GradientAccumulator<'a, T> {
     of: &'a OpenEpilogue<'a, T>,
-    /// Tiles in the next two, which have one element for each position of a tile. They are folded after the block
-    /// that brings them to [`TILES`].
+    /// The number of tiles summed in `g` and `products`, which have one element for each position
+    /// of a tile. They are folded after the block that brings this number to [`TILES`].
     tiles: usize,
     g: Vec<f32>,
     products: Vec<f32>,
@@ -511,7 +529,7 @@ impl<'a, T: Element> GradientAccumulator<'a, T> {
         Self { of, tiles: 0, g: tile(), products: tile(), sums: GradientSums { g: sums(), products: sums() } }
     }
 
-    /// Adds rows of `∂y`, from row `first` on.
+    /// Adds rows of `∂y`, starting at row `first`.
     pub(crate) fn add(&mut self, first: usize, gy: &[f32]) {
         let OpenEpilogue { z, channels, scale, shift, mean, gate } = self.of;
         let z = &z[self.of.part(first..first + gy.len() / channels)];
@@ -534,8 +552,9 @@ impl<'a, T: Element> GradientAccumulator<'a, T> {
     }
 }
 
-/// The gradient `∂z` of a convolution's output, `scale·g + slope·(z − mean) + offset`, which is computed block by block
-/// where it is read ([`crate::convolution::backward`]), or as a whole.
+/// The gradient `∂z` of a convolution's output, `scale·g + slope·(z − mean) + offset`.
+///
+/// It is computed block by block as it is read ([`crate::convolution::backward`]), or as a whole.
 pub struct DeferredGradient {
     of: Epilogue,
     gy: Tensor,
@@ -544,8 +563,10 @@ pub struct DeferredGradient {
 }
 
 impl DeferredGradient {
-    /// The gradient of `z` where the loss reads nothing of it but its statistics, from those of their mean and variance,
-    /// `[C]`: `∂μ/M + 2·∂V·(z − μ)/M`, if the statistics are over `M` rows.
+    /// Returns the gradient of `z` if the loss depends on `z` only through its mean and variance.
+    ///
+    /// `mean` and `variance` are the gradients of these, `[C]`. The result is
+    /// `∂μ/M + 2·∂V·(z − μ)/M`, where `M`, here `rows`, is the number of rows of the statistics.
     pub fn of_statistics(
         z: &Tensor,
         norm: &BatchNormalization,
@@ -561,12 +582,12 @@ impl DeferredGradient {
         Ok(Self { of, gy: z.zeros_like()?, slope, offset })
     }
 
-    /// The convolution's output, whose gradient this is.
+    /// Returns the convolution's output, whose gradient this is.
     pub fn z(&self) -> &Tensor {
         &self.of.z
     }
 
-    /// The whole gradient, of the shape of `z`.
+    /// Computes the whole gradient, of the shape of `z`.
     pub fn tensor(&self) -> Result<Tensor> {
         let z = &self.of.z;
         let _note =
@@ -587,7 +608,7 @@ impl DeferredGradient {
         }))
     }
 
-    /// Opens the gradient, and calls `f` with it.
+    /// Opens the gradient for reading, and calls `f` with it.
     pub(crate) fn read<T: Element, R>(&self, f: impl FnOnce(&OpenGradient<'_, T>) -> Result<R>) -> Result<R> {
         let gy = open(&self.gy);
         let (gy, slope, offset) = (gy.elements()?, tiled(&self.slope)?, tiled(&self.offset)?);
@@ -614,11 +635,13 @@ impl<T: Element> OpenGradient<'_, T> {
 }
 
 impl Stats {
-    /// What [`Stats::merged`] needs of these, the statistics of so many rows: their number, then every channel's mean, then
-    /// every channel's variance, minimum, and maximum.
+    /// Returns these statistics, of `rows` rows, as the numbers that [`Stats::merged`] takes.
+    ///
+    /// They are the number of rows, then the means of all channels, their variances, their minima,
+    /// and their maxima.
     ///
     /// # Errors
-    /// On a GPU.
+    /// Returns an error on a GPU.
     pub fn to_values(&self, rows: usize) -> Result<Vec<f64>> {
         if crate::gpu::runs(self.mean.device()) {
             return Err(parts_on_a_gpu("norm::Stats::to_values"));
@@ -630,8 +653,10 @@ impl Stats {
         Ok(all)
     }
 
-    /// The statistics of all parts of a batch together, and the number of their rows, from what [`Stats::to_values`] gave of
-    /// each part, one after the other; of `channels` channels.
+    /// Merges the statistics of all parts of a batch, and returns them with their number of rows.
+    ///
+    /// `parts` holds what [`Stats::to_values`] returned for each part, one after the other, each
+    /// with `channels` channels.
     pub fn merged(parts: &[f64], channels: usize) -> Result<(Self, usize)> {
         let of = |part: &[f64]| {
             let floats = |tensor: usize| part[1 + tensor * channels..][..channels].iter().map(|x| *x as f32);
@@ -643,7 +668,7 @@ impl Stats {
         Ok((Self::of_parts(parts)?, rows))
     }
 
-    /// Of the parts of the rows together, of which there must be one.
+    /// Merges the statistics of the parts of the rows, of which there must be at least one.
     pub(crate) fn of_parts(parts: Vec<Moments>) -> Result<Self> {
         let all = Moments::merged(parts).expect("no map is empty");
         let c = all.mean.len();
@@ -657,15 +682,15 @@ impl Stats {
     }
 }
 
-/// Where the gradient passes through activation and quantizer. Strictly inside the activation's bounds
-/// `φ(u) = u`.
+/// The condition under which the gradient passes through activation and quantizer. Strictly inside
+/// the activation's bounds `φ(u) = u`, so the grid is tested at `u`.
 #[derive(Clone, Copy)]
 struct Gate {
     bounds: (f32, f32),
     grid: Option<Grid>,
 }
 
-/// The gradient at `u` of the gated function.
+/// Returns the gradient at `u` of the gated function.
 #[inline(always)]
 fn gated(u: f32, gy: f32, (lo, hi): (f32, f32), passes: impl Fn(f32) -> bool) -> f32 {
     if (lo < u) & (u < hi) & passes(u) { gy } else { 0.0 }
@@ -693,7 +718,7 @@ simd! {
     }
 }
 
-/// Adds some tiles at a time, as the sums are loaded and stored each time.
+/// Adds four tiles at a time, because each call loads and stores the sums.
 #[inline(always)]
 fn add_tiles<T: Element>(
     all_z: &[T],
@@ -744,7 +769,7 @@ fn add_products<T: Element, const N: usize>(
 }
 
 simd! {
-    /// `∂z = scale·g + slope·(z − mean) + offset`.
+    /// Writes `∂z = scale·g + slope·(z − mean) + offset`.
     fn gradient<'z, T: Element>(
         z: &[T],
         gy: &[T],
@@ -805,12 +830,12 @@ mod tests {
         }
     }
 
-    /// `φ(scale·z + shift)`, by plain Candle operations.
+    /// Computes `φ(scale·z + shift)` with plain Candle operations.
     fn reference(z: &Tensor, scale: &Tensor, shift: &Tensor, act: Activation) -> candle_core::Result<Tensor> {
         activate(&z.broadcast_mul(scale)?.broadcast_add(shift)?, act)
     }
 
-    /// `φ(γ·x̂ + β)` with the statistics of `z` itself.
+    /// Computes `φ(γ·x̂ + β)` with the statistics of `z` itself.
     fn batch_reference(
         z: &Tensor,
         gamma: &Tensor,
@@ -826,7 +851,7 @@ mod tests {
 
     const EPSILON: f64 = 1e-5;
 
-    /// [`forward`], as floats.
+    /// Returns [`forward`] as floats.
     fn normalized(
         z: &Tensor,
         scale: &Tensor,
@@ -837,14 +862,14 @@ mod tests {
         forward(z, scale, shift, act, quant).unwrap().to_float().unwrap()
     }
 
-    /// Where a quantizer passes the gradient, as a factor. In a reference, `y·mask` has the
-    /// straight-through gradient of `Q(y)`.
+    /// Returns 1 where a quantizer passes the gradient, and 0 elsewhere. In a reference, `y·mask`
+    /// has the straight-through gradient of `Q(y)`.
     fn mask(y: &Tensor, quant: Option<Quantizer<'_>>) -> Tensor {
         let ones = y.ones_like().unwrap();
         quant.map_or(ones.clone(), |quant| quantize::backward(y, &ones, quant).unwrap())
     }
 
-    /// Calls `f` for all activations, with and without quantizer, at many shapes.
+    /// Calls `f` for all activations, with and without a quantizer, and for many shapes.
     fn for_all(f: impl Fn(&[usize], Activation, Option<Quantizer<'_>>, &str)) {
         let range = tensor(&[-0.5, 2.5]);
         let quant = Quantizer { range: &range, bits: Bits::new(4).unwrap() };
@@ -861,7 +886,7 @@ mod tests {
         }
     }
 
-    /// `[C]` values around `middle`.
+    /// Returns `[C]` random values around `middle`.
     fn channels(seed: u64, c: usize, middle: f64) -> Tensor {
         (random(seed, &[c]) + middle).unwrap()
     }
@@ -938,7 +963,7 @@ mod tests {
         });
     }
 
-    /// Asserts that the statistics are those of a two-pass computation in `f64`.
+    /// Asserts that the statistics agree with a two-pass computation in `f64`.
     #[track_caller]
     fn assert_stats(values: &[f32], c: usize) {
         let z = Tensor::new(values, &Device::Cpu).unwrap().reshape(((), c)).unwrap();
@@ -955,7 +980,7 @@ mod tests {
                 "{} and not {exact_mean} of {i}",
                 mean[i]
             );
-            // Half a unit of the smallest subnormal number is as near as f32 comes.
+            // The error of f32 may be half of the smallest subnormal number.
             let tolerance = 3e-6 * exact + 1e-45;
             assert!((variance[i] - exact).abs() <= tolerance, "{} and not {exact} of {i}", variance[i]);
             assert_eq!(min[i], channel().fold(f64::INFINITY, f64::min));
@@ -971,13 +996,13 @@ mod tests {
                 noise.iter().enumerate().map(|(i, noise)| f(i % c, *noise) as f32).collect()
             };
             assert_stats(&values(&|_, noise| noise), c);
-            // Means far from 0, against which the variance is tiny.
+            // Means far from 0, compared with which the variance is tiny.
             assert_stats(&values(&|channel, noise| 1.0 + channel as f64 + 1e-5 * noise), c);
             assert_stats(&values(&|channel, noise| 1e4 + channel as f64 + 0.05 * noise), c);
-            // Variances down to 1e-42, below the smallest normal number, beside channels of order 1.
+            // Variances down to 1e-42, which is subnormal, next to channels of order 1.
             assert_stats(&values(&|channel, noise| 10f64.powi(-(channel as i32 % 22)) * noise), c);
             assert_stats(&values(&|channel, noise| 10f64.powi(15 - channel as i32 % 30) * (noise + 0.5)), c);
-            // Few elements that are not 0, as after a rectifier.
+            // Few nonzero elements, as after a ReLU.
             assert_stats(&values(&|_, noise| if noise > 0.99 { noise } else { 0.0 }), c);
         }
     }
@@ -1032,8 +1057,9 @@ mod tests {
         }
     }
 
-    /// Parts of a batch that are told the sums of all are normalized and have gradients as the whole is. Means and variances
-    /// are rounded once more for each part, as `f32`, which is what the tolerances allow for.
+    /// Checks that parts of a batch with the sums of all parts give the results and gradients of
+    /// the whole batch. The means and variances of each part are rounded to `f32` once more; the
+    /// tolerances allow for this.
     #[test]
     fn parts_of_a_batch_are_as_the_whole() {
         const C: usize = 5;

@@ -1,13 +1,16 @@
 //! PACT, the clipped activation with a learned bound of Choi et al. 2018 (arXiv:1805.06085).
 //!
-//! Unsigned, of what a ReLU gives: `ỹ = clip(x, 0, α) = ½(|x| − |x − α| + α)`, and `y` is the nearest of the `2^b`
-//! levels `α·q/(2^b − 1)`. Rounding is passed straight through: `∂x = ∂y·[0 < x < α]`, `∂α = Σ ∂y·[x ≥ α]`.
+//! The unsigned form, for the output of a ReLU, is `ỹ = clip(x, 0, α) = ½(|x| − |x − α| + α)`, and
+//! `y` is the nearest of the `2^b` levels `α·q/(2^b − 1)`. Rounding has a straight-through
+//! gradient: `∂x = ∂y·[0 < x < α]`, `∂α = Σ ∂y·[x ≥ α]`.
 //!
-//! The paper has no word for values of both signs, such as a linear bottleneck gives. Built for them is the symmetric
-//! extension: `ỹ = clip(x, −α, α)` on the `2^b − 1` levels `α·q/(2^(b−1) − 1)`, `|q| < 2^(b−1)`, of which 0 is one;
-//! `∂x = ∂y·[|x| < α]`, `∂α = Σ ∂y·([x ≥ α] − [x ≤ −α])`.
+//! The paper does not cover values of both signs, such as the output of a linear bottleneck. For
+//! them this module uses the symmetric extension: `ỹ = clip(x, −α, α)` on the `2^b − 1` levels
+//! `α·q/(2^(b−1) − 1)`, `|q| < 2^(b−1)`, one of which is 0. Its gradients are `∂x = ∂y·[|x| < α]`
+//! and `∂α = Σ ∂y·([x ≥ α] − [x ≤ −α])`.
 //!
-//! An `α` below 0 stands for 0, where `y = 0` (up to 1e-37).
+//! An `α` below 0 counts as 0. Then `|y|` is at most `2^b − 1` times the smallest normal number,
+//! which is the grid's step.
 
 mod gpu;
 
@@ -22,13 +25,14 @@ use quant_core::{Bits, Grid};
 
 /// The gradients of [`forward`].
 pub struct Gradients {
-    /// Of the input, of its shape.
+    /// The gradient of the input, of its shape.
     pub x: Tensor,
-    /// Of `α`, `[1]`.
+    /// The gradient of `α`, `[1]`.
     pub alpha: Tensor,
 }
 
-/// `x`, clipped to `[0, α]`, or to `[−α, α]` if `signed`, and rounded to the levels; `alpha` is `[1]`.
+/// Clips `x` to `[0, α]`, or to `[−α, α]` if `signed`, and rounds it to the levels; `alpha` is
+/// `[1]`.
 pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let check = Check("pact::forward");
     let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
@@ -45,7 +49,7 @@ pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<T
     })
 }
 
-/// The gradients of `x` and of `α`. They do not depend on the bits.
+/// Computes the gradients of `x` and of `α`, which do not depend on the bit width.
 pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result<Gradients> {
     let check = Check("pact::backward");
     let _note = profiler::note(check.0, 0, 3 * x.dtype().size_in_bytes() * x.elem_count());
@@ -65,7 +69,7 @@ pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result
     })
 }
 
-/// The value of `α`, where one below 0 stands for 0; NaN stays NaN.
+/// Returns the value of `α`, with negative values as 0; NaN stays NaN.
 fn bound(alpha: &Tensor) -> Result<f32> {
     let alpha = cpu::values(alpha)?[0];
     Ok(if alpha < 0.0 { 0.0 } else { alpha })
@@ -81,7 +85,7 @@ simd! {
 }
 
 simd! {
-    /// The gradient of `x`; returns that of `α`.
+    /// Writes the gradient of `x`, and returns the gradient of `α`.
     fn pass<T: Element>(x: &[T], gy: &[T], gx: &mut [T], low: f32, high: f32, signed: bool) -> f64 {
         let below = if signed { -1.0 } else { 0.0 };
         let mut sums: Lanes = [0.0; LANES];
@@ -144,7 +148,8 @@ mod tests {
         );
     }
 
-    /// The gradient of the clip that stands before the rounding, by plain Candle and by differences.
+    /// Checks the gradient of the clip before the rounding, with plain Candle's autograd and with
+    /// finite differences.
     #[test]
     fn gradients_are_those_of_the_clip() {
         for signed in [false, true] {
@@ -180,7 +185,7 @@ mod tests {
     fn a_bound_of_zero_or_less_gives_zero_and_can_grow_again() {
         for alpha in [0.0, -0.5] {
             let (x, gy, alpha) = (tensor(&[-1.0, 0.5, 2.0]), tensor(&[1.0, 2.0, 4.0]), tensor(&[alpha]));
-            // The grid's step is the smallest number there is, not 0.
+            // The grid's step is the smallest normal number, not 0.
             let y = elements(&forward(&x, &alpha, bits(4), false).unwrap());
             assert!(y.iter().all(|y| (0.0..1e-36).contains(y)), "{y:?}");
             let grads = backward(&x, &gy, &alpha, false).unwrap();

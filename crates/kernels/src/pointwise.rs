@@ -1,16 +1,16 @@
-//! The 1×1 convolution: in NHWC a matrix product.
+//! The 1×1 convolution, which is a matrix product in NHWC.
 //!
 //! With the rows `m` running over all positions of all images, `z[m,o] = Σ_i x[m,i]·w[i,o]`, so
 //! `∂x[m,i] = Σ_o ∂z[m,o]·w[i,o]` and `∂w[i,o] = Σ_m x[m,i]·∂z[m,o]`. Linear layers are the same
 //! operation.
 //!
-//! Where both operands are levels of quantizers, `x = s·(q − z)` and `w = t·v` with whole numbers `q` of one byte
-//! and `v` of a signed one, the forward product is that of the levels, exact, times `s·t`, where `t` may differ from
-//! column to column.
+//! If both operands are levels of quantizers, `x = s·(q − z)` and `w = t·v` with unsigned bytes `q`
+//! and signed bytes `v`, then the product of the levels is computed exactly and multiplied by
+//! `s·t`. `t` may differ between columns.
 //!
-//! [`backward`] computes a block of `∂z` and uses it for both gradients while it is in cache; `∂z` as a
-//! whole is never in memory. On a GPU the products are cuBLAS's, so there `∂z` is written once, and statistics are
-//! taken of what was written.
+//! [`backward`] computes a block of `∂z` and uses it for both gradients while it is in cache, so
+//! `∂z` is never in memory as a whole. On a GPU, cuBLAS computes the products, so `∂z` is written
+//! once, and statistics are computed from stored values.
 
 mod gpu;
 
@@ -32,7 +32,7 @@ use std::iter;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// `z = x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
+/// Computes `z = x[…, Cin] · w[Cin, Cout]`, of shape `[…, Cout]`.
 pub fn forward<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
     fn of(x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
         let check = Check("pointwise::forward");
@@ -44,7 +44,7 @@ pub fn forward<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result
     of(&x.into(), w.into())
 }
 
-/// [`forward`], with the statistics of `z`.
+/// Computes [`forward`] and the statistics of `z`.
 pub fn forward_stats<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<(Tensor, Stats)> {
     fn of(x: &FeatureMap, w: Weight<'_>) -> Result<(Tensor, Stats)> {
         let check = Check("pointwise::forward_stats");
@@ -58,7 +58,7 @@ pub fn forward_stats<'a>(x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> 
     of(&x.into(), w.into())
 }
 
-/// `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
+/// Computes `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[Cout]`.
 pub fn forward_normalized<'a>(
     x: impl Into<FeatureMap>,
     w: impl Into<Weight<'a>>,
@@ -87,7 +87,7 @@ pub fn forward_normalized<'a>(
     of(&x.into(), w.into(), affine, act, quant)
 }
 
-/// The gradient of the input: `∂z[…, Cout] · wᵀ`, of shape `[…, Cin]`.
+/// Computes the gradient of the input, `∂z[…, Cout] · wᵀ`, of shape `[…, Cin]`.
 pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     let check = Check("pointwise::grad_input");
     let (rows, depth) = check.rows("gz", gz)?;
@@ -110,7 +110,7 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The gradient of the weight: `xᵀ · ∂z`, of shape `[Cin, Cout]`.
+/// Computes the gradient of the weight, `xᵀ · ∂z`, of shape `[Cin, Cout]`.
 pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
     fn of(x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
         let check = Check("pointwise::grad_weight");
@@ -135,9 +135,11 @@ pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
     of(&x.into(), gz)
 }
 
-/// [`grad_weight`] and [`grad_input`] of the gradient `∂z` of the output: `([Cin, Cout], […, Cin])`. `below` is what
-/// made `x`, if its gradient is what is found here as it is: then its sums are taken of what is in cache. (Not on a
-/// GPU.)
+/// Computes [`grad_weight`] and [`grad_input`] from the gradient `∂z` of the output:
+/// `([Cin, Cout], […, Cin])`.
+///
+/// `below` is the epilogue that made `x`, if it gets the input gradient unchanged. Its sums are
+/// then computed while that gradient is in cache. (Not on a GPU.)
 pub fn backward(
     x: impl Into<FeatureMap>,
     w: &Tensor,
@@ -180,7 +182,8 @@ pub fn backward(
     of(&x.into(), w, gz, below)
 }
 
-/// The sizes of the forward product, from `x[…, depth]` and `gz[…, columns]`.
+/// Returns the sizes of the forward product from `x[…, depth]` and `gz[…, columns]`, and checks
+/// that they fit together.
 fn sizes(check: &Check, x: &FeatureMap, gz: &Tensor) -> Result<ProductSizes> {
     let (rows, columns) = check.rows("gz", gz)?;
     match x.dims() {
@@ -191,7 +194,7 @@ fn sizes(check: &Check, x: &FeatureMap, gz: &Tensor) -> Result<ProductSizes> {
     }
 }
 
-/// The sizes of the forward product, from its operands.
+/// Returns the sizes of the forward product from its operands, and checks that they fit together.
 fn forward_sizes(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<ProductSizes> {
     let (rows, depth) = match x.dims() {
         &[ref positions @ .., depth] if !x.dims().contains(&0) => (positions.iter().product(), depth),
@@ -203,7 +206,7 @@ fn forward_sizes(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Product
     }
 }
 
-/// Checks the operands of a forward product, and calls `f` with it.
+/// Checks the operands of a forward product, and calls `f` with the product.
 fn with_product<T: Multiplicand, R>(
     check: &Check,
     x: &FeatureMap,
@@ -231,7 +234,8 @@ fn with_product<T: Multiplicand, R>(
     })
 }
 
-/// The levels of both operands, if each of the weights fits a signed byte: so with up to 7 bits.
+/// Returns the levels of both operands, or `None` if the weight's levels may not fit in a signed
+/// byte. They fit if the quantizer has at most 7 bits.
 fn level_factors<'a, T: Multiplicand>(
     check: &Check,
     (x, x_grid): (&'a [u8], Grid),
@@ -256,26 +260,28 @@ fn level_factors<'a, T: Multiplicand>(
     }))
 }
 
-/// The operands of a forward product.
+/// The operands of a product, as floats or as levels.
 enum Factors<'a, T: Multiplicand> {
     Floats(Operand<'a, T>, Panels<T>),
     Levels { x: &'a [u8], grid: Grid, w: IntegerPanels, scale: Vec<f32> },
 }
 
-/// A forward product, whose result has the dimensions `dims`.
+/// A product whose result has the dimensions `dims`.
 struct Product<'a, T: Multiplicand> {
     factors: Factors<'a, T>,
     dims: Vec<usize>,
     sizes: ProductSizes,
 }
 
-/// Rows of a block: what they read and write takes about half of a small second-level cache.
+/// Returns the number of rows of a block. The data that they read and write take about half of a
+/// small second-level cache.
 fn rows_per_block<T: Multiplicand>(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
     let bytes = 16 * CHUNK;
     (bytes / size_of::<T>() / (depth + columns)).max(64).next_multiple_of(8)
 }
 
-/// Rows of `columns` floats that are computed at once, of a block of so many: two matrix tiles at least.
+/// Returns how many of a block's `rows` rows of `columns` floats are computed at once: at least two
+/// matrix tiles, if the block has so many rows.
 fn rows_at_once<T: Multiplicand>(columns: usize, rows: usize) -> usize {
     const TILES: usize = 32;
     (T::AT_ONCE / columns).clamp(1, rows).next_multiple_of(TILES).min(rows)
@@ -319,12 +325,16 @@ impl<T: Multiplicand> Blockwise for Product<'_, T> {
     }
 }
 
-/// The most memory that the parts of a weight's gradient may take, in elements.
+/// The number of elements that all parts of a weight's gradient together should not exceed. Four
+/// parts are always allowed.
 const PARTIAL_SUMS: usize = 1 << 20;
 
-/// The gradients of a forward product, where `gz(rows, block)` appends these rows of `∂z`: of the weight, and, if the
-/// transposed weight is given, of the input, with the sums of what made it. The weight's and these are summed up in
-/// parts, whose number depends on the shape alone.
+/// Computes the gradients of a forward product.
+///
+/// `gz(rows, block)` appends these rows of `∂z` to `block`. The results are the gradient of the
+/// weight and, if `input` holds the transposed weight, the gradient of the input and the sums for
+/// the epilogue that made the input. The weight's gradient and these sums are added up in parts,
+/// whose number depends only on the shape.
 fn gradients<T: Multiplicand>(
     x: Operand<'_, T>,
     gz: impl Fn(Range<usize>, &mut Vec<T>) + Sync + Send,
@@ -348,7 +358,7 @@ fn gradients<T: Multiplicand>(
                 let m = rows.len();
                 block.clear();
                 gz(rows.clone(), block);
-                // What is read beyond the last row.
+                // Vector loads read beyond the last row.
                 block.extend_from_slice(&[T::default(); LANES]);
                 if let Some((w, _)) = input {
                     let at_once = rows_at_once::<T>(depth, m);
@@ -384,14 +394,14 @@ fn gradients<T: Multiplicand>(
     (gw, gx, GradientSums::of_parts(of_below.into_iter().flatten()))
 }
 
-/// Multiplies a product of [`Operand::factors`] by what they were divided by.
+/// Multiplies a product of [`Operand::factors`] by the scale that these factors leave out.
 fn scale_by(scale: f32, product: &mut [f32]) {
     if scale != 1.0 {
         product.iter_mut().for_each(|element| *element *= scale);
     }
 }
 
-/// The dimensions of a tensor with another number of channels.
+/// Returns the dimensions with another number of channels.
 fn with_channels(dims: &[usize], channels: usize) -> Vec<usize> {
     let mut dims = dims.to_vec();
     if let Some(last) = dims.last_mut() {
@@ -424,7 +434,8 @@ mod tests {
         }
     }
 
-    /// Levels of `x[…, inputs]` and of `w[inputs, outputs]`, in a grid for all and in one for each output channel.
+    /// Calls `f` with levels of `x[…, inputs]` and of `w[inputs, outputs]`, with one grid for the
+    /// whole weight and then with one for each output channel.
     fn quantized(
         dims: &[usize],
         outputs: usize,
@@ -437,7 +448,7 @@ mod tests {
         let quant = Quantizer { range: &x_range, bits: bits(x_bits) };
         let x = FeatureMap::quantize(&random(1, dims), Some(quant)).unwrap();
         let original = random(2, &[dims[dims.len() - 1], outputs]);
-        // Of all lengths, on both sides of zero.
+        // The ranges have many lengths and lie on both sides of zero.
         let ends = [(random(3, &[outputs]) - 0.5).unwrap(), (random(4, &[outputs]) + 0.5).unwrap()];
         for range in [tensor(&[-0.8, 0.6]), Tensor::stack(&ends, 0).unwrap()] {
             let quant = Quantizer { range: &range, bits: bits(w_bits) };
@@ -446,7 +457,8 @@ mod tests {
         }
     }
 
-    /// To the bit: a product with a grid for each channel is that of each channel by itself.
+    /// Checks that a product with a grid for each channel has the same bits as the products of
+    /// single channels.
     #[test]
     fn products_of_channels_are_those_of_each_by_itself() {
         for (inputs, outputs) in SHAPES {
@@ -469,7 +481,8 @@ mod tests {
         }
     }
 
-    /// The levels' product is exact, so what is left is the rounding of the reference.
+    /// Checks products of levels against a float reference. The products are exact, so the
+    /// tolerance is for the rounding of the reference.
     #[test]
     fn products_of_levels_are_those_of_the_floats() {
         for (n, h, w) in MAPS {
@@ -500,7 +513,8 @@ mod tests {
         }
     }
 
-    /// What is done block by block is what is done in one piece after the other.
+    /// Checks that the fused passes, which work block by block, give the results of the separate
+    /// operations.
     #[test]
     fn fused_passes_are_the_single_operations() {
         let act = Activation::Relu6;

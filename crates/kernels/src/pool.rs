@@ -11,7 +11,7 @@ use crate::{FeatureMap, Result, profiler};
 use candle_core::{DType, Tensor};
 use std::ops::Range;
 
-/// The mean over the positions of `x[N, H, W, C]`, `[N, C]`, in `f32`.
+/// Computes the mean over the positions of `x[N, H, W, C]`, `[N, C]`, in `f32`.
 pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
     fn of(x: &FeatureMap) -> Result<Tensor> {
         let check = Check("pool::global_average");
@@ -38,12 +38,12 @@ pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
     of(&x.into())
 }
 
-/// The gradient of the input, `[N, h, w, C]`, from that of the means, `[N, C]`.
+/// Computes the gradient of the input, `[N, h, w, C]`, from the gradient of the means, `[N, C]`.
 pub fn backward(gy: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     backward_as(gy, h, w, DType::F32)
 }
 
-/// [`backward`] in a given dtype: `F32` or `BF16`.
+/// Computes [`backward`] in a given dtype: `F32` or `BF16`.
 pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tensor> {
     let check = Check("pool::backward");
     if gy.rank() != 2 || gy.elem_count() == 0 {
@@ -72,7 +72,7 @@ pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tens
 }
 
 simd! {
-    /// The mean of the rows of `x` into `y`, which comes zeroed.
+    /// Writes the mean of the rows of `x` to `y`, which must be zeroed.
     fn mean_rows<T: Element>(x: Stored<'_, T>, rows: usize, y: &mut [f32]) {
         match x {
             Stored::Floats(x) => add_rows(x, |x| x.float(), y),

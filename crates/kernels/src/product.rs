@@ -1,14 +1,17 @@
-//! The matrix products behind [`crate::pointwise`]: of floats, of halves of floats, and of quantization levels.
+//! The matrix products behind [`crate::pointwise`]: of floats, of `bf16` values, and of
+//! quantization levels.
 //!
-//! A feature map has many rows and few channels, so a product is done for a block of rows that stays in
-//! cache, and whatever else is to be done with these rows follows at once. Within a block, a tile of some
-//! rows by some vectors of columns is summed up in registers along the depth, each element in the order of the
-//! depth with fused multiply–add: so the bits do not depend on the block, the tile or the vector instructions.
-//! The left operand is read one element at a time, the right one by vectors. Weights are packed into [`Panels`]
-//! first; feature maps are read where they lie, unless both are wide ([`add_transposed`]).
+//! A feature map has many rows and few channels, so a product is computed for a block of rows that
+//! stays in cache, and the other work on these rows follows at once. Within a block, a tile of
+//! several rows by several vectors of columns is summed up in registers along the depth. Each
+//! element is summed in the order of the depth with fused multiply–add, so the bits do not depend
+//! on the block, the tile or the vector instructions. The left-hand operand is read one element at
+//! a time, the right-hand operand by vectors. Weights are packed into [`Panels`] first; feature
+//! maps are read in place, unless both are wide ([`add_transposed`]).
 //!
-//! Halves (`bf16`) are multiplied in [`pairs`] by processors with AVX512-BF16, whose sums may differ from those of others in the last
-//! bits. Elsewhere they are multiplied as floats, which they become as operands are packed.
+//! Processors with AVX512-BF16 multiply `bf16` values in [`pairs`], and their sums may differ from
+//! those of other processors in the last bits. Elsewhere, `bf16` values become floats when operands
+//! are packed, and are multiplied as floats.
 
 use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
@@ -27,31 +30,33 @@ mod pairs;
 pub(crate) use level_product::IntegerPanels;
 pub(crate) use levels::set_levels;
 
-/// Columns of a vector: one register of AVX-512, two of AVX2.
+/// The number of columns of a vector: one register of AVX-512, two of AVX2.
 pub(crate) const LANES: usize = 16;
 
-/// Products that an integer vector adds up in one lane.
+/// The number of products that an integer vector adds up in one lane.
 const GROUP: usize = 4;
 
-/// Rows of a tile.
+/// The number of rows of a tile.
 const ROWS: usize = 8;
 
-/// About as much of the depth as tiles sum up in one go, in factors: so much of 3 vectors of columns, 27 KiB, stays in the
-/// first-level cache while the rows pass. Sums that go on begin with what the result holds: the same bits.
+/// The approximate number of factors along the depth that tiles sum up at once.
+///
+/// For 3 vectors of columns this is 27 KiB, which stays in the first-level cache while the rows
+/// pass. The next step continues from the sums in the result, so the bits are the same.
 const DEPTH: usize = 144;
 
-/// What is multiplied at once.
+/// A factor of one multiplication: a float, or a pair of `bf16` values.
 pub(crate) trait Factor: Copy + Default + Send + Sync {
-    /// How many elements, neighbours in the depth.
+    /// The number of elements in a factor, which are neighbours in the depth.
     const ELEMENTS: usize;
 
-    /// How many elements of the depth a matrix tile has.
+    /// The number of elements of the depth that a matrix tile holds.
     const STEP: usize;
 
-    /// Whether the machine multiplies them.
+    /// Returns whether the machine can multiply these factors.
     fn are_multiplied() -> bool;
 
-    /// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
+    /// Computes `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
     fn product(
         a: Left<Self>,
         b: Right<Self>,
@@ -62,13 +67,17 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
     );
 }
 
-/// A factor that elements `T` become.
+/// A factor that is made from elements `T`.
 pub(crate) trait FactorOf<T>: Factor {
-    /// The factors of `rows` of `depth` elements each, the missing ones of the last factor of a row 0.
+    /// Converts rows of `depth` elements each to factors. The last factor of a row is filled up
+    /// with zeros. `factors` is scratch memory.
     fn of_rows<'a>(rows: &'a [T], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self];
 
-    /// The factors of rows of `columns` elements each, as rows of so many factors. As many elements follow the last row
-    /// as are `left_over`, and so many factors follow the last one; what they are has no effect.
+    /// Converts rows of `columns` elements each to rows of `columns` factors, with `factors` as
+    /// scratch memory.
+    ///
+    /// `left_over` elements follow the last row, and as many factors follow the last row of the
+    /// result. Their values have no effect.
     fn of_columns<'a>(
         rows: &'a [T],
         columns: usize,
@@ -76,7 +85,8 @@ pub(crate) trait FactorOf<T>: Factor {
         factors: &'a mut Vec<Self>,
     ) -> &'a [Self];
 
-    /// [`set`] by matrix tiles; returns whether the machine has them.
+    /// Computes [`set`] with matrix tiles; returns `false` and does nothing if the machine has
+    /// none.
     fn set_by_tiles(
         _a: &[T],
         _b: &Packed<Self, LANES>,
@@ -87,7 +97,8 @@ pub(crate) trait FactorOf<T>: Factor {
         false
     }
 
-    /// [`add_transposed`] by matrix tiles; returns whether the machine has them.
+    /// Computes [`add_transposed`] with matrix tiles; returns `false` and does nothing if the
+    /// machine has none.
     fn add_transposed_by_tiles(
         _a: &[T],
         _b: &[T],
@@ -99,9 +110,10 @@ pub(crate) trait FactorOf<T>: Factor {
     }
 }
 
-/// Elements whose products there are.
+/// An element type whose maps can be multiplied.
 pub(crate) trait Multiplicand: Element {
-    /// What is multiplied where the machine has the instructions; else floats.
+    /// The factor to multiply if the machine has the instructions; otherwise, floats are
+    /// multiplied.
     type Factor: FactorOf<Self>;
 }
 
@@ -116,7 +128,7 @@ impl Multiplicand for bf16 {
     type Factor = f32;
 }
 
-/// Two halves that are neighbours in the depth.
+/// Two `bf16` values that are neighbours in the depth.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
@@ -142,7 +154,7 @@ impl Factor for f32 {
     }
 }
 
-/// Any element stands for a float.
+/// Every element type converts to floats.
 impl<T: Element> FactorOf<T> for f32 {
     fn of_rows<'a>(rows: &'a [T], _: usize, floats: &'a mut Vec<Self>) -> &'a [Self] {
         T::floats(rows, floats)
@@ -153,7 +165,8 @@ impl<T: Element> FactorOf<T> for f32 {
     }
 }
 
-/// A matrix that is read by factors, 8 rows at a time: `(i, p)` is at `i/8·panel + i%8·row + p·depth`.
+/// A left-hand operand, read by factors, 8 rows at a time: `(i, p)` is at
+/// `i/8·panel + i%8·row + p·depth`.
 #[derive(Clone, Copy)]
 pub(crate) struct Left<'a, F> {
     factors: &'a [F],
@@ -163,12 +176,12 @@ pub(crate) struct Left<'a, F> {
 }
 
 impl<'a, F> Left<'a, F> {
-    /// `a[rows, depth]` as it lies in memory.
+    /// Reads `a[rows, depth]` in place.
     fn rows(factors: &'a [F], depth: usize) -> Self {
         Self { factors, panel: ROWS * depth, row: depth, depth: 1 }
     }
 
-    /// The transpose of `a[depth, rows]` as it lies in memory.
+    /// Reads the transpose of `a[depth, rows]` in place.
     fn columns(factors: &'a [F], rows: usize) -> Self {
         Self { factors, panel: ROWS, row: 1, depth: rows }
     }
@@ -179,7 +192,7 @@ impl<'a, F> Left<'a, F> {
     }
 }
 
-/// A matrix that is read by vectors: columns `16j…` of depth `p` are at `j·panel + p·depth`.
+/// A right-hand operand, read by vectors: columns `16j…` of depth `p` are at `j·panel + p·depth`.
 #[derive(Clone, Copy)]
 pub(crate) struct Right<'a, F> {
     factors: &'a [F],
@@ -188,8 +201,10 @@ pub(crate) struct Right<'a, F> {
 }
 
 impl<'a, F> Right<'a, F> {
-    /// Rows of `columns` factors as they lie in memory. The last vector of a row may begin before its end
-    /// and end after it, so [`LANES`] factors must follow the last row; what they are has no effect.
+    /// Reads rows of `columns` factors in place.
+    ///
+    /// The last vector of a row may extend beyond the row's end, so [`LANES`] factors must follow
+    /// the last row. Their values have no effect.
     fn rows(factors: &'a [F], columns: usize) -> Self {
         Self { factors, panel: LANES, depth: columns }
     }
@@ -200,12 +215,13 @@ impl<'a, F> Right<'a, F> {
     }
 }
 
-/// A line of the cache: vectors that lie in two lines take twice as long to read.
+/// A cache line. Vectors that cross a line take twice as long to read, so packed vectors are
+/// aligned to lines.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line<F>([F; LANES]);
 
-/// The columns of a matrix, `W` at a time, all of the depth, those that are missing 0.
+/// The columns of a matrix, `W` at a time over the whole depth, with zeros for missing columns.
 #[derive(Default)]
 pub(crate) struct Packed<F, const W: usize> {
     lines: Vec<Line<F>>,
@@ -213,7 +229,7 @@ pub(crate) struct Packed<F, const W: usize> {
 }
 
 impl<F: Factor, const W: usize> Packed<F, W> {
-    /// Takes the columns of `rows[depth, columns]`.
+    /// Packs the columns of `rows[depth, columns]`.
     #[inline(always)]
     #[allow(unsafe_code)]
     fn pack(&mut self, rows: &[F], columns: usize) {
@@ -223,13 +239,14 @@ impl<F: Factor, const W: usize> Packed<F, W> {
         self.lines.clear();
         self.lines.reserve(lines);
         let packed = self.lines.as_mut_ptr().cast::<[F; W]>();
-        // Some rows at a time, so that whole lines are read and written.
+        // Several rows are packed at a time, so that whole cache lines are read and written.
         for (at, rows) in rows.chunks(ROWS * columns).enumerate() {
             for panel in 0..panels {
                 let first = panel * W;
                 let vectors = packed.wrapping_add(panel * self.depth + at * ROWS);
                 for (p, row) in rows.chunks_exact(columns).enumerate() {
-                    // SAFETY: there is room for `panels · depth` vectors.
+                    // SAFETY: `packed` has room for `panels · depth` vectors, and each row has
+                    // `columns` factors.
                     unsafe {
                         if first + W <= columns {
                             *vectors.add(p) = *row.as_ptr().add(first).cast();
@@ -242,7 +259,8 @@ impl<F: Factor, const W: usize> Packed<F, W> {
                 }
             }
         }
-        // SAFETY: all vectors were written; half a line may be left over after the last one.
+        // SAFETY: all vectors were written, and the half line that may be left over after the last
+        // one is written here.
         unsafe {
             if panels * self.depth * W < lines * LANES {
                 packed.add(panels * self.depth).write([F::default(); W]);
@@ -253,7 +271,7 @@ impl<F: Factor, const W: usize> Packed<F, W> {
 
     #[allow(unsafe_code)]
     fn factors(&self) -> &[F] {
-        // SAFETY: a line is so many factors.
+        // SAFETY: a line consists of `LANES` factors.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * LANES) }
     }
 }
@@ -270,14 +288,15 @@ impl<F: Factor> Packed<F, LANES> {
     }
 }
 
-/// Weights as the right operand of maps of elements `T`: as what the machine multiplies, or else as floats.
+/// Weights as the right-hand operand for maps of elements `T`, packed as factors if the machine
+/// multiplies these, or else as floats.
 pub(crate) enum Panels<T: Multiplicand> {
     Factors(Packed<T::Factor, LANES>),
     Floats(Packed<f32, LANES>),
 }
 
 impl<T: Multiplicand> Panels<T> {
-    /// From `w[depth, columns]`.
+    /// Packs `w[depth, columns]`.
     pub(crate) fn new(w: &[f32], columns: usize) -> Self {
         if T::Factor::are_multiplied() {
             Self::Factors(Packed::of_weights::<T>(w, columns))
@@ -286,7 +305,7 @@ impl<T: Multiplicand> Panels<T> {
         }
     }
 
-    /// From the transpose of `w[columns, depth]`.
+    /// Packs the transpose of `w[columns, depth]`.
     pub(crate) fn transposed(w: &[f32], depth: usize) -> Self {
         let columns = w.len() / depth;
         let rows =
@@ -296,7 +315,8 @@ impl<T: Multiplicand> Panels<T> {
 }
 
 impl<F: Factor> Packed<F, LANES> {
-    /// `w[depth, columns]`, rounded to elements. The depth is filled up with zeros to whole steps.
+    /// Packs `w[depth, columns]`, rounded to elements. The depth is filled up with zeros to a
+    /// multiple of [`Factor::STEP`].
     fn of_weights<T: Multiplicand>(w: &[f32], columns: usize) -> Self
     where
         F: FactorOf<T>,
@@ -313,7 +333,8 @@ impl<F: Factor> Packed<F, LANES> {
 }
 
 simd! {
-    /// Writes rows of the transpose of `w[columns, depth]`, from row `first` on, in squares that stay in cache.
+    /// Writes rows of the transpose of `w[columns, depth]`, starting with row `first`, in squares
+    /// that stay in cache.
     fn transpose(w: &[f32], depth: usize, first: usize, rows: &mut [f32]) {
         let columns = w.len() / depth;
         for start in (0..columns).step_by(LANES) {
@@ -326,7 +347,7 @@ simd! {
     }
 }
 
-/// Writes `c = a·b`, and returns it.
+/// Computes `c = a·b` and returns `c`.
 pub(crate) fn set<'c, T: Multiplicand>(
     a: &[T],
     b: &Panels<T>,
@@ -340,7 +361,7 @@ pub(crate) fn set<'c, T: Multiplicand>(
     }
 }
 
-/// [`set`] by factors of one kind.
+/// Computes [`set`] with one kind of factors.
 fn set_factors<'c, T, F: FactorOf<T>>(
     a: &[T],
     b: &Packed<F, LANES>,
@@ -353,18 +374,19 @@ fn set_factors<'c, T, F: FactorOf<T>>(
         let a = Left::rows(F::of_rows(a, sizes.depth, &mut scratch.left_factors), depth);
         F::product(a, b.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
     }
-    // SAFETY: either writes all of `c`: without `add`, `product` does.
+    // SAFETY: all of `c` is written, by `set_by_tiles` if it returns true and otherwise by
+    // `product` without `add`.
     #[allow(unsafe_code)]
     unsafe {
         c.assume_init_mut()
     }
 }
 
-/// Memory for the operands of products of maps of elements `T`.
+/// Scratch memory for the operands of products of maps of elements `T`.
 pub(crate) struct Operands<T: Multiplicand> {
     factors: Scratch<T::Factor>,
     floats: Scratch<f32>,
-    /// Levels of a left operand, in matrix tiles.
+    /// The levels of a left-hand operand, in matrix tiles.
     levels: Vec<Line<[u8; GROUP]>>,
 }
 
@@ -374,7 +396,7 @@ impl<T: Multiplicand> Default for Operands<T> {
     }
 }
 
-/// Memory for operands of one kind of factors.
+/// Scratch memory for operands of one kind of factors.
 #[derive(Default)]
 pub(crate) struct Scratch<F> {
     left_factors: Vec<F>,
@@ -383,8 +405,9 @@ pub(crate) struct Scratch<F> {
     right: Packed<F, LANES>,
 }
 
-/// `c += aᵀ·b` of `a[depth, rows]` and `b[depth, columns]`, after whose last row [`LANES`] elements must follow; what
-/// they are has no effect.
+/// Computes `c += aᵀ·b` for `a[depth, rows]` and `b[depth, columns]`.
+///
+/// [`LANES`] elements must follow the last row of `b`. Their values have no effect.
 pub(crate) fn add_transposed<T: Multiplicand>(
     a: &[T],
     b: &[T],
@@ -399,10 +422,11 @@ pub(crate) fn add_transposed<T: Multiplicand>(
     }
 }
 
-/// [`add_transposed`] by factors of one kind.
+/// Computes [`add_transposed`] with one kind of factors.
 ///
-/// Wide operands are packed first: their columns, read as they lie, would drive each other out of the cache. A row
-/// of theirs costs `rows + columns` copies for `rows·columns` products, so narrow ones are not.
+/// Wide operands are packed first, because their columns, read in place, would evict each other
+/// from the cache. Packing takes `rows + columns` copies per row for `rows·columns` products, so
+/// narrow operands are not packed.
 fn add_transposed_factors<T, F: FactorOf<T>>(
     a: &[T],
     b: &[T],
@@ -415,7 +439,7 @@ fn add_transposed_factors<T, F: FactorOf<T>>(
     if F::add_transposed_by_tiles(a, &b[..depth * columns], sizes, scratch, c) {
         return;
     }
-    // SAFETY: `product` writes nothing but floats.
+    // SAFETY: `product` writes only floats to `c`, so `c` stays initialized.
     #[allow(unsafe_code)]
     let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
     let Scratch { left_factors, right_factors, left, right } = scratch;
@@ -437,7 +461,7 @@ fn add_transposed_factors<T, F: FactorOf<T>>(
 }
 
 simd! {
-    /// Packs operands, each with its number of columns.
+    /// Packs both operands, each given with its number of columns.
     fn pack<F: Factor>(
         a: (&[F], usize),
         b: (&[F], usize),
@@ -449,19 +473,19 @@ simd! {
     }
 }
 
-/// The products for each copy from which [`add_transposed`] packs its operands.
+/// The number of products per copy from which on [`add_transposed`] packs its operands.
 const PACKED: usize = 40;
 
-/// [`DEPTH`] where the left operand passes through the first-level cache, too.
+/// The value of [`DEPTH`] if the left-hand operand passes through the first-level cache, too.
 const PACKED_DEPTH: usize = 96;
 
-/// Equal steps of about `step` that cover `depth`.
+/// Returns the length of equal steps that cover `depth`, which is about `step`.
 fn equal_steps(depth: usize, step: usize) -> usize {
     depth.div_ceil(((depth + step / 2) / step).max(1))
 }
 
 simd! {
-    /// [`Factor::product`] of floats.
+    /// Computes [`Factor::product`] of floats.
     fn product(
         a: Left<'_, f32>,
         b: Right<'_, f32>,
@@ -474,12 +498,12 @@ simd! {
     }
 }
 
-/// How the products of a factor and a vector of them are added to the sums of the lanes.
+/// A way to multiply a factor by a vector of factors and add the products to the sums of the lanes.
 trait Multiply<F> {
     fn add_products(a: F, b: &[F; LANES], sums: &mut [f32; LANES]);
 }
 
-/// Lane by lane, which compilers make vectors of.
+/// Multiplication lane by lane, which compilers vectorize.
 struct Plain;
 
 impl Multiply<f32> for Plain {
@@ -491,7 +515,7 @@ impl Multiply<f32> for Plain {
     }
 }
 
-/// `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
+/// Computes `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
 #[inline(always)]
 fn sum_up<F: Factor, M: Multiply<F>>(
     a: Left<F>,
@@ -515,7 +539,8 @@ fn sum_up<F: Factor, M: Multiply<F>>(
     assert!(b.position(columns - 1, depth - 1) + LANES <= b.factors.len());
     let c = c.as_mut_ptr().cast();
     let step = equal_steps(depth, most);
-    // SAFETY: by the assertions, all that is read lies in the operands and all that is written in `c`.
+    // SAFETY: by the assertions, all reads lie in the operands and all writes in `c`, which callers
+    // initialize if `add`.
     #[allow(unsafe_code)]
     unsafe {
         if Instructions::current() >= Instructions::WIDE {
@@ -526,12 +551,12 @@ fn sum_up<F: Factor, M: Multiply<F>>(
     }
 }
 
-/// Computes all tiles of a product, of up to `V` vectors and `step` of the depth. What is read of the right operand for
-/// a column of tiles stays in cache while the rows pass.
+/// Computes all tiles of a product, of up to `V` vectors and `step` of the depth. The part of the
+/// right-hand operand that a column of tiles reads stays in cache while the rows pass.
 ///
 /// # Safety
-/// The operands must hold the elements of their last row and column at the last step of the depth, and `c` be `rows`
-/// rows of `columns` floats; if `add`, initialized.
+/// The operands must hold the elements of their last row and column at the last step of the depth.
+/// `c` must point to `rows` rows of `columns` floats, which must be initialized if `add`.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn tiles<F: Factor, M: Multiply<F>, const V: usize>(
@@ -545,14 +570,15 @@ unsafe fn tiles<F: Factor, M: Multiply<F>, const V: usize>(
     let mut j = 0;
     while j < columns {
         let left = (columns - j).div_ceil(LANES);
-        // Where one vector would be left over, two narrower tiles: one vector is bound by the loads.
+        // If one vector would be left over, two narrower tiles are used, because a tile of one
+        // vector is bound by its loads.
         let vectors = if left == V + 1 { left.div_ceil(2) } else { left.min(V) };
         let width = (columns - j).min(vectors * LANES);
-        // Each row of tiles, for each step of the depth.
+        // This loop goes over all rows of tiles for each step of the depth.
         let (mut i, mut p) = (0, 0);
         while p < depth {
-            // SAFETY: the tile begins in the operands and in the result, and its sizes end where they do, by what the
-            // caller guarantees.
+            // SAFETY: the tile lies within the operands and the result, whose sizes the caller
+            // guarantees.
             unsafe {
                 let tile = Tile {
                     a: a.factors.as_ptr().add(a.position(i, p)),
@@ -585,7 +611,8 @@ unsafe fn tiles<F: Factor, M: Multiply<F>, const V: usize>(
     }
 }
 
-/// A tile of the result: where it and its operands begin, and the steps in them (rows or panels, depth).
+/// A tile of the result: the starts of the tile and of its operands, and the strides of the
+/// operands (rows or panels, depth).
 struct Tile<F> {
     a: *const F,
     a_steps: (usize, usize),
@@ -593,9 +620,9 @@ struct Tile<F> {
     b_steps: (usize, usize),
     depth: usize,
     c: *mut f32,
-    /// Columns of the whole result.
+    /// The number of columns of the whole result.
     c_step: usize,
-    /// Columns of the tile.
+    /// The number of columns of the tile.
     columns: usize,
     add: bool,
 }
@@ -604,11 +631,13 @@ impl<F: Factor> Tile<F> {
     /// Sums up `R` rows by `V` vectors, and returns `R`.
     ///
     /// # Safety
-    /// The operands and the result must have so many rows, and `V` vectors hold the tile's columns.
+    /// The operands and the result must have `R` rows, and `V` vectors must hold the tile's
+    /// columns.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn sum<M: Multiply<F>, const R: usize, const V: usize>(&self) -> usize {
-        // SAFETY: the caller has made sure of `R` rows of `columns` in `c`; the buffer has `R` rows of `V` vectors.
+        // SAFETY: the caller guarantees `R` rows of `columns` floats in `c`; the buffer has `R`
+        // rows of `V` vectors.
         unsafe {
             if self.columns == V * LANES {
                 self.sum_into::<M, R, V>(self.c, self.c_step);
@@ -625,17 +654,18 @@ impl<F: Factor> Tile<F> {
         R
     }
 
-    /// Sums up to whole vectors of rows that are `step` apart.
+    /// Sums up whole vectors in rows of `c` that are `step` apart.
     ///
     /// # Safety
-    /// `c` must have `R` such rows of `V` vectors, and the operands as [`Tile::sum`] needs them.
+    /// `c` must have `R` such rows of `V` vectors, and the operands must meet the requirements of
+    /// [`Tile::sum`].
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn sum_into<M: Multiply<F>, const R: usize, const V: usize>(&self, c: *mut f32, step: usize) {
-        // Indices and values, not iterators and references, keep the sums in registers.
+        // Indices and values, instead of iterators and references, keep the sums in registers.
         let mut sums = [[[0.0f32; LANES]; V]; R];
         let vector = |i: usize, j: usize| c.wrapping_add(i * step + j * LANES).cast::<[f32; LANES]>();
-        // SAFETY: the caller has made sure of the operands and of the result.
+        // SAFETY: the caller guarantees the operands and the result.
         unsafe {
             if self.add {
                 for i in 0..R {
@@ -644,7 +674,8 @@ impl<F: Factor> Tile<F> {
                     }
                 }
             } else {
-                // The result is cold: without this, its stores would wait for memory (up to half of the time).
+                // The result is not in cache. Without the prefetch, its stores would wait for
+                // memory (up to half of the time).
                 for i in 0..R {
                     for j in 0..=V {
                         prefetch(vector(i, j));
@@ -676,7 +707,7 @@ impl<F: Factor> Tile<F> {
 /// Copies rows of `columns` elements.
 ///
 /// # Safety
-/// Both must have so many rows of so many elements, and not overlap.
+/// Both pointers must have `rows` rows of `columns` elements, and these must not overlap.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn copy_rows(
@@ -685,10 +716,11 @@ unsafe fn copy_rows(
     rows: usize,
     columns: usize,
 ) {
-    // Eight elements at a time: a call of `memcpy` for so few would cost more than the sums.
+    // Copies eight elements at a time, because a call of `memcpy` for so few would cost more than
+    // the sums.
     const PIECE: usize = 8;
     for row in 0..rows {
-        // SAFETY: the caller has made sure of both.
+        // SAFETY: the caller guarantees both sets of rows.
         unsafe {
             let (from, to) = (from.add(row * from_step), to.add(row * to_step));
             for at in (0..columns / PIECE * PIECE).step_by(PIECE) {
@@ -710,7 +742,8 @@ mod tests {
     use crate::work::append;
     use candle_core::Tensor;
 
-    /// Rows, columns and depths around those of tiles and steps of the depth, narrow operands and wide ones.
+    /// Rows, columns and depths near the sizes of tiles and of steps of the depth, for narrow and
+    /// wide operands.
     pub(super) const SIZES: &[(usize, usize, usize)] = if cfg!(miri) {
         &[(1, 1, 1), (9, 18, 3)]
     } else {
@@ -721,7 +754,8 @@ mod tests {
         random(seed, &[len]).to_vec1().unwrap()
     }
 
-    /// To the bit: sums in the order of the depth with fused multiply–add, whatever the blocks, tiles and steps.
+    /// Checks, to the bit, that sums are in the order of the depth with fused multiply–add for all
+    /// blocks, tiles and steps.
     #[test]
     fn sums_are_in_the_order_of_the_depth() {
         for &(m, n, k) in SIZES {
@@ -754,8 +788,8 @@ mod tests {
         }
     }
 
-    /// Halves are multiplied as the floats that they stand for, whatever the instructions; what is left is the rounding of
-    /// the sums.
+    /// Checks, for all instructions, that `bf16` values are multiplied as the floats that they
+    /// represent, up to the rounding of the sums.
     #[test]
     fn pairs_are_multiplied_as_their_floats() {
         for &(m, n, k) in SIZES {
@@ -773,7 +807,8 @@ mod tests {
             let columns: Vec<f32> = (0..n * k).map(|at| weights[at % k * n + at / k]).collect();
             let sizes = ProductSizes { rows: m, columns: n, depth: k };
             let close = |found: &[f32], expected: &[f64], context: &str| {
-                // Of k terms below 1, each added with half a last place of a sum that stays below k.
+                // There are k terms below 1. Each addition has an error of half a last place of a
+                // sum below k.
                 let bound = f64::from(f32::EPSILON) * (k * k) as f64;
                 for (found, expected) in found.iter().zip(expected) {
                     assert!((f64::from(*found) - expected).abs() <= bound, "{context}: {found}, {expected}");

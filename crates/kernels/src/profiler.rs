@@ -1,8 +1,10 @@
-//! Where the time of a step goes: each operation's calls, seconds, multiplications and memory traffic.
+//! Where the time of a step goes: each operation's calls, seconds, multiplications and memory
+//! traffic.
 //!
-//! Off until [`start`] is called; then every operation of this crate notes how long it took, how many
-//! multiplications and additions it made, and how many bytes it must read and write at least (each operand once,
-//! each result once). Operations are called one after the other, so nothing is counted twice.
+//! The profiler is off until [`start`] is called. Then every operation of this crate records its
+//! time, its multiplications and additions, and the bytes that it must at least read and write
+//! (each operand once, each result once). Operations are called one after the other, so nothing is
+//! counted twice.
 
 use crate::work::lock;
 use std::collections::BTreeMap;
@@ -10,38 +12,39 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// What one operation did.
+/// The cost of one operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// How often it was called.
+    /// The number of calls.
     pub calls: usize,
-    /// Wall time.
+    /// The wall time.
     pub time: Duration,
-    /// Multiplications and additions, of products and convolutions; 0 for what is bound by memory anyway.
+    /// The number of multiplications and additions in products and convolutions; 0 for operations
+    /// that are bound by memory.
     pub operations: usize,
-    /// Bytes that must be moved.
+    /// The number of bytes that must be moved.
     pub bytes: usize,
 }
 
 static ON: AtomicBool = AtomicBool::new(false);
 static COSTS: Mutex<BTreeMap<&'static str, Cost>> = Mutex::new(BTreeMap::new());
 
-/// Begins anew.
+/// Clears all costs and starts the profiler.
 pub fn start() {
     lock(&COSTS).clear();
     ON.store(true, Ordering::Relaxed);
 }
 
-/// Ends, and gives what was found, by the operations' names.
+/// Stops the profiler and returns the costs by the operations' names.
 pub fn stop() -> BTreeMap<&'static str, Cost> {
     ON.store(false, Ordering::Relaxed);
     std::mem::take(&mut *lock(&COSTS))
 }
 
-/// Notes an operation's cost when it is dropped.
+/// A guard that records an operation's cost when it is dropped.
 pub(crate) struct Note(Option<(&'static str, Instant, usize, usize)>);
 
-/// To be held while an operation runs.
+/// Returns a guard that must be held while the operation runs.
 pub(crate) fn note(name: &'static str, operations: usize, bytes: usize) -> Note {
     Note(ON.load(Ordering::Relaxed).then(|| (name, Instant::now(), operations, bytes)))
 }
@@ -73,7 +76,7 @@ mod tests {
         pointwise::grad_input(&pointwise::forward(&x, &w).unwrap(), &w).unwrap();
         let costs = stop();
         pointwise::forward(&x, &w).unwrap();
-        // Other tests may run meanwhile, so there may be more.
+        // Other tests may run at the same time, so there may be more calls.
         let cost = costs["pointwise::grad_input"];
         assert!(cost.calls >= 1 && cost.operations >= 2 * 10 * 3 * 4, "{cost:?}");
         assert!(cost.bytes >= 4 * (40 + 30 + 12), "{cost:?}");

@@ -1,8 +1,9 @@
 //! Fake quantization of a tensor, and the estimation of its range.
 //!
-//! With the [`Grid`] over the range `(lo, hi)`: `y = Q(x)`, the grid's value nearest
-//! to `x`; the straight-through gradient `∂x = ∂y` where `x` rounds to one of the levels without being
-//! clamped, else 0. There is one grid for the whole tensor or, for weights, one for each output channel.
+//! With the [`Grid`] over the range `(lo, hi)`, `y = Q(x)` is the grid's value nearest to `x`. The
+//! straight-through gradient is `∂x = ∂y` if `x` rounds to one of the levels without being clamped,
+//! and 0 otherwise. There is one grid for the whole tensor or, for weights, one for each output
+//! channel.
 
 pub(crate) mod gpu;
 
@@ -14,7 +15,7 @@ use crate::{Quantizer, Result, profiler};
 use candle_core::Tensor;
 use quant_core::Grid;
 
-/// `Q(x)`, of the shape of `x`.
+/// Computes `Q(x)`, of the shape of `x`.
 pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::forward");
     let _note = profiler::note(check.0, 0, 2 * x.dtype().size_in_bytes() * x.elem_count());
@@ -32,7 +33,8 @@ pub fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     })
 }
 
-/// The straight-through gradient: `gy` where the quantizer does not clamp `x`, else 0.
+/// Computes the straight-through gradient: `gy` where the quantizer does not clamp `x`, and 0
+/// elsewhere.
 pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let check = Check("quantize::backward");
     check.grids(x, quant)?;
@@ -52,7 +54,7 @@ pub fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor>
     })
 }
 
-/// The smallest and the largest element, `[2]`.
+/// Returns the smallest and the largest element, `[2]`.
 pub fn min_max(x: &Tensor) -> Result<Tensor> {
     let check = Check("quantize::min_max");
     if x.elem_count() == 0 {
@@ -73,8 +75,8 @@ pub fn min_max(x: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// Moves a range towards that of a batch, in place: `range += momentum · (batch − range)`. A momentum
-/// of 1 sets it.
+/// Moves a range towards that of a batch, in place: `range += momentum · (batch − range)`. A
+/// momentum of 1 replaces the range.
 pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()> {
     let check = Check("quantize::update_range");
     check.dims("range", range, &[2])?;
@@ -89,13 +91,13 @@ pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()>
     })
 }
 
-/// Elements of a chunk of whole rows.
+/// Returns the number of elements of a chunk of whole rows.
 fn whole_rows(channels: usize) -> usize {
     (CHUNK / channels).max(1) * channels
 }
 
 simd! {
-    /// Of whole rows, where each channel has a grid.
+    /// Quantizes elements with one grid, or whole rows with one grid for each channel.
     fn fake<T: Element>(x: &[T], y: &mut [T], grids: &[Grid]) {
         if let [grid] = *grids {
             for (y, x) in y.iter_mut().zip(x) {
@@ -113,7 +115,7 @@ simd! {
 }
 
 simd! {
-    /// Of whole rows, where each channel has a grid.
+    /// Masks the gradient with one grid, or that of whole rows with one grid for each channel.
     fn mask<T: Element>(x: &[T], gy: &[T], gx: &mut [T], grids: &[Grid]) {
         if let [grid] = *grids {
             const TILE: usize = 256;
@@ -162,7 +164,7 @@ mod tests {
         Bits::new(bits).unwrap()
     }
 
-    /// Quantization by plain Candle operations.
+    /// Quantizes with plain Candle operations.
     fn reference(x: &Tensor, lo: f64, hi: f64, levels: f64) -> candle_core::Result<Tensor> {
         let step = (hi - lo) / levels;
         let zero_point = (-lo / step).round_ties_even();
@@ -174,7 +176,7 @@ mod tests {
     fn matches_plain_candle_and_the_grid() {
         for (lo, hi) in [(0.0f32, 0.75), (-0.5, 0.25), (-0.9, 0.95)] {
             for b in 2..=8 {
-                // More than a chunk, and no multiple of a vector.
+                // More than a chunk, and not a multiple of a vector.
                 let x = random(1, &[3, 10_007, 2]);
                 let gy = random(2, x.dims());
                 let range = tensor(&[lo, hi]);
@@ -182,7 +184,7 @@ mod tests {
                 let grid = Grid::new(lo, hi, bits(b)).unwrap();
                 let (y, gx) = (forward(&x, quant).unwrap(), backward(&x, &gy, quant).unwrap());
                 let expected = reference(&x, lo.into(), hi.into(), f64::from(bits(b).max_level())).unwrap();
-                // Where x is halfway between two levels, rounding in another precision may differ.
+                // If x is halfway between two levels, rounding in another precision may differ.
                 let pairs = elements(&y).into_iter().zip(elements(&expected));
                 let unequal = pairs.filter(|(a, b)| (a - b).abs() > 1e-6);
                 assert!(unequal.count() <= 20, "[{lo}, {hi}] at {b} bits");
@@ -213,7 +215,8 @@ mod tests {
         assert_eq!(elements(&forward(&zeros, quant).unwrap()), [0.0; 7]);
     }
 
-    /// To the bit what each channel gives by itself, with ranges on both sides of zero, and one of a constant.
+    /// Checks that per-channel grids give the same bits as each channel by itself, with ranges on
+    /// either side of zero and ranges of a constant.
     #[test]
     fn grids_of_channels_are_those_of_each_by_itself() {
         for (rows, channels) in [(1, 1), (9, 3), (1, 7), (27, 33), (5000, 70)] {

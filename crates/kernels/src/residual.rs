@@ -1,7 +1,7 @@
-//! The end of a residual branch: the sum of the branch and its shortcut, quantized.
+//! The end of a residual branch: the quantized sum of the branch and its shortcut.
 //!
-//! `y = Q(a + b)`. The gradient of the sum is that of either input; it follows from `y`'s by
-//! [`crate::quantize::backward`].
+//! `y = Q(a + b)`. Both inputs have the gradient of the sum, which [`crate::quantize::backward`]
+//! computes from the gradient of `y`.
 
 mod gpu;
 
@@ -14,7 +14,7 @@ use crate::{FeatureMap, Quantizer, Result, profiler};
 use candle_core::Tensor;
 use std::mem::MaybeUninit;
 
-/// `a + b`.
+/// Computes `a + b`.
 pub fn add(a: &Tensor, b: impl Into<FeatureMap>) -> Result<Tensor> {
     fn of(a: &Tensor, b: &FeatureMap) -> Result<Tensor> {
         let check = Check("residual::add");
@@ -35,7 +35,7 @@ pub fn add(a: &Tensor, b: impl Into<FeatureMap>) -> Result<Tensor> {
     of(a, &b.into())
 }
 
-/// `Q(a + b)`.
+/// Computes `Q(a + b)`.
 pub fn add_quantize(
     a: &Tensor,
     b: impl Into<FeatureMap>,
@@ -64,8 +64,8 @@ pub fn add_quantize(
     of(a, &b.into(), quant)
 }
 
-/// The sum `scale·z + shift + b`, with `scale` and `shift` `[C]`, of the shape of `z`, and its smallest and
-/// largest element, `[2]`.
+/// Computes the sum `scale·z + shift + b`, of the shape of `z`, and its smallest and largest
+/// element, `[2]`; `scale` and `shift` are `[C]`.
 pub fn add_normalized(
     z: &Tensor,
     scale: &Tensor,
@@ -130,7 +130,7 @@ simd! {
 }
 
 simd! {
-    /// Writes `scale·z + shift + b` of whole rows; returns the smallest and the largest sum, too.
+    /// Writes `scale·z + shift + b` of whole rows, and returns the smallest and the largest sum.
     fn normalized_sums<'y, T: Element>(
         z: &[T],
         b: Stored<'_, T>,
@@ -187,7 +187,7 @@ mod tests {
                 let expected = quantize::forward(&sum, quant).unwrap();
                 let found = add_quantize(&a, &input, Some(quant)).unwrap().to_float().unwrap();
                 assert_eq!(elements(&found), elements(&expected));
-                // Normalized first.
+                // The same with a normalized first operand.
                 let c = dims[dims.len() - 1];
                 let (scale, shift) = (random(3, &[c]), random(4, &[c]));
                 let (found, range) = add_normalized(&a, &scale, &shift, &input).unwrap();

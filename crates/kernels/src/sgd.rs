@@ -1,4 +1,4 @@
-//! Stochastic gradient descent with momentum and weight decay, in place, by PyTorch's convention:
+//! Stochastic gradient descent with momentum and weight decay, in place, in PyTorch's convention:
 //! `v ← m·v + (g + λ·p)`, then `p ← p − lr·v`.
 
 mod gpu;
@@ -8,21 +8,22 @@ use crate::work::change;
 use crate::{Result, cpu, profiler};
 use candle_core::Tensor;
 
-/// What a step does to every parameter.
+/// The settings of a step that all parameters share.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule<'a> {
-    /// Learning rate.
+    /// The learning rate.
     pub lr: Rate<'a>,
-    /// Momentum `m`, 0 … 1.
+    /// The momentum `m`, 0 … 1.
     pub momentum: f64,
 }
 
 /// A learning rate.
 #[derive(Clone, Copy, Debug)]
 pub enum Rate<'a> {
-    /// As the host knows it.
+    /// A number that the host knows.
     Number(f64),
-    /// `f32`, `[1]`: as it stands there when the step is made, which a step that is recorded reads each time.
+    /// A tensor, `f32` `[1]`, whose value is read when the step runs. A recorded step reads it on
+    /// each replay.
     At(&'a Tensor),
 }
 
@@ -35,21 +36,21 @@ impl Rate<'_> {
     }
 }
 
-/// A parameter with its gradient, all three of one shape.
+/// A parameter with its gradient and velocity, all of one shape.
 #[derive(Clone, Copy, Debug)]
 pub struct Update<'a> {
-    /// Changed in place.
+    /// The parameter; changed in place.
     pub param: &'a Tensor,
-    /// Of the loss.
+    /// The gradient of the loss.
     pub grad: &'a Tensor,
-    /// Changed in place; begins as zeros.
+    /// The velocity, initially zeros; changed in place.
     pub velocity: &'a Tensor,
-    /// Weight decay `λ`.
+    /// The weight decay `λ`.
     pub weight_decay: f64,
 }
 
-/// One step for one parameter; all three tensors have its shape. Changes `velocity` (which begins as
-/// zeros) and `param` in place.
+/// Makes one step for one parameter; all three tensors have its shape. Changes `velocity`
+/// (initially zeros) and `param` in place.
 pub fn step(
     param: &Tensor,
     grad: &Tensor,
@@ -61,7 +62,7 @@ pub fn step(
     step_all(&[Update { param, grad, velocity, weight_decay }], Rule { lr: Rate::Number(lr), momentum })
 }
 
-/// One step for many parameters: on a GPU in a few launches.
+/// Makes one step for many parameters, on a GPU in a few launches.
 pub fn step_all(updates: &[Update<'_>], rule: Rule<'_>) -> Result<()> {
     let check = Check("sgd::step");
     if let Rate::At(rate) = rule.lr {
@@ -111,7 +112,7 @@ mod tests {
 
     #[test]
     fn matches_plain_candle_over_several_steps() {
-        // Below and above the size where threads are used.
+        // Sizes below and above the one from which threads are used.
         for dims in [&[3, 3, 7][..], &[300, 123]] {
             let (param, velocity) = (random(1, dims), random(2, dims).zeros_like().unwrap());
             let (mut p, mut v) = (param.copy().unwrap(), velocity.copy().unwrap());
@@ -132,7 +133,7 @@ mod tests {
         assert!(step(&a, &b, &random(3, &[3, 4]), 0.1, 0.9, 0.0).is_err());
         let message = step(&a, &b, &random(3, &[3, 4]).t().unwrap(), 0.1, 0.9, 0.0).unwrap_err().to_string();
         assert!(message.contains("velocity is changed in place"), "{message}");
-        // One tensor as both.
+        // One tensor as parameter and velocity.
         assert!(step(&a, &b, &a, 0.1, 0.9, 0.0).is_err());
     }
 

@@ -1,14 +1,16 @@
-//! The hyperbolic tangent in a loop that vectorizes: that of the standard library is a call for every element, and
-//! has other bits on other systems.
+//! The hyperbolic tangent in a form that vectorizes.
+//!
+//! The standard library's `tanh` is a function call for every element and gives different bits on
+//! other systems.
 
 use crate::clamp;
 use std::f32::consts::LOG2_E;
 
-/// From here on `tanh(x)` rounds to 1.
+/// The bound from which on `tanh(x)` rounds to 1.
 const LIMIT: f32 = 9.1;
 
-/// The Taylor series of `2^r − 1` without its factor `r`: `ln2^k / k!`, the highest power first. On `|r| ≤ ½` the
-/// rest is below 6e-9 of the value.
+/// The coefficients of the Taylor series of `2^r − 1` divided by `r`: `ln2^k / k!`, the highest
+/// power first. For `|r| ≤ ½` the remainder is below 6e-9 of the value.
 const SERIES: [f32; 7] = {
     let (mut series, mut term, mut k) = ([0.0; 7], 1.0f64, 0);
     while k < 7 {
@@ -19,10 +21,10 @@ const SERIES: [f32; 7] = {
     series
 };
 
-/// `tanh(x)`, within 3e-7 of its value; NaN stays NaN.
+/// Computes `tanh(x)` with a relative error of at most 3e-7; NaN stays NaN.
 ///
-/// With `2x·log₂e = n + r`, `n` whole: `e^2x − 1 = 2^n·(2^r − 1) + (2^n − 1)`, which keeps its precision near 0, and
-/// `tanh x = (e^2x − 1)/(e^2x + 1)`.
+/// With `2x·log₂e = n + r` and an integer `n`, `e^2x − 1 = 2^n·(2^r − 1) + (2^n − 1)`, which keeps
+/// its precision near 0, and `tanh x = (e^2x − 1)/(e^2x + 1)`.
 #[inline(always)]
 pub(crate) fn tanh(x: f32) -> f32 {
     let scaled = clamp(x, (-LIMIT, LIMIT)) * (2.0 * LOG2_E);
@@ -32,7 +34,8 @@ pub(crate) fn tanh(x: f32) -> f32 {
     for coefficient in &SERIES[1..] {
         series = series.mul_add(rest, *coefficient);
     }
-    // 2^n: the biased exponent is the last bits of the sum with 2²³, where floats are whole numbers.
+    // This is 2^n: the last bits of the sum with 2²³, where floats are integers, are the biased
+    // exponent.
     let power = f32::from_bits((whole + (8_388_608.0 + 127.0)).to_bits() << 23);
     let less_one = power.mul_add(series * rest, power - 1.0);
     less_one / (less_one + 2.0)

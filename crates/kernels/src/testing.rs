@@ -1,4 +1,4 @@
-//! What the operations' tests share.
+//! Helpers that the tests of the operations share.
 
 use crate::cpu::Instructions;
 use crate::norm::{self, BatchNormalization, Epilogue, MapGradient};
@@ -10,35 +10,35 @@ use rand_chacha::ChaCha8Rng;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// The numbers of channels that tests try: fewer than a vector, odd, one vector, more than two.
+/// The numbers of channels that tests use: less than a vector, odd, one vector, and more than two.
 pub(crate) const CHANNELS: [usize; 5] = [1, 3, 7, 16, 33];
 
-/// Feature map sizes `(images, height, width)` that tests try.
+/// The feature map sizes `(images, height, width)` that tests use.
 pub(crate) const MAPS: [(usize, usize, usize); 6] =
     [(1, 1, 1), (2, 1, 5), (1, 6, 1), (3, 4, 4), (2, 5, 8), (1, 9, 6)];
 
-/// A map that takes several chunks and parts of a reduction, with few channels and with many.
+/// Maps that take several chunks and several parts of a reduction, with few channels and with many.
 pub(crate) const LARGE: [[usize; 4]; 2] = [[6, 41, 40, 33], [70, 3, 4, 700]];
 
-/// Values in [−1, 1), the same for the same seed.
+/// Returns values in [−1, 1), the same for the same seed.
 pub(crate) fn random(seed: u64, dims: &[usize]) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let values: Vec<f32> = (0..dims.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
     Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
 }
 
-/// A tensor of the given values.
+/// Returns a tensor of the given values.
 pub(crate) fn tensor(values: &[f32]) -> Tensor {
     Tensor::new(values, &Device::Cpu).unwrap()
 }
 
-/// The elements.
+/// Returns the elements.
 pub(crate) fn elements(tensor: &Tensor) -> Vec<f64> {
     tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Asserts that two tensors agree within `tolerance` times the largest element expected (or 1, if that is
-/// smaller).
+/// Asserts that two tensors agree within `tolerance` times the largest expected element (or 1, if
+/// that is smaller).
 #[track_caller]
 pub(crate) fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, context: &str) {
     assert_eq!(found.dims(), expected.dims(), "{context}: shapes");
@@ -50,10 +50,10 @@ pub(crate) fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, co
     }
 }
 
-/// Asserts that gradients are those of `reference`, a function of plain Candle operations, by Candle's
-/// autograd in `f64`, and at some coordinates by central differences.
+/// Asserts that gradients are those of `reference`, a function of plain Candle operations.
 ///
-/// `found` holds a gradient for each input, of `Σ gy·reference(inputs)`.
+/// They are compared with Candle's autograd in `f64`, and at some coordinates with central
+/// differences. `found` holds a gradient of `Σ gy·reference(inputs)` for each input.
 #[track_caller]
 pub(crate) fn assert_gradients(
     inputs: &[&Tensor],
@@ -92,7 +92,7 @@ pub(crate) fn assert_gradients(
     }
 }
 
-/// What may have made a map.
+/// Returns an epilogue that could have made a map of dimensions `dims`.
 pub(crate) fn epilogue(dims: &[usize], quant: Option<Quantizer<'_>>) -> Epilogue {
     let c = dims[dims.len() - 1];
     let (z, gamma, beta) = (random(91, dims), (random(92, &[c]) + 1.5).unwrap(), random(93, &[c]));
@@ -101,8 +101,8 @@ pub(crate) fn epilogue(dims: &[usize], quant: Option<Quantizer<'_>>) -> Epilogue
     Epilogue::batch(&z, &of_batch, Activation::Relu6, quant).unwrap()
 }
 
-/// Asserts that a gradient comes with its sums, and that they are those of the gradient; within 1e-5, as the rows are
-/// summed up in another order.
+/// Asserts that a gradient comes with its sums, and that they agree with the gradient within 1e-5,
+/// because the rows are summed in another order.
 #[track_caller]
 pub(crate) fn assert_sums(below: &Epilogue, gradient: &MapGradient, context: &str) {
     assert!(gradient.sums.is_some(), "{context}: sums");
@@ -114,7 +114,7 @@ pub(crate) fn assert_sums(below: &Epilogue, gradient: &MapGradient, context: &st
 
 static ALLOWED: AtomicU8 = AtomicU8::new(u8::MAX);
 
-/// The most that a test allows of the vector instructions.
+/// Returns the best vector instructions that the running test allows.
 pub(crate) fn allowed_instructions() -> Instructions {
     match ALLOWED.load(Ordering::Relaxed) {
         0 => Instructions::Portable,
@@ -141,9 +141,10 @@ pub(crate) fn assert_same_on_threads(operation: impl Fn() -> Vec<Tensor> + Sync)
     one
 }
 
-/// Runs `f` with the vector instructions up to a number, of which 0 stands for the least.
+/// Runs `f` with vector instructions of at most the level `allowed`, where 0 is the lowest.
 ///
-/// What is allowed is global, so other tests may run with less meanwhile; they hold with any instructions.
+/// The limit is global, so other tests may run with lower instructions meanwhile; they must pass
+/// with any.
 pub(crate) fn with_instructions<R>(allowed: u8, f: impl FnOnce() -> R) -> R {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = lock(&ONE_AT_A_TIME);
@@ -153,7 +154,8 @@ pub(crate) fn with_instructions<R>(allowed: u8, f: impl FnOnce() -> R) -> R {
     found
 }
 
-/// Asserts that an operation gives the same bits whatever the number of threads and the vector instructions.
+/// Asserts that an operation gives the same bits for every number of threads and all vector
+/// instructions.
 #[track_caller]
 pub(crate) fn assert_same_everywhere(operation: impl Fn() -> Vec<Tensor> + Sync) {
     let best = with_instructions(u8::MAX, || assert_same_on_threads(&operation));

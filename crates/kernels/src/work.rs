@@ -1,10 +1,11 @@
-//! How the work of a CPU kernel is shared by the threads, and how they write its result.
+//! How CPU kernels divide their work among threads and write their results.
 //!
-//! Work is cut in pieces that depend on the shapes alone, and what the pieces find is returned in their order: so the
-//! threads have no influence on the result. Results are written to memory that was not initialized, as zeroing it first
-//! costs up to 1.4 times where a kernel is bound by memory and its stores are scattered (measured for the depthwise
-//! convolution, 1.3–1.4, and for the normalization, 1.1–1.25). That a piece has written its whole block is shown by the
-//! [`Written`] that it returns.
+//! Work is cut into pieces that depend only on the shapes, and the results of the pieces are
+//! returned in their order, so the threads have no influence on the result. Results are written to
+//! uninitialized memory. If it were zeroed first, kernels that are bound by memory and have
+//! scattered stores would take up to 1.4 times as long (measured: 1.3–1.4 for the depthwise
+//! convolution, 1.1–1.25 for the normalization). The [`Written`] that a piece returns proves that
+//! it has written its whole block.
 
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -12,16 +13,18 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Elements of a chunk: half of a small second-level cache, and enough work to be worth a task.
+/// The number of elements of a chunk: half of a small second-level cache, and enough work for a
+/// task.
 pub(crate) const CHUNK: usize = 32 * 1024;
 
-/// The most parts that a reduction is cut into, whatever its size, as each leaves sums to add up in order.
+/// The largest number of parts of a reduction of any size, because each part leaves sums that are
+/// added up in order.
 pub(crate) const MAX_PARTS: usize = 32;
 
-/// The elements of such a part at least.
+/// The smallest number of elements of such a part.
 const MIN_PART: usize = 4 * CHUNK;
 
-/// Proof that a block has been written: made of the initialized slice that the block has become.
+/// Proof that a block has been written, made from the initialized slice that the block has become.
 pub(crate) struct Written<'a> {
     at: *const (),
     bytes: usize,
@@ -40,7 +43,7 @@ impl<'a, T> From<&'a mut [T]> for Written<'a> {
     }
 }
 
-/// Calls `write` with a block, and makes sure that what it returns is the proof of this block.
+/// Calls `write` with a block, and checks that the returned proof is for this block.
 #[inline(always)]
 fn checked<'a, T, R>(
     block: &'a mut [MaybeUninit<T>],
@@ -52,11 +55,13 @@ fn checked<'a, T, R>(
     found
 }
 
-/// Whether kernels check what they take for granted in a release: in builds of the dev profile (by `build.rs`, as this crate has
-/// no debug assertions there) and where there are debug assertions.
+/// Whether kernels check what they take for granted in a release build: in builds of the dev
+/// profile (set by `build.rs`, because this crate has no debug assertions there) and in builds with
+/// debug assertions.
 pub(crate) const CHECKED: bool = cfg!(any(checked, debug_assertions));
 
-/// If [`CHECKED`], fills a block that is about to be written with NaN, so that tests see what is not written.
+/// If [`CHECKED`], fills a block that will be written with NaN, so that tests detect elements that
+/// are not written.
 #[inline(always)]
 pub(crate) fn poison(block: &mut [MaybeUninit<f32>]) {
     if CHECKED {
@@ -67,8 +72,8 @@ pub(crate) fn poison(block: &mut [MaybeUninit<f32>]) {
 /// Writes `f(i)` to each element `i` of a block, and returns the block.
 #[inline(always)]
 pub(crate) fn write_with<T: Copy>(block: &mut [MaybeUninit<T>], f: impl Fn(usize) -> T) -> &mut [T] {
-    // By index, as `f` indexes: a loop over references has an end of its own, and compilers leave its last elements to a scalar
-    // loop. clippy would have references.
+    // The loop uses an index because `f` takes one. A loop over references has its own end, and
+    // compilers leave its last elements to a scalar loop. Clippy suggests references.
     #[allow(clippy::needless_range_loop)]
     for i in 0..block.len() {
         block[i].write(f(i));
@@ -80,18 +85,20 @@ pub(crate) fn write_with<T: Copy>(block: &mut [MaybeUninit<T>], f: impl Fn(usize
     }
 }
 
-/// How floats that are computed one by one are written.
+/// A way to write floats that are computed one by one.
 pub(crate) trait Writer<T> {
-    /// The most elements that [`Writer::write`] can write at once.
+    /// The largest number of elements that [`Writer::write`] can write at once.
     const MOST: usize;
 
-    /// Writes what becomes of `f(i)` as the element `i` of a block, and returns the block.
+    /// Converts and writes `f(i)` as element `i` of a block, and returns the block.
     fn write<'y>(&self, block: &'y mut [MaybeUninit<T>], f: impl Fn(usize) -> f32) -> &'y mut [T];
 }
 
-/// Writes a block tile by tile, and a tile in pieces that the writer can write: `of_piece([start, at], len)` returns the
-/// function of the floats of the piece that begins at `start`, and at `at` in its tile, by their position in the piece, and
-/// `writer` writes what they become. The last tile may be shorter than the others.
+/// Writes a block tile by tile, and each tile in pieces of a size that the writer can write.
+///
+/// `of_piece([start, at], len)` is called for the piece of `len` elements that begins at `start` in
+/// the block and at `at` in its tile. It returns the function from a position in the piece to the
+/// float that `writer` converts and writes there. The last tile may be shorter than the others.
 #[inline(always)]
 pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32, W: Writer<T>>(
     block: &mut [MaybeUninit<T>],
@@ -104,7 +111,8 @@ pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32, W: Writer<T>>(
         let mut at = 0;
         for piece in tile.chunks_mut(W::MOST) {
             let len = piece.len();
-            // As [`checked`], but its closure would not be compiled for the caller's instructions.
+            // This is the check of [`checked`], whose closure would not be compiled for the
+            // caller's instructions.
             let place = piece.as_ptr().cast();
             let written = writer.write(piece, of_piece([start, at], len));
             assert!(written.as_ptr() == place && written.len() == len, "a piece is returned as it was given");
@@ -119,7 +127,7 @@ pub(crate) fn write_tiles<T: Copy, F: Fn(usize) -> f32, W: Writer<T>>(
     }
 }
 
-/// A block that is written from its beginning on, some elements at a time.
+/// A block that is written from its start, some elements at a time.
 pub(crate) struct Progress<'a, T> {
     block: &'a mut [MaybeUninit<T>],
     written: usize,
@@ -130,7 +138,7 @@ impl<'a, T: Copy> Progress<'a, T> {
         Self { block, written: 0 }
     }
 
-    /// Returns the next `len` elements after `write` has written them.
+    /// Writes the next `len` elements with `write` and returns them.
     #[inline(always)]
     pub(crate) fn next(
         &mut self,
@@ -140,7 +148,7 @@ impl<'a, T: Copy> Progress<'a, T> {
         let block = &mut self.block[self.written..][..len];
         checked(block, |block| (write(block), ()));
         self.written += len;
-        // SAFETY: `checked`.
+        // SAFETY: `checked` shows that `write` has written these elements.
         #[allow(unsafe_code)]
         unsafe {
             self.block[self.written - len..self.written].assume_init_ref()
@@ -151,7 +159,7 @@ impl<'a, T: Copy> Progress<'a, T> {
     #[inline(always)]
     pub(crate) fn finish(self) -> &'a mut [T] {
         assert_eq!(self.written, self.block.len(), "a kernel writes all of its block");
-        // SAFETY: `next` has made sure of all elements before `written`.
+        // SAFETY: `next` has checked all elements before `written`.
         #[allow(unsafe_code)]
         unsafe {
             self.block.assume_init_mut()
@@ -168,7 +176,7 @@ pub(crate) fn append<T: Copy>(
     elements.reserve(len);
     checked(&mut elements.spare_capacity_mut()[..len], |block| (write(block), ()));
     let start = elements.len();
-    // SAFETY: `checked`.
+    // SAFETY: `checked` shows that `write` has written these elements.
     #[allow(unsafe_code)]
     unsafe {
         elements.set_len(start + len);
@@ -176,34 +184,39 @@ pub(crate) fn append<T: Copy>(
     &elements[start..]
 }
 
-/// Cuts `rows` rows into parts of `per_part` (the last may have fewer), each with the number of elements that it writes.
+/// Cuts `rows` rows into parts of `per_part` rows (the last may have fewer), each with the number
+/// of elements that it writes.
 fn cut(rows: usize, per_part: usize, len: &dyn Fn(&Range<usize>) -> usize) -> Vec<(Range<usize>, usize)> {
     let per_part = per_part.max(1);
     let part = |start: usize| start..rows.min(start + per_part);
     (0..rows).step_by(per_part).map(part).map(|rows| (rows.clone(), len(&rows))).collect()
 }
 
-/// Calls `f(i)` for each `i < count` on all threads, of which each takes at most `per_task` in a row. Not generic, as
-/// Rayon's own code would be compiled for each kernel, where it was most of what the compiler had to do.
+/// Calls `f(i)` for each `i < count` on all threads, in tasks of at most `per_task` successive
+/// indices. This is not generic because Rayon's own code would be compiled for each kernel, which
+/// was most of the compile time.
 fn for_each(count: usize, per_task: usize, f: &(dyn Fn(usize) + Sync)) {
     (0..count).into_par_iter().with_max_len(per_task).for_each(f);
 }
 
-/// What a mutex holds, also where a thread has panicked with it: that panic is reported, and no other one in its place.
+/// Locks a mutex, even if a thread has panicked while it held it. That panic is reported, and a
+/// second panic must not replace it.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A part of some work: its rows, the block that it writes, and what it found, once it has run.
+/// A part of some work: its rows, the block that it writes, and its result once it has run.
 struct Part<'a, T, R> {
     rows: Range<usize>,
     block: &'a mut [MaybeUninit<T>],
     found: Option<R>,
 }
 
-/// Does the parts of some work on all threads: rows, each with the number of elements that it writes. These follow each
-/// other in the vector that is returned, beside what `f(state, rows, block)` found, in order. `state` is scratch memory
-/// made by `init`, which is used for one part after the other; a task takes at most `per_task` of them.
+/// Runs the parts of some work on all threads.
+///
+/// Each part gives its rows and the number of elements that it writes. Returns the elements of all
+/// parts and the results of `f(state, rows, block)`, both in order. `state` is scratch memory made
+/// by `init` and is used for one part after the other. A task takes at most `per_task` parts.
 fn write_parts<T: Copy + Send, S: Send, R: Send>(
     parts: Vec<(Range<usize>, usize)>,
     per_task: usize,
@@ -219,7 +232,7 @@ fn write_parts<T: Copy + Send, S: Send, R: Send>(
         shares.push(Mutex::new(Part { rows, block, found: None }));
         rest = others;
     }
-    // Tasks hand on their states, whose memory is in cache.
+    // Tasks reuse the states of other tasks, whose memory is in cache.
     let states = Mutex::new(Vec::new());
     let run = |i: usize| {
         let kept = lock(&states).pop();
@@ -236,7 +249,8 @@ fn write_parts<T: Copy + Send, S: Send, R: Send>(
     }
     let found = |part: Mutex<Part<T, R>>| part.into_inner().ok()?.found;
     let results = shares.into_iter().map(|part| found(part).expect("each part has run")).collect();
-    // SAFETY: the blocks cover the first `len` elements, and `checked` has made sure of each.
+    // SAFETY: the blocks cover the first `len` elements, and `checked` shows that each block was
+    // written.
     #[allow(unsafe_code)]
     unsafe {
         elements.set_len(len);
@@ -244,9 +258,11 @@ fn write_parts<T: Copy + Send, S: Send, R: Send>(
     (elements, results)
 }
 
-/// Computes `rows` rows of `width` elements in blocks of `per_block` rows (the last may have fewer) on all threads.
-/// Returns them, and what `f(state, rows, block)` found for each block, in order; see [`write_parts`]. `width` may be
-/// 0, for the results alone.
+/// Computes `rows` rows of `width` elements in blocks of `per_block` rows (the last may have fewer)
+/// on all threads.
+///
+/// Returns the rows and the results of `f(state, rows, block)` in order; see [`write_parts`].
+/// `width` may be 0 if only the results are needed.
 pub(crate) fn blocks<T: Copy + Send, S: Send, R: Send>(
     (rows, width): (usize, usize),
     per_block: usize,
@@ -256,8 +272,11 @@ pub(crate) fn blocks<T: Copy + Send, S: Send, R: Send>(
     write_parts(cut(rows, per_block, &|rows| rows.len() * width), 1, init, f)
 }
 
-/// Computes `len` elements in chunks of `chunk` on all threads, for kernels that want them zeroed; that is done chunk by
-/// chunk, while a chunk is about to be in cache anyway. `f(state, range, elements)` gets the positions of its elements.
+/// Computes `len` elements in chunks of `chunk` on all threads, for kernels that need zeroed
+/// elements.
+///
+/// Each chunk is zeroed just before its kernel brings it into cache anyway.
+/// `f(state, range, elements)` gets the positions of its elements.
 pub(crate) fn generate<T: Copy + Default + Send, S: Send, R: Send>(
     len: usize,
     chunk: usize,
@@ -271,7 +290,7 @@ pub(crate) fn generate<T: Copy + Default + Send, S: Send, R: Send>(
     })
 }
 
-/// `len` elements computed in chunks by `f(range, elements)`; see [`generate`].
+/// Computes `len` elements in chunks with `f(range, elements)`; see [`generate`].
 pub(crate) fn fill<T: Copy + Default + Send>(
     len: usize,
     chunk: usize,
@@ -280,8 +299,8 @@ pub(crate) fn fill<T: Copy + Default + Send>(
     generate(len, chunk, || (), |(), range, elements| f(range, elements)).0
 }
 
-/// Cuts `rows` rows of `width` elements into parts that depend on these numbers alone, and returns what `f(rows of the
-/// part)` finds in each, in order.
+/// Cuts `rows` rows of `width` elements into parts that depend only on these numbers, and returns
+/// the results of `f(rows of the part)` in order.
 pub(crate) fn parts<R: Send>(
     rows: usize,
     width: usize,
@@ -295,8 +314,8 @@ pub(crate) fn parts<R: Send>(
     .1
 }
 
-/// As [`parts`], where each part of the rows also writes its share of the elements: those from `position(start)` to
-/// `position(end)`.
+/// Does the same as [`parts`], but each part also writes its share of the elements, those from
+/// `position(start)` to `position(end)`.
 pub(crate) fn parts_writing<T: Copy + Send, R: Send>(
     (rows, width): (usize, usize),
     position: impl Fn(usize) -> usize,
@@ -307,7 +326,7 @@ pub(crate) fn parts_writing<T: Copy + Send, R: Send>(
     write_parts(parts, 1, || (), |(), rows, block| f(rows, block))
 }
 
-/// Changes elements in place, in chunks over all threads: `f(range, elements)`.
+/// Changes elements in place with `f(range, elements)`, in chunks on all threads.
 pub(crate) fn change(elements: &mut [f32], f: &(dyn Fn(Range<usize>, &mut [f32]) + Sync)) {
     let run = |(i, elements): (usize, &mut [f32])| f(i * CHUNK..i * CHUNK + elements.len(), elements);
     if elements.len() <= CHUNK {

@@ -1,4 +1,5 @@
-//! The operations on a GPU beside their CPU twins. Skipped, with a message, where no GPU answers.
+//! Tests of the operations on a GPU against their CPU twins. They are skipped, with a message, if
+//! no GPU answers.
 #![cfg(feature = "cuda")]
 
 mod twin;

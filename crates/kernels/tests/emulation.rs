@@ -1,5 +1,6 @@
-//! The CUDA kernels, emulated on the CPU, beside the operations' CPU twins. Each runs twice, with the threads of a block
-//! in either order, which must not change a bit.
+//! Tests of the CUDA kernels, emulated on the CPU, against the operations' CPU twins. Each kernel
+//! runs with the threads of a block in forward and in reverse order, and both must give the same
+//! bits.
 
 mod twin;
 

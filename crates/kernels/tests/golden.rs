@@ -1,7 +1,7 @@
-//! The operations against values of PyTorch, written by `golden/make_golden.py`.
+//! Tests of the operations against values of PyTorch, which `golden/make_golden.py` writes.
 //!
-//! PyTorch sums in another order (and in NCHW), so sums of up to some hundred products of order 1 agree to
-//! a few 1e-6 of their size: [`SUMS`]. Single roundings agree to [`ROUNDING`].
+//! PyTorch sums in another order (and in NCHW), so sums of up to a few hundred products of order 1
+//! agree to a few 1e-6 of their size, within [`SUMS`]. Single roundings agree within [`ROUNDING`].
 
 use candle_core::{DType, Device, Tensor};
 use kernels::{Activation, Quantizer, depthwise, im2col, loss, norm, pointwise, quantize, sgd};
@@ -23,7 +23,8 @@ impl Golden {
         &self.0[name]
     }
 
-    /// Asserts that `found` is the golden value within `tolerance` times its largest element.
+    /// Asserts that `found` agrees with the golden value within `tolerance` times its largest
+    /// element.
     #[track_caller]
     fn check(&self, name: &str, found: &Tensor, tolerance: f64) {
         let expected = self.get(name);
@@ -74,7 +75,8 @@ fn pointwise_convolution() {
     golden.check("pointwise.gw", &pointwise::grad_weight(x, gy).unwrap(), SUMS);
 }
 
-/// Channels of almost no variance are scaled by up to `γ/√ε ≈ 1000` here, and their rounding with them.
+/// Channels with almost no variance, and their rounding errors, are scaled by up to `γ/√ε ≈ 1000`
+/// here.
 #[test]
 fn batch_normalization() {
     let golden = Golden::load();
@@ -97,7 +99,8 @@ fn batch_normalization() {
     golden.check("norm.running_var", &((unbiased * 0.1).unwrap() + 0.9).unwrap(), ROUNDING);
 }
 
-/// The levels are the same; PyTorch multiplies by the step's reciprocal, which the inputs do not notice.
+/// The levels are the same, because the grid multiplies by the reciprocal of the step as PyTorch
+/// does.
 #[test]
 fn fake_quantization() {
     let golden = Golden::load();

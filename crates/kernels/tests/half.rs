@@ -1,5 +1,6 @@
-//! The operations on the CPU with maps in `bf16`, beside themselves with maps of floats: what is stored differs by half a
-//! last place of a half, and what is not, by the order of the sums.
+//! Tests of the operations on the CPU with `bf16` maps against the same operations with `f32` maps.
+//! Results that are stored in `bf16` differ by half a unit in the last place, and other results by
+//! the order of their sums.
 
 #[allow(dead_code, unused_macros, unused_imports)]
 mod twin;

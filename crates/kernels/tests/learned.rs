@@ -1,7 +1,9 @@
-//! The operations of learned quantizers against values of PyTorch, written by `golden/make_learned.py` in float64.
+//! Tests of the learned quantizers against values of PyTorch, which `golden/make_learned.py`
+//! computes in float64.
 //!
-//! Single values agree to some roundings of float32 ([`VALUES`]), the gradients of the learned numbers, sums of a
-//! thousand terms of both signs, to [`SUMS`] of what their terms amount to.
+//! Single values agree to a few roundings of float32 ([`VALUES`]). The gradients of the learned
+//! parameters are sums of up to a thousand terms of both signs, and agree to [`SUMS`] times the sum
+//! of the terms' magnitudes.
 
 use candle_core::{DType, Device, Tensor};
 use kernels::{dorefa, dsq, lsq, pact};
@@ -27,7 +29,7 @@ impl Golden {
         names.map(|name| &self.0[&format!("{case}.{name}")])
     }
 
-    /// Asserts that `found` is the golden value within `tolerance`, absolute.
+    /// Asserts that `found` agrees with the golden value within the absolute `tolerance`.
     #[track_caller]
     fn check(&self, case: &str, name: &str, found: &Tensor, tolerance: f64) {
         let [expected] = self.get(case, [name]);
@@ -38,12 +40,12 @@ impl Golden {
         }
     }
 
-    /// The largest element, 1 at least.
+    /// Returns the largest magnitude of an element, at least 1.
     fn largest(&self, case: &str, name: &str) -> f64 {
         elements(self.get(case, [name])[0]).iter().fold(1.0, |a, b| a.max(b.abs()))
     }
 
-    /// What the terms of a sum over the incoming gradient amount to.
+    /// Returns the sum of the magnitudes of the incoming gradient.
     fn total(&self, case: &str) -> f64 {
         elements(self.get(case, ["gy"])[0]).iter().map(|g| g.abs()).sum()
     }
@@ -60,7 +62,7 @@ fn pact() {
         let [x, gy, alpha] = golden.get(case, ["x", "gy", "alpha"]);
         golden.check(case, "y", &pact::forward(x, alpha, bits(b), signed).unwrap(), VALUES);
         let grads = pact::backward(x, gy, alpha, signed).unwrap();
-        // What passes is not changed.
+        // Gradients that pass are not changed.
         golden.check(case, "gx", &grads.x, 0.0);
         golden.check(case, "galpha", &grads.alpha, SUMS * golden.total(case));
     }
@@ -77,7 +79,8 @@ fn dorefa() {
     }
 }
 
-/// The slope in the middle of an interval, up to `½sκ = 2.2` here, multiplies the rounding of positions of up to 15.
+/// The slope in the middle of an interval, up to `½sκ = 2.2` here, multiplies the rounding errors
+/// of positions of up to 15.
 #[test]
 fn dsq() {
     let golden = Golden::load();
@@ -106,9 +109,10 @@ fn lsq() {
         let params = lsq::Params { step, offset: with_offset.then_some(offset), bits: bits(b), signed };
         golden.check(case, "y", &lsq::forward(x, params).unwrap(), VALUES);
         let grads = lsq::backward(x, gy, params, items).unwrap();
-        // What passes is not changed.
+        // Gradients that pass are not changed.
         golden.check(case, "gx", &grads.x, 0.0);
-        // A term of the step's gradient is up to the largest level times that of y, before all are scaled.
+        // Before scaling, a term of the step's gradient is up to the largest level times the
+        // gradient of y.
         let high = f64::from(bits(b).max_level());
         let scale = 1.0 / (items as f64).sqrt();
         golden.check(case, "gstep", &grads.step, SUMS * golden.total(case) * scale * high.sqrt());

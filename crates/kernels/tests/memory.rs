@@ -1,7 +1,7 @@
-//! What [`kernels::memory::keep_pages`] asks of the system for the heap of a process: without the test harness, as tests of its
-//! run in threads that have heaps of their own.
+//! Tests what [`kernels::memory::keep_pages`] requests from the system for the heap of a process.
+//! It runs without the test harness, which runs tests in threads with heaps of their own.
 
-/// The flags of the mapping that an address lies in, by `/proc/self/smaps`.
+/// Returns the flags of the mapping that contains an address, from `/proc/self/smaps`.
 fn flags(address: usize) -> String {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut inside = false;
@@ -17,8 +17,9 @@ fn flags(address: usize) -> String {
     panic!("no mapping has the address {address:x}");
 }
 
-/// Large tensors lie where huge pages are asked for. (Compilers leave out what is allocated and freed unused, and so did the
-/// block that was to bring this about.)
+/// Checks that large allocations lie where huge pages are requested. (Compilers remove an
+/// allocation that is freed unused. They once removed the block by which `keep_pages` makes the
+/// request.)
 fn main() {
     let supported = cfg!(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"));
     if !supported || !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {

@@ -1,12 +1,14 @@
-//! What ranks that train together agree on where each of them has found something of its own.
+//! Values that ranks of the same training find separately and must agree on.
 
 use crate::{Network, Parameter, Result, Role};
 use candle_core::Tensor;
 use ranks::Ranks;
 
 impl Network {
-    /// Makes the moving averages of all ranks one: running statistics are averaged, and the ranges of activations span those of
-    /// every rank.
+    /// Makes the moving averages of all ranks equal.
+    ///
+    /// Running statistics are averaged. The range of an activation becomes the smallest one that
+    /// contains the ranges of all ranks.
     pub fn agree_on_averages(&mut self, ranks: &dyn Ranks) -> Result<()> {
         for (name, role, tensor) in self.slots_mut() {
             let is_a = |field: &str| role.is_none() && name.ends_with(field);
@@ -19,7 +21,8 @@ impl Network {
         Ok(())
     }
 
-    /// Averages, in place, what quantizers learn over all ranks: each has set it from the first images that it saw itself.
+    /// Averages over all ranks, in place, what quantizers learn: each rank has initialized it from
+    /// its own first images.
     pub fn agree_on_starts(&self, ranks: &dyn Ranks) -> Result<()> {
         for Parameter { tensor, role, .. } in self.parameters() {
             if matches!(role, Role::Clip | Role::Interval) {
@@ -30,7 +33,7 @@ impl Network {
     }
 }
 
-/// The mean of a tensor over all ranks.
+/// Returns the mean of a tensor over all ranks.
 fn average(ranks: &dyn Ranks, tensor: &Tensor) -> Result<Tensor> {
     let mut values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
     ranks.sum(&mut values);
@@ -38,7 +41,7 @@ fn average(ranks: &dyn Ranks, tensor: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, tensor.shape(), tensor.device())?)
 }
 
-/// The range `[2]` from the lowest to the highest value of the ranks' ranges.
+/// Returns the range `[2]` from the lowest to the highest value of the ranks' ranges.
 pub(crate) fn widest(ranks: &dyn Ranks, range: &Tensor) -> Result<Tensor> {
     let own: Vec<f64> = range.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
     let all = ranks.gather(&own);

@@ -1,28 +1,28 @@
-//! Multiply–accumulates and weights, counted as the paper counts them (method section 5).
+//! Counts of multiply–accumulates and weights, as in the paper (method section 5).
 
 use crate::{Kernel, Network, Node};
 
-/// Counts of one convolution or of the classifier.
+/// The counts of one convolution or of the classifier.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layer {
-    /// Name of the unit, or `head`.
+    /// The name of the unit, or `head`.
     pub name: String,
-    /// What kind of convolution it is: `full`, `depthwise` or `pointwise`.
+    /// The kind of convolution: `full`, `depthwise` or `pointwise`.
     pub kind: &'static str,
-    /// Filters (output channels).
+    /// The number of filters (output channels).
     pub filters: usize,
-    /// Weights, without biases and normalization.
+    /// The number of weights, without biases and normalization.
     pub weights: u64,
-    /// Multiply–accumulates for one image.
+    /// The number of multiply–accumulates for one image.
     pub macs: u64,
 }
 
 impl Network {
-    /// Counts of every convolution and of the classifier, in order.
+    /// Returns the counts of every convolution and of the classifier, in order.
     pub fn layers(&self) -> Vec<Layer> {
         let count = |(node, [h, w, _]): (&Node, [usize; 3])| {
             let unit = node.unit()?;
-            // Every weight is used once for every position of the output.
+            // Every weight is used once for each position of the output.
             let weights = unit.weight.elem_count() as u64;
             let macs = weights * (h * w) as u64;
             let kind = match unit.kernel {
@@ -35,12 +35,13 @@ impl Network {
         self.nodes.iter().zip(self.shapes()).filter_map(count).collect()
     }
 
-    /// Multiply–accumulates of the convolutions and the classifier for one image.
+    /// Returns the multiply–accumulates of the convolutions and the classifier for one image.
     pub fn macs(&self) -> u64 {
         self.layers().iter().map(|l| l.macs).sum()
     }
 
-    /// Weights of the convolutions and the classifier: what "weights pruned %" is a share of.
+    /// Returns the number of weights of the convolutions and the classifier. Percentages of pruned
+    /// weights refer to this number.
     pub fn weights(&self) -> u64 {
         self.layers().iter().map(|l| l.weights).sum()
     }
@@ -54,7 +55,7 @@ mod tests {
         assert_eq!(config.macs().unwrap(), macs, "{config:?}");
     }
 
-    /// The paper's figures, cut to whole or tenth millions there: 147.2, 510, 313.
+    /// The paper gives these figures in millions, truncated: 147.2, 510, 313.
     #[test]
     fn macs_of_the_papers_networks_to_the_unit() {
         check(MobileNet::new(Version::V2, Input::Cifar, 100), 147_240_960);

@@ -1,10 +1,11 @@
-//! Networks as safetensors files: the tensors by name, the structure as JSON in the metadata, so
-//! that a pruned or quantized network is read back from its file alone.
+//! Networks as safetensors files. The tensors are stored by name and the structure as JSON in the
+//! metadata, so that a pruned or quantized network is read from its file alone.
 //!
-//! What would be larger than [`MAX_FILE_BYTES`] is a set of files: the tensors go to parts beside the file, and the file
-//! itself holds the structure and the names and hashes of its parts. A part is named by its hash and written before
-//! the file, so the file never names a part that is missing or another, whenever the writer is killed; parts that it
-//! no longer names are removed after it is written.
+//! A network that would be larger than [`MAX_FILE_BYTES`] becomes a set of files: the tensors are
+//! in parts next to the file, and the file holds the structure and the names and hashes of its
+//! parts. A part is named by its hash and written before the file. So the file never names a
+//! missing or a wrong part, whenever the writer is killed. Parts that the file no longer names are
+//! removed after it is written.
 
 use crate::structure::Structure;
 use crate::{Error, Naming, Network, Result, seal};
@@ -18,37 +19,37 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use whole_file::seal::{SEAL, sha256};
 
-/// Metadata key that holds the [`Structure`].
+/// The metadata key that holds the [`Structure`].
 pub(crate) const STRUCTURE: &str = "network";
 
-/// Metadata key that holds the [`Part`]s, where there are any.
+/// The metadata key that holds the [`Part`]s, if there are any.
 const PARTS: &str = "parts";
 
-/// The most bytes that a file holds, so that checkpoints can be carried by what takes small files only. A single
-/// tensor that is larger has a part of its own.
+/// The largest number of bytes of a file, so that storage that takes only small files can hold
+/// checkpoints. A larger single tensor has a part of its own.
 pub const MAX_FILE_BYTES: usize = 16 << 20;
 
 /// A file that holds some of the tensors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Part {
-    /// Its name; it lies beside the file that names it.
+    /// The name. The part is in the same folder as the file that names it.
     file: String,
-    /// Of its bytes, in lower-case hex.
+    /// The SHA-256 of the part's bytes, in lower-case hex.
     sha256: String,
 }
 
-/// What a file holds beside the network.
+/// The contents of a file in addition to the network.
 #[derive(Debug, Default)]
 pub struct Extras {
-    /// Free text by name.
+    /// Free text, by name.
     pub metadata: BTreeMap<String, String>,
-    /// Tensors that are not the network's own, such as an optimizer's velocities.
+    /// Tensors that are not the network's own, such as an optimizer's velocities, by name.
     pub tensors: BTreeMap<String, Tensor>,
-    /// Whether the file holds a hash of itself, which is checked when it is read.
+    /// Whether the file holds a hash of itself, which reading checks.
     pub sealed: bool,
 }
 
-/// A tensor's bytes, as safetensors wants to see them.
+/// A tensor's bytes for safetensors.
 struct Bytes {
     shape: Vec<usize>,
     data: Vec<u8>,
@@ -87,7 +88,7 @@ fn not_whole(path: &Path, problem: impl std::fmt::Display) -> Error {
     damaged(path, format!("is not a whole safetensors file ({problem})"))
 }
 
-/// Reads a file that has to be there.
+/// Reads a file that must exist.
 fn read(path: &Path) -> Result<Vec<u8>> {
     crate::input::read(path).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => damaged(path, format!("could not be read: {e}")),
@@ -95,13 +96,14 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     })
 }
 
-/// At least what a tensor takes in a file: its bytes, and its line of the header.
+/// Returns an upper bound of the bytes that a tensor takes in a file: its data and its header
+/// entry.
 fn entry_bytes((name, tensor): &(String, Bytes)) -> usize {
-    // The line has the name, the shape and two offsets, none of them longer than 20 digits.
+    // The entry has the name, the shape and two offsets. No number is longer than 20 digits.
     tensor.data.len() + 2 * name.len() + 20 * (tensor.shape.len() + 2) + 80
 }
 
-/// The tensors in their order, in groups that fit a file of `most` bytes.
+/// Splits the tensors, in order, into groups that fit a file of `most` bytes.
 fn groups(tensors: Vec<(String, Bytes)>, most: usize) -> Vec<Vec<(String, Bytes)>> {
     let mut groups: Vec<Vec<(String, Bytes)>> = Vec::new();
     let mut size = usize::MAX;
@@ -117,13 +119,14 @@ fn groups(tensors: Vec<(String, Bytes)>, most: usize) -> Vec<Vec<(String, Bytes)
     groups
 }
 
-/// What the names of a file's parts begin with: `checkpoint.part-` for `checkpoint.safetensors`.
+/// Returns the prefix of the names of a file's parts: `checkpoint.part-` for
+/// `checkpoint.safetensors`.
 fn part_prefix(path: &Path) -> String {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     format!("{stem}.part-")
 }
 
-/// Writes some tensors to a part of `path`.
+/// Writes tensors to a part of `path`.
 fn write_part(path: &Path, tensors: Vec<(String, Bytes)>) -> Result<Part> {
     let data = safetensors::serialize(tensors, None).map_err(|e| fail(path, e))?;
     let sha256 = sha256(&data);
@@ -133,9 +136,9 @@ fn write_part(path: &Path, tensors: Vec<(String, Bytes)>) -> Result<Part> {
     Ok(Part { file, sha256 })
 }
 
-/// The path of a part of `path`, and its bytes, checked.
+/// Returns the path of a part of `path`, and its bytes, whose hash is checked.
 fn read_part(path: &Path, part: &Part) -> Result<(PathBuf, Vec<u8>)> {
-    // A name with a folder in it would lead elsewhere.
+    // A name with a folder in it could lead outside of this folder.
     if Path::new(&part.file).file_name() != Some(part.file.as_ref()) {
         return Err(fail(
             path,
@@ -155,12 +158,12 @@ fn read_part(path: &Path, part: &Part) -> Result<(PathBuf, Vec<u8>)> {
     Ok((place, data))
 }
 
-/// The parts that a file names, if it is a network's.
+/// Returns the parts that a file names, if it is a network's file.
 fn named_parts(path: &Path) -> Option<Vec<Part>> {
-    /// What safetensors allows.
+    /// The limit of safetensors.
     const LONGEST_HEADER: u64 = 100_000_000;
     if !path.is_file() {
-        return None; // To open a pipe would be to wait for a writer.
+        return None; // Opening a pipe would wait for a writer.
     }
     let mut file = File::open(path).ok()?;
     let mut header = vec![0; 8];
@@ -171,8 +174,10 @@ fn named_parts(path: &Path) -> Option<Vec<Part>> {
     serde_json::from_str(header.metadata().as_ref()?.get(PARTS)?).ok()
 }
 
-/// Every part of `path` that lies beside it, whether it names it or not, unless another file there names it: a file that
-/// was renamed keeps its parts.
+/// Returns every part of `path` in its folder, whether `path` names it or not.
+///
+/// Parts that another file in the folder names are left out, so that a renamed file keeps its
+/// parts.
 fn parts_beside(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     let prefix = part_prefix(path);
@@ -215,18 +220,21 @@ fn read_tensors(
 }
 
 impl Network {
-    /// Writes the network and `extras` to `path`, whole or not at all; to parts beside it if that would be more than
-    /// [`MAX_FILE_BYTES`]. Gives the SHA-256 of each of the files, by its name.
+    /// Writes the network and `extras` to `path`, completely or not at all.
+    ///
+    /// If the file would be larger than [`MAX_FILE_BYTES`], the tensors go to parts in the same
+    /// folder. Returns the SHA-256 of each file by its name.
     pub fn save(&self, path: &Path, extras: &Extras) -> Result<BTreeMap<String, String>> {
         self.save_in_parts(path, extras, MAX_FILE_BYTES)
     }
 
-    /// Writes the network and `extras` to one file, however large, whole or not at all: for whoever carries it on alone.
+    /// Writes the network and `extras` to one file of any size, completely or not at all, so that
+    /// it can be copied alone.
     pub fn save_in_one_file(&self, path: &Path, extras: &Extras) -> Result<()> {
         self.save_in_parts(path, extras, usize::MAX).map(drop)
     }
 
-    /// The bytes of one file that holds the network and `extras`, without a seal.
+    /// Returns the bytes of one file that holds the network and `extras`, without a seal.
     pub fn to_bytes(&self, extras: &Extras) -> Result<Vec<u8>> {
         let fail = |e: &dyn std::fmt::Display| fail(Path::new(&self.name), e);
         let own = self.tensors().into_iter();
@@ -239,12 +247,12 @@ impl Network {
         safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(&e))
     }
 
-    /// The SHA-256, in lower-case hex, of the network: of the one file that holds it and nothing else.
+    /// Returns the SHA-256, in lower-case hex, of the file that holds only the network.
     pub fn sha256(&self) -> Result<String> {
         Ok(sha256(self.to_bytes(&Extras::default())?))
     }
 
-    /// Writes files of at most `most` bytes each.
+    /// Writes the network and `extras` to files of at most `most` bytes each.
     fn save_in_parts(&self, path: &Path, extras: &Extras, most: usize) -> Result<BTreeMap<String, String>> {
         let mut tensors = Vec::new();
         for (name, tensor) in self.tensors() {
@@ -275,7 +283,7 @@ impl Network {
             parts.iter().map(|part| (part.file.clone(), part.sha256.clone())).collect();
         hashes.insert(path.file_name().unwrap_or_default().to_string_lossy().into(), sha256(&data));
         whole_file::write(path, data).map_err(|e| fail(path, format!("could not be written: {e}")))?;
-        // Nothing reads what is left of an earlier set; it may as well stay where it can't be removed.
+        // Nothing reads the parts of an earlier set, so it is no error if they can't be removed.
         for part in parts_beside(path).unwrap_or_default() {
             if !parts.iter().any(|kept| part.ends_with(&kept.file)) {
                 std::fs::remove_file(part).ok();
@@ -284,25 +292,27 @@ impl Network {
         Ok(hashes)
     }
 
-    /// Writes [`Network::state_dict`] to a safetensors file, whole or not at all; gives whose names the tensors have.
+    /// Writes [`Network::state_dict`] to a safetensors file, completely or not at all, and returns
+    /// the naming of the tensors.
     ///
     /// # Errors
-    /// Those of [`Network::state_dict`], and when the file can't be written.
+    /// Those of [`Network::state_dict`], and an error if the file can't be written.
     pub fn save_state_dict(&self, path: &Path) -> Result<Naming> {
         let (naming, tensors) = self.state_dict()?;
         let tensors: Vec<(String, Bytes)> =
             tensors.iter().map(|(name, tensor)| Ok((name.clone(), bytes(tensor)?))).collect::<Result<_>>()?;
-        // As PyTorch's libraries have it, which refuse others.
+        // PyTorch's libraries write this entry and refuse files without it.
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         let data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(path, e))?;
         whole_file::write(path, data).map_err(|e| fail(path, format!("could not be written: {e}")))?;
         Ok(naming)
     }
 
-    /// Removes what [`Network::save`] wrote to `path`, its parts included; nothing if there is nothing.
+    /// Removes the file that [`Network::save`] wrote to `path`, and its parts. Does nothing if
+    /// there is no file.
     ///
     /// # Errors
-    /// When a file can't be removed.
+    /// If a file can't be removed.
     pub fn remove(path: &Path) -> Result<()> {
         let missing_is_well = |removed: std::io::Result<()>| match removed {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -310,7 +320,7 @@ impl Network {
             }
             _ => Ok(()),
         };
-        // First the file, as it is what says that there are parts.
+        // The file goes first, because it is what names the parts.
         missing_is_well(std::fs::remove_file(path))?;
         for part in parts_beside(path).unwrap_or_default() {
             missing_is_well(std::fs::remove_file(part))?;
@@ -318,19 +328,20 @@ impl Network {
         Ok(())
     }
 
-    /// Reads a network that [`Network::save`] wrote, to any device, whatever it was written from.
+    /// Reads a network that [`Network::save`] wrote, to any device, whatever device it was on
+    /// before.
     ///
     /// # Errors
-    /// When the file or one of its parts is missing, cut short, other than its hash says, not a network file, or lacks a
-    /// tensor.
+    /// If the file or one of its parts is missing, cut short, does not match its hash, is not a
+    /// network file, or lacks a tensor.
     pub fn load(path: &Path, device: &Device) -> Result<(Self, Extras)> {
         Self::from_bytes(path, &read(path)?, device)
     }
 
-    /// [`Network::load`] of the file with that SHA-256, which [`Network::save`] gave.
+    /// Reads the file with this SHA-256, which [`Network::save`] returned, like [`Network::load`].
     ///
     /// # Errors
-    /// Also when the file is another.
+    /// Those of [`Network::load`], and an error if the file has another hash.
     pub fn load_verified(path: &Path, expected: &str, device: &Device) -> Result<(Self, Extras)> {
         let data = read(path)?;
         let found = sha256(&data);
@@ -340,7 +351,9 @@ impl Network {
         Self::from_bytes(path, &data, device)
     }
 
-    /// Reads what [`Network::to_bytes`] gave, or a file's bytes; `path` names them in errors, and is where a file's parts lie.
+    /// Reads the bytes of a file, or of [`Network::to_bytes`].
+    ///
+    /// `path` names them in errors, and its folder holds the file's parts.
     ///
     /// # Errors
     /// Those of [`Network::load`].
@@ -389,13 +402,14 @@ mod tests {
     use super::*;
     use crate::{Input, MobileNet, Version};
 
-    /// Its largest tensors are the last convolution's, 104 × 104 floats, and the classifier's, 104 × 100.
+    /// Returns a network whose largest tensors are the last convolution's, 104 × 104 floats, and
+    /// the classifier's, 104 × 100.
     fn network(seed: u64) -> Network {
         let config = MobileNet { width: 0.1, ..MobileNet::new(Version::V1, Input::Cifar, 100) };
         config.init(seed, &Device::Cpu).unwrap()
     }
 
-    /// A tensor beside the network's, and a line of text.
+    /// Returns a tensor in addition to the network's, and a line of text.
     fn extras() -> Extras {
         let tensor = Tensor::arange(0f32, 5000.0, &Device::Cpu).unwrap();
         Extras {
@@ -411,7 +425,7 @@ mod tests {
         network.tensors().into_iter().map(|(name, tensor)| (name, bits(tensor))).collect()
     }
 
-    /// Names and sizes of a folder's files.
+    /// Returns the names and sizes of a folder's files.
     fn files(folder: &Path) -> BTreeMap<String, u64> {
         let of = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry.unwrap();
@@ -447,12 +461,12 @@ mod tests {
         assert!(of_first.values().all(|&bytes| bytes <= most as u64), "{of_first:?}");
         check_read(&path, &first);
 
-        // The same tensors give the same parts.
+        // The same tensors make the same parts.
         let again = tempfile::tempdir().unwrap();
         first.save_in_parts(&again.path().join("checkpoint.safetensors"), &extras(), most).unwrap();
         assert!(files(again.path()).keys().eq(of_first.keys()));
 
-        // Another network takes their place; what is not theirs stays.
+        // Another network replaces the parts, and an unrelated file stays.
         let other = folder.path().join("checkpoint.part-notes.safetensors");
         std::fs::write(&other, "notes").unwrap();
         second.save_in_parts(&path, &extras(), most).unwrap();
@@ -468,7 +482,7 @@ mod tests {
         assert!(files(folder.path()).keys().eq(["checkpoint.part-notes.safetensors"]));
     }
 
-    /// A file that was renamed names the parts that it had, and another of its old name leaves them.
+    /// A renamed file still names its parts, and a new file with its old name leaves them alone.
     #[test]
     fn parts_of_a_renamed_file_stay() {
         let folder = tempfile::tempdir().unwrap();
@@ -483,13 +497,13 @@ mod tests {
         check_read(&path, &second);
         Network::remove(&path).unwrap();
         check_read(&before, &first);
-        // When nothing names them any more, they go.
+        // They are removed once no file names them.
         std::fs::remove_file(&before).unwrap();
         second.save(&path, &extras()).unwrap();
         assert_eq!(files(folder.path()).len(), 1);
     }
 
-    /// A tensor that fits no part has one of its own.
+    /// A tensor that is too large for a part has a part of its own.
     #[test]
     fn a_large_tensor_is_a_part() {
         let folder = tempfile::tempdir().unwrap();
@@ -500,7 +514,7 @@ mod tests {
         check_read(&path, &network(1));
     }
 
-    /// A writer that is killed leaves the old set, or the new one.
+    /// A killed writer leaves the old set or the new one.
     #[test]
     fn a_set_is_replaced_whole_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
@@ -508,7 +522,8 @@ mod tests {
         let (first, second) = (network(1), network(2));
         first.save_in_parts(&path, &extras(), 40_000).unwrap();
         let old = std::fs::read(&path).unwrap();
-        // As it is when the parts are written and the file is not: the old parts must still be there.
+        // The state after the parts are written and before the file is: the old parts must still be
+        // there.
         let aside = tempfile::tempdir().unwrap();
         second.save_in_parts(&aside.path().join("checkpoint.safetensors"), &extras(), 40_000).unwrap();
         for name in files(aside.path()).keys().filter(|name| *name != "checkpoint.safetensors") {

@@ -1,7 +1,7 @@
-//! Public weights: MobileNets as torchvision and timm name and lay out their tensors.
+//! Import of public weights: MobileNets with the tensor names and layouts of torchvision and timm.
 //!
-//! What a file holds is found out from the names and shapes of its tensors, so that a downloaded file needs no
-//! description. Strides are not in any tensor; they are those for ImageNet unless something else is said.
+//! The names and shapes of a file's tensors determine what it holds, so that a downloaded file
+//! needs no description. No tensor tells the strides; they are those for ImageNet unless specified.
 
 use crate::file::STRUCTURE;
 use crate::{Error, HEAD, Input, MobileNet, Network, Norm, Result, Unit, Version, input, pth};
@@ -11,21 +11,21 @@ use safetensors::tensor::SafeTensors;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What is known beforehand about a file of public weights. The default is that of published ones, with
-/// everything found out that can be.
+/// What is known in advance about a file of public weights. By default, everything that can be
+/// detected is detected, and the rest is as in published weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Import {
-    /// V1 or V2; from the tensors' names if not given.
+    /// V1 or V2. If `None`, the tensors' names determine it.
     pub version: Option<Version>,
-    /// Width multiplier; from the numbers of filters if not given.
+    /// The width multiplier. If `None`, the numbers of filters determine it.
     pub width: Option<f64>,
-    /// Number of classes; from the classifier if not given.
+    /// The number of classes. If `None`, the classifier determines it.
     pub classes: Option<usize>,
     /// The strides, which no tensor tells.
     pub input: Input,
-    /// φ after every convolution but V2's projections, which no tensor tells.
+    /// φ after every convolution except V2's projections, which no tensor tells.
     pub activation: Activation,
-    /// ε of batch normalization, which no tensor tells.
+    /// The ε of batch normalization, which no tensor tells.
     pub epsilon: f64,
 }
 
@@ -42,17 +42,17 @@ impl Default for Import {
     }
 }
 
-/// How a file of public weights names its tensors.
+/// The naming of the tensors in a file of public weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Naming {
-    /// `features.0.0.weight`, `features.1.conv.0.0.weight`, … (MobileNetV2 alone).
+    /// `features.0.0.weight`, `features.1.conv.0.0.weight`, … (only MobileNetV2).
     Torchvision,
     /// `conv_stem.weight`, `blocks.0.0.conv_dw.weight`, …
     Timm,
 }
 
 impl Naming {
-    /// The library's name.
+    /// Returns the library's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Torchvision => "torchvision",
@@ -61,28 +61,30 @@ impl Naming {
     }
 }
 
-/// Where a network was read from.
+/// The origin of a network that was read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Origin {
-    /// A file that [`Network::save`] wrote: the structure is in it.
+    /// A file that [`Network::save`] wrote, which contains the structure.
     Own,
     /// Public weights.
     Public {
-        /// How the tensors are named.
+        /// The naming of the tensors.
         naming: Naming,
-        /// What the network was found to be.
+        /// The detected network.
         config: MobileNet,
     },
 }
 
 impl Network {
-    /// Reads a network from a file of any known kind: one that [`Network::save`] wrote, or public weights of
-    /// MobileNetV1 or V2 in the naming of torchvision or timm, as .safetensors or as PyTorch's .pth. `import` is
-    /// about public weights only.
+    /// Reads a network from a file of any known kind.
+    ///
+    /// The file may be one that [`Network::save`] wrote, or public weights of MobileNetV1 or V2
+    /// with the names of torchvision or timm, as .safetensors or as PyTorch's .pth. `import`
+    /// concerns only public weights.
     ///
     /// # Errors
-    /// When the file can't be read, or its tensors are not those of such a network; the message names what is
-    /// missing, left over, or of another shape.
+    /// If the file can't be read, or its tensors are not those of such a network. The message names
+    /// what is missing, left over, or of another shape.
     pub fn open(path: &Path, import: &Import, device: &Device) -> Result<(Self, Origin)> {
         let fail = |problem| Error::File { path: path.display().to_string(), problem };
         let data = input::read(path).map_err(|e| fail(format!("could not be read: {e}")))?;
@@ -104,7 +106,7 @@ impl Network {
     }
 }
 
-/// The kinds of files that networks come in.
+/// The kinds of network files.
 enum Format {
     Own,
     Safetensors,
@@ -116,7 +118,8 @@ impl Format {
         if data.starts_with(b"PK") {
             return Ok(Self::Pickle);
         }
-        // A pickle that is no archive, of any protocol: those before the second begin with PyTorch's number for the format.
+        // A pickle without an archive, of any protocol. Protocols before the second begin with
+        // PyTorch's magic number.
         if matches!(data, [0x80, 2..=5, ..]) || data.starts_with(b"L119547037146038801333356L\n") {
             return Err("was saved in the format that PyTorch had before 1.6; convert it in Python: \
                         torch.save(torch.load(FILE), NEW)"
@@ -135,7 +138,7 @@ impl Format {
 }
 
 impl Import {
-    /// The network that the tensors are; `fail` makes the error from what is wrong with them.
+    /// Returns the network that the tensors form. `fail` makes the error from a problem with them.
     fn network(
         &self,
         tensors: BTreeMap<String, Tensor>,
@@ -169,7 +172,7 @@ impl Import {
         for (unit, (convolution, norm)) in network.units_mut().zip(naming.layers(&config)) {
             let (filters, dims) =
                 (unit.filters(), unit.kernel.pytorch_dims(unit.input_channels(), unit.filters()));
-            // The classifier is no convolution there.
+            // The classifier is a linear layer there, not a convolution.
             let shape = if unit.name == HEAD { &dims[..2] } else { &dims[..] };
             if let Some(weight) = source.take(format!("{convolution}.weight"), shape, device)? {
                 unit.weight = unit.kernel.weight_from_pytorch(&weight.reshape(&dims)?)?;
@@ -201,7 +204,7 @@ impl Import {
     ) -> std::result::Result<Version, String> {
         let found = match naming {
             Naming::Torchvision => Version::V2,
-            // V2 has a projection behind each depthwise layer, and a last pointwise layer.
+            // V2 has a projection after each depthwise layer, and a last pointwise layer.
             Naming::Timm if tensors.contains_key("blocks.1.0.conv_pwl.weight") => Version::V2,
             Naming::Timm => Version::V1,
         };
@@ -217,10 +220,10 @@ impl Import {
     }
 }
 
-/// What wrappers (parallel training, compilation, a module around the network) put before every name.
+/// The prefixes that wrappers (parallel training, compilation, an outer module) add to every name.
 const WRAPPERS: [&str; 3] = ["module.", "_orig_mod.", "model."];
 
-/// The tensors under the names that they have in the network alone.
+/// Removes the prefixes of wrappers from the names.
 fn unwrap_names(mut tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     while let Some(wrapper) =
         WRAPPERS.iter().find(|w| !tensors.is_empty() && tensors.keys().all(|name| name.starts_with(**w)))
@@ -252,7 +255,7 @@ impl Naming {
         }
     }
 
-    /// A tensor that is there only if V2's first block has an expansion.
+    /// Returns the name of a tensor that exists only if V2's first block has an expansion.
     fn first_expansion(self) -> &'static str {
         match self {
             Self::Torchvision => "features.1.conv.3.weight",
@@ -260,7 +263,8 @@ impl Naming {
         }
     }
 
-    /// The names of every unit's convolution and of its normalization or bias, in the order of the units.
+    /// Returns the names of every unit's convolution and of its normalization or bias, in the order
+    /// of the units.
     fn layers(self, config: &MobileNet) -> Vec<(String, String)> {
         let stages: &[usize] = match config.version {
             Version::V1 => &[1, 2, 2, 6, 2],
@@ -305,7 +309,7 @@ impl Naming {
     }
 }
 
-/// The width multiplier that gives the tensors' numbers of filters, or as many of them as any does.
+/// Returns the width multiplier that matches the most of the tensors' numbers of filters.
 fn width_of(config: &MobileNet, naming: Naming, tensors: &BTreeMap<String, Tensor>) -> Result<f64> {
     let filters: Vec<Option<usize>> = naming
         .layers(config)
@@ -327,7 +331,8 @@ fn width_of(config: &MobileNet, naming: Naming, tensors: &BTreeMap<String, Tenso
     Ok(best.1)
 }
 
-/// The widths that a network may have. Channels are rounded, so several may fit: those that are published come first.
+/// Returns the candidate widths. Channels are rounded, so several may fit; published widths come
+/// first.
 fn widths() -> impl Iterator<Item = f64> {
     let usual = [1.0, 0.75, 0.5, 0.35, 0.25, 1.4, 1.25];
     let widths = usual.into_iter().chain((1..=80).map(|n| f64::from(n) / 20.0));
@@ -335,11 +340,15 @@ fn widths() -> impl Iterator<Item = f64> {
 }
 
 impl Network {
-    /// The tensors under the names and in the shapes that torchvision has for a MobileNetV2, or timm for a V1, so that
-    /// `load_state_dict` takes them: the inverse of [`Network::open`]. Counts of batches are left out, as PyTorch sets them itself.
+    /// Returns the tensors with the names and shapes of torchvision for a MobileNetV2, or of timm
+    /// for a V1.
+    ///
+    /// `load_state_dict` takes them: this is the inverse of [`Network::open`]. The counts of
+    /// batches are left out, because PyTorch sets them itself.
     ///
     /// # Errors
-    /// When the network is quantized or folded, has been pruned, or is otherwise none that these libraries have.
+    /// If the network is quantized, folded, pruned, or otherwise not one of these libraries'
+    /// networks.
     pub fn state_dict(&self) -> Result<(Naming, BTreeMap<String, Tensor>)> {
         let refuse = |problem: &str| Error::Structure {
             network: self.name.clone(),
@@ -387,7 +396,8 @@ impl Network {
         Ok((naming, tensors))
     }
 
-    /// What it is, if its layers are those of a MobileNet of some width.
+    /// Returns the description of the network, if its layers are those of a MobileNet of some
+    /// width.
     fn config(&self) -> Result<Option<MobileNet>> {
         let kinds = [(Version::V2, false), (Version::V2, true), (Version::V1, true)];
         for (version, first_expansion) in kinds {
@@ -413,7 +423,7 @@ impl Network {
     }
 }
 
-/// The tensors of a file, to be taken by name, and what went wrong with that.
+/// The tensors of a file, which are taken by name, and the problems found so far.
 struct StateDict {
     tensors: BTreeMap<String, Tensor>,
     missing: Vec<String>,
@@ -442,7 +452,8 @@ impl StateDict {
         }
     }
 
-    /// An error unless every tensor was there, and nothing else but counts of batches.
+    /// Returns an error unless every tensor was present and nothing is left over except counts of
+    /// batches.
     fn finish(self, config: &MobileNet, naming: Naming) -> std::result::Result<(), String> {
         let left: Vec<String> =
             self.tensors.into_keys().filter(|name| !name.ends_with("num_batches_tracked")).collect();
@@ -468,7 +479,7 @@ impl StateDict {
     }
 }
 
-/// The first of the names, and how many more there are.
+/// Returns the first names, and how many more there are.
 fn listed(names: impl ExactSizeIterator<Item = String>) -> String {
     const SHOWN: usize = 4;
     let all = names.len();

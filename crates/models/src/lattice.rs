@@ -1,52 +1,57 @@
-//! Quantized values as whole numbers, for what computes with them outside the passes.
+//! Quantized values as integers, for computations outside the passes.
 
 use crate::{Network, Result, Unit};
 use candle_core::Tensor;
 use quant_core::{Bits, Grid};
 
-/// The values that a quantizer gives: level `q`, 0 … `max_level`, stands for `offset + step·(q − zero_point)`.
+/// The values of a quantizer: level `q`, 0 … `max_level`, represents
+/// `offset + step·(q − zero_point)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lattice {
-    /// One for the whole tensor or, of weights, one for each output channel; as many as there are zero points.
+    /// One step for the whole tensor or, for weights, one for each output channel; as many as there
+    /// are zero points.
     pub steps: Vec<f32>,
-    /// The levels that stand for the offset, which is 0 in most schemes.
+    /// The levels that represent the offset, which is 0 in most schemes.
     pub zero_points: Vec<u8>,
-    /// What is added to every value: DSQ's lower bound, LSQ+'s offset, the −1 of DoReFa's weights.
+    /// The term added to every value: DSQ's lower bound, LSQ+'s offset, the −1 of DoReFa's weights.
     pub offset: f32,
-    /// The largest level, `2^b − 1` or, of symmetric ones, `2^b − 2`.
+    /// The largest level: `2^b − 1`, or `2^b − 2` for a symmetric grid.
     pub max_level: u8,
 }
 
 /// The quantized weights of a unit.
 #[derive(Debug, Clone)]
 pub struct WeightLevels {
-    /// In the layout of the weight, as floats that hold them exactly.
+    /// The levels in the layout of the weight, as floats that hold them exactly.
     pub levels: Tensor,
-    /// What they stand for.
+    /// The values that the levels represent.
     pub lattice: Lattice,
-    /// Whether what they stand for has the factor of batch normalization, `γ/√(V+ε)`, in it: only the shift is left to
-    /// be done.
+    /// Whether the values include the factor of batch normalization, `γ/√(V+ε)`, so that only the
+    /// shift remains to be added.
     pub folded: bool,
 }
 
-/// What a quantizer of a network spans.
+/// The range of a network's quantizer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorRange {
-    /// Name of the node.
+    /// The name of the node.
     pub node: String,
-    /// Whether it is that of the node's weights; that of its output otherwise.
+    /// Whether the quantizer is that of the node's weights. Otherwise, it is that of the node's
+    /// output.
     pub weights: bool,
-    /// Bit width.
+    /// The bit width.
     pub bits: Bits,
-    /// The lowest value of all grids; of weights whose grid is that of the folded filters, with the factor in it.
+    /// The lowest value of all grids. If the grid of the weights is that of the folded filters, the
+    /// value includes the folding factor.
     pub lo: f32,
-    /// The highest.
+    /// The highest value of all grids.
     pub hi: f32,
 }
 
 impl Network {
-    /// What every quantizer spans, in the order of the nodes, the weights' first; those are left out that no training batch
-    /// has set.
+    /// Returns the ranges of all quantizers in the order of the nodes, weights before outputs.
+    ///
+    /// Quantizers that no training batch has set are left out.
     pub fn ranges(&self) -> Result<Vec<TensorRange>> {
         let mut all = Vec::new();
         for node in &self.nodes {
@@ -69,7 +74,8 @@ impl Network {
         Ok(all)
     }
 
-    /// Gives the uniform quantizers of activations the ranges that they have in `other`, a copy of this network.
+    /// Sets the ranges of the uniform activation quantizers to those of `other`, a copy of this
+    /// network.
     pub fn take_ranges(&mut self, other: &Self) -> Result<()> {
         for (node, other) in self.nodes.iter_mut().zip(&other.nodes) {
             if let (Some(quantizer), Some(range)) =
@@ -84,14 +90,14 @@ impl Network {
 }
 
 impl Lattice {
-    /// Of one grid, or of one for each output channel.
+    /// Returns the lattice of one grid, or of one grid for each output channel.
     pub(crate) fn of_grids(grids: impl IntoIterator<Item = Grid>, bits: Bits) -> Self {
         let (steps, zero_points) =
             grids.into_iter().map(|grid| (grid.step(), grid.zero_point() as u8)).unzip();
         Self { steps, zero_points, offset: 0.0, max_level: bits.max_level() as u8 }
     }
 
-    /// The lowest and the highest value, of all grids where there are several.
+    /// Returns the lowest and the highest value of all grids.
     pub fn range(&self) -> (f32, f32) {
         let at = |level: u8, (step, zero_point): (&f32, &u8)| {
             (f32::from(level) - f32::from(*zero_point)).mul_add(*step, self.offset)
@@ -101,7 +107,7 @@ impl Lattice {
         (lowest.fold(f32::INFINITY, f32::min), highest.fold(f32::NEG_INFINITY, f32::max))
     }
 
-    /// The levels of values that are on the lattice, channels last.
+    /// Returns the levels of values that are on the lattice, with the channels last.
     fn levels(&self, values: &Tensor) -> Result<Tensor> {
         let device = values.device();
         let steps = Tensor::new(&self.steps[..], device)?;
@@ -113,8 +119,8 @@ impl Lattice {
 }
 
 impl Unit {
-    /// The levels that the passes compute with, and what they stand for; none if the weights are not quantized. `epsilon`
-    /// is the network's.
+    /// Returns the levels that the passes compute with and the values that they represent, or
+    /// `None` if the weights are not quantized. `epsilon` is the network's.
     pub fn weight_levels(&self, epsilon: f64) -> Result<Option<WeightLevels>> {
         let Some(quantizer) = &self.weight_quantizer else { return Ok(None) };
         let factor = self.batch_norm().filter(|_| quantizer.folded());
@@ -126,8 +132,8 @@ impl Unit {
         Ok(Some(WeightLevels { levels, lattice, folded }))
     }
 
-    /// A tensor in the layout of the weight, such as its levels, in PyTorch's: `[C_out, C_in, k, k]`, where a depthwise
-    /// one has `C_in = 1`.
+    /// Returns a tensor that has the layout of the weight, such as its levels, in PyTorch's layout:
+    /// `[C_out, C_in, k, k]`, with `C_in = 1` for a depthwise convolution.
     pub fn in_pytorch_layout(&self, weight: &Tensor) -> Result<Tensor> {
         let [filters, inputs, side, _] = self.kernel.pytorch_dims(self.input_channels(), self.filters());
         let weight = weight.reshape((side, side, inputs, filters))?;

@@ -1,8 +1,10 @@
-//! One [`Network`] for MobileNetV1 and V2: forward and backward passes, counts, files.
+//! [`Network`], the one structure for MobileNetV1 and V2: forward and backward passes, counts,
+//! files.
 //!
-//! A network is a plain ordered list of [`Node`]s: convolutions with what follows them ([`Unit`]), sums where residuals
-//! end, pooling. Each says which earlier ones it reads. Training, MAC counting, pruning, folding and equalization all
-//! read this one structure; both MobileNets are values of it ([`MobileNet::init`]), not code of their own.
+//! A network is a plain ordered list of [`Node`]s: convolutions with the operations after them
+//! ([`Unit`]), sums at the ends of residuals, pooling. Each node names the earlier nodes that it
+//! reads. Training, MAC counting, pruning, folding and equalization all read this one structure.
+//! Both MobileNets are values of it ([`MobileNet::init`]), not code of their own.
 
 #![forbid(unsafe_code)]
 
@@ -35,7 +37,7 @@ pub use pass::{Observer, Step, Tape};
 pub use quantization::{Fold, Quantization, WeightGrid};
 pub use quantizer::{Method, Quantizer};
 
-/// What can go wrong with a network.
+/// An error of a network.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A tensor operation failed.
@@ -47,17 +49,17 @@ pub enum Error {
     /// A quantizer's settings are not usable.
     #[error(transparent)]
     Quantizer(#[from] quant_core::Error),
-    /// The structure is not one that the passes can run.
+    /// The passes can't run this structure.
     #[error("network {network}, {place}: {problem}")]
     Structure {
         /// Name of the network.
         network: String,
-        /// The unit or span concerned.
+        /// The unit or setting concerned.
         place: String,
         /// What was found and what was expected.
         problem: String,
     },
-    /// A parameter has no gradient, several, or one of another shape.
+    /// A parameter has no gradient, several gradients, or one of another shape.
     #[error("parameter {parameter}: {problem}")]
     Gradient {
         /// The parameter's name.
@@ -68,15 +70,15 @@ pub enum Error {
     /// A network file could not be read or written.
     #[error("network file {path}: {problem}")]
     File {
-        /// The file.
+        /// The path of the file.
         path: String,
-        /// What was found, what was expected, what to do.
+        /// What was found, what was expected, and what to do.
         problem: String,
     },
-    /// A network file, or a part of it, is missing or is not what was written.
+    /// A network file, or a part of it, is missing, or differs from what was written.
     #[error("network file {path}: {problem}")]
     Damaged {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// What was found and what was expected.
         problem: String,

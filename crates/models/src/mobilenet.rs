@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// Which MobileNet.
+/// The version of a MobileNet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Version {
@@ -20,7 +20,7 @@ pub enum Version {
 }
 
 impl Version {
-    /// The name in the paper's tables and ours.
+    /// Returns the name in the paper's tables and in ours.
     pub fn name(self) -> &'static str {
         match self {
             Self::V1 => "mobilenet_v1",
@@ -29,34 +29,36 @@ impl Version {
     }
 }
 
-/// The image size the strides are laid out for.
+/// The image size that the strides are designed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Input {
     /// 32 × 32, with the strides that give the paper's MAC counts on CIFAR-100.
     Cifar,
-    /// 224 × 224, the usual strides.
+    /// 224 × 224, with the usual strides.
     Imagenet,
-    /// Strides of other networks: for 224 × 224 where they make a side 32 times shorter or more, as the usual ones do, for
-    /// 32 × 32 otherwise.
+    /// Other strides. The images are 224 × 224 if the strides shrink a side by a factor of 32 or
+    /// more, as the usual ones do, and 32 × 32 otherwise.
     Other(Strides),
 }
 
 impl Input {
-    /// The strides of such a network.
+    /// Returns the strides of a network of this version.
     pub fn strides(self, version: Version) -> Strides {
         match (self, version) {
-            // On CIFAR only the 12th block has stride 2 (16×16 → 8×8): the choice that gives 510.84 M.
+            // On CIFAR, only the stem and the 12th block have stride 2 (16×16 → 8×8). This choice
+            // gives 510.84 M.
             (Self::Cifar, Version::V1) => Strides::of(&[2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1]),
             (Self::Imagenet, Version::V1) => Strides::of(&[2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]),
-            // On CIFAR two of the seven stages halve the map (8×8 at the end): 147.24 M.
+            // On CIFAR, two of the seven stages halve the map (8×8 at the end). This gives 147.24
+            // M.
             (Self::Cifar, Version::V2) => Strides::of(&[1, 1, 2, 2, 1, 1, 1, 1]),
             (Self::Imagenet, Version::V2) => Strides::of(&[2, 1, 2, 2, 2, 1, 2, 1]),
             (Self::Other(strides), _) => strides,
         }
     }
 
-    /// Rows and columns of the images.
+    /// Returns the height and width of the images.
     pub fn side(self) -> usize {
         match self {
             Self::Cifar => 32,
@@ -67,12 +69,12 @@ impl Input {
     }
 }
 
-/// The strides of a MobileNet, the stem's first: of V1 those of the 13 blocks follow, of V2 those of the seven stages, which
-/// are those of their first blocks.
+/// The strides of a MobileNet. The stem's stride is first. V1 continues with the strides of the 13
+/// blocks, V2 with those of the seven stages, which apply to the first block of each stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Strides {
-    /// Zeros behind the last.
+    /// The strides, padded with zeros at the end.
     values: [usize; Self::MOST],
 }
 
@@ -85,13 +87,13 @@ impl Strides {
         Self { values }
     }
 
-    /// The strides in their order.
+    /// Returns the strides in order.
     pub fn as_slice(&self) -> &[usize] {
         let count = self.values.iter().position(|&stride| stride == 0).unwrap_or(Self::MOST);
         &self.values[..count]
     }
 
-    /// How many a network has.
+    /// Returns the number of strides of a network.
     fn count(version: Version) -> usize {
         match version {
             Version::V1 => 14,
@@ -107,7 +109,7 @@ impl fmt::Display for Strides {
     }
 }
 
-/// From numbers with commas between, such as `1,1,1,2,2,1,2,1`.
+/// Parses numbers separated by commas, such as `1,1,1,2,2,1,2,1`.
 impl FromStr for Strides {
     type Err = String;
 
@@ -130,52 +132,54 @@ impl FromStr for Strides {
 /// The largest width multiplier.
 const MOST_WIDTH: f64 = 16.0;
 
-/// Which MobileNet to build. `MobileNet::new` has the defaults of the paper's networks.
+/// The description of a MobileNet. `MobileNet::new` has the defaults of the paper's networks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MobileNet {
     /// V1 or V2.
     pub version: Version,
-    /// CIFAR or ImageNet strides.
+    /// The image size and strides.
     pub input: Input,
-    /// Number of classes.
+    /// The number of classes.
     pub classes: usize,
-    /// Width multiplier; channels are rounded to multiples of 8, never by more than a tenth down.
-    /// V2's last pointwise layer is never narrower than 1280.
+    /// The width multiplier. Channels are rounded to multiples of 8, but never down by more than a
+    /// tenth. V2's last pointwise layer is never narrower than 1280.
     pub width: f64,
-    /// V2: whether the first block (expansion factor 1) has its 1×1 expansion too. The paper's MAC
+    /// Whether V2's first block (expansion factor 1) has its 1×1 expansion too. The paper's MAC
     /// counts need it; torchvision's weights lack it.
     pub first_expansion: bool,
-    /// φ after every convolution but V2's projections.
+    /// φ after every convolution except V2's projections.
     pub activation: Activation,
 }
 
 impl MobileNet {
-    /// The paper's network: width 1, the first expansion present, ReLU6.
+    /// Returns the paper's network: width 1, with the first expansion, ReLU6.
     pub fn new(version: Version, input: Input, classes: usize) -> Self {
         Self { version, input, classes, width: 1.0, first_expansion: true, activation: Activation::Relu6 }
     }
 
-    /// The network with fresh parameters drawn from `seed`: He-normal over the fan-out for
-    /// convolutions (as torchvision does it, groups not counted), N(0, 0.01²) for the classifier,
-    /// γ = 1, everything else 0.
+    /// Returns the network with new parameters drawn from `seed`.
+    ///
+    /// Convolutions are He-normal over the fan-out (as in torchvision, without regard to groups).
+    /// The classifier's weights are N(0, 0.01²) and its bias is 0. Normalizations are as in
+    /// [`BatchNorm::init`].
     pub fn init(&self, seed: u64, device: &Device) -> Result<Network> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         self.build(device, &mut |shape, deviation| normal(&mut random, shape, deviation, device))
     }
 
-    /// [`Network::macs`] of the network, for which no parameters are drawn.
+    /// Returns [`Network::macs`] of the network without drawing parameters.
     pub fn macs(&self) -> Result<u64> {
         Ok(self.outline()?.macs())
     }
 
-    /// The network with weights that have their shapes, but take no memory.
+    /// Returns the network with weights that have their shapes, but take no memory.
     pub(crate) fn outline(&self) -> Result<Network> {
         let zero = Tensor::zeros((), DType::F32, &Device::Cpu)?;
         self.build(&Device::Cpu, &mut |shape, _| Ok(zero.broadcast_as(shape)?))
     }
 
-    /// The network with the weights that `draw` makes from their shape and standard deviation.
+    /// Returns the network with weights that `draw` makes from their shape and standard deviation.
     fn build(&self, device: &Device, draw: &mut Draw) -> Result<Network> {
         let refuse = |problem| {
             Err(Error::Structure {
@@ -184,7 +188,7 @@ impl MobileNet {
                 problem,
             })
         };
-        // Before anything is made of these sizes.
+        // These sizes are checked before anything is allocated.
         if !((1..=MOST_CHANNELS).contains(&self.classes) && self.width > 0.0 && self.width <= MOST_WIDTH) {
             return refuse(format!(
                 "{} classes and width {}: expected 1 to {MOST_CHANNELS}, and more than 0, at most {MOST_WIDTH}",
@@ -261,12 +265,12 @@ impl MobileNet {
     }
 }
 
-/// Makes weights from their shape and standard deviation.
+/// A function that makes weights from their shape and standard deviation.
 type Draw<'a> = dyn FnMut(&[usize], f64) -> Result<Tensor> + 'a;
 
 struct Builder<'a> {
     network: Network,
-    /// Of the last node.
+    /// The channels of the last node.
     channels: usize,
     draw: &'a mut Draw<'a>,
     device: &'a Device,
@@ -290,7 +294,7 @@ impl Builder<'_> {
     }
 }
 
-/// A normally distributed tensor (Box–Muller).
+/// Returns a normally distributed tensor (Box–Muller).
 fn normal(random: &mut ChaCha8Rng, shape: &[usize], deviation: f64, device: &Device) -> Result<Tensor> {
     let values: Vec<f32> = (0..shape.iter().product())
         .map(|_| {

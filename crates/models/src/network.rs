@@ -4,92 +4,101 @@ use candle_core::{Device, Tensor};
 use kernels::convolution::Kernel;
 use kernels::{Activation, norm};
 
-/// A convolutional network for images, in NHWC and float32: a list of nodes, each of which reads earlier ones.
+/// A convolutional network for images in NHWC and float32: a list of nodes, each of which reads
+/// earlier nodes.
 #[derive(Debug)]
 pub struct Network {
-    /// What it is, e.g. `mobilenet_v2`; part of every result row.
+    /// The kind of network, e.g. `mobilenet_v2`. It is a part of every result row.
     pub name: String,
-    /// Height, width and channels of an input image.
+    /// The height, width and channels of an input image.
     pub input: [usize; 3],
-    /// What is computed, in this order: the image first, the classifier last. Nodes are read by their index here.
+    /// The nodes in the order of computation: the image first, the classifier last. A node is
+    /// identified by its index here.
     pub nodes: Vec<Node>,
-    /// ε of every batch normalization; also the default pruning threshold τ (method section 2).
+    /// The ε of every batch normalization, which is also the default pruning threshold τ (method
+    /// section 2).
     pub epsilon: f64,
 }
 
-/// One step of the forward pass. Its output is `Q(φ(·))` of what it computes: the activation, then the quantizer,
-/// each if it has one. Whatever reads the output reads the quantized one.
+/// One step of the forward pass.
+///
+/// Its output is `Q(φ(·))` of its result: the activation and then the quantizer, each if it has
+/// one. Other nodes read this quantized output.
 #[derive(Debug)]
 pub enum Node {
-    /// The input image: the first node, and no other.
+    /// The input image. It is the first node and only that.
     Image(Image),
-    /// A convolution with its normalization. The classifier is one too: pointwise, with a bias, behind the pooling.
+    /// A convolution with its normalization. The classifier is a unit too: pointwise, with a bias,
+    /// after the pooling.
     Unit(Unit),
-    /// An addition, where a residual ends.
+    /// The addition at the end of a residual.
     Sum(Sum),
-    /// Global average pooling, to one value for each image and channel.
+    /// Global average pooling to one value for each image and channel.
     Pool(Pool),
 }
 
 /// The input image: `Q(x)`.
 #[derive(Debug)]
 pub struct Image {
-    /// Quantizer of the image.
+    /// The quantizer of the image.
     pub quantizer: Option<Quantizer>,
 }
 
-/// One convolution with what follows it: `Q(min(φ(norm(x ∗ w)), cap))`.
+/// One convolution with the operations after it: `Q(min(φ(norm(x ∗ w)), cap))`.
 #[derive(Debug)]
 pub struct Unit {
-    /// Unique name, e.g. `blocks.3.depthwise`; that of the classifier is [`HEAD`].
+    /// The unique name, e.g. `blocks.3.depthwise`. The name of the classifier is [`HEAD`].
     pub name: String,
-    /// The node that it reads.
+    /// The node that the unit reads.
     pub input: usize,
     /// The kind of convolution.
     pub kernel: Kernel,
-    /// Weights, output channels last, laid out as [`Kernel`] says.
+    /// The weights, with the output channels last, in the layout of [`Kernel`].
     pub weight: Tensor,
-    /// Quantizer of the weights.
+    /// The quantizer of the weights.
     pub weight_quantizer: Option<Quantizer>,
-    /// Batch normalization, or the bias that is left after folding it.
+    /// Batch normalization, or the bias that remains after folding it.
     pub norm: Norm,
-    /// φ.
+    /// The activation φ.
     pub activation: Activation,
-    /// Upper bounds `[C]` of what φ gives, none of them negative or infinite, if it has any but its own; not learned. What
-    /// cross-layer equalization makes of ReLU6 is ReLU with caps of 6/s ([`kernels::cap`]).
+    /// Upper bounds `[C]` of φ's output, if there are any besides φ's own bound. They are neither
+    /// negative nor infinite, and not learned. Cross-layer equalization turns ReLU6 into ReLU with
+    /// caps of 6/s ([`kernels::cap`]).
     pub cap: Option<Tensor>,
-    /// Quantizer of the output.
+    /// The quantizer of the output.
     pub output_quantizer: Option<Quantizer>,
 }
 
 /// The sum of two outputs: `Q(φ(a + b))`.
 #[derive(Debug)]
 pub struct Sum {
-    /// What stands before the names of its quantizer's tensors: in MobileNetV2 the name of the unit that ends the branch.
+    /// The prefix of the names of its quantizer's tensors: in MobileNetV2, the name of the unit
+    /// that ends the branch.
     pub name: String,
-    /// The nodes that it adds: the shortcut, then the branch.
+    /// The nodes that are added: the shortcut, then the branch.
     pub inputs: [usize; 2],
-    /// φ.
+    /// The activation φ.
     pub activation: Activation,
-    /// Quantizer of the sum.
+    /// The quantizer of the sum.
     pub quantizer: Option<Quantizer>,
 }
 
 /// Global average pooling: `Q(mean over height and width)`.
 #[derive(Debug)]
 pub struct Pool {
-    /// What stands before the names of its quantizer's tensors: [`HEAD`], as the classifier is what reads them.
+    /// The prefix of the names of its quantizer's tensors: [`HEAD`], because the classifier reads
+    /// the pooled features.
     pub name: String,
-    /// The node that it reads.
+    /// The node that is pooled.
     pub input: usize,
-    /// Quantizer of the pooled features.
+    /// The quantizer of the pooled features.
     pub quantizer: Option<Quantizer>,
 }
 
 /// The largest height and width of an input image.
 pub const MOST_SIDE: usize = 8192;
 
-/// The most channels of a feature map, and so the most filters and classes.
+/// The largest number of channels of a feature map, and so of filters and classes.
 pub const MOST_CHANNELS: usize = 1 << 17;
 
 /// The largest side of a kernel.
@@ -98,31 +107,31 @@ const MOST_TAPS: usize = 31;
 /// The name of the classifier, and of the pooling before it.
 pub const HEAD: &str = "head";
 
-/// What stands between the convolution and the activation.
+/// The operation between the convolution and the activation.
 #[derive(Debug)]
 pub enum Norm {
     /// Batch normalization.
     Batch(BatchNorm),
-    /// A bias `[C]`: batch normalization has been folded into the weights.
+    /// A bias `[C]`, after batch normalization has been folded into the weights.
     Bias(Tensor),
 }
 
-/// Batch normalization; each tensor is `[C]`.
+/// Batch normalization. Each tensor is `[C]`.
 #[derive(Debug)]
 pub struct BatchNorm {
-    /// Scale γ, learned.
+    /// The scale γ, learned.
     pub gamma: Tensor,
-    /// Shift β, learned.
+    /// The shift β, learned.
     pub beta: Tensor,
-    /// Running mean μ: moving average with momentum 0.1.
+    /// The running mean μ: a moving average with momentum 0.1.
     pub mean: Tensor,
-    /// Running variance V: moving average, momentum 0.1, of the unbiased batch variance (N/(N−1)),
-    /// as in PyTorch. This is what τ is compared with.
+    /// The running variance V: a moving average with momentum 0.1 of the unbiased batch variance
+    /// (N/(N−1)), as in PyTorch. The threshold τ applies to this value.
     pub variance: Tensor,
 }
 
 impl Node {
-    /// What stands before the names of its tensors.
+    /// Returns the prefix of the names of the node's tensors.
     pub fn name(&self) -> &str {
         match self {
             Self::Image(_) => "input",
@@ -132,7 +141,7 @@ impl Node {
         }
     }
 
-    /// The nodes that it reads.
+    /// Returns the nodes that this node reads.
     pub fn inputs(&self) -> &[usize] {
         match self {
             Self::Image(_) => &[],
@@ -141,7 +150,7 @@ impl Node {
         }
     }
 
-    /// φ.
+    /// Returns φ.
     pub fn activation(&self) -> Activation {
         match self {
             Self::Unit(Unit { activation, .. }) | Self::Sum(Sum { activation, .. }) => *activation,
@@ -149,7 +158,7 @@ impl Node {
         }
     }
 
-    /// Quantizer of its output.
+    /// Returns the quantizer of the node's output.
     pub fn quantizer(&self) -> Option<&Quantizer> {
         match self {
             Self::Unit(Unit { output_quantizer: quantizer, .. })
@@ -159,7 +168,7 @@ impl Node {
         }
     }
 
-    /// The place of [`Node::quantizer`].
+    /// Returns the slot of [`Node::quantizer`].
     pub fn quantizer_mut(&mut self) -> &mut Option<Quantizer> {
         match self {
             Self::Unit(Unit { output_quantizer: quantizer, .. })
@@ -169,17 +178,17 @@ impl Node {
         }
     }
 
-    /// The convolution, if it is one.
+    /// Returns the convolution, if the node is one.
     pub fn unit(&self) -> Option<&Unit> {
         if let Self::Unit(unit) = self { Some(unit) } else { None }
     }
 
-    /// [`Node::unit`], to be changed.
+    /// Returns the convolution for changes, if the node is one.
     pub fn unit_mut(&mut self) -> Option<&mut Unit> {
         if let Self::Unit(unit) = self { Some(unit) } else { None }
     }
 
-    /// The quantizer, if it is a part of the kernel that computes the output.
+    /// Returns the quantizer if the kernel that computes the output applies it.
     pub(crate) fn fused(&self) -> Option<kernels::Quantizer<'_>> {
         match self {
             Self::Unit(Unit { cap: Some(_), .. }) => None,
@@ -190,17 +199,17 @@ impl Node {
 }
 
 impl Unit {
-    /// Number of filters (output channels).
+    /// Returns the number of filters (output channels).
     pub fn filters(&self) -> usize {
         self.kernel.filters(&self.weight)
     }
 
-    /// Number of input channels.
+    /// Returns the number of input channels.
     pub fn input_channels(&self) -> usize {
         self.kernel.input_channels(&self.weight)
     }
 
-    /// The batch normalization, unless it has been folded.
+    /// Returns the batch normalization, unless it has been folded.
     pub fn batch_norm(&self) -> Option<&BatchNorm> {
         match &self.norm {
             Norm::Batch(norm) => Some(norm),
@@ -208,7 +217,7 @@ impl Unit {
         }
     }
 
-    /// What of it can't be computed for so many channels that come in.
+    /// Returns why the unit can't be computed for this number of input channels, if so.
     fn problem(&self, channels: usize) -> Option<String> {
         let is_possible = match self.kernel {
             Kernel::Full { size, stride } => size % 2 == 1 && size <= MOST_TAPS && stride > 0,
@@ -249,28 +258,30 @@ impl Unit {
 }
 
 impl BatchNorm {
-    /// γ = 1, β = 0, μ = 0, V = 1.
+    /// Returns a new normalization: γ = 1, β = 0, μ = 0, V = 1.
     pub fn init(channels: usize, device: &Device) -> Result<Self> {
         let ones = || Tensor::ones(channels, candle_core::DType::F32, device);
         let zeros = || Tensor::zeros(channels, candle_core::DType::F32, device);
         Ok(Self { gamma: ones()?, beta: zeros()?, mean: zeros()?, variance: ones()? })
     }
 
-    /// The affine map of the running statistics, `(γ/√(V+ε), β − μγ/√(V+ε))`, each `[C]`.
+    /// Returns the affine map of the running statistics, `(γ/√(V+ε), β − μγ/√(V+ε))`, each `[C]`.
     pub fn affine(&self, epsilon: f64) -> Result<(Tensor, Tensor)> {
         let inv_std = norm::inv_std(&self.variance, epsilon)?;
         Ok(norm::affine(&self.gamma, &self.beta, &self.mean, &inv_std)?)
     }
 
-    /// `γ/√(V+ε)` of the running variance.
+    /// Returns `γ/√(V+ε)` of the running variance.
     pub fn scale(&self, epsilon: f64) -> Result<Tensor> {
         Ok((&self.gamma * norm::inv_std(&self.variance, epsilon)?)?)
     }
 }
 
-/// The method that lists every tensor of a network with its name and, if it is learned, its role. Files,
-/// gradients and copies go by this list and its order. A macro, as it is needed for shared and for `mut`
-/// references.
+/// Defines the method that lists every tensor of a network with its name and, if it is learned, its
+/// role.
+///
+/// Files, gradients and copies use this list and its order. It is a macro because it is needed for
+/// shared and for `mut` references.
 macro_rules! slots {
     ($method:ident, $iter:ident $(, $mutable:tt)?) => {
         pub(crate) fn $method(&$($mutable)? self) -> Vec<(String, Option<Role>, &$($mutable)? Tensor)> {
@@ -314,19 +325,19 @@ macro_rules! slots {
 }
 
 impl Network {
-    /// A network of nothing but its image `[height, width, channels]`, to be built up node by node, with the ε of
-    /// PyTorch.
+    /// Returns a network of only its image `[height, width, channels]`, to be built node by node,
+    /// with PyTorch's ε.
     pub fn of_image(name: impl Into<String>, input: [usize; 3]) -> Self {
         let image = Node::Image(Image { quantizer: None });
         Self { name: name.into(), input, nodes: vec![image], epsilon: 1e-5 }
     }
 
-    /// The index of the last node.
+    /// Returns the index of the last node.
     pub fn last(&self) -> usize {
         self.nodes.len() - 1
     }
 
-    /// Adds a convolution of the last node, without quantizers.
+    /// Adds a convolution that reads the last node, without quantizers.
     pub fn push_unit(
         &mut self,
         name: impl Into<String>,
@@ -348,30 +359,32 @@ impl Network {
         }));
     }
 
-    /// Adds what ends a residual: the sum of node `from` and the last one, named after it.
+    /// Adds the sum of node `from` and the last node, named after the last node, which ends a
+    /// residual.
     pub fn push_sum(&mut self, from: usize) {
         let (name, inputs) = (self.nodes[self.last()].name().into(), [from, self.last()]);
         self.nodes.push(Node::Sum(Sum { name, inputs, activation: Activation::Identity, quantizer: None }));
     }
 
-    /// Adds global average pooling of the last node and a classifier with `weight` `[C, classes]` and `bias` `[classes]`.
+    /// Adds global average pooling of the last node, and a classifier with `weight` `[C, classes]`
+    /// and `bias` `[classes]`.
     pub fn push_head(&mut self, weight: Tensor, bias: Tensor) {
         self.nodes.push(Node::Pool(Pool { name: HEAD.into(), input: self.last(), quantizer: None }));
         self.push_unit(HEAD, Kernel::Pointwise, weight, Norm::Bias(bias), Activation::Identity);
     }
 
-    /// The convolutions in their order, the classifier last.
+    /// Returns the convolutions in order, the classifier last.
     pub fn units(&self) -> impl DoubleEndedIterator<Item = &Unit> {
         self.nodes.iter().filter_map(Node::unit)
     }
 
-    /// [`Network::units`], to be changed.
+    /// Returns the convolutions of [`Network::units`] for changes.
     pub fn units_mut(&mut self) -> impl DoubleEndedIterator<Item = &mut Unit> {
         self.nodes.iter_mut().filter_map(Node::unit_mut)
     }
 
-    /// The share, in percent, of the filters with batch normalization whose running variance is below `threshold`; `None` where
-    /// there are no such filters.
+    /// Returns the percentage of the filters with batch normalization whose running variance is
+    /// below `threshold`, or `None` if there are no such filters.
     pub fn low_variance_percent(&self, threshold: f64) -> Result<Option<f64>> {
         let (mut low, mut all) = (0, 0);
         for norm in self.units().filter_map(Unit::batch_norm) {
@@ -382,22 +395,23 @@ impl Network {
         Ok((all > 0).then(|| 100.0 * low as f64 / all as f64))
     }
 
-    /// The convolution that gives the logits.
+    /// Returns the convolution that computes the logits.
     pub fn classifier(&self) -> &Unit {
         self.units().next_back().expect("a network has a classifier")
     }
 
-    /// The device that holds the network.
+    /// Returns the device that holds the network.
     pub fn device(&self) -> &Device {
         self.classifier().weight.device()
     }
 
-    /// Number of classes.
+    /// Returns the number of classes.
     pub fn classes(&self) -> usize {
         self.classifier().filters()
     }
 
-    /// `readers()[i]` are the nodes that read node `i`, ascending.
+    /// Returns the readers of every node: `readers()[i]` are the nodes that read node `i`,
+    /// ascending.
     pub fn readers(&self) -> Vec<Vec<usize>> {
         let mut readers = vec![Vec::new(); self.nodes.len()];
         for (i, node) in self.nodes.iter().enumerate() {
@@ -408,7 +422,7 @@ impl Network {
         readers
     }
 
-    /// Height, width and channels of each node's output.
+    /// Returns the height, width and channels of each node's output.
     pub fn shapes(&self) -> Vec<[usize; 3]> {
         let mut shapes = Vec::with_capacity(self.nodes.len());
         for node in &self.nodes {
@@ -417,7 +431,7 @@ impl Network {
         shapes
     }
 
-    /// The output's shape of a node, given those of the nodes before it.
+    /// Returns the shape of a node's output, given the shapes of the nodes before it.
     fn shape(&self, node: &Node, before: &[[usize; 3]]) -> [usize; 3] {
         match node {
             Node::Image(_) => self.input,
@@ -430,18 +444,26 @@ impl Network {
         }
     }
 
-    /// An error about a place in this network.
+    /// Returns an error about a place in this network.
     pub fn structure_error(&self, place: impl Into<String>, problem: impl Into<String>) -> Error {
         Error::Structure { network: self.name.clone(), place: place.into(), problem: problem.into() }
     }
 
-    /// Checks what the passes rely on: sizes, strides and an ε that can be computed with; an image in front, from which
-    /// all nodes come, and a classifier at the end, to which all lead; tensors whose shapes match what comes in; a full
-    /// convolution only of the image, and nothing to learn in its quantizer, as no gradients of these are computed; a name
-    /// for each tensor. So whatever a file says, what passes can be computed. The numbers in the tensors are not read.
+    /// Checks the properties that the passes rely on, so that the passes can run whatever a file
+    /// says:
+    ///
+    /// * The sizes, strides and ε are usable.
+    /// * The image is the first node, and all nodes follow from it. The last node is a classifier,
+    ///   and all nodes lead to it.
+    /// * The shapes of the tensors match their inputs.
+    /// * A full convolution reads only the image, and the image's quantizer learns nothing, because
+    ///   no such gradients are computed.
+    /// * Each tensor has a unique name.
+    ///
+    /// The numbers in the tensors are not read.
     ///
     /// # Errors
-    /// Names the place, what was found and what was expected.
+    /// An error that names the place, what was found and what was expected.
     pub fn validate(&self) -> Result<()> {
         let fail = |place: &str, problem: String| Err(self.structure_error(place, problem));
         let [height, width, channels] = self.input;
@@ -514,7 +536,7 @@ impl Network {
         }
     }
 
-    /// Every learned tensor, in a fixed order.
+    /// Returns every learned tensor, in a fixed order.
     pub fn parameters(&self) -> Vec<Parameter> {
         let parameter = |(name, role, tensor): (_, Option<Role>, &Tensor)| {
             role.map(|role| Parameter { name, tensor: tensor.clone(), role })
@@ -522,7 +544,8 @@ impl Network {
         self.slots().into_iter().filter_map(parameter).collect()
     }
 
-    /// Every tensor with its name: parameters, running statistics and quantizer ranges.
+    /// Returns every tensor with its name: parameters, running statistics, caps and quantizer
+    /// ranges.
     pub fn tensors(&self) -> Vec<(String, &Tensor)> {
         self.slots().into_iter().map(|(name, _, tensor)| (name, tensor)).collect()
     }
@@ -530,7 +553,7 @@ impl Network {
     slots!(slots, iter);
     slots!(slots_mut, iter_mut, mut);
 
-    /// The same network with every tensor replaced by `f` of it.
+    /// Returns the same network with `f` applied to every tensor.
     fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let skeleton = Structure::of(self).skeleton();
         let mut copy = skeleton.map_err(|problem| self.structure_error("copy", problem))?;
@@ -540,13 +563,14 @@ impl Network {
         Ok(copy)
     }
 
-    /// A copy that shares no storage with this one: an optimizer updates parameters in place, so a
-    /// shallow copy would be trained along.
+    /// Returns a copy that shares no storage with this network.
+    ///
+    /// An optimizer updates parameters in place, so it would also train a shallow copy.
     pub fn duplicate(&self) -> Result<Self> {
         self.map(|t| Ok(t.copy()?))
     }
 
-    /// A copy on `device`.
+    /// Returns a copy on `device`.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         self.map(|t| Ok(if t.device().same_device(device) { t.copy()? } else { t.to_device(device)? }))
     }

@@ -2,21 +2,23 @@ use crate::{Error, Network, Result};
 use candle_core::{Tensor, TensorId};
 use std::collections::HashMap;
 
-/// What a parameter is, which decides on its weight decay.
+/// The kind of a parameter, which determines its weight decay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Convolution or classifier weights.
     Weight,
-    /// γ, β or a bias: decays if the settings say so.
+    /// γ, β or a bias, which decays if the settings say so.
     NormOrBias,
-    /// The bound α of PACT: decays as weights do, which is a part of the method.
+    /// The bound α of PACT, which decays like weights. This is a part of the method.
     Clip,
-    /// What the levels of a quantizer follow from, as the bounds and the softness of DSQ: never decays.
+    /// A parameter that determines a quantizer's levels, such as DSQ's bounds and softness. It
+    /// never decays.
     Interval,
 }
 
 impl Role {
-    /// Whether the weight decay acts on the parameter; `decay_norm` is the setting for γ, β and biases.
+    /// Returns whether weight decay applies to the parameter. `decay_norm` is the setting for γ, β
+    /// and biases.
     pub fn decays(self, decay_norm: bool) -> bool {
         match self {
             Self::Weight | Self::Clip => true,
@@ -26,30 +28,32 @@ impl Role {
     }
 }
 
-/// One learned tensor. It shares its storage with the network's own, so that an optimizer can
+/// A learned tensor. It shares its storage with the network's own tensor, so that an optimizer can
 /// update it in place.
 pub struct Parameter {
-    /// `unit.weight`, `unit.gamma`, …; no two parameters of a network share a name.
+    /// `unit.weight`, `unit.gamma`, …. The names of a network's parameters are unique.
     pub name: String,
     /// The tensor itself.
     pub tensor: Tensor,
-    /// What it is.
+    /// The kind of the parameter.
     pub role: Role,
 }
 
-/// The gradients of the mean loss, one for each parameter of a network, of its shape.
+/// The gradients of the mean loss, one for each parameter of a network, with the parameter's shape.
 ///
-/// A gradient is filed under the tensor that it belongs to, so that none can be taken for that of another parameter.
+/// A gradient is stored under the tensor that it belongs to, so that it can't be confused with that
+/// of another parameter.
 #[derive(Debug, Default)]
 pub struct Gradients(HashMap<TensorId, Vec<Tensor>>);
 
 impl Gradients {
-    /// Files the gradient of a parameter's tensor.
+    /// Stores the gradient of a parameter's tensor.
     pub(crate) fn set(&mut self, parameter: &Tensor, gradient: Tensor) {
         self.0.entry(parameter.id()).or_default().push(gradient);
     }
 
-    /// Checks that every parameter of `network` has one gradient, of its shape, and that there is no other.
+    /// Checks that every parameter of `network` has one gradient of its shape, and that there are
+    /// no other gradients.
     pub(crate) fn check(self, network: &Network) -> Result<Self> {
         let parameters = network.parameters();
         for parameter in &parameters {
@@ -63,10 +67,10 @@ impl Gradients {
         Ok(self)
     }
 
-    /// The gradient of a parameter.
+    /// Returns the gradient of a parameter.
     ///
     /// # Errors
-    /// When the backward pass was that of another network.
+    /// If the backward pass was that of another network.
     pub fn of(&self, parameter: &Parameter) -> Result<&Tensor> {
         let fail = |problem| Err(Error::Gradient { parameter: parameter.name.clone(), problem });
         match self.0.get(&parameter.tensor.id()).map_or(&[][..], Vec::as_slice) {

@@ -1,13 +1,16 @@
-//! The forward and backward passes: a tape of what each node's gradient needs, walked back once.
+//! The forward and backward passes. The forward pass fills a tape with what each node's gradient
+//! needs, and the backward pass walks it once in reverse.
 //!
-//! The order within a node is that of [`Node`]: what it computes, activation, quantizer. A unit or a sum whose quantizer
-//! is uniform leaves it to the kernel that applies the activation ([`Node::fused`]), which hands on levels; every other
-//! quantizer takes the floats that the kernel gives. So does that of a unit with caps, which come between.
+//! The order within a node is that of [`Node`]: the operation, the activation, the quantizer. If
+//! the quantizer of a unit or a sum is uniform, the kernel that applies the activation also
+//! quantizes ([`Node::fused`]) and returns levels. Every other quantizer takes the floats that the
+//! kernel returns, and so does the quantizer of a unit with caps, which come before it.
 //!
-//! A pass runs where the network is ([`Network::to_device`]), which must be where its images are. The images' dtype is that
-//! in which feature maps and their gradients are stored: `F32`, or, on a GPU from compute capability 8.0 on, `BF16`, which
-//! takes half of the memory traffic. Parameters, their gradients, statistics and everything from the pooled
-//! features on are `F32` always. Nothing in a pass waits for the GPU.
+//! A pass runs on the network's device ([`Network::to_device`]), which must also hold the images.
+//! Feature maps and their gradients are stored in the images' dtype: `F32`, or `BF16`, which halves
+//! the memory traffic and, on a GPU, needs compute capability 8.0 or higher. Parameters, their
+//! gradients, statistics and everything from the pooled features on are always `F32`. Nothing in a
+//! pass waits for the GPU.
 
 use crate::quantizer::Quantized;
 use crate::{BatchNorm, Fold, Gradients, Kernel, Network, Node, Norm, Quantizer, Result, Sum, Unit};
@@ -18,43 +21,46 @@ use kernels::{Activation, FeatureMap, Weight, bias, cap, pool, quantize, residua
 use ranks::Ranks;
 use std::ops::Index;
 
-/// Momentum of the running statistics of batch normalization, as in PyTorch.
+/// The momentum of batch normalization's running statistics, as in PyTorch.
 const NORM_MOMENTUM: f64 = 0.1;
 
-/// How a training step finds statistics, and updates the network's moving averages.
+/// How a training step computes statistics and updates the network's moving averages.
 #[derive(Debug, Clone, Copy)]
 pub struct Step<'a> {
-    /// Share by which a batch moves the activation ranges.
+    /// The fraction by which a batch moves the activation ranges.
     pub range_momentum: f64,
-    /// Where the images are a part of a batch, those with which the other parts are, if statistics and extremes are to be
-    /// those of the whole batch.
+    /// The ranks that hold the other parts of the batch, if the images are a part of one and
+    /// statistics and extremes must be those of the whole batch.
     pub together: Option<&'a dyn Ranks>,
 }
 
 impl<'a> Step<'a> {
-    /// A step whose statistics are those of the images that it is given.
+    /// Returns a step whose statistics are those of its own images.
     pub const fn alone(range_momentum: f64) -> Self {
         Self { range_momentum, together: None }
     }
 
-    /// The statistics of the batch, and the number of its rows, from those of the images here.
+    /// Returns the statistics of the batch and the number of its rows, given those of the local
+    /// images.
     fn stats(&self, stats: Stats, rows: usize) -> Result<(Stats, usize)> {
         let Some(ranks) = self.together else { return Ok((stats, rows)) };
         Ok(Stats::merged(&ranks.gather(&stats.to_values(rows)?), stats.mean.elem_count())?)
     }
 
-    /// The extremes `[2]` of a tensor over the batch, from those of the images here.
+    /// Returns the extremes `[2]` of a tensor over the batch, given those of the local images.
     fn extremes(&self, extremes: Tensor) -> Result<Tensor> {
         let Some(ranks) = self.together else { return Ok(extremes) };
         crate::agree::widest(ranks, &extremes)
     }
 }
 
-/// What looks on at a forward pass: `observe(node, z, y)`, of the node with this index the output `y`, and if it is a
-/// convolution what came out of it before its normalization.
+/// An observer of a forward pass, which is called as `observe(node, z, y)`.
+///
+/// `node` is the node's index and `y` its output. `z` is the convolution's output before the
+/// normalization, if the node is a convolution.
 pub type Observer<'a> = dyn FnMut(usize, Option<&Tensor>, &Tensor) -> Result<()> + 'a;
 
-/// What nodes hand on, each as long as a later one will read it.
+/// The outputs of the nodes. Each is kept until its last reader is done.
 struct Outputs<T> {
     readers: Vec<Vec<usize>>,
     outputs: Vec<Option<T>>,
@@ -65,7 +71,7 @@ impl<T> Outputs<T> {
         Self { readers: network.readers(), outputs: Vec::new() }
     }
 
-    /// Takes the next node's output, and drops what it was the last to read of.
+    /// Adds the next node's output, and drops the outputs that no later node reads.
     fn push(&mut self, node: &Node, output: T) {
         let i = self.outputs.len();
         self.outputs.push(Some(output));
@@ -76,7 +82,7 @@ impl<T> Outputs<T> {
         }
     }
 
-    /// The last node's output.
+    /// Returns the last node's output.
     fn into_last(mut self) -> T {
         self.outputs.pop().flatten().expect("a network has nodes, and nothing reads the last one")
     }
@@ -90,21 +96,22 @@ impl<T> Index<usize> for Outputs<T> {
     }
 }
 
-/// What reads a unit's output in a training step, which decides on who normalizes.
+/// The readers of a unit's output in a training step, which determine where it is normalized.
 #[derive(Clone, Copy)]
 enum Readers {
-    /// A sum alone, of a unit that ends with its normalization: the sum normalizes as it adds.
+    /// Only a sum reads it, and the unit ends with its normalization: the sum normalizes while it
+    /// adds.
     Sum,
-    /// One node, which may normalize as it reads.
+    /// One node reads it and may normalize while it reads.
     One,
-    /// Several, or none.
+    /// Several nodes or no node read it.
     Several,
 }
 
-/// What a node of a training step hands on.
+/// The output of a node in a training step.
 enum Output {
     Map(FeatureMap),
-    /// Levels, and what the backward pass reads for them.
+    /// Levels, and the map that the backward pass reads instead.
     Levels {
         now: FeatureMap,
         later: FeatureMap,
@@ -126,27 +133,28 @@ impl Output {
     }
 }
 
-/// The weights as the products see them.
+/// The weights that the products use.
 struct UsedWeight {
-    /// The network's own.
+    /// The network's own tensor.
     parameter: Tensor,
     value: Tensor,
-    /// How they were quantized, if they were.
+    /// The record of the quantization, if there was one.
     quantized: Option<Quantized>,
-    /// Whether `value` is divided by a folding factor after quantization, so that it is no multiple of one step.
+    /// Whether `value` was divided by a folding factor after quantization, so that it is not on a
+    /// single grid.
     divided: bool,
 }
 
-/// What the forward pass leaves for the backward pass.
+/// The record of a forward pass for the backward pass.
 pub struct Tape<'a> {
-    /// One for each node.
+    /// One record for each node.
     records: Vec<Record>,
     readers: Vec<Vec<usize>>,
-    /// [`Step::together`].
+    /// The ranks of [`Step::together`].
     together: Option<&'a dyn Ranks>,
 }
 
-/// What one node's backward pass needs.
+/// The data that one node's backward pass needs.
 enum Record {
     Image,
     Unit(UnitRecord),
@@ -156,24 +164,25 @@ enum Record {
 
 struct UnitRecord {
     input: usize,
-    /// What was read of it.
+    /// The input that the convolution reads in the backward pass.
     x: FeatureMap,
     kernel: Kernel,
     weight: UsedWeight,
-    /// The parameters of what followed the convolution: γ, if it was normalized, and β or the bias.
+    /// γ, if the convolution was normalized, and β or the bias.
     gamma: Option<Tensor>,
     shift: Tensor,
-    /// The convolution by the float weights whose statistics fold the filters, with [`Fold::FloatStatistics`].
+    /// The convolution by the float weights, whose statistics fold the filters, with
+    /// [`Fold::FloatStatistics`].
     float: Option<FloatConvolution>,
-    /// What followed, as the forward pass applied it.
+    /// The operations after the convolution, as the forward pass applied them.
     epilogue: Epilogue,
-    /// What the caps gave, and the caps, if it has any.
+    /// The capped output and the caps, if there are any.
     capped: Option<[Tensor; 2]>,
-    /// What the quantizer did, where it is not a part of the epilogue.
+    /// The record of the quantizer, if it is not a part of the epilogue.
     quantized: Option<Quantized>,
 }
 
-/// A convolution by the float weights, and its normalization by the batch.
+/// A convolution by the float weights, and its normalization with the batch's statistics.
 struct FloatConvolution {
     z: Tensor,
     norm: BatchNormalization,
@@ -181,15 +190,15 @@ struct FloatConvolution {
 
 struct SumRecord {
     inputs: [usize; 2],
-    /// The unit whose normalization the sum computed.
+    /// The unit whose normalization the sum computed, if there is one.
     normalized: Option<usize>,
-    /// The activation, if it has one.
+    /// The activation, if there is one.
     activated: Option<Epilogue>,
     quantized: Option<Quantized>,
 }
 
 impl UsedWeight {
-    /// As the operand of a convolution.
+    /// Returns the weights as the operand of a convolution.
     fn operand(&self) -> Weight<'_> {
         let quantized = self.quantized.as_ref().filter(|_| !self.divided).and_then(Quantized::on_grid);
         Weight { value: &self.value, quantized }
@@ -197,22 +206,22 @@ impl UsedWeight {
 }
 
 impl Unit {
-    /// The weights as the products see them, quantized if the unit says so; batch normalization's
-    /// running statistics give the folding factor.
+    /// Returns the weights that the products use, quantized if the unit has a quantizer. The
+    /// running statistics of batch normalization give the folding factor.
     fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
         let factor =
             self.batch_norm().filter(|_| self.weight_quantizer.as_ref().is_some_and(Quantizer::folded));
         let factor = factor.map(|norm| norm.scale(epsilon)).transpose()?;
         let mut used = self.quantized_weight(factor.as_ref())?;
         if let Some(factor) = factor {
-            // A factor of 0 stands for a filter whose γ is 0: its weights are 0 already.
+            // A factor is 0 if the filter's γ is 0. Its weights are 0 already.
             let divisor = (&factor + factor.eq(0.0)?.to_dtype(factor.dtype())?)?;
             (used.value, used.divided) = (used.value.broadcast_div(&divisor)?, true);
         }
         Ok(used)
     }
 
-    /// The weights times a factor for each filter, quantized if the unit says so.
+    /// Returns the weights times a factor for each filter, quantized if the unit has a quantizer.
     fn quantized_weight(&self, factor: Option<&Tensor>) -> Result<UsedWeight> {
         let parameter = self.weight.clone();
         let value = factor.map_or(Ok(parameter.clone()), |factor| parameter.broadcast_mul(factor))?;
@@ -223,8 +232,8 @@ impl Unit {
         Ok(UsedWeight { parameter, value, quantized, divided: false })
     }
 
-    /// The convolution of `x[N, H, W, C]` by the float weights whose statistics fold the filters, if they do; moves the running
-    /// statistics towards them.
+    /// Computes the convolution of `x[N, H, W, C]` by the float weights, if its statistics fold the
+    /// filters, and updates the running statistics.
     fn float_convolution(
         &self,
         x: &FeatureMap,
@@ -242,8 +251,11 @@ impl Unit {
         }
     }
 
-    /// The output for `x` but for a quantizer that is not fused, by the running statistics. With `observed` also the
-    /// convolution's output, which otherwise is never in memory as a whole.
+    /// Returns the output for `x` with the running statistics, but without a quantizer that is not
+    /// fused.
+    ///
+    /// If `observed`, it also returns the convolution's output, which otherwise is never in memory
+    /// as a whole.
     fn evaluate(
         &self,
         x: &FeatureMap,
@@ -267,8 +279,9 @@ impl Unit {
         Ok((Some(z), y))
     }
 
-    /// A training step's output for `x`, and what its gradient needs. Batch normalization has the batch's statistics,
-    /// and moves its running ones towards them.
+    /// Returns a training step's output for `x`, and the data that its gradient needs.
+    ///
+    /// Batch normalization uses the batch's statistics, and updates the running ones.
     fn train(
         &mut self,
         x: FeatureMap,
@@ -299,7 +312,7 @@ impl Unit {
             }
             (bias, _) => {
                 let bias = bias.expect("a unit without normalization has a bias");
-                // Without normalization statistics serve the quantizer's range alone.
+                // Without normalization, only the quantizer's range needs the statistics.
                 let (z, stats) = if self.output_quantizer.is_none() {
                     (convolution::forward(kernel, &x, operand)?, None)
                 } else {
@@ -356,8 +369,8 @@ impl Unit {
 }
 
 impl BatchNorm {
-    /// The normalization of a training step, and the batch's statistics, from those of its `z[N, H, W, C]`; moves the running ones
-    /// towards them.
+    /// Returns the normalization of a training step and the batch's statistics, given the
+    /// statistics of the local `z[N, H, W, C]`. Updates the running statistics.
     fn prepare(
         &self,
         z: &Tensor,
@@ -373,7 +386,7 @@ impl BatchNorm {
 }
 
 impl Sum {
-    /// The output for two maps but for a quantizer that is not fused.
+    /// Returns the sum of two maps, after the activation and without a quantizer that is not fused.
     fn evaluate(
         &self,
         [shortcut, branch]: [&FeatureMap; 2],
@@ -387,7 +400,7 @@ impl Sum {
         Ok(norm::forward(&sum, &ones, &zeros, self.activation, quant)?)
     }
 
-    /// A training step's output, and what its gradient needs.
+    /// Returns a training step's output, and the data that its gradient needs.
     fn train(&mut self, [shortcut, branch]: [&Output; 2], step: Step<'_>) -> Result<(FeatureMap, SumRecord)> {
         let (sum, mut extremes, normalized) = match (shortcut, branch) {
             (other, Output::Affine { z, scale, shift }) => {
@@ -416,14 +429,15 @@ impl Sum {
     }
 }
 
-/// Scale and shift of the normalization that changes nothing, of a map's channels.
+/// Returns the scale and shift of the identity normalization for a map's channels.
 fn identity(map: &Tensor) -> Result<(Tensor, Tensor)> {
     let ones = Tensor::ones(map.dim(candle_core::D::Minus1)?, DType::F32, map.device())?;
     let zeros = ones.zeros_like()?;
     Ok((ones, zeros))
 }
 
-/// [`train_quantizer`], but that a uniform quantizer, which has observed `y`, hands on levels.
+/// Quantizes like [`train_quantizer`], but a uniform quantizer, which has observed `y`, returns
+/// levels.
 fn train_levels(
     y: Tensor,
     quantizer: &mut Option<Quantizer>,
@@ -436,8 +450,10 @@ fn train_levels(
     }
 }
 
-/// What a quantizer that is not fused makes of `y` in a training step, and what its gradient needs; `y` itself without
-/// a quantizer.
+/// Applies a quantizer that is not fused to `y` in a training step.
+///
+/// Returns the quantized values and the data that their gradient needs, or `y` itself if there is
+/// no quantizer.
 fn train_quantizer(
     y: FeatureMap,
     quantizer: &mut Option<Quantizer>,
@@ -454,13 +470,15 @@ fn train_quantizer(
 }
 
 impl Network {
-    /// The logits `[N, classes]` of images `[N, H, W, C]`, with the running statistics and the
-    /// ranges as they are. Quantizers whose range has never been set pass values through.
+    /// Returns the logits `[N, classes]` of images `[N, H, W, C]`, with the current running
+    /// statistics and ranges.
+    ///
+    /// A quantizer whose range has never been set passes values through.
     pub fn forward(&self, images: &Tensor) -> Result<Tensor> {
         self.evaluate(images, None)
     }
 
-    /// [`Network::forward`], with one that looks on. Gives the same bits.
+    /// Runs [`Network::forward`] with an observer. The logits have the same bits.
     pub fn forward_observed(&self, images: &Tensor, observe: &mut Observer<'_>) -> Result<Tensor> {
         self.evaluate(images, Some(observe))
     }
@@ -494,8 +512,10 @@ impl Network {
         Ok(outputs.into_last().to_float()?)
     }
 
-    /// A training forward pass: batch statistics (where normalization is live), moving averages of
-    /// statistics and ranges updated. Gives the logits and the tape for [`Network::backward`].
+    /// Runs a training forward pass and returns the logits and the tape for [`Network::backward`].
+    ///
+    /// Live normalizations use batch statistics. The moving averages of statistics and ranges are
+    /// updated.
     pub fn forward_train<'a>(&mut self, images: &Tensor, step: Step<'a>) -> Result<(Tensor, Tape<'a>)> {
         let mut outputs: Outputs<Output> = Outputs::new(self);
         let readers = self.kinds_of_readers(&outputs.readers);
@@ -534,7 +554,7 @@ impl Network {
         Ok((outputs.into_last().map()?.to_float()?, Tape { records, readers, together: step.together }))
     }
 
-    /// What reads each node's output.
+    /// Returns the kind of readers of each node's output.
     fn kinds_of_readers(&self, readers: &[Vec<usize>]) -> Vec<Readers> {
         let of = |(node, readers): (&Node, &Vec<usize>)| match (node, &readers[..]) {
             (
@@ -549,14 +569,14 @@ impl Network {
         self.nodes.iter().zip(readers).map(of).collect()
     }
 
-    /// The gradients of every parameter from that of the logits `[N, classes]`.
+    /// Returns the gradients of every parameter, given the gradient of the logits `[N, classes]`.
     ///
-    /// Where the step was one of several ranks together, they are those of the images here in what the loss of all images is,
-    /// to be added to those of the other ranks.
+    /// If several ranks took the step together, these are the contributions of the local images to
+    /// the gradients of the whole batch's loss. The caller must add them up over the ranks.
     pub fn backward(&self, tape: Tape<'_>, logits: &Tensor) -> Result<Gradients> {
         let Tape { mut records, readers, together } = tape;
         let mut gradients = Gradients::default();
-        // Those of the nodes' outputs, as far as they have been found.
+        // The gradients of the nodes' outputs, as far as they are known.
         let mut found: Vec<Option<MapGradient>> = vec![None; records.len()];
         if let Some(last) = found.last_mut() {
             *last = Some(logits.clone().into());
@@ -574,7 +594,7 @@ impl Network {
                     let (inputs, normalized) = (sum.inputs, sum.normalized);
                     let g = sum.backward(g, &mut gradients)?;
                     for input in inputs {
-                        // The sums that may have come with the gradient are those of the normalization.
+                        // The sums that may come with the gradient belong to the normalization.
                         let own = if normalized == Some(input) { g.clone() } else { g.tensor.clone().into() };
                         add(&mut found[input], own)?;
                     }
@@ -584,7 +604,7 @@ impl Network {
                         quantized.map_or(Ok(g.tensor.clone()), |q| q.backward(&g.tensor, &mut gradients))?;
                     add(&mut found[input], pool::backward_as(&g, h, w, dtype)?.into())?;
                 }
-                // Nothing trains the image.
+                // The image has no gradient.
                 (Record::Image, _) | (_, None) => (),
             }
         }
@@ -593,7 +613,8 @@ impl Network {
 }
 
 impl UnitRecord {
-    /// Files the gradients of the parameters; returns that of the input, unless that is the image.
+    /// Stores the gradients of the parameters. Returns the gradient of the input, unless the input
+    /// is the image.
     fn backward(
         self,
         mut g: MapGradient,
@@ -618,12 +639,12 @@ impl UnitRecord {
                 gradients.set(parameter, gamma);
                 gradients.set(&self.shift, shift);
             }
-            // The classifier's has a sum of its own, over no more than the images of a batch.
+            // The classifier's shift is summed separately, over only the images of a batch.
             _ if g.tensor.rank() == 2 => gradients.set(&self.shift, bias::gradient(&g.tensor)?),
             _ => gradients.set(&self.shift, shift),
         }
         let (gw, gx) = convolution::backward(self.kernel, &self.x, &self.weight.value, &gz, below)?;
-        // A folding factor is held constant, so it cancels.
+        // A folding factor is treated as a constant, so it cancels.
         let gw = match &self.weight.quantized {
             Some(quantized) => quantized.backward(&gw, gradients)?,
             None => gw,
@@ -632,9 +653,11 @@ impl UnitRecord {
         Ok(gx)
     }
 
-    /// [`UnitRecord::backward`] from the gradients of what the folded filters gave, and of the shift that followed, where `s·w`
-    /// with the factor `s = γ/√(V+ε)` was quantized, and the shift was `β − μ·s`: `μ` and `V` are those of a convolution that
-    /// has gradients of its own.
+    /// Does the work of [`UnitRecord::backward`] for filters that are folded with float statistics.
+    ///
+    /// `gz` is the gradient of the folded filters' output, `gshift` that of the shift after it. The
+    /// quantized weights were `s·w` with `s = γ/√(V+ε)`, and the shift was `β − μ·s`. `μ` and `V`
+    /// are the statistics of a convolution with gradients of its own.
     fn backward_folded(
         &self,
         float: &FloatConvolution,
@@ -657,7 +680,7 @@ impl UnitRecord {
             gradients.set(gamma, (&gscale * inv_std)?);
         }
         gradients.set(&self.shift, gshift.clone());
-        // The statistics may be those of more images than are here.
+        // The statistics may be those of more images than the local ones.
         let rows = float.z.elem_count() / scale.elem_count();
         let (gscale, gshift, rows) = match together {
             None => (gscale, gshift.clone(), rows),
@@ -674,7 +697,7 @@ impl UnitRecord {
     }
 }
 
-/// Sums over all ranks of two gradients `[C]` and of the number of rows.
+/// Returns the sums over all ranks of two gradients `[C]` and of the number of rows.
 fn total(ranks: &dyn Ranks, a: &Tensor, b: &Tensor, rows: usize) -> Result<(Tensor, Tensor, usize)> {
     let c = a.elem_count();
     let mut own: Vec<f64> = Tensor::cat(&[a, b], 0)?.to_dtype(DType::F64)?.to_vec1()?;
@@ -686,7 +709,7 @@ fn total(ranks: &dyn Ranks, a: &Tensor, b: &Tensor, rows: usize) -> Result<(Tens
 }
 
 impl SumRecord {
-    /// The gradient of either input.
+    /// Returns the gradient of each input; it is the same for both.
     fn backward(self, mut g: MapGradient, gradients: &mut Gradients) -> Result<MapGradient> {
         if let Some(quantized) = &self.quantized {
             g = quantized.backward(&g.tensor, gradients)?.into();
@@ -698,7 +721,8 @@ impl SumRecord {
     }
 }
 
-/// What lies below a convolution that reads node `input`: the epilogue that its gradient goes to as it is, if there is one.
+/// Returns what lies below a convolution that reads node `input`: the epilogue that receives its
+/// gradient unchanged, if there is one.
 fn below<'a>(records: &'a [Record], readers: &[Vec<usize>], input: usize) -> Below<'a> {
     match &records[input] {
         Record::Image => Below::Image,
@@ -711,7 +735,7 @@ fn below<'a>(records: &'a [Record], readers: &[Vec<usize>], input: usize) -> Bel
     }
 }
 
-/// Adds a gradient to what was found before.
+/// Adds a gradient to the one found so far.
 fn add(found: &mut Option<MapGradient>, gradient: MapGradient) -> Result<()> {
     *found = Some(match found.take() {
         Some(other) => residual::add(&gradient.tensor, &other.tensor)?.into(),

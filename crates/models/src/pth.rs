@@ -1,7 +1,8 @@
-//! State dicts as `torch.save` writes them: a zip archive of a pickle, `data.pkl`, and of the storages that it refers to.
+//! State dicts as `torch.save` writes them: a zip archive of a pickle, `data.pkl`, and the storages
+//! that it refers to.
 //!
-//! Nothing in the pickle is run ([`pickle`]), and whatever it says, no more memory is taken than a small multiple of the
-//! file's length and 320 MiB.
+//! Nothing in the pickle is executed ([`pickle`]). Whatever it says, the memory used is at most a
+//! small multiple of the file's length plus 320 MiB.
 
 use candle_core::{DType, Device, Tensor};
 use pickle::{Pickle, Place};
@@ -10,26 +11,28 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Read};
 use zip::ZipArchive;
 
-/// Keys under which training scripts keep the state dict in their checkpoints, the one that is wanted first.
+/// The keys under which training scripts keep the state dict in their checkpoints, in order of
+/// preference.
 const STATE_KEYS: [&str; 7] =
     ["state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema", "ema"];
 
-/// The most bytes that the pickle may have: that of a network of 10,000 tensors has a tenth.
+/// The largest size of the pickle in bytes. A network of 10,000 tensors needs a tenth of it.
 const MOST_PICKLE: u64 = 16 << 20;
 
-/// The numbers of a file's tensors may take this many times as much memory as the file is long, as tensors can share
-/// numbers and are made wider, ...
+/// The numbers of a file's tensors may take this many times as much memory as the file is long,
+/// because tensors can share numbers and are widened, ...
 const TIMES_FILE: u64 = 8;
-/// ... and in any case this much.
+/// ... plus this many bytes.
 const ANY_CASE: u64 = 64 << 20;
 
-/// The most tensors, and the most dimensions of one: what describes them can be there once for all.
+/// The limits of the number of tensors and of their dimensions, because many tensors can share one
+/// description.
 const MOST_TENSORS: usize = 100_000;
 const MOST_DIMENSIONS: usize = 8;
 
 type Result<T> = std::result::Result<T, String>;
 
-/// The tensors of a state dict, alone or in a checkpoint, in float32 on the CPU.
+/// Reads the tensors of a state dict, alone or in a checkpoint, as float32 on the CPU.
 pub(crate) fn read(data: &[u8]) -> Result<BTreeMap<String, Tensor>> {
     let archive = ZipArchive::new(Cursor::new(data)).map_err(|e| format!("is no whole zip archive ({e})"))?;
     let names: Vec<String> = archive.file_names().flatten().map(Cow::into_owned).collect();
@@ -58,18 +61,18 @@ pub(crate) fn read(data: &[u8]) -> Result<BTreeMap<String, Tensor>> {
     Ok(tensors)
 }
 
-/// What a tensor is made of.
+/// The description of a tensor.
 struct Source<'a> {
     dtype: DType,
     storage: &'a str,
-    /// In elements.
+    /// The offset in elements.
     offset: usize,
     sizes: Vec<usize>,
-    /// In elements.
+    /// The strides in elements.
     strides: Vec<usize>,
 }
 
-/// The tensors under the first of the keys that has any, or else of the whole.
+/// Returns the tensors under the first key that has any, or else those of the whole pickle.
 fn state_dict<'a>(pickle: &Pickle<'a>) -> Result<Vec<(&'a str, Source<'a>)>> {
     let nested = STATE_KEYS.iter().filter_map(|key| pickle.item(pickle.top(), key));
     for place in nested.chain([pickle.top()]) {
@@ -89,14 +92,15 @@ fn state_dict<'a>(pickle: &Pickle<'a>) -> Result<Vec<(&'a str, Source<'a>)>> {
     Err(format!("holds no state dict, neither alone nor under {}", STATE_KEYS.join(", ")))
 }
 
-/// The arguments of the call that makes a tensor, if the value is one or a parameter.
+/// Returns the arguments of the call that makes a tensor, if the value is a tensor or a parameter.
 fn rebuilt<'p>(pickle: &'p Pickle, value: Place) -> Option<&'p [Place]> {
     let tensor = |value| pickle.call(value, "torch._utils", "_rebuild_tensor_v2");
     let parameter = |value| pickle.call(value, "torch._utils", "_rebuild_parameter")?.first().copied();
     tensor(value).or_else(|| tensor(parameter(value)?))
 }
 
-/// `call` are the storage, the offset, the sizes and the strides, and what is of no use here.
+/// Returns the description of a tensor. `call` begins with the storage, the offset, the sizes and
+/// the strides; the rest is not used.
 fn source<'a>(pickle: &Pickle<'a>, call: &[Place]) -> Result<Source<'a>> {
     let unknown = || "whose description can't be understood".to_string();
     let &[storage, offset, sizes, strides, ..] = call else { return Err(unknown()) };
@@ -132,14 +136,14 @@ fn source<'a>(pickle: &Pickle<'a>, call: &[Place]) -> Result<Source<'a>> {
 
 struct Archive<'a> {
     archive: ZipArchive<Cursor<&'a [u8]>>,
-    /// What stands before the names of all files.
+    /// The prefix of all file names.
     folder: &'a str,
-    /// Bytes that may still be taken.
+    /// The number of bytes that may still be allocated.
     budget: u64,
 }
 
 impl Archive<'_> {
-    /// A whole file of at most `most` bytes; its checksum is checked.
+    /// Reads a whole file of at most `most` bytes. The archive's checksum is verified.
     fn file(&mut self, name: &str, most: u64) -> Result<Vec<u8>> {
         let name = format!("{}{name}", self.folder);
         let fail = |e: &dyn std::fmt::Display| format!("its file {name} can't be read ({e})");
@@ -158,7 +162,7 @@ impl Archive<'_> {
         Ok(())
     }
 
-    /// Gathers a tensor's numbers, whatever its strides, and makes them float32.
+    /// Gathers a tensor's numbers, for any strides, and converts them to float32.
     fn tensor(&mut self, source: &Source, storages: &mut HashMap<String, Vec<u8>>) -> Result<Tensor> {
         if !storages.contains_key(source.storage) {
             let storage = self.file(&format!("data/{}", source.storage), self.budget)?;
@@ -169,7 +173,7 @@ impl Archive<'_> {
         let Source { dtype, offset, ref sizes, ref strides, .. } = *source;
         let width = dtype.size_in_bytes();
         let count = sizes.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
-        // Those that are gathered, and the floats that they become.
+        // The gathered numbers, and the floats that they become.
         let bytes = count.and_then(|count| (count as u64).checked_mul(width as u64 + 4));
         self.spend(bytes)?;
         let count = count.unwrap_or(0);
@@ -187,7 +191,7 @@ impl Archive<'_> {
             for _ in 0..count {
                 let place: usize = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
                 gathered.extend_from_slice(&storage[(offset + place) * width..][..width]);
-                // The next one, the last dimension first.
+                // Advance to the next element, the last dimension first.
                 for (i, &size) in index.iter_mut().zip(sizes).rev() {
                     *i += 1;
                     if *i < size {

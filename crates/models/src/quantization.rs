@@ -1,4 +1,5 @@
-//! Which tensors of a network are quantized, and how (method section 7).
+//! The settings of quantization: which tensors of a network are quantized, and how (method section
+//! 7).
 
 use crate::{Method, Network, Node, Norm, Quantizer, Result};
 use candle_core::Tensor;
@@ -6,63 +7,72 @@ use kernels::Activation;
 use quant_core::Precision;
 use serde::{Deserialize, Serialize};
 
-/// Batch normalization while the weights are quantized.
+/// The treatment of batch normalization while the weights are quantized.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fold {
     /// The weights are quantized as they are; normalization stays live.
     #[default]
     Unfolded,
-    /// The grid is that of the folded filter; normalization stays live, with batch statistics.
+    /// The grid is that of the folded filters; normalization stays live, with batch statistics.
     ///
-    /// Few bits can make this run away: a filter whose quantized weights are all zero gets a running
-    /// variance of zero, its folding factor grows to `γ/√ε`, and then its weights span the range of
-    /// the whole layer.
+    /// With few bits, this can diverge: a filter whose quantized weights are all zero gets a
+    /// running variance of zero, its folding factor grows to `γ/√ε`, and then its weights span the
+    /// range of the whole layer.
     BatchStatistics,
-    /// The filters are folded with the statistics that a second convolution, by the float weights, has on the batch, and the
-    /// folded filters are quantized: what training computes with is what is deployed (Jacob et al. 2018, figure C.8;
-    /// Krishnamoorthi 2018, section 3.2.2). Gradients go through both convolutions and the statistics.
+    /// The filters are folded with the batch statistics of a second convolution, by the float
+    /// weights, and the folded filters are quantized.
+    ///
+    /// Training computes with the weights that are deployed (Jacob et al. 2018, figure C.8;
+    /// Krishnamoorthi 2018, section 3.2.2). Gradients go through both convolutions and the
+    /// statistics.
     FloatStatistics,
-    /// Folded for good with the running statistics; a bias is left.
+    /// Normalization is folded permanently with the running statistics, and a bias remains.
     Frozen,
 }
 
-/// How many grids uniformly quantized weights have.
+/// The number of grids of uniformly quantized weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightGrid {
-    /// One for the whole tensor, between its extremes.
+    /// One grid for the whole tensor, between its extremes.
     #[default]
     Tensor,
-    /// One for each output channel, between the extremes of its filter. Sums of products stay exact: a channel's step is
-    /// a factor of the whole sum.
+    /// One grid for each output channel, between the extremes of its filter. Sums of products stay
+    /// exact, because a channel's step is a factor of the whole sum.
     Channel,
 }
 
-/// What a fine-tuning stage quantizes; by default nothing. Bit widths are 2…8, or 32 for float.
+/// The settings of a fine-tuning stage. By default, nothing is quantized. Bit widths are 2…8, or 32
+/// for float.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Quantization {
-    /// Bits of every activation tensor but the two below.
+    /// The bits of every activation tensor except the image and the pooled features.
     pub activations: Precision,
-    /// Bits of every weight tensor but the two below.
+    /// The bits of every weight tensor except those of the first layer and the classifier.
     pub weights: Precision,
-    /// Bits of the input image (where activations are quantized) and of the first layer's weights
-    /// (where weights are).
+    /// The bits of the input image (if activations are quantized) and of the first layer's weights
+    /// (if weights are quantized).
     pub first_layer: Precision,
-    /// Bits of the pooled features and of the classifier's weights, likewise.
+    /// The bits of the pooled features (if activations are quantized) and of the classifier's
+    /// weights (if weights are quantized).
     pub last_layer: Precision,
-    /// Batch normalization under quantized weights. The learned methods need [`Fold::Unfolded`].
+    /// The treatment of batch normalization. The learned methods need [`Fold::Unfolded`].
     pub fold: Fold,
-    /// How tensors are quantized. The image, the first layer's weights, the pooled features and the classifier's weights
-    /// are uniform in every method. (Not written where it is uniform: the keys of stored stages are hashes of this.)
+    /// The quantization method. The image, the first layer's weights, the pooled features and the
+    /// classifier's weights are uniform in every method.
+    ///
+    /// The default is not written, because the keys of stored stages are hashes of these settings.
     #[serde(default, skip_serializing_if = "is_default")]
     pub method: Method,
-    /// How many grids a weight tensor has where it is uniform. (Not written where it is one, likewise.)
+    /// The number of grids of a uniformly quantized weight tensor. The default is not written, as
+    /// for `method`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub weight_grid: WeightGrid,
-    /// Whether DSQ's gradients of bounds and softness, sums over all values, are scaled as LSQ scales that of its step; of no
-    /// effect in other methods. (Not written where they are not, likewise.)
+    /// Whether the gradients of DSQ's bounds and softness, which are sums over all values, are
+    /// scaled as LSQ scales the gradient of its step. Other methods ignore it. The default is not
+    /// written, as for `method`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub gradient_scale: bool,
 }
@@ -72,12 +82,14 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 impl Network {
-    /// Attaches the quantizers that `settings` ask for, in place. Quantizers of the same kind that are there already
-    /// keep their ranges and what they learned (they carry over from an earlier stage); the ranges of new ones are set
-    /// by the first training batch. With [`Fold::Frozen`] folds batch normalization first, whatever the weights' bits.
+    /// Attaches the quantizers of `settings`, in place.
+    ///
+    /// Existing quantizers of the same kind keep their ranges and what they learned: they carry
+    /// over from an earlier stage. The first training batch sets the ranges of new quantizers.
+    /// [`Fold::Frozen`] first folds batch normalization, whatever the bits of the weights.
     ///
     /// # Errors
-    /// When a learned method is to go with folded batch normalization.
+    /// If a learned method is combined with folded batch normalization.
     pub fn quantize(&mut self, settings: &Quantization) -> Result<()> {
         let Quantization { method, fold, .. } = *settings;
         if method != Method::Uniform && fold != Fold::Unfolded {
@@ -106,7 +118,7 @@ impl Network {
                 Ok(())
             };
         let (readers, last) = (self.readers(), self.last());
-        // A sum is quantized once, and its summands only where something else reads them too.
+        // A sum is quantized once. Its summands are quantized only if another node reads them too.
         let is_sum = |&reader: &usize| matches!(self.nodes[reader], Node::Sum(_));
         let summands: Vec<bool> = readers.iter().map(|readers| readers.iter().all(is_sum)).collect();
         for (i, (node, is_summand)) in self.nodes.iter_mut().zip(summands).enumerate() {
@@ -121,7 +133,7 @@ impl Network {
             let (precision, method) = match node {
                 Node::Image(_) => (first_layer, Method::Uniform),
                 Node::Pool(_) => (last_layer, Method::Uniform),
-                // The logits, and what goes into sums alone.
+                // The logits, and the outputs that only sums read.
                 _ if is_summand => (Precision::Float, method),
                 Node::Unit(_) | Node::Sum(_) => (activations, method),
             };
@@ -132,7 +144,9 @@ impl Network {
     }
 
     /// Folds every batch normalization into its convolution, with the running statistics:
-    /// `W ← W·γ/√(V+ε)`, bias `β − μγ/√(V+ε)`. The evaluated outputs stay the same up to rounding.
+    /// `W ← W·γ/√(V+ε)`, bias `β − μγ/√(V+ε)`.
+    ///
+    /// The evaluated outputs stay the same up to rounding.
     pub fn fold(&mut self) -> Result<()> {
         let epsilon = self.epsilon;
         for unit in self.units_mut() {

@@ -1,4 +1,5 @@
-//! Quantizers: how many bits a tensor of a network has, by which scheme, and what the scheme keeps.
+//! Quantizers: the bit width and scheme of a network's tensor, and the tensors that the scheme
+//! keeps.
 
 mod dsq;
 mod lsq;
@@ -13,16 +14,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fmt::Debug;
 
-/// Makes the enum of the methods from the list of their schemes.
+/// Defines the enum of the methods from the list of their schemes.
 macro_rules! methods {
     ($($(#[$attribute:meta])* $name:ident = $schemes:expr,)*) => {
-        /// How the tensors between the first and the last layer are quantized.
+        /// The method by which the tensors between the first and the last layer are quantized.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(rename_all = "snake_case")]
         pub enum Method { $($(#[$attribute])* $name,)* }
 
         impl Method {
-            /// Every method.
+            /// All methods.
             pub const ALL: &[Self] = &[$(Self::$name),*];
 
             fn schemes(self) -> &'static Schemes {
@@ -32,148 +33,159 @@ macro_rules! methods {
     };
 }
 
-// A new method is a file with its schemes and a line here.
+// To add a method, add a file with its schemes and a line here.
 methods! {
-    /// Uniform: activations by moving averages of their extremes, weights by their own.
+    /// Uniform: moving averages of the extremes for activations, the tensor's own extremes for
+    /// weights.
     #[default]
     Uniform = uniform::SCHEMES,
-    /// PACT: activations by a clip with a learned bound, weights by DoReFa.
+    /// PACT: a clip with a learned bound for activations, DoReFa for weights.
     Pact = pact::SCHEMES,
     /// DSQ: soft steps with learned bounds and softness for both.
     Dsq = dsq::SCHEMES,
-    /// LSQ: learned steps for both, and for activations of both signs a learned offset (LSQ+).
+    /// LSQ: learned steps for both, and a learned offset (LSQ+) for activations of both signs.
     Lsq = lsq::SCHEMES,
 }
 
-/// What a method quantizes by.
+/// The schemes of a method.
 struct Schemes {
-    /// What settings and the keys of stored stages call the method: never to be changed.
+    /// The method's name in settings and in the keys of stored stages. It must never change.
     name: &'static str,
     /// The method's name in the literature.
     title: &'static str,
-    /// For activations that are never negative.
+    /// The scheme for activations that are never negative.
     unsigned: &'static dyn Scheme,
-    /// For activations of both signs.
+    /// The scheme for activations of both signs.
     signed: &'static dyn Scheme,
-    /// For weights; the settings choose by [`Scheme::fold`] and [`Scheme::weight_grid`] where there are several.
+    /// The schemes for weights. If there are several, the settings choose by [`Scheme::fold`] and
+    /// [`Scheme::weight_grid`].
     weights: &'static [&'static dyn Scheme],
 }
 
-/// How the values of a tensor become levels. Each scheme is a value of a type that implements this, in the file of its
-/// method; everything that networks do with quantizers follows from it.
+/// The rule by which a tensor's values become levels.
 ///
-/// `own` are the tensors that the scheme keeps, in the order of [`Scheme::tensors`].
+/// Each scheme is a value of a type that implements this trait, in the file of its method. All that
+/// networks do with quantizers follows from it. `own` are the tensors that the scheme keeps, in the
+/// order of [`Scheme::tensors`].
 trait Scheme: Debug + Sync {
-    /// What names the scheme, and what it is set to, in a network's file; nothing (`null`) stands for uniform.
+    /// Returns the name and settings of the scheme as in a network's file. `null` means uniform.
     fn kind(&self) -> Value;
 
-    /// The tensors that the scheme keeps.
+    /// Returns the tensors that the scheme keeps.
     fn tensors(&self) -> &'static [Slot] {
         &[]
     }
 
-    /// For weights: whether they are multiplied by the factor of their batch normalization before they are quantized, and
-    /// by which statistics in training. [`Fold::Frozen`] is none of the scheme's business.
+    /// Returns, for weights, whether they are multiplied by the factor of their batch normalization
+    /// before they are quantized, and which statistics training uses for it. The scheme is not
+    /// concerned with [`Fold::Frozen`].
     fn fold(&self) -> Fold {
         Fold::Unfolded
     }
 
-    /// For weights: how many grids they have.
+    /// Returns, for weights, how many grids they have.
     fn weight_grid(&self) -> WeightGrid {
         WeightGrid::Tensor
     }
 
-    /// Whether the scheme's tensors stay what they are at other bits; if not, they are set anew.
+    /// Returns whether the scheme's tensors keep their values if the bit width changes. If not,
+    /// they are initialized again.
     fn spans_any_bits(&self) -> bool {
         true
     }
 
-    /// Sets the scheme's tensors, in place, from the first tensor that it quantizes. Not called where [`Scheme::grid`] has
-    /// a range that is observed.
+    /// Initializes the scheme's tensors, in place, from the first tensor that it quantizes. Not
+    /// called if [`Scheme::grid`] has a range that is observed.
     fn start(&self, _own: &[Tensor], _x: &Tensor, _bits: Bits) -> Result<()> {
         Ok(())
     }
 
-    /// Before a later training step: brings back, in place, what a step of the optimizer took out of its range.
+    /// Projects the scheme's tensors back into their ranges, in place, before a later training
+    /// step. A step of the optimizer may have moved them out.
     fn project(&self, _own: &[Tensor]) -> Result<()> {
         Ok(())
     }
 
-    /// The tensors by which `x` is quantized: the scheme's own, unless they follow from `x`.
+    /// Returns the tensors that quantize `x`: the scheme's own, unless they follow from `x`.
     fn by(&self, own: &[Tensor], _x: &Tensor) -> Result<Vec<Tensor>> {
         Ok(own.to_vec())
     }
 
-    /// The quantized values of `x`.
+    /// Returns the quantized values of `x`.
     fn forward(&self, x: &Tensor, by: &[Tensor], bits: Bits) -> Result<Tensor>;
 
-    /// The values that [`Scheme::forward`] gives, in numbers.
+    /// Returns the lattice of the values of [`Scheme::forward`].
     fn lattice(&self, by: &[Tensor], bits: Bits) -> Result<Lattice>;
 
-    /// The gradients from that of the quantized values of `x`.
+    /// Returns the gradients, given the gradient of the quantized values of `x`.
     fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes>;
 
-    /// As those kernels take it that have uniform quantization built in; none for any other scheme.
+    /// Returns the grid for the kernels with built-in uniform quantization, or `None` for any other
+    /// scheme.
     fn grid<'a>(&self, _by: &'a [Tensor], _bits: Bits) -> Option<kernels::Quantizer<'a>> {
         None
     }
 }
 
-/// The gradients of what a scheme was given.
+/// The gradients of a scheme's inputs.
 struct Slopes {
-    /// Of the tensor that is quantized.
+    /// The gradient of the tensor that is quantized.
     x: Tensor,
-    /// Of the tensors that the scheme learns, which are all that it keeps, in the order of [`Scheme::tensors`].
+    /// The gradients of the tensors that the scheme learns, which are all that it keeps, in the
+    /// order of [`Scheme::tensors`].
     own: Vec<Tensor>,
 }
 
 /// A tensor that a scheme keeps.
 struct Slot {
-    /// Its name in files, behind that of its unit; `weight_` stands before it where weights are quantized.
+    /// The name in files, after the unit's name. For weights, it has the prefix `weight_`.
     name: &'static str,
-    /// Number of elements.
+    /// The number of elements.
     len: usize,
-    /// What it is if it is learned by its gradient.
+    /// The role, if the tensor is learned by its gradient.
     role: Option<Role>,
 }
 
 impl Method {
-    /// The schemes that settings ask for.
+    /// Returns the method's schemes for these settings.
     fn schemes_as(self, settings: &Quantization) -> &'static Schemes {
         if self == Self::Dsq && settings.gradient_scale { &dsq::SCALED } else { self.schemes() }
     }
 
-    /// What settings and the keys of stored stages call the method.
+    /// Returns the method's name in settings and in the keys of stored stages.
     pub fn name(self) -> &'static str {
         self.schemes().name
     }
 
-    /// The methods whose quantizers learn.
+    /// Returns the methods whose quantizers learn.
     pub fn learned() -> impl Iterator<Item = Self> {
         Self::ALL.iter().copied().filter(|method| *method != Self::Uniform)
     }
 
-    /// The method's name in the literature.
+    /// Returns the method's name in the literature.
     pub fn title(self) -> &'static str {
         self.schemes().title
     }
 }
 
-/// A quantizer of one tensor of a network: how many bits, by which scheme, and the tensors that the scheme keeps.
+/// A quantizer of a network's tensor: the bit width, the scheme, and the tensors that the scheme
+/// keeps.
 #[derive(Debug, Clone)]
 pub struct Quantizer {
-    /// Bit width.
+    /// The bit width.
     pub bits: Bits,
     scheme: &'static dyn Scheme,
-    /// In the order of [`Scheme::tensors`].
+    /// The scheme's tensors, in the order of [`Scheme::tensors`].
     tensors: Vec<Tensor>,
-    /// Whether the scheme's tensors have been set.
+    /// Whether the scheme's tensors have been initialized.
     ready: bool,
 }
 
 impl Quantizer {
-    /// A quantizer of activations, of which some are negative if they are `signed`. It is `old` with other bits where
-    /// the scheme is the same and allows it, else a new one, to be set by the first training batch.
+    /// Returns a quantizer of activations, some of which are negative if they are `signed`.
+    ///
+    /// It is `old` with other bits if the scheme is the same and allows it. Otherwise it is new,
+    /// and the first training batch initializes it.
     pub(crate) fn of_activations(
         old: Option<Self>,
         bits: Bits,
@@ -186,10 +198,13 @@ impl Quantizer {
         Self::carried_over(old, bits, if signed { schemes.signed } else { schemes.unsigned }, device)
     }
 
-    /// A quantizer of `weight`, likewise; a new one is set by the weights as they are. With
-    /// [`Fold::BatchStatistics`] the grid is that of the filters times `γ/√(V+ε)` of the
-    /// running variance, so that what is deployed, the folded weights, lies on one grid while batch normalization stays
-    /// live; with [`Fold::FloatStatistics`] training takes the batch's variance. Only uniform weights have that, and the choice of grids.
+    /// Returns a quantizer of `weight`. It is `old` with other bits if the scheme is the same and
+    /// allows it. Otherwise it is new and initialized from the current weights.
+    ///
+    /// With [`Fold::BatchStatistics`], the grid is that of the filters times `γ/√(V+ε)` of the
+    /// running variance. So the weights that are deployed, which are folded, lie on one grid, while
+    /// batch normalization stays live. With [`Fold::FloatStatistics`], training uses the batch's
+    /// variance. Only uniform weights support these folds and the choice of grids.
     pub(crate) fn of_weights(
         old: Option<Self>,
         bits: Bits,
@@ -232,29 +247,30 @@ impl Quantizer {
         Ok(Self { bits, scheme, tensors, ready: false })
     }
 
-    /// What names the scheme, and what it is set to, in a network's file; nothing (`null`) stands for uniform.
+    /// Returns the name and settings of the scheme as in a network's file. `null` means uniform.
     pub fn kind(&self) -> Value {
         self.scheme.kind()
     }
 
-    /// For weights: whether the grid is that of the folded filters. Without effect where batch normalization has been
-    /// folded already.
+    /// Returns, for weights, whether the grid is that of the folded filters. It has no effect if
+    /// batch normalization has been folded already.
     pub fn folded(&self) -> bool {
         self.fold() != Fold::Unfolded
     }
 
-    /// How, and by which statistics in training.
+    /// Returns how the grid is folded, and which statistics training uses.
     pub(crate) fn fold(&self) -> Fold {
         self.scheme.fold()
     }
 
-    /// The range `[2]`, the lowest and the highest value, of a uniform quantizer of activations; none while no
-    /// training batch has set it.
+    /// Returns the range `[2]` of a uniform quantizer of activations, the lowest and the highest
+    /// value, or `None` if no training batch has set it.
     pub fn range(&self) -> Option<&Tensor> {
         self.grid().map(|grid| grid.range)
     }
 
-    /// Sets the range of a uniform quantizer of activations; one that learns its bounds is left as it is.
+    /// Sets the range of a uniform quantizer of activations. Leaves a quantizer that learns its
+    /// bounds unchanged.
     pub fn set_range(&mut self, lo: f32, hi: f32) -> Result<()> {
         if self.scheme.grid(&self.tensors, self.bits).is_some() {
             self.tensors[0] = Tensor::new(&[lo, hi], self.tensors[0].device())?;
@@ -263,13 +279,14 @@ impl Quantizer {
         Ok(())
     }
 
-    /// The quantized values of `x`; `x` itself while no training batch has set the scheme's tensors.
+    /// Returns the quantized values of `x`, or `x` itself if no training batch has initialized the
+    /// scheme's tensors.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         if self.ready { Ok(self.forward(x)?.0) } else { Ok(x.clone()) }
     }
 
-    /// The values that [`Quantizer::apply`] gives for `x`, in numbers; none while no training batch has set them. Those
-    /// of activations are the same for every `x`.
+    /// Returns the lattice of [`Quantizer::apply`] for `x`, or `None` if no training batch has
+    /// initialized the quantizer. For activations, it is the same for every `x`.
     pub fn lattice(&self, x: &Tensor) -> Result<Option<Lattice>> {
         if !self.ready {
             return Ok(None);
@@ -277,48 +294,51 @@ impl Quantizer {
         self.scheme.lattice(&self.scheme.by(&self.tensors, x)?, self.bits).map(Some)
     }
 
-    /// [`Quantizer::lattice`] of a quantizer of activations, which needs no tensor.
+    /// Returns [`Quantizer::lattice`] of a quantizer of activations, which needs no tensor.
     pub fn output_lattice(&self) -> Result<Option<Lattice>> {
         let device = self.tensors.first().map_or(&Device::Cpu, Tensor::device);
         self.lattice(&Tensor::zeros(1, DType::F32, device)?)
     }
 
-    /// Whether anything of the quantizer has a gradient.
+    /// Returns whether any tensor of the quantizer has a gradient.
     pub(crate) fn learns(&self) -> bool {
         self.scheme.tensors().iter().any(|slot| slot.role.is_some())
     }
 
-    /// Names, roles and tensors of what the scheme keeps.
+    /// Returns the names, roles and tensors of what the scheme keeps.
     pub fn slots(&self) -> impl Iterator<Item = (&'static str, Option<Role>, &Tensor)> {
         self.scheme.tensors().iter().zip(&self.tensors).map(|(slot, tensor)| (slot.name, slot.role, tensor))
     }
 
-    /// Which of the tensors has not the shape that the scheme keeps.
+    /// Describes the first tensor whose shape is not the scheme's, if there is one.
     pub(crate) fn problem(&self) -> Option<String> {
         let mut slots = self.scheme.tensors().iter().zip(&self.tensors);
         let (slot, tensor) = slots.find(|(slot, tensor)| tensor.dims() != [slot.len])?;
         Some(format!("has a {} of the shape {:?}: expected [{}]", slot.name, tensor.dims(), slot.len))
     }
 
-    /// [`Quantizer::slots`], to be filled.
+    /// Returns [`Quantizer::slots`] with mutable tensors.
     pub(crate) fn slots_mut(&mut self) -> impl Iterator<Item = (&'static str, Option<Role>, &mut Tensor)> {
         let slots = self.scheme.tensors().iter().zip(&mut self.tensors);
         slots.map(|(slot, tensor)| (slot.name, slot.role, tensor))
     }
 
-    /// As those kernels take it that have uniform quantization built in; none while the range has not been set, and
-    /// for any other scheme.
+    /// Returns the grid for the kernels with built-in uniform quantization. It is `None` if the
+    /// range has not been set, and for any other scheme.
     pub(crate) fn grid(&self) -> Option<kernels::Quantizer<'_>> {
         self.scheme.grid(&self.tensors, self.bits).filter(|_| self.ready)
     }
 
-    /// Whether the scheme's range follows from the extremes of what it quantizes, so that [`Quantizer::observe`] sets it.
+    /// Returns whether the scheme's range follows the extremes of the tensors that it quantizes, so
+    /// that [`Quantizer::observe`] sets it.
     pub(crate) fn tracks_extremes(&self) -> bool {
         self.scheme.grid(&self.tensors, self.bits).is_some()
     }
 
-    /// Before a training step in which a kernel quantizes: moves the range by `momentum` of the distance to the extremes
-    /// `[2]` of the batch. The first batch sets it. Does nothing for schemes that are not built into kernels.
+    /// Moves the range by `momentum` of the distance to the extremes `[2]` of the batch, before a
+    /// training step in which a kernel quantizes.
+    ///
+    /// The first batch sets the range. Does nothing for schemes that are not built into kernels.
     pub(crate) fn observe(&mut self, extremes: impl FnOnce() -> Result<Tensor>, momentum: f64) -> Result<()> {
         if let Some(grid) = self.scheme.grid(&self.tensors, self.bits) {
             let momentum = if self.ready { momentum } else { 1.0 };
@@ -328,8 +348,10 @@ impl Quantizer {
         Ok(())
     }
 
-    /// Before a training step quantizes `x`: sets the scheme's tensors the first time, and from then on brings them back
-    /// to where they may be. Ranges that follow extremes are observed instead.
+    /// Prepares the scheme's tensors before a training step quantizes `x`.
+    ///
+    /// It initializes them the first time, and later projects them back into their ranges. Ranges
+    /// that follow extremes are observed instead.
     pub(crate) fn settle(&mut self, x: &Tensor) -> Result<()> {
         match self.ready {
             true => self.scheme.project(&self.tensors)?,
@@ -339,7 +361,8 @@ impl Quantizer {
         Ok(())
     }
 
-    /// The levels of `x`, and what their gradient needs, if kernels have the scheme built in.
+    /// Returns the levels of `x` and the data that their gradient needs, if kernels have the scheme
+    /// built in.
     pub(crate) fn levels(&self, x: &Tensor) -> Result<Option<(FeatureMap, Quantized)>> {
         let Some(grid) = self.grid() else { return Ok(None) };
         let &Self { bits, scheme, .. } = self;
@@ -347,7 +370,7 @@ impl Quantizer {
         Ok(Some((FeatureMap::quantize(x, Some(grid))?, quantized)))
     }
 
-    /// The quantized values of `x`, and what their gradient needs.
+    /// Returns the quantized values of `x` and the data that their gradient needs.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<(Tensor, Quantized)> {
         let &Self { bits, scheme, .. } = self;
         let by = scheme.by(&self.tensors, x)?;
@@ -355,7 +378,7 @@ impl Quantizer {
     }
 }
 
-/// What the gradient of a tensor that was quantized needs.
+/// The data that the gradient of a quantized tensor needs.
 pub(crate) struct Quantized {
     x: Tensor,
     by: Vec<Tensor>,
@@ -364,12 +387,13 @@ pub(crate) struct Quantized {
 }
 
 impl Quantized {
-    /// The tensor as it was, and the grid that it is on, if the scheme is built into kernels.
+    /// Returns the tensor before quantization and its grid, if the scheme is built into kernels.
     pub(crate) fn on_grid(&self) -> Option<(&Tensor, kernels::Quantizer<'_>)> {
         self.scheme.grid(&self.by, self.bits).map(|grid| (&self.x, grid))
     }
 
-    /// The gradient of the tensor from that of its quantized values; files those of the scheme's learned tensors.
+    /// Returns the gradient of the tensor, given that of its quantized values, and stores the
+    /// gradients of the scheme's learned tensors.
     pub(crate) fn backward(&self, gy: &Tensor, gradients: &mut Gradients) -> Result<Tensor> {
         let Slopes { x, own } = self.scheme.backward(&self.x, gy, &self.by, self.bits)?;
         let learned = self.scheme.tensors().iter().filter(|slot| slot.role.is_some()).count();
@@ -379,7 +403,8 @@ impl Quantized {
     }
 }
 
-/// What a file says of a quantizer beside its tensors: of activations `ready`, of weights `folded`.
+/// The entry of a quantizer in a file, apart from its tensors. Activations have `ready`, weights
+/// have `folded`.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Entry {
     bits: Bits,
@@ -387,7 +412,7 @@ pub(crate) struct Entry {
     ready: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     folded: Option<bool>,
-    /// Not written where it is uniform, as in the files from before there was anything else.
+    /// Not written for uniform quantization, as in files from before other schemes existed.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     kind: Value,
 }
@@ -403,7 +428,7 @@ impl Entry {
         Self { bits: quantizer.bits, ready: None, folded, kind: quantizer.kind() }
     }
 
-    /// The quantizer, with `empty` in the place of each of its tensors.
+    /// Returns the quantizer with `empty` in place of each of its tensors.
     pub(crate) fn quantizer(self, empty: &Tensor) -> Result<Quantizer, String> {
         let Self { bits, ready, folded, kind } = self;
         let all = Method::ALL.iter().map(|method| method.schemes()).chain([&dsq::SCALED]);

@@ -1,4 +1,4 @@
-//! What a network's file says beside its tensors.
+//! The part of a network's file that is not tensors.
 
 use crate::quantizer::Entry;
 use crate::{BatchNorm, HEAD, Image, Kernel, Network, Node, Norm, Pool, Quantizer, Sum, Unit};
@@ -6,13 +6,14 @@ use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use serde::{Deserialize, Serialize};
 
-/// The most nodes that a network may have.
+/// The largest number of nodes of a network.
 const MOST_NODES: usize = 10_000;
 
-/// Everything of a network that is not a tensor.
+/// Everything of a network except its tensors.
 ///
-/// Most networks are a chain: each of the `units` reads what comes before it, residuals add to their outputs what
-/// earlier ones gave, and pooling and a classifier follow. A network that is none has its `nodes` instead.
+/// Most networks are a chain: each of the `units` reads the previous one, residuals add the outputs
+/// of earlier units to later ones, and pooling and a classifier follow. A network that is no chain
+/// has its `nodes` instead.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Structure {
     name: String,
@@ -32,24 +33,25 @@ struct UnitEntry {
     name: String,
     kernel: Kernel,
     activation: Activation,
-    /// Whether batch normalization is live; a bias otherwise.
+    /// Whether there is batch normalization. Otherwise, there is a bias.
     normalized: bool,
-    /// Whether the activation has caps; not written where it has none, as in the files from before there were any.
+    /// Whether the activation has caps. `false` is not written, as in files from before caps
+    /// existed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     capped: bool,
     weight_quantizer: Option<Entry>,
-    /// Where a residual ends, that of the sum.
+    /// The output's quantizer. If a residual ends here, it is the sum's quantizer.
     output_quantizer: Option<Entry>,
 }
 
-/// The output of unit `from` is added to that of unit `to`, which has no activation.
+/// A residual: the output of unit `from` is added to that of unit `to`, which has no activation.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Residual {
     from: usize,
     to: usize,
 }
 
-/// A node behind the image, which is node 0.
+/// A node after the image, which is node 0.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum NodeEntry {
@@ -84,7 +86,7 @@ impl NodeEntry {
         })
     }
 
-    /// The node with `empty` in the place of each tensor.
+    /// Returns the node with `empty` in place of each tensor.
     fn node(self, empty: &Tensor) -> Result<Node, String> {
         Ok(match self {
             Self::Unit { input, unit } => Node::Unit(Unit {
@@ -134,7 +136,7 @@ impl Structure {
             head_weight_quantizer: None,
             nodes: Vec::new(),
         };
-        // The chain that it is if it is one.
+        // The chain that the network is, if it is a chain.
         let mut chain = without_nodes();
         let mut unit_of = vec![0];
         for node in &nodes {
@@ -156,10 +158,10 @@ impl Structure {
         if chain.expanded().as_ref() == Ok(&nodes) { chain } else { Self { nodes, ..without_nodes() } }
     }
 
-    /// The nodes of a chain.
+    /// Returns the nodes of a chain.
     fn expanded(&self) -> Result<Vec<NodeEntry>, String> {
         let mut nodes = Vec::new();
-        // Of each unit the node that gives its output, residual and all.
+        // For each unit, the node of its output, including the residual.
         let mut outputs = Vec::new();
         let mut residuals = self.residuals.clone();
         for (i, unit) in self.units.iter().enumerate() {
@@ -171,7 +173,7 @@ impl Structure {
                     *outputs.get(from).ok_or_else(|| format!("residual {from} → {to} runs backwards"))?;
                 sum = Some((from, unit.name.clone(), unit.output_quantizer.take()));
             }
-            // The node before it; the image, which is not listed, is the first.
+            // The previous node. It is the image, which is not listed, for the first unit.
             nodes.push(NodeEntry::Unit { input: nodes.len(), unit });
             if let Some((from, name, quantizer)) = sum {
                 let inputs = [from, nodes.len()];
@@ -197,8 +199,10 @@ impl Structure {
         Ok(nodes)
     }
 
-    /// The network with an empty tensor in every slot, to be filled through [`Network::slots_mut`]. They are on the CPU:
-    /// a GPU has none without elements.
+    /// Returns the network with an empty tensor in every slot, to be filled through
+    /// [`Network::slots_mut`].
+    ///
+    /// The tensors are on the CPU, because a GPU can't hold tensors without elements.
     pub(crate) fn skeleton(self) -> Result<Network, String> {
         let count = self.units.len() + self.residuals.len() + self.nodes.len();
         if count > MOST_NODES {

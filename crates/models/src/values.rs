@@ -1,13 +1,16 @@
-//! Whether a network's numbers can be computed with.
+//! Checks of a network's numbers.
 
 use crate::{Network, Result};
 
 impl Network {
-    /// Checks that every parameter, running statistic and range is finite, and no running variance or cap negative. Its outputs
-    /// need not show it: quantizers map NaN to a level.
+    /// Checks that every parameter, running statistic and range is finite, and that no running
+    /// variance or cap is negative.
+    ///
+    /// The outputs need not show such a number, because quantizers map NaN to a level.
     ///
     /// # Errors
-    /// Names the first tensor that has such numbers, and in it the first filter: the place along the last dimension.
+    /// An error that names the first tensor with such a number and, within it, the first filter:
+    /// the index along the last dimension.
     pub fn check_values(&self) -> Result<()> {
         for (name, tensor) in self.tensors() {
             let least =
@@ -35,7 +38,8 @@ mod tests {
     use crate::{Input, MobileNet, Norm, Version};
     use candle_core::{Device, Tensor};
 
-    /// A new network with one number changed, the fifth filter's variance or weight.
+    /// Checks a new network in which one element of the variance and one of the weight is changed,
+    /// both of filter 5.
     #[track_caller]
     fn check(variance: f32, weight: f32, expected: Option<&str>) {
         let config = MobileNet { width: 0.1, ..MobileNet::new(Version::V1, Input::Cifar, 10) };

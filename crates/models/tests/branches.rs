@@ -1,5 +1,6 @@
-//! A network that branches, as no MobileNet does, against plain Candle with its autograd: projections on a shortcut,
-//! activations after sums, an output with three readers, caps of channels.
+//! A network with branches that no MobileNet has, compared with plain Candle and its autograd:
+//! projections on a shortcut, activations after sums, an output with three readers, caps of
+//! channels.
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use kernels::{Activation, loss::softmax_cross_entropy};
@@ -23,7 +24,7 @@ fn images() -> Tensor {
     random(&[6, 9, 9, 3], 1)
 }
 
-/// Adds a unit that reads `input`; its index.
+/// Adds a unit that reads `input` and returns its index.
 fn unit(
     network: &mut Network,
     name: &str,
@@ -53,24 +54,25 @@ fn network() -> Network {
     use Kernel::{Depthwise, Full, Pointwise};
     let mut n = Network::of_image("branches", [9, 9, 3]);
     let stem = unit(&mut n, "stem", 0, Full { size: 3, stride: 1 }, 8, Relu);
-    // As it is, added before an activation.
+    // The shortcut is the identity, and an activation follows the sum.
     let expand = unit(&mut n, "a.expand", stem, Pointwise, 12, Relu6);
     let depthwise_of_a = unit(&mut n, "a.depthwise", expand, Depthwise { stride: 1 }, 12, Relu6);
     let project = unit(&mut n, "a.project", depthwise_of_a, Pointwise, 8, Identity);
     let a = sum(&mut n, "a", [stem, project], Relu);
-    // Through a projection.
+    // The shortcut has a projection.
     let depthwise = unit(&mut n, "b.depthwise", a, Depthwise { stride: 2 }, 8, Relu);
     let project = unit(&mut n, "b.project", depthwise, Pointwise, 16, Identity);
     let narrow = unit(&mut n, "b.narrow", a, Depthwise { stride: 2 }, 8, Identity);
     let shortcut = unit(&mut n, "b.shortcut", narrow, Pointwise, 16, Identity);
     let b = sum(&mut n, "b", [shortcut, project], Relu);
-    // Two that begin at the same place, of which one ends in a sum that another reads as it is.
+    // Two branches begin at the same node. One ends in a sum without an activation, which the
+    // other's sum reads.
     let first = unit(&mut n, "c.first", b, Pointwise, 16, Relu);
     let first = sum(&mut n, "c", [first, b], Identity);
     let second = unit(&mut n, "d.second", b, Pointwise, 16, Identity);
     sum(&mut n, "d", [first, second], Relu6);
     n.push_head(random(&[16, 5], 3), random(&[5], 4));
-    // Some of their values lie above, also where a sum reads them.
+    // Some values exceed the caps, also where a sum reads them.
     for node in [depthwise_of_a, shortcut, second] {
         let unit = n.nodes[node].unit_mut().unwrap();
         unit.cap = Some(((random(&[unit.filters()], node as u64) * 0.5).unwrap() + 0.7).unwrap());
@@ -83,7 +85,7 @@ fn labels() -> Tensor {
     Tensor::new(&[0u32, 1, 2, 3, 4, 0], &Device::Cpu).unwrap()
 }
 
-/// The network in float64 and NCHW, of variables for its parameters.
+/// The network in float64 and NCHW, with variables as its parameters.
 struct Reference<'a> {
     network: &'a Network,
     variables: HashMap<String, Var>,
@@ -101,7 +103,8 @@ impl<'a> Reference<'a> {
         &self.variables[&format!("{}.{field}", unit.name)]
     }
 
-    /// The output of a convolution, normalized by the statistics of the batch.
+    /// Returns the output of a convolution, normalized with the batch's statistics, or with its
+    /// bias added.
     fn unit(&self, unit: &Unit, x: &Tensor) -> candle_core::Result<Tensor> {
         let weight = self.get(unit, "weight");
         let (side, filters) = (unit.kernel.side(), unit.filters());
@@ -150,7 +153,7 @@ impl<'a> Reference<'a> {
     }
 }
 
-/// Uniform quantization, whose gradient passes where nothing is clamped.
+/// Returns the uniformly quantized values, whose gradient passes where nothing is clamped.
 fn fake(y: &Tensor, range: &Tensor, max_level: u32) -> candle_core::Result<Tensor> {
     let range = range.to_vec1::<f32>()?;
     let (lo, hi) = (f64::from(range[0].min(0.0)), f64::from(range[1].max(0.0)));
@@ -163,14 +166,15 @@ fn fake(y: &Tensor, range: &Tensor, max_level: u32) -> candle_core::Result<Tenso
     (value - &passed)?.detach() + &passed
 }
 
-/// How far apart two tensors are, as a share of the second's length, which counts as `least` at least.
+/// Returns the distance of two tensors, relative to the second's norm, or to `least` if that is
+/// larger.
 fn apart(found: &Tensor, expected: &Tensor, least: f64) -> f64 {
     let length = |t: Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
     let found = found.to_dtype(DType::F64).unwrap();
     length((found - expected).unwrap()) / length(expected.clone()).max(least)
 }
 
-/// The logits of a training step and the gradients of all parameters are those of autograd.
+/// Checks that the logits of a training step and the gradients of all parameters match autograd.
 #[track_caller]
 fn check(network: &mut Network, tolerance: f64) {
     let (logits, tape) = network.forward_train(&images(), STEP).unwrap();
@@ -185,13 +189,13 @@ fn check(network: &mut Network, tolerance: f64) {
     let expected = (log_sum - chosen).unwrap().mean_all().unwrap().backward().unwrap();
     for parameter in network.parameters() {
         let expected = expected.get(&reference.variables[&parameter.name]).expect("it has a gradient");
-        // The gradient of a shift in front of a normalization is zero but for rounding.
+        // The gradient of a shift before a normalization is zero except for rounding.
         let off = apart(gradients.of(&parameter).unwrap(), expected, 1e-3);
         assert!(off < tolerance, "the gradient of {} is off by {off:.1e}", parameter.name);
     }
 }
 
-/// Float32 against float64: some 1e-6 for each layer.
+/// The tolerance for float32 compared with float64: about 1e-6 for each layer.
 const FLOAT: f64 = 1e-4;
 
 #[test]
@@ -216,8 +220,9 @@ fn eight_bits(method: Method) -> Quantization {
     }
 }
 
-/// Where float32 and float64 lie on either side of a border between levels, of which some of the thousands of values
-/// are, a value is off by 1/255 of its range; a missing term would show as 0.1 and more.
+/// If float32 and float64 are on different sides of a border between levels, which happens for some
+/// of the thousands of values, a value is off by 1/255 of its range. A missing term would show as
+/// 0.1 or more.
 #[test]
 fn passes_with_quantized_activations_are_those_of_autograd() {
     let mut network = network();
@@ -225,7 +230,8 @@ fn passes_with_quantized_activations_are_those_of_autograd() {
     check(&mut network, 3e-2);
 }
 
-/// What goes into sums alone is not quantized, the sums are; learned quantizers are at the same places.
+/// Outputs that only sums read are not quantized, but the sums are. Learned quantizers are at the
+/// same places.
 #[test]
 fn sums_are_quantized_in_place_of_their_summands() {
     for &method in Method::ALL {
@@ -240,8 +246,9 @@ fn sums_are_quantized_in_place_of_their_summands() {
     }
 }
 
-/// Evaluation by the batch's statistics, which the running ones become with a momentum of 1 a few times, is what
-/// training gave.
+/// Evaluation matches training on the same batch, because repeated steps move the running
+/// statistics to the batch's. Observing the pass or reading the network from a file does not change
+/// the result.
 #[test]
 fn evaluation_observed_or_not_is_what_a_file_gives_back() {
     for quantized in [false, true] {
@@ -254,7 +261,7 @@ fn evaluation_observed_or_not_is_what_a_file_gives_back() {
             trained = network.forward_train(&images(), STEP).unwrap().0;
         }
         let evaluated = network.forward(&images()).unwrap();
-        // The running variance is the unbiased one: over 25 positions of 6 images 150/149.
+        // The running variance is unbiased: for 25 positions of 6 images, it is larger by 150/149.
         let off = apart(&evaluated, &trained.to_dtype(DType::F64).unwrap(), 0.0);
         assert!(off < 0.05, "evaluation is off by {off:.1e}");
 

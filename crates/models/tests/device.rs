@@ -1,5 +1,5 @@
-//! Whole training steps and evaluation with the kernels for GPUs beside those for the CPU: emulated, and where one
-//! answers on a GPU; and those with maps of `bf16` on either beside those with floats.
+//! Whole training steps and evaluation with the GPU kernels compared with the CPU kernels:
+//! emulated, and on a GPU if there is one. Maps of `bf16` on either are compared with floats.
 
 use candle_core::{DType, Device, Tensor};
 use kernels::gpu::emulation::{self, Order};
@@ -29,15 +29,15 @@ fn quantization(activations: u32, weights: u32, fold: Fold) -> Quantization {
     }
 }
 
-/// What some training steps gave, on the CPU.
+/// The results of some training steps, on the CPU.
 struct Outcome {
-    /// Of every step.
+    /// The loss of every step.
     losses: Vec<f64>,
-    /// Of the first step, all parameters one after the other, by name.
+    /// The gradients of the first step, by the parameters' names.
     gradients: Vec<(String, Vec<f64>)>,
     /// Every tensor of the network at the end.
     tensors: Vec<(String, Vec<f64>)>,
-    /// Of the network at the end, by its running statistics.
+    /// The logits of the final network, with its running statistics.
     logits: Vec<f64>,
 }
 
@@ -53,10 +53,11 @@ fn elements(tensor: &Tensor) -> Vec<f64> {
         .unwrap()
 }
 
-/// Trains a network for some steps where its tensors are, on images of a seed, with feature maps in `dtype`.
+/// Trains a network for some steps on `device`, on random images of a seed, with feature maps in
+/// `dtype`.
 fn train(network: &Network, device: &Device, dtype: DType, steps: usize, seed: u64) -> Outcome {
     let mut network = network.to_device(device).unwrap();
-    // Odd maps from the second stride on.
+    // The side 14 becomes odd, 7, at the first stride of 2.
     let images = random(&[4, 14, 14, 3], seed).to_device(device).unwrap().to_dtype(dtype).unwrap();
     let labels = Tensor::new(&[3u32, 1, 4, 1], device).unwrap();
     let velocities: Vec<Tensor> =
@@ -89,7 +90,7 @@ fn train(network: &Network, device: &Device, dtype: DType, steps: usize, seed: u
     Outcome { losses, gradients: first, tensors, logits }
 }
 
-/// How far apart two vectors are, relative to the second's length.
+/// Returns the distance of two vectors, relative to the second's norm.
 fn apart(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let length = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
@@ -102,8 +103,9 @@ fn all(named: &[(String, Vec<f64>)]) -> Vec<f64> {
     named.iter().flat_map(|(_, values)| values.iter().copied()).collect()
 }
 
-/// What is allowed between the twins, relative: gradients of the first step, of each parameter and all together, and
-/// the tensors after the last one; on the best of some batches.
+/// The relative tolerances between two implementations. `parameter` is for each gradient of the
+/// first step, `gradients` for all of them together, and `tensors` for the tensors after the last
+/// step. At least one of `batches` batches must be within the tolerances.
 struct Tolerance {
     batches: u64,
     loss: f64,
@@ -112,20 +114,23 @@ struct Tolerance {
     tensors: f64,
 }
 
-/// Sums in another order, amplified by some 50 layers and by channels of little variance.
+/// The tolerances for float maps: sums are in another order, which some 50 layers and channels of
+/// little variance amplify.
 const FLOAT: Tolerance =
     Tolerance { batches: 1, loss: 1e-4, parameter: 1e-2, gradients: 1e-3, tensors: 1e-3 };
 
-/// A value on the border between two levels may fall to either side, and later values follow it. (Measured on six
-/// batches at A8/W8: gradients within 1e-4 on five of them, and off by 0.3 on one.)
+/// The tolerances for levels. A value on the border between two levels may fall to either side, and
+/// later values follow it. (On six batches at A8/W8, gradients were within 1e-4 on five, and off by
+/// 0.3 on one.)
 const LEVELS: Tolerance =
     Tolerance { batches: 3, loss: 2e-2, parameter: 0.6, gradients: 0.15, tensors: 2e-2 };
 
-/// Feature maps with 8 bits of precision.
+/// The tolerances for feature maps with 8 bits of precision.
 const HALF: Tolerance = Tolerance { batches: 1, loss: 5e-2, parameter: 1.0, gradients: 0.25, tensors: 5e-2 };
 
-/// Both: rounding puts values on other levels in every layer (measured: losses 0.06, gradients 0.55). What is
-/// unrelated would be off by 1.4, so that the gradient as a whole is still one of the same function.
+/// The tolerances for levels and `bf16`: rounding moves values to other levels in every layer
+/// (losses were off by 0.06, gradients by 0.55). Unrelated gradients would be off by 1.4, so the
+/// gradient as a whole is still that of the same function.
 const HALF_LEVELS: Tolerance =
     Tolerance { batches: 1, loss: 0.15, parameter: f64::INFINITY, gradients: 0.8, tensors: 5e-2 };
 
@@ -134,12 +139,13 @@ fn deep() -> Network {
     config.init(1, &Device::Cpu).unwrap()
 }
 
-/// The stem and three blocks. Each normalization of a few untrained images amplifies rounding, and behind fifty of
-/// them nothing is left of the gradients' bits in half precision.
+/// Returns a network of the stem and three blocks. Each normalization of a few untrained images
+/// amplifies rounding. After fifty normalizations, no bits of the gradients are left in half
+/// precision.
 fn shallow() -> Network {
     let config = MobileNet { width: 0.25, ..MobileNet::new(Version::V1, Input::Cifar, 10) };
     let mut network = config.init(1, &Device::Cpu).unwrap();
-    // Behind the image.
+    // The image, the stem and the three blocks.
     network.nodes.truncate(1 + 7);
     let channels = network.units().last().unwrap().filters();
     network.push_head(random(&[channels, 10], 2), random(&[10], 3));
@@ -168,7 +174,7 @@ fn check(
         let check = |what: &str, off: f64, most: f64| {
             if off <= most { Ok(()) } else { Err(format!("{context}: {what} off by {off:.2e}")) }
         };
-        // Those in front of a normalization that undoes a shift have gradients of nothing but rounding.
+        // Parameters whose shift a normalization removes have gradients of only rounding errors.
         let size = all(&expected.gradients).iter().map(|x| x * x).sum::<f64>().sqrt();
         for ((name, found), (_, expected)) in found.gradients.iter().zip(&expected.gradients) {
             let own = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -236,7 +242,8 @@ fn quantized_steps_with_folded_weights() {
     );
 }
 
-/// Few layers: what is rounded otherwise in a batch's statistics puts weights on other levels too.
+/// There are few layers, because rounding differences in a batch's statistics also move weights to
+/// other levels.
 #[test]
 fn quantized_steps_folded_with_float_statistics() {
     let settings = quantization(8, 8, Fold::FloatStatistics);
@@ -274,7 +281,7 @@ fn steps_with_learned_quantizers() {
 #[test]
 fn steps_with_a_bias() {
     let fold = |network: &mut Network| {
-        // Statistics of images, so that activations stay in range.
+        // Statistics of images keep activations in range.
         for seed in 0..30 {
             network.forward_train(&random(&[4, 14, 14, 3], seed), Step::alone(0.1)).unwrap();
         }
@@ -283,8 +290,8 @@ fn steps_with_a_bias() {
     check("bias", deep(), fold, DType::F32, 1, &FLOAT);
 }
 
-/// The kernels for GPUs and those for the CPU round at the same places, so that they are nearer to each other than to what
-/// is computed with floats.
+/// The GPU and the CPU kernels round at the same places, so they are closer to each other than to
+/// float computations.
 #[test]
 fn half_precision_is_rounded_alike() {
     if let Err(message) = emulation::available() {

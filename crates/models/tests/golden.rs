@@ -1,9 +1,10 @@
-//! A whole network against PyTorch: outputs, gradients, three steps of training, evaluation.
+//! A whole network compared with PyTorch: outputs, gradients, three steps of training, evaluation.
 //!
-//! `golden/make_golden.py` states the network anew (NCHW, float64, autograd) and writes what it gives. Here
-//! everything is float32 in NHWC. No value of the golden runs lies so close to a kink or to the border
-//! between two quantization levels that rounding could take it across, so what is left are sums of up to
-//! some hundred products in another order and precision.
+//! `golden/make_golden.py` defines the network independently (NCHW, float64, autograd) and writes
+//! its results. Here, everything is float32 in NHWC. No value of the golden runs is so close to a
+//! kink or to the border between two quantization levels that rounding could move it across. The
+//! remaining differences are those of sums of up to some hundred products in another order and
+//! precision.
 
 use candle_core::{DType, Device, Tensor};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
@@ -11,19 +12,20 @@ use models::{BatchNorm, Fold, Kernel, Method, Network, Norm, Quantization, Step,
 use quant_core::Precision;
 use std::collections::{HashMap, HashSet};
 
-/// What is allowed between float32 and float64, as a share of a tensor's largest element. A sum of `n` terms
-/// of order 1 is rounded by about `√n · 6e-8`, up to 1e-6 here, if its terms cancel; found were 3e-7 in
-/// outputs, gradients and parameters alike, and the rest is for machines that sum in another order. A wrong
-/// term shows at 1e-3 and more.
+/// The tolerance between float32 and float64, relative to a tensor's largest element.
+///
+/// The rounding of a sum of `n` terms of order 1 is about `√n · 6e-8`, up to 1e-6 here, if its
+/// terms cancel. 3e-7 was found in outputs, gradients and parameters; the rest is for machines that
+/// sum in another order. A wrong term shows as 1e-3 or more.
 const TOLERANCE: f64 = 4e-6;
-/// The same where DSQ quantizes: its slopes multiply the rounding of positions of up to 15 steps, and the gradients of
-/// bounds are sums over a whole map that cancel (4.4e-6 was found).
+/// The tolerance for DSQ. Its slopes multiply the rounding of positions of up to 15 steps, and the
+/// gradients of its bounds are sums over a whole map that cancel (4.4e-6 was found).
 const SOFT_TOLERANCE: f64 = 2e-5;
-/// The least that counts as a tensor's largest element. The gradient of a shift in front of a normalization is
-/// zero, but for the rounding of its terms (1e-8 was found); other gradients are of order 0.1.
+/// The smallest scale for relative differences. The gradient of a shift before a normalization is
+/// zero except for the rounding of its terms (1e-8 was found). Other gradients are of order 0.1.
 const SMALLEST: f64 = 1e-2;
 
-/// The settings of the script.
+/// The settings of `make_golden.py`.
 const STEPS: usize = 3;
 const RANGE_MOMENTUM: f64 = 0.1;
 const RATE: f64 = 0.1;
@@ -53,12 +55,12 @@ impl Golden {
         self.tensors.get(name).unwrap_or_else(|| panic!("{} has no {name}", self.case)).clone()
     }
 
-    /// Names after `prefix`.
+    /// Returns the names after `prefix`.
     fn names(&self, prefix: &str) -> HashSet<String> {
         self.tensors.keys().filter_map(|name| Some(name.strip_prefix(prefix)?.to_string())).collect()
     }
 
-    /// Asserts that `found` is the golden value within the case's tolerance.
+    /// Checks that `found` is the golden value within the case's tolerance.
     #[track_caller]
     fn check(&self, name: &str, found: &Tensor) {
         let expected = self.get(name);
@@ -90,7 +92,7 @@ impl Golden {
         network.push_unit(name, kernel, tensor("weight"), norm, activation);
     }
 
-    /// The network as it begins, before any quantizer.
+    /// Returns the network at the start, without quantizers.
     fn network(&self) -> Network {
         use Activation::{Identity, Relu, Relu6};
         let images = self.get("images0");
@@ -117,12 +119,13 @@ impl Golden {
     }
 }
 
-/// Runs a case: `[activations, weights, first layer, last layer]` in bits, 32 for float.
+/// Runs a case. `bits` are those of `[activations, weights, first layer, last layer]`, 32 for
+/// float.
 fn check(case: &'static str, bits: [u32; 4], fold: Fold, decay_norm: bool) {
     check_as(case, bits, decay_norm, Quantization { fold, ..Quantization::default() });
 }
 
-/// [`check`] with the other settings of a quantization.
+/// Runs a case like [`check`], with other settings of the quantization.
 fn check_as(case: &'static str, bits: [u32; 4], decay_norm: bool, settings: Quantization) {
     let golden = Golden::load(case);
     let [activations, weights, first_layer, last_layer] = bits.map(|bits| Precision::try_from(bits).unwrap());
@@ -180,44 +183,45 @@ fn quantized_weights_on_the_folded_grid() {
     check("folded", [4, 4, 5, 6], Fold::BatchStatistics, false);
 }
 
-/// Filters are folded with the statistics of a convolution by the float weights, and gradients go through both.
+/// Filters are folded with the statistics of a convolution by the float weights, and gradients go
+/// through both convolutions.
 #[test]
 fn quantized_weights_folded_with_float_statistics() {
     check("float_statistics", [4, 4, 5, 6], Fold::FloatStatistics, false);
 }
 
-/// Normalization is folded for good; biases are learned in its place.
+/// Normalization is folded permanently, and biases are learned instead.
 #[test]
 fn quantized_weights_with_normalization_folded() {
     check("frozen", [4, 4, 5, 6], Fold::Frozen, false);
 }
 
-/// Each output channel has a grid, in the first layer and the classifier too.
+/// Each output channel has its own grid, in the first layer and the classifier, too.
 #[test]
 fn quantized_weights_by_channels() {
     let settings = Quantization { weight_grid: WeightGrid::Channel, ..Quantization::default() };
     check_as("channels", [4, 4, 5, 6], false, settings);
 }
 
-/// α decays with the weights, although γ, β and biases do not here.
+/// α decays like the weights, although γ, β and biases do not decay here.
 #[test]
 fn pact() {
     check_as("pact", [4, 4, 5, 6], false, Quantization { method: Method::Pact, ..Quantization::default() });
 }
 
-/// Neither bounds nor softness decay, although γ, β and biases do here.
+/// Bounds and softness do not decay, although γ, β and biases do here.
 #[test]
 fn dsq() {
     check_as("dsq", [4, 4, 5, 6], true, Quantization { method: Method::Dsq, ..Quantization::default() });
 }
 
-/// Neither steps nor offsets decay, although γ, β and biases do here.
+/// Steps and offsets do not decay, although γ, β and biases do here.
 #[test]
 fn lsq() {
     check_as("lsq", [4, 4, 5, 6], true, Quantization { method: Method::Lsq, ..Quantization::default() });
 }
 
-/// The cases differ where they should: if quantizers did nothing, all of the above would compare the same.
+/// The cases differ from each other: the grid of the folded filters changes the logits.
 #[test]
 fn cases_are_told_apart() {
     let golden = Golden::load("folded");

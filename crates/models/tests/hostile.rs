@@ -1,5 +1,5 @@
-//! Network files that say what no network is: each is an error that names the place, and never a panic, a wait or an
-//! allocation beyond the file's own size.
+//! Invalid network files: each is an error that names the place, and never causes a panic, a wait
+//! or an allocation beyond the file's own size.
 
 use candle_core::{DType, Device, Tensor};
 use models::{Extras, Fold, Import, Input, MOST_CHANNELS, MobileNet, Network, Quantization, Version};
@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Names, shapes and bytes.
+/// The names, shapes and bytes of tensors.
 type Tensors = HashMap<String, (Vec<usize>, Vec<u8>)>;
 
-/// A quantized network's file.
+/// Writes a quantized network's file and returns its path.
 fn written(folder: &Path) -> PathBuf {
     let config = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
     let mut network = config.init(1, &Device::Cpu).unwrap();
@@ -24,7 +24,7 @@ fn written(folder: &Path) -> PathBuf {
     path
 }
 
-/// Writes the file anew, with its structure and its tensors changed.
+/// Rewrites the file with its structure and its tensors changed.
 fn change(path: &Path, change: &dyn Fn(&mut Value, &mut Tensors)) {
     let data = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&data).unwrap();
@@ -50,7 +50,7 @@ fn refused(path: &Path, parts: &[&str]) {
     for part in parts {
         assert!(message.contains(part), "{message:?} lacks {part:?}");
     }
-    // Whoever does not know where the file comes from gets the same.
+    // A caller that does not know the file's origin gets the same error.
     assert_eq!(Network::open(path, &Import::default(), &Device::Cpu).unwrap_err().to_string(), message);
 }
 
@@ -62,7 +62,7 @@ fn check(changed: &dyn Fn(&mut Value, &mut Tensors), parts: &[&str]) {
     refused(&path, parts);
 }
 
-/// Such a structure must be an error.
+/// Checks that a structure with this value is an error.
 #[track_caller]
 fn check_structure(pointer: &str, value: Value, parts: &[&str]) {
     let set = |structure: &mut Value, _: &mut Tensors| {
@@ -71,7 +71,7 @@ fn check_structure(pointer: &str, value: Value, parts: &[&str]) {
     check(&set, parts);
 }
 
-/// Such a tensor must be an error; it is cut or filled up to the shape.
+/// Checks that a tensor of this shape, cut or padded with zeros, is an error.
 #[track_caller]
 fn check_tensor(name: &str, shape: &[usize], parts: &[&str]) {
     let set = |_: &mut Value, tensors: &mut Tensors| {
@@ -92,7 +92,7 @@ fn an_unchanged_file_is_read() {
 
 #[test]
 fn sizes_and_strides_that_nothing_can_be_computed_with() {
-    // The first unit is the stem, the third a depthwise one.
+    // The first unit is the stem, and the third is depthwise.
     check_structure("/units/0/kernel/full/stride", json!(0), &["stem", "stride of at least 1"]);
     check_structure("/units/0/kernel/full/size", json!(0), &["stem", "odd size"]);
     check_structure("/units/0/kernel/full/size", json!(2), &["stem", "odd size"]);
@@ -130,7 +130,7 @@ fn tensors_of_other_shapes() {
     check_tensor("head.bias", &[9], &["head", "bias", "expected [10]"]);
     check_tensor("stem.range", &[3], &["stem", "range", "expected [2]"]);
     check_tensor("head.weight", &[1280, 0], &["head", "filters"]);
-    // No bytes, and still a number of classes that no memory holds.
+    // The tensor has no bytes, but its number of classes is too large for any memory.
     check_tensor("head.weight", &[0, 1 << 40], &["head"]);
     let many = MOST_CHANNELS + 1;
     check_tensor("head.weight", &[1280, many], &["head", "filters"]);
@@ -187,7 +187,7 @@ fn only_regular_files_are_read() {
     for path in [&pipe, Path::new("/dev/zero"), Path::new("/dev/null"), folder.path()] {
         refused(path, &["no regular file"]);
     }
-    // A sparse file has any length without a byte on the disk.
+    // A sparse file may have any length without using the disk.
     let sparse = folder.path().join("sparse.safetensors");
     std::fs::File::create(&sparse).unwrap().set_len(1 << 42).unwrap();
     refused(&sparse, &["expected at most"]);

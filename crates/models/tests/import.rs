@@ -1,4 +1,4 @@
-//! Public weights against the networks of torchvision and timm themselves.
+//! Public weights compared with the networks of torchvision and timm.
 //!
 //! `import/make_import.py` writes the checkpoints and the logits, which it computes in float64.
 
@@ -8,9 +8,9 @@ use models::{Extras, Import, Input, MobileNet, Naming, Network, Norm, Origin, Ve
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// What is allowed between logits of order 1. Here everything is float32: 53 layers, each with sums of up to a
-/// thousand products that are rounded by 6e-8 of their size. Found were 2e-6; a layer in a wrong place or in a
-/// wrong layout shows at 1e-1.
+/// The tolerance for logits of order 1. Here everything is float32: 53 layers, each with sums of up
+/// to a thousand products that are rounded by 6e-8 of their size. 2e-6 was found. A layer in a
+/// wrong place or layout shows as 1e-1.
 const TOLERANCE: f32 = 1e-4;
 
 fn file(name: &str) -> PathBuf {
@@ -40,12 +40,13 @@ fn check(name: &str, extension: &str, naming: Naming, version: Version) {
     let error = distance(&logits, &expected(name));
     assert!(error < TOLERANCE, "{name}: logits differ by {error}");
 
-    // Given back its names, it has the tensors of the file, to the bit, or as torchvision has them.
+    // Saved as a state dict, the network has the same tensors, bit for bit. The names of a V2 are
+    // torchvision's.
     let folder = tempfile::tempdir().unwrap();
     let back = folder.path().join("back.safetensors");
     let names = network.save_state_dict(&back).unwrap();
     assert_eq!(names, if version == Version::V2 { Naming::Torchvision } else { Naming::Timm });
-    // The others are in half precision, or within a checkpoint.
+    // The other files are in half precision, or within a checkpoint.
     if naming == Naming::Torchvision {
         let theirs = candle_core::pickle::read_all(&path).unwrap();
         let mut theirs: HashMap<String, Tensor> = theirs.into_iter().collect();
@@ -59,7 +60,7 @@ fn check(name: &str, extension: &str, naming: Naming, version: Version) {
     let (again, _) = Network::open(&back, &Import::default(), &Device::Cpu).unwrap();
     assert_eq!(distance(&again.forward(&expected("images")).unwrap(), &logits), 0.0);
 
-    // Saved as our own, it is the same network.
+    // Saved as our own file, it is the same network.
     let folder = tempfile::tempdir().unwrap();
     let own = folder.path().join("own.safetensors");
     network.save(&own, &Extras::default()).unwrap();
@@ -83,7 +84,7 @@ fn timm_v1_in_a_training_checkpoint() {
     check("timm_v1", "pth.tar", Naming::Timm, Version::V1);
 }
 
-/// The tensors of timm's V2, changed by `change` and written to a file of their own.
+/// Changes the tensors of timm's V2 with `change` and writes them to a new file.
 fn changed(change: impl Fn(&mut HashMap<String, Tensor>)) -> (tempfile::TempDir, PathBuf) {
     let mut tensors = candle_core::safetensors::load(file("timm_v2.safetensors"), &Device::Cpu).unwrap();
     change(&mut tensors);
@@ -97,7 +98,7 @@ fn error_of(path: &Path, import: Import) -> String {
     Network::open(path, &import, &Device::Cpu).unwrap_err().to_string()
 }
 
-/// A changed file must give a message with all of `parts`.
+/// Checks that the error for a changed file contains all of `parts`.
 fn check_error(change: impl Fn(&mut HashMap<String, Tensor>), import: Import, parts: &[&str]) {
     let (_folder, path) = changed(change);
     let error = error_of(&path, import);
@@ -132,7 +133,7 @@ fn errors_name_the_tensors() {
         &["features.0.0.weight", "conv_stem.weight", "but blocks.0.0.bn1.bias", "more"],
     );
     check_error(|t| drop(t.remove("classifier.weight")), default, &["classifier.weight", "classes"]);
-    // What is given is taken, and does not fit.
+    // Explicit settings are used, and do not fit.
     check_error(
         |_| (),
         Import { width: Some(1.0), ..default },
@@ -148,7 +149,7 @@ fn errors_name_the_tensors() {
 
 #[test]
 fn names_may_be_wrapped_and_the_first_expansion_there() {
-    // timm's names for a V2 with its first expansion, in a module of parallel training.
+    // timm's names for a V2 with its first expansion, with the prefix of parallel training.
     let config = MobileNet { width: 0.35, ..MobileNet::new(Version::V2, Input::Cifar, 7) };
     let network = config.init(3, &Device::Cpu).unwrap();
     let mut tensors = HashMap::new();
@@ -201,7 +202,7 @@ fn what_no_library_has_gets_no_names() {
     let eight = quant_core::Precision::try_from(8).unwrap();
     quantized.quantize(&models::Quantization { weights: eight, ..Default::default() }).unwrap();
     refused(&quantized, "are quantized");
-    // A filter less, as of a network that was pruned.
+    // One input channel less, as in a pruned network.
     let mut pruned = open();
     let last = pruned.units_mut().next_back().unwrap();
     last.weight = last.weight.narrow(0, 1, last.input_channels() - 1).unwrap();

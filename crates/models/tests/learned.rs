@@ -1,5 +1,5 @@
-//! Networks with learned quantizers: what is attached where, levels, files. Their passes are compared with PyTorch in
-//! `golden.rs`.
+//! Networks with learned quantizers: which tensors are quantized, levels, files. `golden.rs`
+//! compares their passes with PyTorch.
 
 use candle_core::{Device, Tensor};
 use kernels::{loss::softmax_cross_entropy, sgd};
@@ -38,7 +38,7 @@ fn images() -> Tensor {
     Tensor::from_vec(values, (6, 12, 12, 3), &Device::Cpu).unwrap()
 }
 
-/// A network that has taken some steps of training, with what it learns.
+/// Returns a network after some steps of training, in which its quantizers learn.
 fn trained(method: Method) -> Network {
     let mut network = float();
     network.quantize(&settings(method, Fold::Unfolded)).unwrap();
@@ -65,7 +65,7 @@ fn distinct(tensor: &Tensor) -> usize {
     bits(&(tensor + 0.0).unwrap()).into_iter().collect::<BTreeSet<_>>().len()
 }
 
-/// The quantizers of every node, with what stands before the names of their tensors.
+/// Returns the quantizers of every node, with the prefixes of their tensors' names.
 fn quantizers(network: &Network) -> impl Iterator<Item = (String, &Quantizer)> {
     network.nodes.iter().flat_map(|node| {
         let weights = node.unit().and_then(|unit| unit.weight_quantizer.as_ref());
@@ -74,8 +74,8 @@ fn quantizers(network: &Network) -> impl Iterator<Item = (String, &Quantizer)> {
     })
 }
 
-/// Whatever a scheme keeps is one of the network's tensors, and a parameter if it is learned; it moves in training, is
-/// in files, and a copy has its own.
+/// Every tensor that a scheme keeps is one of the network's tensors, and a parameter if it is
+/// learned. It changes in training, is saved in files, and is copied with the network.
 #[test]
 fn every_tensor_of_every_scheme_is_trained_saved_and_copied() {
     for &method in Method::ALL {
@@ -133,7 +133,7 @@ fn every_layer_but_the_first_and_the_last_learns() {
             }
             match node {
                 Node::Image(_) | Node::Pool(_) => check(name, node.quantizer(), 8, true),
-                // The sum is quantized instead, and logits never are.
+                // The sum is quantized instead, and logits are never quantized.
                 _ if readers[i].iter().all(|&reader| matches!(network.nodes[reader], Node::Sum(_))) => {
                     assert!(node.quantizer().is_none(), "{name}");
                 }
@@ -152,7 +152,7 @@ fn every_layer_but_the_first_and_the_last_learns() {
     }
 }
 
-/// What files say of quantizers is what earlier versions of this program wrote, and read.
+/// Files describe quantizers as earlier versions of this program did.
 #[test]
 fn entries_in_files_stay_what_they_were() {
     let check = |method: Method, fold: Fold, unit: usize, entries: &str| {
@@ -181,7 +181,7 @@ fn entries_in_files_stay_what_they_were() {
         )
     };
     check(Method::Pact, Fold::Unfolded, 2, &pact(false));
-    // A projection.
+    // This unit is a projection.
     check(Method::Pact, Fold::Unfolded, 3, &pact(true));
     let dsq = r#""weight_quantizer":{"bits":4,"folded":false,"kind":"dsq"},"output_quantizer":{"bits":4,"ready":false,"kind":"dsq"}}"#;
     check(Method::Dsq, Fold::Unfolded, 3, dsq);
@@ -194,8 +194,9 @@ fn entries_in_files_stay_what_they_were() {
     check(Method::Lsq, Fold::Unfolded, 3, &lsq("lsq_plus"));
 }
 
-/// With a grid for each output channel, each filter has as many values as there are levels, and its own; a file keeps
-/// that, and a network with one grid for each tensor becomes another.
+/// With a grid for each output channel, each filter has at most as many values as there are levels,
+/// and the channels have different values. A file keeps this, and the network differs from one with
+/// a grid for each tensor.
 #[test]
 fn channels_have_grids_of_their_own() {
     for fold in [Fold::Unfolded, Fold::BatchStatistics, Fold::FloatStatistics] {
@@ -217,7 +218,7 @@ fn channels_have_grids_of_their_own() {
             }
             let values = [&of_tensor, &of_channel].map(distinct);
             assert!(values[0] <= most && values[0] < values[1], "{}: {values:?} values", b.name);
-            // The ends of each filter are levels.
+            // The ends of each filter's range are levels.
             let (original, found) = (filters(&b.weight), filters(&of_channel));
             let size = |t: &Tensor| t.abs().unwrap().max(1).unwrap();
             let (size, found) = (size(&original), size(&found));
@@ -248,7 +249,8 @@ fn outputs_take_no_more_values_than_there_are_levels() {
             Ok(())
         };
         let observed = network.forward_observed(&images(), &mut observe).unwrap();
-        // The running statistics are still on their way, so not all levels need be in use; a bit less would not do.
+        // The running statistics have not converged, so some levels may be unused. One bit less
+        // would not be enough.
         assert!(most > 1 << (BITS - 1), "{method:?}: {most} levels at most");
         assert_eq!(bits(&observed), bits(&network.forward(&images()).unwrap()), "{method:?}: observed");
     }
@@ -265,7 +267,8 @@ fn a_file_gives_the_same_network_back() {
         for ((name, a), (other, b)) in network.tensors().iter().zip(read.tensors()) {
             assert_eq!((name, bits(a)), (&other, bits(b)));
         }
-        // Further training goes on from what was learned, and a new stage of the same method does too.
+        // Further training continues from the learned values, also in a new stage of the same
+        // method.
         for again in [false, true] {
             if again {
                 network.quantize(&settings(method, Fold::Unfolded)).unwrap();
@@ -279,7 +282,8 @@ fn a_file_gives_the_same_network_back() {
     }
 }
 
-/// Bounds beyond what makes sense, as a step of the optimizer may leave them, are brought back by the next batch.
+/// If a step of the optimizer moves parameters out of their ranges, the next batch brings them
+/// back.
 #[test]
 fn parameters_are_kept_in_their_ranges() {
     let mut network = trained(Method::Dsq);
@@ -309,7 +313,8 @@ fn parameters_are_kept_in_their_ranges() {
     assert_eq!([step, weights].map(|step| values(&step)), [[f32::EPSILON], [f32::EPSILON]]);
 }
 
-/// Bounds stay what they are at other bits; the steps of so many levels do not.
+/// Bounds keep their values if the bits change. Steps do not, because they belong to a number of
+/// levels.
 #[test]
 fn steps_start_anew_at_other_bits() {
     for method in Method::learned() {
@@ -347,7 +352,7 @@ fn a_learned_quantizer_of_the_image_is_an_error() {
     assert!(message.contains("input") && message.contains("uniform"), "{message}");
 }
 
-/// The pooling and the classifier are nodes like others: their quantizers may learn too.
+/// The pooling and the classifier are ordinary nodes, so their quantizers may learn too.
 #[test]
 fn the_head_takes_learned_quantizers() {
     let mut network = trained(Method::Pact);
@@ -365,7 +370,8 @@ fn the_head_takes_learned_quantizers() {
     assert_eq!(gradients.of(&alpha).unwrap().dims(), [1]);
 }
 
-/// Settings without a method, as they were before there was a choice, are uniform, and are written without it.
+/// Settings without a method, as in old files, are uniform. Uniform settings are written without
+/// the method.
 #[test]
 fn the_method_goes_without_saying_where_it_is_uniform() {
     let text = r#"{"activations":4,"weights":4,"first_layer":8,"last_layer":8,"fold":"unfolded"}"#;

@@ -1,10 +1,12 @@
-//! Peak memory of a full-width training step; alone in its binary, as the peak is that of the process.
+//! The peak memory of a full-width training step. It is the only test of its binary, because the
+//! peak is that of the process.
 
 use candle_core::{DType, Device, Tensor};
 use kernels::{loss::softmax_cross_entropy, sgd};
 use models::{Input, MobileNet, Step, Version};
 
-/// Peak resident memory of this process in bytes; `None` where the system doesn't tell.
+/// Returns the peak resident memory of this process in bytes, or `None` if the system does not
+/// report it.
 fn peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;

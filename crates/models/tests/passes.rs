@@ -1,4 +1,4 @@
-//! The network's backward pass against differences of its own forward pass, and its files.
+//! The network's backward pass compared with differences of its forward pass, and its files.
 
 use candle_core::{DType, Device, Tensor};
 use kernels::loss::softmax_cross_entropy;
@@ -36,8 +36,8 @@ fn quantization(activations: u32, weights: u32, fold: Fold) -> Quantization {
     }
 }
 
-/// The training loss of labels 0, 1, 2, …, in float64 from the logits on: its rounding would be as large as
-/// the differences that are taken of it.
+/// Returns the training loss of labels 0, 1, 2, …. It is computed in float64 from the logits on,
+/// because float32 rounding would be as large as the differences of losses.
 fn loss(network: &mut Network, images: &Tensor) -> f64 {
     let (logits, _) = network.forward_train(images, STEP).unwrap();
     let rows = logits.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
@@ -45,24 +45,28 @@ fn loss(network: &mut Network, images: &Tensor) -> f64 {
     rows.iter().enumerate().map(entropy).sum::<f64>() / rows.len() as f64
 }
 
-/// Steps of the central differences, as what they change of the loss: so small that they cross few kinks of
-/// ReLU6, large against what is left of rounding (3e-7 was found).
+/// The changes of the loss in the two central differences. They are so small that they cross few
+/// kinks of ReLU6, and large compared with the remaining rounding (3e-7 was found).
 const CHANGES: [f64; 2] = [1.2e-4, 3e-5];
-/// What is allowed to be left over the smaller step: kinks and rounding (4 % were found, once in 476).
+/// The largest error with the smaller step, from kinks and rounding (4 % was found, once in 476).
 const SMALL: f64 = 0.06;
-/// Otherwise the kinks must be seen to be the cause: the difference falls as the step does, to a quarter.
+/// If the error is larger, kinks must be the cause: with the step, which is a quarter of the first,
+/// the error falls to less than this fraction.
 const FALL: f64 = 0.4;
-/// What three quarters of the parameters keep to.
+/// The largest error of three quarters of the parameters.
 const USUAL: f64 = 0.01;
 
-/// For every parameter tensor, the derivative of the loss in the direction of its own gradient: by the
-/// backward pass it is the gradient's norm, by the forward pass a central difference. Elements that a
-/// gradient lacks do not show here but in `golden.rs`, which compares them one by one.
+/// Checks, for every parameter tensor, the derivative of the loss in the direction of its own
+/// gradient.
+///
+/// By the backward pass, it is the gradient's norm. By the forward pass, it is a central
+/// difference. Elements that are missing in a gradient do not show here; `golden.rs` compares
+/// gradients element by element.
 fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mut Network)) {
     let mut network = network(version, first_expansion);
-    // Twelve, six and three pixels: even and odd maps.
+    // Maps of twelve, six and three pixels: even and odd sizes.
     let images = random(&[8, 12, 12, 3], 2);
-    // Away from β = 0, where half of everything lies near the kink.
+    // Keep away from β = 0, where half of the values are near the kink.
     for (i, unit) in network.units_mut().enumerate() {
         let channels = unit.filters();
         if let Norm::Batch(norm) = &mut unit.norm {
@@ -79,7 +83,7 @@ fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mu
     for parameter in &parameters {
         let gradient = gradients.of(parameter).unwrap();
         let slope = f64::from(gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
-        // Too flat for differences of a float32 loss to show anything.
+        // The loss is too flat for float32 differences.
         if slope < 2e-3 {
             continue;
         }
@@ -106,7 +110,7 @@ fn check_gradients(version: Version, first_expansion: bool, prepare: impl Fn(&mu
         found.push(fine.abs());
     }
     let all = parameters.len();
-    // The others are shifts in front of a normalization, whose gradient is zero.
+    // The remaining parameters are shifts before a normalization, whose gradient is zero.
     assert!(found.len() > all * 4 / 5, "only {} of {all} could be checked", found.len());
     found.sort_by(f64::total_cmp);
     let usual = found[found.len() * 3 / 4];
@@ -126,7 +130,7 @@ fn gradients_of_v2_with_residuals() {
 
 #[test]
 fn gradients_with_folded_norm() {
-    // Folded with batch-like statistics, so that activations stay in range.
+    // The folded statistics are those of the batch, so that activations stay in range.
     check_gradients(Version::V2, true, |network| {
         for _ in 0..60 {
             loss(network, &random(&[8, 12, 12, 3], 2));
@@ -135,8 +139,7 @@ fn gradients_with_folded_norm() {
     });
 }
 
-/// At 8 bits the network is close to the float one, in training and in evaluation.
-/// Evaluation never has a convolution's output in memory; observed, it has.
+/// Evaluation never has a convolution's output in memory, unless the pass is observed.
 #[test]
 fn an_observed_pass_gives_the_same_bits() {
     for version in [Version::V1, Version::V2] {
@@ -201,7 +204,7 @@ fn a_file_gives_the_same_network_back() {
     }
 }
 
-/// The network that is read is evaluated, and trains on, as the one that was written.
+/// Checks that the network read from a file evaluates and trains like the one that was written.
 fn check_file(fold: Fold) {
     let mut network = network(Version::V2, true);
     network.quantize(&quantization(4, 4, fold)).unwrap();
@@ -236,7 +239,7 @@ fn damaged_files_are_errors_that_name_them() {
     }
 }
 
-/// A duplicate shares nothing: training one leaves the other as it was.
+/// A duplicate shares no storage: changing one network leaves the other unchanged.
 #[test]
 fn duplicates_share_no_storage() {
     let first = network(Version::V1, true);

@@ -1,4 +1,4 @@
-//! Checkpoints of PyTorch: what training scripts write is read, and what is damaged or hostile is an error.
+//! PyTorch checkpoints: those of training scripts are read, and damaged or hostile ones are errors.
 
 use candle_core::{Device, Tensor};
 use models::{Import, Network};
@@ -12,7 +12,7 @@ fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/import").join(name)
 }
 
-/// Real weights in timm's naming, in float32.
+/// Returns the weights of a file with timm's names, in float32.
 fn weights() -> BTreeMap<String, Tensor> {
     let all = candle_core::safetensors::load(file("timm_v2.safetensors"), &Device::Cpu).unwrap();
     all.into_iter().map(|(name, t)| (name, t.to_dtype(candle_core::DType::F32).unwrap())).collect()
@@ -27,7 +27,7 @@ fn logits(path: &Path) -> Vec<f32> {
     network.forward(&images()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-// Pieces of a pickle, each of which leaves a value on the stack.
+// The functions below return pieces of a pickle, each of which leaves a value on the stack.
 
 fn text(text: &str) -> Vec<u8> {
     [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
@@ -47,7 +47,7 @@ fn dict(items: &[(&str, Vec<u8>)]) -> Vec<u8> {
     [b"}(", &items[..], b"u"].concat()
 }
 
-/// A tensor of the numbers of a storage.
+/// Returns the pickle of a tensor in a storage.
 fn tensor(storage: &str, offset: usize, sizes: &[usize], strides: &[usize]) -> Vec<u8> {
     let kind = b"ctorch\nFloatStorage\n".to_vec();
     let id = tuple(&[text("storage"), kind, text(storage), text("cpu"), int(0)]);
@@ -58,12 +58,12 @@ fn tensor(storage: &str, offset: usize, sizes: &[usize], strides: &[usize]) -> V
     [b"ctorch._utils\n_rebuild_tensor_v2\n", &arguments[..], b"R"].concat()
 }
 
-/// A storage's numbers.
+/// Returns the bytes of a storage.
 fn bytes(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
-/// An archive of `top` and the storages.
+/// Returns an archive of `top` and the storages.
 fn archive(top: &[u8], storages: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
@@ -77,7 +77,8 @@ fn archive(top: &[u8], storages: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
     zip.finish().unwrap().into_inner()
 }
 
-/// The weights as a state dict, each with the name, the storage and the pickle that `form` makes of its numbers and shape.
+/// Returns the weights as a state dict. From a tensor's name, numbers and shape, `form` makes its
+/// name, storage and pickle.
 fn state_dict(
     form: impl Fn(&str, Vec<f32>, &[usize]) -> (String, Vec<f32>, Vec<u8>),
 ) -> (Vec<u8>, BTreeMap<String, Vec<u8>>) {
@@ -94,7 +95,7 @@ fn state_dict(
     (dict(&items), storages)
 }
 
-/// Strides of a tensor whose last dimension is contiguous.
+/// Returns the strides of a contiguous tensor.
 fn strides(shape: &[usize]) -> Vec<usize> {
     (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect()
 }
@@ -103,7 +104,7 @@ fn plain(name: &str, numbers: Vec<f32>, shape: &[usize]) -> (String, Vec<f32>, V
     (name.into(), numbers, tensor(name, 0, shape, &strides(shape)))
 }
 
-/// Such a file gives the network of the weights.
+/// Checks that such a file gives the same network as the weights.
 #[track_caller]
 fn same(top: &[u8], storages: &BTreeMap<String, Vec<u8>>) {
     let folder = tempfile::tempdir().unwrap();
@@ -116,7 +117,7 @@ fn same(top: &[u8], storages: &BTreeMap<String, Vec<u8>>) {
 fn tensors_of_any_strides() {
     let (top, storages) = state_dict(plain);
     same(&top, &storages);
-    // channels_last: the second dimension is the one that is contiguous.
+    // channels_last: the second dimension is contiguous.
     let channels_last = |name: &str, numbers: Vec<f32>, shape: &[usize]| {
         let &[f, c, h, w] = shape else { return plain(name, numbers, shape) };
         let at = |i: usize| (((i / (h * w * c)) * c + i % c) * h + i / (w * c) % h) * w + i / c % w;
@@ -125,7 +126,7 @@ fn tensors_of_any_strides() {
     };
     let (top, storages) = state_dict(channels_last);
     same(&top, &storages);
-    // Every other number of a storage, behind two that are not the tensor's.
+    // Every second number of a storage, after two numbers that are not the tensor's.
     let sparse = |name: &str, numbers: Vec<f32>, shape: &[usize]| {
         let spread =
             [-1.0, -2.0].into_iter().chain(numbers.into_iter().flat_map(|v| [v, f32::NAN])).collect();
@@ -138,7 +139,7 @@ fn tensors_of_any_strides() {
 
 #[test]
 fn expanded_tensors() {
-    // One number for all filters.
+    // One number represents all filters.
     let mut all = weights();
     let (name, value) = ("bn1.running_var", 1.5);
     let shape = all[name].dims().to_vec();
@@ -167,11 +168,11 @@ fn checkpoints_of_training_scripts() {
     for key in ["state_dict", "model_state_dict", "model", "net", "ema", "model_ema", "state_dict_ema"] {
         same(&dict(&[("epoch", int(90)), (key, top.clone()), ("best", number())]), &storages);
     }
-    // Tensors beside it are not the network's.
+    // Other tensors of the checkpoint are ignored.
     let best = tensor("bn1.bias", 0, &[], &[]);
     let rng = tensor("bn1.bias", 0, &[2], &[1]);
     same(&dict(&[("best_acc1", best), ("state_dict", top.clone()), ("rng_state", rng)]), &storages);
-    // Parameters, as in a state dict that was made by hand.
+    // Parameters, as in a state dict made by hand.
     let parameters = |name: &str, numbers: Vec<f32>, shape: &[usize]| {
         let (name, numbers, tensor) = plain(name, numbers, shape);
         let arguments = tuple(&[tensor, b"\x88".to_vec(), b"}".to_vec()]);
@@ -191,7 +192,7 @@ fn replaced(text: &[u8], old: &[u8], new: &[u8]) -> Vec<u8> {
     [&changed[..], rest].concat()
 }
 
-/// torch.save with pickle_protocol=4 writes other instructions for the same.
+/// torch.save with pickle_protocol=4 writes different instructions for the same values.
 #[test]
 fn the_fourth_protocol() {
     let (top, storages) = state_dict(plain);
@@ -205,7 +206,7 @@ fn the_fourth_protocol() {
     same(&[b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00", &top[..]].concat(), &storages);
 }
 
-/// So does pickle_protocol=1: no version, and truth values and long integers as texts.
+/// torch.save with pickle_protocol=1 writes no version, and booleans and long integers as text.
 #[test]
 fn the_first_protocol() {
     let as_texts = |name: &str, numbers: Vec<f32>, shape: &[usize]| {
@@ -234,19 +235,20 @@ fn refused(top: &[u8], expected: &str) {
 
 #[test]
 fn hostile_pickles_are_errors_in_bounded_memory() {
-    // Nested as deep as the file is long, and doubled at each step: 2^100,000 values.
+    // One is nested as deep as the file is long, and one is doubled at each step, to 2^100,000
+    // values.
     refused(&[&b")"[..], &[0x85; 500_000]].concat(), "no state dict");
     refused(&[&b")q\x00"[..], &b"h\x00h\x00\x86q\x000".repeat(100_000), b"h\x00"].concat(), "no state dict");
     refused(&vec![b'N'; 1 << 21], "instructions");
     refused(&vec![b'N'; 17 << 20], "bytes that are expected");
-    // Without what they are about.
+    // Instructions without their operands.
     for top in [&b"R"[..], b"Q", b"b", b"s", b"u", b"t", b"(u", b"h\x05", b"\x93", b"ctorch"] {
         refused(top, "not a pickle that can be read");
     }
     for top in [int(3), b"}".to_vec(), b"]".to_vec(), dict(&[("state_dict", int(1))]), tuple(&[])] {
         refused(&top, "no state dict, neither alone nor under state_dict");
     }
-    // A function is named in the pickle, and is not called.
+    // The pickle names a function, which is not called.
     refused(b"cos\nsystem\nX\x04\x00\x00\x00exit\x85R", "no state dict");
 }
 
@@ -259,7 +261,7 @@ fn hostile_tensors_are_errors_in_bounded_memory() {
     }
     refused(&alone(tensor("0", 16, &[1], &[1])), "beyond its storage");
     refused(&alone(tensor("0", most, &[1], &[1])), "beyond its storage");
-    // Sizes that are made of nothing.
+    // Sizes without any numbers.
     for sizes in [&[most][..], &[most, most], &[1 << 40], &[1 << 20, 1 << 20]] {
         refused(&alone(tensor("0", 0, sizes, &vec![0; sizes.len()])), "much more memory");
     }
@@ -279,8 +281,8 @@ fn hostile_tensors_are_errors_in_bounded_memory() {
     refused(&complex, "not supported (ComplexFloatStorage)");
 }
 
-/// Of an archive any byte may be another: the result is an error or a network, and never a panic. A changed number of a
-/// tensor is always an error, as the archive has its checksum.
+/// If any byte of an archive is changed, the result is an error or a network, and never a panic. A
+/// changed number of a tensor is always an error, because the archive has a checksum of it.
 #[test]
 fn damaged_archives_are_errors() {
     let (top, storages) = state_dict(plain);
@@ -299,7 +301,7 @@ fn damaged_archives_are_errors() {
         let found = error(&flip(at + 2, bit));
         assert!(found.contains("bn1.running_var") && found.contains("hecksum"), "{found}");
     }
-    // The pickle is the first file, and the directory the end.
+    // The pickle is the first file, and the archive's directory is at the end.
     let places = (0..400).chain(whole.len() - 400..whole.len());
     for at in places {
         let folder = tempfile::tempdir().unwrap();

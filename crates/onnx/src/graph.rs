@@ -1,4 +1,4 @@
-//! A graph that is built up operator by operator.
+//! A builder of ONNX graphs, operator by operator.
 
 use crate::Result;
 use crate::proto::{
@@ -6,18 +6,18 @@ use crate::proto::{
     Tensor, TensorType, Type, Value,
 };
 
-/// The operators' version without tensors of 4 bits, and with them; each with the first version of the file format that
-/// has it.
+/// The operator set version and the first IR version that supports it, without and with 4-bit
+/// tensors.
 const OPSET: (i64, i64) = (13, 7);
 const OPSET_OF_4_BITS: (i64, i64) = (21, 10);
 
-/// A graph under construction. A value is known by the name of the node that gives it.
+/// A graph under construction. A value has the name of the node that computes it.
 #[derive(Default)]
 pub(crate) struct Builder {
     graph: Graph,
     /// Whether levels of up to 4 bits take a byte each.
     int8: bool,
-    /// Whether there is a tensor of 4 bits.
+    /// Whether the graph has a 4-bit tensor.
     has_4_bits: bool,
 }
 
@@ -26,7 +26,7 @@ impl Builder {
         Self { int8, ..Self::default() }
     }
 
-    /// Adds an operator; returns the name of its output, which is its own.
+    /// Adds an operator and returns the name of its output, which is the operator's own name.
     pub(crate) fn node(
         &mut self,
         operator: &str,
@@ -56,23 +56,23 @@ impl Builder {
         name
     }
 
-    /// Adds constant floats; returns their name.
+    /// Adds a constant float tensor and returns its name.
     pub(crate) fn floats(&mut self, name: impl Into<String>, dims: &[usize], values: &[f32]) -> String {
         let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.constant(name.into(), dims, DataType::Float, data)
     }
 
-    /// Adds a tensor as constant floats.
+    /// Adds a tensor as a constant float tensor and returns its name.
     pub(crate) fn tensor(&mut self, name: impl Into<String>, tensor: &candle_core::Tensor) -> Result<String> {
         Ok(self.floats(name, tensor.dims(), &tensor.flatten_all()?.to_vec1()?))
     }
 
-    /// Adds constant bytes; returns their name.
+    /// Adds a constant byte tensor and returns its name.
     pub(crate) fn bytes(&mut self, name: impl Into<String>, dims: &[usize], values: &[u8]) -> String {
         self.constant(name.into(), dims, DataType::Uint8, values.to_vec())
     }
 
-    /// Adds constant levels, at most `max_level`, in as few bits as ONNX has for them; returns their name.
+    /// Adds constant levels of at most `max_level`, in 4 bits if they fit, and returns their name.
     pub(crate) fn levels(
         &mut self,
         name: impl Into<String>,
@@ -84,12 +84,12 @@ impl Builder {
             return self.bytes(name, dims, levels);
         }
         self.has_4_bits = true;
-        // Two in a byte, the first one in the lower half.
+        // Two levels share a byte, the first in the lower half.
         let pack = |pair: &[u8]| pair[0] | pair.get(1).map_or(0, |second| second << 4);
         self.constant(name.into(), dims, DataType::Uint4, levels.chunks(2).map(pack).collect())
     }
 
-    /// The model with the graph from `input` to `output`, and its operators' version.
+    /// Returns the model with the graph from `input` to `output`, and its operator set version.
     pub(crate) fn finish(
         mut self,
         name: &str,
@@ -113,7 +113,7 @@ impl Builder {
     }
 }
 
-/// Any number of tensors of one shape.
+/// Returns the declaration of a batch of float tensors of shape `dims`, of any number.
 fn batch_of(name: &str, dims: &[usize]) -> Value {
     let fixed = dims.iter().map(|&dim| Extent::Fixed(dim as i64));
     let extents = std::iter::once(Extent::Named("N".into())).chain(fixed);
@@ -122,19 +122,19 @@ fn batch_of(name: &str, dims: &[usize]) -> Value {
     Value { name: name.into(), kind: Some(Type { tensor: Some(tensor) }) }
 }
 
-/// A setting that is a whole number.
+/// Returns an integer attribute.
 pub(crate) fn int(name: &str, value: usize) -> Attribute {
     let value = Some(value as i64);
     Attribute { name: name.into(), i: value, kind: AttributeType::Int.into(), ..Attribute::default() }
 }
 
-/// A setting that is a list of whole numbers.
+/// Returns an attribute that is a list of integers.
 pub(crate) fn ints(name: &str, values: &[usize]) -> Attribute {
     let ints = values.iter().map(|&value| value as i64).collect();
     Attribute { name: name.into(), ints, kind: AttributeType::Ints.into(), ..Attribute::default() }
 }
 
-/// A setting that is a float.
+/// Returns a float attribute.
 pub(crate) fn float(name: &str, value: f64) -> Attribute {
     let value = Some(value as f32);
     Attribute { name: name.into(), f: value, kind: AttributeType::Float.into(), ..Attribute::default() }

@@ -1,4 +1,4 @@
-//! The nodes of a network in ONNX's operators.
+//! Translation of a network's nodes to ONNX operators.
 
 use crate::graph::{Builder, float, int, ints};
 use crate::proto::{Entry, Model};
@@ -7,11 +7,11 @@ use candle_core::{DType, Tensor};
 use kernels::Activation;
 use models::{BatchNorm, Lattice, Network, Node, Norm, Unit, WeightLevels};
 
-/// The names of what goes in and what comes out.
+/// The names of the graph's input and output.
 const IMAGES: &str = "images";
 const LOGITS: &str = "logits";
 
-/// The model, and the version of its operators.
+/// Returns the model and its operator set version.
 pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)> {
     let mut builder = Builder::new(options.int8);
     let [height, width, channels] = network.input;
@@ -25,7 +25,7 @@ pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)
         images = builder.node("Sub", "input.centred", &[&images, &mean], vec![]);
         images = builder.node("Div", "input.normalized", &[&images, &std], vec![]);
     }
-    // The value that each node gives.
+    // The name of each node's output value.
     let mut outputs: Vec<String> = Vec::new();
     for node in &network.nodes {
         let (name, x) = match node {
@@ -34,7 +34,7 @@ pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)
                 unit.name.clone(),
                 self::unit(&mut builder, unit, &outputs[unit.input], network.epsilon, options)?,
             ),
-            // A unit has the name as it is.
+            // The plain name belongs to the unit.
             Node::Sum(sum) => {
                 let name = format!("{}.sum", sum.name);
                 let [a, b] = sum.inputs.map(|input| outputs[input].as_str());
@@ -46,12 +46,13 @@ pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)
             }
         };
         let lattice = match node.quantizer() {
-            // Those of activations are the same for every tensor.
+            // The lattice of an activation quantizer does not depend on the values.
             Some(quantizer) => quantizer.output_lattice()?,
             None => None,
         };
-        // min(φ(x), cap) = φ(min(x, cap)) where a cap is one of φ's values. Here it keeps runtimes from taking the activation
-        // for one that their quantized convolution has built in.
+        // min(φ(x), cap) = φ(min(x, cap)) if the cap is one of φ's values. With the Min before the
+        // activation, runtimes do not take the activation for one that their quantized convolution
+        // has built in.
         let x = match node.unit().and_then(|unit| unit.cap.as_ref()) {
             Some(cap) => {
                 let cap = builder.tensor(format!("{name}.cap"), &cap.reshape((1, (), 1, 1))?)?;
@@ -77,11 +78,11 @@ pub(crate) fn model(network: &Network, options: &Options) -> Result<(Model, i64)
     Ok(builder.finish(&network.name, input, (LOGITS, network.classes()), metadata))
 }
 
-/// A convolution and its normalization.
+/// Adds a convolution and its normalization, and returns the name of the output.
 fn unit(builder: &mut Builder, unit: &Unit, x: &str, epsilon: f64, options: &Options) -> Result<String> {
     let name = &unit.name;
     let levels = unit.weight_levels(epsilon)?;
-    // What is left to be done behind the convolution, and what its weights are multiplied by.
+    // What remains to be done after the convolution, and the factor of its weights.
     let (mut norm, mut bias, mut scale) = match &unit.norm {
         Norm::Batch(norm) => (Some(norm), None, None),
         Norm::Bias(bias) => (None, Some(bias.clone()), None),
@@ -101,8 +102,8 @@ fn unit(builder: &mut Builder, unit: &Unit, x: &str, epsilon: f64, options: &Opt
             builder.tensor(format!("{name}.weight"), &unit.in_pytorch_layout(&weight)?)?
         }
     };
-    // Behind quantized weights ONNX Runtime rounds a convolution's bias to a multiple of both steps' product; what is added
-    // behind the convolution it leaves as it is.
+    // After quantized weights, ONNX Runtime rounds a convolution's bias to a multiple of the
+    // product of both steps. It does not round a separate Add.
     let apart = bias.take_if(|_| levels.is_some() && !options.fold);
     let z = convolution(builder, unit, x, &weight, bias.as_ref())?;
     if let Some(bias) = apart {
@@ -118,12 +119,14 @@ fn unit(builder: &mut Builder, unit: &Unit, x: &str, epsilon: f64, options: &Opt
     Ok(builder.node("BatchNormalization", format!("{name}.norm"), &inputs, vec![float("epsilon", epsilon)]))
 }
 
-/// Weights from their levels, each filter multiplied by its factor if there is a `scale` `[C_out]`.
+/// Adds weights from their levels and returns their name. If there is a `scale` `[C_out]`, each
+/// filter is multiplied by its factor.
 ///
-/// ONNX Runtime's integer convolution (1.32) takes the first filter's zero point for all. So where filters have others, the
-/// zero point is a part of what is added; and a negative factor gives a negative step rather than levels turned over. A
-/// step of 0 would take the bias along, as biases are rounded to multiples of the steps there: such a filter keeps its step
-/// and has zeros.
+/// ONNX Runtime's integer convolution (1.32) uses the first filter's zero point for all filters. So
+/// if the zero points differ, they become a part of the added offset, and a negative factor gives a
+/// negative step instead of reversed levels. ONNX Runtime rounds biases to multiples of the steps,
+/// so a step of 0 would remove the bias. A filter with a factor of 0 therefore keeps its step and
+/// has zero weights.
 fn dequantized(
     builder: &mut Builder,
     unit: &Unit,
@@ -194,11 +197,13 @@ fn convolution(
     Ok(builder.node("Conv", &unit.name, &inputs, attributes))
 }
 
-/// φ, and the clipping to the levels of the lattice where a byte has more.
+/// Adds φ, and clips to the range of the lattice if it has fewer levels than a byte. Returns the
+/// name of the output.
 ///
-/// Levels of activations are bytes at every width: ONNX Runtime (1.32) refuses a QuantizeLinear to 4 bits behind a Clip or
-/// a Relu, and clipping first gives the same levels. Between a convolution `in_float` and a QuantizeLinear it is done by Max
-/// and Min: ONNX Runtime quantizes the weights of a convolution whose output goes through a Clip to a QuantizeLinear.
+/// Levels of activations are bytes at every width. ONNX Runtime (1.32) refuses a QuantizeLinear to
+/// 4 bits after a Clip or a Relu, and clipping first gives the same levels. Between a float
+/// convolution (`in_float`) and a QuantizeLinear, Max and Min do the clipping: ONNX Runtime
+/// quantizes the weights of a convolution whose output goes through a Clip to a QuantizeLinear.
 fn activation(
     builder: &mut Builder,
     name: &str,
@@ -210,7 +215,8 @@ fn activation(
     let (mut low, mut high) = activation.bounds();
     if let Some(lattice) = lattice.filter(|lattice| lattice.max_level < u8::MAX) {
         let range = lattice.range();
-        // Bounds of an activation that the lattice does not reach stay bounds.
+        // An activation's bound that lies outside of the lattice's range becomes the nearest end of
+        // the range.
         (low, high) = (low.max(range.0).min(range.1), high.min(range.1).max(range.0));
     }
     let name = format!("{name}.activation");
@@ -236,7 +242,7 @@ fn activation(
     }
 }
 
-/// The nearest values of the lattice.
+/// Adds the rounding to the nearest values of the lattice, and returns the name of the output.
 fn quantized(builder: &mut Builder, name: &str, mut x: String, lattice: &Lattice) -> String {
     let offset =
         (lattice.offset != 0.0).then(|| builder.floats(format!("{name}.offset"), &[], &[lattice.offset]));

@@ -1,8 +1,9 @@
-//! The messages of ONNX that an exported network consists of, with the field numbers of `onnx.proto` (IR version 10).
+//! The ONNX messages of an exported network, with the field numbers of `onnx.proto` (IR version
+//! 10).
 
 use prost::Message;
 
-/// A model: a graph and the operator set that it is written in.
+/// A model: a graph and the operator set that it uses.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Model {
     #[prost(int64, tag = "1")]
@@ -19,7 +20,7 @@ pub(crate) struct Model {
     pub metadata: Vec<Entry>,
 }
 
-/// A set of operators; the domain of the standard one is empty.
+/// A version of a set of operators. The domain of the standard set is empty.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct OperatorSet {
     #[prost(string, tag = "1")]
@@ -28,7 +29,7 @@ pub(crate) struct OperatorSet {
     pub version: i64,
 }
 
-/// A line of the model's metadata.
+/// An entry of the model's metadata.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Entry {
     #[prost(string, tag = "1")]
@@ -37,7 +38,7 @@ pub(crate) struct Entry {
     pub value: String,
 }
 
-/// Nodes in an order in which they can be computed, and the constants that they read.
+/// The nodes, in an order in which they can be computed, and the constants that they read.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Graph {
     #[prost(message, repeated, tag = "1")]
@@ -52,7 +53,7 @@ pub(crate) struct Graph {
     pub output: Vec<Value>,
 }
 
-/// An operator with the names of what it reads and gives.
+/// An operator with the names of its inputs and outputs.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Node {
     #[prost(string, repeated, tag = "1")]
@@ -67,7 +68,7 @@ pub(crate) struct Node {
     pub attribute: Vec<Attribute>,
 }
 
-/// A setting of an operator.
+/// An attribute of an operator.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Attribute {
     #[prost(string, tag = "1")]
@@ -82,7 +83,7 @@ pub(crate) struct Attribute {
     pub kind: i32,
 }
 
-/// Which field of an [`Attribute`] holds its value.
+/// The field of an [`Attribute`] that holds its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub(crate) enum AttributeType {
@@ -92,7 +93,7 @@ pub(crate) enum AttributeType {
     Ints = 7,
 }
 
-/// A constant; the elements are in `raw_data`, little endian.
+/// A constant. The elements are in `raw_data`, little-endian.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Tensor {
     #[prost(int64, repeated, tag = "1")]
@@ -105,7 +106,7 @@ pub(crate) struct Tensor {
     pub raw_data: Vec<u8>,
 }
 
-/// The types of elements that are used here.
+/// The element types that are used here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub(crate) enum DataType {
@@ -115,7 +116,7 @@ pub(crate) enum DataType {
     Uint4 = 21,
 }
 
-/// The name and the type of an input or output of a graph.
+/// The name and the type of a graph's input or output.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Value {
     #[prost(string, tag = "1")]
@@ -124,7 +125,7 @@ pub(crate) struct Value {
     pub kind: Option<Type>,
 }
 
-/// A type; here always that of a tensor.
+/// A type, which is always a tensor type here.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Type {
     #[prost(message, optional, tag = "1")]
@@ -145,7 +146,7 @@ pub(crate) struct Shape {
     pub dim: Vec<Dimension>,
 }
 
-/// A dimension: a number, or a name of one that is not fixed.
+/// A dimension: a fixed number, or the name of a variable one.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Dimension {
     #[prost(oneof = "Extent", tags = "1, 2")]

@@ -1,7 +1,8 @@
-//! Exported networks against ONNX Runtime: the same logits, and `onnx.checker` accepts the file.
+//! Exported networks in ONNX Runtime: the logits are the same, and `onnx.checker` accepts the file.
 //!
-//! It needs the Python that `scripts/onnx-environment` makes in the target folder, or one with onnxruntime, onnx and numpy
-//! in the environment variable `PFQ_ONNX_PYTHON`; without it the tests say so and pass.
+//! The tests need the Python environment that `scripts/onnx-environment` makes in the target
+//! folder, or the path of a Python with onnxruntime, onnx and numpy in the environment variable
+//! `PFQ_ONNX_PYTHON`. Without it, they print a message and pass.
 
 #[path = "../../models/tests/networks/mod.rs"]
 mod networks;
@@ -15,12 +16,13 @@ use quant_core::Precision;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The logits of float networks, which are of order 1, beside ours: both are float32, and sum in other orders.
+/// The tolerance for the logits of float networks, which are of order 1: both sides are float32,
+/// but sum in different orders.
 const FLOAT: f32 = 1e-4;
 
 fn python() -> Option<PathBuf> {
     let made = || {
-        // A test's program lies in target/PROFILE/deps.
+        // The test executable is in target/PROFILE/deps.
         let program = std::env::current_exe().unwrap();
         program.ancestors().nth(3).unwrap().join("onnx-venv/bin/python")
     };
@@ -32,8 +34,10 @@ fn python() -> Option<PathBuf> {
     Some(python)
 }
 
-/// What ONNX Runtime gives for `images` `[N, H, W, C]`. Where normalization is folded it may not optimize: it would round
-/// biases, by as much as an engine of whole numbers does.
+/// Returns ONNX Runtime's logits for `images` `[N, H, W, C]`.
+///
+/// If normalization is folded, the optimizations of ONNX Runtime are off: they would round the
+/// biases, as an integer engine does.
 fn runtime(python: &Path, network: &Network, options: &Options, images: &Tensor) -> Tensor {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
@@ -73,7 +77,7 @@ fn float_networks_give_the_same_logits() {
             let off = distance(&logits, &found);
             assert!(off < FLOAT, "{version:?}, fold {fold}: off by {off}");
         }
-        // Images as intensities, normalized in the graph.
+        // Images as intensities, which the graph normalizes.
         let normalize = Normalize { mean: [0.5, 0.4, 0.3], std: [0.2, 0.3, 0.25] };
         let of = |values: [f32; 3]| Tensor::new(&values, &Device::Cpu).unwrap();
         let raw =
@@ -85,10 +89,12 @@ fn float_networks_give_the_same_logits() {
     }
 }
 
-/// Every scheme, with normalization live, folded into steps, and 4 bits in bytes.
+/// Compares every scheme, with live normalization, with normalization folded into the steps, and
+/// with 4-bit levels in bytes.
 ///
-/// Rounding takes a few activations across the border between two levels, so most logits are equal to within rounding and
-/// a few images differ by a level's share. A wrong zero point, offset or step changes every logit.
+/// Rounding moves a few activations across the border between two levels. So most logits are equal
+/// up to rounding, and a few images differ by a fraction of a level. A wrong zero point, offset or
+/// step changes every logit.
 #[test]
 fn quantized_networks_give_the_same_logits() {
     let Some(python) = python() else { return };
@@ -124,7 +130,8 @@ fn quantized_networks_give_the_same_logits() {
     }
 }
 
-/// A sum with an activation, two readers of one unit, a full convolution of another size: nodes, not MobileNets.
+/// A network that is no MobileNet: a sum with an activation, a unit with two readers, a full
+/// convolution of another size.
 #[test]
 fn a_network_of_other_nodes() {
     let Some(python) = python() else { return };
@@ -152,10 +159,12 @@ fn a_network_of_other_nodes() {
     assert!(off < 1e-5, "off by {off}");
 }
 
-/// The share of trained networks' predictions that may differ, on real images: one in a thousand.
+/// The fraction of predictions on real images in which a trained network may differ.
 const DIFFERENT: f64 = 0.001;
 
-/// Networks of a store or of a folder of files, which `PFQ_ONNX_STORE` names, on test images of CIFAR-100, whose folder `PFQ_DATA` names.
+/// Runs the networks of a store, or of a folder of files, on test images of CIFAR-100.
+///
+/// `PFQ_ONNX_STORE` names the store and `PFQ_DATA` the folder of the images.
 #[test]
 fn trained_networks_predict_the_same() {
     let Some(python) = python() else { return };

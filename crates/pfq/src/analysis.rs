@@ -1,4 +1,4 @@
-//! Which channels are constant, and what they are.
+//! Which channels are constant, and their values.
 
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -8,13 +8,13 @@ use quant_core::{fold_scale, fold_shift};
 /// The running variances of one layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerVariance {
-    /// Name of the unit.
+    /// The name of the unit.
     pub layer: String,
-    /// Running variance V of each filter's output.
+    /// The running variance V of each filter's output.
     pub variance: Vec<f32>,
 }
 
-/// The running variances of every batch-normalized layer, in order.
+/// Returns the running variances of every batch-normalized layer, in order.
 pub fn variances(network: &Network) -> Result<Vec<LayerVariance>> {
     let mut all = Vec::new();
     for unit in network.units() {
@@ -25,26 +25,27 @@ pub fn variances(network: &Network) -> Result<Vec<LayerVariance>> {
     Ok(all)
 }
 
-/// For every node, what is constant about its channels.
+/// The constant channels of every node.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Constants {
-    /// `low[i][j]`: node i is a unit, and the running variance of its filter j is below τ.
+    /// `low[i][j]` is true if node i is a unit and the running variance of its filter j is below τ.
     pub low: Vec<Vec<bool>>,
-    /// `output[i][j]`: the constant that channel j of node i's output is; `None` if it varies.
+    /// `output[i][j]` is the value of channel j of node i's output if it is constant, and `None` if
+    /// it varies.
     pub output: Vec<Vec<Option<f32>>>,
 }
 
 impl Constants {
-    /// Follows constants through `network`, a filter being constant if its running variance is below
-    /// `threshold`:
+    /// Follows constants through `network`. A filter is constant if its running variance is below
+    /// `threshold`.
     ///
-    /// * a low filter gives `φ(β)`, as its input to the normalization is its mean;
-    /// * a depthwise filter on a constant channel `c` gives `φ(norm(c·Σk))`, exactly so if `c = 0`
-    ///   and away from the zero-padded border otherwise;
-    /// * a sum is constant where both summands are;
-    /// * a pooled channel is constant where it was before;
-    /// * caps are the most that a constant is;
-    /// * an activation quantizer maps the constant to its grid.
+    /// * A low filter gives `φ(β)`, because its output before the normalization equals its mean.
+    /// * A depthwise filter on a constant channel `c` gives `φ(norm(c·Σk))`. This is exact if
+    ///   `c = 0`, and otherwise exact away from the zero-padded border.
+    /// * A sum is constant if both summands are.
+    /// * A pooled channel is constant if it was constant before.
+    /// * A cap limits the constant.
+    /// * An activation quantizer maps the constant to its grid.
     pub fn find(network: &Network, threshold: f64) -> Result<Self> {
         let mut low = Vec::with_capacity(network.nodes.len());
         let mut output: Vec<Vec<Option<f32>>> = Vec::with_capacity(network.nodes.len());
@@ -78,7 +79,8 @@ impl Constants {
     }
 }
 
-/// The constants that a unit's filters give before the activation; marks those of low variance.
+/// Returns the constants of a unit's filters before the activation, and marks the filters of low
+/// variance in `is_low`.
 fn of_filters(
     unit: &Unit,
     epsilon: f32,
@@ -109,7 +111,7 @@ fn of_filters(
     Ok(values)
 }
 
-/// Maps constants to the levels of the quantizer that they pass.
+/// Quantizes the constants as the node's quantizer does.
 fn quantize(values: &mut [Option<f32>], quantizer: Option<&Quantizer>) -> Result<()> {
     let constants: Vec<f32> = values.iter().flatten().copied().collect();
     let Some(quantizer) = quantizer.filter(|_| !constants.is_empty()) else { return Ok(()) };

@@ -1,26 +1,30 @@
-//! Channel groups: the outputs that share their channels.
+//! Channel groups: nodes whose outputs share their channels.
 
 use models::{Network, Node};
 
-/// Nodes whose outputs have the same channels, so that a channel goes from all of them or from none: a depthwise layer
-/// and pooling share the channels of what they read, a sum those of its summands. In both MobileNets this is pointwise
-/// (or stem) → depthwise; residuals tie several such producers together.
+/// Nodes whose outputs have the same channels, so that a channel is removed from all of them or
+/// from none.
+///
+/// A depthwise layer and pooling share the channels of their input, a sum those of its summands. In
+/// both MobileNets a group is pointwise (or stem) → depthwise; residuals tie several such producers
+/// together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
-    /// Indices of the nodes, ascending.
+    /// The indices of the nodes, ascending.
     pub nodes: Vec<usize>,
-    /// Those of `nodes` whose output is read by a layer outside of the group, a pointwise one or the classifier: a
-    /// channel may go where all of these give constants.
+    /// The members of `nodes` whose output is read by a layer outside of the group: a pointwise
+    /// layer or the classifier. A channel may be removed if it is constant in all of these outputs.
     pub read: Vec<usize>,
-    /// Whether a sum ties several producers to the channels.
+    /// Whether a sum ties several producers together.
     pub tied: bool,
 }
 
-/// The groups of channels of `network` that may go, ordered by their first node: all but those of the image and those of
-/// the logits.
+/// Returns the groups of channels that may be removed, ordered by their first node.
+///
+/// These are all groups except those of the image and of the logits.
 pub fn groups(network: &Network) -> Vec<Group> {
     let count = network.nodes.len();
-    // Whether a node has the channels of what it reads.
+    // Whether a node has the channels of its input.
     let shares = |i: usize| network.nodes[i].unit().is_none_or(|unit| unit.kernel.is_depthwise());
     // root[i] is the smallest node known to share i's channels.
     let mut root: Vec<usize> = (0..count).collect();
@@ -50,7 +54,8 @@ mod tests {
     use candle_core::Device;
     use models::{Input, MobileNet, Version};
 
-    /// The groups as lists of names, `+` marking sums and `*` those read from outside.
+    /// Checks the first groups as lists of names. `+` marks sums, and `*` nodes that are read from
+    /// outside.
     fn check(config: MobileNet, first: &[&[&str]]) {
         let network = config.init(0, &Device::Cpu).unwrap();
         let named: Vec<Vec<String>> = groups(&network)

@@ -1,13 +1,13 @@
 //! Filter pre-pruning for quantization, PfQ (method section 2, the paper's section 3).
 //!
-//! A filter whose running variance is below τ gives a constant. [`PfQ::apply`] removes such filters
-//! and keeps the constants that they contributed:
+//! A filter whose running variance is below τ has a constant output. [`PfQ::apply`] removes such
+//! filters and keeps their constant contributions:
 //!
 //! 1. [`Constants`] follows constants through the network: which channels of which outputs are
-//!    constant, and their values;
-//! 2. [`groups`] finds which filters and slices stand or fall together;
-//! 3. a channel goes if everything that reads it reads a constant; the readers' means or biases take
-//!    up what they lose (bias correction), and the tensors get smaller.
+//!    constant, and their values.
+//! 2. [`groups`] finds the filters and slices that must be removed together.
+//! 3. A channel is removed if every layer that reads it reads a constant. The means or biases of
+//!    these layers take up the constants (bias correction), and the tensors get smaller.
 
 #![forbid(unsafe_code)]
 
@@ -19,7 +19,7 @@ pub use analysis::{Constants, LayerVariance, variances};
 pub use groups::{Group, groups};
 pub use prune::{Corrected, Criterion, LayerReport, PfQ, Report};
 
-/// What can go wrong while pruning.
+/// An error while pruning.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A tensor operation failed.
@@ -28,16 +28,16 @@ pub enum Error {
     /// A kernel refused its arguments.
     #[error(transparent)]
     Kernel(#[from] kernels::Error),
-    /// The network is not one that can be read.
+    /// The network can't be read.
     #[error(transparent)]
     Model(#[from] models::Error),
     /// An activation quantizer has no usable range.
     #[error("a quantizer makes {0} of a constant channel: expected finite ranges, as training leaves them")]
     Range(f32),
-    /// Pruning comes before the weights are quantized.
+    /// The weights are quantized already; pruning must come first.
     #[error("unit {0} has quantized weights: prune before weight quantization (Algorithm 1, steps 2 and 4)")]
     QuantizedWeights(String),
-    /// The threshold is not a positive number.
+    /// The threshold is not a positive, finite number.
     #[error(
         "threshold τ = {0} is not usable: expected a positive number, such as the ε of batch normalization"
     )]

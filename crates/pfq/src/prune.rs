@@ -5,20 +5,21 @@ use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-/// Pruning for quantization: which filters count as constant, and whether their constants are kept.
+/// The settings of pruning for quantization: which filters count as constant, and whether their
+/// constants are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PfQ {
-    /// τ: filters whose running variance is below it go. `None` stands for the ε of the network's
-    /// batch normalization, so that the method has no parameter of its own.
+    /// The threshold τ: filters whose running variance is below it are removed. `None` means the ε
+    /// of the network's batch normalization, so that the method has no parameter of its own.
     pub threshold: Option<f64>,
-    /// Whether the readers of a removed channel take up its constant. `false` is the paper's
+    /// Whether the layers that read a removed channel take up its constant. `false` is the paper's
     /// "PfQ (w/o bias correction)".
     pub bias_correction: bool,
-    /// Which of a live normalization's numbers takes the constants up.
+    /// Which parameter of a live normalization takes up the constants.
     #[serde(default)]
     pub corrected: Corrected,
-    /// By what the filters are chosen.
+    /// How the filters are chosen.
     #[serde(default)]
     pub criterion: Criterion,
 }
@@ -34,89 +35,98 @@ impl Default for PfQ {
     }
 }
 
-/// What bias correction changes where normalization is live. Either way evaluation gives the same, up to rounding.
+/// The parameter that bias correction changes in a live normalization. Evaluation is the same for
+/// both, up to rounding.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Corrected {
-    /// The running mean, `μ ← μ − Σ_j w_j a_j`, which training does not read: there a constant goes off with the mean of the
-    /// batch, whether it is removed or not.
+    /// The running mean, `μ ← μ − Σ_j w_j a_j`. Training does not read it: there the normalization
+    /// subtracts a constant with the mean of the batch, whether its channel is removed or not.
     #[default]
     Mean,
-    /// The shift, `β ← β + γ/√(V+ε)·Σ_j w_j a_j`, which training keeps, although its normalization has taken nothing away.
+    /// The shift, `β ← β + γ/√(V+ε)·Σ_j w_j a_j`. It stays in training, although the normalization
+    /// there has removed nothing.
     Beta,
 }
 
-/// By what filters are chosen. Of those that are not [`Criterion::Variance`], each layer loses as many as that would take, so
-/// that weights and multiply–accumulates are the same; they give no constants, and `φ(β)`, near their means, stands for these.
+/// How the filters are chosen.
+///
+/// Criteria other than [`Criterion::Variance`] remove as many filters of each layer as `Variance`
+/// would, so that the numbers of weights and multiply–accumulates are the same. Their filters are
+/// not constant; `φ(β)`, which is near their mean, takes the place of the constant.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Criterion {
-    /// A running variance below τ: PfQ.
+    /// The filters with a running variance below τ: PfQ.
     #[default]
     Variance,
-    /// Those with the smallest |γ|, of channels that several units make by the largest of theirs.
+    /// The filters with the smallest |γ|. A channel that several units produce counts with the
+    /// largest of their |γ|.
     SmallestGamma,
-    /// By lot, from a seed.
+    /// Random filters.
     Random {
-        /// The seed.
+        /// The seed of the random numbers.
         seed: u64,
     },
 }
 
-/// What pruning did.
+/// The result of pruning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// τ as used.
+    /// The threshold τ that was used.
     pub threshold: f64,
-    /// One entry for every unit but the classifier, in order.
+    /// One entry for every unit except the classifier, in order.
     pub layers: Vec<LayerReport>,
-    /// Conv and classifier weights before.
+    /// The number of convolution and classifier weights before.
     pub weights_before: u64,
-    /// Conv and classifier weights after.
+    /// The number of convolution and classifier weights after.
     pub weights_after: u64,
-    /// Multiply–accumulates of one image before.
+    /// The number of multiply–accumulates for one image before.
     pub macs_before: u64,
-    /// Multiply–accumulates of one image after.
+    /// The number of multiply–accumulates for one image after.
     pub macs_after: u64,
-    /// Channels tied by residuals that are low in some, but not in all of their producers: they stay.
+    /// The number of channels, tied by residuals, that are low in some but not in all of their
+    /// producers. They stay.
     pub low_in_part: usize,
-    /// Channels that stay although everything that reads them reads a constant, because a layer
-    /// must keep one channel.
+    /// The number of channels that stay although every layer that reads them reads a constant,
+    /// because a layer must keep one channel.
     pub kept_as_last: usize,
 }
 
-/// What pruning did to one unit.
+/// The result of pruning for one unit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
-    /// Name of the unit.
+    /// The name of the unit.
     pub name: String,
-    /// Filters before.
+    /// The number of filters before.
     pub filters: usize,
-    /// Filters whose running variance was below τ.
+    /// The number of filters whose running variance was below τ.
     pub low: usize,
-    /// Filters that went. More than `low` where the rest of the channel's chain was low.
+    /// The number of filters removed. It is larger than `low` if other units of the channel's group
+    /// were low.
     pub removed: usize,
 }
 
 impl Report {
-    /// Weights pruned, in percent of `whole`: the weights of the network before any pruning.
+    /// Returns the pruned weights in percent of `whole`, the number of weights before any pruning.
     pub fn weights_pruned_percent(&self, whole: u64) -> f64 {
         100.0 * (1.0 - self.weights_after as f64 / whole as f64)
     }
 }
 
 impl PfQ {
-    /// The pruned network, and what was done. The tensors of `network` are not changed.
+    /// Returns the pruned network and a report. The tensors of `network` are not changed.
     ///
     /// A channel is removed from its whole [`Group`] if every reader outside of the group reads a
-    /// constant there. For pointwise → depthwise → pointwise chains that is: the producer's or the
-    /// depthwise filter's variance is low. For channels tied by residuals: every producer is low.
+    /// constant there. In a pointwise → depthwise → pointwise chain, this means that the variance
+    /// of the producer or of the depthwise filter is low. For channels tied by residuals, every
+    /// producer must be low.
     ///
     /// # Errors
-    /// When weights are quantized already, or τ is not positive.
+    /// If weights are quantized already, or τ is not positive and finite.
     pub fn apply(&self, network: &Network) -> Result<(Network, Report)> {
         let Choice { threshold, constants, keep, low_in_part, kept_as_last } = self.choose(network)?;
-        // What filters give that vary is taken to be what they would give if they did not.
+        // For criteria other than the variance, every filter is treated as if it were constant.
         let given = match self.criterion {
             Criterion::Variance => &constants,
             _ => &Constants::find(network, f64::MAX)?,
@@ -159,10 +169,10 @@ impl PfQ {
         Ok((pruned, report))
     }
 
-    /// Which channels of each node's output stay: `kept[i][j]` of node i's channel j.
+    /// Returns which channels stay: `kept[i][j]` is for channel j of node i's output.
     ///
     /// # Errors
-    /// As [`PfQ::apply`].
+    /// Those of [`PfQ::apply`].
     pub fn kept(&self, network: &Network) -> Result<Vec<Vec<bool>>> {
         Ok(self.choose(network)?.keep)
     }
@@ -178,7 +188,7 @@ impl PfQ {
         let constants = Constants::find(network, threshold)?;
         let mut low_in_part = 0;
         let mut kept_as_last = 0;
-        // keep[i][j]: channel j of node i's output stays.
+        // keep[i][j]: whether channel j of node i's output stays.
         let mut keep: Vec<Vec<bool>> =
             network.shapes().into_iter().map(|[.., channels]| vec![true; channels]).collect();
         for (number, group) in groups(network).into_iter().enumerate() {
@@ -205,8 +215,10 @@ impl PfQ {
         Ok(Choice { threshold, constants, keep, low_in_part, kept_as_last })
     }
 
-    /// Removes from a unit the slices that read channels that go, with bias correction: as [`Corrected`] says where it is
-    /// normalized, `b ← b + Σ_j w_j a_j` where it has a bias. A depthwise one shares the channels and needs nothing
+    /// Removes the slices of a unit's weights that read removed channels, and corrects the bias.
+    ///
+    /// In a normalized unit, [`Corrected`] says which parameter changes. A unit with a bias gets
+    /// `b ← b + Σ_j w_j a_j`. A depthwise unit shares the channels of its input, so nothing is done
     /// here.
     fn shrink_input(
         &self,
@@ -221,7 +233,7 @@ impl PfQ {
         if self.bias_correction {
             let lost = |(keep, constant): (&bool, &Option<f32>)| constant.filter(|_| !keep).unwrap_or(0.0);
             let lost: Vec<f32> = keep.iter().zip(constants).map(lost).collect();
-            // Every tap of a filter reads them.
+            // Every tap of a filter reads the same constants.
             let lost = Tensor::from_vec(lost, (1, keep.len()), unit.weight.device())?;
             let shift = lost.repeat((1, unit.kernel.taps()))?.matmul(&unit.weight)?.squeeze(0)?;
             match &mut unit.norm {
@@ -238,7 +250,8 @@ impl PfQ {
 }
 
 impl Criterion {
-    /// The channels of a group, those first that go first; none where running variances decide.
+    /// Returns the channels of a group in the order of removal, or `None` if the running variances
+    /// decide.
     fn order(self, network: &Network, group: &Group, number: usize) -> Result<Option<Vec<usize>>> {
         let norms = group.nodes.iter().filter_map(|&i| network.nodes[i].unit()?.batch_norm());
         let gammas = norms.map(|norm| norm.gamma.abs()?.to_vec1::<f32>());
@@ -260,19 +273,19 @@ impl Criterion {
     }
 }
 
-/// What is to go.
+/// The channels to remove.
 struct Choice {
-    /// τ as used.
+    /// The threshold τ that was used.
     threshold: f64,
     constants: Constants,
-    /// `keep[i][j]`: channel j of node i's output stays.
+    /// `keep[i][j]`: whether channel j of node i's output stays.
     keep: Vec<Vec<bool>>,
-    /// As in the [`Report`].
+    /// These two counts are as in the [`Report`].
     low_in_part: usize,
     kept_as_last: usize,
 }
 
-/// The channel of `group` with the largest running variance in any of its normalized units.
+/// Returns the channel of `group` with the largest running variance in any of its normalized units.
 fn most_varied(network: &Network, group: &Group) -> Result<usize> {
     let mut best = (0, f32::NEG_INFINITY);
     for &i in &group.nodes {
@@ -287,7 +300,7 @@ fn most_varied(network: &Network, group: &Group) -> Result<usize> {
     Ok(best.0)
 }
 
-/// Removes the filters that go from a unit's own tensors.
+/// Removes filters from a unit's own tensors.
 fn shrink_filters(unit: &mut Unit, keep: &[bool]) -> Result<()> {
     let indices = indices(keep, &unit.weight)?;
     let select = |tensor: &Tensor| tensor.contiguous()?.index_select(&indices, 0);
@@ -305,7 +318,7 @@ fn shrink_filters(unit: &mut Unit, keep: &[bool]) -> Result<()> {
     Ok(())
 }
 
-/// The indices of the channels that stay, where `tensor` is.
+/// Returns the indices of the channels that stay, on the device of `tensor`.
 fn indices(keep: &[bool], tensor: &Tensor) -> Result<Tensor> {
     let indices: Vec<u32> = (0..keep.len() as u32).filter(|&j| keep[j as usize]).collect();
     Ok(Tensor::new(indices, tensor.device())?)

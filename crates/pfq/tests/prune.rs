@@ -1,4 +1,4 @@
-//! Pruning planted filters leaves the outputs as they were.
+//! Pruning planted constant filters leaves the outputs unchanged.
 
 use candle_core::{Device, IndexOp, Tensor};
 use kernels::Activation;
@@ -20,9 +20,9 @@ fn images() -> Tensor {
     random(&[3, 32, 32, 3], (-2.0, 2.0), 9)
 }
 
-/// A network with γ and β drawn at random and running statistics that fit its activations.
+/// Returns a network with random γ and β, and with running statistics that fit its activations.
 fn network(version: Version) -> Network {
-    // At half the width V2's stem is not tied to the first block by a residual.
+    // At half the width, no residual ties V2's stem to the first block.
     let config = MobileNet { width: 0.5, ..MobileNet::new(version, Input::Cifar, 10) };
     settled(config.init(3, &Device::Cpu).unwrap())
 }
@@ -41,7 +41,8 @@ fn settled(mut network: Network) -> Network {
     network
 }
 
-/// A network with an activation after a sum, a projection on a shortcut, and an output that three nodes read.
+/// Returns a network with an activation after a sum, a projection on a shortcut, and an output that
+/// three nodes read.
 fn branches() -> Network {
     use Activation::{Identity, Relu, Relu6};
     use Kernel::{Depthwise, Full, Pointwise};
@@ -70,13 +71,13 @@ fn branches() -> Network {
     let third = unit(&mut n, "d.third", b, Depthwise { stride: 1 }, 16, Identity);
     sum(&mut n, "d", [c, third], Relu6);
     n.push_head(random(&[16, 5], (-0.5, 0.5), 30), random(&[5], (-0.5, 0.5), 31));
-    // Below the constants that are planted.
+    // The caps are below the planted constants.
     n.nodes[expand].unit_mut().unwrap().cap = Some(random(&[12], (0.3, 0.6), 32));
     n.validate().unwrap();
     settled(n)
 }
 
-/// Makes filter `channel` of the named unit constant: zero weights, statistics to match, output φ(β).
+/// Makes filter `channel` of the named unit constant: zero weights and statistics, output φ(β).
 fn plant(network: &mut Network, unit: &str, channel: usize, beta: f32) {
     let unit = network.units_mut().find(|u| u.name == unit).expect("a unit of that name");
     let keep: Vec<f32> = (0..unit.filters()).map(|j| if j == channel { 0.0 } else { 1.0 }).collect();
@@ -102,7 +103,8 @@ fn removed(report: &Report) -> Vec<(&str, usize)> {
     report.layers.iter().filter(|l| l.removed > 0).map(|l| (l.name.as_str(), l.removed)).collect()
 }
 
-/// Plants filters with the constant φ(β), prunes, and checks what went and that the logits stayed.
+/// Plants filters with the constant φ(β), prunes, and checks that the right filters are removed and
+/// the logits are unchanged.
 fn check(version: Version, planted: &[(&str, usize)], beta: f32, gone: &[(&str, usize)]) {
     let mut network = network(version);
     for &(unit, channel) in planted {
@@ -114,18 +116,20 @@ fn check(version: Version, planted: &[(&str, usize)], beta: f32, gone: &[(&str, 
     assert_eq!((report.macs_after, report.weights_after), (pruned.macs(), pruned.weights()));
     assert!(report.macs_after < report.macs_before);
     let after = pruned.forward(&images()).unwrap();
-    // Behind a depthwise layer a zero has become that layer's own constant, which may be anything.
+    // After a depthwise layer, a zero has become that layer's own constant, which may have any
+    // value.
     let feeds_depthwise = |&(name, _): &(&str, usize)| {
         let next = network.units().skip_while(|u| u.name != name).nth(1);
         next.is_some_and(|u| u.kernel.is_depthwise())
     };
-    // Where the constant is zero, the removed terms are exact zeros, and a product's sums are taken in the order
-    // of the depth: not a bit changes. Elsewhere, sums of some 1e3 terms of order 1 are rounded in another order.
+    // If the constant is zero, the removed terms are exact zeros, and a product is summed in the
+    // order of the depth, so the bits are the same. Otherwise, sums of about 1e3 terms of order 1
+    // are rounded in another order.
     let exact = beta <= 0.0 && !planted.iter().any(feeds_depthwise);
     let (error, allowed) = (distance(&before, &after), if exact { 0.0 } else { 1e-5 });
     assert!(error <= allowed, "{planted:?} with β = {beta}: logits differ by {error}");
     if exact {
-        // What stays of every mean and of the bias has the same bits, too.
+        // The remaining elements of every mean and of the bias have the same bits, too.
         for (old, new) in network.units().zip(pruned.units()) {
             let shift = |unit: &models::Unit| match &unit.norm {
                 Norm::Batch(norm) => values(&norm.mean),
@@ -156,7 +160,7 @@ fn constant_filters_leave_their_constants() {
     let v2 = |planted: &[(&str, usize)], gone: &[(&str, usize)]| check(Version::V2, planted, 0.8, gone);
     v2(&[("stem", 2)], &[("stem", 1)]);
     v2(&[("blocks.3.depthwise", 1)], &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)]);
-    // Both low: the depthwise constant counts.
+    // If both are low, the constant of the depthwise filter counts.
     v2(
         &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)],
         &[("blocks.3.expand", 1), ("blocks.3.depthwise", 1)],
@@ -168,14 +172,14 @@ fn constant_filters_leave_their_constants() {
     v1(&[("blocks.12.pointwise", 9)], &[("blocks.12.pointwise", 1)]);
 }
 
-/// A channel tied by residuals goes where all of its producers are low, and only there.
+/// A channel tied by residuals is removed only if all of its producers are low.
 #[test]
 fn residual_channels_need_every_producer() {
     let all = [("blocks.7.project", 2), ("blocks.8.project", 2), ("blocks.9.project", 2)];
     let tied: Vec<(&str, usize)> = std::iter::once(("blocks.6.project", 2)).chain(all).collect();
     let gone: Vec<(&str, usize)> = tied.iter().map(|&(unit, _)| (unit, 1)).collect();
     check(Version::V2, &tied, 0.8, &gone);
-    // Projections have no activation, so only β = 0 gives nothing.
+    // Projections have no activation, so only β = 0 gives zero.
     check(Version::V2, &tied, 0.0, &gone);
 
     let mut network = network(Version::V2);
@@ -187,8 +191,8 @@ fn residual_channels_need_every_producer() {
     assert_eq!(report.low_in_part, 1);
 }
 
-/// In a network that branches a channel goes from all that sums tie together, and what reads any of them, the classifier
-/// behind the pooling included, takes up its constant.
+/// In a network that branches, a channel is removed from all nodes that sums tie together. All
+/// readers, including the classifier after the pooling, take up its constant.
 #[test]
 fn branches_are_pruned_alike() {
     let network = branches();
@@ -223,12 +227,13 @@ fn branches_are_pruned_alike() {
     check(&["a.expand"], &[("a.expand", 1)], 0);
     let four = ["b.project", "b.shortcut", "c.second", "d.third"];
     check(&four, &four.map(|unit| (unit, 1)), 0);
-    // A depthwise layer gives a constant of a constant, but this pointwise one does not.
+    // A depthwise layer turns a constant into a constant, but the pointwise unit, which is not low,
+    // does not.
     check(&["b.project", "b.shortcut", "d.third"], &[], 1);
 }
 
-/// A constant c ≠ 0 before a depthwise layer is c·Σk behind it, but for the border, where padding has
-/// zeros instead: inside, what the block gives is unchanged.
+/// A constant c ≠ 0 before a depthwise layer is c·Σk after it, except at the border, where padding
+/// reads zeros. Inside, the block's output is unchanged.
 #[test]
 fn constants_through_depthwise_layers_are_exact_inside_the_border() {
     let mut network = network(Version::V2);
@@ -236,7 +241,7 @@ fn constants_through_depthwise_layers_are_exact_inside_the_border() {
     let (pruned, report) = PfQ::default().apply(&network).unwrap();
     assert_eq!(removed(&report), [("blocks.4.expand", 1), ("blocks.4.depthwise", 1)]);
     let block = |network: &Network| {
-        // The sum that has its name.
+        // The sum has the name of this unit, too, and comes last.
         let project = network.nodes.iter().rposition(|node| node.name() == "blocks.4.project").unwrap();
         let mut output = None;
         let mut observe = |i, _: Option<&Tensor>, y: &Tensor| {
@@ -256,7 +261,7 @@ fn constants_through_depthwise_layers_are_exact_inside_the_border() {
     assert!(distance(&before, &after) > 1e-3, "the border should differ, or the test shows nothing");
 }
 
-/// The constants pass the activation quantizers, as they do in Algorithm 1's second pruning.
+/// The constants go through the activation quantizers, as in Algorithm 1's second pruning.
 #[test]
 fn constants_are_those_of_the_quantized_network() {
     let folded = [3u32, 4, 8].map(|bits| (bits, Fold::BatchStatistics, Method::Uniform));
@@ -280,7 +285,7 @@ fn constants_are_those_of_the_quantized_network() {
         }
         let before = network.forward(&images()).unwrap();
         let (pruned, _) = PfQ::default().apply(&network).unwrap();
-        // A value that rounding puts on the other side of a level's edge would show as a whole step.
+        // A value that rounding moves across the border of a level would show as a whole step.
         let error = distance(&before, &pruned.forward(&images()).unwrap());
         assert!(error < 1e-4, "{method:?}, {bits} bits: {error}");
     }
@@ -298,7 +303,7 @@ fn without_bias_correction_the_constants_are_lost() {
     assert!(distance(&before, &pruned.forward(&images()).unwrap()) > 1e-3);
 }
 
-/// Evaluation is the same whichever of mean and shift takes the constants up.
+/// Evaluation is the same whether the mean or the shift takes up the constants.
 #[test]
 fn shifts_take_constants_up_as_means_do() {
     let mut network = network(Version::V2);
@@ -313,18 +318,21 @@ fn shifts_take_constants_up_as_means_do() {
             mean.units().zip(network.units()).filter_map(|(a, b)| Some((a.batch_norm()?, b.batch_norm()?)));
         norms.filter(|(a, b)| values(of(a)) != values(of(b))).count()
     };
-    // What reads the two channels: an expansion behind the stem, and a projection behind the depthwise layer.
+    // Two units read the two channels: an expansion after the stem, and a projection after the
+    // depthwise layer.
     assert_eq!((moved(&beta, |norm| &norm.beta), moved(&beta, |norm| &norm.mean)), (2, 2));
 }
 
-/// Other criteria take as many filters of each layer: by lot, the same for a seed, or the smallest |γ|.
+/// The other criteria remove as many filters of each layer: random ones, the same for the same
+/// seed, or those with the smallest |γ|.
 #[test]
 fn other_criteria_take_as_many() {
     let mut network = network(Version::V2);
     for (unit, channel) in [("stem", 2), ("blocks.4.expand", 7), ("blocks.4.expand", 9), ("last", 11)] {
         plant(&mut network, unit, channel, 0.8);
     }
-    // The smallest of this layer, and of what follows it, which has the same channels.
+    // The smallest |γ| of this layer, and of the depthwise layer after it, which has the same
+    // channels.
     for name in ["blocks.4.expand", "blocks.4.depthwise"] {
         let unit = network.units_mut().find(|unit| unit.name == name).unwrap();
         let filters = unit.filters();

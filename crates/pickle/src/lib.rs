@@ -1,27 +1,28 @@
-//! Reads Python's pickles, protocols 1 to 5, without running them.
+//! A reader of Python's pickles, protocols 1 to 5, that does not run them.
 //!
-//! A pickle is a program for a stack machine, which can call any function. Here nothing is called: a call stays a value,
-//! with its function's name and its arguments. Values lie in one list, and what holds others holds their places in it. So
-//! nothing recurses however deep values are nested, a value that is referred to many times is there once, and the memory is
-//! proportional to the number of instructions, which is bounded. A general reader such as serde-pickle promises none of
-//! this: it recurses as deep as the input is nested and copies a value at each reference to it.
+//! A pickle is a program for a stack machine that can call any function. This reader calls nothing:
+//! a call becomes a value with the function's name and its arguments. All values are in one list,
+//! and containers hold indices into it. So nothing recurses however deeply values are nested, a
+//! value with many references is stored once, and the memory is proportional to the number of
+//! instructions, which is bounded. General readers such as serde-pickle do not guarantee this: they
+//! recurse as deeply as the input is nested, and copy a value for each reference.
 
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 
-/// The most instructions that are read. The training part of CIFAR-100 has 250,000, a checkpoint 30 for each tensor.
-/// Each takes at most 256 bytes of memory.
+/// The maximum number of instructions, each of which takes at most 256 bytes of memory. The
+/// training set of CIFAR-100 has 250,000 instructions, and a checkpoint 30 per tensor.
 pub const MOST_INSTRUCTIONS: usize = 1 << 20;
 
-/// The place of a value in its pickle.
+/// The index of a value in its pickle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place(usize);
 
-/// A value of a pickle; texts and bytes lie in the input.
+/// A value of a pickle. Texts and bytes borrow from the input.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value<'a> {
-    /// `None`, and what has no meaning here: integers beyond 64 bits.
+    /// `None`, or a value that is not represented here: an integer beyond 64 bits.
     None,
     /// `True` or `False`.
     Bool(bool),
@@ -29,9 +30,9 @@ pub enum Value<'a> {
     Integer(i64),
     /// A float.
     Float(f64),
-    /// A string in UTF-8, or bytes: Python 2 wrote both alike.
+    /// A UTF-8 string or bytes, which Python 2 wrote in the same way.
     Text(&'a [u8]),
-    /// A function or a class, by its module and its name.
+    /// A function or a class, given by its module and its name.
     Global(&'a [u8], &'a [u8]),
     /// A tuple.
     Tuple(Vec<Place>),
@@ -39,18 +40,18 @@ pub enum Value<'a> {
     List(Vec<Place>),
     /// A dictionary, in the order in which its keys were set.
     Dict(Vec<(Place, Place)>),
-    /// What a function would give.
+    /// A call that is not made.
     Call {
         /// The function or class.
         function: Place,
-        /// Its arguments, a tuple.
+        /// The arguments, a tuple.
         arguments: Place,
-        /// What its object's state was set to.
+        /// The state that was set on the resulting object.
         state: Option<Place>,
-        /// What it holds, if it is a kind of dictionary.
+        /// The items that were set on the resulting object, if it is a kind of dictionary.
         items: Vec<(Place, Place)>,
     },
-    /// Something outside of the pickle, by what identifies it.
+    /// An object outside of the pickle, given by its identifier.
     Persistent(Place),
 }
 
@@ -64,7 +65,8 @@ pub struct Pickle<'a> {
 /// Reads a pickle.
 ///
 /// # Errors
-/// The text says what is wrong, and names the byte where.
+/// A description of the problem; for an instruction that cannot be read it includes the position of
+/// the byte.
 pub fn read(input: &[u8]) -> Result<Pickle<'_>, String> {
     let mut machine = Machine { input, ..Machine::default() };
     for _ in 0..MOST_INSTRUCTIONS {
@@ -86,17 +88,18 @@ pub fn read(input: &[u8]) -> Result<Pickle<'_>, String> {
 }
 
 impl<'a> Pickle<'a> {
-    /// What the pickle gives.
+    /// Returns the value of the whole pickle.
     pub fn top(&self) -> Place {
         self.top
     }
 
-    /// The value at a place.
+    /// Returns the value at a place.
     pub fn get(&self, place: Place) -> &Value<'a> {
         &self.values[place.0]
     }
 
-    /// The keys and values of a dictionary, or of what a call gives that is a kind of dictionary.
+    /// Returns the keys and values of a dictionary, or of a call whose result is a kind of
+    /// dictionary.
     pub fn items(&self, place: Place) -> Option<&[(Place, Place)]> {
         match self.get(place) {
             Value::Dict(items) => Some(items),
@@ -105,35 +108,36 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// The value of a key in [`Pickle::items`]: the last one, if it is there several times.
+    /// Returns the value of a key in [`Pickle::items`], or the last value if the key occurs several
+    /// times.
     pub fn item(&self, place: Place, key: &str) -> Option<Place> {
         let is_key = |found: Place| matches!(self.get(found), Value::Text(text) if *text == key.as_bytes());
         self.items(place)?.iter().rev().find(|(found, _)| is_key(*found)).map(|&(_, value)| value)
     }
 
-    /// The elements of a tuple.
+    /// Returns the elements of a tuple.
     pub fn tuple(&self, place: Place) -> Option<&[Place]> {
         if let Value::Tuple(elements) = self.get(place) { Some(elements) } else { None }
     }
 
-    /// The arguments of a call of that function.
+    /// Returns the arguments of a call of the given function.
     pub fn call(&self, place: Place, module: &str, name: &str) -> Option<&[Place]> {
         let Value::Call { function, arguments, .. } = self.get(place) else { return None };
         let wanted = Value::Global(module.as_bytes(), name.as_bytes());
         if *self.get(*function) == wanted { self.tuple(*arguments) } else { None }
     }
 
-    /// A text, if it is in UTF-8.
+    /// Returns a text, if it is valid UTF-8.
     pub fn text(&self, place: Place) -> Option<&'a str> {
         if let Value::Text(text) = self.get(place) { std::str::from_utf8(text).ok() } else { None }
     }
 
-    /// An integer from 0.
+    /// Returns an integer, if it is not negative.
     pub fn size(&self, place: Place) -> Option<usize> {
         if let Value::Integer(integer) = self.get(place) { usize::try_from(*integer).ok() } else { None }
     }
 
-    /// A tuple of integers from 0.
+    /// Returns a tuple of integers, if none of them is negative.
     pub fn sizes(&self, place: Place) -> Option<Vec<usize>> {
         self.tuple(place)?.iter().map(|&element| self.size(element)).collect()
     }
@@ -142,22 +146,22 @@ impl<'a> Pickle<'a> {
 /// The stack machine.
 #[derive(Default)]
 struct Machine<'a> {
-    /// The instructions that are left.
+    /// The input that has not been read yet.
     input: &'a [u8],
     values: Vec<Value<'a>>,
     stack: Vec<Place>,
-    /// How many values lay on the stack at each mark.
+    /// The height of the stack at each mark.
     marks: Vec<usize>,
     memo: HashMap<usize, Place>,
 }
 
 impl<'a> Machine<'a> {
-    /// Does an instruction; whether another one follows.
+    /// Executes an instruction; returns whether another one follows.
     fn step(&mut self) -> Result<bool, String> {
         let code = self.take(1)?[0];
         let value = match code {
             b'.' => return Ok(false),
-            // The version, and the length of what follows.
+            // The protocol version, and the length of a frame.
             0x80 => return self.take(1).map(|_| true),
             0x95 => return self.take(8).map(|_| true),
             b'(' => {
@@ -190,7 +194,7 @@ impl<'a> Machine<'a> {
                 let last = self.last()?;
                 match &mut self.values[last.0] {
                     Value::List(elements) => elements.extend(added),
-                    // What a call gives may be a kind of list, of which nothing is wanted.
+                    // A call may give a kind of list, whose elements are not needed.
                     Value::Call { .. } => {}
                     other => return Err(format!("elements are added to {}", kind(other))),
                 }
@@ -217,7 +221,7 @@ impl<'a> Machine<'a> {
                 let last = self.last()?;
                 match &mut self.values[last.0] {
                     Value::Call { state, .. } => *state = Some(new),
-                    // A class may have a dictionary or a list as its object.
+                    // An instance of a class may be represented by a dictionary or a list.
                     Value::Dict(_) | Value::List(_) => {}
                     other => return Err(format!("a state is given to {}", kind(other))),
                 }
@@ -233,7 +237,7 @@ impl<'a> Machine<'a> {
                 let length = self.number(if code == 0x8a { 1 } else { 4 })?;
                 integer(self.take(length)?)
             }
-            // Protocol 1 writes truth values and long integers as texts.
+            // Protocol 1 writes truth values and long integers as text.
             b'I' => match self.line()? {
                 b"00" => Value::Bool(false),
                 b"01" => Value::Bool(true),
@@ -274,7 +278,7 @@ impl<'a> Machine<'a> {
             b'd' => Value::Dict(pairs(&self.pop_to_mark()?)?),
             b'R' | 0x81 | 0x92 => {
                 if code == 0x92 {
-                    self.pop()?; // arguments that have names
+                    self.pop()?; // keyword arguments
                 }
                 let (arguments, function) = (self.pop()?, self.pop()?);
                 Value::Call { function, arguments, state: None, items: Vec::new() }
@@ -291,19 +295,19 @@ impl<'a> Machine<'a> {
         self.input.split_off(..n).ok_or_else(|| "the input ends early".into())
     }
 
-    /// Takes a little-endian number of `n` <= 8 bytes.
+    /// Reads a little-endian number of `n` <= 8 bytes.
     fn number(&mut self, n: usize) -> Result<usize, String> {
         let number = self.take(n)?.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
         usize::try_from(number).map_err(|_| format!("the length {number} is too large"))
     }
 
-    /// Takes a text that follows its length, which has `n` bytes.
+    /// Reads a text that is preceded by its length in `n` bytes.
     fn sized(&mut self, n: usize) -> Result<Value<'a>, String> {
         let length = self.number(n)?;
         self.take(length).map(Value::Text)
     }
 
-    /// Takes a text that a newline ends.
+    /// Reads a text up to a newline.
     fn line(&mut self) -> Result<&'a [u8], String> {
         let length = self.input.iter().position(|&byte| byte == b'\n').ok_or("a name does not end")?;
         let line = self.take(length)?;
@@ -311,7 +315,7 @@ impl<'a> Machine<'a> {
         Ok(line)
     }
 
-    /// The lowest place on the stack that may be taken: what lies under a mark stays.
+    /// Returns the lowest stack index that may be popped: values below the last mark stay.
     fn floor(&self) -> usize {
         self.marks.last().copied().unwrap_or(0)
     }
@@ -332,7 +336,7 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// Keys and values that follow each other.
+/// Splits a sequence of alternating keys and values.
 fn pairs(places: &[Place]) -> Result<Vec<(Place, Place)>, String> {
     match places.as_chunks() {
         (pairs, []) => Ok(pairs.iter().map(|&[key, value]| (key, value)).collect()),
@@ -340,7 +344,8 @@ fn pairs(places: &[Place]) -> Result<Vec<(Place, Place)>, String> {
     }
 }
 
-/// A number in two's complement, the lowest byte first.
+/// Parses a little-endian integer in two's complement; an integer beyond 64 bits is
+/// [`Value::None`].
 fn integer<'a>(bytes: &[u8]) -> Value<'a> {
     let Some((&highest, _)) = bytes.split_last() else { return Value::Integer(0) };
     let mut whole = [if highest < 128 { 0 } else { 255 }; 8];
@@ -353,7 +358,7 @@ fn integer<'a>(bytes: &[u8]) -> Value<'a> {
     }
 }
 
-/// A number in decimal digits.
+/// Parses a decimal integer; an integer beyond 64 bits is [`Value::None`].
 fn decimal<'a>(text: &[u8]) -> Result<Value<'a>, String> {
     let digits = text.strip_prefix(b"-").unwrap_or(text);
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
@@ -383,7 +388,7 @@ mod tests {
     use super::*;
     use std::fmt::Write;
 
-    /// A value as Python would print it, to some depth.
+    /// Formats a value as Python would print it, down to some depth.
     fn show(pickle: &Pickle, place: Place, depth: usize) -> String {
         let list = |elements: &[Place]| {
             elements.iter().map(|&element| show(pickle, element, depth - 1)).collect::<Vec<_>>().join(", ")
@@ -428,7 +433,7 @@ mod tests {
         assert!(message.contains(expected), "{message}");
     }
 
-    /// As Python's `pickle.dumps` writes them.
+    /// Checks pickles as Python's `pickle.dumps` writes them.
     #[test]
     fn values_of_every_protocol() {
         // {'a': [1, -2, 70000, 2.5], 'b': (True, None)}
@@ -438,13 +443,13 @@ mod tests {
         check(two, expected);
         let four = b"\x80\x04\x95(\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\x01a\x94]\x94(K\x01J\xfe\xff\xff\xffJp\x11\x01\x00G@\x04\x00\x00\x00\x00\x00\x00e\x8c\x01b\x94\x88N\x86\x94u.";
         check(four, expected);
-        // What Python 2 wrote, and the numbers beyond 32 bits.
+        // Strings as Python 2 wrote them, and integers beyond 32 bits.
         check(b"\x80\x02(U\x02abT\x01\x00\x00\x00cM\xff\xfft.", "('ab', 'c', Integer(65535))");
         check(
             b"\x80\x02\x8a\x00\x8a\x02\x00\xff\x8a\x05\x00\x00\x00\x00\x01\x87.",
             "(Integer(0), Integer(-256), Integer(4294967296))",
         );
-        // Of the first protocol: (1, 1099511627776, -1099511627776, 2 ** 64, True, False, -3).
+        // Protocol 1: (1, 1099511627776, -1099511627776, 2 ** 64, True, False, -3).
         check(
             b"(K\x01L1099511627776L\nL-1099511627776L\nL18446744073709551616L\nI01\nI00\nI-3\nt.",
             "(Integer(1), Integer(1099511627776), Integer(-1099511627776), None, Bool(true), Bool(false), Integer(-3))",
@@ -468,7 +473,8 @@ mod tests {
         check(b"\x80\x02]q\x00h\x00a.", "[[[[[[[[…]]]]]]]]");
     }
 
-    /// What exhausts the stack or the memory of a reader that builds the objects is one pass here.
+    /// Input that exhausts the stack or the memory of a reader that builds objects takes one pass
+    /// here.
     #[test]
     fn nesting_and_repetition_cost_nothing() {
         let nested = [&b"\x80\x02)"[..], &[0x85; 900_000], b"."].concat();

@@ -1,4 +1,4 @@
-//! Pictures from the bytes of their files.
+//! Decoding of picture files.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,16 +12,19 @@ use zune_jpeg::JpegDecoder;
 
 use crate::{CHANNELS, Picture, catch_panic};
 
-/// The number of pixels that no picture may exceed, 8192 x 8192: PIL warns beyond 1.3 times as many. A
-/// decoder needs at most 16 bytes for each.
+/// The maximum number of pixels of a picture, 8192 x 8192; PIL warns beyond 1.3 times as many.
+/// Decoders need at most 16 bytes per pixel.
 const MOST_PIXELS: usize = 1 << 26;
 
-/// Decodes a JPEG or a PNG, which their first bytes distinguish, into red, green and blue.
+/// Decodes a JPEG or a PNG, which the first bytes tell apart, into red, green and blue.
 ///
-/// The result is that of `PIL.Image.open(..).convert("RGB")`: grey becomes three equal channels, CMYK and
-/// YCCK are taken as Adobe writes them (inverted), an alpha channel is dropped, of 16 bits the upper 8 count,
-/// and the orientation in EXIF is ignored. A JPEG whose data end before its picture does is refused, also where the marker of
-/// an end follows. The error says what is wrong.
+/// The result is that of `PIL.Image.open(..).convert("RGB")`: grey becomes three equal channels,
+/// CMYK and YCCK are read as Adobe writes them (inverted), an alpha channel is dropped, and the
+/// orientation in EXIF is ignored. Values of 16 bits are rounded to 8 bits, where PIL may round
+/// differently. A JPEG whose data end before its picture is refused, even if it has an end marker.
+///
+/// # Errors
+/// A description of what is wrong with the file.
 pub fn decode(bytes: &[u8]) -> Result<Picture, String> {
     let format = match bytes {
         [0xff, 0xd8, 0xff, ..] => jpeg,
@@ -54,8 +57,9 @@ fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
         return Err("the JPEG is truncated or damaged: it ends before the last of its scans".into());
     }
     match jpeg_with(&with_ones(bytes), true) {
-        // A complete picture should not be lost for what libjpeg only warns of. But where a scan's data end or are damaged
-        // before the picture is complete, the decoder would make up the rest.
+        // A complete picture should not be refused for problems that libjpeg only warns about. But
+        // if a scan's data end or are damaged before the picture is complete, the decoder would
+        // make up the rest.
         Err(what) if has_end(bytes) && !INCOMPLETE.iter().any(|part| what.contains(part)) => {
             jpeg_with(bytes, false)
         }
@@ -64,7 +68,7 @@ fn jpeg(bytes: &[u8]) -> Result<Picture, String> {
     }
 }
 
-/// Of the decoder's errors those after which no more blocks are decoded.
+/// The decoder's errors after which it decodes no more blocks.
 const INCOMPLETE: [&str; 3] = ["Premature end", "Bad Huffman Code", "more than bits left"];
 
 fn jpeg_with(bytes: &[u8], strict: bool) -> Result<Picture, String> {
@@ -77,19 +81,22 @@ fn jpeg_with(bytes: &[u8], strict: bool) -> Result<Picture, String> {
     Ok(Picture { width, height, pixels })
 }
 
-/// Whether the marker of a JPEG's end is near the end of the file; some programs append a few bytes.
+/// Returns whether a JPEG has an end marker near the end of the file; some programs append a few
+/// bytes.
 fn has_end(bytes: &[u8]) -> bool {
     const NEAR: usize = 1024;
     bytes[bytes.len().saturating_sub(NEAR)..].windows(2).any(|pair| pair == [0xff, 0xd9])
 }
 
-/// The JPEG with sixteen bytes of ones before the marker of its end. Where a scan's data end too early the decoder goes on with
-/// zeros, which it takes for blocks; but no code consists of ones alone, so that it meets an error in these. Data that are
-/// complete are not read so far.
+/// Inserts sixteen bytes of ones before the end marker of a JPEG.
+///
+/// If a scan's data end too early, the decoder continues with zeros, which it decodes as blocks. No
+/// code consists only of ones, so the inserted bytes make it report an error instead. If the data
+/// are complete, it does not read that far.
 fn with_ones(bytes: &[u8]) -> Cow<'_, [u8]> {
     let scans = segments(bytes).filter(|(marker, _)| *marker == SCAN);
     match bytes.windows(2).rposition(|pair| pair == [0xff, 0xd9]) {
-        // Behind the first scan of a progressive JPEG the decoder expects a marker at once.
+        // After the first scan of a progressive JPEG the decoder expects a marker immediately.
         Some(end) if !is_progressive(bytes) || scans.count() > 1 => {
             Cow::Owned([&bytes[..end], &[0xff, 0].repeat(16), &bytes[end..]].concat())
         }
@@ -103,17 +110,19 @@ const EXTENDED: u8 = 0xc1;
 const PROGRESSIVE: u8 = 0xc2;
 const SCAN: u8 = 0xda;
 
-/// A JPEG's headers: their markers and what they contain. The data of scans between them are passed over.
+/// Returns the headers of a JPEG: their markers and contents. The data of scans between them are
+/// skipped.
 fn segments(bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     let mut rest = bytes.get(2..).unwrap_or_default();
-    // A header is a marker (255 and a number that is neither 0 nor 255), a length and a segment.
+    // A header consists of a marker (255 and a number that is neither 0 nor 255), a length and a
+    // segment.
     std::iter::from_fn(move || {
         loop {
             let at = rest.windows(2).position(|pair| pair[0] == 0xff && ![0, 0xff].contains(&pair[1]))?;
             let marker = rest[at + 1];
             rest = &rest[at + 2..];
             match marker {
-                // Restarts have no length.
+                // Restart markers have no length.
                 0xd0..=0xd7 => continue,
                 0xd9 => return None,
                 _ => {}
@@ -131,9 +140,10 @@ fn is_progressive(bytes: &[u8]) -> bool {
     segments(bytes).take_while(|(marker, _)| *marker != SCAN).any(|(marker, _)| marker == PROGRESSIVE)
 }
 
-/// Whether the first scan of a sequential JPEG lacks a channel. zune-jpeg (0.5.15) can decode such a picture
-/// to wrong pixels without an error: where a channel has fewer rows than another, and where a scan ends in
-/// flat blocks.
+/// Returns whether the first scan of a sequential JPEG lacks a channel.
+///
+/// zune-jpeg (0.5.15) may decode such a picture to wrong pixels without an error: if a channel has
+/// fewer rows than another, or if a scan ends in flat blocks.
 fn has_separate_scans(bytes: &[u8]) -> bool {
     let mut channels = 0;
     for (marker, segment) in segments(bytes) {
@@ -146,24 +156,27 @@ fn has_separate_scans(bytes: &[u8]) -> bool {
     false
 }
 
-/// Whether another channel has more samples than the first, in a row or in a column. zune-jpeg (0.5.15) decodes many such
-/// pictures to wrong pixels without an error.
+/// Returns whether another channel has more samples than the first, in a row or in a column.
+/// zune-jpeg (0.5.15) decodes many such pictures to wrong pixels without an error.
 fn has_coarse_first_channel(bytes: &[u8]) -> bool {
     let frame = segments(bytes).find(|(marker, _)| [SEQUENTIAL, EXTENDED, PROGRESSIVE].contains(marker));
     let channels = frame.and_then(|(_, segment)| segment.get(6..)).unwrap_or_default();
-    // Of each channel: its number, its factors across and down in four bits each, and the number of its table.
+    // Each channel has its number, its horizontal and vertical factors in four bits each, and the
+    // number of its table.
     let mut factors = channels.as_chunks::<3>().0.iter().map(|&[_, both, _]| (both >> 4, both & 0xf));
     let Some(first) = factors.next() else { return false };
     factors.any(|(across, down)| across > first.0 || down > first.1)
 }
 
-/// Whether a progressive JPEG ends before scans that others announce: those that refine what has been sent without its
-/// last bits, and those of the remaining frequencies of a channel of which some have been sent.
+/// Returns whether a progressive JPEG lacks scans that its other scans imply: those that add the
+/// missing low bits of coefficients, and those of the remaining frequencies of a channel that has
+/// some.
 fn lacks_scans(bytes: &[u8]) -> bool {
     if !is_progressive(bytes) {
         return false;
     }
-    // For each channel's number the bits that its 64 coefficients still lack; none where nothing has been sent.
+    // For each channel's number, the number of low bits that its 64 coefficients still lack, or
+    // `None` if a coefficient has not been sent.
     let mut lacking: BTreeMap<u8, [Option<u8>; 64]> = BTreeMap::new();
     for (_, segment) in segments(bytes).filter(|(marker, _)| *marker == SCAN) {
         let Some((&count, rest)) = segment.split_first() else { return true };

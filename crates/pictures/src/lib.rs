@@ -1,4 +1,5 @@
-//! Pictures as PIL makes them of their files: decoded ([`decode()`]), and parts of them scaled ([`Scaler`]).
+//! Pictures as PIL reads them: files are decoded ([`decode()`]), and parts of pictures are scaled
+//! ([`Scaler`]).
 
 #![forbid(unsafe_code)]
 
@@ -11,28 +12,27 @@ pub use scale::{Crop, Region, Scaler};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Red, green and blue.
+/// The number of channels: red, green and blue.
 pub const CHANNELS: usize = 3;
 
 /// A decoded picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picture {
-    /// Columns, at least one.
+    /// The number of columns, at least one.
     pub width: usize,
-    /// Rows, at least one.
+    /// The number of rows, at least one.
     pub height: usize,
-    /// `[height, width, 3]`: red, green, blue.
+    /// The values of the pixels, `[height, width, 3]`: red, green, blue.
     pub pixels: Vec<u8>,
 }
 
-/// Runs `decode` on what may be damaged. Decoders have been seen to panic on damaged input, so a panic
-/// becomes an error too.
+/// Runs `decode` and turns a panic into an error, because some decoders panic on damaged input.
 pub fn catch_panic<T>(decode: impl FnOnce() -> T) -> Result<T, String> {
     let message = |payload: Box<dyn Any + Send>| format!("decoding failed: {}", panic_message(&*payload));
     catch_unwind(AssertUnwindSafe(decode)).map_err(message)
 }
 
-/// The message of a panic, given its payload.
+/// Returns the message of a panic, given its payload.
 pub fn panic_message(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic")

@@ -1,4 +1,4 @@
-//! Parts of pictures, scaled.
+//! Scaling of parts of pictures.
 
 use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
@@ -13,34 +13,40 @@ pub struct Crop {
     pub top: usize,
     /// The first column.
     pub left: usize,
-    /// Rows, at least one.
+    /// The number of rows, at least one.
     pub height: usize,
-    /// Columns, at least one.
+    /// The number of columns, at least one.
     pub width: usize,
 }
 
-/// A part of a picture whose borders lie anywhere in the pixels.
+/// A part of a picture whose borders may lie between pixels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Region {
-    /// The upper border, in rows from that of the picture.
+    /// The upper border, in rows from the top of the crop.
     pub top: f64,
-    /// The left border, in columns.
+    /// The left border, in columns from the left of the crop.
     pub left: f64,
-    /// In rows.
+    /// The height in rows.
     pub height: f64,
-    /// In columns.
+    /// The width in columns.
     pub width: f64,
 }
 
-/// Scales pictures, one after the other in the same memory.
+/// Scales pictures, and reuses its scratch memory from picture to picture.
 #[derive(Default)]
 pub struct Scaler(Resizer);
 
 impl Scaler {
-    /// Scales a region of a crop of the picture to `height` x `width`, all of the crop where none is given: bilinear,
-    /// and where it becomes smaller, averaged over the support of the smaller picture ("antialias"), as PIL and
-    /// torchvision do. The pixels of a region are those that scaling all of the crop gives, but only they are computed. Returns
-    /// `[height, width, 3]`, or what is wrong with the crop or the region.
+    /// Scales a region of a crop of the picture to `height` x `width`; returns
+    /// `[height, width, 3]`.
+    ///
+    /// Without a region, the whole crop is scaled. Scaling is bilinear and, if the picture becomes
+    /// smaller, averages over the support of the smaller picture ("antialias"), as PIL and
+    /// torchvision do. A region gets the pixels that scaling the whole crop would give, but only
+    /// these are computed.
+    ///
+    /// # Errors
+    /// A description of what is wrong with the crop or the region.
     pub fn scale(
         &mut self,
         picture: &Picture,
@@ -54,7 +60,7 @@ impl Scaler {
         }
         let Picture { width: w, height: h, ref pixels } = *picture;
         let source = TypedImageRef::<U8x3>::from_buffer(w as u32, h as u32, pixels).map_err(failed)?;
-        // The crop precedes the scaling, so no pixel outside the crop may contribute.
+        // Crop before scaling, so that no pixel outside the crop contributes.
         let [left, top, w, h] = [crop.left, crop.top, crop.width, crop.height].map(|x| x as u32);
         let source = TypedCroppedImage::from_ref(&source, left, top, w, h).map_err(failed)?;
         let mut scaled = vec![0; height * width * CHANNELS];
@@ -65,7 +71,7 @@ impl Scaler {
         if let Some(Region { top, left, height, width }) = region {
             options = options.crop(left, top, width, height);
         }
-        // `resize` would be compiled for every type of pixel.
+        // `resize` would be compiled for every pixel type.
         self.0.resize_typed(&source, &mut target, &options).map_err(failed)?;
         Ok(scaled)
     }

@@ -1,4 +1,4 @@
-//! Pictures of every kind decode as by PIL, and what is damaged is refused.
+//! Pictures of every kind are decoded as PIL decodes them, and damaged ones are refused.
 
 mod common;
 
@@ -6,9 +6,9 @@ use common::{jpeg_of, png_of, scene};
 use image::{DynamicImage, ImageBuffer, Luma, Rgb, RgbaImage};
 use pictures::decode;
 
-/// Compares with PIL's pixels of the same file: no value may differ by more than `most`, and the average
-/// difference must be at most `mean`. Decoders may round differently, and may interpolate subsampled
-/// colours differently.
+/// Compares the pixels with PIL's for the same file. No value may differ by more than `most`, and
+/// the average difference must be at most `mean`. Decoders may round differently, and may
+/// interpolate subsampled colours differently.
 fn check(jpeg: &[u8], by_pil: &[u8], mean: f64, most: u8) {
     let picture = decode(jpeg).unwrap();
     assert_eq!((picture.width, picture.height, picture.pixels.len()), (32, 24, by_pil.len()));
@@ -30,7 +30,7 @@ fn every_kind_of_jpeg_decodes_as_by_pil() {
     check(jpeg, rgb, 0.1, 1);
     let (jpeg, rgb) = beside_pil!("progressive");
     check(jpeg, rgb, 0.5, 4);
-    // Its EXIF asks to turn it by a quarter.
+    // The EXIF orientation asks for a quarter turn.
     let (jpeg, rgb) = beside_pil!("turned");
     check(jpeg, rgb, 0.5, 4);
     let (jpeg, rgb) = beside_pil!("cmyk");
@@ -44,7 +44,7 @@ fn a_png_is_told_by_its_bytes() {
     let rgb = scene(20, 10, 3);
     let picture = decode(&png_of(&DynamicImage::ImageRgb8(rgb.clone()))).unwrap();
     assert_eq!((picture.width, picture.height, &picture.pixels), (20, 10, rgb.as_raw()));
-    // Sixteen bits, alpha, one channel.
+    // Sixteen bits, an alpha channel, one channel.
     let deep = ImageBuffer::from_fn(20, 10, |x, y| Rgb(rgb.get_pixel(x, y).0.map(|v| u16::from(v) * 257)));
     assert_eq!(decode(&png_of(&DynamicImage::ImageRgb16(deep))).unwrap(), picture);
     let clear = RgbaImage::from_fn(20, 10, |x, y| {
@@ -57,7 +57,7 @@ fn a_png_is_told_by_its_bytes() {
     assert_eq!(picture.pixels, [[0; 3], [100; 3], [200; 3], [0; 3], [100; 3], [200; 3]].concat());
 }
 
-/// Writes bits, the highest first, as the scans of a JPEG have them.
+/// Writes bits, the most significant first, as in the scans of a JPEG.
 #[derive(Default)]
 struct Bits {
     bytes: Vec<u8>,
@@ -82,13 +82,14 @@ impl Bits {
     }
 }
 
-/// The level of a block of 8x8 pixels: the luminance varies, the colours do not.
+/// Returns the level of a block of 8x8 pixels: the luminance varies, the colours do not.
 fn level(channel: usize, row: usize, column: usize) -> i32 {
     if channel == 0 { (row * 37 + column * 53) as i32 % 200 - 100 } else { 0 }
 }
 
-/// A JPEG of `width` x `height` pixels in three channels, whose blocks all have one level. `factors` are
-/// the channels' horizontal and vertical sampling factors, `scans` the channels of each scan.
+/// Makes a JPEG of `width` x `height` pixels in three channels, in which each block has a single
+/// level. `factors` are the channels' horizontal and vertical sampling factors, and `scans` the
+/// channels of each scan.
 fn flat_blocks(
     (width, height): (usize, usize),
     factors: [(usize, usize); 3],
@@ -101,12 +102,13 @@ fn flat_blocks(
         jpeg.extend((contents.len() as u16 + 2).to_be_bytes());
         jpeg.extend(contents);
     };
-    // With a quantum of 8, the level of a block is its only coefficient.
+    // With a quantization step of 8, the level of a block is its only coefficient.
     segment(&mut jpeg, 0xdb, &[&[0][..], &[8; 64]].concat());
     let mut frame = vec![8, 0, height as u8, 0, width as u8, 3];
     (0..3).for_each(|c| frame.extend([c as u8 + 1, (factors[c].0 << 4 | factors[c].1) as u8, 0]));
     segment(&mut jpeg, if progressive { 0xc2 } else { 0xc0 }, &frame);
-    // Codes of four bits for differences of 0 to 11 bits, and a code of one bit for the end of a block.
+    // The Huffman tables: codes of four bits for differences of 0 to 11 bits, and a code of one bit
+    // for the end of a block.
     let four = [0, 0, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     segment(&mut jpeg, 0xc4, &[&[0x00][..], &four, &Vec::from_iter(0..12)].concat());
     segment(&mut jpeg, 0xc4, &[&[0x10, 1][..], &[0; 15], &[0]].concat());
@@ -129,7 +131,8 @@ fn flat_blocks(
             }
         };
         if let [channel] = **scan {
-            // The blocks of a single channel come row by row, without those beyond the picture.
+            // The blocks of a scan with one channel come row by row, without those beyond the
+            // picture.
             let blocks = |size: usize, factor: usize, most: usize| (size * factor).div_ceil(most).div_ceil(8);
             let (columns, rows) =
                 (blocks(width, factors[channel].0, across), blocks(height, factors[channel].1, down));
@@ -186,7 +189,7 @@ fn channels_of_any_sampling_are_decoded_right_or_refused() {
     let all = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (3, 1)];
     let (mut right, mut coarse) = (0, 0);
     for (y, cb, cr) in all.into_iter().flat_map(|y| all.map(|cb| all.map(|cr| (y, cb, cr)))).flatten() {
-        // More blocks no unit of a JPEG may have.
+        // A JPEG's unit may have at most ten blocks.
         if y.0 * y.1 + cb.0 * cb.1 + cr.0 * cr.1 > 10 {
             continue;
         }
@@ -218,7 +221,7 @@ fn channels_of_any_sampling_are_decoded_right_or_refused() {
     assert!(right > 50 && coarse > 50, "{right} right, {coarse} refused");
 }
 
-/// Pictures that small files describe, and no memory holds.
+/// Small files may describe pictures that do not fit into memory.
 #[test]
 fn pictures_of_too_many_pixels_are_refused() {
     let refused = |bytes: &[u8]| {
@@ -229,7 +232,8 @@ fn pictures_of_too_many_pixels_are_refused() {
     let frame = jpeg.windows(4).position(|window| window == [0xff, 0xc0, 0, 17]).unwrap();
     jpeg[frame + 5..frame + 9].copy_from_slice(&[0x40, 0, 0x40, 0]);
     refused(&jpeg);
-    // The size stands after the signature, the header's length and its name; its checksum follows.
+    // The size follows the signature and the header's length and name; the header's checksum is
+    // after it.
     let mut png = png_of(&DynamicImage::ImageLuma8(ImageBuffer::new(8, 8)));
     png[16..24].copy_from_slice(&[0, 0, 0x40, 0, 0, 0, 0x40, 0]);
     let mut crc = flate2::Crc::new();
@@ -240,7 +244,7 @@ fn pictures_of_too_many_pixels_are_refused() {
     assert_eq!(decode(&wide).unwrap().pixels.len(), 3 << 17);
 }
 
-/// Some programs close what they have of a picture with an end marker, and libjpeg makes up the rest.
+/// Some programs add an end marker to an incomplete picture, and libjpeg makes up the rest.
 #[test]
 fn a_part_of_a_picture_is_refused_although_it_has_an_end() {
     let closed = |part: &[u8]| [part, &[0xff, 0xd9]].concat();
@@ -253,13 +257,13 @@ fn a_part_of_a_picture_is_refused_although_it_has_an_end() {
         assert!(error.contains("truncated or damaged"), "{what}: {error}");
     };
     let whole = jpeg_of(&scene(100, 80, 1));
-    // Two bytes are the marker, and up to two more the end of the last block.
+    // The last bytes are two of the marker and up to two that end the last block.
     for end in (begin(&whole)..whole.len() - 4).step_by(11) {
         refused(&closed(&whole[..end]), &format!("the first {end} bytes of {}", whole.len()));
     }
-    // What follows the end marker does not matter.
+    // Bytes after the end marker do not matter.
     refused(&[&closed(&whole[..whole.len() / 2])[..], &[0; 50]].concat(), "with a tail");
-    // Flat blocks, of which the decoder would make any number from the zeros behind the data.
+    // Flat blocks, of which the decoder would make any number from the zeros after the data.
     for factor in [(1, 1), (2, 1), (2, 2)] {
         let flat = flat_blocks((96, 96), [factor, (1, 1), (1, 1)], &[&[0, 1, 2]], false);
         assert!(decode(&flat).is_ok());
@@ -267,7 +271,7 @@ fn a_part_of_a_picture_is_refused_although_it_has_an_end() {
             refused(&closed(&flat[..end]), &format!("{end} bytes of flat blocks"));
         }
     }
-    // Scans are missing, or a part of the last one.
+    // Some scans are missing, or a part of the last one.
     let progressive = beside_pil!("progressive").0;
     assert!(decode(progressive).is_ok());
     for end in begin(progressive)..progressive.len() - 4 {
@@ -280,7 +284,7 @@ fn damaged_pictures_are_refused_or_decoded_but_never_a_crash() {
     let whole = jpeg_of(&scene(100, 80, 1));
     let size = decode(&whole).unwrap().pixels.len();
     assert_eq!(size, 100 * 80 * 3);
-    // A cut anywhere before its last pixels is noticed.
+    // A cut anywhere before the last pixels is noticed.
     for end in (3..whole.len() - 40).step_by(17) {
         let error = decode(&whole[..end]).unwrap_err();
         assert!(error.contains("truncated or damaged"), "{end}: {error}");

@@ -1,4 +1,4 @@
-//! Scaling gives PIL's pixels.
+//! Scaling gives the same pixels as PIL.
 
 use pictures::{Crop, Picture, Scaler};
 
@@ -15,7 +15,7 @@ fn scaling_agrees_with_pil() {
         let scaled = Scaler::default().scale(&source, crop, None, h, w).unwrap();
         let byte = |i: usize| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap();
         assert_eq!((scaled.len(), hex.len()), (w * h * 3, w * h * 6));
-        // Both round to whole numbers twice, after scaling columns and after scaling rows.
+        // Both round to integers twice, after scaling the columns and after scaling the rows.
         let most = scaled.iter().enumerate().map(|(i, &found)| found.abs_diff(byte(i))).max().unwrap();
         assert!(most <= 1, "{most} for {numbers:?}");
         cases += 1;

@@ -8,17 +8,20 @@ use std::fmt;
 pub struct Bits(u8);
 
 impl Bits {
-    /// A width of `bits` bits; an error outside 2…8.
+    /// Returns a width of `bits` bits.
+    ///
+    /// # Errors
+    /// If `bits` is outside 2…8.
     pub fn new(bits: u32) -> Result<Self, Error> {
         if (2..=8).contains(&bits) { Ok(Self(bits as u8)) } else { Err(Error::Bits(bits)) }
     }
 
-    /// The width in bits, 2…8.
+    /// Returns the width in bits, 2…8.
     pub fn get(self) -> u32 {
         u32::from(self.0)
     }
 
-    /// The largest level, `2^b − 1`; the smallest is 0.
+    /// Returns the largest level, `2^b − 1`. The smallest is 0.
     pub fn max_level(self) -> u32 {
         (1 << self.0) - 1
     }
@@ -37,20 +40,21 @@ impl From<Bits> for u32 {
     }
 }
 
-/// How precisely a tensor is held: quantized to some bits, or in float. Written as a number in
-/// settings, 32 meaning float, as the paper's tables do.
+/// The precision of a tensor: quantized to a number of bits, or float.
+///
+/// Settings write it as a number. 32 means float, as in the paper's tables.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum Precision {
     /// Not quantized.
     #[default]
     Float,
-    /// Quantized to that many bits.
+    /// Quantized to this many bits.
     Quantized(Bits),
 }
 
 impl Precision {
-    /// The bit width, or `None` for float.
+    /// Returns the bit width, or `None` for float.
     pub fn bits(self) -> Option<Bits> {
         match self {
             Self::Float => None,

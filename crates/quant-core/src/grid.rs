@@ -2,28 +2,28 @@ use crate::{Bits, Error};
 
 /// The uniform quantization grid `{(q − z)·step : q = 0 … 2^b − 1}` of method section 7.
 ///
-/// The zero point `z` is an integer level, so zero is represented exactly: padding and ReLU need
-/// it. A range that begins at 0 gives `z = 0` (unsigned, after ReLU); a range with negative
-/// values gives the affine grid.
+/// The zero point `z` is an integer level, so that zero is represented exactly: padding and ReLU
+/// need this. A range that begins at 0 has `z = 0` (unsigned, after ReLU). A range with negative
+/// values has the affine grid.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Grid {
     step: f32,
-    /// `1 / step`: a product takes a fraction of a division's time. Where `x` lies within rounding of the border
-    /// between two levels, this decides which it is, as in PyTorch.
+    /// `1 / step`, because a multiplication is much faster than a division. If `x` lies within
+    /// rounding of the border between two levels, this choice decides its level, as in PyTorch.
     per_step: f32,
     zero_point: f32,
     max_level: f32,
 }
 
 impl Grid {
-    /// The grid over `[lo, hi]`, widened to hold zero.
+    /// Returns the grid over `[lo, hi]`, widened to contain zero.
     ///
-    /// The step is `(hi − lo) / (2^b − 1)`, the zero point `−lo / step` rounded to the nearest
-    /// level (so the grid may be shifted against the range by up to half a step). A range that
-    /// is all zero gives a grid that maps everything to zero.
+    /// The step is `(hi − lo) / (2^b − 1)`. The zero point is `−lo / step` rounded to the nearest
+    /// level, so the grid may be shifted against the range by up to half a step. A range that is
+    /// all zero gives a grid that maps everything to zero.
     ///
     /// # Errors
-    /// When a bound is not finite or `lo > hi`.
+    /// If a bound is not finite or `lo > hi`.
     pub fn new(lo: f32, hi: f32, bits: Bits) -> Result<Self, Error> {
         if !(lo.is_finite() && hi.is_finite() && lo <= hi) {
             return Err(Error::Range { lo, hi });
@@ -31,8 +31,9 @@ impl Grid {
         Ok(Self::spanning(lo, hi, bits))
     }
 
-    /// [`Grid::new`] for kernels, where a bad range can't be reported: a bound that is not finite
-    /// shows as NaN in the result.
+    /// Returns the grid of [`Grid::new`], for kernels, which can't report a bad range.
+    ///
+    /// An infinite bound shows as NaN in the result. A NaN bound counts as 0.
     pub fn spanning(lo: f32, hi: f32, bits: Bits) -> Self {
         let (lo, hi) = (lo.min(0.0), hi.max(0.0));
         let max_level = bits.max_level() as f32;
@@ -42,59 +43,63 @@ impl Grid {
         Self { step, per_step: 1.0 / step, zero_point, max_level }
     }
 
-    /// The grid of the `2^b − 1` values from `−bound` to `bound` of which zero is the middle one. A bound of 0 or
-    /// less gives a grid that maps everything to zero; one that is not finite shows as NaN in the result.
+    /// Returns the grid of `2^b − 1` values from `−bound` to `bound`, with zero in the middle.
+    ///
+    /// A bound of 0 or less gives a grid that maps everything to zero. A bound that is not finite
+    /// shows as NaN in the result.
     pub fn symmetric(bound: f32, bits: Bits) -> Self {
         let half = (bits.max_level() / 2) as f32;
-        // As in `spanning`.
+        // The least step keeps the reciprocal finite, as in `spanning`.
         let step = if bound < half * f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { bound / half };
         Self { step, per_step: 1.0 / step, zero_point: half, max_level: 2.0 * half }
     }
 
-    /// The distance of two neighbouring values.
+    /// Returns the distance between neighbouring values.
     pub fn step(&self) -> f32 {
         self.step
     }
 
-    /// The level that stands for zero, 0 … `max_level`.
+    /// Returns the level that represents zero, 0 … `max_level`.
     pub fn zero_point(&self) -> f32 {
         self.zero_point
     }
 
-    /// The largest level, `2^b − 1`.
+    /// Returns the largest level, `2^b − 1`, or `2^b − 2` for a symmetric grid.
     pub fn max_level(&self) -> f32 {
         self.max_level
     }
 
-    /// The level of `x` before clamping: `round(x / step) + z`, ties to even.
+    /// Returns the level of `x` before clamping, `round(x / step) + z`, ties to even.
     #[inline(always)]
     fn unclamped(&self, x: f32) -> f32 {
         (x * self.per_step).round_ties_even() + self.zero_point
     }
 
-    /// The integer level of `x`, 0 … `max_level`, as a float that holds it exactly.
+    /// Returns the integer level of `x`, 0 … `max_level`, as a float that holds it exactly.
     #[inline(always)]
     pub fn level(&self, x: f32) -> f32 {
-        // Comparisons that are one vector instruction each. A NaN is level 0.
+        // Each comparison is one vector instruction. A NaN gets level 0.
         let level = self.unclamped(x);
         let level = if level > 0.0 { level } else { 0.0 };
         if level < self.max_level { level } else { self.max_level }
     }
 
-    /// The value of a level.
+    /// Returns the value of a level.
     #[inline(always)]
     pub fn value(&self, level: f32) -> f32 {
         (level - self.zero_point) * self.step
     }
 
-    /// Fake quantization: the grid's value nearest to `x`.
+    /// Returns the value of the grid that is nearest to `x` (fake quantization).
     #[inline(always)]
     pub fn fake(&self, x: f32) -> f32 {
         self.value(self.level(x))
     }
 
-    /// Whether the straight-through gradient passes: `x` rounds to a level of the grid without
-    /// being clamped. The gradient of fake quantization is 1 there and 0 elsewhere.
+    /// Returns whether the straight-through gradient passes at `x`.
+    ///
+    /// It passes if `x` rounds to a level of the grid without being clamped. The gradient of fake
+    /// quantization is 1 there and 0 elsewhere.
     #[inline(always)]
     pub fn passes(&self, x: f32) -> bool {
         let level = self.unclamped(x);
@@ -111,7 +116,7 @@ mod tests {
         Grid::new(lo, hi, Bits::new(bits).unwrap()).unwrap()
     }
 
-    /// Values from well below to well above the range.
+    /// Returns values from well below to well above the range.
     fn sweep(lo: f32, hi: f32) -> impl Iterator<Item = f32> {
         let width = (hi - lo).max(1.0);
         (-2000..=2000).map(move |i| lo + width * (0.5 + i as f32 / 1500.0))
@@ -130,7 +135,7 @@ mod tests {
                     assert_eq!(g.level(x).fract(), 0.0);
                     values.insert(y.to_bits());
                 }
-                // −0.0 and 0.0 are the same value.
+                // −0.0 and 0.0 count as one value.
                 values.remove(&(-0.0f32).to_bits());
                 assert!(values.len() <= 1 << bits, "{} values at {bits} bits: {g:?}", values.len());
             }

@@ -1,8 +1,8 @@
 //! Bit widths, quantization grids and batch-norm folding: the arithmetic, without tensors.
 //!
-//! A fake-quantized value is `level × step` (shifted by an integer zero point), so the levels can be
-//! read back as integers at any time. Everything here is scalar; [`Grid`] is what the kernels apply
-//! to whole tensors.
+//! A fake-quantized value is `level × step`, shifted by an integer zero point, so its level can be
+//! read back as an integer at any time. Everything here is scalar; the kernels apply [`Grid`] to
+//! whole tensors.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,7 @@ pub use bits::{Bits, Precision};
 pub use fold::{fold_scale, fold_shift};
 pub use grid::Grid;
 
-/// What can be wrong with a quantizer's settings.
+/// An error in the settings of a quantizer.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
     /// The bit width is outside 2…8 (and not the 32 that stands for float).
@@ -26,9 +26,9 @@ pub enum Error {
          a diverged training run (NaN or infinity) is the usual cause"
     )]
     Range {
-        /// Lower bound found.
+        /// The lower bound.
         lo: f32,
-        /// Upper bound found.
+        /// The upper bound.
         hi: f32,
     },
 }

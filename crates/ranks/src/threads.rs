@@ -1,22 +1,22 @@
 use crate::Ranks;
 use std::sync::{Arc, Barrier, Mutex};
 
-/// A rank that is a thread of this process: for tests of what ranks do together. A thread that ends early leaves the others
-/// waiting.
+/// A rank that is a thread of this process, for tests. If a thread ends early, the other threads
+/// wait forever.
 #[derive(Debug)]
 pub struct Thread {
     rank: usize,
     table: Arc<Table>,
 }
 
-/// Where the threads lay down what they give.
+/// The shared memory through which the threads exchange data.
 #[derive(Debug)]
 struct Table {
     given: Vec<Mutex<Vec<u8>>>,
     all: Barrier,
 }
 
-/// So many ranks, one for each thread that is to be one.
+/// Creates `size` ranks, one for each thread.
 pub fn threads(size: usize) -> Vec<Thread> {
     let table =
         Arc::new(Table { given: (0..size).map(|_| Mutex::default()).collect(), all: Barrier::new(size) });
@@ -24,14 +24,14 @@ pub fn threads(size: usize) -> Vec<Thread> {
 }
 
 impl Thread {
-    /// What each rank gives, in their order.
+    /// Returns what each rank passes, in the order of the ranks.
     fn exchange(&self, bytes: Vec<u8>) -> Vec<Vec<u8>> {
         let Table { given, all } = &*self.table;
         let of = |rank: usize| given[rank].lock().expect("no rank has failed");
         *of(self.rank) = bytes;
         all.wait();
         let found = (0..given.len()).map(|rank| of(rank).clone()).collect();
-        // Nobody gives anything new before all have read.
+        // No rank may write again before all ranks have read.
         all.wait();
         found
     }

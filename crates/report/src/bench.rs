@@ -1,7 +1,7 @@
-//! Measurements of speed: several implementations of the same work, measured in turns.
+//! Speed measurements: several implementations of the same work, measured in turns.
 //!
-//! Speeds of a shared machine drift, so a ratio is taken between turns of the same round, and what is
-//! reported is the median over the rounds with the lowest and the highest.
+//! Speeds of a shared machine drift, so a ratio is computed between the turns of the same round.
+//! The report shows the median over the rounds, with the lowest and the highest round.
 
 mod chart;
 
@@ -19,9 +19,9 @@ use crate::text::{Cell, Column, Table, list, optional, wrap};
 pub struct Implementation {
     /// The name in the CSV file.
     pub id: &'static str,
-    /// The name for people.
+    /// The display name.
     pub label: &'static str,
-    /// Its colour in plots, of the palette of Okabe and Ito.
+    /// The colour in plots, from the palette of Okabe and Ito.
     pub colour: (u8, u8, u8),
 }
 
@@ -33,71 +33,71 @@ pub const IMPLEMENTATIONS: [Implementation; 4] = [
     Implementation { id: "pytorch_compile", label: "compile", colour: PURPLE },
 ];
 
-/// The name of our own implementation.
+/// The name of our own implementation in the CSV file.
 pub const OURS: &str = "ours";
 
-/// What one implementation did in one case: a row of the CSV file.
+/// The measurement of one implementation in one case: a row of the CSV file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Speed {
     /// The network that the case is taken from, as "mobilenet_v2".
     pub network: String,
-    /// What the network's widths are multiplied by.
+    /// The factor that multiplies the network's widths.
     pub width: f64,
-    /// Images a step.
+    /// The number of images per step.
     pub batch: usize,
-    /// "train", "eval", or the name of an operation, whose forward and backward pass are one step.
+    /// "train", "eval", or the name of an operation, whose step is a forward and a backward pass.
     pub what: String,
     /// "float" or "a4w4".
     pub precision: String,
-    /// In which feature maps are kept: "f32" or "bf16"; under autocast in PyTorch.
+    /// The dtype of feature maps, "f32" or "bf16". PyTorch uses autocast for "bf16".
     #[serde(default = "f32_maps")]
     pub arithmetic: String,
     /// One of [`IMPLEMENTATIONS`].
     pub implementation: String,
-    /// The median over the rounds; empty where the implementation did not run.
+    /// The median speed over the rounds; `None` if the implementation did not run.
     pub images_per_second: Option<f64>,
-    /// The slowest round.
+    /// The speed of the slowest round.
     pub images_per_second_min: Option<f64>,
-    /// The fastest round.
+    /// The speed of the fastest round.
     pub images_per_second_max: Option<f64>,
-    /// Our speed by this implementation's in the same round: the median. Empty for ours.
+    /// The median of our speed divided by this one's in the same round. `None` for ours.
     pub ratio_of_ours: Option<f64>,
     /// The lowest of the ratios.
     pub ratio_of_ours_min: Option<f64>,
     /// The highest of the ratios.
     pub ratio_of_ours_max: Option<f64>,
-    /// The most memory that the process had resident while it was measured, in MiB.
+    /// The peak resident memory of the process while it was measured, in MiB.
     pub peak_mib: Option<f64>,
-    /// What it had resident before the case was set up (libraries, mainly), in MiB.
+    /// The resident memory of the process before the case was set up (mainly libraries), in MiB.
     pub before_mib: Option<f64>,
-    /// How often each implementation had its turn.
+    /// The number of turns of each implementation.
     pub rounds: usize,
-    /// Threads that it computed with.
+    /// The number of threads that compute.
     pub threads: usize,
-    /// Bytes that a step moves at least, each operand and each result of each operation once, in MiB; counted for ours
-    /// on a GPU.
+    /// The least memory traffic of a step in MiB: each operand and each result of each operation
+    /// once. It is counted only for ours on a GPU.
     #[serde(default)]
     pub step_mib: Option<f64>,
-    /// These bytes by the step's time (the median round), as a share of what a large copy moves; on a GPU.
+    /// This traffic per second in the median round, in percent of a large copy's, on a GPU.
     #[serde(default)]
     pub share_of_copy_percent: Option<f64>,
-    /// Why it did not run.
+    /// The reason why the implementation did not run.
     pub problem: Option<String>,
 }
 
-/// Median, lowest and highest of some values.
+/// The median, the lowest and the highest of some values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
-    /// The median; of an even number of values the mean of the middle two.
+    /// The median; for an even number of values, the mean of the middle two.
     pub median: f64,
-    /// The lowest.
+    /// The lowest value.
     pub min: f64,
-    /// The highest.
+    /// The highest value.
     pub max: f64,
 }
 
 impl Spread {
-    /// Of some values; none of none.
+    /// Computes the spread of some values; `None` if there are no values.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -109,8 +109,8 @@ impl Spread {
 }
 
 impl Speed {
-    /// Fills in what follows from the rounds: this implementation's images a second, and ours in the same
-    /// rounds where it is another.
+    /// Fills in the statistics of the rounds: this implementation's images per second and, unless
+    /// it is ours, the ratios to `ours` in the same rounds.
     pub fn measured(mut self, rounds: &[f64], ours: Option<&[f64]>) -> Self {
         let speed = Spread::of(rounds.iter().copied());
         let ratio =
@@ -123,18 +123,18 @@ impl Speed {
         self
     }
 
-    /// Whether it is of a whole network.
+    /// Returns whether a whole network was measured.
     pub fn of_network(&self) -> bool {
         matches!(self.what.as_str(), "train" | "eval")
     }
 
-    /// What is done, in whatever arithmetic.
+    /// Returns the measured work without the dtype of feature maps.
     fn work(&self) -> (&str, u64, usize, &str, &str) {
         (&self.network, self.width.to_bits(), self.batch, &self.what, &self.precision)
     }
 }
 
-/// The arithmetic of files from before there was another.
+/// Returns the dtype of feature maps in older files, which do not say it.
 fn f32_maps() -> String {
     "f32".into()
 }
@@ -151,7 +151,7 @@ impl<'a> Case<'a> {
         self.0.iter().find(|row| row.implementation == id)
     }
 
-    /// The fastest that is not ours.
+    /// Returns the fastest implementation that is not ours.
     fn best(&self) -> Option<&'a Speed> {
         fastest(self.0.iter().filter(|row| row.implementation != OURS)).map(|(_, row)| row)
     }
@@ -161,18 +161,18 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Where the implementations ran.
+/// The kind of device on which the implementations ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Place {
-    /// On the CPU.
+    /// The CPU.
     #[default]
     Cpu,
-    /// On the same GPU, in turns.
+    /// A GPU that the implementations use in turns.
     Gpu,
 }
 
 impl Place {
-    /// What the files are named by.
+    /// Returns the common part of the files' names.
     fn stem(self) -> &'static str {
         match self {
             Self::Cpu => "pytorch",
@@ -188,20 +188,20 @@ impl Place {
     }
 }
 
-/// What a report says besides the rows.
+/// The contents of a report besides the rows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct About {
     /// The command that made the rows.
     pub command: String,
-    /// What the reader should know.
+    /// Remarks for the reader.
     pub notes: Vec<String>,
     /// The machine and the software, as (name, value).
     pub machine: Vec<(String, String)>,
-    /// Where it was measured.
+    /// The kind of device.
     pub place: Place,
 }
 
-/// Writes `pytorch.csv`, `.md`, `.svg` and `.png` to a folder; `cuda.…` of what was measured on a GPU.
+/// Writes `pytorch.csv`, `.md`, `.svg` and `.png` to a folder, or `cuda.*` if on a GPU.
 pub fn write(rows: &[Speed], about: &About, folder: &Path) -> Result<()> {
     let path = |extension: &str| folder.join(format!("{}.{extension}", about.place.stem()));
     write_table(rows, &path("csv"))?;
@@ -214,7 +214,7 @@ pub fn read_csv(path: &Path) -> Result<Vec<Speed>> {
     read_table(path)
 }
 
-/// The report as Markdown.
+/// Returns the report as Markdown.
 pub fn markdown(rows: &[Speed], about: &About) -> String {
     let mut blocks = vec![format!("# {}", about.place.title()), READING.into()];
     for (heading, table) in tables(rows) {
@@ -226,7 +226,7 @@ pub fn markdown(rows: &[Speed], about: &About) -> String {
     blocks.join("\n\n") + "\n"
 }
 
-/// The report as plain text.
+/// Returns the report as plain text.
 pub fn terminal(rows: &[Speed], about: &About) -> String {
     let mut blocks = vec![wrap(READING, "", "")];
     blocks.extend(tables(rows).into_iter().map(|(heading, table)| format!("{heading}\n\n{}", table.plain())));
@@ -243,7 +243,7 @@ fn machine(about: &About) -> Vec<String> {
     about.machine.iter().map(|(name, value)| format!("{name}: {value}")).collect()
 }
 
-/// The notes, and what did not run.
+/// Returns the notes, and the implementations that did not run.
 fn notes(rows: &[Speed], about: &About) -> Vec<String> {
     let mut notes = about.notes.clone();
     for row in rows {
@@ -257,13 +257,13 @@ fn notes(rows: &[Speed], about: &About) -> Vec<String> {
     notes
 }
 
-/// The tables that have rows, with their headings.
+/// Returns the tables that have rows, with their headings.
 pub(crate) fn tables(rows: &[Speed]) -> Vec<(String, Table<'static>)> {
     let cases: Vec<Case> = Case::all(rows).collect();
     let (networks, operations): (Vec<_>, Vec<_>) =
         cases.iter().partition::<Vec<_>, _>(|case| case.first().of_network());
     let batch = operations.first().map_or(0, |case| case.first().batch);
-    // A process's memory says nothing about a GPU's, and how near to a copy's speed only about that.
+    // Memory is measured only on a CPU, and the share of a copy's speed only on a GPU.
     let with_memory: Vec<_> =
         networks.iter().copied().filter(|case| case.first().peak_mib.is_some()).collect();
     let with_share: Vec<_> =
@@ -320,13 +320,14 @@ fn network_cells(case: &Case) -> Vec<String> {
     cells
 }
 
-/// The fastest of some rows that were measured, with its images a second.
+/// Returns the row with the highest speed among the measured ones, with its images per second.
 fn fastest<'a>(rows: impl Iterator<Item = &'a Speed>) -> Option<(f64, &'a Speed)> {
     let measured = rows.filter_map(|row| Some((row.images_per_second?, row)));
     measured.max_by(|a, b| a.0.total_cmp(&b.0))
 }
 
-/// The cases that were measured in both arithmetics, each once, ours in the faster one beside PyTorch in its.
+/// Returns the table of the cases that were measured in both dtypes: our faster one next to
+/// PyTorch's faster one.
 fn best_table(networks: &[&Case]) -> Table<'static> {
     let columns = [("network", false), ("what", false), ("bits", false), ("batch", true), ("ours", true)];
     let head = columns.into_iter().chain([("PyTorch's best", true), ("ratio", true)]).collect();
@@ -411,7 +412,7 @@ fn share_cells(case: &Case) -> Vec<String> {
     cells
 }
 
-/// Network, what, bits and batch.
+/// Returns the cells for the network, the work, the bits and the batch size.
 fn case_cells(case: &Case) -> Vec<String> {
     let Speed { network, width, batch, what, .. } = case.first();
     vec![model_label(network, *width), what.clone(), precision_label(case.first()), batch.to_string()]
@@ -433,7 +434,7 @@ fn label(implementation: &str) -> &str {
     known.map_or(implementation, |known| known.label)
 }
 
-/// Bits, and the arithmetic where it is not float32.
+/// Returns the bits, and the dtype of feature maps if it is not f32.
 fn precision_label(row: &Speed) -> String {
     let bits = bits_label(&row.precision);
     if row.arithmetic == f32_maps() { bits } else { format!("{bits}, {}", row.arithmetic) }
@@ -446,7 +447,7 @@ fn bits_label(precision: &str) -> String {
     }
 }
 
-/// Three significant figures, or all before the point.
+/// Formats a number with three significant figures, or with all digits before the point.
 fn three_figures(value: f64) -> String {
     let decimals = if value >= 100.0 { 0 } else { 2 - (value.max(0.01).log10().floor() as i32).clamp(-2, 2) };
     format!("{value:.*}", decimals.max(0) as usize)
@@ -472,7 +473,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// A case in which ours runs at 200 images a second, eager at 100, and so on; compile did not run.
+    /// Returns a case with median speeds of 200 images/s for ours, 90 for eager and 180 for
+    /// channels_last. Compile did not run.
     pub(crate) fn case(network: &str, width: f64, what: &str, precision: &str) -> Vec<Speed> {
         let ours = [180.0, 200.0, 240.0];
         let speeds = IMPLEMENTATIONS.iter().enumerate().map(|(i, implementation)| {
@@ -532,7 +534,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Ours is the fastest in bf16, at 240 images a second, and PyTorch in float32, at 180.
+    /// Ours is fastest in bf16, at 240 images/s, and PyTorch in float32, at 180.
     #[test]
     fn the_best_of_each_stands_beside_the_other() {
         let floats = case("mobilenet_v2", 1.0, "train", "float");

@@ -1,5 +1,4 @@
-//! What all pictures are drawn with: their size, colours and font, and a canvas on which SVG and PNG come out
-//! alike.
+//! The canvas of all pictures, with their size, colours and font, for equal SVG and PNG files.
 
 use std::path::Path;
 use std::sync::LazyLock;
@@ -13,14 +12,14 @@ use crate::file::{Error, Result, replace, write_text};
 use crate::names::PALETTE;
 use crate::scale::ticks;
 
-/// The picture's size in its own units.
+/// The size of the picture in its own units.
 pub(crate) const WIDTH: f64 = 1200.0;
 pub(crate) const HEIGHT: f64 = 720.0;
 /// The left edge of all text.
 pub(crate) const LEFT: f64 = 48.0;
-/// Both backends know whole coordinates only, so all is drawn larger by this.
+/// The factor that enlarges all coordinates, because both backends only have integer coordinates.
 const SCALE: f64 = 4.0;
-/// The PNG is the mean of squares of so many pixels.
+/// The width and height in pixels of the squares whose mean becomes one pixel of the PNG.
 const SHRINK: usize = 2;
 
 pub(crate) const INK: RGBColor = RGBColor(34, 34, 34);
@@ -28,7 +27,7 @@ pub(crate) const SOFT: RGBColor = RGBColor(105, 105, 105);
 pub(crate) const GRID: RGBColor = RGBColor(228, 228, 228);
 pub(crate) const ALARM: RGBColor = RGBColor(196, 64, 0);
 
-/// The font, and what a viewer of the SVG without it may use.
+/// The font, and fallbacks for a viewer of the SVG that does not have it.
 const FONT: &str = "Inter, Helvetica, Arial, sans-serif";
 
 static FONT_REGISTERED: LazyLock<bool> = LazyLock::new(|| {
@@ -41,12 +40,12 @@ static FONT_REGISTERED: LazyLock<bool> = LazyLock::new(|| {
 
 pub(crate) type Drawn = std::result::Result<(), String>;
 
-/// Something that can be drawn.
+/// A picture that can be drawn on a [`Canvas`].
 pub(crate) trait Picture: Sized {
-    /// Draws it on a white canvas of [`WIDTH`] by [`HEIGHT`].
+    /// Draws the picture on a white canvas of [`WIDTH`] by [`HEIGHT`].
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn;
 
-    /// Writes it as SVG and as PNG (2400×1440).
+    /// Writes the picture as SVG and as PNG (2400×1440).
     fn write(&self, svg: &Path, png: &Path) -> Result<()> {
         let text = svg_of(self).map_err(|reason| Error::Draw { path: svg.into(), reason })?;
         write_text(&text, svg)?;
@@ -60,9 +59,9 @@ fn svg_of(picture: &impl Picture) -> std::result::Result<String, String> {
     let (wide, high) = ((WIDTH * SCALE) as u32, (HEIGHT * SCALE) as u32);
     let mut text = String::new();
     let area = SVGBackend::with_string(&mut text, (wide, high)).into_drawing_area();
-    // plotters takes an em for size / 1.24 in SVG and puts the baseline 0.76 em below the top.
+    // In SVG, plotters takes size / 1.24 as one em and puts the baseline 0.76 em below the top.
     Canvas { area, em: 1.24, baseline: 0.76 }.show(picture)?;
-    // The view box keeps the fine coordinates; the picture has its own size.
+    // The view box keeps the enlarged coordinates; the width and height are those of the picture.
     let fine = format!("width=\"{wide}\" height=\"{high}\"");
     Ok(text.replacen(&fine, &format!("width=\"{WIDTH}\" height=\"{HEIGHT}\""), 1))
 }
@@ -71,7 +70,7 @@ fn png_of(picture: &impl Picture, path: &Path) -> Drawn {
     let (wide, high) = ((WIDTH * SCALE) as usize, (HEIGHT * SCALE) as usize);
     let mut pixels = vec![0; wide * high * 3];
     let area = BitMapBackend::with_buffer(&mut pixels, (wide as u32, high as u32)).into_drawing_area();
-    // In bitmaps the size is the font's ascent and descent, 1.21 em, with the baseline in the middle.
+    // In bitmaps, size is the font's ascent plus descent, 1.21 em, with the baseline in the middle.
     Canvas { area, em: 1.21, baseline: 0.605 }.show(picture)?;
 
     let (wide, high) = (wide / SHRINK, high / SHRINK);
@@ -90,14 +89,14 @@ fn png_of(picture: &impl Picture, path: &Path) -> Drawn {
     file.present().map_err(text_of)
 }
 
-/// How text looks.
+/// The style of a text.
 #[derive(Clone, Copy)]
 pub(crate) struct Style {
     pub(crate) colour: RGBColor,
     pub(crate) bold: bool,
-    /// One em.
+    /// The size of one em.
     pub(crate) size: f64,
-    /// Which part of the text is at the given point.
+    /// The part of the text that is at the given point.
     pub(crate) side: HPos,
 }
 
@@ -118,7 +117,7 @@ impl Style {
         if self.bold { FontStyle::Bold } else { FontStyle::Normal }
     }
 
-    /// The width of `text` in the picture's units.
+    /// Returns the width of `text` in the picture's units.
     pub(crate) fn width(&self, text: &str) -> f64 {
         let fine = FontDesc::new(FontFamily::Name(FONT), 1210.0, self.weight());
         fine.box_size(text).map_or(0.0, |(wide, _)| f64::from(wide) * self.size / 1000.0)
@@ -127,17 +126,17 @@ impl Style {
 
 pub(crate) type Point = (f64, f64);
 
-/// A drawing area in the picture's units, on which SVG and PNG come out alike.
+/// A drawing area in the picture's units, with equal results for SVG and PNG.
 pub(crate) struct Canvas<DB: DrawingBackend> {
     area: DrawingArea<DB, Shift>,
-    /// The font size to ask for to get one em.
+    /// The backend's font size divided by the size of one em.
     em: f64,
-    /// How far below the top of a text its baseline comes, in ems.
+    /// The distance from the top of a text to its baseline, in ems.
     baseline: f64,
 }
 
 impl<DB: DrawingBackend> Canvas<DB> {
-    /// Draws the picture on white.
+    /// Draws the picture on a white background.
     fn show(&self, picture: &impl Picture) -> Drawn {
         if !*FONT_REGISTERED {
             return Err("the font compiled in cannot be read".into());
@@ -146,7 +145,7 @@ impl<DB: DrawingBackend> Canvas<DB> {
         picture.draw(self)
     }
 
-    /// Text with its baseline at the height of `at`.
+    /// Draws text with its baseline at the height of `at`.
     pub(crate) fn text(&self, text: &str, at: Point, style: &Style) -> Drawn {
         let font = FontDesc::new(FontFamily::Name(FONT), style.size * self.em * SCALE, style.weight());
         let look = font.color(&style.colour).pos(Pos::new(style.side, VPos::Top));
@@ -164,14 +163,14 @@ impl<DB: DrawingBackend> Canvas<DB> {
         self.area.draw(&Rectangle::new([fine(corner), fine(opposite)], colour.filled())).map_err(text_of)
     }
 
-    /// A hollow rectangle, its inside nearly white.
+    /// Draws a hollow rectangle, which is nearly white inside.
     pub(crate) fn outline(&self, (x0, y0): Point, (x1, y1): Point, colour: RGBColor) -> Drawn {
         let line = 1.5;
         self.rectangle((x0, y0), (x1, y1), colour)?;
         self.rectangle((x0 + line, y0 + line), (x1 - line, y1 - line), faint(colour))
     }
 
-    /// Text in the middle above `at`, with the background's colour behind it.
+    /// Draws text centered above `at`, on a white background.
     pub(crate) fn label(&self, text: &str, at: Point, style: &Style) -> Drawn {
         let (half, y) = (style.width(text) / 2.0 + 1.0, at.1 - 7.0);
         self.rectangle((at.0 - half, y - 0.85 * style.size), (at.0 + half, y + 0.15 * style.size), WHITE)?;
@@ -185,13 +184,13 @@ impl<DB: DrawingBackend> Canvas<DB> {
         self.area.draw(&circle(2.75, WHITE)).map_err(text_of)
     }
 
-    /// A picture's title and what stands under it.
+    /// Draws a picture's title and subtitle.
     pub(crate) fn heading(&self, title: &str, subtitle: &str) -> Drawn {
         self.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
         self.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))
     }
 
-    /// A row of entries with its baseline at `y`: a sign and what it means.
+    /// Draws a row of legend entries with its baseline at `y`: a sign and its meaning.
     pub(crate) fn legend(&self, y: f64, entries: &[(&str, Sign)]) -> Drawn {
         let style = INK_PLAIN.sized(14.0);
         let mut x = LEFT;
@@ -205,12 +204,12 @@ impl<DB: DrawingBackend> Canvas<DB> {
                 Sign::Text(text) => self.text(text, (x + 3.0, y), &INK_BOLD.sized(15.0))?,
             }
             self.text(label, (x + 22.0, y), &style)?;
-            x += 22.0 + style.width(label) * 1.08 + 26.0; // some room for wider fonts
+            x += 22.0 + style.width(label) * 1.08 + 26.0; // room for wider fonts
         }
         Ok(())
     }
 
-    /// Lines at round numbers up to `last`, and the numbers left of them.
+    /// Draws lines at round numbers up to `last`, with the numbers to their left.
     pub(crate) fn axis(&self, frame: &Frame, last: f64, size: f64) -> Drawn {
         for (tick, text) in ticks(last, 6.0) {
             let y = frame.height(tick);
@@ -227,22 +226,22 @@ impl<DB: DrawingBackend> Canvas<DB> {
     }
 }
 
-/// What a legend explains.
+/// A sign that a legend explains.
 #[derive(Clone, Copy)]
 pub(crate) enum Sign {
-    /// A filled bar of that colour.
+    /// A filled bar of this colour.
     Filled((u8, u8, u8)),
     /// A hollow bar.
     Hollow,
     /// A dot.
     Dot,
-    /// A vertical line with ends.
+    /// A vertical line with caps.
     Whisker,
     /// A text.
     Text(&'static str),
 }
 
-/// Where bars stand: the edges, and the value at the upper one; the lower one is zero.
+/// The area of a bar chart: its edges, and the value at the upper edge. The lower edge is zero.
 pub(crate) struct Frame {
     pub(crate) left: f64,
     pub(crate) right: f64,
@@ -252,15 +251,17 @@ pub(crate) struct Frame {
 }
 
 impl Frame {
-    /// The vertical place of a value.
+    /// Returns the vertical position of a value.
     pub(crate) fn height(&self, value: f64) -> f64 {
         self.bottom - (self.bottom - self.top) * value / self.highest
     }
 }
 
-/// A picture of ours as SVG for the page, which sets the font: without what SVG takes anyway, and with the page's colours in
-/// place of those that must differ on a dark page: `--card`, `--ink`, `--soft`, `--line` and `--alarm`. None where a text has a
-/// colour that is not of this module.
+/// Converts the SVG of one of our pictures for the page, which sets the font.
+///
+/// Attributes with SVG's default values are removed. Colours that must change on a dark page become
+/// variables of the page: `--card`, `--ink`, `--soft`, `--line` and `--alarm`. Returns `None` if a
+/// text has a colour that is not defined in this module.
 pub(crate) fn themed(svg: &str) -> Option<String> {
     let family = format!(" font-family=\"{FONT}\"");
     let said_anyway = [" opacity=\"1\"", " stroke=\"none\"", " text-anchor=\"start\"", family.as_str()];
@@ -285,7 +286,7 @@ pub(crate) fn themed(svg: &str) -> Option<String> {
         paint(&hex(INK), "ink");
         paint(&hex(SOFT), "soft");
         paint(&hex(GRID), "line");
-        // White text stands on a band of alarm, which stays.
+        // White text is on a band in the alarm colour, so neither of them changes.
         paint(if text { &alarm } else { &white }, if text { "alarm" } else { "card" });
         let bars = PALETTE.map(rgb).into_iter();
         bars.chain([SOFT]).for_each(|colour| paint(&hex(faint(colour)), "card"));
@@ -297,13 +298,14 @@ pub(crate) fn themed(svg: &str) -> Option<String> {
     Some(with_joined_marks(&painted))
 }
 
-/// The largest square that marks a point.
+/// The largest side of a square that marks a point.
 const MARK: u32 = 16;
 
-/// Makes one path of all marks of points that follow each other and are alike, as a scatter plot has thousands of them: of dots
-/// without length, which square caps make squares of.
+/// Joins consecutive equal marks of points, of which a scatter plot has thousands, into one path.
+///
+/// The path has a subpath of zero length for each mark, which square line caps draw as a square.
 fn with_joined_marks(svg: &str) -> String {
-    /// The middle, the side and the colour.
+    /// Returns the center, the side and the colour of a mark.
     fn mark(line: &str) -> Option<((u32, u32), u32, &str)> {
         let (x, rest) = line.strip_prefix("<rect x=\"")?.split_once("\" y=\"")?;
         let (y, rest) = rest.split_once("\" width=\"")?;
@@ -334,7 +336,7 @@ fn with_joined_marks(svg: &str) -> String {
     joined
 }
 
-/// A point in the coordinates of the backends.
+/// Converts a point to the coordinates of the backends.
 fn fine((x, y): Point) -> (i32, i32) {
     ((x * SCALE).round() as i32, (y * SCALE).round() as i32)
 }
@@ -343,7 +345,7 @@ pub(crate) fn rgb((red, green, blue): (u8, u8, u8)) -> RGBColor {
     RGBColor(red, green, blue)
 }
 
-/// The colour, nearly white.
+/// Returns a nearly white tint of the colour.
 fn faint(RGBColor(red, green, blue): RGBColor) -> RGBColor {
     let pale = |part: u8| 255 - (255 - part) / 10;
     RGBColor(pale(red), pale(green), pale(blue))
@@ -394,7 +396,7 @@ mod tests {
                 "<line style=\"stroke:var(--line)\"/><rect fill=\"#C44000\"/><text fill=\"#FFFFFF\">a</text>",
             ),
         );
-        // The faint inside of the hollow bar of our method.
+        // This is the inside of the hollow bar of our method.
         check("<rect fill=\"#E6F1F8\"/>", Some("<rect style=\"fill:var(--card)\"/>"));
         check("<text fill=\"#000000\">a</text>", None);
         check("<text>a</text>", None);

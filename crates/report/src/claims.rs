@@ -1,8 +1,8 @@
-//! The paper's statements that can fail, and what our runs say about them.
+//! The paper's claims, which can fail, and the verdicts of our runs on them.
 //!
-//! A [`Claim`] is data: a sentence, the table that it is about, and what must be so in which cells. Its arithmetic
-//! is written once ([`Claim::samples`]) and done on our rows and on the paper's, so that a statement which the
-//! paper's own figures contradict is found.
+//! A [`Claim`] is data: a sentence, the table that it is about, and the expectation in certain
+//! cells of the table. The same code ([`Claim::samples`]) evaluates a claim on our rows and on the
+//! paper's, so that a claim which the paper's own figures contradict is found.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,36 +16,36 @@ use crate::row::Row;
 use crate::stage::{StageRecord, Traced, trace};
 use crate::stats::{Estimate, LEVEL, Quantity, Range, Verdict, by_seed, differences, holm};
 
-/// A statement that can fail.
+/// A statement of the paper that can fail.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Claim {
-    /// Its name: lower-case letters, digits and hyphens.
+    /// The unique name: lower-case letters, digits and hyphens.
     pub id: String,
-    /// The statement, in our words.
+    /// The statement in our words.
     pub says: String,
-    /// The paper's table that it is about, as "table3"; none where it is about the first pruning, which all tables
-    /// share.
+    /// The paper's table that the claim is about, as "table3"; `None` if it is about the first
+    /// pruning, which all tables share.
     pub table: Option<String>,
-    /// The networks that it is about; all of the table where empty.
+    /// The networks that the claim is about; empty for all networks of the table.
     #[serde(default)]
     pub models: Vec<String>,
-    /// The bits that it is about, as "a4w4"; all of the table where empty.
+    /// The bit widths that the claim is about, as "a4w4"; empty for all bit widths of the table.
     #[serde(default)]
     pub bits: Vec<String>,
-    /// What must be so.
+    /// The expectation.
     pub expect: Expect,
-    /// Whether the mean over all of the cells is meant, instead of each of them by itself: an effect that is too small
-    /// to be seen in any one cell can be seen there.
+    /// Whether the claim is about the mean over all cells instead of each cell. An effect that is
+    /// too small to be seen in a single cell can be visible in the mean.
     #[serde(default)]
     pub pooled: bool,
-    /// Where the design of a profile forces the verdict, which then is no evidence.
+    /// The profiles whose design forces the verdict, which is then no evidence.
     #[serde(default)]
     pub forced: Vec<Forced>,
-    /// What the paper's own figures say about it. An error where they say something else.
+    /// The result of the paper's own figures. It is an error if the figures say something else.
     #[serde(default)]
     pub paper: PaperSays,
-    /// What a reader should know besides.
+    /// A remark for readers.
     pub note: Option<String>,
 }
 
@@ -53,45 +53,46 @@ pub struct Claim {
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Forced {
-    /// The profile's name.
+    /// The name of the profile.
     pub profile: String,
-    /// What forces it.
+    /// The reason why the verdict is forced.
     pub why: String,
 }
 
-/// What must be so for a claim to hold; each comparison in each cell (a network at some bits) by itself.
+/// The expectation of a claim for each comparison in each cell, a network at certain bit widths.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Expect {
-    /// The quantity rises from each method to the next.
+    /// The quantity increases from each method to the next.
     Rising {
-        /// What is compared.
+        /// The quantity that is compared.
         of: Quantity,
-        /// Two methods or more, by their names in the CSV files.
+        /// Two or more methods, by their names in the CSV files.
         methods: Vec<String>,
-        /// Whether it may stay the same.
+        /// Whether the quantity may also stay the same.
         #[serde(default)]
         or_equal: bool,
-        /// By how much it may even fall: with a margin the statement is that it is no worse.
+        /// The amount by which the quantity may decrease. With a margin the claim says that the
+        /// quantity is not worse.
         #[serde(default)]
         margin: f64,
     },
-    /// What one method is above another, in accuracy, is more at some bits than at others.
+    /// The difference in accuracy between two methods is larger at some bit widths than at others.
     LargerGain {
         /// The method that gains.
         method: String,
         /// The method that it is compared with.
         over: String,
-        /// The bits where the gain is larger, as "a3w3".
+        /// The bit widths with the larger gain, as "a3w3".
         at: String,
-        /// The bits where it is smaller.
+        /// The bit widths with the smaller gain.
         than: String,
     },
-    /// The quantity, or its difference from that of another method, lies between two values.
+    /// The quantity of a method, or its difference from another method, lies between two values.
     Between {
-        /// Which quantity.
+        /// The quantity.
         of: Quantity,
-        /// Of which method.
+        /// The method.
         method: String,
         /// The method that it is compared with, if any.
         over: Option<String>,
@@ -100,19 +101,21 @@ pub enum Expect {
         /// The highest value.
         to: f64,
     },
-    /// The quantity is the published one but for so much; only runs of the paper's networks on its data count.
+    /// The quantity agrees with the published one. Only the paper's networks and data count.
     Published {
-        /// Which quantity.
+        /// The quantity.
         of: Quantity,
-        /// Of which method.
+        /// The method.
         method: String,
-        /// The largest difference.
+        /// The largest allowed difference.
         within: f64,
     },
-    /// Something about the pruning that comes right after pre-training (PfQ with bias correction), for each network
-    /// and each pre-trained network of it, lies between two values.
+    /// A quantity of the first pruning lies between two values, for each network.
+    ///
+    /// The first pruning is PfQ with bias correction right after pre-training. Each pre-trained
+    /// network gives one value.
     FirstPruning {
-        /// What of it.
+        /// The quantity.
         of: PruningQuantity,
         /// The lowest value.
         from: f64,
@@ -121,56 +124,57 @@ pub enum Expect {
     },
 }
 
-/// What of a pruning is looked at.
+/// A quantity of a pruning.
 #[derive(Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum PruningQuantity {
-    /// Of the filters below the threshold, the percentage in depthwise layers.
+    /// The percentage of the filters below the threshold that are in depthwise layers.
     LowInDepthwise,
-    /// Accuracy after pruning less that before, in points, without any training between.
+    /// The change in accuracy by pruning, in percentage points, without any training.
     Top1Change,
 }
 
-/// What the paper's own figures say about a claim.
+/// The result of the paper's own figures on a claim.
 #[derive(Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum PaperSays {
-    /// They agree with it in every comparison.
+    /// The figures agree with the claim in every comparison.
     #[default]
     Agrees,
-    /// They do not, in at least one.
+    /// The figures contradict the claim in at least one comparison.
     Contradicts,
-    /// It publishes no figures for it.
+    /// The paper publishes no figures on the claim.
     Silent,
 }
 
-/// One comparison of a claim, judged by itself.
+/// One comparison of a claim, with its own verdict.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
-    /// The network and its bits, as "MobileNetV2 A4/W4".
+    /// The network and its bit widths, as "MobileNetV2 A4/W4".
     pub cell: String,
-    /// What is compared, as "Ours − DFQ + fine-tune".
+    /// The compared quantity, as "Ours − DFQ + fine-tune".
     pub what: String,
-    /// The mean over our seeds; none where nothing has been run.
+    /// The mean over our seeds; `None` if nothing has been run.
     pub estimate: Option<Estimate>,
-    /// Where the claim says that it lies.
+    /// The range in which the claim expects the mean.
     pub range: Range,
-    /// The same from the paper's figures.
+    /// The value from the paper's figures.
     pub paper: Option<f64>,
-    /// How many pre-trained networks are behind the values, where the stages tell: seeds that share one say nothing
-    /// about others.
+    /// The number of pre-trained networks behind the values, if the stages tell it. Seeds that
+    /// share a pre-trained network say nothing about other networks.
     pub networks: Option<usize>,
-    /// The p-value of the test by which it is judged, corrected for the number of the claim's comparisons; none where
-    /// there is none ([`Estimate::p_value`]).
+    /// The p-value of the test, corrected for the number of the claim's comparisons; `None` if
+    /// there is no p-value ([`Estimate::p_value`]).
     pub p_value: Option<f64>,
-    /// Where it is not decided: how many values would decide it, should the mean and the spread stay as they are; none
-    /// where one value has no spread or where they would be too many ([`Estimate::needed`]).
+    /// The number of values that would decide an undecided comparison if mean and spread stay as
+    /// they are; `None` if there is only one value or if too many values are needed
+    /// ([`Estimate::needed`]).
     pub needed: Option<usize>,
-    /// What follows from our values.
+    /// The verdict from our values.
     pub verdict: Verdict,
 }
 
-/// Values by seed of one comparison, and where the claim says that their mean lies.
+/// The values of one comparison by seed, and the range in which the claim expects their mean.
 struct Sample {
     cell: String,
     models: Vec<String>,
@@ -179,7 +183,7 @@ struct Sample {
     values: BTreeMap<u64, f64>,
 }
 
-/// A network at some bits.
+/// A network at certain bit widths.
 #[derive(Clone, Copy, PartialEq)]
 struct Condition<'a> {
     model: &'a str,
@@ -188,7 +192,7 @@ struct Condition<'a> {
 }
 
 impl Condition<'_> {
-    /// "a4w4".
+    /// Returns the bit widths, as "a4w4".
     fn bits(&self) -> String {
         format!("a{}w{}", self.activation_bits, self.weight_bits)
     }
@@ -204,13 +208,15 @@ impl<'a> From<&'a PaperRow> for Condition<'a> {
     }
 }
 
-/// Where the arithmetic of a claim takes its values from.
+/// A source of values for the evaluation of a claim.
 trait Values {
-    /// A quantity of a method in a cell, by seed; by the seed of the pre-training where that decides it, as it does how
-    /// much is pruned. Only of the paper's networks and data if `absolute`.
+    /// Returns a quantity of a method in a cell, by seed.
+    ///
+    /// A quantity that the pre-trained network determines, such as the share of pruned weights, is
+    /// given by the pre-training's seed. If `absolute`, only the paper's networks and data count.
     fn get(&self, cell: Condition, method: &str, of: Quantity, absolute: bool) -> BTreeMap<u64, f64>;
 
-    /// Something about the first pruning of a network, by seed of its pre-training.
+    /// Returns a quantity of the first pruning of a network, by the seed of the pre-training.
     fn first_pruning(&self, model: &str, of: PruningQuantity) -> BTreeMap<u64, f64>;
 }
 
@@ -221,7 +227,7 @@ struct Ours<'a> {
 }
 
 impl Ours<'_> {
-    /// By the seed of a stage of a network, the seed of the pre-training that it comes from.
+    /// Maps the seed of each stage of a network to the seed of its pre-training.
     fn pre_trainings(&self, model: &str) -> BTreeMap<u64, u64> {
         let seeds = |of: &Traced| {
             let seeds = of.stage.seed().zip(of.origin.seed());
@@ -230,7 +236,7 @@ impl Ours<'_> {
         self.stages.iter().filter_map(seeds).collect()
     }
 
-    /// How many pre-trained networks are behind values; the fewest of any model.
+    /// Returns the number of pre-trained networks behind the values, the smallest of all models.
     fn networks(&self, sample: &Sample) -> Option<usize> {
         let of = |model: &String| {
             let pre_training = self.pre_trainings(model);
@@ -277,7 +283,7 @@ impl Values for Ours<'_> {
                         let of = layers.iter().filter(|layer| stage.is_depthwise(layer) || !depthwise);
                         of.map(|layer| layer.low).sum()
                     };
-                    // Where no filter is low there is no share.
+                    // If no filter is below the threshold, there is no share.
                     (low(false) > 0).then(|| 100.0 * low(true) as f64 / low(false) as f64)?
                 }
             };
@@ -287,7 +293,7 @@ impl Values for Ours<'_> {
     }
 }
 
-/// The paper's figures of one table, as of one seed.
+/// The paper's figures of one table, treated as one seed.
 struct Published<'a>(&'a str);
 
 impl Values for Published<'_> {
@@ -311,14 +317,16 @@ impl Values for Published<'_> {
 }
 
 impl Claim {
-    /// Reads the claims of a TOML file (`[[claim]]`), whose name only serves the errors; each of these names the
-    /// entry. Besides unknown keys and names it is an error where the paper's figures do not say what an entry
-    /// says that they do.
+    /// Reads the claims from a TOML text (`[[claim]]`). `file` is used only in error messages.
+    ///
+    /// # Errors
+    /// Names the entry that has unknown keys or names, or a `paper` that its figures contradict.
     pub fn parse(text: &str, file: &str) -> Result<Vec<Claim>> {
         entries::parse(text, file, "claim")
     }
 
-    /// Judges it by our rows of one profile, of which it picks those of its table, and by the stages behind them.
+    /// Judges the claim by our rows of one profile and the stages that produced them. Rows of other
+    /// tables are ignored.
     pub fn judge(&self, rows: &[Row], stages: &[StageRecord]) -> Vec<Comparison> {
         let table = self.table.as_deref().unwrap_or_default();
         let ours = Ours {
@@ -356,12 +364,12 @@ impl Claim {
         samples.into_iter().zip(paper).enumerate().map(compare).collect()
     }
 
-    /// The profile's design forces the verdict: what about it.
+    /// Returns the reason why the profile's design forces the verdict, if it does.
     pub fn forced(&self, profile: &str) -> Option<&str> {
         self.forced.iter().find(|of| of.profile == profile).map(|of| of.why.as_str())
     }
 
-    /// What the paper's own figures say about it.
+    /// Returns the result of the paper's own figures on the claim.
     fn paper_says(&self) -> PaperSays {
         let inside = |of: &Comparison| of.paper.map(|value| of.range.contains(value));
         let published: Vec<bool> = self.judge(&[], &[]).iter().filter_map(inside).collect();
@@ -372,7 +380,7 @@ impl Claim {
         }
     }
 
-    /// What its figures are, as "points".
+    /// Returns the unit of the claim's figures, as "points".
     pub fn unit(&self) -> &'static str {
         match &self.expect {
             Expect::Rising { of: Quantity::Macs, .. }
@@ -383,7 +391,7 @@ impl Claim {
         }
     }
 
-    /// Whether its figures are differences, which are shown with a sign.
+    /// Returns whether the claim's figures are differences, which are shown with a sign.
     pub fn signed(&self) -> bool {
         match &self.expect {
             Expect::Rising { .. } | Expect::LargerGain { .. } => true,
@@ -393,7 +401,8 @@ impl Claim {
         }
     }
 
-    /// The values of every comparison; where it is pooled, their means over the cells at the seeds that all cells have.
+    /// Returns the values of every comparison. If the claim is pooled, they are means over the
+    /// cells, at the seeds that all cells have.
     fn comparisons(&self, values: &dyn Values) -> Vec<Sample> {
         let mut samples = self.samples(values);
         if !self.pooled || samples.is_empty() {
@@ -415,7 +424,7 @@ impl Claim {
         vec![Sample { cell: format!("mean of {count} cells"), ..first }]
     }
 
-    /// The values of each cell, the same ones in the same order for all sources.
+    /// Returns the values of each cell. All sources have the same cells in the same order.
     fn samples(&self, values: &dyn Values) -> Vec<Sample> {
         let difference = |cell: Condition, a: &str, b: &str, of: Quantity| {
             differences(&values.get(cell, a, of, false), &values.get(cell, b, of, false))
@@ -502,7 +511,7 @@ impl Claim {
         self.models.is_empty() || self.models.iter().any(|of| of == model)
     }
 
-    /// The cells of the paper's table that it is about, in the paper's order.
+    /// Returns the cells of the paper's table that the claim is about, in the paper's order.
     fn cells(&self) -> Vec<Condition<'_>> {
         let cells = distinct(self.published().iter().map(Condition::from));
         let about = |cell: &Condition| {
@@ -511,7 +520,7 @@ impl Claim {
         cells.into_iter().filter(about).collect()
     }
 
-    /// The rows of the paper's table that it is about.
+    /// Returns the rows of the paper's table that the claim is about.
     fn published(&self) -> &'static [PaperRow] {
         Paper::published().table(self.table.as_deref().unwrap_or_default())
     }

@@ -1,30 +1,30 @@
-//! Where this reproduction differs from the paper, or had to choose.
+//! The points where this reproduction differs from the paper, or had to choose.
 
 use serde::Deserialize;
 
 use crate::entries::{self, Entry};
 use crate::file::Result;
 
-/// A point at which we differ from the paper, or which it leaves open.
+/// A point where we differ from the paper, or that the paper leaves open.
 #[derive(Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct Deviation {
-    /// Its name: lower-case letters, digits and hyphens.
+    /// The unique name: lower-case letters, digits and hyphens.
     pub id: String,
-    /// What it is about.
+    /// The subject.
     pub point: String,
-    /// What the paper says or does; "not said" where it leaves it open.
+    /// What the paper says or does; "not said" if the paper leaves it open.
     pub paper: String,
-    /// What is done here.
+    /// What this reproduction does.
     pub ours: String,
     /// The reason.
     pub why: String,
-    /// What is known about its effect.
+    /// The known effect, if any.
     pub effect: Option<String>,
 }
 
 impl Deviation {
-    /// Reads the deviations of a TOML file (`[[deviation]]`), whose name only serves the errors.
+    /// Reads deviations from a TOML text (`[[deviation]]`). `file` is used only in error messages.
     pub fn parse(text: &str, file: &str) -> Result<Vec<Deviation>> {
         entries::parse(text, file, "deviation")
     }

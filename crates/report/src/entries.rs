@@ -1,19 +1,20 @@
-//! Lists of entries in TOML files, read one by one so that an error can name the entry.
+//! Lists of entries in TOML files, which are read one by one so that an error can name the entry.
 
 use serde::de::DeserializeOwned;
 
 use crate::file::{Error, Result};
 
-/// Something that stands in a list, under a name of its own.
+/// An entry of a list that has a name of its own.
 pub(crate) trait Entry: DeserializeOwned {
-    /// Its name, which must be unique: lower-case letters, digits and hyphens.
+    /// Returns the entry's unique name of lower-case letters, digits and hyphens.
     fn id(&self) -> &str;
 
-    /// What is wrong with it besides its form: what was found and what is expected.
+    /// Checks the values of an entry that has the right form. The error says what was found and
+    /// what is expected.
     fn check(&self) -> std::result::Result<(), String>;
 }
 
-/// Reads the list called `key` (`[[key]]`), and nothing but it, from the text of the file called `file`.
+/// Reads the list `key` (`[[key]]`) from the text of the file `file`. Any other key is an error.
 pub(crate) fn parse<T: Entry>(text: &str, file: &str, key: &str) -> Result<Vec<T>> {
     let wrong =
         |entry: &str, problem: String| Error::Entry { file: file.into(), entry: entry.into(), problem };

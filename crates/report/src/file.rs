@@ -1,12 +1,12 @@
-//! Errors, and files that appear whole or not at all.
+//! Errors, and files that are written atomically.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What can go wrong; every message begins with the file it is about.
+/// An error of this crate. Every message begins with the file that it is about.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file, or the folder it belongs in, cannot be read or written.
+    /// The file or its folder cannot be read or written.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
@@ -19,7 +19,7 @@ pub enum Error {
     Csv {
         /// The file.
         path: PathBuf,
-        /// The reason, with the line.
+        /// The reason, with the line number.
         source: csv::Error,
     },
     /// The file is not a JSON file of stages.
@@ -27,10 +27,10 @@ pub enum Error {
     Json {
         /// The file.
         path: PathBuf,
-        /// The reason, with the line.
+        /// The reason, with the line number.
         source: serde_json::Error,
     },
-    /// The file is not what was written.
+    /// The contents of the file are not those that were written.
     #[error("{}: {problem}; run the same command again to write the results anew", path.display())]
     Damaged {
         /// The file.
@@ -43,7 +43,7 @@ pub enum Error {
     Entry {
         /// The file.
         file: String,
-        /// The entry, by its place and its id.
+        /// The entry's position and id.
         entry: String,
         /// What was found and what is expected.
         problem: String,
@@ -53,20 +53,20 @@ pub enum Error {
     Draw {
         /// The picture's file.
         path: PathBuf,
-        /// What the drawing library says.
+        /// The message of the drawing library.
         reason: String,
     },
 }
 
-/// A result of this crate.
+/// The result of this crate's functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Writes `text` to `path`, whole or not at all; makes the folder where it is missing.
+/// Writes `text` to `path` atomically. Creates the folder if it is missing.
 pub fn write_text(text: &str, path: &Path) -> Result<()> {
     whole_file::write(path, text).map_err(|source| Error::Io { path: path.into(), source })
 }
 
-/// [`whole_file::replace`] with this crate's error.
+/// Calls [`whole_file::replace`] with this crate's error.
 pub(crate) fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     whole_file::replace(path, |source| Error::Io { path: path.into(), source }, write)
 }

@@ -1,4 +1,5 @@
-//! Histograms: of what single filters give (the paper's Figure 3), and of the running variances of every layer.
+//! Histograms of the outputs of single filters (the paper's Figure 3) and of the running variances
+//! of every layer.
 
 mod outputs;
 mod variances;
@@ -11,7 +12,7 @@ use crate::file::Result;
 use crate::names::{dataset_label, model_label};
 use crate::row::write_table;
 
-/// How often values fall into bins of equal width.
+/// A histogram with bins of equal width.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Histogram {
     /// The lower end of the first bin.
@@ -22,17 +23,17 @@ pub struct Histogram {
     pub counts: Vec<u64>,
     /// The mean of all values.
     pub mean: f64,
-    /// Their standard deviation (division by their number).
+    /// The standard deviation of all values (divided by their number).
     pub deviation: f64,
 }
 
 impl Histogram {
-    /// The histogram of `values` over `bins` bins from `low` to `high`; a value outside counts in the outermost
+    /// Counts `values` in `bins` bins from `low` to `high`. A value outside counts in the outermost
     /// bin of its side.
     ///
     /// # Panics
     ///
-    /// If there is no bin, or `low < high` does not hold.
+    /// If `bins` is 0, or `low < high` does not hold.
     pub fn of(values: &[f32], (low, high): (f64, f64), bins: usize) -> Histogram {
         assert!(bins > 0 && low < high, "{bins} bins from {low} to {high}");
         let mut counts = vec![0; bins];
@@ -46,29 +47,29 @@ impl Histogram {
         Histogram { low, high, counts, mean, deviation: (squares / count).sqrt() }
     }
 
-    /// The ends of bin `i`.
+    /// Returns the lower and the upper end of bin `i`.
     pub fn bin(&self, i: usize) -> (f64, f64) {
         let wide = (self.high - self.low) / self.counts.len() as f64;
         (self.low + wide * i as f64, self.low + wide * (i + 1) as f64)
     }
 
-    /// The share of the values in each bin, in percent.
+    /// Returns the share of the values in each bin, in percent.
     pub fn shares(&self) -> Vec<f64> {
         let all = self.counts.iter().sum::<u64>().max(1) as f64;
         self.counts.iter().map(|&n| 100.0 * n as f64 / all).collect()
     }
 }
 
-/// What one filter gives over a batch of images.
+/// The outputs of one filter for a batch of images.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FilterOutputs {
     /// The layer's name.
     pub layer: String,
-    /// The filter's index in it, from 0.
+    /// The filter's index in the layer, from 0.
     pub filter: usize,
-    /// By which rule it was chosen, e.g. "lowest running variance".
+    /// The rule by which the filter was chosen, e.g. "lowest running variance".
     pub rule: String,
-    /// Its running variance V.
+    /// The filter's running variance V.
     pub variance: f64,
     /// The output of the convolution.
     pub convolution: Histogram,
@@ -79,33 +80,36 @@ pub struct FilterOutputs {
 /// The running variances of one layer's filters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Variances {
-    /// The layer's name; what follows its last dot is its kind, what stands before it its block.
+    /// The layer's name. The part after its last dot is the kind of the layer, and the part before
+    /// it the block.
     pub layer: String,
-    /// Of each filter.
+    /// The running variance of each filter.
     pub values: Vec<f32>,
 }
 
 impl Variances {
-    /// How many filters are below `threshold`.
+    /// Returns the number of filters whose variance is below `threshold`.
     pub fn low(&self, threshold: f64) -> usize {
         self.values.iter().filter(|&&v| f64::from(v) < threshold).count()
     }
 }
 
-/// What a picture of histograms says beside them.
+/// The texts of a picture of histograms, and its threshold.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Caption {
     /// The heading.
     pub title: String,
-    /// What it was made from.
+    /// The source of the data.
     pub subtitle: String,
-    /// τ.
+    /// The threshold τ of running variances.
     pub threshold: f64,
 }
 
 impl Caption {
-    /// The caption of a picture about a network: `what` it shows, the network's name and width, the data's name,
-    /// and whatever else is to be said.
+    /// Returns the caption of a picture of a network.
+    ///
+    /// `what` says what the picture shows; then follow the network's name and width, the data set's
+    /// name, and further facts.
     pub fn of_network(
         what: &str,
         (model, width): (&str, f64),
@@ -122,52 +126,55 @@ impl Caption {
     }
 }
 
-/// Draws what filters give, a column for each: above the output of the convolution, below that after normalization
-/// and activation; as SVG and as PNG (2400×1440). Neighbouring columns of one layer have the same horizontal scale
-/// if their histograms have.
+/// Draws the outputs of filters, one column per filter, as SVG and as PNG (2400×1440).
+///
+/// The upper histogram is the output of the convolution, the lower one the output after
+/// normalization and activation. Adjacent columns of one layer have the same horizontal scale if
+/// their histograms have the same range.
 pub fn plot_outputs(filters: &[FilterOutputs], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
     outputs::plot(filters, caption, svg, png)
 }
 
-/// Draws the running variances of every layer as histograms on a logarithmic scale with τ marked, as SVG and as PNG
-/// (2400×1440).
+/// Draws the running variances of every layer as histograms, as SVG and as PNG (2400×1440).
+///
+/// The scale is logarithmic, and τ is marked.
 pub fn plot_variances(layers: &[Variances], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
     variances::plot(layers, caption, svg, png)
 }
 
-/// A bin of what a filter gives: one line of `outputs.csv`.
+/// A bin of a filter's outputs: one line of `outputs.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OutputRow {
     /// The network.
     pub model: String,
     /// The layer.
     pub layer: String,
-    /// The filter's index.
+    /// The filter's index in the layer, from 0.
     pub filter: usize,
-    /// By which rule it was chosen.
+    /// The rule by which the filter was chosen.
     pub rule: String,
-    /// Its running variance.
+    /// The filter's running variance.
     pub running_variance: f64,
-    /// Whether that is below τ.
+    /// Whether the running variance is below τ.
     pub below_threshold: bool,
     /// `convolution`, or `activation` for the output after normalization and activation.
     pub output: String,
-    /// Mean of the output.
+    /// The mean of the output.
     pub mean: f64,
-    /// Standard deviation of the output.
+    /// The standard deviation of the output.
     pub deviation: f64,
-    /// Lower end of the bin.
+    /// The lower end of the bin.
     pub bin_from: f64,
-    /// Upper end of the bin.
+    /// The upper end of the bin.
     pub bin_to: f64,
-    /// Values in the bin.
+    /// The number of values in the bin.
     pub count: u64,
-    /// Share of all values, in percent.
+    /// The share of all values in percent.
     pub share_percent: f64,
 }
 
 impl OutputRow {
-    /// The rows of a network's filters.
+    /// Returns the rows of a network's filters.
     pub fn all(model: &str, filters: &[FilterOutputs], threshold: f64) -> Vec<OutputRow> {
         let mut rows = Vec::new();
         for filter in filters {
@@ -198,25 +205,25 @@ impl OutputRow {
     }
 }
 
-/// A bin of a layer's running variances: one line of `variances.csv`. Bins without filters are left out.
+/// A bin of a layer's running variances: one line of `variances.csv`. Empty bins are left out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VarianceRow {
     /// The network.
     pub model: String,
     /// The layer.
     pub layer: String,
-    /// Lower end of the bin; 0 for the one that takes up everything lower.
+    /// The lower end of the bin; 0 for the lowest bin, which counts all lower values too.
     pub bin_from: f64,
-    /// Upper end of the bin.
+    /// The upper end of the bin.
     pub bin_to: f64,
-    /// Whether the bin is below τ, which is the border between two bins.
+    /// Whether the bin is below τ, which is always a border between two bins.
     pub below_threshold: bool,
-    /// Filters in the bin.
+    /// The number of filters in the bin.
     pub filters: usize,
 }
 
 impl VarianceRow {
-    /// The rows of a network's layers.
+    /// Returns the rows of a network's layers.
     pub fn all(model: &str, layers: &[Variances], threshold: f64) -> Vec<VarianceRow> {
         let mut rows = Vec::new();
         for layer in layers {
@@ -236,7 +243,7 @@ impl VarianceRow {
     }
 }
 
-/// Writes rows of [`OutputRow`] or [`VarianceRow`] as CSV, whole or not at all.
+/// Writes rows of [`OutputRow`] or [`VarianceRow`] as CSV atomically.
 pub fn write_rows<T: Serialize>(rows: &[T], path: &Path) -> Result<()> {
     write_table(rows, path)
 }
@@ -259,7 +266,7 @@ mod tests {
     #[test]
     fn variances_are_split_at_the_threshold() {
         let layer = Variances { layer: "a.b".into(), values: vec![0.0, 9.99e-6, 1e-5, 1.01e-5, 3.0] };
-        // 1e-5 as f32 is just below the threshold as f64, and counts so in both places.
+        // As f32, 1e-5 is just below the f64 threshold. Both `low` and the bins count it as below.
         assert_eq!(layer.low(1e-5), 3);
         let rows = VarianceRow::all("m", &[layer], 1e-5);
         assert_eq!(rows.iter().filter(|r| r.below_threshold).map(|r| r.filters).sum::<usize>(), 3);
@@ -270,7 +277,7 @@ mod tests {
         }
     }
 
-    /// Pictures of made-up filters are written, and say what they should.
+    /// Checks that pictures of synthetic filters are written and contain the expected texts.
     #[test]
     fn pictures_say_what_they_show() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,10 +1,10 @@
-//! Result rows, comparison with the paper, its claims, plots, Markdown, and one HTML page of everything.
+//! Result rows, comparison with the paper, its claims, plots, Markdown, and one HTML page of all.
 //!
-//! Plain values go in, files and text come out: [`Row`]s to and from CSV, [`Paper`] with the published
-//! figures, [`summarize`] and [`paired`] over seeds, [`Claim`]s with a [`Verdict`] each, [`markdown`] and
-//! [`terminal`] for the report of a table, [`plot`] for its picture, [`Page`] for all of them. Nothing here knows
-//! one table from another; what they differ in is data: the paper's CSV files.
-//! Measurements of speed have a module of their own, [`mod@bench`].
+//! The crate turns plain values into files and text. [`Row`]s are read and written as CSV,
+//! [`Paper`] holds the published figures, [`summarize`] and [`paired`] compute statistics over
+//! seeds, and each [`Claim`] gets a [`Verdict`]. [`markdown`] and [`terminal`] report a table,
+//! [`plot`] draws it, and [`Page`] shows everything. No code is specific to one table; the tables
+//! differ only in data, the paper's CSV files. Speed measurements are in [`mod@bench`].
 //!
 //! ```
 //! use report::Paper;

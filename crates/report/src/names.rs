@@ -1,8 +1,8 @@
-//! How models, data and methods are called in front of people.
+//! Display names of models, data sets and methods.
 
 use crate::paper::Paper;
 
-/// A colour of plots as red, green and blue.
+/// A colour in plots: red, green and blue.
 pub(crate) type Colour = (u8, u8, u8);
 
 pub(crate) const ORANGE: Colour = (230, 159, 0);
@@ -12,10 +12,11 @@ pub(crate) const BLUE: Colour = (0, 114, 178);
 pub(crate) const PURPLE: Colour = (204, 121, 167);
 pub(crate) const GREY: Colour = (128, 128, 128);
 
-/// The colours of methods: of the palette of Okabe and Ito, which the colour-blind can tell apart, and grey.
+/// The colours of methods: the palette of Okabe and Ito, which colour-blind readers can
+/// distinguish, and grey.
 pub(crate) const PALETTE: [Colour; 6] = [ORANGE, SKY, GREEN, PURPLE, BLUE, GREY];
 
-/// The name for people, and the colour in plots, of a method of the paper's tables.
+/// Returns the display name and the plot colour of a method of the paper's tables.
 fn published(method: &str) -> Option<(&'static str, Colour)> {
     Some(match method {
         "original" => ("No pruning", ORANGE),
@@ -32,24 +33,25 @@ fn published(method: &str) -> Option<(&'static str, Colour)> {
     })
 }
 
-/// The method's place in the paper's table; methods that are not in it come after all of them.
+/// Returns the method's position in the paper's table. Methods that are not in it come last.
 pub(crate) fn rank(table: &str, method: &str) -> usize {
     let methods = Paper::published().methods(table);
     methods.iter().position(|known| *known == method).unwrap_or(methods.len())
 }
 
-/// A method's name for people; methods that are not the paper's are called by their names.
+/// Returns a method's display name. A method that is not the paper's keeps its own name.
 pub(crate) fn method_label(method: &str) -> &str {
     published(method).map_or(method, |(label, _)| label)
 }
 
-/// The same method without PfQ, of one whose name says that PfQ goes before it.
+/// Returns the name of the same method without PfQ, if the method's name says that PfQ is used.
 pub(crate) fn without_pfq(method: &str) -> Option<String> {
     let after = method.strip_suffix(" after PfQ").map(String::from);
     after.or_else(|| Some(format!("{} without PfQ", method.strip_suffix(" with PfQ")?)))
 }
 
-/// A colour for each of a plot's methods: the paper's have their own, and the others take the rest in turn.
+/// Returns a colour for each of a plot's methods. The paper's methods have fixed colours, and the
+/// other methods use the remaining colours in turn.
 pub(crate) fn colours(methods: &[&str]) -> Vec<Colour> {
     let own: Vec<Option<Colour>> = methods.iter().map(|method| Some(published(method)?.1)).collect();
     let mut rest: Vec<Colour> = PALETTE.into_iter().filter(|colour| !own.contains(&Some(*colour))).collect();
@@ -60,7 +62,7 @@ pub(crate) fn colours(methods: &[&str]) -> Vec<Colour> {
     own.into_iter().map(|own| own.or_else(|| rest.next()).unwrap_or(GREY)).collect()
 }
 
-/// "MobileNetV2", and what its width is multiplied by where that is not 1.
+/// Returns the display name of a model, as "MobileNetV2", with the width factor if it is not 1.
 pub(crate) fn model_label(model: &str, width: f64) -> String {
     let name = match model {
         "mobilenet_v1" => "MobileNetV1",
@@ -80,26 +82,28 @@ pub(crate) fn dataset_label(dataset: &str) -> &str {
         "imagenet1000_shrunk" => "ImageNet-1000, pictures shrunk",
         "imagenet_part_shrunk" => "a part of ImageNet, pictures shrunk",
         "imagenet_holdout_shrunk" => "ImageNet, training images held out, pictures shrunk",
+        "cifar100_part" => "a part of CIFAR-100",
         "cifar100_holdout" => "CIFAR-100, training images held out",
+        "cifar100_holdout_part" => "a part of CIFAR-100, training images held out",
         other if is_synthetic(other) => "synthetic data",
         other => other,
     }
 }
 
-/// Whether a data set of that name is the synthetic stand-in.
+/// Returns whether the data set of this name is the synthetic stand-in.
 pub fn is_synthetic(dataset: &str) -> bool {
     dataset.starts_with("synthetic")
 }
 
-/// "A4/W4": bits of activations and of weights.
+/// Returns the bit widths of activations and weights, as "A4/W4".
 pub(crate) fn bits_label(activation_bits: u32, weight_bits: u32) -> String {
     format!("A{activation_bits}/W{weight_bits}")
 }
 
-/// What to say where weights are of 32 bits.
+/// The remark that explains weights of 32 bits.
 pub(crate) const FLOAT: &str = "W32: float weights.";
 
-/// "table3" is "Table 3".
+/// Returns the display name of a table: "Table 3" for "table3".
 pub(crate) fn table_label(table: &str) -> String {
     match table.strip_prefix("table") {
         Some(number) => format!("Table {number}"),

@@ -1,4 +1,4 @@
-//! Networks that are published beside the results.
+//! The list of the networks that are published with the results.
 
 use std::path::Path;
 
@@ -7,50 +7,50 @@ use serde::{Deserialize, Serialize};
 use crate::file::Result;
 use crate::row::{read_table, write_table};
 
-/// The file that lists the networks of a folder.
+/// The name of the file that lists the networks of a folder.
 pub const NETWORKS: &str = "networks.csv";
 
-/// One published network: one line of `networks.csv`.
+/// A published network: one line of `networks.csv`.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct NetworkRow {
-    /// Its file, in the folder of the list.
+    /// The name of the network's file, in the folder of the list.
     pub file: String,
-    /// The file's size.
+    /// The size of the file in bytes.
     pub bytes: u64,
-    /// SHA-256 of the file, in lower-case hexadecimal digits.
+    /// The SHA-256 of the file, as lower-case hex digits.
     pub sha256: String,
-    /// Key of the stage that gave it.
+    /// The key of the stage that produced the network.
     pub key: String,
-    /// Key of the stage before that one; none for pre-training.
+    /// The key of the stage before it; `None` for pre-training.
     pub parent: Option<String>,
-    /// The network, "mobilenet_v1" or "mobilenet_v2".
+    /// The architecture, "mobilenet_v1" or "mobilenet_v2".
     pub model: String,
-    /// What the network's widths are multiplied by, before pruning.
+    /// The factor that multiplies the network's widths, before pruning.
     pub width: f64,
-    /// What it is: "float", "pruned", or bits and method of a row of a table, as "A4/W4 ours".
+    /// The kind of network: "float", "pruned", or a row's bits and method, as "A4/W4 ours".
     pub subject: String,
-    /// Seed of the row; of the pre-training for what no row has alone.
+    /// The seed of the table's row, or of the pre-training if several rows share the network.
     pub seed: u64,
-    /// The stage's settings as JSON, as they entered its key.
+    /// The stage's settings as JSON, in the form that its key is computed from.
     pub settings: String,
-    /// The data, as "cifar100".
+    /// The name of the data set, as "cifar100".
     pub dataset: String,
     /// Top-1 accuracy on the test images, in percent.
     pub top1_percent: f64,
     /// Mean cross-entropy on the test images, in nats.
     pub loss: f64,
-    /// Multiply–accumulates of one image.
+    /// The number of multiply–accumulates for one image.
     pub macs: u64,
-    /// Conv and classifier weights.
+    /// The number of convolution and classifier weights.
     pub weights: u64,
 }
 
-/// Writes the list of a folder's networks, whole or not at all.
+/// Writes the list of a folder's networks atomically.
 pub fn write_networks(rows: &[NetworkRow], folder: &Path) -> Result<()> {
     write_table(rows, &folder.join(NETWORKS))
 }
 
-/// Reads what [`write_networks`] wrote.
+/// Reads the list that [`write_networks`] wrote.
 pub fn read_networks(folder: &Path) -> Result<Vec<NetworkRow>> {
     read_table(&folder.join(NETWORKS))
 }

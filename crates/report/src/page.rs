@@ -1,4 +1,4 @@
-//! One HTML page of everything that was run: no script, nothing fetched, the same bytes for the same inputs.
+//! One HTML page with all results. It has no scripts, loads nothing, and is deterministic.
 
 mod curves;
 mod exhibit;
@@ -23,36 +23,36 @@ use crate::text::{About, Cell, Column, Document, Table, duration};
 pub use exhibit::Exhibit;
 use judged::Judged;
 
-/// A table that can be run.
+/// A table of results that the programs can produce.
 #[derive(Clone, Debug, Default)]
 pub struct TableEntry {
-    /// Its name in the results, as "table3".
+    /// The table's name in the results, as "table3".
     pub name: String,
-    /// Its heading.
+    /// The heading.
     pub title: String,
-    /// Whether settings are chosen by it, on training images held out for that: an ablation.
+    /// Whether the table is an ablation, which chooses settings on held-out training images.
     pub chooses: bool,
 }
 
-/// One table's results in one profile: what a folder `<table>/<profile>/` holds.
+/// The results of one table in one profile: the contents of a folder `<table>/<profile>/`.
 #[derive(Clone, Debug, Default)]
 pub struct TableResults {
     /// The table's name, as "table3".
     pub table: String,
-    /// The profile of settings.
+    /// The name of the settings' profile.
     pub profile: String,
     /// The rows.
     pub rows: Vec<Row>,
-    /// The stages behind them.
+    /// The stages that produced the rows.
     pub stages: Vec<StageRecord>,
-    /// The folder's picture, files and further sheets.
+    /// The folder's pictures, files and other CSV tables.
     pub exhibit: Exhibit,
 }
 
-/// The published networks of a profile: what a folder `networks/<profile>/` holds.
+/// The published networks of a profile: the contents of a folder `networks/<profile>/`.
 #[derive(Clone, Debug, Default)]
 pub struct PublishedNetworks {
-    /// The profile of settings.
+    /// The name of the settings' profile.
     pub profile: String,
     /// The networks.
     pub rows: Vec<NetworkRow>,
@@ -60,34 +60,34 @@ pub struct PublishedNetworks {
     pub exhibit: Exhibit,
 }
 
-/// What the page is made of.
+/// The contents of the page.
 #[derive(Clone, Debug, Default)]
 pub struct Page {
-    /// The tables that there are, run or not.
+    /// The known tables, whether they were run or not.
     pub tables: Vec<TableEntry>,
-    /// The tables that were run.
+    /// The results of the tables that were run.
     pub runs: Vec<TableResults>,
-    /// The paper's figures and whatever else was made, a folder each.
+    /// The paper's figures and further measurements, one folder each.
     pub exhibits: Vec<Exhibit>,
-    /// The networks that are published.
+    /// The published networks.
     pub networks: Vec<PublishedNetworks>,
-    /// Speeds beside PyTorch.
+    /// The measured speeds, compared with PyTorch.
     pub speeds: Vec<Speed>,
-    /// The rest of the folder of benchmarks.
+    /// The other files in the folder of benchmarks.
     pub bench: Exhibit,
-    /// The paper's statements.
+    /// The paper's claims.
     pub claims: Vec<Claim>,
-    /// Where we differ from it.
+    /// The points where we differ from the paper.
     pub deviations: Vec<Deviation>,
 }
 
 const TITLE: &str = "PfQ reproduced: every result beside the paper's";
 
-/// Nothing may be fetched or run, whatever stands in the inputs.
+/// The content security policy: nothing may be loaded or executed, whatever the inputs contain.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:";
 
 impl Page {
-    /// The page.
+    /// Returns the page as HTML.
     pub fn html(&self) -> String {
         let judged = self.judged();
         let mut sections = vec![
@@ -145,7 +145,7 @@ impl Page {
         page.into_string() + "\n"
     }
 
-    /// Every claim, judged by each profile that was run.
+    /// Returns every claim with its comparisons in each profile that was run.
     fn judged(&self) -> Vec<Judged<'_>> {
         let judge = |claim| {
             let by_profile = self.profiles().into_iter().map(|profile| {
@@ -157,7 +157,7 @@ impl Page {
         self.claims.iter().map(judge).collect()
     }
 
-    /// The verdicts as text: a line for each claim, with a verdict for each profile.
+    /// Returns the verdicts as text: a line for each claim, with a verdict for each profile.
     pub fn verdicts(&self) -> String {
         let line = |judged: &Judged| {
             let verdicts = judged
@@ -169,7 +169,7 @@ impl Page {
         self.judged().iter().map(|of| line(of).trim_end().to_string()).collect::<Vec<_>>().join("\n")
     }
 
-    /// The results on the test set; by the others settings are chosen.
+    /// Returns the results on the test set. Ablations, which only choose settings, are left out.
     fn tested(&self) -> impl Iterator<Item = &TableResults> {
         self.runs.iter().filter(|run| !self.chooses(&run.table))
     }
@@ -186,12 +186,12 @@ impl Page {
         self.entry(table).map_or_else(|| table_label(table), |entry| entry.title.clone())
     }
 
-    /// What a table is called in captions.
+    /// Returns the name of a table in captions.
     fn label(&self, table: &str) -> String {
         if Paper::published().table(table).is_empty() { self.title(table) } else { table_label(table) }
     }
 
-    /// The profiles that were run, the paper's own first.
+    /// Returns the profiles that were run, beginning with the paper's own.
     fn profiles(&self) -> Vec<&str> {
         const KNOWN: [&str; 4] = ["paper", "full", "reduced", "quick"];
         let found: BTreeSet<&str> = self.tested().map(|run| run.profile.as_str()).collect();
@@ -205,7 +205,7 @@ impl Page {
         runs.flat_map(|run| run.rows.iter().cloned()).collect()
     }
 
-    /// The stages behind all tables of a profile, each once: tables share them.
+    /// Returns the stages of all tables of a profile. A stage that tables share appears once.
     fn stages(&self, profile: &str) -> Vec<StageRecord> {
         let runs = self.tested().filter(|run| run.profile == profile);
         let all: BTreeMap<&str, &StageRecord> =
@@ -213,7 +213,7 @@ impl Page {
         all.into_values().cloned().collect()
     }
 
-    /// The paper's tables, run or not, and then our own that were run.
+    /// Renders the paper's tables, even if they were not run, and then our own that were run.
     fn tables(&self, judged: &[Judged]) -> Markup {
         let profiles = self.profiles();
         let of = |table: &str| {
@@ -371,7 +371,7 @@ impl TableResults {
         Document::new(&self.rows, &About { profile: self.profile.clone(), dataset, ..About::default() })
     }
 
-    /// The table beside the paper's or, where there is none, with its differences; and its picture.
+    /// Renders the table, with the paper's figures or else with its differences, and the picture.
     fn results(&self, label: &str) -> Markup {
         const HEAD: [&str; 9] = [
             "network",
@@ -385,7 +385,7 @@ impl TableResults {
             "weights pruned, %",
         ];
         let document = self.document();
-        // Beside a table of our own nothing is published.
+        // The paper has nothing to compare with our own tables.
         let about_paper = |name: &&str| name.starts_with("paper") || name.starts_with("difference");
         let head = HEAD.into_iter().filter(|name| document.published || !about_paper(name));
         let numbers = document.results.head.iter().map(|(_, number)| *number);
@@ -415,7 +415,7 @@ impl TableResults {
         }
     }
 
-    /// What a figure stands for.
+    /// Says which statistic the figures show.
     fn spread(&self) -> String {
         let summaries = summarize(&self.rows);
         match summaries.iter().map(|of| of.seeds).max() {
@@ -425,7 +425,7 @@ impl TableResults {
         }
     }
 
-    /// How it was made.
+    /// Lists the commands, the data and the provenance.
     fn made(&self) -> Markup {
         let commands: BTreeSet<&str> = self.stages.iter().map(|of| of.provenance.command.as_str()).collect();
         let data: BTreeSet<String> = self
@@ -448,7 +448,7 @@ impl TableResults {
     }
 }
 
-/// The paper's figures of a table that has not been run.
+/// Renders the paper's figures for a table that has not been run.
 fn not_run(table: &str) -> Markup {
     let head: Vec<Column> = vec![
         ("network", false),
@@ -521,8 +521,9 @@ fn stage_table(profile: &str, stages: &[StageRecord]) -> Markup {
     )
 }
 
-/// A table in a box of its own that scrolls where it is too wide. A rule divides groups of rows with the same first
-/// cells, where there are any.
+/// Renders a table in a box that scrolls if the table is too wide.
+///
+/// A rule separates groups of rows that have equal first two cells, if there are such groups.
 fn table_html(caption: &str, table: &Table) -> Markup {
     let first = |index: usize| table.rows[index].iter().take(2).map(|cell| &cell.text).collect::<Vec<_>>();
     let grouped = (1..table.rows.len()).any(|index| first(index) == first(index - 1));

@@ -11,11 +11,11 @@ use serde::de::DeserializeOwned;
 pub struct PaperRow {
     /// The network.
     pub model: String,
-    /// The data.
+    /// The data set.
     pub dataset: String,
-    /// Bits of the activations.
+    /// The bit width of the activations.
     pub activation_bits: u32,
-    /// Bits of the weights; 32 is float.
+    /// The bit width of the weights; 32 is float.
     pub weight_bits: u32,
     /// The method's name.
     pub method: String,
@@ -25,16 +25,16 @@ pub struct PaperRow {
     pub mac_millions: f64,
 }
 
-/// The share of weights that the paper's pruning removes.
+/// The share of weights that the paper's pruning removes from a network.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 pub struct PaperPruned {
     /// The network.
     pub model: String,
-    /// The data.
+    /// The data set.
     pub dataset: String,
-    /// Percent of the weights removed.
+    /// The percentage of the weights that are removed.
     pub weights_pruned_percent: f64,
-    /// Where the paper says so.
+    /// The place in the paper that says so.
     #[serde(rename = "where")]
     pub source: String,
 }
@@ -46,7 +46,7 @@ pub struct Paper {
     pruned: Vec<PaperPruned>,
 }
 
-/// Name and text of every CSV file in `paper/` that is a table.
+/// The name and the text of every CSV file in `paper/` that is a table.
 const TABLES: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/tables.rs"));
 
 static PUBLISHED: LazyLock<Paper> = LazyLock::new(|| Paper {
@@ -60,33 +60,35 @@ fn parse<T: DeserializeOwned>(text: &str) -> Vec<T> {
 }
 
 impl Paper {
-    /// The published figures.
+    /// Returns the published figures.
     pub fn published() -> &'static Paper {
         &PUBLISHED
     }
 
-    /// The names of the paper's tables: "table1" and so on.
+    /// Returns the names of the paper's tables: "table1" and so on.
     pub fn tables(&self) -> impl Iterator<Item = &'static str> {
         self.tables.keys().copied()
     }
 
-    /// The rows of a table, in the paper's order; none where the paper has no table of that name.
+    /// Returns the rows of a table, in the paper's order; empty if there is no such table.
     pub fn table(&self, name: &str) -> &[PaperRow] {
         self.tables.get(name).map_or(&[], Vec::as_slice)
     }
 
-    /// The networks of all tables, each once.
+    /// Returns the networks of all tables, each once.
     pub fn models(&self) -> Vec<&str> {
         distinct(self.tables.values().flatten().map(|row| row.model.as_str()))
     }
 
-    /// The methods of a table, each once, in the paper's order: the proposed one is the last.
+    /// Returns the methods of a table, each once, in the paper's order: the proposed one is last.
     pub fn methods(&self, table: &str) -> Vec<&str> {
         distinct(self.table(table).iter().map(|row| row.method.as_str()))
     }
 
-    /// The row of the table called `table` with these bits and this method. Each table has its own data, so
-    /// the data need not be named; the table must be, as Tables 3 and 5 differ on the same setting.
+    /// Returns the row of the table `table` with these bits and this method.
+    ///
+    /// Each table has its own data set, so the data set need not be given. The table must be given,
+    /// because Tables 3 and 5 differ for the same setting.
     pub fn lookup(
         &self,
         table: &str,
@@ -100,18 +102,18 @@ impl Paper {
         self.table(table).iter().find(|row| key(row))
     }
 
-    /// The data of the table called `table`.
+    /// Returns the data set of the table `table`.
     pub fn dataset(&self, table: &str) -> Option<&str> {
         self.table(table).first().map(|row| row.dataset.as_str())
     }
 
-    /// The shares of weights that the paper's pruning removes.
+    /// Returns the shares of weights that the paper's pruning removes.
     pub fn pruned_weights(&self) -> &[PaperPruned] {
         &self.pruned
     }
 }
 
-/// Every value once, where it comes up first.
+/// Returns the distinct values, in the order of their first occurrence.
 pub(crate) fn distinct<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
     let mut found = Vec::new();
     for value in values {

@@ -1,4 +1,4 @@
-//! The bar chart: our mean beside the paper's figure, for each method of each group.
+//! The bar chart of our mean next to the paper's figure, for each method of each group.
 
 use std::path::Path;
 
@@ -20,13 +20,13 @@ use crate::text::{About, caveats};
 
 /// Draws the rows as grouped bars, as SVG and as PNG (2400×1440).
 ///
-/// A group is a network and its bits. A filled bar is our mean, with each seed and the standard deviation
-/// where there are several; a hollow one is the paper's figure.
+/// A group is a network and its bit widths. A filled bar is our mean; if there are several seeds,
+/// it also shows each seed and the standard deviation. A hollow bar is the paper's figure.
 pub fn plot(rows: &[Row], about: &About, svg: &Path, png: &Path) -> Result<()> {
     Chart { summaries: summarize(rows), caveats: caveats(rows), about }.write(svg, png)
 }
 
-/// What the picture is made of.
+/// The data of the picture.
 struct Chart<'a> {
     summaries: Vec<Summary>,
     caveats: Vec<String>,
@@ -69,7 +69,7 @@ impl Chart<'_> {
         [dataset_label(&self.about.dataset), &profile, &seeds].join("  ·  ")
     }
 
-    /// The caveats on a dark band, and what follows from them beside it.
+    /// Draws the caveats on a dark band, and their consequence next to it.
     fn alarm<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
         let white = Style { colour: WHITE, ..INK_BOLD.sized(15.0) };
         let reasons = self.caveats.join("  ·  ");
@@ -84,7 +84,7 @@ impl Chart<'_> {
         canvas.text(rest, (end + 12.0, y), &Style { colour: ALARM, ..INK_BOLD.sized(15.0) })
     }
 
-    /// Every method with its colour, in the order of the paper's table.
+    /// Returns every method with its colour, in the order of the paper's table.
     fn methods(&self) -> Vec<(&str, Colour)> {
         let mut methods = self.summaries.iter().collect::<Vec<_>>();
         methods.sort_by_key(|summary| names::rank(&summary.table, &summary.method));
@@ -131,7 +131,7 @@ impl Chart<'_> {
         Ok(())
     }
 
-    /// One method's bar in the slot that begins at `x`, and the paper's beside it.
+    /// Draws one method's bar in the slot that begins at `x`, and the paper's bar next to it.
     fn bar<DB: DrawingBackend>(
         &self,
         canvas: &Canvas<DB>,
@@ -153,7 +153,7 @@ impl Chart<'_> {
         canvas.rectangle((x, height(summary.mean)), (x + wide, bottom), colour)?;
         let mut above = height(own_reach(summary));
         if let Some(std) = summary.std {
-            above -= 3.0; // half a dot
+            above -= 3.0; // half the height of a dot
             canvas.whisker(centre, height(summary.mean + std), height(summary.mean - std))?;
             let count = summary.seeds as f64;
             for (index, seed) in summary.values.iter().enumerate() {
@@ -179,12 +179,12 @@ impl Chart<'_> {
     }
 }
 
-/// How high a summary's own marks reach.
+/// Returns the largest value that is drawn for our own runs of a summary.
 fn own_reach(summary: &Summary) -> f64 {
     summary.values.iter().copied().fold(summary.mean + summary.std.unwrap_or(0.0), f64::max)
 }
 
-/// How high all of a summary's marks reach.
+/// Returns the largest value that is drawn for a summary, including the paper's figure.
 fn reach(summary: &Summary) -> f64 {
     own_reach(summary).max(summary.paper_top1_percent.unwrap_or(0.0))
 }

@@ -1,4 +1,4 @@
-//! The paper's premise, measured without any training: what pruning changes of the weights that are quantized.
+//! The paper's premise, measured without training: how pruning changes the quantized weights.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -14,68 +14,78 @@ use crate::file::Result;
 use crate::histogram::Caption;
 use crate::names::{BLUE, Colour, ORANGE};
 
-/// One layer before and after pruning: a line of `layers.csv`. Weights are those of filters folded with their batch
-/// normalization, quantized on one grid of the layer between its extremes.
+/// One layer before and after pruning: a line of `layers.csv`.
+///
+/// Unless a field says otherwise, the weights are folded with their batch normalization and
+/// quantized per layer, on a grid between the smallest and the largest weight. The remaining
+/// weights are those that pruning keeps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PremiseRow {
     /// The network.
     pub model: String,
     /// The layer.
     pub layer: String,
-    /// Filters before.
+    /// The number of filters before pruning.
     pub filters_before: usize,
-    /// Filters after.
+    /// The number of filters after pruning.
     pub filters_after: usize,
-    /// The largest size of a folded weight before.
+    /// The largest magnitude of a folded weight before pruning.
     pub largest_weight_before: f64,
-    /// After.
+    /// The largest magnitude of a folded weight after pruning.
     pub largest_weight_after: f64,
-    /// The largest size of a folded weight, as a multiple of the median over the filters that stay of their largest, before.
+    /// The largest magnitude of a folded weight before pruning, divided by the median, over the
+    /// remaining filters, of the largest magnitude of each filter.
     pub dynamic_range_before: f64,
-    /// After.
+    /// The largest magnitude of a folded weight after pruning, divided by the same median.
     pub dynamic_range_after: f64,
-    /// Signal to noise, in decibels, of the weights that stay, quantized to 4 bits on the grid before: ten times the decimal
-    /// logarithm of Σw²/Σ(Q(w) − w)².
+    /// The signal-to-noise ratio of the remaining weights in decibels, 10·log₁₀(Σw²/Σ(Q(w) − w)²),
+    /// quantized to 4 bits on the grid before pruning.
     pub snr_4_bits_before: f64,
-    /// On the grid after.
+    /// The signal-to-noise ratio at 4 bits on the grid after pruning.
     pub snr_4_bits_after: f64,
-    /// To 3 bits, before.
+    /// The signal-to-noise ratio at 3 bits on the grid before pruning.
     pub snr_3_bits_before: f64,
-    /// To 3 bits, after.
+    /// The signal-to-noise ratio at 3 bits on the grid after pruning.
     pub snr_3_bits_after: f64,
-    /// The step that LSQ begins with at 3 bits, 2·mean|w|/√3 over the layer's weights before folding, before pruning.
+    /// LSQ's initial step at 3 bits, 2·mean|w|/√3 over the unfolded weights, before pruning.
     pub lsq_step_before: f64,
-    /// After.
+    /// LSQ's initial step after pruning.
     pub lsq_step_after: f64,
-    /// The share of the weights that stay, not folded, that are beyond its levels, −4 and 3 steps (0…1), before.
+    /// The share (0…1) of the remaining weights before folding that lie outside LSQ's levels, −4 to
+    /// 3 steps, before pruning.
     pub lsq_clipped_before: f64,
-    /// After.
+    /// The share of clipped weights after pruning.
     pub lsq_clipped_after: f64,
-    /// Signal to noise, in decibels, of the weights that stay, not folded, at 3 bits with that step, before.
+    /// The signal-to-noise ratio in decibels of the remaining weights before folding, at 3 bits
+    /// with LSQ's initial step before pruning.
     pub lsq_snr_before: f64,
-    /// After.
+    /// The signal-to-noise ratio with LSQ's initial step after pruning.
     pub lsq_snr_after: f64,
-    /// Signal to noise, in decibels, of the gradient of the weights that stay, in a training step with the batch's statistics whose
-    /// activations are quantized to 4 bits, beside the same step without quantization, before.
+    /// The signal-to-noise ratio in decibels of the remaining weights' gradient, before pruning.
+    ///
+    /// It compares a training step whose activations are quantized to 4 bits with the same step
+    /// without quantization. Both use the batch's statistics.
     pub gradient_snr_before: f64,
-    /// After.
+    /// The signal-to-noise ratio of the gradient after pruning.
     pub gradient_snr_after: f64,
     /// The lowest output of the layer over the images, after its activation, before pruning.
     pub lowest_output_before: f64,
-    /// The highest, before.
+    /// The highest output before pruning.
     pub highest_output_before: f64,
-    /// The lowest, after.
+    /// The lowest output after pruning.
     pub lowest_output_after: f64,
-    /// The highest, after.
+    /// The highest output after pruning.
     pub highest_output_after: f64,
 }
 
-/// Draws a network's layers in four panels, before and after: the dynamic range of folded weights on a logarithmic scale, the
-/// signal-to-noise ratio of their quantization to 4 and to 3 bits, that of weights with the step that LSQ begins with, and that of
-/// gradients; as SVG and as PNG (2400×1440).
+/// Draws a network's layers in four panels, before and after, as SVG and as PNG (2400×1440).
+///
+/// The panels show the dynamic range of folded weights on a logarithmic scale, the signal-to-noise
+/// ratio of their quantization to 4 and to 3 bits, that of weights with LSQ's initial step, and
+/// that of gradients.
 ///
 /// # Errors
-/// When a file can't be written, or there is no layer.
+/// Returns an error if a file cannot be written.
 pub fn plot(rows: &[PremiseRow], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
     Chart { rows, caption }.write(svg, png)
 }
@@ -92,25 +102,27 @@ pub struct FilterRow {
     pub model: String,
     /// The layer.
     pub layer: String,
-    /// The filter's index in it.
+    /// The filter's index in the layer.
     pub filter: usize,
-    /// Its running variance V.
+    /// The running variance V.
     pub variance: f32,
-    /// γ.
+    /// The scale γ of the batch normalization.
     pub gamma: f32,
-    /// β.
+    /// The shift β of the batch normalization.
     pub beta: f32,
-    /// The factor of its weights when normalization is folded, γ/√(V + ε).
+    /// The factor γ/√(V + ε) of the weights when batch normalization is folded into them.
     pub factor: f32,
     /// Whether V is below τ.
     pub below_threshold: bool,
 }
 
-/// Draws a network's filters as points, the size of the folding factor over the running variance, both on logarithmic scales,
-/// those below τ apart; as SVG and as PNG (2400×1440).
+/// Draws a network's filters as points, as SVG and as PNG (2400×1440).
+///
+/// The points show the magnitude of the folding factor over the running variance, both on
+/// logarithmic scales. Filters below τ have another colour.
 ///
 /// # Errors
-/// When a file can't be written.
+/// Returns an error if a file cannot be written.
 pub fn plot_filters(rows: &[FilterRow], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
     Scatter { rows, caption }.write(svg, png)
 }
@@ -126,7 +138,7 @@ impl Picture for Scatter<'_> {
         let low = self.rows.iter().filter(|row| row.below_threshold).count();
         let of_low = format!("V < τ = {:.0e}: {low} of {} filters", self.caption.threshold, self.rows.len());
         canvas.legend(112.0, &[(&of_low, Sign::Filled(ORANGE)), ("other filters", Sign::Filled(BLUE))])?;
-        // What is 0 or lower still stands at the lowest power.
+        // Magnitudes below 1e-12, such as zero, are drawn at 1e-12.
         let power = |value: f32| f64::from(value.abs()).log10().clamp(-12.0, 6.0);
         let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 152.0, 620.0);
         let span = |of: fn(&FilterRow) -> f32| {
@@ -152,7 +164,8 @@ impl Picture for Scatter<'_> {
         let mut drawn = HashSet::new();
         for row in self.rows {
             let (x, y) = (across(power(row.variance)), height(power(row.factor)));
-            // Thousands lie on each other, which would make the file as large as the page that shows it.
+            // Thousands of points overlap. Drawing all of them would make the file as large as the
+            // page that shows it.
             let square = |at: f64| (at / 4.0).round() as i64;
             if !drawn.insert((square(x), square(y), row.below_threshold)) {
                 continue;
@@ -172,7 +185,7 @@ impl Picture for Scatter<'_> {
     }
 }
 
-/// A line of a panel: a value of each layer, its colour, and how thick it is.
+/// A line of a panel: a function that returns the value of a layer, the colour, and the thickness.
 type Line<'a> = (&'a dyn Fn(&PremiseRow) -> f64, Colour, f64);
 
 impl Picture for Chart<'_> {
@@ -224,7 +237,7 @@ impl Chart<'_> {
         let low = finite().fold(0.0, f64::min).floor();
         let high = finite().fold(low + 1.0, f64::max).ceil();
         let step = ((high - low) / 5.0).ceil();
-        // Zero is one of the lines.
+        // One of the grid lines is at zero.
         let low = (low / step).floor() * step;
         let height = |value: f64| bottom - (bottom - top) * (value - low) / (high - low);
         let style = SOFT_PLAIN.sized(12.0).held(HPos::Right);
@@ -237,7 +250,8 @@ impl Chart<'_> {
         for (of, colour, thickness) in lines {
             let place = |(i, row): (usize, &PremiseRow)| (left + wide * (i as f64 + 0.5), of(row));
             let points: Vec<(f64, f64)> = self.rows.iter().enumerate().map(place).collect();
-            // A layer without a finite value, such as one without any error, parts the line.
+            // A layer without a finite value, such as a layer without any quantization error,
+            // interrupts the line.
             for part in points.split(|(_, value)| !value.is_finite()) {
                 let part: Vec<(f64, f64)> = part.iter().map(|&(x, value)| (x, height(value))).collect();
                 if part.len() > 1 {

@@ -1,4 +1,4 @@
-//! One run's result.
+//! The result of one run.
 
 use std::path::Path;
 
@@ -8,59 +8,60 @@ use serde::{Deserialize, Serialize};
 use crate::file::{Error, Result, replace};
 use crate::paper::Paper;
 
-/// One run's result: one line of `tableN.csv`.
+/// The result of one run: one line of `tableN.csv`.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct Row {
     /// The table that the run belongs to, as "table3".
     pub table: String,
-    /// The profile of settings.
+    /// The name of the settings' profile.
     pub profile: String,
-    /// The data, as "cifar100" or "synthetic".
+    /// The name of the data set, as "cifar100" or "synthetic".
     pub dataset: String,
     /// The network, "mobilenet_v1" or "mobilenet_v2".
     pub model: String,
-    /// What the network's widths are multiplied by; 1 is the paper's network.
+    /// The factor that multiplies the network's widths; 1 is the paper's network.
     pub width: f64,
-    /// Bits of the activations.
+    /// The bit width of the activations.
     pub activation_bits: u32,
-    /// Bits of the weights; 32 is float.
+    /// The bit width of the weights; 32 is float.
     pub weight_bits: u32,
     /// The method's name.
     pub method: String,
-    /// The seed of everything random in the run.
+    /// The seed of all random numbers of the run.
     pub seed: u64,
-    /// Images a step of the last training, of all processes that train together; none in older files.
+    /// The batch size of the last training, over all processes together; `None` in older files.
     #[serde(default)]
     pub batch: Option<usize>,
     /// Top-1 accuracy on the test images, in percent.
     pub top1_percent: f64,
-    /// Multiply-accumulates of one image.
+    /// The number of multiply-accumulates for one image.
     pub macs: u64,
-    /// Percent of the weights that pruning removed.
+    /// The percentage of the weights that pruning removed.
     pub weights_pruned_percent: f64,
-    /// Top-1 accuracy, in percent, of the pre-trained float network that the run began from.
+    /// Top-1 accuracy, in percent, of the pre-trained float network from which the run started.
     pub float_top1_percent: f64,
-    /// The paper's accuracy, where its table has this row.
+    /// The paper's top-1 accuracy in percent, if its table has this row.
     pub paper_top1_percent: Option<f64>,
-    /// The paper's millions of multiply-accumulates.
+    /// The paper's number of multiply-accumulates, in millions.
     pub paper_mac_millions: Option<f64>,
-    /// Our accuracy less the paper's, in points.
+    /// Our accuracy minus the paper's, in percentage points.
     pub top1_minus_paper: Option<f64>,
-    /// Hash of the settings that decide the result.
+    /// The hash of the settings that determine the result.
     pub settings_hash: String,
     /// The commit of the code.
     pub git_commit: String,
-    /// The device that it ran on.
+    /// The device on which the run was made.
     pub device: String,
-    /// Seconds of the stages that this row needed; a stage that several rows share is counted in full in each.
+    /// The duration, in seconds, of the stages that this row needed. A stage that several rows
+    /// share counts in full in each.
     pub wall_seconds: f64,
 }
 
 impl Row {
-    /// Fills the three columns about the paper where its table has this row, and clears them where not.
+    /// Fills the three columns about the paper, or clears them if its table lacks this row.
     ///
-    /// Runs on other data or with narrower networks get the paper's figures too, as a reference; whether the
-    /// difference means anything in absolute terms, [`Row::comparable`] says.
+    /// Runs on other data or with narrower networks get the paper's figures too, as a reference.
+    /// [`Row::comparable`] says whether the difference is meaningful in absolute terms.
     pub fn compare(self, paper: &Paper) -> Row {
         let theirs =
             paper.lookup(&self.table, &self.model, self.activation_bits, self.weight_bits, &self.method);
@@ -72,13 +73,13 @@ impl Row {
         }
     }
 
-    /// Whether the run is on the paper's data with the paper's network.
+    /// Returns whether the run uses the paper's data and the paper's network width.
     pub fn comparable(&self) -> bool {
         comparable(&self.table, &self.dataset, self.width)
     }
 }
 
-/// Percent of `before` weights that are not among the `after` that are left.
+/// Returns the percentage of `before` weights that were removed, if `after` weights are left.
 pub fn pruned_percent(before: u64, after: u64) -> f64 {
     100.0 * (1.0 - after as f64 / before as f64)
 }
@@ -87,12 +88,12 @@ pub(crate) fn comparable(table: &str, dataset: &str, width: f64) -> bool {
     width == 1.0 && Paper::published().dataset(table).is_none_or(|theirs| theirs == dataset)
 }
 
-/// Writes the rows as CSV, whole or not at all; makes the folder where it is missing.
+/// Writes the rows as CSV atomically. Creates the folder if it is missing.
 pub fn write_csv(rows: &[Row], path: &Path) -> Result<()> {
     write_table(rows, path)
 }
 
-/// Writes any rows as CSV.
+/// Writes rows of any type as CSV.
 pub(crate) fn write_table<T: Serialize>(rows: &[T], path: &Path) -> Result<()> {
     replace(path, |temporary| {
         let csv = |source| Error::Csv { path: path.into(), source };
@@ -107,7 +108,7 @@ pub fn read_csv(path: &Path) -> Result<Vec<Row>> {
     read_table(path)
 }
 
-/// Reads any rows from CSV.
+/// Reads rows of any type from CSV.
 pub(crate) fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let rows = csv::Reader::from_path(path).and_then(|reader| reader.into_deserialize().collect());
     rows.map_err(|source| Error::Csv { path: path.into(), source })

@@ -1,6 +1,6 @@
-//! Round numbers along an axis.
+//! Ticks at round numbers along an axis.
 
-/// A round distance between ticks, so that up to `highest` there are at most `most` of them above zero.
+/// Returns a round distance with at most `most` ticks above zero and up to `highest`.
 pub(crate) fn tick_step(highest: f64, most: f64) -> f64 {
     let least = highest / most;
     if !(least > 0.0 && least.is_finite()) {
@@ -14,17 +14,19 @@ pub(crate) fn tick_step(highest: f64, most: f64) -> f64 {
         .unwrap_or(power)
 }
 
-/// The ticks from zero to `highest`, with their text.
+/// Returns the ticks from zero to `highest`, with their labels.
 pub(crate) fn ticks(highest: f64, most: f64) -> Vec<(f64, String)> {
     let step = tick_step(highest, most);
-    // What is a tick is not decided by the rounding of a sum.
+    // The tolerance keeps rounding errors from removing the last tick.
     let count = (highest.max(0.0) / step + 1e-9).floor() as usize;
     (0..=count.min(most as usize + 1))
         .map(|index| (index as f64 * step, text(index as f64 * step, step)))
         .collect()
 }
 
-/// Ticks that begin at or below `low` and end at or above `high`, with their text; none where these are no numbers.
+/// Returns ticks that begin at or below `low` and end at or above `high`, with their labels.
+///
+/// The result is empty unless both are finite and `low <= high`.
 pub(crate) fn round_range(low: f64, high: f64, most: f64) -> Vec<(f64, String)> {
     if !(low.is_finite() && high.is_finite() && low <= high) {
         return Vec::new();

@@ -1,4 +1,4 @@
-//! What `stages.json` says: every stage of a run with its metrics, pruning report and provenance.
+//! The contents of `stages.json`: a run's stages with metrics, pruning reports and provenance.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,56 +10,56 @@ use whole_file::seal;
 use crate::file::{Error, Result, write_text};
 use crate::row::{Row, pruned_percent};
 
-/// What a stage of a workflow gave.
+/// The result of a stage of a workflow.
 ///
-/// Of a stage's settings only what a report needs is read, so that results of other versions of the code, with
-/// more or other settings, are read too.
+/// Only the settings that a report needs are read, so that results of code versions with more or
+/// other settings can be read too.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 pub struct StageRecord {
     /// The stage's key.
     pub key: String,
-    /// What it is, as "mobilenet_v2 fine-tune A4/W4 seed 0".
+    /// The full name of the stage, as "mobilenet_v2 fine-tune A4/W4 seed 0".
     pub label: String,
-    /// What it does, as "fine-tune A4/W4"; older results say so in the label alone.
+    /// The step of the workflow, as "fine-tune A4/W4"; older results have it only in the label.
     pub step: Option<String>,
-    /// What each of the layers in its report is, as "depthwise"; older results say so in the layers' names alone.
+    /// The kind of each layer in the report, as "depthwise"; in older results only in layer names.
     #[serde(default)]
     pub layers: BTreeMap<String, String>,
-    /// The key of the stage whose network it began from; none for pre-training.
+    /// The key of the stage whose network it started from; `None` for pre-training.
     pub parent: Option<String>,
-    /// Kind and settings.
+    /// The kind of the stage with its settings.
     pub stage: BTreeMap<String, Value>,
     /// The data.
     pub data: DataRecord,
-    /// The resulting network on the test set.
+    /// The evaluation of the resulting network on the test set.
     pub evaluation: Evaluation,
-    /// Multiply-accumulates of the resulting network for one image.
+    /// The number of multiply-accumulates of the resulting network for one image.
     pub macs: u64,
-    /// Its weights.
+    /// The number of weights of the resulting network.
     pub weights: u64,
-    /// Wall time of this stage alone.
+    /// The wall time of this stage alone, in seconds.
     pub seconds: f64,
-    /// Of every epoch, for stages that train.
+    /// The metrics of every epoch, for stages that train.
     pub metrics: Vec<Epoch>,
-    /// What a stage without training reports about its work.
+    /// The report of a stage without training about its work.
     pub report: Option<Value>,
-    /// Who made it.
+    /// The provenance of the result.
     pub provenance: Provenance,
 }
 
-/// Which data a stage has seen.
+/// The data that a stage used.
 #[derive(Deserialize, Clone, Debug, PartialEq, Eq)]
 pub struct DataRecord {
-    /// The name, as "cifar100".
+    /// The name of the data set, as "cifar100".
     pub name: String,
-    /// Where it came from.
+    /// The origin of the data.
     pub source: String,
 }
 
-/// A network on the test set. What is not a number is read as NaN.
+/// The evaluation of a network on the test set. A null is read as NaN.
 #[derive(Deserialize, Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Mean cross-entropy.
+    /// The mean cross-entropy.
     #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// Top-1 accuracy in percent.
@@ -67,24 +67,24 @@ pub struct Evaluation {
     pub top1_percent: f64,
 }
 
-/// One epoch of training. What is not a number is read as NaN.
+/// The metrics of one epoch of training. A null is read as NaN.
 #[derive(Deserialize, Clone, Copy, Debug, PartialEq)]
 pub struct Epoch {
-    /// Its number, from 1.
+    /// The number of the epoch, from 1.
     pub epoch: usize,
-    /// Mean cross-entropy in training.
+    /// The mean cross-entropy in training.
     #[serde(deserialize_with = "number")]
     pub train_loss: f64,
     /// Top-1 accuracy in training, in percent.
     #[serde(deserialize_with = "number")]
     pub train_top1_percent: f64,
-    /// Mean cross-entropy on the test set.
+    /// The mean cross-entropy on the test set.
     #[serde(deserialize_with = "number")]
     pub test_loss: f64,
     /// Top-1 accuracy on the test set, in percent.
     #[serde(deserialize_with = "number")]
     pub test_top1_percent: f64,
-    /// The share, in percent, of the filters whose running variance is below ε after the epoch; NaN where it was not taken.
+    /// The percentage of filters with a running variance below ε after the epoch; NaN if unknown.
     #[serde(skip, default = "unknown")]
     pub low_variance_percent: f64,
 }
@@ -93,7 +93,7 @@ fn unknown() -> f64 {
     f64::NAN
 }
 
-/// Who made a result.
+/// The command, the code and the device that made a result.
 #[derive(Deserialize, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Provenance {
     /// The command.
@@ -104,47 +104,47 @@ pub struct Provenance {
     pub device: String,
 }
 
-/// What a pruning stage did.
+/// The report of a pruning stage.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 pub struct PruningRecord {
-    /// Filters with a running variance below this were candidates.
+    /// The threshold of the running variance below which filters were candidates.
     pub threshold: f64,
-    /// Every layer.
+    /// The layers, each with its counts.
     pub layers: Vec<LayerRecord>,
 }
 
-/// A layer before pruning.
+/// The counts of one layer's filters at pruning.
 #[derive(Deserialize, Clone, Debug, PartialEq, Eq)]
 pub struct LayerRecord {
-    /// Its name, as "blocks.3.depthwise".
+    /// The layer's name, as "blocks.3.depthwise".
     pub name: String,
-    /// How many filters it had.
+    /// The number of filters before pruning.
     pub filters: usize,
-    /// How many of them had a running variance below the threshold.
+    /// The number of filters with a running variance below the threshold.
     pub low: usize,
-    /// How many of them were removed.
+    /// The number of filters that were removed.
     pub removed: usize,
 }
 
-/// JSON has no NaN: what trains to it is written as null.
+/// Reads a number. JSON has no NaN, so a metric that is NaN is written as null.
 fn number<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-/// A folder's `stages.json`.
+/// The contents of a folder's `stages.json`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stages {
-    /// Every stage.
+    /// The stages.
     pub records: Vec<StageRecord>,
-    /// SHA-256 of the files that were made from them, by name; none in results of older versions, which are a plain list
-    /// of stages.
+    /// The SHA-256 of each file that was made from the stages, by name; empty in results of older
+    /// versions, which are a plain list of stages.
     pub files: BTreeMap<String, String>,
 }
 
 /// The name of the file with the stages in a folder of results.
 pub const STAGES: &str = "stages.json";
 
-/// Reads the `stages.json` of a folder, and checks that it is what was written.
+/// Reads the `stages.json` of a folder, and checks that it has not changed since it was written.
 pub fn read_stages(folder: &Path) -> Result<Stages> {
     let path = folder.join(STAGES);
     let damaged = |problem: String| Error::Damaged { path: path.clone(), problem };
@@ -165,7 +165,7 @@ pub fn read_stages(folder: &Path) -> Result<Stages> {
     Ok(Stages { records: records(value).map_err(json)?, files })
 }
 
-/// Reads stages; what they tell of their epochs in a list of its own goes to these.
+/// Reads stages. A stage's list of low-variance percentages is distributed to its epochs.
 fn records(value: Value) -> serde_json::Result<Vec<StageRecord>> {
     #[derive(Deserialize)]
     struct Low {
@@ -182,8 +182,10 @@ fn records(value: Value) -> serde_json::Result<Vec<StageRecord>> {
     Ok(records)
 }
 
-/// Writes `stages.json`: the stages, and the hashes of the files beside it, `names`, that were made from them. It is written
-/// last, as it is what the others are checked against.
+/// Writes `stages.json`: the stages, and the hashes of the files `names` in the folder, which were
+/// made from them.
+///
+/// Write it last, because the other files are checked against it.
 pub fn write_stages(stages: &impl Serialize, folder: &Path, names: &[String]) -> Result<()> {
     let path = folder.join(STAGES);
     let json = |source| Error::Json { path: path.clone(), source };
@@ -210,7 +212,7 @@ impl Stages {
     /// Checks that the files in the folder are those that the stages were written with.
     ///
     /// # Errors
-    /// Names the first that is not.
+    /// Names the first file that differs.
     pub fn check_files(&self, folder: &Path) -> Result<()> {
         for (name, expected) in &self.files {
             let path = folder.join(name);
@@ -225,10 +227,10 @@ impl Stages {
         Ok(())
     }
 
-    /// Checks that a table's rows say what the stages gave.
+    /// Checks that a table's rows agree with the stages.
     ///
     /// # Errors
-    /// What a row says otherwise, and what was expected.
+    /// Says which value of a row differs, and which value was expected.
     pub fn check_rows(&self, rows: &[Row]) -> std::result::Result<(), String> {
         let by_key = by_key(&self.records);
         for row in rows {
@@ -274,12 +276,12 @@ fn by_key(stages: &[StageRecord]) -> BTreeMap<&str, &StageRecord> {
     stages.iter().map(|of| (of.key.as_str(), of)).collect()
 }
 
-/// The stages up to the one with that key, the first one first; `None` where one is missing.
+/// Returns the stages from the first one to the one with this key; `None` if one is missing.
 fn line<'a>(by_key: &BTreeMap<&str, &'a StageRecord>, key: &str) -> Option<Vec<&'a StageRecord>> {
     let mut line: Vec<&StageRecord> = Vec::new();
     let mut next = Some(key);
     while let Some(key) = next {
-        // A file that goes round in circles is not one of ours.
+        // This ends the search in a damaged file whose parents form a cycle.
         let stage = by_key.get(key).copied().filter(|_| line.len() < by_key.len())?;
         line.push(stage);
         next = stage.parent.as_deref();
@@ -289,7 +291,7 @@ fn line<'a>(by_key: &BTreeMap<&str, &'a StageRecord>, key: &str) -> Option<Vec<&
 }
 
 impl StageRecord {
-    /// What it does: "pretrain", "prune", "fine_tune" or another kind of stage.
+    /// Returns the kind of the stage: "pretrain", "prune", "fine_tune" or another one.
     pub fn kind(&self) -> &str {
         self.stage.keys().next().map_or("", String::as_str)
     }
@@ -298,33 +300,33 @@ impl StageRecord {
         self.stage.values().next()?.get(name)
     }
 
-    /// Its seed, for stages that have one.
+    /// Returns the seed, for stages that have one.
     pub fn seed(&self) -> Option<u64> {
         self.setting("seed")?.as_u64()
     }
 
-    /// The network's name, for pre-training.
+    /// Returns the network's name, for pre-training.
     pub fn model(&self) -> Option<&str> {
         self.setting("network")?.get("version")?.as_str()
     }
 
-    /// What the network's widths are multiplied by, for pre-training.
+    /// Returns the factor that multiplies the network's widths, for pre-training.
     pub fn width(&self) -> Option<f64> {
         self.setting("network")?.get("width")?.as_f64()
     }
 
-    /// Whether it prunes and corrects what reads the removed filters.
+    /// Returns whether the stage prunes and corrects the layers that read the removed filters.
     pub fn prunes_with_correction(&self) -> bool {
         let correction = self.setting("pfq").and_then(|pfq| pfq.get("bias_correction"));
         self.kind() == "prune" && correction.and_then(Value::as_bool) == Some(true)
     }
 
-    /// What pruning did, for stages that prune.
+    /// Returns the pruning report, for stages that prune.
     pub fn pruning(&self) -> Option<PruningRecord> {
         serde_json::from_value(self.report.clone()?).ok()
     }
 
-    /// What it does without network and seed, as "fine-tune A4/W4".
+    /// Returns the step without network and seed, as "fine-tune A4/W4".
     fn step(&self, model: &str) -> &str {
         self.step.as_deref().unwrap_or_else(|| {
             let step = self.label.strip_prefix(model).unwrap_or(&self.label).trim_start();
@@ -333,24 +335,24 @@ impl StageRecord {
         })
     }
 
-    /// Whether a layer of its report is a depthwise convolution.
+    /// Returns whether a layer of the report is a depthwise convolution.
     pub fn is_depthwise(&self, layer: &LayerRecord) -> bool {
         self.layers.get(&layer.name).map_or(layer.name.ends_with("depthwise"), |kind| kind == "depthwise")
     }
 }
 
-/// A stage, with the pre-training that its workflow began with.
+/// A stage with the pre-training from which its workflow started.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Traced<'a> {
     /// The stage.
     pub stage: &'a StageRecord,
-    /// The pre-training, which may be the stage itself.
+    /// The pre-training, which can be the stage itself.
     pub origin: &'a StageRecord,
-    /// The steps from the pre-training to this one, the pre-training itself only where it is this one.
+    /// The steps after the pre-training up to this stage, or the pre-training if it is the stage.
     pub steps: Vec<&'a str>,
 }
 
-/// Every stage whose workflow is there from its pre-training on, in the order given.
+/// Returns every stage that can be traced back to its pre-training, in the given order.
 pub fn trace(stages: &[StageRecord]) -> Vec<Traced<'_>> {
     let by_key = by_key(stages);
     let traced = |stage: &'_ StageRecord| {
@@ -372,7 +374,8 @@ pub(crate) mod tests {
     use super::*;
     use serde_json::json;
 
-    /// A workflow of MobileNetV2: pre-training, and pruning of 1 filter below τ in each of the layers named.
+    /// Returns a workflow of MobileNetV2: pre-training, and a pruning of one filter below τ in each
+    /// of the given layers.
     pub(crate) fn pruned(seed: u64, top1: (f64, f64), low: &[&str]) -> Vec<StageRecord> {
         let layers: Vec<_> =
             low.iter().map(|name| json!({"name": name, "filters": 8, "low": 1, "removed": 1})).collect();
@@ -442,7 +445,7 @@ pub(crate) mod tests {
         assert!(traced[1].stage.prunes_with_correction() && !traced[0].stage.prunes_with_correction());
         assert_eq!(traced[1].stage.pruning().unwrap().layers.len(), 2);
         assert!(traced[0].stage.metrics[0].test_loss.is_nan());
-        // Without its pre-training a stage is left out.
+        // A stage without its pre-training is left out.
         assert!(trace(&stages[1..]).is_empty());
         let circle = StageRecord { parent: Some("b3".into()), ..stages[1].clone() };
         assert!(trace(&[circle]).is_empty());

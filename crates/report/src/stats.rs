@@ -9,59 +9,62 @@ use statrs::distribution::{ContinuousCDF, StudentsT};
 use crate::names;
 use crate::row::{Row, comparable};
 
-/// Rows that differ only in their seed.
+/// The summary of rows that differ only in their seed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// The paper's table, as "table3".
+    /// The name of the table, as "table3".
     pub table: String,
-    /// The data.
+    /// The name of the data set.
     pub dataset: String,
     /// The network.
     pub model: String,
-    /// What the network's widths are multiplied by.
+    /// The factor that multiplies the network's widths.
     pub width: f64,
-    /// Bits of the activations.
+    /// The bit width of the activations.
     pub activation_bits: u32,
-    /// Bits of the weights; 32 is float.
+    /// The bit width of the weights; 32 is float.
     pub weight_bits: u32,
     /// The method's name.
     pub method: String,
-    /// How many seeds.
+    /// The number of seeds.
     pub seeds: usize,
-    /// Each seed's top-1 accuracy in percent, by ascending seed.
+    /// The top-1 accuracy of each seed in percent, by ascending seed.
     pub values: Vec<f64>,
     /// The mean of the values.
     pub mean: f64,
-    /// The sample standard deviation of the values; none for one seed.
+    /// The sample standard deviation of the values; `None` for one seed.
     pub std: Option<f64>,
-    /// Mean multiply-accumulates of one image.
+    /// The mean number of multiply-accumulates for one image.
     pub macs: f64,
-    /// Mean percent of the weights that pruning removed.
+    /// The mean percentage of the weights that pruning removed.
     pub weights_pruned_percent: f64,
-    /// Mean top-1 accuracy, in percent, of the float networks that the runs began from.
+    /// The mean top-1 accuracy, in percent, of the float networks from which the runs started.
     pub float_top1_percent: f64,
-    /// The paper's accuracy.
+    /// The paper's top-1 accuracy in percent.
     pub paper_top1_percent: Option<f64>,
-    /// The paper's millions of multiply-accumulates.
+    /// The paper's number of multiply-accumulates, in millions.
     pub paper_mac_millions: Option<f64>,
-    /// The mean less the paper's accuracy, in points.
+    /// The mean minus the paper's accuracy, in percentage points.
     pub top1_minus_paper: Option<f64>,
 }
 
 impl Summary {
-    /// Whether the runs are on the paper's data with the paper's network.
+    /// Returns whether the runs use the paper's data and the paper's network width.
     pub fn comparable(&self) -> bool {
         comparable(&self.table, &self.dataset, self.width)
     }
 
-    /// What the methods under comparison have in common.
+    /// Returns the properties that all methods of a comparison share.
     pub(crate) fn group(&self) -> (&str, &str, &str, f64, u32, u32) {
         (&self.table, &self.dataset, &self.model, self.width, self.activation_bits, self.weight_bits)
     }
 }
 
-/// Summarizes over seeds, in the order of the paper's tables: networks by name, more bits first, the proposed
-/// method last; methods that are not the paper's as they come. Of several rows with the same seed the last one counts.
+/// Summarizes rows over seeds, in the order of the paper's tables.
+///
+/// Networks are sorted by name, and more bits come first. The methods have the order of the paper's
+/// table, where the proposed method is the last; methods that are not in it follow in the order of
+/// the rows. If several rows have the same seed, the last one counts.
 pub fn summarize(rows: &[Row]) -> Vec<Summary> {
     let first = |method: &str| rows.iter().position(|row| row.method == method);
     let mut groups: BTreeMap<_, BTreeMap<u64, &Row>> = BTreeMap::new();
@@ -76,7 +79,7 @@ pub fn summarize(rows: &[Row]) -> Vec<Summary> {
     groups.into_values().map(|seeds| summary(&seeds.into_values().collect::<Vec<_>>())).collect()
 }
 
-/// How many seeds there are, e.g. `1 to 3 seeds`.
+/// Returns the number of seeds as text, e.g. `1 to 3 seeds`.
 pub(crate) fn seeds_label(summaries: &[Summary]) -> String {
     let counts = || summaries.iter().map(|summary| summary.seeds);
     match (counts().min().unwrap_or(0), counts().max().unwrap_or(0)) {
@@ -113,20 +116,20 @@ fn summary(rows: &[&Row]) -> Summary {
     }
 }
 
-/// What of a row is compared.
+/// A quantity of a row that can be compared.
 #[derive(Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum Quantity {
-    /// Top-1 accuracy in percent; differences are points.
+    /// Top-1 accuracy in percent. Differences are in percentage points.
     Top1,
-    /// Millions of multiply-accumulates of one image.
+    /// The number of multiply-accumulates for one image, in millions.
     Macs,
-    /// Percent of the weights that pruning removed; differences are points.
+    /// The percentage of the weights that pruning removed. Differences are in percentage points.
     WeightsPruned,
 }
 
 impl Quantity {
-    /// Its value in a row.
+    /// Returns the quantity of a row.
     pub fn of(self, row: &Row) -> f64 {
         match self {
             Self::Top1 => row.top1_percent,
@@ -136,8 +139,10 @@ impl Quantity {
     }
 }
 
-/// A quantity of one method at one network and bits, by seed; `rows` should be of one table, width and data. Of
-/// several rows with the same seed the last one counts.
+/// Returns a quantity by seed, for one method, network and bit widths.
+///
+/// `rows` should have the same table, width and data set. If several rows have the same seed, the
+/// last one counts.
 pub fn by_seed(
     rows: &[Row],
     model: &str,
@@ -151,26 +156,26 @@ pub fn by_seed(
     rows.iter().filter(key).map(|row| (row.seed, quantity.of(row))).collect()
 }
 
-/// `a` less `b` at the seeds that both have, by ascending seed.
+/// Returns `a` minus `b` at the seeds that both have, by ascending seed.
 pub fn differences(a: &BTreeMap<u64, f64>, b: &BTreeMap<u64, f64>) -> BTreeMap<u64, f64> {
     a.iter().filter_map(|(seed, a)| Some((*seed, a - b.get(seed)?))).collect()
 }
 
-/// The mean of some values, one a seed, and how well they settle it.
+/// The mean of some values, one per seed, with its uncertainty.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
-    /// How many values.
+    /// The number of values.
     pub count: usize,
-    /// Their mean.
+    /// The mean of the values.
     pub mean: f64,
-    /// The standard error of the mean; none for one value.
+    /// The standard error of the mean; `None` for one value.
     pub error: Option<f64>,
-    /// The 95 % confidence interval of the mean by Student's t; none for one value.
+    /// The 95 % confidence interval of the mean by Student's t; `None` for one value.
     pub interval: Option<(f64, f64)>,
 }
 
 impl Estimate {
-    /// Of some values; none of none.
+    /// Estimates the mean of some values; `None` if there are no values.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let values: Vec<f64> = values.into_iter().collect();
         if values.is_empty() {
@@ -185,21 +190,26 @@ impl Estimate {
         Some(Self { count, mean, error, interval })
     }
 
-    /// The two-sided p-value of Student's t test that the true mean is at the nearest end of a range; the smaller it
-    /// is, the surer is the side of that end on which the mean was found. None for one value or none that is a number.
+    /// Returns the two-sided p-value of Student's t test that the true mean is at the nearest end
+    /// of the range.
+    ///
+    /// The smaller it is, the more certain is the side of this end on which the mean lies. `None`
+    /// for one value, or if the estimate is not finite.
     pub fn p_value(&self, range: Range) -> Option<f64> {
         let (error, distance) = (self.error?, range.distance(self.mean));
         if error == 0.0 {
-            // All values are the same one, which is on one side of the end.
+            // All values are equal, so they lie on one side of the end.
             return Some(0.0);
         }
         let t = distance / error;
         t.is_finite().then(|| 2.0 * student(self.count - 1).sf(t))
     }
 
-    /// How many values like these it would take for the mean found here to decide on which side of the range's
-    /// nearest end it lies, at a significance of `level`; none for one value, or where more than `MOST_NEEDED` would
-    /// not do.
+    /// Returns the number of values at which the estimated mean would be decided.
+    ///
+    /// The mean is decided if it lies on one side of the range's nearest end with a significance of
+    /// `level`. Mean and spread are assumed to stay as they are. `None` for one value, or if more
+    /// than `MOST_NEEDED` values are needed.
     pub fn needed(&self, range: Range, level: f64) -> Option<usize> {
         let deviation = self.error? * (self.count as f64).sqrt();
         let distance = range.distance(self.mean);
@@ -211,11 +221,12 @@ impl Estimate {
     }
 }
 
-/// Beyond this number of values a difference is too small to be looked for.
+/// The largest number of values that [`Estimate::needed`] considers.
 pub const MOST_NEEDED: usize = 1000;
 
-/// What p-values become where several comparisons are judged at once (Holm 1979, step-down): the chance that any
-/// comparison is decided wrongly is then at most the level at which each is judged.
+/// Corrects p-values for the number of comparisons that are judged together (Holm 1979, step-down).
+///
+/// The probability of any wrong decision is at most the level at which each is judged.
 pub fn holm(p_values: &[f64]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..p_values.len()).collect();
     order.sort_by(|a, b| p_values[*a].total_cmp(&p_values[*b]));
@@ -227,26 +238,26 @@ pub fn holm(p_values: &[f64]) -> Vec<f64> {
     adjusted
 }
 
-/// Where a statement says that a mean lies.
+/// A range in which a statement says that a mean lies.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Range {
     /// The lowest value.
     pub from: f64,
     /// The highest value.
     pub to: f64,
-    /// Whether `from` itself is outside.
+    /// Whether `from` itself is excluded.
     pub above: bool,
 }
 
 impl Range {
-    /// More than zero.
+    /// The range of values above zero.
     pub const POSITIVE: Self = Self { from: 0.0, to: f64::INFINITY, above: true };
-    /// More than a value, or that value too.
+    /// Returns the range above a value, which includes the value itself if `or_equal`.
     pub fn more_than(from: f64, or_equal: bool) -> Self {
         Self { from, above: !or_equal, ..Self::POSITIVE }
     }
 
-    /// From one value to another, both of them inside.
+    /// Returns the range between two values, including both.
     pub fn between(from: f64, to: f64) -> Self {
         Self { from, to, above: false }
     }
@@ -255,36 +266,38 @@ impl Range {
         value < self.from || (self.above && value == self.from)
     }
 
-    /// Whether a value lies in it.
+    /// Returns whether a value lies in the range.
     pub fn contains(&self, value: f64) -> bool {
         !self.below(value) && value <= self.to
     }
 
-    /// How far a value is from its nearest end.
+    /// Returns the distance of a value from the nearest end of the range.
     fn distance(&self, value: f64) -> f64 {
         (value - self.from).abs().min((value - self.to).abs())
     }
 }
 
-/// The level of significance of every verdict.
+/// The significance level of every verdict.
 pub const LEVEL: f64 = 0.05;
 
-/// What the seeds that were run say about a statement.
+/// The result of the seeds that were run on a statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The mean is where the statement says, significantly.
+    /// The mean is significantly where the statement says.
     Holds,
-    /// It is elsewhere, significantly.
+    /// The mean is significantly elsewhere.
     Fails,
-    /// Neither, or there is one seed only.
+    /// Neither side is significant, or there is only one seed.
     NotDecided,
-    /// Nothing, or not all that it needs, has been run.
+    /// Nothing has been run, or a part of the needed runs is missing.
     NotRun,
 }
 
 impl Verdict {
-    /// On the statement that the estimated mean lies in the range, by [`Estimate::p_value`] or what [`holm`] makes of
-    /// it: without that correction a mean is decided where its 95 % interval lies within the range or without.
+    /// Returns the verdict on the statement that the estimated mean lies in the range.
+    ///
+    /// `p_value` is that of [`Estimate::p_value`], or its correction by [`holm`]. Without the
+    /// correction, a mean is decided if its 95 % interval is all inside or outside the range.
     pub fn of(estimate: Option<Estimate>, range: Range, p_value: Option<f64>) -> Self {
         match (estimate, p_value) {
             (None, _) => Self::NotRun,
@@ -294,15 +307,16 @@ impl Verdict {
         }
     }
 
-    /// On a statement about several comparisons, all of which must hold: one that fails decides it; else it is
-    /// not run where one of them is missing.
+    /// Returns the verdict on a statement with several comparisons, all of which must hold.
+    ///
+    /// It fails if one comparison fails. Otherwise it is not run if a comparison is missing.
     pub fn all(verdicts: &[Verdict]) -> Self {
         let by_weight = [Self::Fails, Self::NotRun, Self::NotDecided];
         let found = by_weight.into_iter().find(|verdict| verdicts.contains(verdict));
         found.unwrap_or(if verdicts.is_empty() { Self::NotRun } else { Self::Holds })
     }
 
-    /// In words.
+    /// Returns the verdict in words.
     pub fn label(self) -> &'static str {
         match self {
             Self::Holds => "holds",
@@ -313,8 +327,9 @@ impl Verdict {
     }
 }
 
-/// The accuracy of `method_a` less that of `method_b` over the seeds that both have in `rows`, which should be of
-/// one table, width and data; none where they share no seed.
+/// Estimates the accuracy of `method_a` minus that of `method_b`, over the seeds that both have.
+///
+/// `rows` should have the same table, width and data set. `None` if the methods share no seed.
 pub fn paired(
     rows: &[Row],
     model: &str,
@@ -331,19 +346,21 @@ fn average(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
-/// The sample standard deviation; none for one value.
+/// Returns the sample standard deviation; `None` for one value.
 fn deviation(values: &[f64]) -> Option<f64> {
     let mean = average(values);
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
     (values.len() > 1).then(|| (squares / (values.len() - 1) as f64).sqrt())
 }
 
-/// Student's t distribution with `freedom` degrees of freedom, at least 1.
+/// Returns Student's t distribution with `freedom` degrees of freedom, at least 1.
 fn student(freedom: usize) -> StudentsT {
     StudentsT::new(0.0, 1.0, freedom as f64).expect("degrees of freedom are positive")
 }
 
-/// Its 97.5 % quantile, to the three decimals of printed tables, with which the results kept with the code were made.
+/// Returns the 97.5 % quantile of Student's t, rounded to the three decimals of printed tables.
+///
+/// The results that are stored with the code were computed with these rounded quantiles.
 fn student_t(freedom: usize) -> f64 {
     (1000.0 * student(freedom).inverse_cdf(0.975)).round() / 1000.0
 }
@@ -359,31 +376,32 @@ mod tests {
             let p_value = estimate.and_then(|of| of.p_value(range));
             assert_eq!(Verdict::of(estimate, range, p_value), expect, "{values:?} {range:?}");
         }
-        // Mean 2, deviation 1: 2 ± 4.303 / √3 = −0.48 … 4.48.
+        // The mean is 2 and the deviation 1: 2 ± 4.303 / √3 = −0.48 … 4.48.
         check(&[1.0, 2.0, 3.0], Range::POSITIVE, Verdict::NotDecided);
         check(&[1.0, 2.0, 3.0], Range::between(-0.5, 4.5), Verdict::Holds);
         check(&[1.0, 2.0, 3.0], Range::between(-0.4, 4.5), Verdict::NotDecided);
         check(&[1.0, 2.0, 3.0], Range::between(-9.0, 4.4), Verdict::NotDecided);
         check(&[1.0, 2.0, 3.0], Range::between(4.5, 9.0), Verdict::Fails);
         check(&[1.0, 2.0, 3.0], Range::between(-9.0, -0.5), Verdict::Fails);
-        // Mean 2, deviation 0.1: 2 ± 0.25.
+        // The mean is 2 and the deviation 0.1: 2 ± 0.25.
         check(&[1.9, 2.0, 2.1], Range::POSITIVE, Verdict::Holds);
         check(&[-1.9, -2.0, -2.1], Range::POSITIVE, Verdict::Fails);
-        // Nothing between them: more than zero fails, zero or more holds.
+        // All values are zero, so "more than zero" fails and "zero or more" holds.
         check(&[0.0, 0.0], Range::POSITIVE, Verdict::Fails);
         check(&[0.0, 0.0], Range::more_than(0.0, true), Verdict::Holds);
-        // One seed decides nothing, however large the difference.
+        // One seed decides nothing, however large the difference is.
         check(&[50.0], Range::POSITIVE, Verdict::NotDecided);
         check(&[f64::NAN, 1.0], Range::POSITIVE, Verdict::NotDecided);
         check(&[], Range::POSITIVE, Verdict::NotRun);
     }
 
-    /// p-values as SciPy's `ttest_1samp` gives them, numbers of values by hand with the quantiles of printed tables.
+    /// The p-values are those of SciPy's `ttest_1samp`. The numbers of values are computed by hand
+    /// with the quantiles of printed tables.
     #[test]
     fn p_values_are_those_of_a_t_test() {
         let near = |found: f64, expect: f64| assert!((found - expect).abs() < 1e-6, "{found}, not {expect}");
         let of = |values: &[f64], range| Estimate::of(values.iter().copied()).unwrap().p_value(range);
-        // t = 2 / (1 / √3), 2 degrees of freedom.
+        // t = 2 / (1 / √3), with 2 degrees of freedom.
         near(of(&[1.0, 2.0, 3.0], Range::POSITIVE).unwrap(), 0.0741799);
         near(of(&[-1.0, -2.0, -3.0], Range::POSITIVE).unwrap(), 0.0741799);
         // The nearest end counts: t = 1 / (1 / √3).
@@ -395,7 +413,7 @@ mod tests {
         let needed = |values: &[f64], level| {
             Estimate::of(values.iter().copied()).unwrap().needed(Range::POSITIVE, level)
         };
-        // Deviation 1, mean 2: 3.182 / √4 = 1.59 < 2 ≤ 4.303 / √3 = 2.48.
+        // The deviation is 1 and the mean 2: 3.182 / √4 = 1.59 < 2 ≤ 4.303 / √3 = 2.48.
         assert_eq!(needed(&[1.0, 2.0, 3.0], LEVEL), Some(4));
         // At 1 %: 4.604 / √5 = 2.06, 4.032 / √6 = 1.65.
         assert_eq!(needed(&[1.0, 2.0, 3.0], 0.01), Some(6));
@@ -403,7 +421,7 @@ mod tests {
         assert_eq!(needed(&[1.0], LEVEL), None);
     }
 
-    /// Worked by hand; the same as R's `p.adjust(p, "holm")`.
+    /// The values are computed by hand and equal those of R's `p.adjust(p, "holm")`.
     #[test]
     fn p_values_are_corrected_for_their_number() {
         assert_eq!(holm(&[0.01, 0.04, 0.03]), [0.03, 0.06, 0.06]);

@@ -1,4 +1,4 @@
-//! The report as Markdown and as plain text: one document, two ways to write it.
+//! The report as Markdown and as plain text, both made from one document.
 
 use std::collections::BTreeSet;
 
@@ -9,24 +9,25 @@ use crate::paper::{Paper, PaperPruned};
 use crate::row::Row;
 use crate::stats::{Estimate, Range, Summary, Verdict, paired, summarize};
 
-/// What a report says about its rows besides the rows.
+/// The contents of a report besides the rows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct About {
     /// The heading.
     pub title: String,
     /// The exact command that made the rows.
     pub command: String,
-    /// The profile of settings.
+    /// The name of the settings' profile.
     pub profile: String,
-    /// The data.
+    /// The name of the data set.
     pub dataset: String,
-    /// What the reader should know, each a sentence or more.
+    /// Remarks for the reader, each of one or more sentences.
     pub notes: Vec<String>,
-    /// Further facts on how the rows were made, as (name, value); those in the rows are added by themselves.
+    /// Further facts on how the rows were made, as (name, value). Those in the rows are added too.
     pub provenance: Vec<(String, String)>,
 }
 
-/// The report as Markdown: the results in the paper's layout, the paper's orderings, and how it was made.
+/// Returns the report as Markdown: the results in the paper's layout, the order of the methods, and
+/// how it was made.
 pub fn markdown(rows: &[Row], about: &About) -> String {
     let document = Document::new(rows, about);
     let mut blocks = vec![format!("# {}", document.title)];
@@ -48,7 +49,7 @@ pub fn markdown(rows: &[Row], about: &About) -> String {
     blocks.join("\n\n") + "\n"
 }
 
-/// The report as aligned plain text, at most 100 columns wide.
+/// Returns the report as aligned plain text, at most 100 columns wide.
 pub fn terminal(rows: &[Row], about: &About) -> String {
     let document = Document::new(rows, about);
     let mut blocks = vec![wrap(&document.title, "", "")];
@@ -66,7 +67,7 @@ pub fn terminal(rows: &[Row], about: &About) -> String {
     blocks.join("\n\n") + "\n"
 }
 
-/// Why the rows cannot be compared with the paper in absolute terms, one reason a line; empty where they can.
+/// Returns the reasons why the rows cannot be compared with the paper in absolute terms.
 pub(crate) fn caveats(rows: &[Row]) -> Vec<String> {
     let mut reasons = BTreeSet::new();
     for row in rows.iter().filter(|row| !row.comparable()) {
@@ -83,13 +84,13 @@ pub(crate) fn caveats(rows: &[Row]) -> Vec<String> {
     reasons.into_iter().collect()
 }
 
-/// What a report consists of, however it is written.
+/// The contents of a report, independent of its format.
 pub(crate) struct Document {
     title: String,
     pub(crate) caveats: Vec<String>,
     pub(crate) results: Table<'static>,
     pub(crate) remarks: Vec<String>,
-    /// Whether the paper has figures for any of it.
+    /// Whether the paper has figures for any of the rows.
     pub(crate) published: bool,
     pub(crate) question: &'static str,
     pub(crate) orderings: Table<'static>,
@@ -105,7 +106,7 @@ impl Document {
         let groups: Vec<_> = summaries.chunk_by(|a, b| a.group() == b.group()).collect();
         let orderings: Vec<_> = groups.iter().flat_map(|group| orderings(rows, group)).collect();
         let reasons = caveats(rows).join("; ");
-        // Tables of our own, ablations, have nothing published beside them.
+        // The paper has nothing to compare with our own tables, such as ablations.
         let published = rows.iter().any(|row| !Paper::published().table(&row.table).is_empty());
         let (comparable, question, verdict, absent): (_, _, _, [&[&str]; 2]) = if published {
             (
@@ -149,7 +150,7 @@ impl Document {
 /// A column's heading, and whether its cells are numbers.
 pub(crate) type Column<'a> = (&'a str, bool);
 
-/// The column of our accuracy.
+/// The index of the column with our accuracy.
 const TOP1: usize = 3;
 
 const RESULTS: [Column; 9] = [
@@ -191,7 +192,7 @@ fn results(group: &[Summary]) -> Vec<Vec<Cell>> {
     rows
 }
 
-/// A method against another of its group.
+/// The comparison of a method with another one of its group.
 struct Ordering<'a> {
     ours: &'a Summary,
     other: &'a Summary,
@@ -210,8 +211,10 @@ const ORDERINGS: [Column; 8] = [
     ("verdict", false),
 ];
 
-/// What is compared in a group: every method with the same without PfQ, and the last, which is the proposed one or the default,
-/// with all others.
+/// Returns the comparisons of a group.
+///
+/// Every method is compared with the same method without PfQ. The last method, which is the
+/// proposed one or the default, is compared with all others.
 fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
     let Some((last, others)) = group.split_last() else { return Vec::new() };
     let unpruned = |ours: &'a Summary| {
@@ -237,7 +240,7 @@ fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
 }
 
 impl Ordering<'_> {
-    /// Whether the paper's order holds; none where the paper has none.
+    /// Returns whether the paper's order holds; `None` if the paper has no order.
     fn verdict(&self) -> Option<Verdict> {
         let range = match self.paper? {
             paper if paper > 0.0 => Range::POSITIVE,
@@ -262,7 +265,7 @@ impl Ordering<'_> {
     }
 }
 
-/// How many orders hold, and what that means.
+/// Summarizes how many orders hold, and how they were decided.
 fn verdict(orderings: &[Ordering]) -> String {
     let count = |verdict| orderings.iter().filter(|ordering| ordering.verdict() == Some(verdict)).count();
     let same = |ordering: &&Ordering| {
@@ -280,7 +283,7 @@ fn verdict(orderings: &[Ordering]) -> String {
     )
 }
 
-/// Where the networks began, and what the paper says about pruned weights.
+/// Returns remarks on float weights, pre-trained networks, and the paper's pruned weights.
 fn remarks(summaries: &[Summary]) -> Vec<String> {
     let models = || summaries.chunk_by(|a, b| a.model == b.model && a.width == b.width);
     let by_model = || models().map(|of| &of[0]);
@@ -313,7 +316,7 @@ fn remarks(summaries: &[Summary]) -> Vec<String> {
     .collect()
 }
 
-/// The float accuracy of a model, or those of the methods where each has its own pre-training.
+/// Returns the float accuracy of a model, or that of each method if they differ.
 fn began(of: &[Summary]) -> Vec<String> {
     let float = |row: &Summary| format!("{:.2} %", row.float_top1_percent);
     let label = model_label(&of[0].model, of[0].width);
@@ -369,12 +372,13 @@ pub(crate) fn optional<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> S
     value.map_or("–".into(), show)
 }
 
-/// The ends of an interval.
+/// Formats the ends of an interval.
 pub(crate) fn interval((low, high): (f64, f64)) -> String {
     format!("{} … {}", signed(low), signed(high))
 }
 
-/// Two decimals and always a sign, a true minus; what rounds to zero has none.
+/// Formats a number with two decimals and a sign, with a true minus. A number that rounds to zero
+/// has no sign.
 pub(crate) fn signed(value: f64) -> String {
     match format!("{value:+.2}").as_str() {
         "+0.00" | "-0.00" => "0.00".into(),
@@ -390,7 +394,7 @@ pub(crate) fn list(lines: &[String]) -> String {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Cell {
     pub(crate) text: String,
-    /// Whether it stands out.
+    /// Whether the cell is emphasized.
     pub(crate) strong: bool,
 }
 
@@ -407,7 +411,7 @@ pub(crate) struct Table<'a> {
 }
 
 impl Table<'_> {
-    /// Without the columns of these names.
+    /// Removes the columns with these names.
     fn without(mut self, names: &[&str]) -> Self {
         let kept: Vec<bool> = self.head.iter().map(|(name, _)| !names.contains(name)).collect();
         for row in &mut self.rows {
@@ -431,7 +435,10 @@ impl Table<'_> {
         [head, rule].into_iter().chain(body).map(line).collect::<Vec<_>>().join("\n")
     }
 
-    /// Columns aligned, two spaces apart, or one where the line would get too long; a star behind what stands out.
+    /// Returns the table with aligned columns, two spaces apart, or one space if the lines would
+    /// get too long.
+    ///
+    /// A star follows an emphasized cell.
     pub(crate) fn plain(&self) -> String {
         let length = |text: &str| text.chars().count();
         let starred: Vec<bool> =
@@ -463,11 +470,11 @@ impl Table<'_> {
     }
 }
 
-/// Columns of plain text.
+/// The width of plain text in columns.
 const WIDTH: usize = 100;
 
-/// Breaks `text` between words; `first` begins the first line, as many spaces the others, and `broken` ends a
-/// line that goes on.
+/// Breaks `text` between words. `first` is put before the first line, equally many spaces before
+/// the other lines, and `broken` after each line that continues.
 pub(crate) fn wrap(text: &str, first: &str, broken: &str) -> String {
     let limit = WIDTH - broken.chars().count();
     let mut lines = Vec::new();

@@ -1,11 +1,11 @@
-//! Claims: what is read, what is refused, and verdicts worked out by hand.
+//! Tests of claims: which files are read or refused, and verdicts computed by hand.
 
 mod sample;
 
 use report::{Claim, Comparison, PaperSays, Row, StageRecord, Verdict};
 use serde_json::json;
 
-/// A claim from the lines of its entry after id and statement.
+/// Reads a claim from the lines of its entry after `id` and `says`.
 fn claim(lines: &str) -> Claim {
     let text = format!("[[claim]]\nid = \"a-claim\"\nsays = \"Something.\"\n{lines}");
     let mut claims = Claim::parse(&text, "claims.toml").unwrap();
@@ -36,7 +36,7 @@ fn row(
     }
 }
 
-/// MobileNetV2 of Table 3: accuracies of DFQ and of ours at 4 and at 3 bits, a value for each seed.
+/// Returns rows of MobileNetV2 in Table 3: DFQ and ours at 4 and at 3 bits, a value per seed.
 fn table3(dfq4: &[f64], ours4: &[f64], dfq3: &[f64], ours3: &[f64]) -> Vec<Row> {
     let of = |bits: u32, method: &'static str, macs: u64, values: &[f64]| {
         let row = move |(seed, top1): (usize, &f64)| {
@@ -54,7 +54,7 @@ fn table3(dfq4: &[f64], ours4: &[f64], dfq3: &[f64], ours3: &[f64]) -> Vec<Row> 
     .concat()
 }
 
-/// Each comparison as "cell: what: mean (interval) seeds, paper's, verdict".
+/// Formats each comparison as "cell: what: mean (interval) of count, paper value: verdict".
 fn text(comparisons: &[Comparison]) -> Vec<String> {
     let one = |of: &Comparison| {
         let estimate = of.estimate.map_or("nothing".into(), |of| {
@@ -80,13 +80,13 @@ fn orders_are_judged_in_each_cell() {
         ];
         assert_eq!(text(&claim.judge(rows, &[])), expect);
     };
-    // Differences 1, 2, 3: 2 ± 4.303 / √3. Differences 4.9, 5, 5.1: 5 ± 4.303 · 0.1 / √3.
+    // The differences are 1, 2, 3: 2 ± 4.303 / √3; and 4.9, 5, 5.1: 5 ± 4.303 · 0.1 / √3.
     check(
         &table3(&[70.0; 3], &[71.0, 72.0, 73.0], &[60.0; 3], &[64.9, 65.0, 65.1]),
         "2.00 (-0.48 to 4.48) of 3, paper 0.56: not decided",
         "5.00 (4.75 to 5.25) of 3, paper 0.91: holds",
     );
-    // Two seeds of ours, three of DFQ: two pairs. Differences −5, −5.02.
+    // Two seeds of ours and three of DFQ make two pairs. The differences are −5 and −5.02.
     check(
         &table3(&[70.0; 3], &[65.0, 64.98], &[], &[60.0]),
         "-5.01 (-5.14 to -4.88) of 2, paper 0.56: fails",
@@ -108,12 +108,13 @@ fn gains_are_differences_of_differences() {
         let what = "MobileNetV2: (Ours − DFQ + fine-tune) at A3/W3 − at A4/W4: ";
         assert_eq!(text(&claim.judge(rows, &[])), [format!("{what}{expect}")]);
     };
-    // Gains of 1 and 2 at 4 bits, of 4 and 5 at 3 bits: 3 at both seeds.
+    // The gains are 1 and 2 at 4 bits, and 4 and 5 at 3 bits, so both seeds differ by 3.
     check(
         &table3(&[70.0, 70.0], &[71.0, 72.0], &[60.0, 60.0], &[64.0, 65.0]),
         "3.00 (3.00 to 3.00) of 2, paper 0.35: holds",
     );
-    // Gains of 1 and 2 against 4 and 2: 3 and 0; 1.5 ± 12.706 · 1.5.
+    // The gains are 1 and 2 at 4 bits, and 4 and 2 at 3 bits, so they differ by 3 and 0: 1.5 ±
+    // 12.706 · 1.5.
     check(
         &table3(&[70.0, 70.0], &[71.0, 72.0], &[60.0, 60.0], &[64.0, 62.0]),
         "1.50 (-17.56 to 20.56) of 2, paper 0.35: not decided",
@@ -135,7 +136,7 @@ fn macs_shares_and_published_values_are_compared() {
         text(&macs("").judge(&rows, &[])),
         [format!("{what}55.00 (55.00 to 55.00) of 2, paper 54.80: holds")]
     );
-    // As many as before: not fewer, but no more.
+    // If both counts are equal, "fewer" fails and "no more" holds.
     let same: Vec<Row> = rows.iter().map(|row| Row { macs: 92, ..row.clone() }).collect();
     assert_eq!(macs("").judge(&same, &[])[0].verdict, Verdict::Fails);
     assert_eq!(macs(", or_equal = true").judge(&same, &[])[0].verdict, Verdict::Holds);
@@ -161,7 +162,7 @@ fn macs_shares_and_published_values_are_compared() {
         "table = \"table3\"\nmodels = [\"mobilenet_v2\"]\nbits = [\"a4w4\"]\n\
          expect = { kind = \"published\", of = \"top1\", method = \"ours\", within = 1.0 }",
     );
-    // The paper has 72.70: differences −0.2 and 0, −0.1 ± 12.706 · 0.1.
+    // The paper has 72.70, so the differences are −0.2 and 0: −0.1 ± 12.706 · 0.1.
     let check = |values: &[f64], width: f64, expect: Verdict| {
         let rows: Vec<Row> =
             table3(&[], values, &[], &[]).into_iter().map(|row| Row { width, ..row }).collect();
@@ -173,7 +174,8 @@ fn macs_shares_and_published_values_are_compared() {
     check(&[72.69, 72.71], 0.25, Verdict::NotRun);
 }
 
-/// Pre-training and first pruning of MobileNetV2: accuracies before and after, low filters by layer.
+/// Returns the pre-training and first pruning of MobileNetV2 with accuracies before and after, and
+/// the number of low filters by layer.
 fn pruned(seed: u64, before: f64, after: f64, low: &[(&str, usize)]) -> Vec<StageRecord> {
     let layers: Vec<_> = low
         .iter()
@@ -200,7 +202,7 @@ fn pruned(seed: u64, before: f64, after: f64, low: &[(&str, usize)]) -> Vec<Stag
     vec![
         stage(first.clone(), None, "mobilenet_v2 pre-train", network, before, json!(null)),
         stage(second.clone(), Some(first.clone()), "mobilenet_v2 PfQ", prune(true), after, report.clone()),
-        // A pruning without correction, and a later one: not the one that is meant.
+        // Neither a pruning without correction nor a later pruning is the first pruning.
         stage(format!("{second}w"), Some(first), "mobilenet_v2 PfQ w/o", prune(false), 1.0, report.clone()),
         stage(format!("{second}x"), Some(second), "mobilenet_v2 PfQ", prune(true), 1.0, report),
     ]
@@ -218,7 +220,7 @@ fn the_first_pruning_is_judged_over_pre_trained_networks() {
     let low = [("stem", 1), ("blocks.0.depthwise", 2), ("blocks.1.depthwise", 1)];
     let (a, b) = (pruned(0, 50.0, 50.02, &low), pruned(1, 51.0, 51.0, &low));
     let both = [a.clone(), b].concat();
-    // Changes 0.02 and 0: 0.01 ± 12.706 · 0.01.
+    // The changes are 0.02 and 0: 0.01 ± 12.706 · 0.01.
     let what = "MobileNetV2: after pruning − before: ";
     check("top1_change", -0.2, 0.2, &both, &format!("{what}0.01 (-0.12 to 0.14) of 2, paper –: holds"));
     check("top1_change", -0.2, 0.1, &both, &format!("{what}0.01 (-0.12 to 0.14) of 2, paper –: not decided"));
@@ -251,7 +253,7 @@ fn what_the_papers_own_figures_say_must_be_said() {
         );
         Claim::parse(&text, "claims.toml").map(|claims| claims[0].paper)
     };
-    // Table 1: MobileNetV2 gains 0.96 points at 4 bits and 0.92 at 3.
+    // In Table 1, MobileNetV2 gains 0.96 points at 4 bits and 0.92 at 3 bits.
     let table1 = |paper| gain("table1", "pfq", "original", "a3w32", "a4w32", paper);
     assert_eq!(table1("contradicts").unwrap(), PaperSays::Contradicts);
     for paper in ["agrees", "silent"] {
@@ -310,7 +312,8 @@ fn pooled_claims_are_about_the_mean_over_cells() {
              methods = [\"dfq_with_fine_tune\", \"ours\"]{more} }}"
         ))
     };
-    // Differences 1, 2, 3 at 4 bits and 3, 2, 1.3 at 3 bits: means 2, 2, 2.15. The paper has 0.56 and 0.91.
+    // The differences are 1, 2, 3 at 4 bits and 3, 2, 1.3 at 3 bits, so the means are 2, 2, 2.15.
+    // The paper has 0.56 and 0.91.
     let rows = table3(&[70.0; 3], &[71.0, 72.0, 73.0], &[60.0; 3], &[63.0, 62.0, 61.3]);
     let expect = "mean of 2 cells: Ours − DFQ + fine-tune: 2.05 (1.83 to 2.27) of 3, paper 0.73: holds";
     assert_eq!(text(&pooled("").judge(&rows, &[])), [expect]);
@@ -319,8 +322,8 @@ fn pooled_claims_are_about_the_mean_over_cells() {
     let expect = "mean of 2 cells: Ours − DFQ + fine-tune: 2.00 (2.00 to 2.00) of 2, paper 0.73: holds";
     assert_eq!(text(&pooled("").judge(&rows, &[])), [expect]);
 
-    // Means −0.2, −0.1, −0.3: −0.2 ± 4.303 · 0.1 / √3 = −0.45 to 0.05: no gain that is decided, and at most half a
-    // point lost.
+    // The means are −0.2, −0.1, −0.3: −0.2 ± 4.303 · 0.1 / √3 = −0.45 to 0.05. So no gain is
+    // decided, but the loss is at most half a point.
     let rows = table3(&[70.0; 3], &[69.8, 69.9, 69.7], &[60.0; 3], &[59.8, 59.9, 59.7]);
     let verdict = |more: &str| pooled(more).judge(&rows, &[])[0].verdict;
     assert_eq!(verdict(""), Verdict::NotDecided);
@@ -328,7 +331,7 @@ fn pooled_claims_are_about_the_mean_over_cells() {
     assert_eq!(verdict(", margin = 0.4"), Verdict::NotDecided);
 }
 
-/// Two comparisons, each of which would be decided by itself: t = 5 with 2 degrees of freedom has p = 0.0377.
+/// Judges two comparisons, each decided if alone: t = 5 with 2 degrees of freedom, p = 0.0377.
 #[test]
 fn verdicts_are_corrected_for_the_number_of_comparisons() {
     let both = claim(

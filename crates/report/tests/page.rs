@@ -1,4 +1,4 @@
-//! The page as text: what is on it, and that what comes in cannot change what it is.
+//! Tests of the page as text: what it contains, and that inputs cannot inject markup.
 
 mod sample;
 
@@ -21,7 +21,7 @@ paper = \"contradicts\"
 expect = { kind = \"larger_gain\", method = \"pfq\", over = \"original\", at = \"a3w32\", than = \"a4w32\" }
 ";
 
-/// A run of every row of a table of the paper, with its accuracy, for each seed.
+/// Returns a run of every row of a paper's table, with the paper's accuracy, for each seed.
 fn run(number: usize, seeds: u64) -> TableResults {
     let table = format!("table{number}");
     let row = |of: &report::PaperRow, seed: u64| {
@@ -49,19 +49,19 @@ fn page(runs: Vec<TableResults>) -> Page {
     Page { runs, claims: Claim::parse(CLAIMS, "claims.toml").unwrap(), ..Page::default() }
 }
 
-/// Every value of an attribute.
+/// Returns every value of an attribute.
 fn values<'a>(html: &'a str, attribute: &str) -> Vec<&'a str> {
     let start = format!(" {attribute}=\"");
     html.split(&start).skip(1).map(|rest| rest.split_once('"').unwrap().0).collect()
 }
 
-/// The part of the page about a table.
+/// Returns the part of the page about a table.
 fn part<'a>(html: &'a str, table: &str) -> &'a str {
     let (_, rest) = html.split_once(&format!("id=\"{table}\"")).unwrap();
     rest.split_once("</article>").unwrap().0
 }
 
-/// What must be so on every page.
+/// Checks the properties that every page must have.
 fn check_form(html: &str) {
     assert!(html.starts_with("<!DOCTYPE html><html lang=\"en\">") && html.ends_with("</html>\n"));
     for forbidden in ["<script", "<img", "<iframe", "<object", "@import", "url("] {
@@ -138,8 +138,8 @@ fn every_table_is_there_whatever_has_been_run() {
     );
 }
 
-/// An ablation and a table of our own are shown by their means and differences; settings chosen by the one are no
-/// evidence for the paper's claims, and its profile has no verdicts.
+/// Checks that an ablation and a table of our own are shown by their means and differences. The
+/// ablation chooses settings, so it is no evidence for claims, and its profile has no verdicts.
 #[test]
 fn tables_of_our_own_are_shown_by_their_differences() {
     let own = |table: &str, profile: &str| {
@@ -200,7 +200,7 @@ fn what_comes_in_is_text() {
     let html = page.html();
     check_form(&html);
     assert!(html.matches(escaped).count() > 15);
-    // A picture that could run something is linked to, not shown.
+    // A picture that could execute something is linked, not shown.
     page.exhibits[0].drawings[0].1 = "<svg><script>alert(1)</script></svg>".into();
     check_form(&page.html());
 }

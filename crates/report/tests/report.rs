@@ -1,4 +1,4 @@
-//! The crate from outside: rows in, files and text out.
+//! Tests of the public interface: rows in, files and text out.
 
 mod sample;
 
@@ -10,7 +10,7 @@ use report::{
     write_text,
 };
 
-/// A row of Table 3 as a run on the paper's data would give it.
+/// Returns a row of Table 3 as a run on the paper's data would give it.
 fn row(model: &str, bits: u32, method: &str, seed: u64, top1_percent: f64) -> Row {
     Row {
         table: "table3".into(),
@@ -28,7 +28,7 @@ fn row(model: &str, bits: u32, method: &str, seed: u64, top1_percent: f64) -> Ro
     .compare(Paper::published())
 }
 
-/// MobileNetV2 with 4 bits: ours 1, 2 and 3 points above DFQ with seeds 0, 1 and 2.
+/// Returns rows of MobileNetV2 at 4 bits: ours is 1, 2, 3 points above DFQ for seeds 0, 1, 2.
 fn three_seeds() -> Vec<Row> {
     let ours = [72.0, 74.0, 76.0].into_iter().enumerate();
     let dfq = [71.0, 72.0, 73.0].into_iter().enumerate();
@@ -181,9 +181,9 @@ fn differences_are_paired_by_seed() {
         assert_eq!(found.map(text).as_deref(), expect);
     }
     let rows = three_seeds();
-    // Differences 1, 2, 3: mean 2, deviation 1; 2 ± 4.303 / √3.
+    // The differences are 1, 2, 3, with mean 2 and deviation 1: 2 ± 4.303 / √3.
     check(&rows, Some("3 pairs, 2.000, Some((-0.484, 4.484))"));
-    // Differences 1, 2: mean 1.5, deviation √½; 1.5 ± 12.706 / 2.
+    // The differences are 1, 2, with mean 1.5 and deviation √½: 1.5 ± 12.706 / 2.
     check(&[&rows[..2], &rows[3..]].concat(), Some("2 pairs, 1.500, Some((-4.853, 7.853))"));
     check(&[&rows[..1], &rows[3..]].concat(), Some("1 pairs, 1.000, None"));
     check(&rows[..3], None);
@@ -242,7 +242,7 @@ fn ablations_have_nothing_published_beside_them() {
         width: 0.25,
         ..row("mobilenet_v2", 4, method, seed, top1)
     };
-    // The default is the last.
+    // The default is the last method.
     let rows: Vec<Row> =
         [("high", 70.0), ("default", 72.0)].map(|(method, top1)| alternative(method, 0, top1)).into();
     let text = markdown(&rows, &About::default());
@@ -257,7 +257,7 @@ fn ablations_have_nothing_published_beside_them() {
     }
     assert!(!text.contains("paper"), "{text}");
     assert!(text.contains("that the runs began from: MobileNetV2 ×0.25 75.50 %.\n"), "{text}");
-    // What PfQ changes of each method is asked first, and once.
+    // The comparisons of a method with and without PfQ come first, and appear once.
     let methods =
         [("fold", 70.0), ("fold after PfQ", 71.0), ("live without PfQ", 73.0), ("live with PfQ", 72.5)];
     let pairs: Vec<Row> = methods.map(|(method, top1)| alternative(method, 0, top1)).into();
@@ -270,7 +270,7 @@ fn ablations_have_nothing_published_beside_them() {
         "live with PfQ − fold after PfQ | +1.50 | – | 1 |",
     ];
     assert_eq!(compared[methods.len()..], expect, "{text}");
-    // One over the pre-training.
+    // One alternative has its own pre-training.
     let rows = [rows[0].clone(), Row { float_top1_percent: 74.0, ..rows[1].clone() }];
     let text = markdown(&rows, &About::default());
     let began = "began from: MobileNetV2 ×0.25 75.50 % (high), MobileNetV2 ×0.25 74.00 % (default).\n";

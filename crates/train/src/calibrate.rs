@@ -3,19 +3,21 @@ use candle_core::DType;
 use datasets::{Augmentation, Dataset, Feed};
 use models::{Network, Step};
 
-/// Moves the ranges of the uniform quantizers of `network`'s activations, on its device, to those of training images, in
-/// place: the first of `batches` batches of `batch` images sets them, and each further one moves them by `momentum` of the
-/// distance to its extremes. Images are not augmented; their order is that of seed 0. Nothing else of the network changes.
+/// Sets the ranges of the uniform activation quantizers of `network` from training images.
+///
+/// The first of `batches` batches of `batch` images sets the ranges, and each further batch moves
+/// them by `momentum` of the distance to its extremes. Images are not augmented, and their order is
+/// that of seed 0. Nothing else in the network changes.
 ///
 /// # Errors
-/// When there are fewer training images than a batch has, or a pass can't be computed.
+/// If no batch is asked for or there are no training images, or if a forward pass fails.
 pub fn calibrate(
     network: &mut Network,
     data: &dyn Dataset,
     (batches, batch): (usize, usize),
     momentum: f64,
 ) -> Result<()> {
-    // A training pass moves running statistics too.
+    // A training pass also moves the running statistics, so it runs on a copy.
     let mut moved = network.duplicate()?;
     let mut feed = Feed::new(data, network.device(), DType::F32);
     let mut passes = 0;
@@ -25,7 +27,7 @@ pub fn calibrate(
         passes += 1;
     }
     if passes == 0 {
-        let expected = "at least one batch, of at most the number of training images";
+        let expected = "at least one batch of at least one training image";
         return Err(Error::Setting { key: "calibration", found: format!("{batches} of {batch}"), expected });
     }
     Ok(network.take_ranges(&moved)?)

@@ -5,28 +5,29 @@ use models::Network;
 use ranks::Ranks;
 use serde::{Deserialize, Serialize};
 
-/// How a network does on the test set.
+/// The loss and accuracy of a network on the test set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Mean cross-entropy, in nats.
+    /// The mean cross-entropy, in nats.
     pub loss: f64,
-    /// Share of images whose label has the largest logit, in percent.
+    /// The percentage of images whose label has the largest logit.
     pub top1_percent: f64,
 }
 
-/// Images and pixels a step of evaluation, at most; no effect on the result, as running statistics are used.
+/// The maximum numbers of images and pixels per evaluation step. They do not affect the result
+/// because normalization uses running statistics.
 const IMAGES: usize = 250;
 const PIXELS: usize = 32 * 224 * 224;
 
 /// Evaluates `network`, on its device, on the test images of `data`.
 ///
 /// # Errors
-/// Also when the loss is no finite number.
+/// If a computation or reading the data fails, or if the loss is not finite.
 pub fn evaluate(network: &Network, data: &dyn Dataset) -> Result<Evaluation> {
     evaluate_in(network, data, Arithmetic::F32)
 }
 
-/// [`evaluate`] as a training in that arithmetic does after each epoch, to the same bits.
+/// Evaluates like [`evaluate`], with the same bits as a training in `arithmetic` after each epoch.
 pub fn evaluate_in(network: &Network, data: &dyn Dataset, arithmetic: Arithmetic) -> Result<Evaluation> {
     let mut feed = Feed::new(data, network.device(), arithmetic.dtype());
     let evaluation = evaluate_on(network, &mut feed, None)?;
@@ -36,7 +37,8 @@ pub fn evaluate_in(network: &Network, data: &dyn Dataset, arithmetic: Arithmetic
     }
 }
 
-/// Evaluates `network` on the test images of `feed`, which is on the network's device, and on those of the other ranks.
+/// Evaluates `network` on the test images of `feed`, which is on the network's device, and combines
+/// the result with those of the other ranks.
 pub(crate) fn evaluate_on(
     network: &Network,
     feed: &mut Feed,

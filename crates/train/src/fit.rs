@@ -1,4 +1,5 @@
-//! A training from its beginning, or from its checkpoint, to its end: by this process, or by all ranks of a job.
+//! Training from the start or from a checkpoint to the end, by this process or by all ranks of a
+//! job.
 
 use crate::run::{Progress, Trained, TrainingRun};
 use crate::state::{State, TrainedEpoch, json};
@@ -11,15 +12,17 @@ use ranks::Ranks;
 use serde::de::DeserializeOwned;
 use std::path::Path;
 
-/// Trains `network` (its parameters are updated in place), writing a checkpoint after every epoch, before it is
-/// evaluated: whatever fails in the evaluation does not cost the epoch.
-/// If the folder has a checkpoint of the same run, goes on from there; the result has the same bits
-/// as that of a run that was not interrupted, if all of it runs on the same device. The checkpoint may be from any
-/// device.
+/// Trains `network` and writes a checkpoint after every epoch; the parameters are updated in place.
+///
+/// The checkpoint is written before the epoch is evaluated, so a failing evaluation does not lose
+/// the epoch. If the folder has a checkpoint of the same run, training resumes from it. The result
+/// then has the same bits as that of an uninterrupted run, provided that all of it runs on the same
+/// device. The checkpoint may come from any device.
 ///
 /// # Errors
-/// Beside what can go wrong, [`Error::TimeLimit`] where the run's limit does not allow for another epoch: the
-/// checkpoint is on the disk, and the same call goes on from it.
+/// [`Error::TimeLimit`] if the run's limit does not allow another epoch: the checkpoint is on disk,
+/// and the same call resumes from it. Otherwise an error if a setting is impossible, training
+/// diverges, or a computation, the data or a file fails.
 pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress)) -> Result<Trained> {
     run.training.validate()?;
     let &TrainingRun { data, training, seed, ranks, .. } = run;
@@ -36,7 +39,7 @@ pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress
     state.train(trained, &work, Some(run), observe)
 }
 
-/// Tells the other ranks what is trained, and from where on.
+/// Sends the other ranks the state from which training starts, and its settings.
 fn tell(work: &Work, state: &State, trained: Option<TrainedEpoch>) -> Result<()> {
     let Some(ranks) = work.ranks else { return Ok(()) };
     let mut extras = state.extras(trained);
@@ -48,11 +51,13 @@ fn tell(work: &Work, state: &State, trained: Option<TrainedEpoch>) -> Result<()>
     Ok(())
 }
 
-/// Takes part in every training that rank 0 runs, as one of the other ranks, until rank 0 calls [`dismiss`].
+/// Takes part in every training that rank 0 runs, until rank 0 calls [`dismiss`].
+///
+/// All ranks other than rank 0 call this.
 ///
 /// # Errors
-/// Those of [`fit`](crate::fit()), and where the data are not those of rank 0. The others can't go on then: the job is to be
-/// ended.
+/// Those of [`fit`](crate::fit()), and an error if the data differ from those of rank 0. The other
+/// ranks cannot continue after an error, so the caller must end the job.
 pub fn follow(ranks: &dyn Ranks, data: &dyn Dataset, device: &Device) -> Result<()> {
     loop {
         let message = ranks.broadcast(Vec::new());
@@ -78,12 +83,12 @@ pub fn follow(ranks: &dyn Ranks, data: &dyn Dataset, device: &Device) -> Result<
     }
 }
 
-/// Lets the ranks that [`follow`] end: rank 0 has nothing more to train.
+/// Ends [`follow`] on the other ranks: rank 0 has nothing more to train.
 pub fn dismiss(ranks: &dyn Ranks) {
     ranks.broadcast(Vec::new());
 }
 
-/// Names of what rank 0 sends beside a state.
+/// Metadata keys of what rank 0 sends in addition to a state.
 const TRAINING: &str = "training";
 const SEED: &str = "seed";
 const DATA: &str = "data";

@@ -1,6 +1,8 @@
-//! Training of a [`models::Network`]: SGD with momentum, the paper's learning-rate schedule, the
-//! epoch loop with evaluation, and checkpoints from which an interrupted run goes on bit for bit. Several processes may train
-//! one network together ([`follow`]).
+//! Training of a [`models::Network`].
+//!
+//! This crate has SGD with momentum, the paper's learning-rate schedule, the epoch loop with
+//! evaluation, and checkpoints from which an interrupted run resumes bit for bit. Several processes
+//! can train one network together ([`follow`]).
 
 #![forbid(unsafe_code)]
 
@@ -23,7 +25,7 @@ pub use run::{EpochMetrics, Progress, Trained, TrainingRun};
 pub use settings::{Arithmetic, Decay, Training};
 pub use step::{Found, Trainer};
 
-/// What can go wrong while training.
+/// Errors of training and evaluation.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A tensor operation failed.
@@ -41,31 +43,31 @@ pub enum Error {
     /// A setting is impossible.
     #[error("setting {key} = {found} is impossible: expected {expected}")]
     Setting {
-        /// Name of the setting.
+        /// The name of the setting.
         key: &'static str,
-        /// Its value.
+        /// The value of the setting.
         found: String,
-        /// What is allowed.
+        /// The allowed values.
         expected: &'static str,
     },
-    /// The momenta are those of another network.
+    /// A parameter has no momentum: the momenta belong to another network.
     #[error("parameter {parameter} has no velocity: make them anew for this network")]
     Velocity {
-        /// The parameter's name.
+        /// The name of the parameter.
         parameter: String,
     },
-    /// The network's outputs are no numbers, although its own numbers are.
+    /// The loss on the test images is not finite although the network's own values are.
     #[error(
         "network {network} has a loss of {loss} on the test images: expected a finite one; its outputs overflow, as its weights \
          are too large"
     )]
     Loss {
-        /// The network's name.
+        /// The name of the network.
         network: String,
-        /// What was found.
+        /// The loss that was computed.
         loss: f64,
     },
-    /// The loss, or a number of the network, is no longer finite.
+    /// The loss or a value of the network is no longer finite.
     #[error(
         "training diverged in epoch {epoch}: {what}; a smaller learning rate (now {rate:.5}) or a longer warm-up \
          usually helps"
@@ -73,26 +75,27 @@ pub enum Error {
     Diverged {
         /// What was found.
         what: String,
-        /// Epoch, from 1.
+        /// The epoch, from 1.
         epoch: usize,
-        /// Learning rate of the last step.
+        /// The learning rate of the last step.
         rate: f64,
     },
-    /// Not a failure: the time is up. A checkpoint is on the disk from which the same call goes on.
+    /// The time limit has been reached, which is not a failure: the same call resumes from the
+    /// checkpoint on disk.
     #[error(
         "stopped after epoch {epoch} of {epochs}, as the next one would end after the time limit; the same command \
          goes on from the checkpoint"
     )]
     TimeLimit {
-        /// Epochs done.
+        /// The number of finished epochs.
         epoch: usize,
-        /// Epochs in all.
+        /// The total number of epochs.
         epochs: usize,
     },
-    /// The ranks that train together do not do the same.
+    /// The ranks that train together do not compute the same.
     #[error("rank {rank} {problem}")]
     Ranks {
-        /// The rank that found it.
+        /// The rank that found the difference.
         rank: usize,
         /// What was found and what was expected.
         problem: String,
@@ -107,5 +110,5 @@ pub enum Error {
     },
 }
 
-/// Result with this crate's [`Error`].
+/// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,11 +1,12 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// A time by which training is to stop, at a checkpoint: what would end later is not begun.
+/// A time limit for training: an epoch that would end after it is not started.
 ///
-/// How long an epoch takes is taken from the last one of this process, of whatever run: that of a checkpoint may come
-/// from another machine. The first epoch of a process is always begun, so that a run that is called again and again
-/// gets on, however short its limit.
+/// An epoch is expected to take as long as the last one of this process, in this or another run.
+/// The durations in a checkpoint are not used because they may come from another machine. The first
+/// epoch of a process is always started, so that a run that is started again and again makes
+/// progress however short its limit is.
 #[derive(Debug)]
 pub struct TimeLimit {
     end: Instant,
@@ -13,12 +14,13 @@ pub struct TimeLimit {
 }
 
 impl TimeLimit {
-    /// From now on.
+    /// Creates a limit that ends `time` from now.
     pub fn after(time: Duration) -> Self {
         Self { end: Instant::now() + time, epoch: Mutex::new(None) }
     }
 
-    /// Whether an epoch may begin: the first, or one that ends in time if it takes as long as the last one.
+    /// Returns whether an epoch may start: it is the first one, or it ends in time if it takes as
+    /// long as the last one.
     pub fn allows_an_epoch(&self) -> bool {
         self.allows_at(Instant::now())
     }
@@ -28,7 +30,7 @@ impl TimeLimit {
         epoch.is_none_or(|epoch| now + epoch <= self.end)
     }
 
-    /// Notes how long an epoch took.
+    /// Records how long an epoch took.
     pub(crate) fn note(&self, epoch: Duration) {
         *self.epoch.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(epoch);
     }
@@ -46,13 +48,13 @@ mod tests {
             let found = limit.allows_at(start + Duration::from_secs(seconds));
             assert_eq!(found, allowed, "{seconds} s, epochs of {:?}", limit.epoch);
         };
-        // The first.
+        // The first epoch is always allowed.
         check(0, true);
         check(900, true);
         limit.note(Duration::from_secs(100));
         check(500, true);
         check(501, false);
-        // The last one counts.
+        // The last duration counts.
         limit.note(Duration::from_secs(20));
         check(501, true);
         check(581, false);

@@ -7,84 +7,87 @@ use std::path::Path;
 
 /// One training run.
 pub struct TrainingRun<'a> {
-    /// Training and test images.
+    /// The training and test images.
     pub data: &'a dyn Dataset,
-    /// Rates, lengths and the rest.
+    /// The training settings.
     pub training: &'a Training,
-    /// Seed of the order and the augmentation of the training images.
+    /// The seed of the order and the augmentation of the training images.
     pub seed: u64,
-    /// Folder of the run's `checkpoint.safetensors` (with its parts, where it has any) and `metrics.csv`.
+    /// The folder of the run's `metrics.csv` and `checkpoint.safetensors`, including its parts if
+    /// it has any.
     pub folder: &'a Path,
-    /// Names the run; a checkpoint of another run is an error, not a start.
+    /// The name of the run. A checkpoint with another name is an error and is not resumed.
     pub identity: &'a str,
-    /// SHA-256 of the file of the network that training begins from, where it is from one. A checkpoint that began from another
-    /// is damaged.
+    /// The SHA-256 of the file of the initial network, if it comes from a file. A checkpoint that
+    /// started from another network is treated as damaged.
     pub parent_network: Option<&'a str>,
-    /// When to stop, if the run is to go on another time.
+    /// The time limit after which the run stops, to be resumed by another call.
     pub limit: Option<&'a TimeLimit>,
-    /// The ranks that train together, of which this one is rank 0 and the others are in [`follow`](crate::follow); none where
-    /// this process trains alone.
+    /// The ranks that train together, or `None` if this process trains alone. This process is
+    /// rank 0, and the other ranks are in [`follow`](crate::follow).
     pub ranks: Option<&'a dyn Ranks>,
-    /// Whether steps on a GPU are launches of a CUDA graph ([`Trainer::new`]); without effect where several ranks train.
+    /// Whether steps on a GPU are launches of a CUDA graph ([`Trainer::new`](crate::Trainer::new)). It has no effect if
+    /// several ranks train.
     pub graphs: bool,
 }
 
 impl TrainingRun<'_> {
-    /// Whether steps are recorded. Where several ranks train, they wait for each other on the host.
+    /// Returns whether steps are recorded. Several ranks wait for each other on the host, which a
+    /// graph cannot do.
     pub(crate) fn records(&self) -> bool {
         self.graphs && self.ranks.is_none()
     }
 }
 
-/// What one epoch gave: a line of `metrics.csv`.
+/// The metrics of one epoch: a line of `metrics.csv`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct EpochMetrics {
-    /// From 1.
+    /// The epoch, from 1.
     pub epoch: usize,
-    /// Learning rate of its last step.
+    /// The learning rate of the epoch's last step.
     pub rate: f64,
-    /// Mean training loss over the epoch, in nats, while the weights moved.
+    /// The mean training loss over the epoch, in nats, while the weights change.
     pub train_loss: f64,
-    /// Training accuracy likewise, in percent.
+    /// The training accuracy over the epoch, in percent, while the weights change.
     pub train_top1_percent: f64,
-    /// Test loss after the epoch, in nats.
+    /// The test loss after the epoch, in nats.
     pub test_loss: f64,
-    /// Test accuracy after the epoch, in percent.
+    /// The test accuracy after the epoch, in percent.
     pub test_top1_percent: f64,
-    /// Wall time of the epoch with its evaluation.
+    /// The wall time of the epoch in seconds, including its evaluation.
     pub seconds: f64,
 }
 
-/// What a run tells while it goes.
+/// An event during a run.
 #[derive(Debug)]
 pub enum Progress {
-    /// An earlier run's checkpoint was found; `epoch` epochs are done.
+    /// The checkpoint of an earlier run was found.
     Resumed {
-        /// Epochs done.
+        /// The number of finished epochs.
         epoch: usize,
     },
-    /// Steps are no launches of a CUDA graph, although they were to be, for that reason.
+    /// Steps are not launches of a CUDA graph although this was requested; holds the reason.
     NoGraphs(Error),
     /// Some steps of an epoch are done.
     Steps {
-        /// From 1.
+        /// The epoch, from 1.
         epoch: usize,
-        /// Epochs in all.
+        /// The total number of epochs.
         epochs: usize,
-        /// Steps done in this epoch.
+        /// The number of finished steps of this epoch.
         step: usize,
-        /// Steps an epoch.
+        /// The number of steps per epoch.
         steps: usize,
-        /// Mean training loss so far in the epoch.
+        /// The mean training loss of the epoch so far.
         loss: f64,
-        /// Training images a second, in this epoch.
+        /// The number of training images per second in this epoch.
         images_per_second: f64,
     },
-    /// An epoch is done and its checkpoint is on the disk.
+    /// An epoch is done and its checkpoint is on disk.
     Epoch {
-        /// Epochs in all.
+        /// The total number of epochs.
         epochs: usize,
-        /// What it gave.
+        /// The metrics of the epoch.
         metrics: EpochMetrics,
     },
 }
@@ -94,9 +97,10 @@ pub enum Progress {
 pub struct Trained {
     /// The network after the last epoch.
     pub network: Network,
-    /// Every epoch's metrics, those before an interruption included.
+    /// The metrics of every epoch, including those before an interruption.
     pub metrics: Vec<EpochMetrics>,
-    /// After every epoch the share, in percent, of the filters whose running variance is below the ε of batch normalization, and
-    /// which PfQ would find at its usual threshold; `None` where there are no such layers, and for epochs of older versions.
+    /// For every epoch, the percentage of filters whose running variance is below the ε of batch
+    /// normalization, which is PfQ's default threshold. It is `None` if there are no such layers,
+    /// and for epochs trained by older versions.
     pub low_variance_percent: Vec<Option<f64>>,
 }

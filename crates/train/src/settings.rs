@@ -4,53 +4,57 @@ use datasets::Augmentation;
 use serde::{Deserialize, Serialize};
 use std::f64::consts::PI;
 
-/// Everything that determines a training run, beside the network, the data and the seed.
+/// Everything that determines a training run in addition to the network, the data and the seed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Training {
-    /// Epochs of linear warm-up, `w` in the paper's (19).
+    /// The number of epochs of linear warm-up, `w` in the paper's (19).
     pub warmup_epochs: f64,
-    /// Epochs of decay after the warm-up, `λ` in (19). Warm-up and decay together are a whole
-    /// number of epochs.
+    /// The number of epochs of decay after the warm-up, `λ` in (19). The sum of warm-up and decay
+    /// is a whole number of epochs.
     pub cosine_epochs: f64,
-    /// Learning rate at the end of the warm-up, `l₋₁` in (19).
+    /// The learning rate at the end of the warm-up, `l₋₁` in (19).
     pub learning_rate: f64,
-    /// Images a step, of all processes together.
+    /// The number of images per step, of all processes together.
     pub batch: usize,
-    /// Momentum of SGD.
+    /// The momentum of SGD.
     pub momentum: f64,
-    /// L2 penalty, added to the gradient as in PyTorch.
+    /// The L2 penalty, added to the gradient as in PyTorch.
     pub weight_decay: f64,
-    /// Whether the penalty acts on γ, β and biases too, as it does by default in PyTorch.
+    /// Whether the penalty also applies to γ, β and biases, as it does by default in PyTorch.
     pub decay_norm: bool,
-    /// Share of the target spread evenly over all classes; 0 is plain cross-entropy.
+    /// The share of the target that is spread evenly over all classes; 0 is plain cross-entropy.
     pub label_smoothing: f64,
-    /// Share by which each batch moves the activation ranges.
+    /// The share by which each batch moves the activation ranges.
     pub range_momentum: f64,
-    /// Augmentation of the training images.
+    /// The augmentation of the training images.
     pub augmentation: Augmentation,
-    /// How the rate decays after the warm-up. (Not written where it is a cosine: the keys of stored stages are hashes of
-    /// this.)
+    /// How the rate decays after the warm-up. A cosine is not serialized, so that the serialized
+    /// form is that of older versions, which lack this field.
     #[serde(default, skip_serializing_if = "Decay::is_cosine")]
     pub decay: Decay,
-    /// In which feature maps and their gradients are kept. (Not written where it is `f32`, likewise.)
+    /// The dtype of feature maps and their gradients. `f32` is not serialized, for the same reason.
     #[serde(default, skip_serializing_if = "Arithmetic::is_f32")]
     pub arithmetic: Arithmetic,
-    /// Where several processes train together: whether a batch's statistics and extremes are those of all of its images, and
-    /// not of the part that each process has. Without effect on one process. (Not written where it is not set, likewise.)
+    /// Whether several processes that train together use the statistics and extremes of the whole
+    /// batch, and not of the part that each process has. It has no effect on one process. `false`
+    /// is not serialized, for the same reason.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub sync_norm: bool,
 }
 
-/// In which feature maps and their gradients are kept. Parameters, their gradients, statistics, sums and everything from
-/// the pooled features on are `f32` always.
+/// The dtype of feature maps and their gradients.
+///
+/// Parameters, their gradients, statistics, sums, the pooled features and everything after them are
+/// always `f32`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arithmetic {
-    /// As they are computed.
+    /// `f32`, in which values are computed.
     #[default]
     F32,
-    /// With 8 bits of precision: half of the memory, which is most of what a training step waits for.
+    /// `bf16`, with 8 bits of precision. It halves the memory traffic, which takes most of the time
+    /// of a training step.
     Bf16,
 }
 
@@ -59,7 +63,7 @@ impl Arithmetic {
         *self == Self::F32
     }
 
-    /// As settings have it.
+    /// Returns the name in settings.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -67,7 +71,7 @@ impl Arithmetic {
         }
     }
 
-    /// The dtype of the images, and so of all maps.
+    /// Returns the dtype of the images, and so of all feature maps.
     pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -80,11 +84,12 @@ impl Arithmetic {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
-    /// The cosine of the paper's (19), to 0.
+    /// Decays to 0 by the cosine of the paper's (19).
     #[default]
     Cosine,
-    /// By a tenth after each epoch whose accuracy on the training images, as they are trained on, is below that of the
-    /// epoch before. Our reading of Table 5's "using accuracy drop".
+    /// Multiplies the rate by 0.1 after each epoch whose training accuracy, measured during
+    /// training, is below that of the previous epoch. This is our reading of Table 5's "using
+    /// accuracy drop".
     AccuracyDrop,
 }
 
@@ -95,14 +100,17 @@ impl Decay {
 }
 
 impl Training {
-    /// Epochs in all.
+    /// Returns the total number of epochs.
     pub fn epochs(&self) -> usize {
         (self.warmup_epochs + self.cosine_epochs).round() as usize
     }
 
-    /// The learning rate at time `t` in epochs, after epochs with these training accuracies. It is the paper's (19):
-    /// `l₋₁·t/w` up to `w`, then `l₋₁·½(1 + cos(π(t − w)/λ))`; or, by [`Decay::AccuracyDrop`], then `l₋₁·10⁻ᵈ` after `d`
-    /// drops of the accuracy.
+    /// Computes the learning rate at time `t` in epochs, given the training accuracies of the
+    /// finished epochs.
+    ///
+    /// This is the paper's (19): `l₋₁·t/w` up to `w`, then `l₋₁·½(1 + cos(π(t − w)/λ))`. With
+    /// [`Decay::AccuracyDrop`] it is `l₋₁·10⁻ᵈ` after the warm-up, where `d` is the number of drops
+    /// of the accuracy.
     pub fn rate(&self, t: f64, accuracies: &[f64]) -> f64 {
         if t < self.warmup_epochs {
             return self.learning_rate * t / self.warmup_epochs;
@@ -119,7 +127,7 @@ impl Training {
         }
     }
 
-    /// Checks that the settings can be run.
+    /// Checks that every setting is in its allowed range.
     pub fn validate(&self) -> Result<()> {
         let check = |ok: bool, key, found: f64, expected| {
             if ok { Ok(()) } else { Err(Error::Setting { key, found: found.to_string(), expected }) }
@@ -137,7 +145,12 @@ impl Training {
         check(rate > 0.0 && rate.is_finite(), "learning_rate", rate, "a number above 0")?;
         check((1..=65_536).contains(&self.batch), "batch", self.batch as f64, "1 to 65536")?;
         check((0.0..1.0).contains(&self.momentum), "momentum", self.momentum, "0 up to, not including, 1")?;
-        check((0.0..1.0).contains(&self.weight_decay), "weight_decay", self.weight_decay, "0 up to 1")?;
+        check(
+            (0.0..1.0).contains(&self.weight_decay),
+            "weight_decay",
+            self.weight_decay,
+            "0 up to, not including, 1",
+        )?;
         check(
             (0.0..1.0).contains(&self.label_smoothing),
             "label_smoothing",
@@ -150,7 +163,8 @@ impl Training {
             self.range_momentum,
             "more than 0, at most 1",
         )?;
-        // Half of an image of 224 pixels: with more, some crops would show nothing of it.
+        // Half of an image of 224 pixels: with more padding, some crops would show nothing of the
+        // image.
         let pad = self.augmentation.pad;
         check(pad <= 112, "augmentation.pad", pad as f64, "0 to 112")
     }

@@ -1,4 +1,4 @@
-//! A training between two epochs, and its checkpoint.
+//! The state of a training between two epochs, and its checkpoint.
 
 use crate::evaluate::evaluate_on;
 use crate::run::{EpochMetrics, Progress, Trained, TrainingRun};
@@ -12,21 +12,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Steps between two readings of the loss; on an accelerator each reading waits for the device, which does not wait for
-/// the host otherwise.
+/// The number of steps between two reads of the loss. On an accelerator each read waits for the
+/// device, which otherwise never waits for the host.
 const STEPS_PER_REPORT: usize = 20;
 
-/// What is carried from epoch to epoch. The order and the augmentation of images depend on
-/// (seed, epoch) alone, so there is no random state.
+/// The state that is carried from epoch to epoch. The order and the augmentation of images depend
+/// only on (seed, epoch), so there is no random state.
 pub(crate) struct State {
     pub(crate) trainer: Trainer,
-    /// Of the epochs that have been evaluated.
+    /// The metrics of the epochs that have been evaluated.
     pub(crate) metrics: Vec<EpochMetrics>,
-    /// Of the same epochs.
+    /// The percentages of low-variance filters, for the same epochs.
     low_variance_percent: Vec<Option<f64>>,
 }
 
-/// What training gave in an epoch: [`EpochMetrics`] without those of the evaluation.
+/// The result of training an epoch: [`EpochMetrics`] without the evaluation.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct TrainedEpoch {
     epoch: usize,
@@ -44,8 +44,10 @@ impl State {
         Ok(Self { trainer, metrics: Vec::new(), low_variance_percent: Vec::new() })
     }
 
-    /// Trains to the end; `trained` is an epoch that is still to be evaluated. What comes of it is kept where this process has
-    /// the run, which only one of several ranks has.
+    /// Trains until the last epoch; `trained` is an epoch that still has to be evaluated.
+    ///
+    /// Checkpoints and metrics are written only if `run` is given, which of several ranks only
+    /// rank 0 has.
     pub(crate) fn train(
         mut self,
         trained: Option<TrainedEpoch>,
@@ -55,7 +57,7 @@ impl State {
     ) -> Result<Trained> {
         let dtype = work.training.arithmetic.dtype();
         let mut feed = Feed::new(work.data, self.trainer.network().device(), dtype).part(work.part());
-        // A checkpoint does not have the evaluation of its last epoch.
+        // A checkpoint lacks the evaluation of its last epoch.
         if let Some(trained) = trained {
             self.evaluate(trained, work, run, &mut feed)?;
         }
@@ -69,7 +71,8 @@ impl State {
             let trained = self.epoch(epoch, work, &mut feed, observe)?;
             run.map_or(Ok(()), |run| self.save(trained, run))?;
             let metrics = self.evaluate(trained, work, run, &mut feed)?;
-            // With its checkpoint, which is to be written in time too.
+            // The duration includes writing the checkpoint, which must also be done within the
+            // limit.
             limit.inspect(|limit| limit.note(started.elapsed()));
             observe(Progress::Epoch { epochs, metrics });
         }
@@ -91,8 +94,8 @@ impl State {
         if steps == 0 {
             return Err(Error::Setting {
                 key: "batch",
-                found: training.batch.to_string(),
-                expected: "at most the number of training images",
+                found: format!("{} of no training images", training.batch),
+                expected: "at least one training image",
             });
         }
         let accuracies: Vec<f64> = self.metrics.iter().map(|epoch| epoch.train_top1_percent).collect();
@@ -101,7 +104,7 @@ impl State {
         let mut means = Means::default();
         for (step, batch) in batches.enumerate() {
             let batch = batch?;
-            // The rate at the middle of the step.
+            // The rate is taken at the middle of the step.
             rate = training.rate(epoch as f64 + (step as f64 + 0.5) / steps as f64, &accuracies);
             let (images, labels) = (&batch.images, &batch.labels);
             let found = match work.share(epoch, step) {
@@ -127,7 +130,7 @@ impl State {
         }
         work.agree(self.trainer.network_mut(), steps - done)?;
         let network = self.trainer.network();
-        // Quantizers map NaN to a level, so the loss need not tell.
+        // Quantizers map NaN to a level, so the loss may stay finite.
         if let Err(error) = network.check_values() {
             return Err(Error::Diverged { what: error.to_string(), epoch: epoch + 1, rate });
         }
@@ -141,7 +144,7 @@ impl State {
         })
     }
 
-    /// Evaluates the epoch that was trained, and writes the metrics of all where this process has the run.
+    /// Evaluates the trained epoch, and writes the metrics of all epochs if `run` is given.
     fn evaluate(
         &mut self,
         trained: TrainedEpoch,
@@ -177,7 +180,7 @@ impl State {
         run.folder.join("checkpoint.safetensors")
     }
 
-    /// Writes the checkpoint after an epoch, of which it does not have the evaluation.
+    /// Writes the checkpoint of a trained epoch, before the epoch is evaluated.
     fn save(&self, trained: TrainedEpoch, run: &TrainingRun) -> Result<()> {
         let mut extras = Extras { sealed: true, ..self.extras(Some(trained)) };
         extras.metadata.insert("identity".into(), run.identity.into());
@@ -188,7 +191,8 @@ impl State {
         Ok(())
     }
 
-    /// What stands beside the network in a file.
+    /// Returns what a file holds in addition to the network: momenta, metrics and the epoch to
+    /// evaluate.
     pub(crate) fn extras(&self, trained: Option<TrainedEpoch>) -> Extras {
         let mut extras = Extras::default();
         for (parameter, velocity) in self.trainer.velocities() {
@@ -202,8 +206,8 @@ impl State {
         extras
     }
 
-    /// The state that a network and its [`State::extras`] are, and the epoch that is still to be evaluated. `fail` makes an
-    /// error of what is wrong.
+    /// Restores the state from a network and its [`State::extras`], and the epoch that still has to
+    /// be evaluated. `fail` turns a problem into an error.
     pub(crate) fn of(
         network: Network,
         extras: &mut Extras,
@@ -215,7 +219,7 @@ impl State {
         };
         let metrics = extras.metadata.get("metrics").map_or("", String::as_str);
         let metrics: Vec<EpochMetrics> = serde_json::from_str(metrics).map_err(unreadable)?;
-        // Older checkpoints lack them.
+        // Older checkpoints lack these percentages.
         let low = extras.metadata.get("low_variance_percent").map(|text| serde_json::from_str(text));
         let mut low_variance_percent: Vec<Option<f64>> =
             low.transpose().map_err(unreadable)?.unwrap_or_default();
@@ -232,8 +236,8 @@ impl State {
         Ok((Self { trainer, metrics, low_variance_percent }, trained))
     }
 
-    /// The state that the run's checkpoint holds, and the epoch that is still to be evaluated; `None` if there is no
-    /// checkpoint yet.
+    /// Reads the state from the run's checkpoint, and the epoch that still has to be evaluated.
+    /// Returns `None` if there is no checkpoint yet.
     pub(crate) fn load(start: &Network, run: &TrainingRun) -> Result<Option<(Self, Option<TrainedEpoch>)>> {
         let path = Self::checkpoint(run);
         if !path.exists() {
@@ -249,7 +253,7 @@ impl State {
             );
             return Err(fail(problem));
         }
-        // Older checkpoints don't say what they began from.
+        // Older checkpoints do not record the network that they started from.
         if let (Some(began), Some(now)) = (extras.metadata.get("parent_network"), run.parent_network)
             && began != now
         {
@@ -259,7 +263,7 @@ impl State {
             return Err(models::Error::Damaged { path, problem }.into());
         }
         let (state, trained) = Self::of(network, &mut extras, (run.training, run.records()), fail)?;
-        // Older checkpoints were written after the evaluation, and without a seal.
+        // Older checkpoints were written after the evaluation, and have no seal.
         if trained.is_some() != extras.sealed {
             let (path, problem) =
                 (path.display().to_string(), "its seal is missing, or its last epoch".into());
@@ -277,7 +281,7 @@ fn velocity_name(parameter: &str) -> String {
     format!("velocity.{parameter}")
 }
 
-/// Writes a line for every epoch: its metrics, and then its share of low-variance filters.
+/// Writes a line for every epoch: its metrics and its percentage of low-variance filters.
 fn write_metrics(metrics: &[EpochMetrics], low_variance_percent: &[Option<f64>], path: &Path) -> Result<()> {
     let fail = |problem: String| Error::File { path: path.display().to_string(), problem };
     #[derive(Serialize)]

@@ -7,36 +7,37 @@ use kernels::sgd::{self, Rate, Rule, Update};
 use models::{Network, Parameter, Step};
 use std::collections::BTreeMap;
 
-/// A network in training: it, and the momenta of its parameters.
+/// A network in training, with the momenta of its parameters.
 pub struct Trainer {
     network: Network,
-    /// By the names of the parameters.
+    /// The momenta, keyed by the names of the parameters.
     velocities: BTreeMap<String, Tensor>,
     training: Training,
     graphs: Graphs,
 }
 
-/// Whether a step is recorded as a CUDA graph, so that each later one is a single launch.
+/// Whether a step is recorded as a CUDA graph, which makes each later step a single launch.
 enum Graphs {
-    /// It is not.
+    /// Steps are not recorded.
     Off,
-    /// After so many more steps: the first ones load modules and let quantizers start.
+    /// A step will be recorded after this many more steps. The first steps load modules and
+    /// initialize quantizers, which cannot be recorded.
     After(usize),
-    /// It is.
+    /// A step has been recorded.
     On(Recorded),
-    /// It can't be.
+    /// Recording failed. The error is taken out when it is reported.
     Failed(Option<Error>),
 }
 
-/// Steps that are made before one is recorded.
+/// The number of steps before a step is recorded.
 const STEPS_BEFORE: usize = 2;
 
-/// What a step finds of its batch, on its device. The next step may write over it.
+/// The results of a step, on its device. The next step may overwrite them.
 #[derive(Debug)]
 pub struct Found {
-    /// The mean loss in nats, `f32`, `[1]`.
+    /// The mean loss in nats, `f32`, shape `[1]`.
     pub loss: Tensor,
-    /// How many images are classified correctly, likewise.
+    /// The number of correctly classified images, `f32`, shape `[1]`.
     pub correct: Tensor,
 }
 
@@ -47,15 +48,18 @@ impl Found {
 }
 
 impl Trainer {
-    /// The network as training begins with it. With `graphs`, steps on a GPU become launches of a CUDA graph after the first
-    /// ones, which gives the same bits; where that fails, they go on as they are and [`Trainer::no_graphs`] says why.
+    /// Creates the state at the start of a training, with momenta of zero.
+    ///
+    /// With `graphs`, steps on a GPU become launches of a CUDA graph after the first few, with the
+    /// same bits. If recording fails, steps are launched operation by operation and
+    /// [`Trainer::no_graphs`] returns the reason.
     pub fn new(network: Network, training: &Training, graphs: bool) -> Result<Self> {
         let zeros = |parameter: Parameter| Ok((parameter.name, parameter.tensor.zeros_like()?));
         let velocities = network.parameters().into_iter().map(zeros).collect::<Result<_>>()?;
         Ok(Self::resumed(network, velocities, training, graphs))
     }
 
-    /// The network with the momenta that it had.
+    /// Creates the state from a network and its momenta.
     pub(crate) fn resumed(
         network: Network,
         velocities: BTreeMap<String, Tensor>,
@@ -67,35 +71,36 @@ impl Trainer {
         Self { network, velocities, training: *training, graphs }
     }
 
-    /// The network as it is now.
+    /// Returns the network in its current state.
     pub fn network(&self) -> &Network {
         &self.network
     }
 
-    /// The network, to change numbers of it in their places.
+    /// Returns the network, so that its values can be changed in place.
     pub(crate) fn network_mut(&mut self) -> &mut Network {
         &mut self.network
     }
 
-    /// The network after the last step.
+    /// Returns the network after the last step.
     pub fn into_network(self) -> Network {
         self.network
     }
 
-    /// The momenta, by the names of their parameters.
+    /// Returns the momenta, keyed by the names of their parameters.
     pub(crate) fn velocities(&self) -> &BTreeMap<String, Tensor> {
         &self.velocities
     }
 
-    /// Why steps are no launches of a CUDA graph although they were to be; told once.
+    /// Returns, once, why steps are not launches of a CUDA graph although this was requested.
     pub fn no_graphs(&mut self) -> Option<Error> {
         if let Graphs::Failed(problem) = &mut self.graphs { problem.take() } else { None }
     }
 
-    /// One step on a batch, at the given learning rate: forward pass, loss, backward pass, update.
+    /// Executes one step on a batch at the given learning rate: forward pass, loss, backward pass,
+    /// update.
     pub fn step(&mut self, images: &Tensor, labels: &Tensor, rate: f64) -> Result<Found> {
         match self.graphs {
-            // The last batch of an epoch may be a smaller one.
+            // The last batch of an epoch may be smaller.
             _ if labels.elem_count() != self.training.batch => {}
             Graphs::After(0) => match self.record(images, labels) {
                 Ok(recorded) => self.graphs = Graphs::On(recorded),
@@ -112,7 +117,7 @@ impl Trainer {
         }
     }
 
-    /// [`Trainer::step`] on the share that a rank has in a batch.
+    /// Executes [`Trainer::step`] on this rank's share of a batch.
     pub(crate) fn shared_step(
         &mut self,
         images: &Tensor,
@@ -123,7 +128,7 @@ impl Trainer {
         self.launch(images, labels, Rate::Number(rate), Some(share))
     }
 
-    /// Makes a step, operation by operation.
+    /// Executes a step, operation by operation.
     fn launch(
         &mut self,
         images: &Tensor,
@@ -160,7 +165,7 @@ impl Trainer {
         Found::of(&loss)
     }
 
-    /// Records a step, which is not made.
+    /// Records a step without executing it.
     fn record(&mut self, images: &Tensor, labels: &Tensor) -> Result<Recorded> {
         let device = images.device();
         let [images, labels] = [images, labels].map(Tensor::zeros_like);
@@ -175,14 +180,14 @@ impl Trainer {
     }
 }
 
-/// A recorded step, with the places that it reads and writes. All others are those of the network and of its momenta, which
-/// training changes in place.
+/// A recorded step with its inputs and outputs. It also reads and writes the tensors of the network
+/// and of its momenta, which training changes in place.
 struct Recorded {
     graph: Graph,
     images: Tensor,
     labels: Tensor,
     rate: Tensor,
-    /// The loss, and the number of images classified correctly.
+    /// The loss and the number of correctly classified images, `f32`, shape `[2]`.
     found: Tensor,
 }
 

@@ -1,8 +1,9 @@
 //! Training of one network by several ranks, each of which has a part of every batch.
 //!
-//! The images of a step, and what they look like, are those of one process: rank `r` of `n` has the `r`-th part of the batch. The
-//! gradients of the ranks are added up, and each rank updates its own copy of the network, so that all copies stay the same
-//! bits. Rank 0 has the run: it reads the checkpoint, tells the others where it begins, and writes what comes of it.
+//! A step has the same images with the same augmentation as in one process; rank `r` of `n` has the
+//! `r`-th part of the batch. The gradients are summed over the ranks, and each rank updates its own
+//! copy of the network, so that all copies have the same bits. Rank 0 has the run: it reads the
+//! checkpoint, sends the other ranks the starting state, and writes the results.
 
 use crate::{Error, Result, Training};
 use candle_core::Tensor;
@@ -10,7 +11,7 @@ use datasets::{Dataset, Part};
 use models::{Gradients, Network, Parameter};
 use ranks::Ranks;
 
-/// What every rank knows of a run.
+/// What every rank knows about a run.
 pub(crate) struct Work<'a> {
     pub(crate) data: &'a dyn Dataset,
     pub(crate) training: &'a Training,
@@ -32,29 +33,31 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// What rank 0 says.
+    /// Returns what rank 0 passed as `own`.
     pub(crate) fn first_says(&self, own: bool) -> bool {
         self.ranks.map_or(own, |ranks| ranks.broadcast(vec![own.into()]) == [1])
     }
 
-    /// The part of each batch that this rank has.
+    /// Returns the part of each batch that this rank has.
     pub(crate) fn part(&self) -> Part {
         self.ranks.map_or(Part::WHOLE, |ranks| Part { index: ranks.rank(), of: ranks.size() })
     }
 
-    /// The images of all ranks in a step.
+    /// Returns the number of images of all ranks in a step.
     fn images(&self, step: usize) -> usize {
         let Training { batch, .. } = *self.training;
         batch.min(self.data.train_images() - step * batch)
     }
 
-    /// What this rank has in a step, where it is one of several.
+    /// Returns this rank's share of a step, or `None` if this process trains alone.
     pub(crate) fn share(&self, epoch: usize, step: usize) -> Option<Share<'a>> {
         self.ranks.map(|ranks| Share { ranks, images: self.images(step), starts: (epoch, step) == (0, 0) })
     }
 
-    /// Makes the network, after an epoch, the same on all ranks, which it is but for the moving averages of each rank's own
-    /// images. `missing` steps have not been made.
+    /// Makes the network the same on all ranks after an epoch, and checks that it is.
+    ///
+    /// Without `sync_norm` the moving averages differ, because each rank has computed them from its
+    /// own images. `missing` is the number of steps that this rank skipped.
     pub(crate) fn agree(&self, network: &mut Network, missing: usize) -> Result<()> {
         let Some(ranks) = self.ranks else { return Ok(()) };
         let fail = |problem: String| Err(Error::Ranks { rank: ranks.rank(), problem });
@@ -80,29 +83,31 @@ impl<'a> Work<'a> {
     }
 }
 
-/// A hash (FNV-1a) of a tensor's bits, as a whole number that f64 holds.
+/// Computes a hash of a tensor's bits (FNV-1a over 32-bit words), as a whole number that f64
+/// represents exactly.
 fn digest(tensor: &Tensor) -> Result<f64> {
     let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
     let add = |hash: u64, value: f32| (hash ^ u64::from(value.to_bits())).wrapping_mul(0x0000_0100_0000_01b3);
     Ok((values.into_iter().fold(0xcbf2_9ce4_8422_2325, add) >> 12) as f64)
 }
 
-/// What a rank has in a step.
+/// The share of a step that one rank has.
 pub(crate) struct Share<'a> {
     pub(crate) ranks: &'a dyn Ranks,
-    /// Images of all ranks in the step.
+    /// The number of images of all ranks in the step.
     images: usize,
-    /// Whether it is the first step of all, in which quantizers start.
+    /// Whether this is the first step of the training, in which quantizers are initialized.
     pub(crate) starts: bool,
 }
 
 impl Share<'_> {
-    /// The gradient that the mean loss of all images has where `gradient` is that of the mean loss of the `own` ones.
+    /// Scales `gradient`, of the mean loss over the `own` images of this rank, so that the sum over
+    /// all ranks is the gradient of the mean loss over all images.
     pub(crate) fn of(&self, gradient: &Tensor, own: usize) -> Result<Tensor> {
         Ok((gradient * (own as f64 / self.images as f64))?)
     }
 
-    /// The sums of every parameter's gradient over all ranks, in one reduction.
+    /// Sums every parameter's gradient over all ranks, in one reduction.
     pub(crate) fn sums(&self, parameters: &[Parameter], gradients: &Gradients) -> Result<Vec<Tensor>> {
         let flat = |parameter: &Parameter| Ok(gradients.of(parameter)?.flatten_all()?);
         let all = parameters.iter().map(flat).collect::<Result<Vec<Tensor>>>()?;

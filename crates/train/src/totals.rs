@@ -2,8 +2,8 @@ use crate::{Found, Result};
 use candle_core::{DType, Tensor};
 use ranks::Ranks;
 
-/// Losses and hits summed up over steps, where they were computed, until they are read: on an accelerator, reading
-/// waits for everything that was begun before, and adding does not.
+/// Sums of losses and of correct classifications over steps, kept on the device until they are
+/// read. On an accelerator, reading waits for all pending work; adding does not.
 #[derive(Default)]
 pub(crate) struct Totals {
     loss: Option<Tensor>,
@@ -11,21 +11,21 @@ pub(crate) struct Totals {
     images: usize,
 }
 
-/// What [`Totals::read`] found.
+/// The means that [`Totals::read`] computes.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Means {
-    /// Images until now.
+    /// The number of images so far.
     pub(crate) images: usize,
-    /// Mean loss of an image, in nats.
+    /// The mean loss per image, in nats.
     pub(crate) loss: f64,
-    /// Share of images classified correctly, in percent.
+    /// The percentage of correctly classified images.
     pub(crate) top1_percent: f64,
 }
 
 impl Totals {
-    /// Adds what a step found of `images` images.
+    /// Adds the results of a step with `images` images.
     pub(crate) fn add(&mut self, step: &Found, images: usize) -> Result<()> {
-        // In float64, so that the sums of an epoch are exact enough for any number of steps.
+        // The sums are float64, so that they stay accurate for any number of steps.
         let loss = (step.loss.to_dtype(DType::F64)? * images as f64)?;
         let correct = step.correct.to_dtype(DType::F64)?;
         let add = |total: Option<Tensor>, x: Tensor| total.map_or(Ok(x.clone()), |total| total + x);
@@ -35,8 +35,8 @@ impl Totals {
         Ok(())
     }
 
-    /// The means so far, over the images of all ranks: the one place where training and evaluation read anything from the
-    /// device, in one copy.
+    /// Returns the means so far, over the images of all ranks. Losses and accuracies are read from
+    /// the device only here, in one copy.
     pub(crate) fn read(&self, ranks: Option<&dyn Ranks>) -> Result<Means> {
         let mut sums = match (&self.loss, &self.correct) {
             (Some(loss), Some(correct)) => Tensor::cat(&[loss, correct], 0)?.to_vec1::<f64>()?,

@@ -1,7 +1,8 @@
-//! Training runs on a tiny network and synthetic images: reproducible, resumable, and it learns.
+//! Training runs on a tiny network and synthetic images are reproducible and resumable, and the
+//! network learns.
 //!
-//! The interruption is real: this binary starts itself again as another process and kills it with SIGKILL in
-//! the middle of an epoch.
+//! The interruption is real: this binary starts itself again as another process and kills it with
+//! SIGKILL in the middle of an epoch.
 
 mod together;
 
@@ -22,16 +23,17 @@ use train::{
     fit,
 };
 
-/// Classes of [`data`]: five textures, in warm or in cold colours.
+/// The number of classes of [`data`]: five textures, in warm or in cold colours.
 const CLASSES: usize = 10;
-/// Training images of [`data`]: 25 steps of 8, so that progress is told in the middle of an epoch too.
+/// The number of training images of [`data`]: 25 steps of 8, so that progress is also reported in
+/// the middle of an epoch.
 const TRAIN: usize = 200;
 const BATCH: usize = 8;
 const EPOCHS: usize = 3;
-/// Names the folder to the process that is to be killed.
+/// The environment variable that names the folder to the process that will be killed.
 const FOLDER: &str = "PFQ_TEST_KILLED_RUN";
 
-/// Synthetic images, the shapes put together to one class.
+/// Returns synthetic images, with all shapes merged into one class.
 fn data(train: usize, test: usize) -> Arc<InMemoryDataset> {
     let whole = datasets::synthetic(train, test, 5).unwrap();
     let merge =
@@ -40,7 +42,8 @@ fn data(train: usize, test: usize) -> Arc<InMemoryDataset> {
     Arc::new(InMemoryDataset::new("synthetic", whole.source, CLASSES, train, test).unwrap())
 }
 
-/// Numbers in −1…1 that depend on the seed alone (SplitMix64).
+/// Returns pseudorandom numbers between −`scale` and `scale` that depend only on the seed
+/// (SplitMix64).
 fn noise(shape: &[usize], seed: u64, scale: f64) -> Tensor {
     let mut state = seed;
     let mut next = || {
@@ -54,12 +57,12 @@ fn noise(shape: &[usize], seed: u64, scale: f64) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// A MobileNet in small: stem, separable blocks of stride 2, an inverted residual.
+/// Returns a small MobileNet: stem, separable blocks of stride 2, an inverted residual.
 fn network() -> Network {
     wide_network(32)
 }
 
-/// With `last` filters in the last layer.
+/// Returns [`network`] with `last` filters in the last layer.
 fn wide_network(last: usize) -> Network {
     let units = [
         ("stem", Kernel::Full { size: 3, stride: 2 }, 3, 8, Activation::Relu6),
@@ -87,7 +90,8 @@ fn wide_network(last: usize) -> Network {
     network
 }
 
-/// With every kind of quantizer, and so with ranges to carry over.
+/// Returns [`network`] with every kind of quantizer, and so with ranges that a checkpoint must
+/// hold.
 fn quantized() -> Network {
     quantized_with("batch_statistics", "uniform")
 }
@@ -120,7 +124,7 @@ fn training() -> Training {
     }
 }
 
-/// The run of these tests: of seed 3, in float32, without a limit.
+/// The run of these tests: seed 3, one process, no time limit.
 fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &'a Path) -> TrainingRun<'a> {
     TrainingRun {
         data,
@@ -135,7 +139,7 @@ fn the_run<'a>(data: &'a Arc<InMemoryDataset>, training: &'a Training, folder: &
     }
 }
 
-/// A run in `folder` from its beginning or its checkpoint.
+/// Trains in `folder` from the start or from the checkpoint.
 fn run(
     network: Network,
     data: &Arc<InMemoryDataset>,
@@ -147,7 +151,7 @@ fn run(
     fit(network, &TrainingRun { seed, ..the_run(data, training, folder) }, observe)
 }
 
-/// A run in a folder of its own that nothing interrupts.
+/// Trains in a folder of its own, without interruption.
 fn run_through(network: Network, training: &Training, seed: u64) -> Trained {
     let folder = tempfile::tempdir().unwrap();
     run(network, &data(TRAIN, 50), training, seed, folder.path(), &mut |_| ()).unwrap()
@@ -163,14 +167,14 @@ fn bits(network: &Network) -> Bits {
     network.tensors().into_iter().map(|(name, tensor)| (name, bits_of(tensor))).collect()
 }
 
-/// The velocities in a run's checkpoint.
+/// Returns the velocities in a run's checkpoint.
 fn velocities(folder: &Path) -> Bits {
     let (_, extras) = Network::load(&folder.join("checkpoint.safetensors"), &Device::Cpu).unwrap();
     extras.tensors.iter().map(|(name, tensor)| (name.clone(), bits_of(tensor))).collect()
 }
 
-/// Compares all metrics but the time. Those of a checkpoint have been through JSON, which may cost a last bit:
-/// see [`json_keeps_every_bit`].
+/// Compares all metrics except the time, to within the last bit. JSON itself keeps every bit, see
+/// [`json_keeps_every_bit`].
 #[track_caller]
 fn check_metrics(found: &[EpochMetrics], expected: &[EpochMetrics]) {
     let numbers = |m: &EpochMetrics| {
@@ -184,7 +188,7 @@ fn check_metrics(found: &[EpochMetrics], expected: &[EpochMetrics]) {
     }
 }
 
-/// What is carried in a checkpoint's metadata is to be read as it was written.
+/// The metadata of a checkpoint is read back exactly as it was written.
 #[test]
 fn json_keeps_every_bit() {
     for i in 1..1000 {
@@ -215,8 +219,8 @@ fn a_seed_gives_the_same_bits() {
     }
 }
 
-/// One epoch is: batches, forward, loss, backward, and a step for every parameter; the decay acts on γ, β and
-/// biases if it is asked to.
+/// An epoch consists of batches, forward pass, loss, backward pass and an update of every
+/// parameter. Weight decay applies to γ, β and biases only if `decay_norm` is set.
 #[test]
 fn an_epoch_is_what_it_says() {
     let data = data(60, 50);
@@ -230,7 +234,7 @@ fn an_epoch_is_what_it_says() {
         let parameters = network.parameters();
         let velocity: Vec<_> = parameters.iter().map(|p| p.tensor.zeros_like().unwrap()).collect();
         let (mut rate, mut loss, mut hits) = (0.0, 0.0, 0.0);
-        // 60 images in batches of 8: the last one has 4.
+        // 60 images in batches of 8: the last batch has 4.
         let steps = 8;
         for (step, batch) in train_batches(&data, BATCH, training.augmentation, 7, 0).enumerate() {
             let batch = batch.unwrap();
@@ -268,7 +272,8 @@ fn an_epoch_is_what_it_says() {
     }
 }
 
-/// Not a test: what [`a_killed_run_goes_on_bit_for_bit`] starts and kills.
+/// The process that [`a_killed_run_goes_on_bit_for_bit`] starts and kills; by itself it tests
+/// nothing.
 #[test]
 fn run_that_is_killed() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
@@ -276,7 +281,7 @@ fn run_that_is_killed() {
         Progress::Resumed { epoch } => println!("resumed after {epoch}"),
         Progress::Steps { epoch, step, steps, .. } if step < steps => {
             println!("in epoch {epoch}");
-            // Here it waits for its end, or goes on if it is not to be killed here.
+            // Waits to be killed here, or to be told to continue.
             let mut line = String::new();
             std::io::stdin().read_line(&mut line).unwrap();
         }
@@ -286,7 +291,7 @@ fn run_that_is_killed() {
     println!("finished");
 }
 
-/// Starts the run in `folder`, waits until it is in the middle of `epoch` and kills it. What it printed.
+/// Starts the run in `folder`, kills it in the middle of `epoch`, and returns what it printed.
 fn kill_in_epoch(epoch: usize, folder: &Path) -> Vec<String> {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "run_that_is_killed", "--nocapture", "--test-threads", "1"])
@@ -300,7 +305,7 @@ fn kill_in_epoch(epoch: usize, folder: &Path) -> Vec<String> {
     let mut printed = Vec::new();
     let mut reached = false;
     for line in BufReader::new(child.stdout.take().unwrap()).lines() {
-        // The test harness leaves a line unfinished.
+        // The test harness prints the start of this line.
         let said = line.unwrap().trim_start_matches("test run_that_is_killed ... ").to_string();
         reached = said == format!("in epoch {epoch}");
         if reached {
@@ -325,15 +330,15 @@ fn a_killed_run_goes_on_bit_for_bit() {
 
     let folder = tempfile::tempdir().unwrap();
     let has_said = |printed: &[String], what: &str| printed.iter().any(|line| line == what);
-    // In the first epoch: there is nothing yet to go on from.
+    // In the first epoch there is no checkpoint yet.
     kill_in_epoch(1, folder.path());
     assert!(!folder.path().join("checkpoint.safetensors").exists());
-    // In the second, then at once again in the same one, then in the third.
+    // Kills it in the second epoch, then again in the second, then in the third.
     let printed = kill_in_epoch(2, folder.path());
     assert!(has_said(&printed, "in epoch 1"), "{printed:?}");
     let printed = kill_in_epoch(2, folder.path());
     assert!(has_said(&printed, "resumed after 1") && !has_said(&printed, "in epoch 1"), "{printed:?}");
-    // As if it had been killed while it wrote.
+    // The file that a process killed while writing leaves.
     std::fs::write(folder.path().join(".unfinished-a1b2c3.safetensors"), "half a file").unwrap();
     let printed = kill_in_epoch(3, folder.path());
     assert!(has_said(&printed, "resumed after 1") && has_said(&printed, "in epoch 2"), "{printed:?}");
@@ -353,14 +358,15 @@ fn a_killed_run_goes_on_bit_for_bit() {
     check_same(&velocities(folder.path()), &velocities(whole_folder.path()), "resumed velocities");
     check_metrics(&resumed.metrics, &whole.metrics);
 
-    // Once finished, it is only read.
+    // A finished run is only read.
     let mut events = 0;
     let finished = run(quantized(), &data, &training(), 3, folder.path(), &mut |_| events += 1).unwrap();
     assert_eq!(events, 1, "a finished run was trained on");
     check_same(&bits(&finished.network), &bits(&whole.network), "read again");
 }
 
-/// A run that is called again whenever its time is up; the epochs that each call trained.
+/// Calls a run again whenever its time is up; returns its result and the number of epochs that each
+/// call trained.
 fn run_in_pieces(network: impl Fn() -> Network, folder: &Path, limit: Duration) -> (Trained, Vec<usize>) {
     let (data, training) = (data(TRAIN, 50), training());
     let mut pieces = Vec::new();
@@ -386,27 +392,27 @@ fn run_in_pieces(network: impl Fn() -> Network, folder: &Path, limit: Duration) 
 #[test]
 fn a_run_in_pieces_gives_the_bits_of_one() {
     let whole = run_through(quantized(), &training(), 3);
-    // No time at all: each call trains the one epoch that it may always begin.
+    // Without any time, each call trains the one epoch that it may always start.
     let folder = tempfile::tempdir().unwrap();
     let (pieced, pieces) = run_in_pieces(quantized, folder.path(), Duration::ZERO);
     assert_eq!(pieces, [1, 1, 1]);
     check_same(&bits(&pieced.network), &bits(&whole.network), "in pieces");
     check_metrics(&pieced.metrics, &whole.metrics);
 
-    // Enough for all of it.
+    // Enough time for the whole run.
     let folder = tempfile::tempdir().unwrap();
     let (_, pieces) = run_in_pieces(quantized, folder.path(), Duration::from_secs(3600));
     assert_eq!(pieces, [3]);
 }
 
-/// Its checkpoint, with the momenta, is more than one file holds.
+/// Returns a network whose checkpoint, with the momenta, does not fit into one file.
 fn large() -> Network {
     wide_network(90_000)
 }
 
-/// What a checkpoint holds is the same on every device, so epochs on a CPU and with the kernels for GPUs can take turns:
-/// emulated, and where one answers on a GPU. Sums are taken in another order there, and 75 steps of training make more of
-/// the roundings, so the losses are near each other and not the same.
+/// A checkpoint is independent of the device, so epochs on a CPU and with the GPU kernels can
+/// alternate; the kernels run emulated, and on a GPU if there is one. They sum in another order,
+/// and 75 training steps amplify the rounding, so the losses are only close to each other.
 #[test]
 fn a_run_goes_on_from_device_to_device() {
     let (data, training) = (data(TRAIN, 50), training());
@@ -424,7 +430,7 @@ fn a_run_goes_on_from_device_to_device() {
         elsewhere(folder.path()).unwrap_err();
         epoch(&Device::Cpu, Arithmetic::F32, folder.path()).unwrap_err();
         let found = elsewhere(folder.path()).unwrap().metrics;
-        // Half precision has 8 bits.
+        // bf16 has 8 bits of precision.
         let (whole, first) = if arithmetic == Arithmetic::F32 { (0.02, 1e-4) } else { (0.05, 0.01) };
         assert_eq!(found.len(), EPOCHS);
         for (found, expected) in found.iter().zip(&expected) {
@@ -432,7 +438,7 @@ fn a_run_goes_on_from_device_to_device() {
             eprintln!("{place}, {arithmetic:?}, epoch {}: the training loss is {off:.1e} off", found.epoch);
             assert!(off <= whole, "{place}: {found:?} and not {expected:?}");
         }
-        // The same images in the same order, or the first epoch would already be another.
+        // The images and their order are the same, or the first epoch would already differ.
         assert!((found[0].train_loss - expected[0].train_loss).abs() <= first, "{place}: {found:?}");
     };
     check("on the CPU", Arithmetic::Bf16, &|folder| epoch(&Device::Cpu, Arithmetic::Bf16, folder));
@@ -451,16 +457,17 @@ fn a_run_goes_on_from_device_to_device() {
     }
 }
 
-/// Steps that are launches of a CUDA graph give the bits of those that are not, whatever the quantizer; an epoch ends with a
-/// smaller batch. Folded weights can't be recorded, as Candle copies shapes to the device for them: their steps go on as they
-/// are, which is told. A CPU has no graphs, and nothing to tell.
+/// Steps that are launches of a CUDA graph give the same bits as steps that are not, for every
+/// quantizer and with a smaller batch at the end of the epoch. Folded weights cannot be recorded,
+/// because Candle copies shapes to the device for them: their steps are launched without a graph,
+/// which is reported. A CPU has no graphs and reports nothing.
 #[test]
 fn a_cuda_graph_changes_no_bit() {
     let short = Training { warmup_epochs: 0.0, cosine_epochs: 1.0, ..training() };
     let (data, training) = (data(4 * BATCH + 3, 10), short);
     let check = |device: &Device| {
         let quantized = ["uniform", "pact", "dsq", "lsq"].map(|method| quantized_with("unfolded", method));
-        // As DFQ leaves a network.
+        // A network as DFQ leaves it.
         let mut capped = quantized_with("frozen", "uniform");
         for unit in capped.units_mut().filter(|unit| unit.activation != Activation::Identity) {
             unit.cap = Some(Tensor::full(2f32, unit.filters(), &Device::Cpu).unwrap());
@@ -514,7 +521,7 @@ fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
     let parts: Vec<_> = files().filter(|file| file.display().to_string().contains(".part-")).collect();
     assert!(parts.len() > 1, "{parts:?}");
 
-    // Without one of its parts it is no checkpoint, and says which is missing.
+    // A checkpoint that lacks a part is an error that names the part.
     let aside = tempfile::tempdir().unwrap();
     let (part, kept) = (&parts[0], aside.path().join("part"));
     std::fs::copy(part, &kept).unwrap();
@@ -522,7 +529,7 @@ fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
     let message = fit_in(folder.path(), None).unwrap_err().to_string();
     assert!(message.contains(&part.display().to_string()), "{message}");
 
-    // Put back (moved from another machine, say), it goes on.
+    // With the part back in its place, for example copied from another machine, the run resumes.
     std::fs::copy(&kept, part).unwrap();
     let resumed = fit_in(folder.path(), None).unwrap();
     check_same(&bits(&resumed.network), &bits(&whole.network), "resumed from parts");
@@ -534,7 +541,7 @@ fn a_checkpoint_in_parts_goes_on_bit_for_bit() {
     );
 }
 
-/// Images of which those for tests can't be read.
+/// A data set whose test images cannot be read.
 struct Untestable(Arc<InMemoryDataset>);
 
 impl Dataset for Untestable {
@@ -573,8 +580,8 @@ impl Dataset for Untestable {
     }
 }
 
-/// Whatever fails in the evaluation does not cost the epoch: its checkpoint is there already, and the next call
-/// evaluates it.
+/// A failing evaluation does not lose the epoch: its checkpoint is already written, and the next
+/// call evaluates it.
 #[test]
 fn an_evaluation_that_fails_does_not_cost_the_epoch() {
     let whole = run_through(quantized(), &training(), 3);
@@ -596,7 +603,8 @@ fn an_evaluation_that_fails_does_not_cost_the_epoch() {
     assert_eq!(metrics.lines().count(), 1 + EPOCHS);
 }
 
-/// A run that was killed between a checkpoint and what follows it has the whole of its metrics in the end.
+/// A run that was killed between writing a checkpoint and writing its metrics has all metrics in
+/// the end.
 #[test]
 fn metrics_that_lag_behind_the_checkpoint_catch_up() {
     let (data, training, folder) = (data(40, 20), training(), tempfile::tempdir().unwrap());
@@ -609,7 +617,7 @@ fn metrics_that_lag_behind_the_checkpoint_catch_up() {
     assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), whole.lines().count());
 }
 
-/// Quantizers hide a network's NaN from the loss, so the network itself is looked at.
+/// Quantizers hide a network's NaN from the loss, so the network's values are checked too.
 #[test]
 fn divergence_that_no_loss_shows_is_an_error() {
     let (data, folder) = (data(TRAIN, 50), tempfile::tempdir().unwrap());
@@ -621,7 +629,7 @@ fn divergence_that_no_loss_shows_is_an_error() {
     assert!(!folder.path().join("checkpoint.safetensors").exists(), "a diverged epoch was stored");
 }
 
-/// So does a file.
+/// Reading a file also checks the network's values, because quantizers would hide a NaN.
 #[test]
 fn a_network_that_is_not_finite_is_not_read() {
     let folder = tempfile::tempdir().unwrap();
@@ -647,7 +655,7 @@ fn a_checkpoint_of_another_run_is_refused() {
     for part in ["the-run", "another-run", "checkpoint.safetensors"] {
         assert!(message.contains(part), "{message:?} does not name {part}");
     }
-    // A network file that no run has written has no identity.
+    // A network file that was not written by a run has no identity.
     network().save(&folder.path().join("checkpoint.safetensors"), &Extras::default()).unwrap();
     let message = fit(network(), &other, &mut |_| ()).unwrap_err().to_string();
     assert!(message.contains("another-run"), "{message}");
@@ -672,7 +680,7 @@ fn a_damaged_checkpoint_is_an_error_that_names_it() {
     }
 }
 
-/// 10 % would be guessed. The classes are textures and colours, so a small network soon sees them.
+/// Guessing gives 10 %. The classes are textures and colours, which a small network learns quickly.
 #[test]
 fn it_learns() {
     let data = data(1000, 200);
@@ -693,7 +701,7 @@ fn it_learns() {
     assert!(losses[0] < 2.4 && losses[5] < 0.75 * losses[0], "losses of the epochs: {losses:?}");
     let top1 = trained.metrics[5].test_top1_percent;
     assert!(top1 > 35.0, "{top1} % after training, losses {losses:?}");
-    // What is reported is what the network does.
+    // The reported accuracy is the network's.
     assert_eq!(evaluate(&trained.network, &data).unwrap().top1_percent, top1);
 
     let text = std::fs::read_to_string(folder.path().join("metrics.csv")).unwrap();
@@ -702,7 +710,7 @@ fn it_learns() {
     assert_eq!(rows, trained.metrics, "metrics.csv");
     assert_eq!(text.lines().count(), 1 + 6, "a heading and a line for every epoch");
     assert!(text.starts_with("epoch,") && text.contains(",low_variance_percent\n"), "{text}");
-    // Nothing decays to a constant in so few steps.
+    // No filter decays to a constant in so few steps.
     assert_eq!(trained.low_variance_percent, [Some(0.0); 6]);
     let [highest, median] = [1.0, 0.5].map(|factor| {
         let mut all: Vec<f32> = Vec::new();
@@ -721,7 +729,8 @@ fn it_learns() {
     );
 }
 
-/// Reading a loss waits for an accelerator, so that losses are read every 20 steps and at the end of an epoch only.
+/// Reading a loss waits for the accelerator, so losses are read only every 20 steps and at the end
+/// of an epoch.
 #[test]
 fn losses_are_read_rarely() {
     let folder = tempfile::tempdir().unwrap();
@@ -747,13 +756,14 @@ fn divergence_is_an_error_that_says_when() {
     assert!(!folder.path().join("checkpoint.safetensors").exists(), "a diverged epoch was stored");
 }
 
-/// The last step of a run may be the one that breaks it: no loss of training tells, only the evaluation.
+/// If the last step of a run breaks the network, only the evaluation shows it: no training loss
+/// follows.
 #[test]
 fn divergence_in_the_last_step_is_an_error_too() {
     let training =
         Training { learning_rate: 1e38, warmup_epochs: 0.0, cosine_epochs: 1.0, batch: 40, ..training() };
     let folder = tempfile::tempdir().unwrap();
-    // The epoch is stored before its evaluation, which fails at every call.
+    // The epoch is stored before its evaluation, which fails in every call.
     for call in 0..2 {
         let result = run(network(), &data(40, 50), &training, 1, folder.path(), &mut |_| ());
         let metrics = result.map(|trained| trained.metrics);
@@ -762,7 +772,7 @@ fn divergence_in_the_last_step_is_an_error_too() {
     }
 }
 
-/// Impossible settings are found before anything is written.
+/// Impossible settings are reported before anything is written.
 #[test]
 fn impossible_settings_leave_nothing_behind() {
     let folder = tempfile::tempdir().unwrap();

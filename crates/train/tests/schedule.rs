@@ -1,4 +1,5 @@
-//! The learning-rate schedule against PyTorch's and by hand, and the settings that are refused.
+//! The learning-rate schedule compared with PyTorch's and with values computed by hand, and the
+//! settings that are refused.
 
 use datasets::Augmentation;
 use train::{Arithmetic, Decay, Error, Training};
@@ -21,8 +22,8 @@ fn training(learning_rate: f64, warmup_epochs: f64, cosine_epochs: f64) -> Train
     }
 }
 
-/// LinearLR and CosineAnnealingLR, which go from each rate to the next and so gather roundings of float64:
-/// 1e-13 at most over the 240 steps here.
+/// Compares with PyTorch's LinearLR and CosineAnnealingLR, which compute each rate from the last
+/// one and so accumulate float64 rounding errors: at most 1e-13 over these 240 steps.
 #[test]
 fn rates_are_those_of_pytorch() {
     let cases: serde_json::Value = serde_json::from_str(include_str!("schedule/schedule.json")).unwrap();
@@ -50,8 +51,8 @@ fn rates_by_hand() {
         let found = training.rate(t, &[]);
         assert!((found - expected).abs() < 1e-15, "{found} and not {expected} at {t}");
     }
-    // The paper's pre-training: 0.256 after 16 epochs, half of it 52 epochs later, a quarter of the
-    // cosine's way gives cos 45°.
+    // The paper's pre-training reaches 0.256 after 16 epochs and half of it 52 epochs later; a
+    // quarter of the cosine's way gives cos 45°.
     let paper = training(0.256, 16.0, 104.0);
     assert_eq!(paper.epochs(), 120);
     check(paper, 0.0, 0.0);
@@ -61,15 +62,15 @@ fn rates_by_hand() {
     check(paper, 16.0 + 26.0, 0.128 * (1.0 + 0.5f64.sqrt()));
     check(paper, 68.0, 0.128);
     check(paper, 120.0, 0.0);
-    // Nothing rises again after the end.
+    // The rate does not rise again after the end.
     check(paper, 130.0, 0.0);
-    // Without warm-up the full rate comes first.
+    // Without warm-up the schedule starts at the full rate.
     let fine_tuning = training(0.01, 0.0, 3.0);
     assert_eq!(fine_tuning.epochs(), 3);
     check(fine_tuning, 0.0, 0.01);
     check(fine_tuning, 1.0, 0.0075);
     check(fine_tuning, 2.0, 0.0025);
-    // A warm-up of a part of an epoch.
+    // The warm-up may take a fraction of an epoch.
     let short = training(0.1, 0.5, 1.5);
     assert_eq!(short.epochs(), 2);
     check(short, 0.25, 0.05);
@@ -85,15 +86,15 @@ fn rates_fall_where_the_accuracy_drops() {
     };
     check(0.5, &[], 0.05);
     check(1.5, &[50.0], 0.1);
-    // To stay as high is no drop.
+    // The same accuracy is not a drop.
     check(2.5, &[50.0, 50.0], 0.1);
     check(3.5, &[50.0, 50.0, 49.9], 0.01);
-    // What comes after the drop counts from there.
+    // Each accuracy is compared with the previous one, not with the best one.
     check(4.5, &[50.0, 50.0, 49.9, 49.95], 0.01);
     check(5.5, &[50.0, 50.0, 49.9, 49.95, 40.0], 0.001);
 }
 
-/// Setting `key` is refused, in a message that names it and its value.
+/// Checks that setting `key` is refused with a message that names it and its value.
 #[track_caller]
 fn check_refused(key: &str, value: &str, change: impl Fn(&mut Training)) {
     let mut settings = training(0.1, 1.0, 2.0);
@@ -128,7 +129,7 @@ fn impossible_settings_are_refused_by_name() {
     }
 }
 
-/// The ends of what is allowed.
+/// The limits of the allowed ranges are accepted.
 #[test]
 fn extreme_settings_are_accepted() {
     let mut settings = training(1e-9, 0.0, 1.0);

@@ -1,11 +1,11 @@
-//! Files that appear whole or not at all.
+//! Files that are written completely or not at all.
 //!
-//! What is to be written goes to a temporary file in the same folder, is flushed to the disk, and takes the
-//! place of the old file by being renamed. So a reader, and a program that goes on after a crash, finds
-//! either the old file or the new one. A process that is killed in between leaves its temporary file,
-//! `.unfinished-` and random letters, which nothing reads and [`sweep`] removes.
+//! The contents are written to a temporary file in the same folder, flushed to disk, and renamed to
+//! the target. A reader, or a program that resumes after a crash, therefore finds either the old
+//! file or the new one. A process that is killed in between leaves its temporary file
+//! (`.unfinished-` and random letters), which nothing reads and [`sweep`] removes.
 //!
-//! Whether a file still is what was written is told by hashes, [`mod@seal`].
+//! Hashes ([`mod@seal`]) tell whether a file still has the contents that were written.
 
 #![forbid(unsafe_code)]
 
@@ -17,14 +17,16 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-/// Writes `contents` to `path`, whole or not at all; makes the folder where it is missing.
+/// Writes `contents` to `path`, completely or not at all. Creates the folder if it is missing.
 pub fn write(path: &Path, contents: impl AsRef<[u8]>) -> io::Result<()> {
     replace(path, identity, |temporary| fs::write(temporary, contents))
 }
 
-/// Lets `fill` write a temporary file beside `path` (with the same extension, as some writers go by it),
-/// which then becomes `path`; makes the folder where it is missing. Errors of the file system that do not
-/// come from `fill` go through `fail`. After any error, `path` is as it was and the temporary file is gone.
+/// Replaces `path` by a temporary file that `fill` writes.
+///
+/// The temporary file is in the same folder and has the same extension, which some writers depend
+/// on. The folder is created if it is missing. File system errors that do not come from `fill` are
+/// converted by `fail`. After any error, `path` is unchanged and the temporary file is removed.
 pub fn replace<E>(
     path: &Path,
     fail: impl Fn(io::Error) -> E,
@@ -34,19 +36,21 @@ pub fn replace<E>(
     fs::create_dir_all(folder).map_err(&fail)?;
     let suffix = path.extension().map(|extension| format!(".{}", extension.display())).unwrap_or_default();
     let mut temporary = builder().suffix(&suffix).tempfile_in(folder).map_err(&fail)?;
-    // So that nobody takes it for one that was left; where there are no locks, its age has to tell.
+    // The lock keeps `sweep` from removing the file. Without locks, `sweep` goes by the file's age.
     temporary.as_file().try_lock().ok();
     fill(temporary.path())?;
-    // Before the rename, or a power failure could leave an empty file under the new name.
+    // Without this, a power failure after the rename could leave an empty file under the new name.
     temporary.as_file().sync_all().map_err(&fail)?;
     fs::rename(temporary.path(), path).map_err(&fail)?;
-    // There is nothing to be removed under the old name any more.
+    // The temporary name does not exist any more.
     temporary.disable_cleanup(true);
     Ok(())
 }
 
-/// Removes the temporary files in `folder` that processes left which were killed: those that no process has locked, or
-/// where there are no locks, those of more than an hour.
+/// Removes the temporary files in `folder` that killed processes left.
+///
+/// These are the files that no process has locked or, if the file system has no locks, those older
+/// than an hour.
 pub fn sweep(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
@@ -63,7 +67,7 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
                 }
             })
         };
-        // Whoever else sweeps may have been faster.
+        // Another process that sweeps may have removed the file already.
         if left() == Some(true)
             && let Err(error) = fs::remove_file(entry.path())
             && error.kind() != io::ErrorKind::NotFound
@@ -74,10 +78,11 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// No file takes longer to be written.
+/// The age after which a temporary file counts as abandoned if the file system has no locks. No
+/// file takes this long to write.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Checks that files can be written in `folder`, which is made where it is missing.
+/// Checks that files can be written in `folder`, which is created if it is missing.
 pub fn check(folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     builder().tempfile_in(folder).map(drop)
@@ -87,11 +92,11 @@ fn builder<'a>() -> tempfile::Builder<'static, 'a> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(PREFIX);
     #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as usual
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // the umask still applies
     builder
 }
 
-/// How the names of temporary files begin.
+/// The prefix of the names of temporary files.
 const PREFIX: &str = ".unfinished-";
 
 #[cfg(test)]
@@ -123,7 +128,7 @@ mod tests {
             fs::write(folder.path().join(name), "half").unwrap();
         }
         let found = || names.map(|name| folder.path().join(name).exists());
-        // One that is being written is left alone.
+        // A file that is being written is not removed.
         replace(&folder.path().join("kept.json"), identity, |temporary| {
             sweep(folder.path())?;
             assert!(temporary.exists());

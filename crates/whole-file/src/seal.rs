@@ -1,26 +1,26 @@
-//! Whether what is read is what was written: hashes of files, and JSON that holds a hash of itself.
+//! Detection of changed data: hashes of files, and JSON objects that contain a hash of themselves.
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::Path;
 use std::{fs, io};
 
-/// The member of a JSON object that holds the hash of the rest.
+/// The member of a JSON object that holds the hash of all other members.
 pub const SEAL: &str = "seal";
 
-/// The SHA-256 of some bytes, in lower-case hexadecimal digits.
+/// Returns the SHA-256 of some bytes, in lower-case hexadecimal digits.
 pub fn sha256(data: impl AsRef<[u8]>) -> String {
     hex(&Sha256::digest(data))
 }
 
-/// The SHA-256 of bytes that come in pieces.
+/// Returns the SHA-256 of bytes that come in pieces.
 pub fn sha256_of_pieces<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> String {
     let mut hasher = Sha256::new();
     pieces.into_iter().for_each(|piece| hasher.update(piece));
     hex(&hasher.finalize())
 }
 
-/// The SHA-256 of a file.
+/// Returns the SHA-256 of a file.
 pub fn sha256_of_file(path: &Path) -> io::Result<String> {
     fs::read(path).map(sha256)
 }
@@ -29,9 +29,11 @@ fn hex(hash: &[u8]) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What the seal of a JSON object has to be: the SHA-256 of the object without its seal, written without spaces, with names
-/// in order, and with the 16 hexadecimal digits of its bits for each number that is not whole. So it depends neither on how the
-/// file is laid out nor on how numbers are written.
+/// Computes the seal of a JSON object: the SHA-256 of the object without its seal.
+///
+/// The object is serialized without spaces and with sorted names, and a floating-point number (1.0,
+/// but not 1) as the 16 hexadecimal digits of its bits. So the seal depends neither on the file's
+/// layout nor on how floating-point numbers are written.
 pub fn of(value: &Value) -> String {
     let mut rest = value.clone();
     if let Some(members) = rest.as_object_mut() {
@@ -71,10 +73,10 @@ fn write(value: &Value, text: &mut String) {
     }
 }
 
-/// Checks the seal of a JSON object; gives whether it has one.
+/// Checks the seal of a JSON object; returns whether it has one.
 ///
 /// # Errors
-/// What was found and what was expected, where the seal is another.
+/// A description of what was found and expected, if the seal does not match.
 pub fn check(value: &Value) -> Result<bool, String> {
     let Some(found) = value.get(SEAL) else { return Ok(false) };
     let expected = of(value);
@@ -89,7 +91,9 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// The hash is that of `{"a":{"c":3ee4f8b588e368f1,"d":"ä"},"b":[3ff8000000000000,null]}` by another program.
+    /// The expected hash is that of
+    /// `{"a":{"c":3ee4f8b588e368f1,"d":"ä"},"b":[3ff8000000000000,null]}`, computed by another
+    /// program.
     #[test]
     fn a_seal_is_that_of_the_content() {
         let plain: Value =
@@ -106,7 +110,7 @@ mod tests {
         assert!(check(&json!({ "seal": 1 })).is_err());
     }
 
-    /// FIPS 180-2, appendix B.1.
+    /// The expected hash is that of FIPS 180-2, appendix B.1.
     #[test]
     fn hashes_are_sha_256() {
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";

@@ -1,9 +1,10 @@
-//! What enters a stage's key, written out.
+//! The inputs of a stage's key, written out.
 //!
-//! A key names a result for good: a store keeps the work of hours under it. So all of it stands here and follows from
-//! nothing else, however the types of the settings change. The settings are taken apart without `..`, so that a new one
-//! does not compile before it is here too; it then stays out of the key where it has the value that went without saying
-//! before, and the keys of stored stages stay what they are.
+//! A key names a result permanently, and a store keeps hours of work under it. So everything that
+//! enters a key is written here, and nothing is derived from how the settings' types are defined.
+//! The settings are destructured without `..`, so that a new setting does not compile before it is
+//! added here. A new setting is left out of the key if it has the value that was implied before, so
+//! that the keys of stored stages do not change.
 
 use crate::{Error, Outcome, Result, Stage, StageKind};
 use baselines::{Calibration, Cap, Dfq};
@@ -18,9 +19,11 @@ use whole_file::seal;
 /// The highest [`version`].
 const RESULT_VERSION: u32 = 3;
 
-/// The version of what a kind of stage gives. To be raised when a change makes stages of this kind give other results
-/// from the same inputs, so that stored results of older versions are not taken for new ones. The keys of the stages
-/// that come after one change with its own; those before it stay.
+/// Returns the version of the results of a kind of stage.
+///
+/// It must be raised if a change makes stages of this kind give other results from the same inputs,
+/// so that results stored by older versions are not taken for new ones. The keys of later stages
+/// change with it; those of earlier stages do not.
 fn version(kind: &StageKind) -> u32 {
     match kind {
         StageKind::Given { .. } => RESULT_VERSION,
@@ -32,11 +35,14 @@ fn version(kind: &StageKind) -> u32 {
 }
 
 impl Stage {
-    /// The key under which the stage's result is stored: the first 16 hexadecimal digits of the SHA-256 of its
-    /// settings, seed and version, its parent's key and the data's fingerprint.
+    /// Returns the key under which the stage's result is stored.
+    ///
+    /// It is the first 16 hexadecimal digits of a SHA-256 over the stage's settings, seed and
+    /// version, its parent's key and the data's fingerprint.
     ///
     /// # Errors
-    /// When a setting is NaN or infinite, which JSON can't tell from a setting that is not given.
+    /// If a setting is NaN or infinite, which JSON cannot distinguish from a setting that is not
+    /// given.
     pub fn key(&self, data_fingerprint: &str) -> Result<String> {
         self.key_by(version, data_fingerprint)
     }
@@ -50,19 +56,21 @@ impl Stage {
 
 fn key(version: u32, settings: &Value, parent: Option<&str>, data: &str) -> String {
     let inputs = json!({ "version": version, "stage": settings, "parent": parent, "data": data });
-    // Objects are written with their names in order, numbers as serde_json writes them.
+    // Objects are written with sorted names, and numbers as serde_json writes them.
     let mut hash = seal::sha256(inputs.to_string());
     hash.truncate(16);
     hash
 }
 
-/// Whether an outcome's key is the one of its settings, its parent's key and its data, at any version until now.
+/// Returns whether an outcome's key is that of its settings, its parent's key and its data, in any
+/// version so far.
 pub(crate) fn fits(outcome: &Outcome) -> bool {
     let Outcome { key: found, stage, parent, data, .. } = outcome;
     (1..=RESULT_VERSION).any(|version| key(version, stage, parent.as_deref(), &data.fingerprint) == *found)
 }
 
-/// What a stage does with all of its settings, as they enter its key and stand in its outcome.
+/// Returns a stage's kind and all of its settings, as they enter its key and are stored in its
+/// outcome.
 pub(crate) fn settings(kind: &StageKind) -> Result<Value> {
     Ok(match kind {
         StageKind::Given { hash } => json!({ "given": { "network": format!("{hash:032x}") } }),
@@ -175,7 +183,7 @@ fn quantization_settings(quantization: &Quantization) -> Value {
         WeightGrid::Tensor => {}
         WeightGrid::Channel => settings["weight_grid"] = "channel".into(),
     }
-    // Other methods do not know it.
+    // Other methods ignore it.
     if gradient_scale && method == Method::Dsq {
         settings["gradient_scale"] = true.into();
     }
@@ -210,7 +218,7 @@ fn dfq_settings(dfq: &Dfq) -> Result<Value> {
         tolerance,
         max_sweeps,
         cap,
-        // It must be what the quantization's `fold` says.
+        // It is determined by the quantization's `fold`.
         normalization: _,
         calibration,
     } = dfq;
@@ -234,7 +242,7 @@ fn dfq_settings(dfq: &Dfq) -> Result<Value> {
     Ok(settings)
 }
 
-/// A number of a key.
+/// Returns `value` if it is finite and can enter a key.
 fn finite(setting: &'static str, value: f64) -> Result<f64> {
     if value.is_finite() { Ok(value) } else { Err(Error::NotFinite { setting, value }) }
 }
@@ -303,7 +311,8 @@ mod tests {
         assert_eq!(stage.key(data).unwrap(), expected, "{stage:?}");
     }
 
-    /// Each kind of stage, and each of its settings changed alone. Found by a program that knows JSON and SHA-256 only.
+    /// Checks the keys of all kinds of stages, with each setting changed alone. The expected keys
+    /// come from an independent program that only has JSON and SHA-256.
     #[test]
     fn every_setting_is_in_the_key() {
         use models::Version;
@@ -419,7 +428,7 @@ mod tests {
         check(&tuned, "other", "ef051805e0ac5051");
     }
 
-    /// A new version of one kind of stage leaves what came before as it is.
+    /// A new version of one kind of stage leaves the keys of earlier stages unchanged.
     #[test]
     fn kinds_of_stages_have_versions_of_their_own() {
         let root = Stage::root(pretrain(network(), training(), 0));
@@ -431,7 +440,8 @@ mod tests {
         assert_eq!(same, [true, false, false]);
     }
 
-    /// The stages of MobileNetV2, A4/W4, ours, in results/table3/reduced, which were run at version 2.
+    /// Checks the stages of MobileNetV2 at A4/W4 by our method in results/table3/reduced, which
+    /// were run at version 2.
     #[test]
     fn keys_of_stored_stages_stay_what_they_were() {
         let data = "1465f6dce7af2ddf02526af1c2774137ae118fdb11dc8d28a714b4fd619a771e";

@@ -1,9 +1,9 @@
 //! Stages and their store.
 //!
 //! A [`Stage`] is a pure function with a name: pre-train, prune, fine-tune, equalize. Its inputs
-//! (parent stage, settings, data, seed) are hashed to its key, and the [`Store`] keeps what it gave
-//! under that key. So a stage that has been run is never run again, tables share what they have in
-//! common, an interrupted run goes on where it was, and two processes can share the work.
+//! (parent stage, settings, data, seed) are hashed to its key, and the [`Store`] keeps its result
+//! under that key. So a stage is never run twice, tables share their common stages, an interrupted
+//! run resumes, and two processes can share the work.
 
 #![forbid(unsafe_code)]
 
@@ -25,7 +25,7 @@ pub use verify::{Checked, Finding, verify};
 
 use std::path::Path;
 
-/// What can go wrong while running stages.
+/// Errors of running stages.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A network could not be built, read or written.
@@ -67,40 +67,40 @@ pub enum Error {
         /// What was found and what was expected.
         problem: String,
     },
-    /// A setting has no place in a key.
+    /// A setting is not finite, so the stage has no key.
     #[error("setting {setting} = {value}: expected a finite number")]
     NotFinite {
-        /// Its name.
+        /// The name of the setting.
         setting: &'static str,
-        /// Its value.
+        /// The value of the setting.
         value: f64,
     },
     /// The settings lack a training that a workflow needs.
     #[error("the settings have no [training.{0}]; add it, e.g. with `like = \"once\"` and what differs")]
     NoTraining(Purpose),
-    /// Not a failure: the time is up before the stage was begun.
+    /// The time limit was reached before the stage was started, which is not a failure.
     #[error("not begun, as it would end after the time limit; the same command goes on from here")]
     TimeLimit,
-    /// A stage failed; names it.
+    /// A stage failed.
     #[error("stage {label} ({folder})")]
     Stage {
-        /// What the stage is.
+        /// The label of the stage.
         label: String,
-        /// Its folder in the store.
+        /// The folder of the stage in the store.
         folder: String,
-        /// Why it failed.
+        /// The reason.
         #[source]
         source: Box<Error>,
     },
 }
 
 impl Error {
-    /// A file that could not be used, and why.
+    /// Creates an [`Error::File`].
     pub(crate) fn file(path: &Path, problem: impl std::fmt::Display) -> Self {
         Self::File { path: path.display().to_string(), problem: problem.to_string() }
     }
 
-    /// Whether nothing failed, but the time limit of [`Store::within`] ended the work.
+    /// Returns whether the time limit of [`Store::within`] ended the work, which is not a failure.
     pub fn is_time_limit(&self) -> bool {
         match self {
             Self::Stage { source, .. } => source.is_time_limit(),
@@ -109,7 +109,7 @@ impl Error {
         }
     }
 
-    /// Whether a file of the stage itself is missing or is not what was written.
+    /// Returns whether a file of the stage itself is missing or differs from what was written.
     pub fn is_damage(&self) -> bool {
         matches!(
             self,
@@ -120,5 +120,5 @@ impl Error {
     }
 }
 
-/// Result with this crate's [`Error`].
+/// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

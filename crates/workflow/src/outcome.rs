@@ -7,28 +7,29 @@ use std::path::Path;
 use train::{Arithmetic, EpochMetrics, Evaluation};
 use whole_file::seal;
 
-/// The file that says that a stage is done.
+/// The file that marks a stage as done.
 pub(crate) const OUTCOME: &str = "outcome.json";
-/// The file of the network that a stage gave.
+/// The file of a stage's resulting network.
 pub(crate) const NETWORK: &str = "network.safetensors";
-/// A training's metrics.
+/// The file of a training's metrics.
 pub(crate) const METRICS: &str = "metrics.csv";
 
-/// What its quantizers spanned when it began and when it ended.
+/// The file of the quantizers' ranges at the stage's start and end.
 pub(crate) const RANGES: &str = "ranges.csv";
 
-/// Who made a result, with what.
+/// Who made a result, and with what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provenance {
     /// The exact command line.
     pub command: String,
-    /// Commit of the source that the binary was built from; ends in `-dirty` if it had been edited.
+    /// The commit of the source that the binary was built from. It ends in `-dirty` if the source
+    /// had been edited.
     pub git_commit: String,
-    /// Processor or accelerator.
+    /// The processor or accelerator.
     pub device: String,
 }
 
-/// What a stage gave.
+/// The result of a stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// The stage's key.
@@ -38,65 +39,69 @@ pub struct Outcome {
     /// [`Stage::step`](crate::Stage::step).
     #[serde(default)]
     pub step: String,
-    /// What it does, with its settings as they entered the key.
+    /// The stage's kind and settings, as they entered the key.
     pub stage: Value,
-    /// Key of the stage whose network it began from.
+    /// The key of the stage whose network is the input.
     pub parent: Option<String>,
     /// The data set's name, source and fingerprint.
     pub data: DataOrigin,
-    /// The resulting network on the test set; after training, that of the last epoch.
+    /// The evaluation of the resulting network on the test set; after training, that of the last
+    /// epoch.
     pub evaluation: Evaluation,
-    /// Multiply–accumulates of the resulting network for one image.
+    /// The number of multiply–accumulates of the resulting network for one image.
     pub macs: u64,
-    /// Its conv and classifier weights.
+    /// The number of convolution and classifier weights of the resulting network.
     pub weights: u64,
-    /// Wall time of this stage alone, over all of its sessions.
+    /// The wall time of this stage alone in seconds, over all of its sessions.
     pub seconds: f64,
-    /// Of every epoch, for stages that train.
+    /// The metrics of every epoch, for stages that train.
     pub metrics: Vec<EpochMetrics>,
-    /// After every epoch the share, in percent, of the filters whose running variance is below ε; stages of older versions, and
-    /// those that do not train, have none.
+    /// For every epoch, the percentage of filters whose running variance is below ε. It is empty
+    /// for stages of older versions and for stages that do not train.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub low_variance_percent: Vec<Option<f64>>,
-    /// What a stage without training reports about its work.
+    /// The report of a stage without training.
     pub report: Option<Value>,
-    /// What each layer of its report is: `full`, `depthwise` or `pointwise`.
+    /// The kind of each layer of the network that the report is about, by its name: `full`,
+    /// `depthwise` or `pointwise`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub layers: BTreeMap<String, String>,
-    /// Who made it.
+    /// Who made the result, and with what.
     pub provenance: Provenance,
-    /// SHA-256 of `metrics.csv` and of the network's files, by name; stages of older versions have none.
+    /// The SHA-256 of `metrics.csv`, `ranges.csv` and the network's files, by file name. It is
+    /// empty for stages of older versions.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub files: BTreeMap<String, String>,
-    /// SHA-256 of the file of the network that it began from.
+    /// The SHA-256 of the file of the input network.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent_network: Option<String>,
-    /// [`seal::of`] all of this. So a field that is added here is to be left out where it has its default, or the seals of
-    /// stored outcomes would no longer fit once they are written to results.
+    /// [`seal::of`] all other fields. A new field must therefore be left out if it has its default;
+    /// otherwise the seals of stored outcomes no longer match when they are written to results.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seal: Option<String>,
 }
 
-/// Which data a result comes from.
+/// The data that a result comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataOrigin {
-    /// `cifar100` or `synthetic`.
+    /// The name of the data set, such as `cifar100` or `synthetic`.
     pub name: String,
-    /// Folder, hub repository or generator.
+    /// The folder, hub repository or generator.
     pub source: String,
-    /// Hash of every image and label.
+    /// The data set's fingerprint, [`Dataset::fingerprint`](datasets::Dataset::fingerprint).
     pub fingerprint: String,
-    /// Images that could not be used and were left out, by their files; those of pictures that are decoded as they are
-    /// needed, which no fingerprint has.
+    /// The files of images that could not be used and were left out. The fingerprint does not
+    /// reflect this, because such images are decoded only when they are needed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
 }
 
 impl Outcome {
-    /// Reads what a stage gave from its folder; `None` if it has not been run.
+    /// Reads a stage's outcome from its folder; returns `None` if the stage has not been run.
     ///
     /// # Errors
-    /// [`Error::Damaged`] where it is not what was written. Outcomes of older versions have nothing that would tell.
+    /// [`Error::Damaged`] if the file differs from what was written. Damage to outcomes of older
+    /// versions cannot be detected.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(OUTCOME);
         let text = match std::fs::read(&path) {
@@ -109,10 +114,10 @@ impl Outcome {
         outcome.map(Some).map_err(|problem| Error::Damaged { path: path.display().to_string(), problem })
     }
 
-    /// The outcome that was written as `value`.
+    /// Parses an outcome and checks its seal.
     ///
     /// # Errors
-    /// What was found and what was expected, where it is not what was written.
+    /// A description of what was found and expected, if `value` differs from what was written.
     fn from_value(value: Value) -> Result<Self, String> {
         let sealed = seal::check(&value)?;
         let outcome: Self = serde_json::from_value(value).map_err(|e| format!("can't be understood: {e}"))?;
@@ -122,11 +127,11 @@ impl Outcome {
         Ok(outcome)
     }
 
-    /// The outcome that was written to results as `value`, which a key and a seal of its own make sure of.
+    /// Parses an outcome that was written to results, and checks its seal and its key.
     ///
     /// # Errors
-    /// What was found and what was expected, where it is not what was written, or its key is not that of its settings, its
-    /// parent's key and its data.
+    /// A description of what was found and expected, if `value` differs from what was written, or
+    /// if its key does not match its settings, its parent's key and its data.
     pub fn of_results(value: Value) -> Result<Self, String> {
         let outcome = Self::from_value(value)?;
         match key::fits(&outcome) {
@@ -135,7 +140,8 @@ impl Outcome {
         }
     }
 
-    /// How the stage's last evaluation was computed: as its training, and what does not train in `f32`.
+    /// Returns the arithmetic of the stage's last evaluation: that of its training, or `f32` for
+    /// stages that do not train.
     pub fn arithmetic(&self) -> Arithmetic {
         let settings = self.stage.as_object().and_then(|kinds| kinds.values().next());
         let arithmetic = settings.and_then(|settings| settings.get("training")?.get("arithmetic"));
@@ -147,14 +153,15 @@ impl Outcome {
         let path = folder.join(OUTCOME);
         let fail = |e: serde_json::Error| Error::file(&path, e);
         self.seal = None;
-        // As it will be read, so that the seal is one of what can be read.
+        // The outcome is serialized and parsed before it is sealed, so that the seal matches what
+        // will be read.
         let text = serde_json::to_string(self).map_err(fail)?;
         self.seal = Some(seal::of(&serde_json::from_str(&text).map_err(fail)?));
         let text = serde_json::to_string_pretty(self).map_err(fail)?;
         whole_file::write(&path, text).map_err(|e| Error::file(&path, e))
     }
 
-    /// The SHA-256 of the network's file; none for stages of older versions.
+    /// Returns the SHA-256 of the network's file, or `None` for stages of older versions.
     pub fn network_hash(&self) -> Option<&str> {
         self.files.get(NETWORK).map(String::as_str)
     }
@@ -162,7 +169,7 @@ impl Outcome {
     /// Checks that the files in the stage's folder are those that the stage wrote.
     ///
     /// # Errors
-    /// [`Error::Damaged`] for the first that is not.
+    /// [`Error::Damaged`] for the first file that is missing or differs.
     pub fn check_files(&self, folder: &Path) -> Result<()> {
         for (name, expected) in &self.files {
             let path = folder.join(name);

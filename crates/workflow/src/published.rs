@@ -1,4 +1,4 @@
-//! What stages gave that were run elsewhere, published beside the results.
+//! Outcomes of stages that were run elsewhere and published alongside the results.
 
 use crate::{Error, Outcome, Result};
 use candle_core::Device;
@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use whole_file::seal;
 
-/// Outcomes of stages that were run elsewhere, with the networks of some of them. A stage whose network is there counts as
-/// done in a [`Store`](crate::Store) that lacks it. Of any other there is the record: it tells what a row of a table needs to
-/// know of the stages before its last one, and the stage is run where its network is needed.
+/// Outcomes of stages that were run elsewhere, with the networks of some of them.
+///
+/// A stage whose network is published counts as done in a [`Store`](crate::Store) that lacks it. Of
+/// the other stages only the outcome is known. It is enough for a row of a table, which needs the
+/// outcomes of the stages before its last one; if the network is needed, the stage is run.
 #[derive(Debug, Default)]
 pub struct Published {
     stages: BTreeMap<String, Record>,
@@ -21,15 +23,17 @@ struct Record {
     outcome: Outcome,
     /// The file of the network.
     network: Option<PathBuf>,
-    /// What is wrong with the file, once that has been looked at.
+    /// The problem with the network's file, or `None` if it is intact. It is set once the file has
+    /// been checked.
     problem: OnceLock<Option<String>>,
 }
 
 impl Published {
-    /// The outcomes, and the networks' files by the keys of the stages that gave them. No file is read yet.
+    /// Collects outcomes, and the files of networks by the keys of the stages that made them. No
+    /// file is read yet.
     ///
     /// # Errors
-    /// Where a network is not of one of the stages, or its stage did not write down its hash.
+    /// If a network belongs to none of the stages, or its stage did not record its hash.
     pub fn new(outcomes: Vec<Outcome>, mut networks: BTreeMap<String, PathBuf>) -> Result<Self> {
         let mut stages = BTreeMap::new();
         for outcome in outcomes {
@@ -47,20 +51,20 @@ impl Published {
         }
     }
 
-    /// What the stage with that key gave.
+    /// Returns the outcome of the stage with that key.
     pub fn outcome(&self, key: &str) -> Option<&Outcome> {
         self.stages.get(key).map(|record| &record.outcome)
     }
 
-    /// The file of the network of the stage with that key.
+    /// Returns the network's file of the stage with that key.
     pub(crate) fn file(&self, key: &str) -> Option<&Path> {
         self.stages.get(key)?.network.as_deref()
     }
 
-    /// Whether the network of the stage with that key is published.
+    /// Returns whether the network of the stage with that key is published. The file is read once.
     ///
     /// # Errors
-    /// [`Error::Published`] where its file is not what the stage wrote; it is read once.
+    /// [`Error::Published`] if the file is not what the stage wrote.
     pub(crate) fn has_network(&self, key: &str) -> Result<bool> {
         let Some(Record { outcome, network: Some(path), problem }) = self.stages.get(key) else {
             return Ok(false);
@@ -78,10 +82,10 @@ impl Published {
         }
     }
 
-    /// The network of the stage with that key, if it is published.
+    /// Reads the network of the stage with that key, if it is published.
     ///
     /// # Errors
-    /// [`Error::Published`] where its file is not what the stage wrote.
+    /// [`Error::Published`] if the file is not what the stage wrote.
     pub fn network(&self, key: &str, device: &Device) -> Result<Option<Network>> {
         let Some(Record { outcome, network: Some(path), .. }) = self.stages.get(key) else { return Ok(None) };
         match Network::load_verified(path, outcome.network_hash().unwrap_or_default(), device) {

@@ -1,4 +1,4 @@
-//! What a stage's quantizers span when it begins and when it ends: `ranges.csv`.
+//! The ranges of a stage's quantizers at its start and end: `ranges.csv`.
 
 use crate::{Error, Result};
 use models::{Network, TensorRange};
@@ -11,7 +11,7 @@ use whole_file::seal;
 pub(crate) struct Ranges(String);
 
 impl Ranges {
-    /// Adds the ranges of the network's quantizers, `at` the stage's start or its end.
+    /// Adds the ranges of the network's quantizers. `at` is `start` or `end`.
     pub(crate) fn add(&mut self, at: &str, network: &Network) -> Result<()> {
         for TensorRange { node, weights, bits, lo, hi } in network.ranges()? {
             let tensor = if weights { "weights" } else { "output" };
@@ -20,7 +20,7 @@ impl Ranges {
         Ok(())
     }
 
-    /// Writes the file, and gives its SHA-256; nothing of a network without quantizers.
+    /// Writes the file and returns its SHA-256. Writes nothing for a network without quantizers.
     pub(crate) fn write(self, path: &Path) -> Result<Option<String>> {
         if self.0.is_empty() {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! The paper's workflows, as values made of stages.
+//! The paper's workflows, built from stages.
 
 use crate::{Error, Result, Stage, StageKind};
 use baselines::Dfq;
@@ -10,22 +10,23 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use train::Training;
 
-/// What a training is for; in a profile, the name of its settings: `[training.once]`.
+/// The purpose of a training. In a profile it is the name of the settings, as in `[training.once]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Purpose {
-    /// The float network, from scratch.
+    /// Training of the float network from scratch.
     Pretraining,
-    /// Activations quantized (Algorithm 1, step 3).
+    /// Fine-tuning with quantized activations (Algorithm 1, step 3).
     Activations,
-    /// Activations and weights quantized (Algorithm 1, step 5).
+    /// Fine-tuning with quantized activations and weights (Algorithm 1, step 5).
     Weights,
-    /// Activations and weights quantized at once, from the float network (Table 2's "fine-tune once").
+    /// Fine-tuning with activations and weights quantized at once, from the float network (Table
+    /// 2's "fine-tune once").
     Once,
-    /// After DFQ.
+    /// Fine-tuning after DFQ.
     Dfq,
-    /// With a method that learns, from the float network. Settings that have none for it mean that of
-    /// [`Purpose::Once`].
+    /// Fine-tuning with a method that learns its quantizers, from the float network. The default is
+    /// the training for [`Purpose::Once`].
     Learned(Method),
 }
 
@@ -66,15 +67,15 @@ impl TryFrom<String> for Purpose {
     }
 }
 
-/// The trainings of a profile, each by what it is for.
+/// The trainings of a profile, by purpose.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Trainings(pub BTreeMap<Purpose, Training>);
 
 impl Trainings {
-    /// The training for `purpose`.
+    /// Returns the training for `purpose`.
     ///
     /// # Errors
-    /// When the settings have none.
+    /// If the settings have no such training.
     pub fn get(&self, purpose: Purpose) -> Result<Training> {
         let given = self.0.get(&purpose);
         let given = match purpose {
@@ -90,96 +91,102 @@ impl Trainings {
     }
 }
 
-/// The settings from which the workflows of one table cell are made. A workflow is an error where the settings lack a
-/// training that it needs.
+/// The settings from which the workflows of one table cell are made.
+///
+/// A workflow is an error if the settings lack a training that it needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
-    /// Bits, and batch normalization under quantized weights.
+    /// The bit widths, and how batch normalization is treated while the weights are quantized.
     pub quantization: Quantization,
-    /// Pruning.
+    /// The settings of pruning.
     pub pfq: PfQ,
-    /// The baseline's preparation.
+    /// The settings of the DFQ baseline.
     pub dfq: Dfq,
-    /// Every training that a workflow may need.
+    /// The trainings that the workflows need.
     pub trainings: Trainings,
-    /// Seed of the fine-tuning stages.
+    /// The seed of the fine-tuning stages.
     pub seed: u64,
 }
 
 impl Recipe {
-    /// "Original" of Table 1: fine-tuning with only the activations quantized, of the network as it is.
+    /// Builds "Original" of Table 1: fine-tuning of the unpruned network with only the activations
+    /// quantized.
     pub fn activations_only(&self, network: &Arc<Stage>) -> Result<Arc<Stage>> {
         self.activations_only_with(network, Fold::Unfolded)
     }
 
-    /// The same by running statistics, also in training: normalization is folded before, so that what bias correction wrote
-    /// into a running mean is a part of a bias from then on.
+    /// Builds [`Recipe::activations_only`] with running statistics, also in training. Normalization
+    /// is folded before training, so that a running mean that bias correction changed becomes part
+    /// of a bias.
     pub fn frozen_activations_only(&self, network: &Arc<Stage>) -> Result<Arc<Stage>> {
         self.activations_only_with(network, Fold::Frozen)
     }
 
     fn activations_only_with(&self, network: &Arc<Stage>, fold: Fold) -> Result<Arc<Stage>> {
-        // How the settings fold batch normalization for weights, and how many grids these have, says nothing while they are
-        // float, and must not make another stage.
+        // The settings for batch normalization and weight grids have no effect while the weights
+        // are float, so they must not change the stage's key.
         let weight_grid = WeightGrid::Tensor;
         let quantization = Quantization { weights: Precision::Float, fold, weight_grid, ..self.quantization };
         Ok(network.then(self.fine_tune(quantization, Purpose::Activations)?))
     }
 
-    /// The pre-trained network after pruning.
+    /// Builds the pruned pre-trained network.
     pub fn pruned(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
         pretrained.then(StageKind::Prune { pfq: self.pfq })
     }
 
-    /// [`Recipe::algorithm1`] without its prunings.
+    /// Builds [`Recipe::algorithm1`] without pruning.
     pub fn algorithm1_unpruned(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let tuned = self.fine_tune(self.quantization, Purpose::Weights)?;
         Ok(self.activations_only(pretrained)?.then(tuned))
     }
 
-    /// DFQ without fine-tuning.
+    /// Builds DFQ without fine-tuning.
     pub fn dfq_alone(&self, pretrained: &Arc<Stage>) -> Arc<Stage> {
         let quantization = Quantization { fold: self.dfq.fold(), ..self.quantization };
         pretrained.then(StageKind::Equalize { dfq: self.dfq, quantization })
     }
 
-    /// "PfQ" of Table 1, which is Algorithm 1 up to step 3: prune, then fine-tune with only the activations
-    /// quantized.
+    /// Builds "PfQ" of Table 1, which is Algorithm 1 up to step 3: prune, then fine-tune with only
+    /// the activations quantized.
     pub fn pfq(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         self.activations_only(&self.pruned(pretrained))
     }
 
-    /// "PfQ (w/o bias correction)" of Table 1: the same, but the constants of removed filters are lost.
+    /// Builds "PfQ (w/o bias correction)" of Table 1: [`Recipe::pfq`], but the constants of removed
+    /// filters are lost.
     pub fn pfq_without_bias_correction(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let pfq = PfQ { bias_correction: false, ..self.pfq };
         self.activations_only(&pretrained.then(StageKind::Prune { pfq }))
     }
 
-    /// "Fine-tune once (w/ PfQ)" of Table 2: prune, then fine-tune with activations and weights quantized at
-    /// once.
+    /// Builds "Fine-tune once (w/ PfQ)" of Table 2: prune, then fine-tune with activations and
+    /// weights quantized at once.
     pub fn fine_tune_once(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let tuned = self.fine_tune(self.quantization, Purpose::Once)?;
         Ok(self.pruned(pretrained).then(tuned))
     }
 
-    /// Algorithm 1 of the paper (method section 3) on a pre-trained network: prune, fine-tune with
-    /// quantized activations, prune again, fine-tune with quantized activations and weights.
+    /// Builds Algorithm 1 of the paper (method section 3) on a pre-trained network: prune,
+    /// fine-tune with quantized activations, prune again, fine-tune with quantized activations and
+    /// weights.
     pub fn algorithm1(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let tuned = self.fine_tune(self.quantization, Purpose::Weights)?;
         Ok(self.pruned(&self.pfq(pretrained)?).then(tuned))
     }
 
-    /// "DFQ + fine-tune" of Table 3.
+    /// Builds "DFQ + fine-tune" of Table 3.
     pub fn dfq_with_fine_tune(&self, pretrained: &Arc<Stage>) -> Result<Arc<Stage>> {
         let quantization = Quantization { fold: self.dfq.fold(), ..self.quantization };
         let tuned = self.fine_tune(quantization, Purpose::Dfq)?;
         Ok(self.dfq_alone(pretrained).then(tuned))
     }
 
-    /// A method that learns, such as "PACT" and "DSQ" of Table 4: fine-tuning once with activations and weights
-    /// quantized by it; nothing is pruned.
+    /// Builds fine-tuning by a method that learns its quantizers, such as "PACT" and "DSQ" of Table
+    /// 4, with activations and weights quantized at once. Nothing is pruned.
     pub fn learned(&self, pretrained: &Arc<Stage>, method: Method) -> Result<Arc<Stage>> {
-        // These methods leave batch normalization as it is; PACT's weights even need it, as they are rescaled.
+        // These methods do not fold batch normalization. PACT even needs it, because it rescales
+        // the weights.
         let quantization = Quantization { method, fold: Fold::Unfolded, ..self.quantization };
         Ok(pretrained.then(self.fine_tune(quantization, Purpose::Learned(method))?))
     }

@@ -4,94 +4,97 @@ use pfq::{Corrected, Criterion, PfQ};
 use std::sync::Arc;
 use train::Training;
 
-/// One step of a workflow: what is done, and to which stage's network.
+/// One step of a workflow: an operation and the stage whose network it is applied to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stage {
-    /// What is done.
+    /// The operation and its settings.
     pub kind: StageKind,
-    /// The stage whose network is the input; none for the first one.
+    /// The stage whose network is the input, or `None` for the first stage.
     pub parent: Option<Arc<Stage>>,
 }
 
-/// What a stage does, with all of its settings.
+/// The operation of a stage, with all of its settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum StageKind {
-    /// Takes the network that [`Resources::given`](crate::Resources::given) has, as one begins that was trained elsewhere.
+    /// Takes the network in [`Resources::given`](crate::Resources::given), for workflows that start
+    /// from a network that was trained elsewhere.
     Given {
-        /// The first 128 bits of its [`Network::sha256`](models::Network::sha256).
+        /// The first 128 bits of the network's [`Network::sha256`](models::Network::sha256).
         hash: u128,
     },
     /// Trains a fresh network in float.
     Pretrain {
-        /// Which network.
+        /// The architecture of the network.
         network: MobileNet,
-        /// How it is trained.
+        /// The settings of the training.
         training: Training,
-        /// Seed of the parameters, the order of the images and their augmentation.
+        /// The seed of the parameters, the order of the images and their augmentation.
         seed: u64,
     },
     /// Removes low-variance filters.
     Prune {
-        /// Threshold and bias correction.
+        /// The settings of pruning, such as the threshold and bias correction.
         pfq: PfQ,
     },
-    /// Trains on with quantizers.
+    /// Trains the network further, with quantizers.
     FineTune {
-        /// What is quantized.
+        /// The settings of the quantizers.
         quantization: Quantization,
-        /// How it is trained.
+        /// The settings of the training.
         training: Training,
-        /// Seed of the order of the images and their augmentation.
+        /// The seed of the order of the images and their augmentation.
         seed: u64,
     },
-    /// Prepares a network as DFQ does.
+    /// Prepares the network as DFQ does.
     Equalize {
-        /// The method's steps.
+        /// The settings of DFQ.
         dfq: Dfq,
-        /// What is quantized.
+        /// The settings of the quantizers.
         quantization: Quantization,
     },
 }
 
 impl Stage {
-    /// A stage that begins a workflow.
+    /// Creates the first stage of a workflow.
     pub fn root(kind: StageKind) -> Arc<Self> {
         Arc::new(Self { kind, parent: None })
     }
 
-    /// The stage `kind` on this one's network.
+    /// Creates the stage that applies `kind` to this stage's network.
     pub fn then(self: &Arc<Self>, kind: StageKind) -> Arc<Self> {
         Arc::new(Self { kind, parent: Some(self.clone()) })
     }
 
-    /// The stage that the workflow began with.
+    /// Returns the first stage of the workflow.
     pub fn origin(&self) -> &Stage {
         self.parent.as_ref().map_or(self, |parent| parent.origin())
     }
 
-    /// This stage and all before it, the first one first.
+    /// Returns this stage and all stages before it, starting with the first one.
     pub fn lineage(self: &Arc<Self>) -> Vec<Arc<Stage>> {
         let mut all = self.parent.as_ref().map_or_else(Vec::new, |parent| parent.lineage());
         all.push(self.clone());
         all
     }
 
-    /// The model that the workflow began with, e.g. `mobilenet_v2`.
+    /// Returns the name of the workflow's initial model, such as `mobilenet_v2`, or `network` for a
+    /// given network.
     pub fn model(&self) -> &'static str {
         match &self.origin().kind {
             StageKind::Pretrain { network, .. } => network.version.name(),
-            // Only `root` makes stages without a parent: this one was given.
+            // A workflow starts with a pre-training or with a given network.
             _ => "network",
         }
     }
 
-    /// A short readable name: model, step and seed, e.g. `mobilenet_v2 fine-tune A4/W4 seed 0`.
+    /// Returns a short readable name of model, step and seed, such as
+    /// `mobilenet_v2 fine-tune A4/W4 seed 0`.
     pub fn label(&self) -> String {
         let seed = self.seed().map(|seed| format!(" seed {seed}")).unwrap_or_default();
         format!("{} {}{seed}", self.model(), self.step())
     }
 
-    /// What it does, e.g. `fine-tune A4/W4`.
+    /// Returns a short readable name of the operation, such as `fine-tune A4/W4`.
     pub fn step(&self) -> String {
         match &self.kind {
             StageKind::Given { .. } => "as given".into(),
@@ -114,7 +117,7 @@ impl Stage {
         }
     }
 
-    /// Its seed, for stages that have one.
+    /// Returns the seed, for stages that have one.
     pub fn seed(&self) -> Option<u64> {
         match &self.kind {
             StageKind::Pretrain { seed, .. } | StageKind::FineTune { seed, .. } => Some(*seed),
@@ -122,7 +125,7 @@ impl Stage {
         }
     }
 
-    /// The training settings, for stages that train.
+    /// Returns the training settings, for stages that train.
     pub fn training(&self) -> Option<&Training> {
         match &self.kind {
             StageKind::Pretrain { training, .. } | StageKind::FineTune { training, .. } => Some(training),

@@ -15,7 +15,7 @@ use std::time::Instant;
 use train::{Evaluation, Progress, TimeLimit, TrainingRun, calibrate, evaluate, fit};
 use whole_file::seal;
 
-/// A folder of finished and unfinished stages, one folder each.
+/// A folder of finished and unfinished stages, with one folder per stage.
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
@@ -24,48 +24,50 @@ pub struct Store {
     published: Arc<Published>,
 }
 
-/// Where what a stage gave is known from.
+/// The source from which a stage's outcome is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
-    /// The store.
+    /// The store itself.
     Store,
-    /// What is published, with its network.
+    /// A published outcome with its network.
     Published,
-    /// What is published, without its network.
+    /// A published outcome without its network.
     Record,
 }
 
-/// What a stage runs on.
+/// The resources that a stage runs on.
 pub struct Resources<'a> {
-    /// Training and test images.
+    /// The training and test images.
     pub data: &'a dyn Dataset,
-    /// Where tensors live.
+    /// The device of the tensors.
     pub device: &'a Device,
-    /// Recorded with every outcome.
+    /// The provenance that is recorded with every outcome.
     pub provenance: &'a Provenance,
-    /// What a workflow begins with that does not pre-train.
+    /// The initial network of workflows that do not pre-train.
     pub given: Option<&'a Network>,
-    /// The ranks that train together, of which this one is rank 0 and the others are in [`train::follow`]; everything else of
-    /// a stage, and the store, are this one's alone. None where this process trains alone.
+    /// The ranks that train together, or `None` if this process trains alone. This process is
+    /// rank 0, and the other ranks are in [`train::follow`]. Only rank 0 uses the store and does
+    /// everything other than training.
     pub ranks: Option<&'a dyn Ranks>,
     /// Whether training steps on a GPU are launches of a CUDA graph, which give the same bits.
     pub graphs: bool,
 }
 
-/// What the store tells while it works.
+/// An event during the work of a store.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// The stage had been run; its outcome is taken from the store, or from what is published.
+    /// The stage had already been run. Its outcome comes from the store or from what is published.
     Found(&'a Outcome),
-    /// Another process runs the stage; its end is waited for.
+    /// Another process is running the stage, and this one waits for it to end.
     Waiting(&'a Stage),
-    /// The file system has no locks: nothing keeps two processes from running a stage at once.
+    /// The file system has no locks, so two processes may run a stage at the same time.
     NoLocks(&'a std::io::Error),
-    /// What was found of the stage is damaged, for that reason, and now lies in that folder; the stage runs again.
+    /// The stage's files are damaged, for the given reason, and have been moved to the given
+    /// folder. The stage is run again.
     SetAside(&'a Stage, &'a Error, &'a Path),
-    /// The stage begins (or goes on).
+    /// The stage starts or resumes.
     Started(&'a Stage),
-    /// The stage trains.
+    /// The training of the stage makes progress.
     Progress(&'a Stage, Progress),
     /// The stage is done.
     Finished(&'a Outcome),
@@ -76,46 +78,51 @@ pub enum Event<'a> {
 pub struct Planned {
     /// The stage.
     pub stage: Arc<Stage>,
-    /// Its key.
+    /// The key of the stage.
     pub key: String,
-    /// What it gave, if it has been run, and is not damaged.
+    /// The outcome of the stage, if it has been run and is not damaged.
     pub outcome: Option<Outcome>,
-    /// Whether that is known from what is published and not from the store.
+    /// Whether the outcome is a published one and not in the store.
     pub published: bool,
-    /// Whether it is to be run: it has not been, or its network is needed, for itself or by a stage that is to be run, and not
-    /// to be had.
+    /// Whether the stage must be run. It must if it has no outcome, or if its network is needed but
+    /// neither stored nor published: as an end of the plan or as the input of a stage that must be
+    /// run.
     pub to_do: bool,
-    /// Epochs of an unfinished run that its checkpoint holds.
+    /// The number of epochs in the stage's `metrics.csv`, which have been trained and evaluated.
     pub epochs_done: usize,
 }
 
 impl Store {
-    /// The store in folder `root`, which is made when the first stage runs.
+    /// Opens the store in folder `root`, which is created when the first stage runs.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into(), limit: None, strict: false, published: Arc::default() }
     }
 
-    /// The same store, in which nothing is begun that would end after the limit: [`Store::run`] is then an error for
-    /// which [`Error::is_time_limit`] holds, and goes on another time.
+    /// Sets a time limit: nothing that would end after it is started.
+    ///
+    /// When the limit is reached, [`Store::run`] returns an error for which
+    /// [`Error::is_time_limit`] holds, and another call resumes the work.
     pub fn within(self, limit: TimeLimit) -> Self {
         Self { limit: Some(Arc::new(limit)), ..self }
     }
 
-    /// The same store, in which what is damaged is an error. Otherwise it is set aside, and the stage is run again.
+    /// Makes damaged files an error. Otherwise they are set aside and the stage is run again.
     pub fn strict(self) -> Self {
         Self { strict: true, ..self }
     }
 
-    /// The same store, for which the stages of published networks count as done where it lacks them. What it has itself is
-    /// preferred, and what is published is left out where that was made from another network than the store has.
+    /// Adds published stages, which count as done if the store lacks them.
+    ///
+    /// Stages in the store take precedence. A published stage is ignored if it was made from
+    /// another network than its parent has here.
     pub fn beside(self, published: Published) -> Self {
         Self { published: published.into(), ..self }
     }
 
-    /// The folder of a stage.
+    /// Returns the folder of a stage.
     ///
     /// # Errors
-    /// When a setting is not finite.
+    /// If a setting is not finite.
     pub fn folder(&self, stage: &Stage, data_fingerprint: &str) -> Result<PathBuf> {
         let kind = match stage.kind {
             StageKind::Given { .. } => "given",
@@ -127,7 +134,8 @@ impl Store {
         Ok(self.root.join(format!("{}-{kind}-{}", stage.model(), stage.key(data_fingerprint)?)))
     }
 
-    /// The file of a stage's network: in the store, or the published one where it counts as done.
+    /// Returns the file of a stage's network: the one in the store, or the published one if the
+    /// stage counts as done by it.
     ///
     /// # Errors
     /// Those of [`Store::outcome`].
@@ -140,15 +148,16 @@ impl Store {
         Ok(self.folder(stage, data_fingerprint)?.join(NETWORK))
     }
 
-    /// What the stage gave, if it has been run: here, or elsewhere and published.
+    /// Returns the outcome of a stage that has been run here, or elsewhere and published.
     ///
     /// # Errors
-    /// Where it is damaged, of another stage, or made from another network than the one that the stage before it has now.
+    /// If the outcome is damaged, belongs to another stage, or was made from another network than
+    /// the parent stage has now.
     pub fn outcome(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
         Ok(self.known(stage, data_fingerprint)?.map(|(outcome, _)| outcome))
     }
 
-    /// What the stage gave, and where that is known from.
+    /// Returns the outcome of a stage and its source.
     fn known(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<(Outcome, Source)>> {
         if let Some(outcome) = self.stored(stage, data_fingerprint)? {
             return Ok(Some((outcome, Source::Store)));
@@ -156,7 +165,7 @@ impl Store {
         let key = stage.key(data_fingerprint)?;
         let Some(outcome) = self.published.outcome(&key) else { return Ok(None) };
         if let Some(parent) = &stage.parent {
-            // It is of use only beside the network that it was made from.
+            // The published outcome is valid only for the network that it was made from.
             let parent = self.known(parent, data_fingerprint)?;
             let now = parent.as_ref().and_then(|(outcome, _)| outcome.network_hash());
             if now.is_none() || now != outcome.parent_network.as_deref() {
@@ -167,7 +176,7 @@ impl Store {
         Ok(Some((outcome.clone(), source)))
     }
 
-    /// What the stage gave, if it has been run here.
+    /// Returns the outcome of a stage that has been run in this store.
     fn stored(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<Outcome>> {
         let folder = self.folder(stage, data_fingerprint)?;
         let Some(outcome) = Outcome::read(&folder)? else { return Ok(None) };
@@ -180,18 +189,19 @@ impl Store {
             return damaged(format!("is of stage {}, expected {key}", outcome.key));
         }
         if let (Some(parent), Some(then)) = (&stage.parent, &outcome.parent_network) {
-            // A damaged parent is found where it is needed.
+            // A damaged parent is reported when its network is needed.
             let parent = Outcome::read(&self.folder(parent, data_fingerprint)?).ok().flatten();
             if let Some(now) = parent.as_ref().and_then(Outcome::network_hash).filter(|now| now != then) {
                 return damaged(format!("was made from a network of SHA-256 {then}, and that is {now} now"));
             }
         }
-        // Outcomes that were written before it was a field lack it; the seal of any other is one of what it says.
+        // Older outcomes lack this field. In newer ones the seal covers it, so it is not changed.
         let step = if outcome.step.is_empty() { stage.step() } else { outcome.step };
         Ok(Some(Outcome { step, ..outcome }))
     }
 
-    /// [`Store::known`]; what is damaged in the store counts as not there, unless the store is strict.
+    /// Returns [`Store::known`], but treats a stage that is damaged in the store as missing, unless
+    /// the store is strict.
     fn intact(&self, stage: &Stage, data_fingerprint: &str) -> Result<Option<(Outcome, Source)>> {
         match self.known(stage, data_fingerprint) {
             Err(error) if error.is_damage() && !self.strict => Ok(None),
@@ -199,7 +209,7 @@ impl Store {
         }
     }
 
-    /// The network that a finished stage gave.
+    /// Reads the network of a finished stage.
     pub fn network(&self, stage: &Stage, data_fingerprint: &str, device: &Device) -> Result<Network> {
         let path = self.folder(stage, data_fingerprint)?.join(NETWORK);
         let known = self.known(stage, data_fingerprint)?;
@@ -215,8 +225,8 @@ impl Store {
         .0)
     }
 
-    /// The outcome of `stage` and the network that it gave, on `device`: [`Store::run`], once more where the network is
-    /// damaged.
+    /// Returns the outcome of `stage` and its network on `device`. Runs the stage if needed, and
+    /// again if its network is damaged.
     pub fn produce(
         &self,
         stage: &Stage,
@@ -231,7 +241,7 @@ impl Store {
                 Ok(network) => return Ok((outcome, network)),
                 Err(error) if error.is_damage() && !self.strict => {
                     let lock = self.lock(stage, &folder, observe)?;
-                    // Another process may have seen to it while this one waited.
+                    // Another process may have repaired the stage during the wait.
                     if self.network(stage, fingerprint, &Device::Cpu).is_err_and(|e| e.is_damage()) {
                         set_aside(stage, &folder, &FINISHED, &error, observe)?;
                     }
@@ -244,7 +254,7 @@ impl Store {
         Ok((outcome, self.network(stage, fingerprint, device)?))
     }
 
-    /// The stages that `ends` need, each once, parents before children.
+    /// Returns the stages that `ends` need, each once, parents before children.
     pub fn plan(&self, ends: &[Arc<Stage>], data_fingerprint: &str) -> Result<Vec<Planned>> {
         let mut plan: Vec<Planned> = Vec::new();
         let mut records = Vec::new();
@@ -254,13 +264,14 @@ impl Store {
                 continue;
             }
             let known = self.intact(&stage, data_fingerprint)?;
-            // The metrics file has a heading and a line for every epoch.
+            // The metrics file has a header and a line for every epoch.
             let metrics = self.folder(&stage, data_fingerprint)?.join(METRICS);
             let epochs_done =
                 std::fs::read_to_string(metrics).map_or(0, |text| text.lines().count().saturating_sub(1));
             let (outcome, source) = known.unzip();
             let published = source.is_some_and(|source| source != Source::Store);
-            // Of a record, what is done from its network decides, which follows.
+            // Whether a stage without its network must be run depends on the stages after it, so
+            // the loop below decides.
             let to_do = source.is_none();
             let is_record = source == Some(Source::Record);
             records.push(is_record);
@@ -268,7 +279,7 @@ impl Store {
         }
         let mut needed =
             ends.iter().map(|end| end.key(data_fingerprint)).collect::<Result<BTreeSet<String>>>()?;
-        // Children before their parents.
+        // Visits children before their parents.
         for (planned, is_record) in plan.iter_mut().zip(records).rev() {
             planned.to_do |= is_record && needed.contains(&planned.key);
             if let (true, Some(parent)) = (planned.to_do, &planned.stage.parent) {
@@ -278,8 +289,9 @@ impl Store {
         Ok(plan)
     }
 
-    /// The outcome of `stage`: from the store if it has been run, from what is published if its network is, else by running
-    /// it and whatever it needs before it.
+    /// Returns the outcome of `stage`. It comes from the store if the stage has been run, or from
+    /// what is published if that includes the network. Otherwise this runs the stage and the stages
+    /// that it needs.
     pub fn run(
         &self,
         stage: &Stage,
@@ -295,7 +307,8 @@ impl Store {
         }
     }
 
-    /// [`Store::run`] of a stage that is not done before the store has it: its published network does not count.
+    /// Runs the stage as [`Store::run`] does, unless the store itself has it: a published network
+    /// does not count.
     pub fn run_here(
         &self,
         stage: &Stage,
@@ -320,7 +333,7 @@ impl Store {
         let lock = self.lock(stage, &folder, observe).map_err(named)?;
         whole_file::sweep(&folder).map_err(|e| named(Error::file(&folder, e)))?;
         match self.stored(stage, fingerprint) {
-            // Another process has run it while this one waited.
+            // Another process has run the stage during the wait.
             Ok(Some(outcome)) => {
                 observe(Event::Found(&outcome));
                 return Ok(outcome);
@@ -335,7 +348,8 @@ impl Store {
         }
         observe(Event::Started(stage));
         let outcome = match self.execute(stage, &folder, resources, observe) {
-            // Only the checkpoint can be: what comes before the stage has been seen to.
+            // Only the checkpoint can be damaged here: damaged parents have been set aside by
+            // `produce`, and other errors of the parents are wrapped.
             Err(error) if error.is_damage() && !self.strict => {
                 set_aside(stage, &folder, &["checkpoint.", "metrics."], &error, observe).map_err(named)?;
                 self.execute(stage, &folder, resources, observe)
@@ -348,7 +362,7 @@ impl Store {
         Ok(outcome)
     }
 
-    /// Locks a stage's folder, and waits for that if another process has it.
+    /// Locks a stage's folder; waits if another process holds the lock.
     fn lock(&self, stage: &Stage, folder: &Path, observe: &mut dyn FnMut(Event)) -> Result<Lock> {
         let lock = Lock::try_take(folder)?;
         match &lock {
@@ -417,7 +431,8 @@ impl Store {
                 low_variance_percent = trained.low_variance_percent;
                 (trained.network, trained.metrics, None)
             }
-            // Many small results of weights alone, each of which decides on the next: on a CPU wherever images are.
+            // Pruning and equalization consist of many small operations on weights, each of which
+            // depends on the last, so they always run on the CPU.
             StageKind::Prune { pfq } => {
                 let (network, report) = pfq.apply(&input(&Device::Cpu, observe)?)?;
                 (network.to_device(device)?, Vec::new(), Some(serde_json::to_value(report)))
@@ -481,9 +496,9 @@ impl Store {
             parent_network,
             seal: None,
         };
-        // Written last: it is what says that the stage is done.
+        // The outcome is written last, because it marks the stage as done.
         outcome.write(folder)?;
-        // The final network replaces the checkpoint, which is twice its size.
+        // The checkpoint is not needed any more; it is twice as large as the final network.
         Network::remove(&checkpoint_file(folder))?;
         Ok(outcome)
     }
@@ -493,7 +508,8 @@ pub(crate) fn checkpoint_file(folder: &Path) -> PathBuf {
     folder.join("checkpoint.safetensors")
 }
 
-/// Moves those of a stage's files whose names begin so into a folder beside them.
+/// Moves those of a stage's files whose names begin with one of `prefixes` into a new folder inside
+/// the stage's folder.
 fn set_aside(
     stage: &Stage,
     folder: &Path,
@@ -511,8 +527,8 @@ fn set_aside(
     for entry in std::fs::read_dir(folder).map_err(fail)? {
         names.push(entry.map_err(fail)?.file_name());
     }
-    // First the outcome, as it is what says that the stage is done: its name is the last in the alphabet.
-    names.sort_by(|a, b| b.cmp(a));
+    // The outcome marks the stage as done, so it is moved first.
+    names.sort_by_key(|name| name != OUTCOME);
     let begins = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
     for name in names.into_iter().filter(|name| begins(&name.to_string_lossy())) {
         std::fs::rename(folder.join(&name), place.join(&name)).map_err(fail)?;
@@ -521,32 +537,33 @@ fn set_aside(
     Ok(())
 }
 
-/// How the names of a finished stage's files begin.
+/// The prefixes of the names of a finished stage's files.
 const FINISHED: [&str; 4] = ["outcome.", "network.", "metrics.", "ranges."];
 
-/// What the names of folders with damaged files begin with.
-pub(crate) const DAMAGED: &str = "damaged-";
+/// The prefix of the names of folders with damaged files.
+const DAMAGED: &str = "damaged-";
 
-/// Lowest and highest value of a normalized image: black and white in the channel where they lie
-/// farthest out.
+/// Returns the lowest and the highest value of a normalized image: those of black and white in the
+/// channel with the most extreme values.
 pub fn image_range(data: &dyn Dataset) -> (f32, f32) {
     let ends =
         |pixel: f32| data.mean().into_iter().zip(data.std()).map(move |(mean, std)| (pixel - mean) / std);
     (ends(0.0).fold(0.0, f32::min), ends(1.0).fold(0.0, f32::max))
 }
 
-/// The lock of a stage's folder against other processes, which goes with the file, also when the process is killed.
+/// A lock on a stage's folder against other processes. The system releases it when the file is
+/// closed, and so also when the process is killed.
 enum Lock {
-    /// This process has it. What the file is of is nobody's business but the system's.
+    /// This process holds the lock. The file is only kept open.
     Held(#[allow(dead_code)] File),
-    /// Another process has it.
+    /// Another process holds the lock.
     Taken(File),
     /// The file system has no locks.
     Impossible(std::io::Error),
 }
 
 impl Lock {
-    /// Takes the lock if nobody has it.
+    /// Takes the lock if no other process holds it.
     fn try_take(folder: &Path) -> Result<Self> {
         let fail = |e: std::io::Error| Error::file(folder, format!("could not be locked: {e}"));
         std::fs::create_dir_all(folder).map_err(fail)?;
@@ -560,13 +577,13 @@ impl Lock {
     }
 }
 
-/// Whether an error says that the file system has no locks, as that of some clusters.
+/// Returns whether an error means that the file system has no locks, as on some clusters.
 fn no_locks(error: &std::io::Error) -> bool {
     error.kind() == ErrorKind::Unsupported || error.raw_os_error() == Some(libc::ENOLCK)
 }
 
-/// Removes what a process left that was killed after the stage's end: its checkpoint, and temporary files. That it can't
-/// be removed is no reason to stop.
+/// Removes the checkpoint and temporary files that a process left when it was killed after the
+/// stage's end. Errors are ignored, because the files do no harm.
 fn tidy(folder: &Path) {
     let is_left = |name: &str| name.starts_with("checkpoint.") || name.starts_with(".unfinished-");
     let left = std::fs::read_dir(folder).is_ok_and(|mut entries| {

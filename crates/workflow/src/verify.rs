@@ -1,47 +1,49 @@
-//! Whether the stages in a folder are what was written, and made from each other.
+//! Checks of the stages in a folder: that files are what was written, and that stages were made
+//! from each other.
 
 use crate::outcome::{NETWORK, Outcome};
-use crate::store::{DAMAGED, checkpoint_file};
+use crate::store::checkpoint_file;
 use crate::{Error, Result, key};
 use candle_core::Device;
 use models::Network;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// A stage's folder, and what was found there.
+/// A stage's folder and the finding about it.
 #[derive(Debug)]
 pub struct Checked {
     /// The folder.
     pub folder: PathBuf,
-    /// What was found.
+    /// The finding.
     pub finding: Finding,
 }
 
-/// What was found in a stage's folder.
+/// The state of a stage's folder.
 #[derive(Debug)]
 pub enum Finding {
-    /// A finished stage; every hash is right.
+    /// A finished stage whose hashes all match.
     Whole(Box<Outcome>),
-    /// A finished stage of an older version, which wrote no hashes. Its network can be read.
+    /// A finished stage of an older version, which recorded no hashes. Its network can be read.
     Unhashed(Box<Outcome>),
-    /// A whole checkpoint of a stage that goes on.
+    /// An intact checkpoint of an unfinished stage.
     Unfinished,
-    /// Neither an outcome nor a checkpoint: a stage that was begun, and damaged files that were set aside.
+    /// Neither an outcome nor a checkpoint: the stage was only started, or its damaged files were
+    /// set aside.
     Begun,
-    /// Something is not what was written.
+    /// A file differs from what was written.
     Damaged(Error),
 }
 
-/// Checks every stage of a store: hashes, keys, and that each was made from the network of the one before it.
+/// Checks every stage of a store: its hashes, its key, and that it was made from the network that
+/// its parent has.
 ///
 /// # Errors
-/// When a folder or a file can't be read.
+/// If a folder or a file cannot be read.
 pub fn verify(store: &Path) -> Result<Vec<Checked>> {
     let mut folders = Vec::new();
     for entry in std::fs::read_dir(store).map_err(|e| Error::file(store, e))? {
         let path = entry.map_err(|e| Error::file(store, e))?.path();
-        let aside = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(DAMAGED));
-        if path.is_dir() && !aside {
+        if path.is_dir() {
             folders.push(path);
         }
     }
@@ -99,7 +101,7 @@ fn examine(folder: &Path) -> Result<Finding> {
 }
 
 impl Finding {
-    /// What a finished stage gave.
+    /// Returns the outcome of a finished stage.
     pub fn outcome(&self) -> Option<&Outcome> {
         match self {
             Self::Whole(outcome) | Self::Unhashed(outcome) => Some(outcome),

@@ -1,4 +1,4 @@
-//! What is measured: the cases, their names, and how they are described to an implementation that does not
+//! The cases to measure: their names, and their description for an implementation that does not
 //! know our networks.
 
 use anyhow::{Context, Result, bail};
@@ -9,24 +9,24 @@ use quant_core::{Bits, Precision};
 use serde::{Deserialize, Serialize};
 use train::Arithmetic;
 
-/// Classes of CIFAR-100.
+/// The number of classes of CIFAR-100.
 pub(super) const CLASSES: usize = 100;
 
-/// One thing to measure.
+/// A case to measure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Case {
     pub(super) network: Version,
     pub(super) width: f64,
     pub(super) batch: usize,
     pub(super) what: What,
-    /// Whether it is with fake quantization, A4/W4.
+    /// Whether the case uses fake quantization, A4/W4.
     pub(super) quantized: bool,
-    /// In which feature maps are kept; PyTorch runs in `bf16` under autocast.
+    /// The arithmetic in which feature maps are stored. For `bf16`, PyTorch runs under autocast.
     #[serde(default)]
     pub(super) arithmetic: Arithmetic,
 }
 
-/// What a step is.
+/// The work of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum What {
@@ -42,14 +42,14 @@ pub(super) enum What {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Layer {
     pub(super) kind: Kind,
-    /// Side of the kernel.
+    /// The side of the kernel.
     pub(super) size: usize,
     pub(super) stride: usize,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
-    /// Height and width.
+    /// The height and width of the input.
     pub(super) input_size: [usize; 2],
-    /// Height and width.
+    /// The height and width of the output.
     pub(super) output_size: [usize; 2],
     pub(super) activation: Activation,
     pub(super) weight_bits: Option<u32>,
@@ -70,21 +70,22 @@ pub(super) enum Kind {
     Norm,
 }
 
-/// A network's structure, and what it quantizes to how many bits.
+/// A network's structure, and the bits of its quantizers.
 #[derive(Debug, Serialize)]
 pub(super) struct Layers {
     image: [usize; 3],
     classes: usize,
     input_bits: Option<u32>,
     units: Vec<Layer>,
-    /// From which unit's output to which.
+    /// The unit whose output a residual reads, and the unit whose output it is added to.
     residuals: Vec<[usize; 2]>,
     features_bits: Option<u32>,
     classifier_bits: Option<u32>,
 }
 
 impl Case {
-    /// Every case, networks first, in the order of the report. Single operations have the first arithmetic alone.
+    /// Returns every case, networks first, in the order of the report. Single operations use only
+    /// the first arithmetic.
     pub(super) fn all(batches: &[usize], arithmetics: &[Arithmetic]) -> Result<Vec<Self>> {
         let mut cases = Vec::new();
         for &batch in batches {
@@ -118,7 +119,7 @@ impl Case {
         Ok(cases)
     }
 
-    /// The network, freshly drawn, with its quantizers.
+    /// Builds the network with random weights and with its quantizers.
     pub(super) fn build(&self) -> Result<Network> {
         let config = MobileNet { width: self.width, ..MobileNet::new(self.network, Input::Cifar, CLASSES) };
         let mut network = config.init(0, &Device::Cpu)?;
@@ -136,12 +137,12 @@ impl Case {
         Ok(network)
     }
 
-    /// Whether it is of a whole network.
+    /// Returns whether the case is a whole network.
     pub(super) fn of_network(&self) -> bool {
         !matches!(self.what, What::Operation(_))
     }
 
-    /// "train", "eval" or the operation's name.
+    /// Returns "train", "eval" or the operation's name.
     pub(super) fn what(&self) -> String {
         match &self.what {
             What::Train => "train".into(),
@@ -150,12 +151,12 @@ impl Case {
         }
     }
 
-    /// "float" or "a4w4".
+    /// Returns "float" or "a4w4".
     pub(super) fn precision(&self) -> &'static str {
         if self.quantized { "a4w4" } else { "float" }
     }
 
-    /// All that tells it from the others.
+    /// Returns a name that no other case has.
     pub(super) fn name(&self) -> String {
         let Self { network, width, batch, .. } = self;
         let network = network.name();
@@ -164,7 +165,8 @@ impl Case {
 }
 
 impl Layer {
-    /// "depthwise s2 96@32x32": the kind, the stride, channels and the input's size.
+    /// Returns a name such as "depthwise s2 96@32x32": the kind, the stride, the channels and the
+    /// input's size.
     fn name(&self) -> String {
         let Self { stride, inputs, outputs, input_size: [h, w], .. } = self;
         let quantizer = if self.output_bits.is_some() { "+quantize" } else { "" };
@@ -177,7 +179,7 @@ impl Layer {
     }
 }
 
-/// The single operations: of those units of MobileNetV2 that have a typical shape.
+/// Returns the single operations, taken from units of MobileNetV2 with typical shapes.
 fn operations() -> Result<Vec<Layer>> {
     let network = MobileNet::new(Version::V2, Input::Cifar, CLASSES).init(0, &Device::Cpu)?;
     let layers = Layers::of(&network);
@@ -194,7 +196,7 @@ fn operations() -> Result<Vec<Layer>> {
         output_bits: bits,
         ..layer.clone()
     };
-    // At most one of each stride on large maps, the other with many channels.
+    // At most one layer of each kind and stride has large maps; the other one has many channels.
     let convolutions = [
         "stem",
         "blocks.0.depthwise",
@@ -218,7 +220,7 @@ fn operations() -> Result<Vec<Layer>> {
 }
 
 impl Layers {
-    /// Those of a network.
+    /// Describes a network.
     pub(super) fn of(network: &Network) -> Self {
         let bits = |q: Option<&models::Quantizer>| q.map(|q| q.bits.get());
         let mut layers = Self {
@@ -231,7 +233,7 @@ impl Layers {
             classifier_bits: None,
         };
         let shapes = network.shapes();
-        // Of each node the unit that its output comes from.
+        // For each node, the unit that its output comes from.
         let mut unit_of: Vec<usize> = Vec::new();
         for (node, &[h, w, outputs]) in network.nodes.iter().zip(&shapes) {
             let quantizer = bits(node.quantizer());
@@ -271,19 +273,20 @@ impl Layers {
         layers
     }
 
-    /// Fake quantizers of activations and weights.
+    /// Returns the number of fake quantizers of activations and weights.
     pub(super) fn quantizers(&self) -> usize {
         let of_units = self.units.iter().flat_map(|unit| [unit.weight_bits, unit.output_bits]);
         of_units.chain([self.input_bits, self.features_bits, self.classifier_bits]).flatten().count()
     }
 }
 
-/// Which cases `--only` picks. A term is a network, a width, a batch size, a precision, an arithmetic, or a part of what is
-/// measured; a case is picked if it fits a term of every kind given.
+/// The cases that `--only` picks. A term is a network, a width, a batch size, a precision, an
+/// arithmetic, or a part of the name of what is measured. A case is picked if it fits a term of
+/// every kind given.
 #[derive(Debug, Default)]
 struct Filter(Vec<(usize, Vec<String>)>);
 
-/// The parts of a case that a term can be about.
+/// The number of kinds of terms.
 const KINDS: usize = 6;
 
 fn fits(case: &Case, kind: usize, term: &str) -> bool {
@@ -298,7 +301,7 @@ fn fits(case: &Case, kind: usize, term: &str) -> bool {
 }
 
 impl Filter {
-    /// Sorts the terms by kind; one that no case fits is an error that names what is allowed.
+    /// Sorts the terms by kind. A term that fits no case is an error that names what is allowed.
     fn parse(terms: &[String], cases: &[Case]) -> Result<Self> {
         let mut filter = Self::default();
         for term in terms {
@@ -317,13 +320,13 @@ impl Filter {
         Ok(filter)
     }
 
-    /// Whether the case is picked.
+    /// Returns whether the case is picked.
     fn picks(&self, case: &Case) -> bool {
         self.0.iter().all(|(kind, terms)| terms.iter().any(|term| fits(case, *kind, term)))
     }
 }
 
-/// The cases that `--only` picks; none is an error.
+/// Returns the cases that `--only` picks; an error if there are none.
 pub(super) fn picked(only: &[String], cases: Vec<Case>) -> Result<Vec<Case>> {
     let filter = Filter::parse(only, &cases)?;
     let picked: Vec<Case> = cases.into_iter().filter(|case| filter.picks(case)).collect();

@@ -1,73 +1,76 @@
-//! What a figure depends on besides the code: the machine, the time, and the memory of this process.
+//! What a figure depends on besides the code: the machine, the time, and this process's memory.
 
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A line of this process's memory use, in MiB; `None` where the system does not tell.
+/// Returns a field of this process's memory use, in MiB; `None` if the system does not tell.
 pub(super) fn resident_mib(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     mib(&status, field)
 }
 
-/// Lets the peak begin anew at what is resident now, where the system can.
+/// Resets the peak of the resident memory to its current size, if the system can.
 pub(super) fn reset_peak() {
     std::fs::write("/proc/self/clear_refs", "5").ok();
 }
 
-/// `field:  123 kB` in a file of such lines.
+/// Returns the value of a line `field:  123 kB`, in MiB.
 fn mib(text: &str, field: &str) -> Option<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     Some(line.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
 }
 
-/// What the cores did since the machine started, in the system's ticks.
+/// What the cores did since the machine started, in ticks of the system.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Ticks {
     all: u64,
-    /// Not idle; what a hypervisor took counts as well.
+    /// Ticks that were not idle, including those that a hypervisor took.
     busy: u64,
-    /// By some processes.
+    /// Ticks of the known processes.
     known: u64,
 }
 
 impl Ticks {
-    /// Until now, those of the given processes on their own; `None` where the system does not tell.
+    /// Reads the ticks up to now, with those of the given processes; `None` if the system does not
+    /// tell.
     pub(super) fn now(processes: impl Iterator<Item = u32>) -> Option<Self> {
         let (all, busy) = ticks_of_cores(&std::fs::read_to_string("/proc/stat").ok()?)?;
         let of = |id: u32| ticks_of_process(&std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?);
-        // One that has ended in between did nothing since.
+        // A process that has ended meanwhile is left out.
         Some(Self { all, busy, known: processes.filter_map(of).sum() })
     }
 
-    /// Which share of the cores others than the known processes took, from `earlier` to now.
+    /// Returns the share of the cores that other than the known processes took since `earlier`.
     pub(super) fn others_since(self, earlier: Self) -> f64 {
         let others = (self.busy - earlier.busy).saturating_sub(self.known.saturating_sub(earlier.known));
         others as f64 / (self.all - earlier.all).max(1) as f64
     }
 }
 
-/// All ticks, and those that were not idle, of the first line of `/proc/stat`.
+/// Returns all ticks, and those that were not idle, from the first line of `/proc/stat`.
 fn ticks_of_cores(text: &str) -> Option<(u64, u64)> {
     let line = text.lines().next()?.strip_prefix("cpu ")?;
-    // user, nice, system, idle, waiting for a disk, two kinds of interrupts, taken by a hypervisor
+    // The fields: user, nice, system, idle, waiting for a disk, two kinds of interrupts, taken by a
+    // hypervisor.
     let ticks: Vec<u64> = line.split_whitespace().take(8).filter_map(|field| field.parse().ok()).collect();
     let all = ticks.iter().sum();
     Some((all, all - ticks.get(3)? - ticks.get(4)?))
 }
 
-/// The ticks in user and kernel mode of `/proc/PID/stat`. The second field, the name, may hold anything.
+/// Returns the ticks in user and kernel mode from `/proc/PID/stat`. The second field, the name, may
+/// contain any character.
 fn ticks_of_process(text: &str) -> Option<u64> {
     let mut fields = text.rsplit_once(')')?.1.split_whitespace().skip(11);
     Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
-/// Whether the processor has instructions for products of bfloat16.
+/// Returns whether the processor has instructions for products of bfloat16.
 pub(super) fn has_bf16() -> bool {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     info.split_whitespace().any(|word| matches!(word, "avx512_bf16" | "amx_bf16"))
 }
 
-/// The machine and its state, as (name, value); what is not known is left out.
+/// Returns the machine and its state as pairs of name and value. What is not known is left out.
 pub(super) fn facts(threads: usize) -> Vec<(String, String)> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let value = |text: Option<String>, name: &str, separator: char| {
@@ -105,15 +108,16 @@ pub(super) fn facts(threads: usize) -> Vec<(String, String)> {
     all.into_iter().filter_map(|(name, value)| Some((name.into(), value?))).collect()
 }
 
-/// The compiler's version: of the one that is there, as the benchmark is built where it runs.
+/// Returns the version of the installed compiler, because the benchmark is built where it runs.
 fn rustc() -> Option<String> {
     let output = Command::new("rustc").arg("--version").output().ok()?;
     String::from_utf8(output.stdout).ok().map(|text| text.trim().to_string())
 }
 
-/// The day, in UTC, of a number of seconds since 1970, by the proleptic Gregorian calendar.
+/// Returns the day, in UTC, of a number of seconds since 1970, in the proleptic Gregorian calendar.
 fn date(seconds: u64) -> String {
-    // Years begin in March here, so that the leap day is the last of one; 719468 days before 1970.
+    // Years begin in March here, so that a leap day is the last day of its year. Day 0 is 719468
+    // days before 1970.
     let days = seconds / 86_400 + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);
     let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;

@@ -1,4 +1,4 @@
-//! Our side of the benchmark: a worker that runs this workspace's code as the programs run it.
+//! Our side of the benchmark: a worker that runs this workspace's code as the programs do.
 
 use super::case::{CLASSES, Case, Kind, Layer, Layers, What};
 use super::machine::{reset_peak, resident_mib};
@@ -15,13 +15,14 @@ use std::io::{BufRead, Write};
 use std::time::Instant;
 use train::{Decay, Trainer, Training};
 
-/// Steps before the first that is timed, as many as PyTorch's worker makes.
+/// The number of steps before the first timed one, as in PyTorch's worker.
 const WARM_UP: usize = 3;
 
-/// Bytes of the copy that shows how fast a GPU's memory is: far more than its caches hold.
+/// The size in bytes of the copy that measures a GPU's memory bandwidth, far more than its caches
+/// hold.
 const COPIED: usize = 1 << 30;
 
-/// What can be asked.
+/// A request to the worker.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Request {
@@ -29,10 +30,11 @@ enum Request {
     Setup { case: Case, settings: Settings },
 }
 
-/// One step of a case; gives a number that is finite if all went well.
+/// A step of a case, which returns a tensor that is finite if all went well.
 pub(super) type Work = Box<dyn FnMut() -> Result<Tensor>>;
 
-/// Answers requests until there are no more; computes on `device`, training steps with `graphs` as CUDA graphs.
+/// Answers requests until there are no more. Computes on `device`; with `graphs`, training steps
+/// are CUDA graphs.
 pub(super) fn serve(
     requests: impl BufRead,
     mut answers: impl Write,
@@ -81,13 +83,14 @@ fn set_up(case: &Case, settings: Settings, device: &Device, graphs: bool) -> Res
         work()?;
     }
     let traffic = if device.is_cpu() { None } else { Some(traffic(&mut work, device)?) };
-    // On a GPU, this process's memory says nothing.
+    // On a GPU, this process's memory says nothing about the GPU's.
     let before_mib = before_mib.filter(|_| device.is_cpu());
     reset_peak();
     Ok((work, Ready { before_mib, parameters, quantizers, traffic }))
 }
 
-/// What a step moves at least, as its operations count it, and how fast a large copy is.
+/// Measures the least number of bytes that a step moves, as its operations count them, and the
+/// speed of a large copy.
 fn traffic(work: &mut Work, device: &Device) -> Result<Traffic> {
     profiler::start();
     work()?;
@@ -106,7 +109,8 @@ fn traffic(work: &mut Work, device: &Device) -> Result<Traffic> {
 }
 
 fn run(work: &mut Work, steps: usize, device: &Device) -> Result<Ran> {
-    // What was begun before is not a part of it, and what it begins is; the CPU never has anything begun.
+    // Work that was launched before must not count, and work that is launched here must. On a CPU,
+    // nothing is asynchronous.
     device.synchronize()?;
     let started = Instant::now();
     let mut last = None;
@@ -117,7 +121,7 @@ fn run(work: &mut Work, steps: usize, device: &Device) -> Result<Ran> {
     let seconds = started.elapsed().as_secs_f64();
     let peak_mib = resident_mib("VmHWM").filter(|_| device.is_cpu());
     if let Some(last) = last
-        // A GPU sums no tensor without dimensions, such as a loss.
+        // A GPU can't sum a tensor without dimensions, such as a loss.
         && !last.to_dtype(DType::F32)?.flatten_all()?.sum_all()?.to_scalar::<f32>()?.is_finite()
     {
         bail!("the result is not finite");
@@ -129,7 +133,7 @@ pub(super) fn random(dims: &[usize], device: &Device) -> Result<Tensor> {
     Ok(Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?.to_device(device)?)
 }
 
-/// A step of a whole network, its number of parameters and of quantizers.
+/// Returns a step of a whole network, its number of parameters, and its number of quantizers.
 pub(super) fn network(
     case: &Case,
     settings: Settings,
@@ -170,7 +174,8 @@ pub(super) fn network(
         })
     } else {
         if case.quantized {
-            // Sets the ranges; of few images, as the pages that a training pass takes stay resident.
+            // This sets the ranges, from few images because the pages that a training pass takes
+            // stay resident.
             network.forward_train(&images.narrow(0, 0, case.batch.min(2))?, Step::alone(range_momentum))?;
         }
         Box::new(move || Ok(network.forward(&images)?))
@@ -178,7 +183,7 @@ pub(super) fn network(
     Ok((work, parameters, quantizers))
 }
 
-/// Forward and backward pass of one operation.
+/// Returns the forward and backward pass of one operation as a step.
 fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device, dtype: DType) -> Result<Work> {
     let random = |dims: &[usize]| random(dims, device);
     let &Layer { size, stride, inputs, outputs, input_size: [h, w], output_size: [ho, wo], .. } = layer;
@@ -189,7 +194,7 @@ fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device, d
     Ok(match layer.kind {
         Kind::Stem => {
             let weight = random(&[size * size * inputs, outputs])?;
-            // Patches are gathered twice, as the network does it.
+            // Patches are gathered twice, as in the network.
             let patches = move |x: &Tensor| im2col::forward(x, size, stride, (size - 1) / 2);
             Box::new(move || {
                 std::hint::black_box(pointwise::forward(&patches(&x)?, &weight)?);

@@ -1,4 +1,4 @@
-//! PyTorch's side of the benchmark: its modes, and a Python that has it.
+//! PyTorch's side of the benchmark: its modes, and a Python environment with PyTorch.
 
 use crate::output;
 use anyhow::{Context, Result, bail};
@@ -6,25 +6,29 @@ use report::bench::Place;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The worker's program, and what it needs: in the binary, as that may run where the sources are not.
+/// The worker's program and its requirements, embedded because the binary may run without the
+/// sources.
 const WORKER: &str = include_str!("../../bench/pytorch_worker.py");
 const REQUIREMENTS: &str = include_str!("../../bench/requirements.txt");
 const REQUIREMENTS_GPU: &str = include_str!("../../bench/requirements-cuda.txt");
 
-/// The worker's flags for one of [`report::bench::IMPLEMENTATIONS`]; `None` if it is not PyTorch.
+/// Returns the worker's flags for one of [`report::bench::IMPLEMENTATIONS`]; `None` if it is not
+/// PyTorch.
 pub(super) fn flags(implementation: &str, place: Place) -> Option<&'static [&'static str]> {
     Some(match (implementation, place) {
         ("pytorch_eager", _) => &[],
         ("pytorch_channels_last", Place::Cpu) => &["--channels-last"],
         ("pytorch_channels_last", Place::Gpu) => &["--channels-last", "--autocast"],
-        // In NCHW: inductor chooses the layouts within the graph, and was not faster from channels_last.
+        // In NCHW: inductor chooses the layouts within the graph, and was not faster from
+        // channels_last.
         ("pytorch_compile", Place::Cpu) => &["--compile"],
         ("pytorch_compile", Place::Gpu) => &["--compile", "--channels-last", "--autocast"],
         _ => return None,
     })
 }
 
-/// The command that starts a worker in a mode; its program is written to the folder `place`.
+/// Returns the command that starts a worker in a mode; writes the worker's program to the folder
+/// `place`.
 pub(super) fn worker(
     python: &Path,
     place: &Path,
@@ -38,16 +42,18 @@ pub(super) fn worker(
     let mut command = Command::new(python);
     command.arg(program).args(flags).args(["--device", device, "--threads", &threads.to_string()]);
     command.env("OMP_NUM_THREADS", threads.to_string());
-    // What is compiled is kept for the next run.
+    // Compiled code is kept for the next run.
     command.env("TORCHINDUCTOR_CACHE_DIR", target()?.join("bench-inductor"));
-    // What `process::run` sets for ours: an allocator that keeps its pages. It makes PyTorch faster too.
+    // The same as `process::run` sets for ours: an allocator that keeps its pages. PyTorch is
+    // faster with it too.
     command.env("MALLOC_MMAP_MAX_", "0");
     command.env("MALLOC_TRIM_THRESHOLD_", i32::MAX.to_string());
     command.env("MALLOC_TOP_PAD_", (64 << 20).to_string());
     Ok(command)
 }
 
-/// A Python with PyTorch: of the environment that this makes in the target folder, if it is not there yet.
+/// Returns a Python with PyTorch. Creates an environment for it in the target folder if there is
+/// none.
 pub(super) fn environment(place: Place) -> Result<PathBuf> {
     let (name, wanted) = match place {
         Place::Cpu => ("bench-venv", REQUIREMENTS),
@@ -69,7 +75,7 @@ pub(super) fn environment(place: Place) -> Result<PathBuf> {
         Command::new(&python).args(["-m", "pip", "install", "--retries", "2", "-r"]).arg(&asked),
         "PyTorch could not be installed; it needs a connection to PyPI, better also to the index of PyTorch",
     )?;
-    // Renamed last: an environment without it is made anew.
+    // The marker is renamed last, so that an incomplete environment is made again.
     std::fs::rename(&asked, &marker)?;
     Ok(python)
 }
@@ -83,7 +89,7 @@ fn run(command: &mut Command, advice: &str) -> Result<()> {
     Ok(())
 }
 
-/// Cargo's target folder: this program lies in target/PROFILE.
+/// Returns Cargo's target folder; this program is in target/PROFILE.
 pub(super) fn target() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let target = program.parent().and_then(Path::parent);

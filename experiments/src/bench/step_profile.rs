@@ -1,5 +1,7 @@
-//! The profile of a training step: each operation's share of the time, and how near it comes to what the machine
-//! can do, which is measured in the same run by a large matrix product and a large copy.
+//! The profile of a training step.
+//!
+//! For each operation it gives the share of the time, and how close the operation comes to the
+//! machine's peaks, which a large matrix product and a large copy measure in the same run.
 
 use super::case::{Case, What, picked};
 use super::ours;
@@ -42,10 +44,11 @@ struct Flags {
     only: Vec<String>,
 }
 
-/// What the machine can do.
+/// The machine's peaks.
 #[derive(Clone, Copy)]
 struct Peaks {
-    /// Of products of maps that are stored so.
+    /// Multiplications and additions per second in products of maps that are stored in one
+    /// arithmetic.
     flops: f64,
     bytes: f64,
 }
@@ -66,7 +69,8 @@ struct Line {
     share_of_peak_product_percent: f64,
     gb_per_second: f64,
     share_of_peak_copy_percent: f64,
-    /// What the peaks allow at best: the larger of the multiplications at the product's and the bytes at the copy's.
+    /// The least time that the peaks allow: the larger of the times for the multiplications and for
+    /// the bytes.
     least_ms_per_step: f64,
 }
 
@@ -76,7 +80,7 @@ pub fn main() -> Result<()> {
     process::run(|| run(&flags))
 }
 
-/// All kinds of steps that are profiled.
+/// Returns all kinds of steps that are profiled.
 fn cases(batch: usize) -> Vec<Case> {
     let mut cases = Vec::new();
     for (network, width) in [(Version::V2, 1.0), (Version::V2, 0.25), (Version::V1, 1.0), (Version::V1, 0.25)]
@@ -145,7 +149,7 @@ fn random(dims: &[usize]) -> Result<Tensor> {
     ours::random(dims, &Device::Cpu)
 }
 
-/// The best time of several runs.
+/// Returns the shortest time of several runs.
 fn best(mut operation: impl FnMut() -> Result<()>) -> Result<Duration> {
     let mut best = Duration::MAX;
     for _ in 0..7 {
@@ -156,7 +160,8 @@ fn best(mut operation: impl FnMut() -> Result<()>) -> Result<Duration> {
     Ok(best)
 }
 
-/// Multiplications and additions a second of a large product of a map that is stored so.
+/// Measures a large product of a map that is stored in `arithmetic`; returns multiplications and
+/// additions per second.
 fn product(arithmetic: Arithmetic) -> Result<f64> {
     let (a, b) = (random(&[2048, 1024])?.to_dtype(arithmetic.dtype())?, random(&[1024, 1024])?);
     let product = best(|| {
@@ -166,7 +171,7 @@ fn product(arithmetic: Arithmetic) -> Result<f64> {
     Ok(2.0 * (2048.0 * 1024.0 * 1024.0) / product.as_secs_f64())
 }
 
-/// Bytes a second of a large copy, read and written.
+/// Measures a large copy; returns the bytes per second, read and written.
 fn copy() -> Result<f64> {
     let from = vec![1.0f32; 64 << 20];
     let mut to = vec![0.0f32; 64 << 20];
@@ -178,7 +183,7 @@ fn copy() -> Result<f64> {
     Ok(8.0 * from.len() as f64 / copy.as_secs_f64())
 }
 
-/// Profiles one kind of step over some steps.
+/// Profiles a case over `steps` steps, after a warm-up, and adds its lines.
 fn step(case: &Case, steps: u16, peaks: &Peaks, lines: &mut Vec<Line>) -> Result<()> {
     let (mut step, ..) = ours::network(case, SETTINGS, &Device::Cpu, false)?;
     for _ in 0..3 {
@@ -263,7 +268,8 @@ fn table(lines: &[Line], text: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// The pointwise products of a case's network, MobileNetV2, each shape on its own, beside what bounds it.
+/// Writes the pointwise products of a case's network, MobileNetV2, shape by shape, compared with
+/// what bounds them.
 fn shapes(case: &Case, peaks: &Peaks, text: &mut String) -> Result<()> {
     let &Case { width, batch, arithmetic, .. } = case;
     let (name, dtype) = (arithmetic.name(), arithmetic.dtype());

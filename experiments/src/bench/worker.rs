@@ -1,8 +1,8 @@
-//! The processes that do the work, one for each implementation, and what is said to them.
+//! The worker processes, one for each implementation, and the messages to and from them.
 //!
-//! A worker says [`Hello`], then answers each line on its stdin with one on its stdout: [`Setup`] with
-//! [`Ready`], [`Run`] with [`Ran`], and either with [`Failure`]. It blocks while nobody asks it, so it takes
-//! nothing from the one whose turn it is.
+//! A worker first sends [`Hello`]. It then answers each line on its stdin with one on its stdout:
+//! [`Setup`] with [`Ready`], [`Run`] with [`Ran`], and either with [`Failure`]. It blocks while
+//! there is no request, so it takes no time from the worker whose turn it is.
 
 use super::case::{Case, Layers};
 use anyhow::{Context, Result, bail};
@@ -13,25 +13,25 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-/// What a worker says first.
+/// The first message of a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Hello {
     /// The version of its library.
     pub(super) version: String,
-    /// Threads that it computes with.
+    /// The number of threads that it computes with.
     pub(super) threads: usize,
 }
 
-/// Asks for a case, set up and warm.
+/// A request to set up a case and to warm it up.
 #[derive(Debug, Serialize)]
 pub(super) struct Setup<'a> {
     pub(super) case: &'a Case,
-    /// The network, where the case is of a whole one.
+    /// The network, if the case is a whole one.
     pub(super) layers: Option<&'a Layers>,
     pub(super) settings: Settings,
 }
 
-/// The settings of training that both sides use.
+/// The training settings that both sides use.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct Settings {
     pub(super) rate: f64,
@@ -43,27 +43,27 @@ pub(super) struct Settings {
 /// The answer to [`Setup`].
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct Ready {
-    /// Resident before the case was set up.
+    /// The resident memory before the case was set up, in MiB.
     pub(super) before_mib: Option<f64>,
-    /// Numbers that are learned.
+    /// The number of learned parameters.
     pub(super) parameters: usize,
-    /// Fake quantizers.
+    /// The number of fake quantizers.
     pub(super) quantizers: usize,
-    /// Of ours on a GPU.
+    /// The memory traffic of our implementation on a GPU.
     #[serde(default)]
     pub(super) traffic: Option<Traffic>,
 }
 
-/// What a step moves, and how fast the memory is.
+/// The memory traffic of a step, and the speed of the memory.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct Traffic {
-    /// Bytes of a step, at least.
+    /// The least number of bytes that a step moves.
     pub(super) step_bytes: f64,
-    /// Bytes a second, read and written, of a large copy.
+    /// The bytes per second, read and written, of a large copy.
     pub(super) copy_bytes_per_second: f64,
 }
 
-/// Asks for steps.
+/// A request to run a number of steps.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Run {
     pub(super) run: usize,
@@ -73,28 +73,28 @@ pub(super) struct Run {
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct Ran {
     pub(super) seconds: f64,
-    /// The most that was resident since the case was warm.
+    /// The peak of the resident memory since the case was warm, in MiB.
     pub(super) peak_mib: Option<f64>,
 }
 
-/// The answer where something went wrong.
+/// The answer to a request that failed.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Failure {
     pub(super) error: String,
 }
 
-/// A running worker. It ends when this is dropped.
+/// A running worker, which ends when this is dropped.
 pub(super) struct Worker {
     child: Child,
     /// `None` once the worker has been told to end.
     requests: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
-    /// Where its messages go.
+    /// The file that its messages go to.
     log: PathBuf,
 }
 
 impl Worker {
-    /// Starts a process; its messages go to the file `log`.
+    /// Starts a process whose messages go to the file `log`.
     pub(super) fn start(mut command: Command, log: PathBuf) -> Result<Self> {
         let file = File::create(&log).with_context(|| format!("{} could not be written", log.display()))?;
         let mut child = command
@@ -108,16 +108,16 @@ impl Worker {
         Ok(Self { child, requests, answers: BufReader::new(answers), log })
     }
 
-    /// The process's number.
+    /// Returns the process ID.
     pub(super) fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Says something and waits for the answer.
+    /// Sends a request and waits for the answer.
     pub(super) fn ask<T: DeserializeOwned>(&mut self, request: &impl Serialize) -> Result<T> {
         let mut line = serde_json::to_string(request)?;
         line.push('\n');
-        // Where the worker has ended, its last words say more than the broken pipe.
+        // If the worker has ended, its last message says more than the broken pipe.
         if let Some(requests) = &mut self.requests {
             requests.write_all(line.as_bytes()).and_then(|()| requests.flush()).ok();
         }
@@ -143,7 +143,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // Without requests it ends by itself.
+        // The worker ends by itself when its stdin is closed.
         self.requests = None;
         self.child.wait().ok();
     }

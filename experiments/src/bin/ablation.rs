@@ -1,4 +1,4 @@
-//! What the paper leaves open, measured: each setting beside its alternatives.
+//! Ablations: each setting that the paper leaves open, compared with its alternatives.
 
 fn main() -> std::process::ExitCode {
     experiments::exit(experiments::main(&experiments::tables::ABLATIONS))

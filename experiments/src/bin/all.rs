@@ -1,4 +1,4 @@
-//! Every table of the paper and its Figure 3, one after the other, from one set of stages.
+//! Every table of the paper and Figure 3, one after the other, from one set of stages.
 
 fn main() -> std::process::ExitCode {
     experiments::exit(experiments::all::main())

@@ -1,4 +1,4 @@
-//! Speed beside PyTorch: training, evaluation and single operations.
+//! Speed compared with PyTorch: training, evaluation and single operations.
 
 fn main() -> std::process::ExitCode {
     experiments::exit(experiments::bench::main())

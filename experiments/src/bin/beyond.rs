@@ -1,4 +1,4 @@
-//! Beyond the paper: quantizers that learn beside Algorithm 1.
+//! Beyond the paper: methods that learn their quantizers, compared with Algorithm 1.
 
 fn main() -> std::process::ExitCode {
     experiments::exit(experiments::main(&[&experiments::tables::BEYOND]))

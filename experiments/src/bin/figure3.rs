@@ -1,4 +1,4 @@
-//! Figure 3 of the paper: what filters of low and of ordinary running variance give.
+//! Figure 3 of the paper: the outputs of filters with low and with ordinary running variance.
 
 fn main() -> std::process::ExitCode {
     experiments::exit(experiments::figure3::main())

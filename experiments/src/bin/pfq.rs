@@ -1,4 +1,4 @@
-//! The tool for networks in files: running variances, pruning, multiply–accumulates, evaluation.
+//! The tool for networks in files: inspection, pruning, evaluation, quantization and export.
 
 fn main() -> std::process::ExitCode {
     experiments::exit(experiments::tool::main())

@@ -1,4 +1,4 @@
-//! [`Ranks`] by MPI.
+//! [`Ranks`] implemented with MPI.
 
 use anyhow::{Context as _, Result};
 use mpi::Threading;
@@ -9,23 +9,25 @@ use ranks::Ranks;
 use std::cell::Cell;
 use std::fmt;
 
-/// This process as a rank of MPI. An error of MPI ends the job, as MPI has it. So does dropping this before it has left.
+/// This process as a rank of MPI. By MPI's default, an error in MPI ends the job. Dropping this
+/// before the rank has left ends the job too.
 pub(crate) struct Mpi {
     world: SimpleCommunicator,
     left: Cell<bool>,
-    /// Dropped last: that waits for the other ranks.
+    /// Dropped last, because dropping it waits for the other ranks.
     _universe: Universe,
 }
 
 impl Mpi {
-    /// Joins the ranks that were started with this process. All calls are then to be made by this thread.
+    /// Joins the ranks that were started with this process. After that, only this thread may call
+    /// MPI.
     pub fn open() -> Result<Self> {
         let (universe, _) =
             mpi::initialize_with_threading(Threading::Funneled).context("MPI has begun already")?;
         Ok(Self { world: universe.world(), left: Cell::new(false), _universe: universe })
     }
 
-    /// Says that the job may end without this rank.
+    /// Declares that the job may end without this rank.
     pub fn leave(&self) {
         self.left.set(true);
     }
@@ -33,7 +35,7 @@ impl Mpi {
 
 impl Drop for Mpi {
     fn drop(&mut self) {
-        // An error, or a panic: the others would wait for this rank for ever.
+        // This is an error or a panic: the other ranks would wait for this one forever.
         if !self.left.get() {
             self.world.abort(1);
         }
@@ -55,8 +57,8 @@ impl Ranks for Mpi {
         self.world.size() as usize
     }
 
-    /// MPI requires that every rank gets identical results. That they are the same from run to run, it recommends; Open MPI
-    /// chooses its order by the numbers of ranks and of values.
+    /// MPI requires that every rank gets identical results. It only recommends that they are the
+    /// same from run to run; Open MPI chooses the order by the numbers of ranks and of values.
     fn sum(&self, values: &mut [f32]) {
         let own = values.to_vec();
         self.world.all_reduce_into(&own[..], values, SystemOperation::sum());
@@ -73,7 +75,7 @@ impl Ranks for Mpi {
         let mut length = bytes.len() as u64;
         first.broadcast_into(&mut length);
         bytes.resize(length as usize, 0);
-        // Nothing has no address, which MPI wants.
+        // MPI requires a valid address, which an empty buffer does not have.
         if length > 0 {
             first.broadcast_into(&mut bytes[..]);
         }

@@ -1,4 +1,4 @@
-//! [`Ranks`] by NCCL where tensors lie on GPUs, and by MPI for everything else.
+//! [`Ranks`] implemented with NCCL for tensors on GPUs, and with MPI for everything else.
 
 use crate::output;
 use anyhow::{Context as _, Result, bail};
@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// How long it takes at most until a failure of NCCL, for whose sums the host may be waiting, is noticed.
+/// The interval of checks for a failure of NCCL, while the host may be waiting for its sums.
 const WATCH: Duration = Duration::from_secs(1);
 
-/// This process as a rank whose GPU is connected with those of the others.
+/// This process as a rank whose GPU is connected to the GPUs of the other ranks.
 pub(crate) struct Nccl {
     host: Rc<dyn Ranks>,
     gpus: Arc<Communicator>,
@@ -22,10 +22,10 @@ pub(crate) struct Nccl {
     watched: Arc<AtomicBool>,
 }
 
-/// Whether all ranks compute on GPUs.
+/// Returns whether all ranks compute on GPUs.
 ///
 /// # Errors
-/// Where some do and some do not: they would wait for each other.
+/// If only some of them do, because the ranks would wait for each other.
 pub(crate) fn all_on_gpus(ranks: &dyn Ranks, device: &Device) -> Result<bool> {
     let all = ranks.gather(&[f64::from(u8::from(device.is_cuda()))]);
     let shown = |on_gpu: f64| if on_gpu > 0.0 { "a GPU" } else { "the CPU" };
@@ -39,10 +39,10 @@ pub(crate) fn all_on_gpus(ranks: &dyn Ranks, device: &Device) -> Result<bool> {
 }
 
 impl Nccl {
-    /// Connects the GPUs of all ranks, which `host` does the rest for.
+    /// Connects the GPUs of all ranks; `host` does all other communication.
     ///
     /// # Errors
-    /// Where NCCL is not there, or can't connect them.
+    /// If NCCL is not installed, or can't connect the GPUs.
     pub fn open(host: Rc<dyn Ranks>, device: &Device) -> Result<Self> {
         let id = if host.is_first() { Id::new()?.0.to_vec() } else { Vec::new() };
         let id = host.broadcast(id).try_into().ok().map(Id);
@@ -58,7 +58,8 @@ impl Nccl {
         Ok(Self { host, gpus, watched })
     }
 
-    /// Waits until all ranks have no more to add up, after which they may disconnect without that being a failure.
+    /// Waits until no rank has anything left to add up. After that, ranks may disconnect without
+    /// causing a failure.
     pub fn part(&self) {
         self.watched.store(false, Ordering::SeqCst);
         self.host.barrier();
@@ -71,15 +72,18 @@ impl Drop for Nccl {
     }
 }
 
-/// Ends the process, and with it the job, where NCCL fails while it works. The thread that does the work may wait for ever then.
+/// Ends the process, and with it the job, if NCCL fails during the work. The thread that does the
+/// work may otherwise wait forever.
 fn watch(gpus: &Communicator, watched: &AtomicBool, who: &str) {
     while watched.load(Ordering::SeqCst) {
-        // In this order: what follows from others' leaving comes after they have been waited for.
+        // The order of the two checks matters. Ranks disconnect only after the barrier in `part`,
+        // before which each of them clears `watched`. So if a failure comes from a rank that has
+        // left, `watched` is false by now.
         if let Some(error) = gpus.failure()
             && watched.load(Ordering::SeqCst)
         {
             output::complain(&format!("Error: {who}: {error}"));
-            // As the job is not finished, this ends it.
+            // The job is not finished, so this ends all of it.
             std::process::exit(1);
         }
         std::thread::sleep(WATCH);
@@ -105,7 +109,8 @@ impl Ranks for Nccl {
         self.host.sum(values);
     }
 
-    /// NCCL chooses the order of the terms by the numbers of ranks and values, and by how the GPUs are connected.
+    /// NCCL chooses the order of the terms by the numbers of ranks and values, and by how the GPUs
+    /// are connected.
     fn sum_tensor(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
         self.gpus.sum(tensor).map_err(candle_core::Error::wrap)
     }

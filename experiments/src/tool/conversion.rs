@@ -22,13 +22,13 @@ pub(super) struct Conversion {
 }
 
 impl Conversion {
-    /// Checks where the result goes, and reads the network; gives a line that says what it is, too.
+    /// Checks the output path and reads the network; also returns a line that describes it.
     pub fn open(&self) -> Result<(Network, String)> {
         self.network.check_output(&self.out, "safetensors")?;
         self.network.open()
     }
 
-    /// Writes the result; gives the line that says so.
+    /// Writes the result; returns a line that says so.
     pub fn save(&self, quantized: &Network, extras: &Extras) -> Result<String> {
         let out = self.out.display();
         quantized
@@ -38,7 +38,7 @@ impl Conversion {
     }
 }
 
-/// Of activations and weights.
+/// Parses the bits of activations and weights.
 fn bits(text: &str) -> Result<[Precision; 2], String> {
     let (activations, weights) = parse_bits(&text.to_ascii_lowercase())
         .ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;

@@ -9,28 +9,30 @@ use datasets::imagenet::{Limit, Options};
 use models::Network;
 use std::path::Path;
 
-/// Rows and columns of the smallest images that are ImageNet's rather than CIFAR-100's, where `--data` names no pictures.
+/// The minimum input height, in pixels, from which images are ImageNet's rather than CIFAR-100's if
+/// `--data` is not a folder of pictures.
 const LARGE: usize = 64;
 
-/// What makes a folder one of pictures rather than of CIFAR-100's files.
+/// The names that mark a folder as one of pictures rather than of CIFAR-100's files.
 const OF_PICTURES: [&str; 6] =
     ["train", "val", "validation", "ILSVRC", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"];
 
-/// Which images a command takes.
+/// The images that a command uses.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wanted<'a> {
-    /// As `--data` says it.
+    /// The value of `--data`.
     pub place: &'a str,
-    /// So many training and so many test images at most.
+    /// The maximum number of training and of test images.
     pub limits: [Option<usize>; 2],
-    /// Of pictures, the share that may be damaged, in percent.
+    /// The share of pictures that may be damaged, in percent.
     pub bad_percent: f64,
-    /// How much of CIFAR-100 is taken, which training images stand in for the test set, and how pictures are cropped.
+    /// The settings that say how much of CIFAR-100 is used, which training images replace the test
+    /// set, and how pictures are cropped.
     pub settings: Option<&'a DataSettings>,
 }
 
-/// The images that are wanted, at the size of the network's input: pictures where the place is a folder of them or the input is
-/// large, CIFAR-100 otherwise.
+/// Loads the images at the size of the network's input: pictures if the place is a folder of them
+/// or the input is large, CIFAR-100 otherwise.
 pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>> {
     let Wanted { place, limits: [train, test], bad_percent, settings } = wanted;
     let [height, width, _] = network.input;

@@ -81,9 +81,10 @@ impl Eval {
     }
 }
 
-/// The simulation with floats beside the evaluation in whole numbers.
+/// Compares the simulation with floats to the evaluation in whole numbers; returns the text to
+/// print.
 fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
-    /// Images whose logits are computed at once.
+    /// The number of images whose logits are computed at once.
     const BATCH: usize = 100;
     let engine = Engine::new(network)?;
     let (mut images, mut hits, mut different, mut distance, mut largest) = (0, [0; 2], 0, 0f32, 0f32);
@@ -115,7 +116,7 @@ fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
     ))
 }
 
-/// The first of the largest logits.
+/// Returns the index of the largest logit, the first one if several are equal.
 fn best(logits: &[f32]) -> usize {
     let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
     best.unwrap_or_default()

@@ -39,7 +39,7 @@ pub(super) struct Export {
     std: Option<Vec<f32>>,
 }
 
-/// What is written.
+/// The format of the written file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
     Onnx,

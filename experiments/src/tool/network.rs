@@ -1,4 +1,4 @@
-//! The network that a command is about.
+//! The network that a command works on.
 
 use super::text::millions;
 use crate::output;
@@ -66,7 +66,7 @@ enum Phi {
 }
 
 impl NetworkFile {
-    /// Reads the network; gives a line that says what it is, too.
+    /// Reads the network; also returns a line that describes it.
     pub fn open(&self) -> Result<(Network, String)> {
         let default = Import::default();
         if let Some(width) = self.width.filter(|w| !(*w > 0.0 && *w <= 4.0)) {
@@ -98,7 +98,7 @@ impl NetworkFile {
             }
             Origin::Public { naming, config } => {
                 let activation = if config.activation == Activation::Relu { "relu" } else { "relu6" };
-                // No tensor tells these.
+                // The tensors don't contain these.
                 let told = [
                     (
                         format!("strides {}", config.input.strides(config.version)),
@@ -132,13 +132,13 @@ impl NetworkFile {
         Ok((network, line))
     }
 
-    /// Checks that a file to be written has the extension of what is written, and is not the network.
+    /// Checks that an output file has the extension of its format and is not the network.
     pub fn check_output(&self, out: &Path, extension: &str) -> Result<()> {
         output::check_extension(out, extension)?;
         self.refuse_to_overwrite(&[out])
     }
 
-    /// Checks that none of the files to be written is the network, or one of the others.
+    /// Checks that no output file is the network or another output file.
     pub fn refuse_to_overwrite(&self, written: &[&Path]) -> Result<()> {
         let place = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.into());
         for (index, path) in written.iter().enumerate() {
@@ -155,7 +155,7 @@ impl NetworkFile {
         Ok(())
     }
 
-    /// A file of our own says all of this itself.
+    /// Refuses flags that describe the network, because a file of our own contains all of this.
     fn refuse_description(&self) -> Result<()> {
         let given = [
             ("--arch", self.arch.is_some()),

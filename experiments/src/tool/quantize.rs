@@ -45,11 +45,12 @@ pub(super) struct Quantize {
     image_range: Option<Vec<f32>>,
 }
 
-/// Black and white with the mean and standard deviation that torchvision's networks are trained with, in the channels where
-/// they lie farthest out: (0 − 0.485)/0.229 and (1 − 0.406)/0.225.
+/// The range of a normalized image: black and white with the mean and standard deviation that
+/// torchvision's networks are trained with, in the channels with the extreme values: (0 −
+/// 0.485)/0.229 and (1 − 0.406)/0.225.
 const IMAGENET: (f32, f32) = (-2.117_904, 2.64);
 
-/// The same of CIFAR-100: (0 − 0.5071)/0.2673 and (1 − 0.4865)/0.2564.
+/// The same range for CIFAR-100: (0 − 0.5071)/0.2673 and (1 − 0.4865)/0.2564.
 const CIFAR: (f32, f32) = (-1.897_119, 2.002_73);
 
 impl Quantize {
@@ -91,8 +92,8 @@ impl Quantize {
     }
 }
 
-/// Sets the range of each activation, but for the image's, to the mean of its extremes in batches of training images, as
-/// training would; gives the number of images.
+/// Sets the range of each activation except the image to the mean of its extremes over batches of
+/// training images, as training would. Returns the number of images.
 fn ranges_of_images(quantized: &mut Network, data: &dyn Dataset) -> Result<usize> {
     const BATCH: usize = 50;
     let mut float = quantized.duplicate()?;

@@ -1,6 +1,6 @@
-//! Tables and numbers on the terminal.
+//! Tables and numbers for the terminal.
 
-/// Columns under a heading: the first one to the left, the others to the right.
+/// Formats columns under a heading: the first one left-aligned, all others right-aligned.
 pub(crate) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     let heading: Vec<String> = heading.iter().map(|cell| cell.to_string()).collect();
     let all = || std::iter::once(&heading).chain(rows);
@@ -19,7 +19,7 @@ pub(crate) fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// In millions, with two decimals.
+/// Formats a count in millions, with two decimals.
 pub(crate) fn millions(count: u64) -> String {
     format!("{:.2}", count as f64 / 1e6)
 }

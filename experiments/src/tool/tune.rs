@@ -69,7 +69,7 @@ pub(super) struct Tune {
     running: Running,
 }
 
-/// How a network is quantized.
+/// The method that quantizes a network.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Way {
     Ours,
@@ -97,7 +97,7 @@ impl Tune {
     pub fn run(&self) -> Result<String> {
         signals::watch();
         let (mut network, text) = self.conversion.open()?;
-        // What takes hours should not fail at its end.
+        // A run of hours should not fail at its end because of the output file.
         let out = &self.conversion.out;
         let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
         whole_file::check(folder.unwrap_or(".".as_ref()))
@@ -126,7 +126,7 @@ impl Tune {
         let data = data::load(wanted, &network)?;
         let mut profile = match given {
             Some(profile) => profile,
-            // Pictures are cropped at random, and CIFAR-100's images are padded.
+            // Pictures are cropped at random; CIFAR-100's images are padded.
             None => Profile::named(if data.in_memory().is_none() { "imagenet" } else { "paper" })?,
         };
         if let Some(epochs) = self.epochs {
@@ -153,7 +153,8 @@ impl Tune {
     }
 }
 
-/// Has each of Algorithm 1's trainings take so many epochs, and any other as many as both together.
+/// Sets the number of epochs of each of Algorithm 1's two trainings. Methods with one training get
+/// twice as many.
 fn set_epochs(profile: &mut Profile, epochs: f64) -> Result<()> {
     for (purpose, training) in &mut profile.training.0 {
         let both = matches!(purpose, Purpose::Once | Purpose::Dfq | Purpose::Learned(_));
@@ -166,7 +167,7 @@ fn set_epochs(profile: &mut Profile, epochs: f64) -> Result<()> {
     Ok(())
 }
 
-/// What each stage gave.
+/// Formats the outcome of each stage.
 fn report(outcomes: &[Outcome], tuned: &Network) -> String {
     let removed = |outcome: &Outcome| {
         let report =

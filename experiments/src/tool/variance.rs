@@ -27,7 +27,7 @@ pub(super) struct Variance {
     csv: Option<PathBuf>,
 }
 
-/// One filter: one line of the CSV file.
+/// A filter, which is a line of the CSV file.
 #[derive(Serialize)]
 struct FilterRow<'a> {
     layer: &'a str,
@@ -91,7 +91,8 @@ impl Variance {
     }
 }
 
-/// FILE.svg and FILE.png, also where FILE is one of them already. What else follows a dot is a part of the name.
+/// Returns FILE.svg and FILE.png, also if FILE is already one of them. Any other dot is a part of
+/// the name.
 fn pictures(file: &Path) -> [PathBuf; 2] {
     let given = file.extension().is_some_and(|given| given == "svg" || given == "png");
     let stem = if given { file.with_extension("") } else { file.into() };
@@ -103,7 +104,7 @@ fn pictures(file: &Path) -> [PathBuf; 2] {
     })
 }
 
-/// τ: what was asked for, or the network's ε.
+/// Returns τ: the requested threshold, or the network's ε.
 fn threshold(wanted: Option<f64>, network: &Network) -> Result<f64> {
     match wanted {
         Some(t) if !(t.is_finite() && t > 0.0) => {

@@ -32,7 +32,7 @@ pub(super) struct Verify {
     config: Option<PathBuf>,
 }
 
-/// What was found, in lines, and how much of it is wrong.
+/// The findings, as lines, and how many of them are wrong.
 #[derive(Default)]
 struct Report {
     text: String,
@@ -97,7 +97,7 @@ impl Verify {
     }
 }
 
-/// Evaluates a stage's network on the data that it was evaluated on before.
+/// Evaluates a stage's network again if `data` are the data of its evaluation; returns the finding.
 fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files: String) -> Result<String> {
     let Some(data) = data else { return Ok(files) };
     if data.fingerprint() != outcome.data.fingerprint {
@@ -124,7 +124,7 @@ fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files:
     Ok(format!("{files}; loss {:.4} and top-1 {:.2} % again, {same}", now.loss, now.top1_percent))
 }
 
-/// Checks the results in a folder and in those below it.
+/// Checks the results in a folder and in its subfolders.
 fn results(folder: &Path, report: &mut Report) -> Result<()> {
     if folder.join(STAGES).is_file() {
         report.add(&folder.display().to_string(), check_results(folder));
@@ -135,7 +135,7 @@ fn results(folder: &Path, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Checks the results of one table, or of a figure, which has no rows.
+/// Checks the results of a table, or of a figure, which has no rows.
 fn check_results(folder: &Path) -> Result<String> {
     let stages = report::read_stages(folder)?;
     stages.check_files(folder)?;

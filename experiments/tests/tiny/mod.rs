@@ -1,4 +1,4 @@
-//! A profile whose tables take seconds, and places to make them.
+//! A profile whose tables take seconds, and places to run them.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
@@ -11,7 +11,8 @@ pub const TABLE3: &str = env!("CARGO_BIN_EXE_table3");
 /// τ: about the median of the variances after one step.
 const THRESHOLD: f64 = 0.95;
 
-/// Writes `tiny.toml`, the profile `quick` of one batch: narrower, and as much data as one step takes.
+/// Writes `tiny.toml`: the profile `quick` with narrower networks and with data for one step per
+/// epoch.
 pub fn write_profile(folder: &Path) {
     let text = include_str!("../../profiles/quick.toml");
     let mut profile: toml::Table = text.parse().unwrap();
@@ -33,7 +34,8 @@ pub fn write_profile(folder: &Path) {
                 .map(|(key, value)| (key.to_string(), value.into())),
         );
     }
-    // After one step the variances are little below those at the start, 1: some filters are removed, not all.
+    // After one step the variances are slightly below their initial value 1, so some filters are
+    // removed, but not all.
     profile["pfq"].as_table_mut().unwrap().insert("threshold".into(), THRESHOLD.into());
     std::fs::write(folder.join("tiny.toml"), profile.to_string()).unwrap();
 }
@@ -42,24 +44,24 @@ pub fn write_profile(folder: &Path) {
 pub struct Place(tempfile::TempDir);
 
 impl Place {
-    /// A new one.
+    /// Creates a place.
     pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         write_profile(folder.path());
         Self(folder)
     }
 
-    /// The folder.
+    /// Returns the folder.
     pub fn root(&self) -> &Path {
         self.0.path()
     }
 
-    /// A file or folder in it.
+    /// Returns the path of a file or folder in the place.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    /// What Table 3 says with these flags.
+    /// Runs Table 3 with these flags; returns its output.
     pub fn table3(&self, flags: &[&str]) -> Output {
         let device: &[&str] = if flags.contains(&"--device") { &[] } else { &["--device", "cpu"] };
         let mut command = Command::new(TABLE3);
@@ -67,7 +69,7 @@ impl Place {
         command.output().unwrap()
     }
 
-    /// Has pre-training last so many epochs.
+    /// Sets the number of epochs of pre-training.
     pub fn pretrain_for(&self, epochs: usize) {
         let path = self.path("tiny.toml");
         let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
@@ -75,7 +77,8 @@ impl Place {
         std::fs::write(path, profile.to_string()).unwrap();
     }
 
-    /// Table 3 on synthetic data; it must succeed. What it said on standard error.
+    /// Runs Table 3 on synthetic data, which must succeed; returns what it printed on standard
+    /// error.
     #[track_caller]
     pub fn run(&self, flags: &[&str]) -> String {
         let output = self.table3(&[&["--data", "synthetic"], flags].concat());
@@ -83,7 +86,7 @@ impl Place {
         said(&output)
     }
 
-    /// Table 3 with these flags must fail, in words that have all of `parts`.
+    /// Checks that Table 3 with these flags fails with a message that contains all of `parts`.
     #[track_caller]
     pub fn check_refused(&self, flags: &[&str], parts: &[&str]) {
         let output = self.table3(flags);
@@ -94,13 +97,13 @@ impl Place {
         }
     }
 
-    /// The rows of Table 3, without the time that they took.
+    /// Returns the rows of Table 3 without their times.
     pub fn rows(&self) -> Vec<Row> {
         let rows = report::read_csv(&self.path("results/table3/tiny/table3.csv")).unwrap();
         rows.into_iter().map(|row| Row { wall_seconds: 0.0, ..row }).collect()
     }
 
-    /// The folder of the only stage whose name has `part`.
+    /// Returns the folder of the only stage whose name contains `part`.
     #[track_caller]
     pub fn stage(&self, part: &str) -> PathBuf {
         let names = std::fs::read_dir(self.path("runs")).unwrap().map(|entry| entry.unwrap().path());
@@ -109,13 +112,13 @@ impl Place {
         found[0].clone()
     }
 
-    /// The number of stages of which something is in the store.
+    /// Returns the number of stages that have a folder in the store.
     pub fn stages(&self) -> usize {
         std::fs::read_dir(self.path("runs")).map_or(0, |entries| entries.count())
     }
 }
 
-/// What a program said on standard error.
+/// Returns what a program printed on standard error.
 pub fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }

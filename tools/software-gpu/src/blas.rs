@@ -1,8 +1,9 @@
-//! The functions of cuBLAS that are used: products of matrices.
+//! The cuBLAS functions that are used: matrix products.
 //!
-//! Sums are taken in ascending order in the precision that the call asks for; of TF32, operands are rounded to it.
+//! Sums are taken in ascending order, in the precision that the call asks for. For TF32, the
+//! operands are rounded to TF32.
 
-// The functions of a C library: pointers from the caller.
+// These are functions of a C library, which take pointers from the caller.
 #![allow(unsafe_code)]
 
 use crate::device::touch;
@@ -17,27 +18,27 @@ use std::ffi::{c_int, c_void};
 
 type Address = u64;
 
-/// What a handle stands for.
+/// The state behind a handle.
 struct Blas {
     stream: u64,
-    /// Whether factors are read on the device.
+    /// Whether the factors alpha and beta are on the device.
     factors_on_device: bool,
 }
 
-/// The handle's value; calls for one handle come from one thread at a time.
+/// Returns the state of a handle. Only one thread at a time makes calls with a handle.
 fn blas(handle: *mut c_void) -> Result<&'static mut Blas> {
     if handle.is_null() {
         return Err(Error::Call("no handle".into()));
     }
-    // SAFETY: made by `cublasCreate_v2`.
+    // SAFETY: the handle comes from `cublasCreate_v2`.
     Ok(unsafe { &mut *handle.cast::<Blas>() })
 }
 
-/// A matrix as cuBLAS is told of it: columns of `lead` elements.
+/// A matrix as cuBLAS describes it: column-major, with a stride of `lead` elements between columns.
 #[derive(Clone, Copy)]
 struct Matrix {
     at: Address,
-    /// An element's type, as `cudaDataType` numbers it.
+    /// The type of an element, as `cudaDataType` numbers it.
     kind: c_int,
     lead: c_int,
     transposed: bool,
@@ -61,7 +62,8 @@ fn size_of(kind: c_int) -> Result<usize> {
 }
 
 impl Matrix {
-    /// Its bytes, if `rows` of each of `columns` are used as it is stored.
+    /// Returns the matrix's address and size in bytes, for `columns` stored columns of `rows`
+    /// elements.
     fn bytes(&self, rows: usize, columns: usize) -> Result<(Address, usize)> {
         let lead = self.lead as usize;
         if lead < rows.max(1) {
@@ -71,11 +73,11 @@ impl Matrix {
         Ok((self.at, count * size_of(self.kind)?))
     }
 
-    /// The element `(row, column)` as it is stored.
+    /// Returns the stored element `(row, column)`.
     fn element(&self, row: usize, column: usize) -> Result<f64> {
         let size = size_of(self.kind)?;
         let at = self.at + ((column * self.lead as usize + row) * size) as u64;
-        // SAFETY: within the bytes that `touch` has found to be of an allocation.
+        // SAFETY: `touch` has checked that these bytes are within an allocation.
         let bits = unsafe { memory::load(at, size) };
         Ok(match self.kind {
             F32 => f32::of(bits).into(),
@@ -85,7 +87,8 @@ impl Matrix {
         })
     }
 
-    /// All of the matrix `[rows, columns]` that it stands for, row by row.
+    /// Returns the elements of the matrix `[rows, columns]` in row-major order, after its
+    /// transposition, if any.
     fn rows<T: Number>(&self, rows: usize, columns: usize, tf32: bool) -> Result<Vec<T>> {
         let all = (0..rows * columns).into_par_iter().map(|i| {
             let (row, column) = (i / columns, i % columns);
@@ -96,7 +99,7 @@ impl Matrix {
     }
 }
 
-/// Ten bits behind the point, the nearest, of two the even one.
+/// Rounds to TF32: to 10 fraction bits, to nearest, ties to even.
 fn rounded_to_tf32(x: f32) -> f32 {
     if !x.is_finite() {
         return x;
@@ -105,13 +108,16 @@ fn rounded_to_tf32(x: f32) -> f32 {
     f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff)
 }
 
-/// A factor, on the host or on the device.
+/// Reads a factor from the host or the device.
 fn factor(at: *const c_void, double: bool) -> f64 {
-    // SAFETY: the API asks for a pointer to a factor of that type.
+    // SAFETY: the API asks for a pointer to a factor of this type.
     unsafe { if double { *at.cast::<f64>() } else { f64::from(*at.cast::<f32>()) } }
 }
 
-/// `c = alpha·a·b + beta·c` with `c[m, n]` and `k` terms a sum, for `batch` matrices at strides in elements.
+/// Puts `c = alpha·a·b + beta·c` into the handle's stream.
+///
+/// `c` is `[m, n]`, and a sum has `k` terms. There are `batch` matrices, at strides that count
+/// elements.
 fn product(
     handle: *mut c_void,
     (m, n, k): (c_int, c_int, c_int),
@@ -128,7 +134,7 @@ fn product(
         (factor(alpha as *const c_void, double), factor(beta as *const c_void, double))
     };
     let places = [alpha as u64, beta as u64];
-    // Those of the host are read now.
+    // Factors on the host are read now.
     let known = (!blas.factors_on_device).then(|| read(places));
     graphs::put(blas.stream, move |stream| {
         let (alpha, beta) = match known {
@@ -142,7 +148,7 @@ fn product(
     })
 }
 
-/// [`product`], done now.
+/// Computes a [`product`] now.
 fn products(
     (m, n, k): (usize, usize, usize),
     (alpha, beta): (f64, f64),
@@ -171,7 +177,7 @@ fn products(
     Ok(())
 }
 
-/// One product, with sums in `T`.
+/// Computes one product, with sums in `T`.
 fn multiply<T: Number>(
     (a, b, c): (&Matrix, &Matrix, &Matrix),
     (m, n, k): (usize, usize, usize),
@@ -189,7 +195,7 @@ fn multiply<T: Number>(
         }
         for (column, &sum) in sums.iter().enumerate() {
             let scaled = (T::rounded(alpha) * sum).into();
-            // What is there is not read without a factor: it may be no number.
+            // With beta = 0, the old value is not read: it may be NaN.
             let value = if beta == 0.0 { scaled } else { scaled + beta * c.element(row, column)? };
             let bits = match c.kind {
                 F32 => (value as f32).bits(),
@@ -197,14 +203,14 @@ fn multiply<T: Number>(
                 F16 => f16::from_f32(value as f32).bits(),
                 _ => bf16::from_f32(value as f32).bits(),
             };
-            // SAFETY: within the bytes that `touch` has found to be of an allocation.
+            // SAFETY: `touch` has checked that these bytes are within an allocation.
             unsafe { memory::store(c.at + ((column * c.lead as usize + row) * size) as u64, size, bits) };
         }
         Ok(())
     })
 }
 
-/// A number that sums are taken in.
+/// A type that sums are taken in.
 trait Number:
     Copy + Default + Send + Sync + std::ops::Mul<Output = Self> + std::ops::AddAssign + Into<f64>
 {
@@ -226,14 +232,14 @@ impl Number for f64 {
 functions! {
     fn cublasCreate_v2(handle: *mut *mut c_void) {
         let made = Box::into_raw(Box::new(Blas { stream: 0, factors_on_device: false }));
-        // SAFETY: the API asks for a place for the handle.
+        // SAFETY: the API asks for a pointer to a place for the handle.
         unsafe { handle.write(made.cast()) };
         Ok(())
     }
 
     fn cublasDestroy_v2(handle: *mut c_void) {
         let blas: *mut Blas = blas(handle)?;
-        // SAFETY: made by `cublasCreate_v2`.
+        // SAFETY: the handle comes from `cublasCreate_v2`.
         drop(unsafe { Box::from_raw(blas) });
         Ok(())
     }
@@ -277,8 +283,8 @@ mod tests {
     use super::*;
     use crate::driver::{allocated, alone, upload};
 
-    /// `[1 2 3; 4 5 6]·[1 0; 0 1; 1 1] = [4 5; 10 11]`, stored in columns, plain and transposed, times 2, plus 10 times
-    /// what was there.
+    /// `[1 2 3; 4 5 6]·[1 0; 0 1; 1 1] = [4 5; 10 11]`, column-major, plain and transposed, times
+    /// 2, plus 10 times the old values.
     #[test]
     fn products_in_columns() {
         let _alone = alone();

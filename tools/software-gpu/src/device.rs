@@ -1,6 +1,6 @@
-//! The one GPU: its memory, which is the host's, and its streams.
+//! The only GPU, with its memory, which is the host's, and its streams.
 
-// Memory is taken and given back by address.
+// Memory is allocated and freed by address.
 #![allow(unsafe_code)]
 
 use crate::streams::{Stream, Streams};
@@ -11,26 +11,26 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
-/// Of streams, events, modules, graphs: a number, or an address of ours.
+/// The handle of a stream, an event, a module or a graph: a number, or an address in this library.
 pub(crate) type Handle = u64;
 pub(crate) type Pointer = u64;
 
 /// The handle that stands for the stream of the calling thread (`CU_STREAM_PER_THREAD`).
 pub(crate) const OF_THIS_THREAD: Handle = 2;
-/// Allocations begin at multiples of this, as those of a GPU do.
+/// Allocations begin at multiples of this number, as on a GPU.
 const ALIGN: usize = 256;
 
-/// All that the device has.
+/// The state of the device.
 #[derive(Default)]
 pub(crate) struct Device {
-    /// By address.
+    /// The allocations by address.
     allocations: BTreeMap<Pointer, Allocation>,
     pub(crate) streams: Streams,
 }
 
 struct Allocation {
     size: usize,
-    /// The last work on it.
+    /// The last work that used the allocation.
     work: Option<(Stream, u64)>,
 }
 
@@ -39,13 +39,14 @@ pub(crate) fn device() -> MutexGuard<'static, Device> {
     DEVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// A number that no other handle has, nor any that the API gives a meaning.
+/// Returns a number that is not yet a handle and has no special meaning in the API.
 pub(crate) fn new_handle() -> Handle {
     static NEXT: AtomicU64 = AtomicU64::new(0x1000);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The stream of a handle, with the calling thread's number where it is that thread's.
+/// Returns the stream of a handle. It includes the calling thread's number if the handle is that of
+/// the thread's own stream.
 pub(crate) fn stream(handle: Handle) -> Stream {
     thread_local! {
         static NUMBER: Cell<u64> = Cell::new(new_handle());
@@ -54,18 +55,18 @@ pub(crate) fn stream(handle: Handle) -> Stream {
 }
 
 impl Device {
-    /// Where each allocation begins and ends, in ascending order.
+    /// Returns the start and the end of each allocation, in ascending order.
     pub(crate) fn bounds(&self) -> impl Iterator<Item = (Pointer, Pointer)> {
         self.allocations.iter().map(|(&start, allocation)| (start, start + allocation.size as u64))
     }
 
-    /// Whether an address is memory of the device; else it is the host's.
+    /// Returns whether an address is in the device's memory. Otherwise it is the host's.
     pub(crate) fn has(&self, address: Pointer) -> bool {
         let before = self.allocations.range(..=address).next_back();
         before.is_some_and(|(start, allocation)| address < start + allocation.size as u64)
     }
 
-    /// The allocation that bytes are of.
+    /// Returns the allocation that contains `size` bytes at `address`.
     fn allocation(&mut self, address: Pointer, size: usize) -> Result<&mut Allocation> {
         let found = self.allocations.range_mut(..=address).next_back();
         match found {
@@ -76,14 +77,15 @@ impl Device {
         }
     }
 
-    /// Takes note of a stream's work on memory; an error if nothing puts it behind what was done there before.
+    /// Records a stream's use of memory. It is an error if the previous use is not ordered before
+    /// it.
     pub(crate) fn touch(
         &mut self,
         handle: Handle,
         memory: impl IntoIterator<Item = (Pointer, usize)>,
     ) -> Result<()> {
         let stream = stream(handle);
-        // The default stream waits for all others, and all others for it.
+        // The default stream waits for all other streams, and they wait for it.
         if handle == 0 {
             self.streams.wait_for_all();
         }
@@ -107,13 +109,13 @@ impl Device {
     pub(crate) fn allocate(&mut self, size: usize) -> Result<Pointer> {
         let layout = Layout::from_size_align(size, ALIGN).ok().filter(|_| size > 0);
         let layout = layout.ok_or_else(|| Error::Call(format!("an allocation of {size} bytes")))?;
-        // SAFETY: not of size 0.
+        // SAFETY: the size of the layout is not 0.
         let address = unsafe { std::alloc::alloc(layout) };
         if address.is_null() {
             std::alloc::handle_alloc_error(layout);
         }
-        // No number, so that what nobody wrote shows.
-        // SAFETY: that many bytes.
+        // These bytes are NaN as floats, so that reads of memory that nobody wrote are noticed.
+        // SAFETY: the allocation has `size` bytes.
         unsafe { address.write_bytes(0xff, size) };
         self.allocations.insert(address as u64, Allocation { size, work: None });
         Ok(address as u64)
@@ -124,13 +126,13 @@ impl Device {
         let allocation =
             allocation.ok_or_else(|| Error::Call(format!("no allocation begins at {address:#x}")))?;
         let layout = Layout::from_size_align(allocation.size, ALIGN).expect("a size");
-        // SAFETY: of `allocate`, with this layout.
+        // SAFETY: `allocate` has allocated this address with this layout.
         unsafe { std::alloc::dealloc(address as *mut u8, layout) };
         Ok(())
     }
 }
 
-/// Work of a library on memory, in a stream.
+/// Records a library's use of memory in a stream.
 pub(crate) fn touch(handle: Handle, memory: &[(Pointer, usize)]) -> Result<()> {
     device().touch(handle, memory.iter().copied())
 }

@@ -1,9 +1,10 @@
-//! The driver's functions (NVIDIA's *CUDA Driver API*, 13.0): one GPU, whose memory is the host's.
+//! The functions of the driver (NVIDIA's *CUDA Driver API*, 13.0) for one GPU, whose memory is the
+//! host's.
 //!
-//! Every call is done when it returns. `streams` keeps what a GPU would not have in order; work on one allocation in two
-//! streams without an order is an error.
+//! Every call is complete when it returns. `streams` tracks which work a GPU would keep in order.
+//! It is an error if two streams work on one allocation without an order.
 
-// The functions of a C library: pointers from the caller.
+// These are functions of a C library, which take pointers from the caller.
 #![allow(unsafe_code)]
 
 use crate::device::{Handle, OF_THIS_THREAD, Pointer, device, new_handle, stream};
@@ -30,13 +31,14 @@ const UNKNOWN: Status = 999;
 /// A loaded module.
 struct Module {
     tree: ptx::Module,
-    /// Addresses of its variables.
+    /// The addresses of the module's variables.
     globals: HashMap<String, Pointer>,
-    /// Its kernels, as far as they were asked for.
+    /// The kernels that have been requested so far.
     kernels: Mutex<HashMap<String, &'static Program>>,
 }
 
-/// Does what a call asks for; an error is told on stderr, as the status says little.
+/// Runs the work of a call and returns its status. Prints an error on stderr, because the status
+/// says little.
 pub(crate) fn answer(call: &str, work: impl FnOnce() -> Result<()>) -> Status {
     let done = std::panic::catch_unwind(AssertUnwindSafe(work));
     let (problem, status) = match done {
@@ -57,7 +59,7 @@ pub(crate) fn answer(call: &str, work: impl FnOnce() -> Result<()>) -> Status {
     status
 }
 
-/// Functions of a C library, whose bodies are [`answer`]'s work.
+/// Defines functions of a C library. [`answer`] runs their bodies.
 macro_rules! functions {
     ($(fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $body:block)*) => {
         $(
@@ -71,7 +73,7 @@ macro_rules! functions {
 }
 pub(crate) use functions;
 
-/// Writes a result where the caller wants it.
+/// Writes a result to the caller's pointer.
 pub(crate) fn give<T>(to: *mut T, value: T) -> Result<()> {
     if to.is_null() {
         return Err(Error::Call("a null pointer for a result".into()));
@@ -81,12 +83,12 @@ pub(crate) fn give<T>(to: *mut T, value: T) -> Result<()> {
     Ok(())
 }
 
-/// The compute capability that is claimed, without its point.
+/// Returns the compute capability that the GPU reports, without the dot.
 fn capability() -> c_int {
     std::env::var("SOFTWARE_GPU").ok().and_then(|text| text.parse().ok()).unwrap_or(90)
 }
 
-/// Whether accesses to memory that nothing puts in order are errors.
+/// Returns whether unordered accesses to memory are errors.
 fn looks_for_races() -> bool {
     static ASKED: LazyLock<bool> =
         LazyLock::new(|| std::env::var_os("SOFTWARE_GPU_RACES").is_none_or(|asked| asked != "0"));
@@ -116,7 +118,7 @@ functions! {
 
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) {
         give(value, match attribute {
-            // The compute capability, and whether there are pools of memory.
+            // The compute capability, and whether the device has memory pools.
             75 => capability() / 10,
             76 => capability() % 10,
             115 => 1,
@@ -136,15 +138,15 @@ functions! {
     fn cuStreamEndCapture(handle: Handle, graph: *mut *mut Graph) {
         give(graph, Box::into_raw(Box::new(graphs::end(handle)?)))
     }
-    // What runs is the graph itself.
+    // The executable graph is the graph itself.
     fn cuGraphInstantiateWithFlags(runs: *mut *mut Graph, graph: *mut Graph, _flags: u64) { give(runs, graph) }
     fn cuGraphExecDestroy(_runs: *mut Graph) { Ok(()) }
     fn cuGraphLaunch(graph: *mut Graph, handle: Handle) {
-        // SAFETY: of `cuStreamEndCapture`, and not destroyed yet.
+        // SAFETY: the graph comes from `cuStreamEndCapture` and has not been destroyed.
         unsafe { &*graph }.run(handle)
     }
     fn cuGraphDestroy(graph: *mut Graph) {
-        // SAFETY: of `cuStreamEndCapture`, and not destroyed yet.
+        // SAFETY: the graph comes from `cuStreamEndCapture` and has not been destroyed.
         unsafe { Box::from_raw(graph) }.free()
     }
 
@@ -211,7 +213,7 @@ functions! {
         graphs::forbid(handle, "a copy from the host")?;
         copy(to, from as u64, size, handle)
     }
-    // To memory of the host that is not locked, this waits for the stream.
+    // A copy to pageable host memory waits for the stream.
     fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: Pointer, size: usize, handle: Handle) {
         graphs::forbid(handle, "a copy to the host")?;
         copy(to as u64, from, size, handle)?;
@@ -230,7 +232,7 @@ functions! {
         for variable in tree.globals.iter().filter(|variable| variable.space == Space::Global) {
             let size = variable.size.unwrap_or(0);
             let address = device().allocate(size)?;
-            // SAFETY: as many bytes as were allocated; the initial ones are no more.
+            // SAFETY: the allocation has `size` bytes, and no more are copied.
             unsafe {
                 (address as *mut u8).write_bytes(0, size);
                 (address as *mut u8).copy_from_nonoverlapping(variable.init.as_ptr(), variable.init.len().min(size));
@@ -244,7 +246,7 @@ functions! {
     fn cuModuleUnload(_module: Handle) { Ok(()) }
 
     fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char) {
-        // SAFETY: a handle of `cuModuleLoadData`, and a text that ends with a zero byte.
+        // SAFETY: the handle comes from `cuModuleLoadData`, and the name ends with a zero byte.
         let (module, name) = unsafe { (&*(module as *const Module), CStr::from_ptr(name)) };
         let name = name.to_string_lossy();
         let mut kernels = module.kernels.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -272,12 +274,13 @@ functions! {
         arguments: *const *const u8,
         _extra: *const c_void
     ) {
-        // SAFETY: a handle of `cuModuleGetFunction`.
+        // SAFETY: the handle comes from `cuModuleGetFunction`.
         let program = unsafe { &*(function as *const Program) };
         let end = program.parameters.last().map_or(0, |&(start, size)| start + size);
         let mut parameters = vec![0u64; end.div_ceil(8)];
         for (i, &(start, size)) in program.parameters.iter().enumerate() {
-            // SAFETY: as many arguments as the kernel has parameters, each of the size that it declares.
+            // SAFETY: the API asks for one argument for each parameter of the kernel, of the
+            // declared size.
             unsafe {
                 let to = parameters.as_mut_ptr().cast::<u8>().add(start);
                 to.copy_from_nonoverlapping(*arguments.add(i), size);
@@ -301,7 +304,7 @@ functions! {
     }
 }
 
-/// From or to the host, or on the device.
+/// Copies from or to the host, or within the device.
 fn copy(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
     if size == 0 {
         return Ok(());
@@ -311,19 +314,20 @@ fn copy(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
 
 fn copy_now(to: Pointer, from: Pointer, size: usize, handle: Handle) -> Result<()> {
     let mut device = device();
-    // One of both may be the host's.
+    // One of the addresses may be the host's.
     let of_device = [to, from].into_iter().filter(|address| device.has(*address));
     let memory: Vec<(Pointer, usize)> = of_device.map(|address| (address, size)).collect();
     if memory.is_empty() {
         return Err(Error::Call(format!("neither {to:#x} nor {from:#x} is memory of the device")));
     }
     device.touch(handle, memory)?;
-    // SAFETY: of the device, all of an allocation: `touch`; of the host, the caller's buffer.
+    // SAFETY: `touch` has checked that bytes on the device are within an allocation; on the host,
+    // the caller gives a buffer of this size.
     unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) };
     Ok(())
 }
 
-/// What a status means, for people.
+/// Returns a description of a status for the user.
 fn meaning(status: Status) -> &'static CStr {
     match status {
         SUCCESS => c"no error",
@@ -340,14 +344,15 @@ functions! {
     fn cuGetErrorString(status: Status, text: *mut *const c_char) { give(text, meaning(status).as_ptr()) }
 }
 
-/// For tests, which share the device: whoever waits for it puts the streams of all in order.
+/// Locks the device for a test. The tests share it, and a wait of one test would order the streams
+/// of all.
 #[cfg(test)]
 pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// A new allocation with these floats.
+/// Returns a new allocation with these floats.
 #[cfg(test)]
 pub(crate) fn upload(values: &[f32]) -> Pointer {
     let size = size_of_val(values);
@@ -356,7 +361,7 @@ pub(crate) fn upload(values: &[f32]) -> Pointer {
     address
 }
 
-/// The first floats of an allocation.
+/// Returns the first floats of an allocation.
 #[cfg(test)]
 pub(crate) fn allocated(address: Pointer, count: usize) -> Vec<f32> {
     let mut values = vec![0f32; count];
@@ -397,7 +402,7 @@ mod tests {
         assert_eq!(launch(function, x, 69, 0), SUCCESS);
         let found = allocated(x, 70);
         assert!(found[..69].iter().all(|&x| x == 2.0) && found[69] == 1.0);
-        // One more than there is.
+        // This is one element more than the allocation has.
         assert_eq!(launch(function, x, 71, 0), LAUNCH_FAILED);
         assert_eq!(cuMemFree_v2(x), SUCCESS);
         assert_eq!(launch(function, x, 1, 0), LAUNCH_FAILED);
@@ -419,7 +424,7 @@ mod tests {
         assert_eq!(cuEventRecord(event, a), SUCCESS);
         assert_eq!(cuStreamWaitEvent(b, event, 0), SUCCESS);
         assert_eq!(launch(function, x, 4, b), SUCCESS);
-        // Each thread has a stream of its own behind the same handle.
+        // Each thread has its own stream behind the same handle.
         assert_eq!(cuStreamSynchronize(b), SUCCESS);
         assert_eq!(launch(function, x, 4, OF_THIS_THREAD), SUCCESS);
         std::thread::scope(|scope| {
@@ -427,7 +432,7 @@ mod tests {
         });
     }
 
-    /// A stream that records.
+    /// Returns a stream that is recording.
     fn recording() -> Handle {
         let stream = new_handle();
         assert_eq!(cuStreamBeginCapture_v2(stream, 0), SUCCESS);
@@ -446,7 +451,7 @@ mod tests {
         let (stream, mut status, mut y) = (recording(), 0, 0);
         assert_eq!(cuStreamIsCapturing(stream, &raw mut status), SUCCESS);
         assert_eq!(status, 1);
-        // y = x, doubled, and back to x.
+        // Copy x to y, double y, and copy it back to x.
         assert_eq!(cuMemAllocAsync(&raw mut y, 16, stream), SUCCESS);
         assert_eq!(cuMemcpyDtoDAsync_v2(y, x, 16, stream), SUCCESS);
         assert_eq!(launch(function, y, 4, stream), SUCCESS);
@@ -484,7 +489,7 @@ mod tests {
             assert!(recorded(stream).is_none(), "{i}");
             assert_eq!(cuStreamSynchronize(stream), SUCCESS);
         }
-        // Memory that is not given back.
+        // Memory that the recording does not free is an error.
         let stream = recording();
         assert_eq!(cuMemAllocAsync(&raw mut y, 16, stream), SUCCESS);
         assert!(recorded(stream).is_none());

@@ -1,8 +1,9 @@
-//! Graphs: work that a stream records instead of doing it, and does as often as the graph is launched.
+//! Graphs: work that a stream records instead of running it. Each launch of the graph runs it.
 //!
-//! Memory that is taken while a stream records is the graph's, at the same address in every launch, and must be given back
-//! before the recording ends. A launch makes it hold no number when it is taken and when it is given back, so what is read too
-//! early or too late shows. What a GPU could not record, or would do wrong when it does it again, is an error.
+//! Memory that is allocated while a stream records belongs to the graph. It has the same address in
+//! every launch and must be freed before the recording ends. A launch fills it with NaN when it is
+//! allocated and when it is freed, so that reads that are too early or too late are noticed. Work
+//! that a GPU cannot record, or would repeat incorrectly, is an error.
 
 use crate::device::{Handle, Pointer, device, stream};
 use crate::streams::Stream;
@@ -10,31 +11,31 @@ use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
-/// Some work of a stream, which is told it.
+/// A piece of work. It is called with the stream that it runs in.
 type Work = Box<dyn Fn(Handle) -> Result<()> + Send>;
 
-/// What a stream has recorded.
+/// The work that a stream has recorded.
 #[derive(Default)]
 pub(crate) struct Graph {
     work: Vec<Work>,
-    /// Sizes of the memory that it takes, by address, and whether it has given it back.
+    /// The graph's allocations by address: the size of each, and whether the graph has freed it.
     memory: BTreeMap<Pointer, (usize, bool)>,
-    /// What was forbidden, if anything was.
+    /// The forbidden operation, if there was one.
     problem: Option<String>,
 }
 
-/// What the streams record that do.
+/// Returns the graphs that are being recorded, by stream.
 fn recordings() -> MutexGuard<'static, HashMap<Stream, Graph>> {
     static RECORDINGS: LazyLock<Mutex<HashMap<Stream, Graph>>> = LazyLock::new(Mutex::default);
     RECORDINGS.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// Whether a stream records.
+/// Returns whether a stream is recording.
 pub(crate) fn records(handle: Handle) -> bool {
     recordings().contains_key(&stream(handle))
 }
 
-/// Does some work of a stream, or records it.
+/// Runs work in a stream, or records it if the stream is recording.
 pub(crate) fn put(handle: Handle, work: impl Fn(Handle) -> Result<()> + Send + 'static) -> Result<()> {
     if let Some(graph) = recordings().get_mut(&stream(handle)) {
         graph.work.push(Box::new(work));
@@ -47,14 +48,17 @@ pub(crate) fn put(handle: Handle, work: impl Fn(Handle) -> Result<()> + Send + '
 pub(crate) fn set(address: Pointer, value: u8, size: usize, handle: Handle) -> Result<()> {
     put(handle, move |handle| {
         device().touch(handle, [(address, size)])?;
-        // SAFETY: all of an allocation: `touch`.
+        // SAFETY: `touch` has checked that these bytes are within an allocation.
         #[allow(unsafe_code)]
-        unsafe { (address as *mut u8).write_bytes(value, size) };
+        unsafe {
+            (address as *mut u8).write_bytes(value, size)
+        };
         Ok(())
     })
 }
 
-/// An error where a stream records, of what can't be recorded.
+/// Returns an error if a stream is recording, because `what` cannot be recorded. The recording then
+/// fails when it ends.
 pub(crate) fn forbid(handle: Handle, what: &str) -> Result<()> {
     match recordings().get_mut(&stream(handle)) {
         None => Ok(()),
@@ -62,7 +66,7 @@ pub(crate) fn forbid(handle: Handle, what: &str) -> Result<()> {
     }
 }
 
-/// A stream begins to record.
+/// Starts a recording in a stream.
 pub(crate) fn begin(handle: Handle) -> Result<()> {
     if handle == 0 {
         return Err(Error::Call("the default stream can't record".into()));
@@ -72,7 +76,7 @@ pub(crate) fn begin(handle: Handle) -> Result<()> {
     Ok(())
 }
 
-/// What the stream has recorded.
+/// Ends a stream's recording and returns it.
 pub(crate) fn end(handle: Handle) -> Result<Graph> {
     let graph = recordings().remove(&stream(handle));
     let graph = graph.ok_or_else(|| Error::Call("the stream does not record".into()))?;
@@ -87,7 +91,7 @@ pub(crate) fn end(handle: Handle) -> Result<Graph> {
     }
 }
 
-/// Memory that a recorded graph takes.
+/// Allocates memory in a recording.
 pub(crate) fn allocate(size: usize, handle: Handle) -> Result<Pointer> {
     let address = device().allocate(size)?;
     if let Some(graph) = recordings().get_mut(&stream(handle)) {
@@ -97,7 +101,7 @@ pub(crate) fn allocate(size: usize, handle: Handle) -> Result<Pointer> {
     Ok(address)
 }
 
-/// Memory that a recorded graph gives back.
+/// Frees memory in a recording.
 pub(crate) fn free(address: Pointer, handle: Handle) -> Result<()> {
     let mut recordings = recordings();
     let Some(graph) = recordings.get_mut(&stream(handle)) else { return Ok(()) };
@@ -115,19 +119,19 @@ pub(crate) fn free(address: Pointer, handle: Handle) -> Result<()> {
     }
 }
 
-/// Fills memory with what is no number.
+/// Fills memory with bytes 0xff, which are NaN as floats.
 fn spoil(address: Pointer, size: usize, handle: Handle) -> Result<()> {
     set(address, 0xff, size, handle)
 }
 
 impl Graph {
-    /// Does all of it, in a stream.
+    /// Runs all of the graph's work in a stream.
     pub(crate) fn run(&self, handle: Handle) -> Result<()> {
         forbid(handle, "another graph")?;
         self.work.iter().try_for_each(|work| work(handle))
     }
 
-    /// Gives its memory back to the host.
+    /// Returns the graph's memory to the host.
     pub(crate) fn free(self) -> Result<()> {
         let mut device = device();
         self.memory.into_keys().try_for_each(|address| device.free(address))

@@ -1,8 +1,9 @@
-//! Running a kernel over its grid: blocks on the processor's threads, the warps of a block one after the other as far as
-//! their next barrier, the 32 threads of a warp together.
+//! Runs a kernel over its grid. The processor's threads take the blocks. The warps of a block run
+//! one after the other, each up to its next barrier, and the 32 threads of a warp run together.
 //!
-//! Threads of a warp that went different ways are taken by the instruction that comes first in the program; those that
-//! have gone ahead wait until the others reach them. At a barrier and at a shuffle they wait for all who take part.
+//! If the threads of a warp have diverged, those at the earliest instruction of the program run
+//! first, and threads that are ahead wait until the others reach them. At a barrier or a shuffle,
+//! threads wait for all that take part.
 
 use crate::memory::{self, Allocations};
 use crate::ops::{LANES, Lanes};
@@ -15,17 +16,17 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A launch.
+/// A launch of a kernel.
 pub(crate) struct Launch<'a> {
     pub(crate) program: &'a Program,
     pub(crate) grid: [u32; 3],
     pub(crate) block: [u32; 3],
-    /// Bytes of shared memory behind the kernel's own.
+    /// The bytes of dynamic shared memory, which come after the kernel's own.
     pub(crate) dynamic: usize,
-    /// The kernel's parameters, laid out as it declares them.
+    /// The kernel's parameters, in the layout that it declares.
     pub(crate) parameters: &'a [u64],
     pub(crate) allocations: &'a Allocations,
-    /// Whether accesses that nothing puts in order are errors.
+    /// Whether unordered accesses are errors.
     pub(crate) races: bool,
 }
 
@@ -42,9 +43,10 @@ impl Launch<'_> {
                 self.fail(0, format!("{} bytes of shared memory", self.program.shared + self.dynamic))
             );
         }
-        // Each of the processor's threads takes the next block that nobody has.
+        // Each of the processor's threads takes the next free block.
         let next = AtomicU64::new(0);
-        // What is known of global memory is for all blocks.
+        // With a search for races, one thread runs all blocks, because they share the shadows of
+        // global memory.
         let shares = if self.races { 1 } else { blocks.min(rayon::current_num_threads() as u64) };
         (0..shares).into_par_iter().try_for_each(|_| {
             let mut block = Block::new(self, threads);
@@ -62,39 +64,41 @@ impl Launch<'_> {
     }
 }
 
-/// What runs a block, and is used for one after the other.
+/// The state of a running block, which is reused for other blocks.
 struct Block<'a> {
     launch: &'a Launch<'a>,
     warps: Vec<Warp>,
-    /// In words, as it must be aligned.
+    /// The shared memory, in words because it must be aligned.
     shared: Vec<u64>,
-    /// For each place of the program, the allocation where it was last.
+    /// The allocation that each place of the program accessed last.
     last: Vec<(u64, u64)>,
-    /// Which of the grid's blocks it is.
+    /// The index of the block in the grid.
     number: u64,
-    /// Of the block's shared memory and of allocations, if races are looked for; barriers that the block has passed.
+    /// The shadow of the block's shared memory, if races are looked for.
     shadow: Option<Shadow>,
+    /// The shadows of allocations, by the address where they begin.
     shadows: HashMap<u64, Shadow>,
+    /// The number of barriers that the block has passed.
     barriers: u32,
 }
 
-/// 32 threads.
+/// The state of 32 threads.
 struct Warp {
     number: usize,
     registers: Vec<Lanes>,
-    /// Of each thread, one after the other, in words.
+    /// The local memory of one thread after the other, in words.
     local: Vec<u64>,
-    /// Where each thread is.
+    /// The index of each thread's next instruction.
     at: [usize; LANES],
     /// The threads that have not ended, as bits.
     live: u32,
-    /// Of these, those who wait for others, at a barrier or a shuffle.
+    /// The live threads that wait for others, at a barrier or a shuffle.
     waiting: u32,
-    /// Of all threads, those that there are.
+    /// All threads of the warp that exist, as bits.
     all: u32,
 }
 
-/// The lanes whose bits are set.
+/// Iterates over the lanes whose bits are set.
 fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let lane = mask.trailing_zeros();
@@ -119,7 +123,7 @@ impl<'a> Block<'a> {
                         Given::Blocks(axis) => launch.grid[axis].into(),
                         Given::Lane => lane as u64,
                         Given::Warp => warp as u64,
-                        // Of each block.
+                        // This value is set for each block.
                         Given::Block(_) => 0,
                     }
                 });
@@ -145,7 +149,7 @@ impl<'a> Block<'a> {
     fn run(&mut self, number: u64) -> Result<()> {
         self.number = number;
         let place = self.place();
-        // What memory holds at first is no number, so that it shows.
+        // Memory is NaN at first, so that reads of memory that nobody wrote are noticed.
         self.shared.fill(u64::MAX);
         self.shadow = self.launch.races.then(|| Shadow::new(8 * self.shared.len()));
         self.barriers = 0;
@@ -161,7 +165,7 @@ impl<'a> Block<'a> {
             (warp.live, warp.waiting) = (warp.all, 0);
         }
         while warps.iter().any(|warp| warp.live != 0) {
-            // All that have not ended are at a barrier then.
+            // After this loop, all warps that have not ended are at a barrier.
             for warp in warps.iter_mut().filter(|warp| warp.live != 0) {
                 self.warp(warp)?;
             }
@@ -171,17 +175,17 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    /// Where the block is in the grid.
+    /// Returns the block's position in the grid.
     fn place(&self) -> [u64; 3] {
         let [x, y, _] = self.launch.grid.map(u64::from);
         [self.number % x, self.number / x % y, self.number / x / y]
     }
 
-    /// Runs a warp as far as its next barrier, or to its end.
+    /// Runs a warp up to its next barrier or its end.
     fn warp(&mut self, warp: &mut Warp) -> Result<()> {
         let code = &self.launch.program.code;
         while warp.live != 0 {
-            // Those who are behind all others, as far as where the next ones are.
+            // Run the threads that are furthest behind, up to the next other threads.
             let going = warp.live & !warp.waiting;
             let Some(mut at) = lanes(going).map(|lane| warp.at[lane]).min() else {
                 let line = code[warp.at[warp.live.trailing_zeros() as usize]].line;
@@ -245,7 +249,7 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    /// The threads of a warp that a barrier or a shuffle is for.
+    /// Returns the threads that must take part in a barrier or a shuffle, as bits.
     fn members(&self, warp: &Warp, step: &Step, arrived: u32) -> u32 {
         match step.action {
             Action::Shuffle { members, .. } => {
@@ -255,7 +259,7 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Anything but a change of the way, by the threads in `active`.
+    /// Executes an instruction that is not control flow, for the threads in `active`.
     fn act(&mut self, warp: &mut Warp, action: &Action, active: u32, step: &Step) -> Result<()> {
         match action {
             Action::Compute { op, to, from } => {
@@ -267,7 +271,8 @@ impl<'a> Block<'a> {
                     let address = self.locate(warp, at, lane, step)?;
                     self.look_for_races(warp, at, lane, address, false, step)?;
                     for (i, &to) in to.iter().enumerate() {
-                        // SAFETY: memory of an allocation, of the block or of the thread, and aligned: `locate`.
+                        // SAFETY: `locate` has checked that the address is aligned and in memory of
+                        // an allocation, the block or the thread.
                         #[allow(unsafe_code)]
                         let bits = unsafe { memory::load(address + (i * at.size) as u64, at.size) };
                         let above = 64 - 8 * at.size as u32;
@@ -282,7 +287,7 @@ impl<'a> Block<'a> {
                     self.look_for_races(warp, at, lane, address, true, step)?;
                     for (i, &from) in from.iter().enumerate() {
                         let bits = warp.registers[from as usize][lane];
-                        // SAFETY: as above.
+                        // SAFETY: `locate` has checked the address, as for a load.
                         #[allow(unsafe_code)]
                         unsafe {
                             memory::store(address + (i * at.size) as u64, at.size, bits);
@@ -296,7 +301,7 @@ impl<'a> Block<'a> {
                 for lane in lanes(active) {
                     let address = self.locate(warp, at, lane, step)?;
                     let [a, b] = from.map(|from| warp.registers[from as usize][lane]);
-                    // SAFETY: as above.
+                    // SAFETY: `locate` has checked the address, as for a load.
                     #[allow(unsafe_code)]
                     let old = unsafe {
                         let old = memory::load(address, at.size);
@@ -344,7 +349,7 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    /// Where the elements of a place lie in the host's memory.
+    /// Returns the host address of a place's elements.
     fn locate(&mut self, warp: &mut Warp, place: &Place, lane: usize, step: &Step) -> Result<u64> {
         let address = warp.registers[place.address as usize][lane].wrapping_add(place.offset as u64);
         let bytes = place.bytes;
@@ -384,7 +389,7 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// That an access is in order with all others of the launch.
+    /// Checks that an access is ordered with all other accesses of the launch.
     fn look_for_races(
         &mut self,
         warp: &Warp,
@@ -402,7 +407,7 @@ impl<'a> Block<'a> {
         } else {
             let start = self.shared.as_ptr() as u64;
             if !(start..start + 8 * self.shared.len() as u64).contains(&address) {
-                // The thread's own, or parameters, which nobody writes.
+                // The access is to the thread's own memory, or to parameters, which nobody writes.
                 return Ok(());
             }
             (shared, (address - start) as usize)
@@ -424,7 +429,7 @@ impl<'a> Block<'a> {
     }
 }
 
-/// Writes a register, for the threads in `active`.
+/// Writes a register for the threads in `active`.
 fn put(to: &mut Lanes, found: &Lanes, active: u32) {
     if active == u32::MAX {
         *to = *found;
@@ -439,14 +444,17 @@ mod tests {
     use crate::program;
     use crate::ptx;
 
-    /// Runs the kernel `run` of a body with two parameters, addresses of `input` and of as many words of output.
+    /// Runs a kernel with this body, with and without the search for races.
+    ///
+    /// The kernel's name is `run`. Its two parameters are the addresses of `input` and of an output
+    /// with the same number of words.
     fn run(head: &str, body: &str, grid: u32, block: u32, input: &[u32]) -> Result<Vec<u32>> {
         let found = run_as(head, body, grid, block, input, true)?;
         assert_eq!(found, run_as(head, body, grid, block, input, false)?);
         Ok(found)
     }
 
-    /// [`run`], with or without a look for races.
+    /// Does the same as [`run`], with or without the search for races.
     fn run_as(head: &str, body: &str, grid: u32, block: u32, input: &[u32], races: bool) -> Result<Vec<u32>> {
         let text = format!(
             ".version 9.0\n.target sm_75\n.address_size 64\n{head}\n\
@@ -454,7 +462,7 @@ mod tests {
         );
         let module = ptx::parse(&text)?;
         let program = program::link(&module, &Default::default(), "run")?;
-        // Twice, so that words of 64 bits lie right.
+        // Copies on the heap are aligned for words of 64 bits.
         let (input, output) = (input.to_vec(), vec![0u32; input.len()]);
         let bytes = 4 * input.len() as u64;
         let [from, to] = [&input, &output].map(|words| words.as_ptr() as u64);
@@ -473,7 +481,7 @@ mod tests {
         Ok(output)
     }
 
-    /// `%rd3` and `%rd4` are this thread's places in input and output, `%r1` its number.
+    /// `%rd3` and `%rd4` are the addresses of this thread's input and output; `%r1` is its index.
     const PLACES: &str = ".reg .pred %p<4>; .reg .b32 %r<16>; .reg .b64 %rd<16>; .reg .f32 %f<8>;
         ld.param.u64 %rd1, [run_param_0]; ld.param.u64 %rd2, [run_param_1];
         mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ntid.x; mov.u32 %r4, %tid.x; mad.lo.s32 %r1, %r2, %r3, %r4;
@@ -481,7 +489,7 @@ mod tests {
 
     #[test]
     fn threads_that_part_and_meet() {
-        // Odd numbers are halved until they are even, then all get 100 more.
+        // Odd numbers are halved until they are even, then 100 is added to all.
         let body = format!(
             "{PLACES} ld.global.u32 %r5, [%rd3];
             $again: and.b32 %r6, %r5, 1; setp.eq.u32 %p1, %r6, 0; @%p1 bra $done;
@@ -532,7 +540,8 @@ mod tests {
         assert_eq!(run(head, &body, 1, 32, &(0..32).collect::<Vec<_>>()).unwrap(), expected);
     }
 
-    /// The second half of the warp is at the shuffle first, as its way is the shorter and the longer one lies behind.
+    /// The second half of the warp reaches the shuffle first, because the code of the first half
+    /// comes after it.
     #[test]
     fn a_shuffle_waits_for_all() {
         let body = format!(
@@ -556,7 +565,7 @@ mod tests {
         assert_eq!(run("", &body, 1, 2, &[1, 2, 30, 4]).unwrap(), [2, 1, 34, 4]);
     }
 
-    /// Without its barrier, and with a place that two blocks write.
+    /// Tests a missing barrier, and an address that two blocks write.
     #[test]
     fn races_are_errors() {
         let shared = |barrier: &str| {

@@ -1,25 +1,28 @@
-//! A GPU in software, for tests: a library that stands in for NVIDIA's driver (`libcuda`), cuBLAS, cuRAND and NCCL, and runs
-//! PTX on the CPU.
+//! A GPU in software, for tests. This library replaces NVIDIA's driver (`libcuda`), cuBLAS, cuRAND
+//! and NCCL, and runs PTX on the CPU.
 //!
-//! Loaded before NVIDIA's libraries, it answers the calls of a program that was built for CUDA:
+//! Loaded before NVIDIA's libraries, it handles the calls of a program that was built for CUDA:
 //!
 //! ```sh
-//! LD_PRELOAD=target/software-gpu/debug/libsoftware_gpu.so target/debug/table3 --device cuda --profile quick --data synthetic
+//! LD_PRELOAD=target/software-gpu/debug/libsoftware_gpu.so \
+//!     target/debug/table3 --device cuda --profile quick --data synthetic
 //! ```
 //!
-//! So the whole of such a program runs on a machine without a GPU: its calls of the driver, the kernels as nvcc compiled
-//! them (Candle's as well as our own), the launches, the products. It is stricter than a GPU: every access to memory is
-//! checked for its allocation, its alignment and its order with those of other threads, new memory holds what is no
-//! number, and work on one piece of memory in two streams that nothing orders is an error. What it can't show: how fast
-//! anything is, and how tensor cores round.
+//! So the whole program runs on a machine without a GPU: its calls of the driver, the kernels as
+//! nvcc compiled them (Candle's as well as ours), the launches and the products. The library is
+//! stricter than a GPU. It checks the allocation, the alignment and the order of every access to
+//! memory, it fills new memory with NaN, and it reports an error if two streams use the same memory
+//! without an order. It cannot test speed, or how tensor cores round.
 //!
-//! It knows the calls and the instructions that this project's programs use; of others it says so. `SOFTWARE_GPU=90`
-//! is the compute capability that it claims to have (the default), without its point. With `SOFTWARE_GPU_RACES=0` it
-//! does not look for races between threads (`races`), and takes half of the time.
+//! The library supports the calls and instructions that this project's programs use, and reports
+//! any other as an error. `SOFTWARE_GPU` sets the compute capability that it reports, without the
+//! dot (default: 90). With `SOFTWARE_GPU_RACES=0` it does not look for races between threads
+//! (`races`), and takes half the time.
 //!
-//! `ptx` reads the text of a module, `program` makes a kernel of it ready, `launch` runs it with the operations of `ops`;
-//! `driver`, `blas`, `rand` and `nccl` are the libraries' functions, `device` the GPU with its memory, `streams` the order that it
-//! would keep, `graphs` what is recorded to be done later.
+//! `ptx` parses the text of a module, `program` prepares a kernel, and `launch` runs it with the
+//! operations of `ops`. `driver`, `blas`, `rand` and `nccl` contain the functions of the libraries,
+//! `device` the GPU and its memory, `streams` the order of work on a GPU, and `graphs` recorded
+//! work.
 
 mod blas;
 mod device;
@@ -39,7 +42,7 @@ use thiserror::Error as ThisError;
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// Why something can't be run.
+/// The reason why something cannot be run.
 #[derive(Debug, ThisError)]
 enum Error {
     #[error("line {line} of the PTX: {message}")]
@@ -59,7 +62,7 @@ impl Error {
         Self::Ptx { line, message: message.into() }
     }
 
-    /// With the instruction that it is about, unless one is named.
+    /// Adds the instruction that caused the error, unless the error already names one.
     fn at(self, instruction: &ptx::Instruction) -> Self {
         match self {
             Self::NotSupported(what) => {

@@ -1,13 +1,14 @@
-//! The memory of the device: allocations of the host, each access to which is checked.
+//! The memory of the device. It consists of allocations of the host, and each access to them is
+//! checked.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// All allocations at the time of a launch.
 #[derive(Default)]
 pub(crate) struct Allocations {
-    /// Where each begins and ends, in ascending order.
+    /// The start and the end of each allocation, in ascending order.
     bounds: Vec<(u64, u64)>,
-    /// Whether the launch has accessed it.
+    /// Whether the launch has accessed the allocation.
     touched: Vec<AtomicBool>,
 }
 
@@ -18,7 +19,8 @@ impl Allocations {
         Self { bounds, touched }
     }
 
-    /// The allocation that all these bytes are of, which is accessed then.
+    /// Returns the start and the end of the allocation that contains all these bytes, and marks it
+    /// as accessed.
     pub(crate) fn find(&self, address: u64, size: usize) -> Option<(u64, u64)> {
         let i = self.bounds.partition_point(|&(start, _)| start <= address).checked_sub(1)?;
         let (start, end) = self.bounds[i];
@@ -29,7 +31,7 @@ impl Allocations {
         Some((start, end))
     }
 
-    /// Those that were accessed: where each begins, and its size.
+    /// Returns the start and the size of each allocation that was accessed.
     pub(crate) fn touched(&self) -> impl Iterator<Item = (u64, usize)> {
         let all = self.bounds.iter().zip(&self.touched);
         all.filter(|(_, touched)| touched.load(Ordering::Relaxed))
@@ -37,13 +39,14 @@ impl Allocations {
     }
 }
 
-/// What lies at an address, in 1, 2, 4 or 8 bytes. Threads may race for it as they may on a GPU.
+/// Reads 1, 2, 4 or 8 bytes at an address. Threads may race for them, as on a GPU.
 ///
 /// # Safety
-/// The address is aligned, and of memory that lives and is accessed by these functions alone meanwhile.
+/// The address must be a multiple of `size`, in live memory that only these functions access
+/// meanwhile.
 #[allow(unsafe_code)]
 pub(crate) unsafe fn load(address: u64, size: usize) -> u64 {
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees a valid and aligned address.
     unsafe {
         match size {
             1 => AtomicU8::from_ptr(address as *mut u8).load(Ordering::Relaxed).into(),
@@ -54,13 +57,13 @@ pub(crate) unsafe fn load(address: u64, size: usize) -> u64 {
     }
 }
 
-/// Puts the low 1, 2, 4 or 8 bytes of a value to an address.
+/// Writes the low 1, 2, 4 or 8 bytes of a value to an address.
 ///
 /// # Safety
-/// As of [`load`].
+/// The conditions are those of [`load`].
 #[allow(unsafe_code)]
 pub(crate) unsafe fn store(address: u64, size: usize, value: u64) {
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees a valid and aligned address.
     unsafe {
         match size {
             1 => AtomicU8::from_ptr(address as *mut u8).store(value as u8, Ordering::Relaxed),

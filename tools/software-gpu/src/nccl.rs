@@ -1,9 +1,10 @@
-//! The functions of NCCL that are used: sums of floats over the processes of a group, through a Unix socket that the group is
-//! named by.
+//! The NCCL functions that are used: sums of floats over the processes of a group. The processes
+//! communicate through a Unix socket, whose path is the group's name.
 //!
-//! The first rank receives what the others give, adds in the order of the ranks, and sends the sums back.
+//! The first rank receives the values of the others, adds them in the order of the ranks, and sends
+//! the sums back.
 
-// The functions of a C library: pointers from the caller.
+// These are functions of a C library, which take pointers from the caller.
 #![allow(unsafe_code)]
 
 use crate::Error;
@@ -17,7 +18,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The path of a group's socket, and zeros.
+/// The path of a group's socket, padded with zeros.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Id([u8; 128]);
@@ -29,19 +30,20 @@ impl Id {
     }
 }
 
-/// The sockets of groups that have been named and have not been joined by their first ranks.
+/// The sockets of groups that have a name and that their first ranks have not joined yet.
 static NAMED: Mutex<Vec<(PathBuf, UnixListener)>> = Mutex::new(Vec::new());
 
-/// A process in a group.
+/// A process as a member of a group.
 struct Group {
-    /// Of the first rank, the other ranks in their order; of another, the first.
+    /// In the first rank, the connections to the other ranks in order; in any other, the one to the
+    /// first rank.
     others: Vec<UnixStream>,
     is_first: bool,
-    /// Whether another one has been lost.
+    /// Whether the connection to another process has failed.
     failed: AtomicBool,
 }
 
-/// `ncclFloat32`, `ncclSum`, and `ncclRemoteError`.
+/// NCCL's `ncclFloat32`, `ncclSum` and `ncclRemoteError`.
 const FLOAT32: c_int = 7;
 const SUM: c_int = 0;
 const REMOTE_ERROR: c_int = 6;
@@ -50,7 +52,7 @@ fn failed(error: io::Error) -> Error {
     Error::Call(format!("the other processes: {error}"))
 }
 
-/// Writes a result where the caller wants it.
+/// Writes a result to the caller's pointer.
 fn give<T>(to: *mut T, value: T) {
     // SAFETY: the API asks for a pointer to a `T`.
     unsafe { to.write(value) };
@@ -66,7 +68,7 @@ fn named(id: &mut Id) -> io::Result<()> {
         return Err(io::Error::other(format!("{}: longer than 128 bytes; see TMPDIR", path.display())));
     };
     place.copy_from_slice(bytes);
-    // Of a process of the same number that was killed.
+    // A killed process with the same id may have left a file.
     std::fs::remove_file(&path).ok();
     let listener = UnixListener::bind(&path)?;
     NAMED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((path, listener));
@@ -119,9 +121,9 @@ impl Group {
     }
 }
 
-/// The group of a handle.
+/// Returns the group of a handle.
 fn group(handle: *const c_void) -> &'static Group {
-    // SAFETY: made by `ncclCommInitRank`.
+    // SAFETY: the handle comes from `ncclCommInitRank`.
     unsafe { &*handle.cast::<Group>() }
 }
 
@@ -159,10 +161,10 @@ functions! {
         graphs::forbid(stream, "a sum over processes")?;
         touch(stream, &[(from as u64, 4 * count), (to as u64, 4 * count)])?;
         let group = group(handle);
-        // SAFETY: floats on the device: `touch`.
+        // SAFETY: `touch` has checked that these floats are within an allocation.
         let sums = group.sum(unsafe { std::slice::from_raw_parts(from, count) });
         let sums = sums.inspect_err(|_| group.failed.store(true, Ordering::Relaxed)).map_err(failed)?;
-        // SAFETY: likewise.
+        // SAFETY: `touch` has checked that these floats are within an allocation.
         unsafe { to.copy_from_nonoverlapping(sums.as_ptr(), count) };
         Ok(())
     }
@@ -174,7 +176,7 @@ functions! {
     }
 
     fn ncclCommAbort(handle: *mut c_void) {
-        // SAFETY: made by `ncclCommInitRank`, and not used any more.
+        // SAFETY: the handle comes from `ncclCommInitRank`, and nothing uses it any more.
         drop(unsafe { Box::from_raw(handle.cast::<Group>()) });
         Ok(())
     }
@@ -191,7 +193,7 @@ mod tests {
     use super::*;
     use crate::driver::{allocated, alone, upload};
 
-    /// Three ranks, threads here, each with a stream of its own; then one is lost.
+    /// Runs three ranks as threads, each with its own stream; then one is lost.
     #[test]
     fn sums_of_three_ranks() {
         let _alone = alone();

@@ -1,7 +1,8 @@
-//! What instructions compute from their operands, for the 32 threads of a warp at once.
+//! The results of instructions, computed for the 32 threads of a warp at once.
 //!
-//! A register holds a value's bits in the low end of 64; what is above them is not read. Subnormal numbers are never
-//! flushed to zero (`.ftz` is passed over), and approximations (`.approx`) are as exact as the type.
+//! A register holds the bits of a value in the low part of 64 bits; the bits above are not read.
+//! Subnormal numbers are never flushed to zero (`.ftz` is ignored), and approximations (`.approx`)
+//! are as exact as the type.
 
 use half::{bf16, f16};
 use std::cmp::Ordering;
@@ -9,13 +10,13 @@ use std::cmp::Ordering;
 /// A register: one value for each thread of a warp.
 pub(crate) type Lanes = [u64; LANES];
 
-/// Threads of a warp.
+/// The number of threads of a warp.
 pub(crate) const LANES: usize = 32;
 
-/// What an instruction computes from up to four operands.
+/// A function that computes an instruction's result from up to four operands.
 pub(crate) type Op = Box<dyn Fn([&Lanes; 4]) -> Lanes + Send + Sync>;
 
-/// A type's values in registers.
+/// A type of values in registers.
 pub(crate) trait Value: Copy + 'static {
     fn of(bits: u64) -> Self;
     fn bits(self) -> u64;
@@ -62,10 +63,10 @@ impl Value for bool {
     }
 }
 
-/// For all lanes what `f` gives for one.
+/// Applies `f` to each lane.
 fn each(f: impl Fn(u64, u64, u64, u64) -> u64 + Send + Sync + 'static) -> Option<Op> {
     Some(Box::new(move |[a, b, c, d]| {
-        // A plain loop, which the compiler vectorizes.
+        // The compiler vectorizes a plain loop.
         let mut found = [0; LANES];
         for i in 0..LANES {
             found[i] = f(a[i], b[i], c[i], d[i]);
@@ -88,7 +89,7 @@ fn three<A: Value, B: Value, C: Value, R: Value>(
     each(move |a, b, c, _| f(A::of(a), B::of(b), C::of(c)).bits())
 }
 
-/// One body for each of some types, by their names; the type is `T` in it.
+/// Picks a type by its name, and evaluates the body with `T` as this type.
 macro_rules! typed {
     ($kind:expr, $body:expr, $($($name:literal)|+ => $type:ty),*) => {
         match $kind {
@@ -101,7 +102,7 @@ macro_rules! typed {
     };
 }
 
-/// One body for each integer type.
+/// Evaluates a body for an integer type.
 macro_rules! integers {
     ($kind:expr, $body:expr) => {
         typed!(
@@ -112,14 +113,15 @@ macro_rules! integers {
     };
 }
 
-/// One body for both float types.
+/// Evaluates a body for a float type.
 macro_rules! floats {
     ($kind:expr, $body:expr) => {
         typed!($kind, $body, "f32" => f32, "f64" => f64)
     };
 }
 
-/// What a pure instruction computes; `None` if it is not known. Comparisons are in [`comparison`].
+/// Returns the operation of a pure instruction, or `None` if it is not supported. Comparisons are
+/// in [`comparison`].
 pub(crate) fn op(opcode: &[&str]) -> Option<Op> {
     let (name, modifiers) = opcode.split_first()?;
     let kind = *opcode.last()?;
@@ -136,11 +138,12 @@ pub(crate) fn op(opcode: &[&str]) -> Option<Op> {
         "mad" if has("hi") => high(kind, true),
         "mul" if has("wide") => wide(kind, false),
         "mad" if has("wide") => wide(kind, true),
-        // Division by zero gives some number.
+        // PTX does not specify the results of a division by zero, which are all ones here, and of
+        // the smallest integer by −1, which wrap.
         "div" if is_float => floats!(kind, two(|a: T, b: T| a / b)),
-        "div" => integers!(kind, two(|a: T, b: T| a.checked_div(b).unwrap_or(!0))),
-        "rem" => integers!(kind, two(|a: T, b: T| a.checked_rem(b).unwrap_or(!0))),
-        // Of a number and what is none, the number.
+        "div" => integers!(kind, two(|a: T, b: T| if b == 0 { !0 } else { a.wrapping_div(b) })),
+        "rem" => integers!(kind, two(|a: T, b: T| if b == 0 { !0 } else { a.wrapping_rem(b) })),
+        // If one operand is NaN, the result is the other one.
         "min" if is_float => floats!(kind, two(|a: T, b: T| a.min(b))),
         "max" if is_float => floats!(kind, two(|a: T, b: T| a.max(b))),
         "min" => integers!(kind, two(|a: T, b: T| a.min(b))),
@@ -160,7 +163,8 @@ pub(crate) fn op(opcode: &[&str]) -> Option<Op> {
         "not" if kind == "pred" => one(|a: bool| !a),
         "not" => each(|a, _, _, _| !a),
         "shl" => integers!(kind, two(|a: T, by: u32| a.checked_shl(by).unwrap_or(0))),
-        // Shifted out, a negative number leaves its sign.
+        // A shift by all bits or more leaves copies of the sign bit of a signed number, and 0 of an
+        // unsigned one.
         "shr" => integers!(
             kind,
             two(|a: T, by: u32| a >> by.min(T::BITS - 1) >> u32::from(by >= T::BITS && T::MIN == 0))
@@ -217,7 +221,8 @@ pub(crate) fn op(opcode: &[&str]) -> Option<Op> {
     }
 }
 
-/// Sums and products of floats, rounded as the modifiers say.
+/// Returns a sum, difference, product or fused multiply-add of floats, rounded as the modifiers
+/// say.
 fn float(name: &str, kind: &str, modifiers: &[&str]) -> Option<Op> {
     let direction = modifiers.iter().find_map(|modifier| match *modifier {
         "rz" => Some(Direction::Zero),
@@ -254,10 +259,11 @@ enum Direction {
     Up,
 }
 
-/// `a·b + c`, rounded in a direction.
+/// Returns `a·b + c`, rounded in a direction.
 fn directed(a: f32, b: f32, c: f32, direction: Direction) -> f32 {
     let (product, c) = (f64::from(a) * f64::from(b), f64::from(c));
-    // The product is exact; what the sum loses is known exactly too (Knuth's two-sum).
+    // The product is exact, and the rounding error of the sum is also known exactly (Knuth's
+    // two-sum).
     let sum = product + c;
     let part = sum - product;
     let lost = (product - (sum - part)) + (c - part);
@@ -274,12 +280,12 @@ fn directed(a: f32, b: f32, c: f32, direction: Direction) -> f32 {
     }
 }
 
-/// To [0, 1]; what is no number becomes 0.
+/// Clamps to [0, 1]. NaN becomes 0.
 fn saturated(x: f32) -> f32 {
     if x.is_nan() { 0.0 } else { x.clamp(0.0, 1.0) }
 }
 
-/// The high half of a product, plus a third operand.
+/// Returns the high half of a product, plus a third operand if `add` is set.
 fn high(kind: &str, add: bool) -> Option<Op> {
     macro_rules! high {
         ($narrow:ty, $wide:ty) => {
@@ -298,7 +304,7 @@ fn high(kind: &str, add: bool) -> Option<Op> {
     }
 }
 
-/// A product of twice the width, plus a third operand.
+/// Returns a product of twice the width, plus a third operand if `add` is set.
 fn wide(kind: &str, add: bool) -> Option<Op> {
     macro_rules! wide {
         ($narrow:ty, $wide:ty) => {
@@ -316,7 +322,8 @@ fn wide(kind: &str, add: bool) -> Option<Op> {
     }
 }
 
-/// `count` bits from bit `at` on; beyond the value's `width` there are zeros, or its sign.
+/// Returns `count` bits from bit `at` on. Beyond the value's `width` they are zeros, or copies of
+/// the sign.
 fn bits_of(value: u64, at: u32, count: u32, width: u32, signed: bool) -> u64 {
     let (at, count) = (at & 255, count & 255);
     if count == 0 {
@@ -330,13 +337,14 @@ fn bits_of(value: u64, at: u32, count: u32, width: u32, signed: bool) -> u64 {
     if count >= 64 {
         return moved;
     }
-    // Of fewer bits than asked for, the last one is the sign.
+    // If there are fewer bits than asked for, the last one is the sign.
     let kept = count.min(width.saturating_sub(at).max(1));
     let low = moved & ((1 << kept) - 1);
     if signed { ((low << (64 - kept)) as i64 >> (64 - kept)) as u64 } else { moved & ((1 << count) - 1) }
 }
 
-/// Four bytes out of eight, each by four bits of `selector`: three for its number, one for "its sign only".
+/// Picks four of eight bytes. Four bits of `selector` choose each: three for its index, one to
+/// replicate its sign.
 fn permuted(a: u32, b: u32, selector: u32) -> u32 {
     let bytes = (u64::from(b) << 32 | u64::from(a)).to_le_bytes();
     u32::from_le_bytes(std::array::from_fn(|i| {
@@ -350,7 +358,7 @@ fn permuted(a: u32, b: u32, selector: u32) -> u32 {
     }))
 }
 
-/// `cvt`, of whose modifiers the last two are the types.
+/// Returns a conversion (`cvt`). The last two modifiers are the types.
 fn conversion(modifiers: &[&str]) -> Option<Op> {
     let [rounding @ .., to, from] = modifiers else { return None };
     let has = |modifier: &str| rounding.contains(&modifier);
@@ -407,8 +415,9 @@ fn rounding_to_whole(modifier: &str) -> fn(f64) -> f64 {
     }
 }
 
-/// `setp`: whether two values compare as its modifiers say, and what a third, a predicate, makes of it. With `other`,
-/// its second result, which begins with the opposite of the comparison.
+/// Returns a comparison (`setp`), combined with a third operand, a predicate, as the modifiers say.
+///
+/// With `other`, it is the instruction's second result, which uses the opposite of the comparison.
 pub(crate) fn comparison(modifiers: &[&str], other: bool) -> Option<Op> {
     let kind = *modifiers.last()?;
     let combine = modifiers.iter().find_map(|modifier| match *modifier {
@@ -425,7 +434,7 @@ pub(crate) fn comparison(modifiers: &[&str], other: bool) -> Option<Op> {
         };
     }
     if matches!(kind, "f32" | "f64") {
-        // With a `u` at its end, also where one of both is no number.
+        // With a trailing `u`, the comparison also holds if an operand is NaN.
         let (how, unordered) = match how.strip_suffix('u') {
             Some(how) => (how, true),
             None => (how, how == "nan"),
@@ -457,7 +466,8 @@ pub(crate) fn comparison(modifiers: &[&str], other: bool) -> Option<Op> {
     )
 }
 
-/// What an atomic operation leaves in memory, from what is there and its operands.
+/// Returns the function that computes an atomic operation's new value from the old value and the
+/// operands.
 pub(crate) fn atomic(name: &str, kind: &str) -> Option<fn(u64, u64, u64) -> u64> {
     macro_rules! atomic {
         ($kind:ty, $f:expr) => {
@@ -493,7 +503,7 @@ mod tests {
         opcode.split('.').collect()
     }
 
-    /// What an instruction gives in one lane.
+    /// Returns the result of an instruction in one lane.
     fn run(opcode: &str, operands: [u64; 4]) -> u64 {
         let opcode = parts(opcode);
         let op = match opcode[0] {
@@ -516,7 +526,7 @@ mod tests {
         x.bits()
     }
 
-    /// Worked by hand from the descriptions in the PTX ISA.
+    /// The expected values are worked out by hand from the PTX ISA.
     #[test]
     fn integers() {
         check("add.s32", &[0xffff_ffff, 2], 1);
@@ -564,12 +574,12 @@ mod tests {
         check("cvt.rpi.f64.f64", &[1.5f64.bits()], 2f64.bits());
         check("cvt.rn.bf16.f32", &[f(1.0 + 1.0 / 256.0)], 0x3f80);
         check("rcp.approx.ftz.f64", &[3f64.bits()], 0x3fd5_5555_0000_0000);
-        // The sum is a quarter of a unit in the last place above 1.
+        // The exact sum is a quarter of an ulp above 1.
         let little = f(f32::EPSILON / 4.0);
         check("fma.rm.f32", &[f(1.0), f(1.0), little], f(1.0));
         check("fma.rp.f32", &[f(1.0), f(1.0), little], f(1.0 + f32::EPSILON));
         check("add.rz.f32", &[f(-1.0), f(-3.0 * f32::EPSILON / 4.0)], f(-1.0));
-        // Less than double precision shows.
+        // The exact sum differs from 1 by less than double precision can hold.
         check("fma.rm.f32", &[f(1.0), f(1.0), f(-1e-30)], f(1f32.next_down()));
     }
 

@@ -1,37 +1,41 @@
-//! A kernel made ready to run: functions put in the place of their calls, names resolved, operands in registers.
+//! Prepares a kernel to run: inlines function calls, resolves names, and puts operands into
+//! registers.
 
 use crate::ops::{self, Op};
 use crate::ptx::{Function, Instruction, Module, Operand, Space, Statement, Variable, size_of};
 use crate::{Error, Result};
 use std::collections::HashMap;
 
-/// What the top of a generic address says about the space where it points; anything else is global memory. Addresses of
-/// one space alone are offsets in it.
+/// The top byte of a generic address that names its space; any other value means global memory. The
+/// low 32 bits are the offset in the space. An address that is used with one space only has no top
+/// byte.
 pub(crate) const PARAM: u64 = 0x7d << 56;
 pub(crate) const SHARED: u64 = 0x7e << 56;
 pub(crate) const LOCAL: u64 = 0x7f << 56;
 
-/// A kernel.
+/// A kernel that is ready to run.
 pub(crate) struct Program {
     pub(crate) name: String,
     pub(crate) code: Vec<Step>,
-    /// Registers, and those that hold something before the first instruction.
+    /// The number of registers.
     pub(crate) registers: usize,
+    /// The registers that hold a value before the first instruction.
     pub(crate) given: HashMap<Given, Register>,
-    /// Bytes of a block's shared memory, without what a launch adds behind them.
+    /// The bytes of a block's static shared memory. A launch's dynamic shared memory comes after
+    /// it.
     pub(crate) shared: usize,
-    /// Bytes of a thread's local memory.
+    /// The bytes of a thread's local memory.
     pub(crate) local: usize,
-    /// Where each parameter begins, and its size.
+    /// The offset and the size of each parameter.
     pub(crate) parameters: Vec<(usize, usize)>,
-    /// How many instructions access memory.
+    /// The number of instructions that access memory.
     pub(crate) places: usize,
 }
 
 pub(crate) type Register = u32;
 
-/// What a register holds from the start: a constant, or what a thread can ask about itself (10), where the number is x, y
-/// or z.
+/// A value that a register holds from the start: a constant, or a special register (PTX ISA, 10).
+/// The number is the axis x, y or z.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Given {
     Constant(u64),
@@ -48,7 +52,7 @@ pub(crate) struct Step {
     /// A predicate, and whether it must be false.
     pub(crate) guard: Option<(Register, bool)>,
     pub(crate) action: Action,
-    /// In the text of the module.
+    /// The line in the text of the module.
     pub(crate) line: usize,
 }
 
@@ -74,7 +78,8 @@ pub(crate) enum Action {
         to: Option<Register>,
         from: [Register; 2],
     },
-    /// `value` of the lane that `lane` names, as `mode` reads it; the bits of `members` are those who take part.
+    /// Reads `value` of the lane that `lane` names according to `mode`. The bits of `members` are
+    /// the lanes that take part.
     Shuffle {
         mode: Shuffle,
         to: Register,
@@ -90,16 +95,17 @@ pub(crate) enum Action {
     Trap(&'static str),
 }
 
-/// Memory that an instruction reads or writes.
+/// The memory that an instruction reads or writes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) space: Space,
     pub(crate) address: Register,
     pub(crate) offset: i64,
-    /// Bytes of one element, and of all, a power of two, of which the address is a multiple.
+    /// The bytes of one element.
     pub(crate) size: usize,
+    /// The bytes of all elements: a power of two. The address must be a multiple of it.
     pub(crate) bytes: usize,
-    /// Which of the program's places it is.
+    /// The index of this place in the program.
     pub(crate) number: usize,
 }
 
@@ -111,7 +117,7 @@ pub(crate) enum Shuffle {
     Index,
 }
 
-/// Makes the kernel `name` of a module ready; `globals` are the addresses of the module's variables.
+/// Prepares the kernel `name` of a module. `globals` are the addresses of the module's variables.
 pub(crate) fn link(module: &Module, globals: &HashMap<String, u64>, name: &str) -> Result<Program> {
     let kernel = module.functions.get(name).filter(|function| function.kernel);
     let kernel = kernel.ok_or_else(|| Error::NoKernel(name.into()))?;
@@ -132,7 +138,7 @@ pub(crate) fn link(module: &Module, globals: &HashMap<String, u64>, name: &str) 
     };
     let names = globals.iter().map(|(name, &address)| (name.clone(), Name::Constant(address)));
     linker.names[0].extend(names);
-    // Behind all others, where a launch's own memory begins.
+    // The module's shared variables come first. An `.extern` one has size 0 here.
     for variable in module.globals.iter().filter(|variable| variable.space == Space::Shared) {
         linker.declare(variable)?;
     }
@@ -150,7 +156,7 @@ pub(crate) fn link(module: &Module, globals: &HashMap<String, u64>, name: &str) 
     Ok(linker.program)
 }
 
-/// What a name stands for.
+/// The meaning of a name.
 #[derive(Debug, Clone, Copy)]
 enum Name {
     Register(Register),
@@ -160,14 +166,14 @@ enum Name {
 struct Linker<'a> {
     module: &'a Module,
     program: Program,
-    /// From the module's own to those of the innermost scope.
+    /// The names in each scope, from the module's own to the innermost.
     names: Vec<HashMap<String, Name>>,
-    /// The functions that are being put in, to tell recursion.
+    /// The functions that are being inlined, to detect recursion.
     calls: Vec<String>,
 }
 
 impl Linker<'_> {
-    /// Puts the body of a function in, whose parameters have names already.
+    /// Inlines the body of a function, whose parameters already have names.
     fn function(&mut self, function: &Function, name: &str) -> Result<()> {
         if self.calls.iter().any(|call| call == name) {
             return Err(Error::NotSupported(format!("recursion, of {name}")));
@@ -197,7 +203,7 @@ impl Linker<'_> {
                 }
             }
         }
-        // `ret` goes behind the body.
+        // `ret` jumps to the end of the body.
         labels.insert("", self.program.code.len());
         for (step, label) in jumps {
             let target = labels.get(label.as_str());
@@ -214,7 +220,7 @@ impl Linker<'_> {
         (self.program.registers - 1) as Register
     }
 
-    /// The register that holds something from the start.
+    /// Returns the register that holds a value from the start.
     fn given(&mut self, given: Given) -> Register {
         if let Some(&register) = self.program.given.get(&given) {
             return register;
@@ -236,7 +242,7 @@ impl Linker<'_> {
         self.names.iter().rev().find_map(|names| names.get(name)).copied()
     }
 
-    /// Gives a variable its memory.
+    /// Allocates memory for a variable.
     fn declare(&mut self, variable: &Variable) -> Result<()> {
         let place = |end: &mut usize| {
             let start = end.next_multiple_of(variable.align);
@@ -246,7 +252,7 @@ impl Linker<'_> {
         let address = match variable.space {
             Space::Shared => place(&mut self.program.shared),
             Space::Local => place(&mut self.program.local),
-            // Of a call.
+            // These are the parameters of a call.
             Space::Param => LOCAL + place(&mut self.program.local),
             space => {
                 return Err(Error::NotSupported(format!(
@@ -263,7 +269,7 @@ impl Linker<'_> {
         self.program.code.push(Step { guard, action, line });
     }
 
-    /// The register of an operand that is read.
+    /// Returns the register of an operand that is read.
     fn source(&mut self, operand: &Operand) -> Result<Register> {
         match operand {
             &Operand::Constant(value) => Ok(self.constant(value)),
@@ -286,7 +292,8 @@ impl Linker<'_> {
         }
     }
 
-    /// The register of an operand that is written; `_` is one that nobody reads.
+    /// Returns the register of an operand that is written. `_` becomes a register that nobody
+    /// reads.
     fn target(&mut self, operand: &Operand) -> Result<Register> {
         match operand {
             Operand::Name(name) if name == "_" => Ok(self.register()),
@@ -298,7 +305,7 @@ impl Linker<'_> {
         }
     }
 
-    /// The registers of `first|second`, or of the first alone.
+    /// Returns the registers of `first|second`, or of the first alone.
     fn targets(&mut self, operand: &Operand) -> Result<(Register, Option<Register>)> {
         match operand {
             Operand::Pair(first, second) => {
@@ -309,7 +316,7 @@ impl Linker<'_> {
         }
     }
 
-    /// Where `count` elements of an instruction lie.
+    /// Returns the place of an instruction's `count` elements.
     fn place(&mut self, operand: &Operand, space: Space, size: usize, count: usize) -> Result<Place> {
         match operand {
             Operand::Address { base, offset } if (size * count).is_power_of_two() => {
@@ -322,7 +329,7 @@ impl Linker<'_> {
         }
     }
 
-    /// Elements of `{a, b}`, or the operand alone.
+    /// Returns the elements of `{a, b}`, or the single operand.
     fn elements(operand: &Operand) -> &[Operand] {
         match operand {
             Operand::Vector(elements) => elements,
@@ -343,7 +350,8 @@ impl Linker<'_> {
             Some("shared" | "shared::cta") => Space::Shared,
             Some("local") => Space::Local,
             Some("global" | "const") => Space::Global,
-            // A kernel's parameters, or a function's in local memory: the address says.
+            // These are a kernel's parameters, or a function's parameters in local memory. The
+            // address says which.
             _ => Space::Generic,
         };
         match (opcode[0], operands) {
@@ -357,7 +365,8 @@ impl Linker<'_> {
             }
             ("exit", []) => self.step(guard, Action::Exit, line),
             ("trap", []) => self.step(guard, Action::Trap("trap"), line),
-            // The compiler's hints, and orders of memory accesses that hold here anyway.
+            // These are hints of the compiler, and orderings of memory accesses that always hold
+            // here.
             ("membar" | "fence" | "nanosleep", _) => {}
             ("bar" | "barrier", _) if opcode.contains(&"warp") => {}
             ("bar" | "barrier", [Operand::Constant(0)]) if opcode.contains(&"sync") => {
@@ -421,16 +430,16 @@ impl Linker<'_> {
                     self.step(guard, Action::Compute { op: compare(false)?, to: first, from }, line);
                     return Ok(());
                 };
-                // An operand may be one of both results.
+                // The operands may include one of the results.
                 let kept = self.register();
                 self.step(guard, Action::Compute { op: compare(true)?, to: kept, from }, line);
                 self.step(guard, Action::Compute { op: compare(false)?, to: first, from }, line);
                 self.copy(guard, kept, second, line);
             }
-            // Taking a value apart, and putting one together.
+            // These split a value, and combine one from parts.
             ("mov", [Operand::Vector(to), from]) => {
                 let (from, width) = (self.source(from)?, 8 * size()? as u64 / to.len() as u64);
-                // The source may be among the results.
+                // The source may be one of the results.
                 let kept = self.register();
                 self.copy(guard, from, kept, line);
                 for (i, to) in to.iter().enumerate() {
@@ -461,7 +470,8 @@ impl Linker<'_> {
                 let space = match space {
                     "shared" => SHARED,
                     "local" => LOCAL,
-                    // A parameter's address says itself where it points, as one in global memory does.
+                    // The address of a parameter already has its space in the top byte, and global
+                    // memory has none.
                     _ => 0,
                 };
                 let space = self.constant(space);
@@ -482,7 +492,7 @@ impl Linker<'_> {
         Ok(())
     }
 
-    /// Up to four operands; those that are not there are 0.
+    /// Returns the registers of up to four operands. A missing operand is 0.
     fn sources(&mut self, operands: &[Operand]) -> Result<[Register; 4]> {
         if operands.len() > 4 {
             return Err(Error::NotSupported("so many operands".into()));
@@ -511,8 +521,8 @@ impl Linker<'_> {
         self.compute(guard, &["mov", "b64"], to, [from; 4], line).expect("known");
     }
 
-    /// Puts a function in the place of its call: its parameters are the caller's variables. Under a guard, those for
-    /// whom it does not hold go past.
+    /// Inlines the function of a call. Its parameters are the caller's variables. If the call has a
+    /// guard, threads for which it is false skip the body.
     fn call(&mut self, guard: Option<(Register, bool)>, operands: &[Operand], line: usize) -> Result<()> {
         let (results, name, arguments) = match operands {
             [Operand::List(results), Operand::Name(name), Operand::List(arguments)] => {
@@ -544,7 +554,7 @@ impl Linker<'_> {
             };
             names.insert(formal.name.clone(), actual);
         }
-        // Inside, the module's names and its own.
+        // Inside the function, only the module's names and its own are visible.
         let outside = self.names.split_off(1);
         self.names.push(names);
         self.function(function, name)?;
@@ -557,7 +567,7 @@ impl Linker<'_> {
     }
 }
 
-/// What a special register holds.
+/// Returns the value of a special register.
 fn special(name: &str) -> Option<Given> {
     match name {
         "%laneid" => return Some(Given::Lane),

@@ -1,17 +1,17 @@
-//! The text of PTX, as nvcc writes it, to a tree.
+//! A parser of PTX text as nvcc writes it.
 //!
-//! What is kept is what running needs: directives for debuggers and for performance are passed over. The language is
-//! NVIDIA's *PTX ISA*; section numbers here are those of its version 9.0.
+//! It keeps only what is needed to run a module, and skips directives for debuggers and for
+//! performance. The language is NVIDIA's *PTX ISA*; section numbers refer to version 9.0.
 
 use crate::{Error, Result};
 use std::collections::HashMap;
 
-/// A module: what one text defines.
+/// A module: the definitions of one text.
 #[derive(Debug, Default)]
 pub(crate) struct Module {
     /// Kernels and functions that have a body, by name.
     pub(crate) functions: HashMap<String, Function>,
-    /// Variables outside of functions.
+    /// The variables outside of functions.
     pub(crate) globals: Vec<Variable>,
 }
 
@@ -19,7 +19,7 @@ pub(crate) struct Module {
 #[derive(Debug, Default)]
 pub(crate) struct Function {
     pub(crate) kernel: bool,
-    /// What it returns, as variables in the space of parameters.
+    /// The results, as variables in the parameter space.
     pub(crate) returns: Vec<Variable>,
     pub(crate) parameters: Vec<Variable>,
     pub(crate) body: Vec<Statement>,
@@ -28,7 +28,7 @@ pub(crate) struct Function {
 /// A state space (5.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Space {
-    /// Any: the address says which.
+    /// Any space: the address says which.
     Generic,
     Global,
     Shared,
@@ -42,23 +42,23 @@ pub(crate) struct Variable {
     pub(crate) name: String,
     pub(crate) space: Space,
     pub(crate) align: usize,
-    /// In bytes; none for what a launch decides on (`.extern .shared`).
+    /// The size in bytes, or `None` if a launch decides it (`.extern .shared`).
     pub(crate) size: Option<usize>,
-    /// The first bytes' values; the others are 0.
+    /// The values of the first bytes; the other bytes are 0.
     pub(crate) init: Vec<u8>,
 }
 
-/// What a body consists of.
+/// An element of a function's body.
 #[derive(Debug)]
 pub(crate) enum Statement {
     Label(String),
-    /// `.reg`: `name`, or with a count `name0`, `name1` and so on.
+    /// A `.reg` declaration of `name` or, with a count, of `name0`, `name1` and so on.
     Registers {
         name: String,
         count: Option<usize>,
     },
     Variable(Variable),
-    /// `{` and `}`: names that are declared between them are known there only.
+    /// `{` and `}`: names that are declared in between are visible only there.
     Open,
     Close,
     Instruction(Instruction),
@@ -69,10 +69,10 @@ pub(crate) enum Statement {
 pub(crate) struct Instruction {
     /// A predicate, and whether it must be false.
     pub(crate) guard: Option<(String, bool)>,
-    /// Between the dots: `["ld", "global", "v4", "f32"]`.
+    /// The parts between the dots, such as `["ld", "global", "v4", "f32"]`.
     pub(crate) opcode: Vec<String>,
     pub(crate) operands: Vec<Operand>,
-    /// Of the text, from 1.
+    /// The line of the text, from 1.
     pub(crate) line: usize,
 }
 
@@ -85,7 +85,7 @@ pub(crate) enum Operand {
     Not(String),
     /// `name|name`: two results.
     Pair(String, String),
-    /// The bits; of an integer, sign-extended to 64.
+    /// The bits of a constant. Integers are sign-extended to 64 bits.
     Constant(u64),
     /// `{a, b}`
     Vector(Vec<Operand>),
@@ -102,7 +102,7 @@ enum Token {
     Sign(char),
 }
 
-/// Reads a module.
+/// Parses a module.
 pub(crate) fn parse(text: &str) -> Result<Module> {
     Parser { tokens: tokens(text)?, next: 0 }.module()
 }
@@ -156,7 +156,7 @@ fn tokens(text: &str) -> Result<Vec<(Token, usize)>> {
     Ok(tokens)
 }
 
-/// The bits of a constant (4.5): `0f` and `0d` with hexadecimal digits are floats.
+/// Returns the bits of a constant (4.5). `0f` and `0d` with hexadecimal digits are floats.
 fn number(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches('U');
     match digits.get(..2) {
@@ -206,7 +206,7 @@ impl Parser {
         }
     }
 
-    /// A constant, with a sign perhaps.
+    /// Parses a constant with an optional sign.
     fn number(&mut self) -> Result<u64> {
         let negative = self.sign('-');
         match self.peek() {
@@ -258,7 +258,7 @@ impl Parser {
         Ok(module)
     }
 
-    /// None if it has no body: a declaration.
+    /// Parses a function. Returns `None` for a declaration, which has no body.
     fn function(&mut self, kernel: bool) -> Result<Option<(String, Function)>> {
         let returns = if self.sign('(') { self.parameters()? } else { Vec::new() };
         let name = self.word()?;
@@ -297,7 +297,7 @@ impl Parser {
         Ok(variables)
     }
 
-    /// `.align 8 .b8 name[16] = {1, 2}`, from behind the space on.
+    /// Parses `.align 8 .b8 name[16] = {1, 2}`, starting after the state space.
     fn variable(&mut self, space: Space) -> Result<Variable> {
         let (mut align, mut element) = (None, None);
         let name = loop {
@@ -339,7 +339,7 @@ impl Parser {
         Ok(Variable { name, space, align: align.unwrap_or(element), size, init })
     }
 
-    /// To the brace that ends it.
+    /// Parses a body up to its closing brace.
     fn body(&mut self) -> Result<Vec<Statement>> {
         let (mut body, mut depth) = (Vec::new(), 0);
         loop {
@@ -367,7 +367,7 @@ impl Parser {
                         self.word()?;
                         self.registers(&mut body)?;
                     }
-                    // As people write it in assembly.
+                    // Hand-written assembly may omit the space before the type.
                     word if word.starts_with(".reg.") => self.registers(&mut body)?,
                     ".local" => {
                         body.extend(self.variables(Space::Local)?.into_iter().map(Statement::Variable))
@@ -397,7 +397,7 @@ impl Parser {
         }
     }
 
-    /// `%p<7>, %q;`
+    /// Parses `%p<7>, %q;`.
     fn registers(&mut self, body: &mut Vec<Statement>) -> Result<()> {
         loop {
             let name = self.word()?;
@@ -472,7 +472,7 @@ impl Parser {
     }
 }
 
-/// Bytes of a fundamental type (5.2), by its name without the dot.
+/// Returns the bytes of a fundamental type (5.2), by its name without the dot.
 pub(crate) fn size_of(kind: &str) -> Option<usize> {
     Some(match kind {
         "b8" | "u8" | "s8" => 1,

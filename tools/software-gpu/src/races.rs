@@ -1,33 +1,35 @@
-//! Accesses to memory that nothing puts in order: by two blocks of a launch, or by two threads of a block with no barrier
-//! in between, of which at least one writes. On a GPU the result depends on which comes first.
+//! Data races: unordered accesses to memory of which at least one writes. They are by two blocks of
+//! a launch, or by two threads of a block without a barrier in between. On a GPU the result depends
+//! on which access comes first.
 //!
-//! A shadow keeps of each byte who wrote it last and who has read it since the last barrier. Atomic operations are in
-//! order, and not looked at.
+//! A shadow stores, for each byte, who wrote it last and who has read it since the last barrier.
+//! Atomic operations are ordered, and are not checked.
 
-/// Who accesses memory.
+/// The thread that accesses memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Who {
-    /// The block's number and that of the thread in it.
+    /// The index of the block.
     pub(crate) block: u32,
+    /// The index of the thread in the block.
     pub(crate) thread: u32,
     /// How many barriers the block has passed.
     pub(crate) barriers: u32,
 }
 
-/// In the place of a number: of none, and of several.
+/// Special values of a block's or thread's index: nobody, and several.
 const NOBODY: u32 = u32::MAX;
 const SEVERAL: u32 = u32::MAX - 1;
 
 impl Who {
     const NOBODY: Self = Self { block: NOBODY, thread: NOBODY, barriers: 0 };
 
-    /// Whether nothing puts an access by `other` behind this one.
+    /// Returns whether a later access by `other` is not ordered after this one.
     fn races(self, other: Self) -> bool {
         self.block != NOBODY
             && (self.block != other.block || self.thread != other.thread && self.barriers == other.barriers)
     }
 
-    /// This one and another who reads.
+    /// Combines these earlier readers with another reader.
     fn and(self, other: Self) -> Self {
         if self.block == NOBODY || self == other {
             return other;
@@ -39,14 +41,14 @@ impl Who {
     }
 }
 
-/// What is known of a byte.
+/// The last accesses to a byte.
 #[derive(Clone, Copy)]
 struct Byte {
     writer: Who,
     reader: Who,
 }
 
-/// The bytes of a piece of memory.
+/// The accesses to a piece of memory, byte by byte.
 pub(crate) struct Shadow(Vec<Byte>);
 
 impl Shadow {
@@ -54,7 +56,8 @@ impl Shadow {
         Self(vec![Byte { writer: Who::NOBODY, reader: Who::NOBODY }; size])
     }
 
-    /// Takes note of an access to `size` bytes from `at` on; gives who races with it.
+    /// Records an access to `size` bytes from `at` on. Returns an earlier access that races with
+    /// it, if any.
     pub(crate) fn access(&mut self, at: usize, size: usize, who: Who, writes: bool) -> Option<Who> {
         let mut found = None;
         for byte in &mut self.0[at..at + size] {
@@ -82,15 +85,15 @@ mod tests {
     fn what_races_and_what_does_not() {
         let mut shadow = Shadow::new(8);
         let (a, b) = (who(0, 0, 0), who(0, 1, 0));
-        // All may read; one may write what it alone reads.
+        // All threads may read. A thread may write what only it has read.
         assert_eq!(shadow.access(0, 4, a, false), None);
         assert_eq!(shadow.access(0, 4, b, false), None);
         assert_eq!(shadow.access(4, 4, a, false), None);
         assert_eq!(shadow.access(4, 4, a, true), None);
-        // To write what another reads, and to read what another wrote.
+        // A thread must not write what another has read, or read what another has written.
         assert!(shadow.access(3, 1, a, true).is_some());
         assert_eq!(shadow.access(4, 1, b, false), Some(a));
-        // Behind a barrier that is in order, within the block alone.
+        // After a barrier these accesses are ordered, but only within the block.
         let (a, b) = (who(0, 0, 1), who(0, 1, 1));
         assert_eq!(shadow.access(0, 4, a, true), None);
         assert_eq!(shadow.access(0, 4, who(0, 1, 2), false), None);

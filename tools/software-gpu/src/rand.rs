@@ -1,13 +1,14 @@
-//! The functions of cuRAND that Candle calls when it opens a device. None of our programs draws numbers there.
+//! The cuRAND functions that Candle calls when it opens a device. Our programs do not draw random
+//! numbers with them.
 
-// The functions of a C library: pointers from the caller.
+// These are functions of a C library, which take pointers from the caller.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
 
 #[unsafe(no_mangle)]
 extern "C" fn curandCreateGenerator(generator: *mut *mut c_void, _kind: c_int) -> c_int {
-    // SAFETY: the API asks for a place for the handle, which nobody looks into.
+    // SAFETY: the API asks for a pointer to a place for the handle. Nobody dereferences the handle.
     unsafe { generator.write(std::ptr::without_provenance_mut(1)) };
     0
 }

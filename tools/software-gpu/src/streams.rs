@@ -1,15 +1,15 @@
-//! The order of work in streams: what has certainly been done before what.
+//! The order of work in streams: which work is certainly done before which.
 //!
-//! Everything is done at once here, in the order of the calls. On a GPU only what one stream does is in order, and what
-//! an event, or the host's waiting, puts in order. So each stream has a clock for every stream (a vector clock): how much
-//! of that one's work is done before what it does next.
+//! Here all work is done at once, in the order of the calls. On a GPU, work is ordered only within
+//! one stream, by events, and by waits of the host. So each stream has a vector clock: how much of
+//! every stream's work is done before its own next work.
 
 use std::collections::HashMap;
 
-/// A stream; that of a thread has the thread's number beside it.
+/// A stream: its handle, and for a thread's own stream also the thread's number (else 0).
 pub(crate) type Stream = (u64, u64);
 
-/// How much of each stream's work.
+/// The amount of work done in each stream.
 type Clock = HashMap<Stream, u64>;
 
 fn merge(into: &mut Clock, other: &Clock) {
@@ -24,12 +24,12 @@ fn merge(into: &mut Clock, other: &Clock) {
 pub(crate) struct Streams {
     streams: HashMap<Stream, Clock>,
     events: HashMap<u64, Clock>,
-    /// What the host has waited for, which is before anything that it calls for later.
+    /// The work that the host has waited for. It is done before anything that the host calls later.
     host: Clock,
 }
 
 impl Streams {
-    /// Some work in a stream; what it is to be known by.
+    /// Adds work to a stream. Returns the stream and the time, which identify the work.
     pub(crate) fn work(&mut self, stream: Stream) -> (Stream, u64) {
         let clock = self.streams.entry(stream).or_default();
         merge(clock, &self.host);
@@ -38,33 +38,33 @@ impl Streams {
         (stream, *time)
     }
 
-    /// Whether some work is done before what a stream does now.
+    /// Returns whether some work is done before the next work of a stream.
     pub(crate) fn is_before(&self, (of, time): (Stream, u64), stream: Stream) -> bool {
         let done = |clock: &Clock| clock.get(&of).is_some_and(|&done| done >= time);
         of == stream || done(&self.host) || self.streams.get(&stream).is_some_and(done)
     }
 
-    /// The host waits for a stream.
+    /// Makes the host wait for a stream.
     pub(crate) fn wait(&mut self, stream: Stream) {
         if let Some(clock) = self.streams.get(&stream) {
             merge(&mut self.host, clock);
         }
     }
 
-    /// The host waits for all streams.
+    /// Makes the host wait for all streams.
     pub(crate) fn wait_for_all(&mut self) {
         for clock in self.streams.values() {
             merge(&mut self.host, clock);
         }
     }
 
-    /// An event behind a stream's work.
+    /// Records an event after a stream's work so far.
     pub(crate) fn record(&mut self, event: u64, stream: Stream) {
         let clock = self.streams.entry(stream).or_default().clone();
         self.events.insert(event, clock);
     }
 
-    /// A stream waits for an event.
+    /// Makes a stream wait for an event.
     pub(crate) fn order(&mut self, event: u64, stream: Stream) {
         if let Some(clock) = self.events.get(&event) {
             merge(self.streams.entry(stream).or_default(), clock);
@@ -89,7 +89,7 @@ mod tests {
         assert!(!streams.is_before(second, b));
         streams.wait(a);
         assert!(streams.is_before(second, b));
-        // What comes later is not waited for.
+        // The wait does not cover later work.
         let third = streams.work(a);
         assert!(!streams.is_before(third, b));
         streams.wait_for_all();

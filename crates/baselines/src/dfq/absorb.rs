@@ -7,10 +7,12 @@ use kernels::Activation;
 use models::Kernel;
 
 impl Draft {
-    /// Moves `c = max(0, β − n·γ)` of every channel behind a ReLU into the bias of the pointwise unit
-    /// that reads it: `b¹ ← b¹ − c`, `b² ← b² + W²c`. As `φ(y − c) = φ(y) − c` wherever `y ≥ c`, which
-    /// holds for all but the lowest tail of `N(β, γ²)` (0.13 % at n = 3), outputs stay nearly the
-    /// same, while the activation's range, and its cap, shrink by c. Gives the number of channels for each node.
+    /// Moves `c = max(0, β − n·γ)` of every channel after a ReLU into the bias of the pointwise
+    /// unit that reads it: `b¹ ← b¹ − c`, `b² ← b² + W²c`.
+    ///
+    /// `φ(y − c) = φ(y) − c` holds for `y ≥ c`, which is true except in the lowest tail of
+    /// `N(β, γ²)` (0.13 % at n = 3). So the outputs stay nearly the same, while the activation's
+    /// range and its cap shrink by c. Returns the number of such channels for each node.
     pub(crate) fn absorb(&mut self, sigmas: f64) -> Result<Vec<usize>> {
         let mut counts = vec![0; self.channels.len()];
         for [maker, reader] in self.pairs() {
@@ -20,7 +22,7 @@ impl Draft {
             }
             let mut amounts = Vec::with_capacity(self.channels[maker].len());
             for channel in &mut self.channels[maker] {
-                // Of what is above the cap nothing arrives.
+                // Nothing above the cap gets through, so no more than the cap is absorbed.
                 let amount = (channel.mean - sigmas * channel.deviation).max(0.0).min(channel.cap);
                 channel.mean -= amount;
                 channel.cap -= amount;
@@ -44,8 +46,10 @@ mod tests {
     use Activation::{Identity, Relu, Relu6};
     use Kernel::{Depthwise, Pointwise};
 
-    /// Two channels, images → pointwise → depthwise → pointwise, with high biases everywhere: values
-    /// of the second unit stay above `β − 3γ` on images in `[−1, 1]`.
+    /// Returns a network of images → pointwise → depthwise → pointwise with two channels and high
+    /// biases everywhere.
+    ///
+    /// The values of the second unit stay above `β − 3γ` for images in `[−1, 1]`.
     fn network(activation: Activation) -> models::Network {
         let depthwise: Vec<f32> = (0..18).map(|i| 0.01 * (i as f32 - 9.0)).collect();
         chain(
@@ -63,7 +67,7 @@ mod tests {
         let network = network(Relu);
         let images = gaussian_images(4, &network).clamp(-1f32, 1f32).unwrap();
         let mut folded = Draft::new(&network, FROZEN).unwrap();
-        // Not the first unit, which a depthwise one reads, nor the last.
+        // The first unit is left out because a depthwise unit reads it, and so is the last.
         assert_eq!(folded.absorb(3.0).unwrap(), [0, 0, 2, 0, 0, 0]);
         let means: Vec<f64> = folded.channels[2].iter().map(|c| c.mean).collect();
         assert!((means[0] - 3.0).abs() < 1e-4 && (means[1] - 6.0).abs() < 1e-4, "{means:?}");
@@ -84,11 +88,12 @@ mod tests {
         assert!(relative_difference(&before, &after) < 1e-4);
     }
 
-    /// A cap sinks with what is absorbed, which is no more than the cap: outputs stay also where values are cut off.
+    /// A cap decreases by the absorbed amount, which never exceeds the cap. So the outputs do not
+    /// change even where values are cut off.
     #[test]
     fn caps_sink() {
         let mut draft = Draft::new(&network(Relu), FROZEN).unwrap();
-        // The second unit gives 50 ± 1 and 40 ± 2, of which 3 deviations below are 47 and 34.
+        // The second unit's outputs are 50 ± 1 and 40 ± 2. Three deviations below are 47 and 34.
         for (channel, cap) in draft.channels[2].iter_mut().zip([48.5, 30.0]) {
             channel.cap = cap;
         }

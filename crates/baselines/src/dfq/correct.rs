@@ -5,10 +5,12 @@ use crate::Result;
 use candle_core::Tensor;
 
 impl Draft {
-    /// Takes the mean error that quantized weights `W̃` make out of every bias:
-    /// `b ← b − (W̃ − W)·E[x]`. `E[x]` is the mean of the layer's input, from the statistics of the
-    /// float network (what is corrected has its mean again): see [`Draft::outputs`]. Gives the mean |change| for each
-    /// unit, the classifier included; it is 0 where the weights are not quantized.
+    /// Removes the mean error that quantized weights `W̃` cause from every bias:
+    /// `b ← b − (W̃ − W)·E[x]`.
+    ///
+    /// `E[x]` is the mean of the layer's input, from the statistics of the float network (see
+    /// [`Draft::outputs`]): a corrected layer has its float mean again. Returns the mean |change|
+    /// for each unit, including the classifier. It is 0 if the weights are not quantized.
     pub(crate) fn correct_bias(&mut self) -> Result<Vec<f64>> {
         let outputs = self.outputs();
         let device = self.network.device().clone();
@@ -41,7 +43,7 @@ mod tests {
 
     const UNITS: [(Kernel, Activation); 2] = [(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)];
 
-    /// Weights quantized, activations not: what bias correction is about.
+    /// Returns settings that quantize only the weights, as bias correction assumes.
     fn weights_only(bits: u32) -> Quantization {
         Quantization { activations: Precision::Float, ..quantization(bits) }
     }
@@ -55,18 +57,20 @@ mod tests {
         let mut folded = Draft::new(&network, FROZEN).unwrap();
         folded.network.quantize(&weights_only(2)).unwrap();
         let changes = folded.correct_bias().unwrap();
-        // Levels 0, 1, 2, 3. The inputs are 2 and 0: only 1.1 → 1 counts, 0.1 · 2 too low.
+        // The levels are 0, 1, 2, 3, and the inputs 2 and 0. Only 1.1 → 1 counts: it is too low by
+        // 0.1 · 2.
         let bias = bias_mut(folded.unit_mut(2)).to_vec1::<f32>().unwrap();
         assert!(bias[0] == 0.0 && (bias[1] - 0.2).abs() < 1e-6, "{bias:?}");
         assert!((changes[1] - 0.1).abs() < 1e-6, "{changes:?}");
-        // 0 and 1 are levels of the classifier too, and those of the first layer (γ = 0).
+        // The weights 0 and 1 are levels in the classifier, too, and in the first layer (γ = 0).
         assert_eq!((changes[0], changes[2]), (0.0, 0.0));
     }
 
-    /// With a grid for each channel the error is that of the channel's own levels.
+    /// With a grid for each channel, the error comes from the channel's own levels.
     #[test]
     fn hand_worked_layer_with_grids_of_channels() {
-        // Two inputs of mean 2 and 1, two outputs: 1.1 lies between 0, 1, 2, 3, and 0.4 between 0, 0.3, 0.6, 0.9.
+        // There are two inputs of mean 2 and 1, and two outputs. 1.1 lies on the grid 0, 1, 2, 3,
+        // and 0.4 on the grid 0, 0.3, 0.6, 0.9.
         let units = chain(1, &UNITS, &[&[1.0, 1.0], &[1.1, 0.4, 3.0, 0.9]]);
         let mut network = units.norm(0, &[[0.0, 2.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]).network;
         network.epsilon = 0.0;
@@ -80,7 +84,7 @@ mod tests {
 
     #[test]
     fn expected_input_is_the_clipped_mean() {
-        // A standard normal input after ReLU has mean 1/√(2π); 1.4 → 1.
+        // A standard normal input has the mean 1/√(2π) after ReLU; 1.4 → 1.
         let mut folded = Draft::new(&chain(1, &UNITS, &[&[1.0], &[1.4, 3.0]]).network, FROZEN).unwrap();
         folded.network.quantize(&weights_only(2)).unwrap();
         folded.correct_bias().unwrap();
@@ -88,7 +92,8 @@ mod tests {
         assert!((f64::from(bias[0]) - 0.4 / std::f64::consts::TAU.sqrt()).abs() < 1e-4, "{bias:?}");
     }
 
-    /// Mean over all channels of the error of their means before the activation, in deviations.
+    /// Returns the error of the channel means before the activation, in deviations, averaged over
+    /// all channels.
     fn error(folded: &Draft, reference: &Network, images: &Tensor) -> f64 {
         let (want, got) = (channel_means(reference, images), channel_means(&folded.network, images));
         let mut errors = Vec::new();

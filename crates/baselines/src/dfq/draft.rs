@@ -1,4 +1,4 @@
-//! The network that all steps work on, and what is known of its channels.
+//! The network that all steps work on, and the statistics of its channels.
 
 use super::normal::{Moments, clipped};
 use super::{Cap, Normalization};
@@ -7,9 +7,12 @@ use candle_core::Tensor;
 use kernels::{Activation, norm};
 use models::{BatchNorm, Network, Node, Norm, Sum, Unit};
 
-/// A network whose weights are those that will be quantized (batch normalization has been folded into them if it is to be
-/// frozen), with the statistics of every unit's channels before their activation, which DFQ uses in place of data; of every
-/// node, none for what is no unit and for the classifier.
+/// A network whose weights are those that will be quantized, and the statistics of its channels,
+/// which DFQ uses in place of data.
+///
+/// If batch normalization is frozen, it has been folded into the weights. `channels` has one entry
+/// for each node: the channels of a unit before the activation. The entry is empty for other nodes
+/// and for the classifier.
 pub(crate) struct Draft {
     pub(crate) network: Network,
     pub(crate) channels: Vec<Vec<Channel>>,
@@ -19,18 +22,19 @@ pub(crate) struct Draft {
 /// `N(β, γ²)` (Nagel et al., section 4.2).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Channel {
-    /// β.
+    /// β, the mean.
     pub(crate) mean: f64,
-    /// `|γ|·√(V/(V+ε))`.
+    /// `|γ|·√(V/(V+ε))`, the deviation.
     pub(crate) deviation: f64,
-    /// Whether `V < ε`: the filter gives nearly a constant.
+    /// Whether `V < ε`, so that the filter is nearly constant.
     pub(crate) constant: bool,
-    /// What the activation's output is at most, beside the activation's own bound; infinite without a cap.
+    /// The upper bound of the activation's output, in addition to the activation's own bound. It is
+    /// infinite without a cap.
     pub(crate) cap: f64,
 }
 
 impl Channel {
-    /// Mean and variance after the activation.
+    /// Returns the mean and variance after the activation.
     pub(crate) fn after(&self, activation: Activation) -> Moments {
         let (lo, hi) = activation.bounds();
         clipped(self.mean, self.deviation, (lo.into(), f64::from(hi).min(self.cap)))
@@ -69,9 +73,12 @@ impl Draft {
         Ok(Self { network, channels })
     }
 
-    /// Step 2: what stands for ReLU6, as equalization needs `φ(s·x) = s·φ(x)` (Nagel et al., section 4.1), and absorption
-    /// `φ(y − c) = φ(y) − c` above c. [`Cap::None`] is ReLU everywhere, which changes the outputs where a value exceeds 6;
-    /// [`Cap::PerChannel`] is ReLU with caps of 6 in units that may be scaled.
+    /// Step 2: replaces ReLU6.
+    ///
+    /// Equalization needs `φ(s·x) = s·φ(x)` (Nagel et al., section 4.1), and absorption
+    /// `φ(y − c) = φ(y) − c` above c. [`Cap::None`] means ReLU everywhere, which changes the
+    /// outputs where a value exceeds 6. [`Cap::PerChannel`] means ReLU with caps of 6 in units that
+    /// may be scaled.
     pub(crate) fn free_relu6(&mut self, cap: Cap) -> Result<()> {
         if cap == Cap::PerChannel {
             for [maker, _] in self.pairs() {
@@ -94,7 +101,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Gives a unit the caps of its channels, if they have any.
+    /// Sets a unit's caps to those of its channels, if they have any.
     pub(crate) fn set_caps(&mut self, node: usize) -> Result<()> {
         let caps = self.channels[node].iter().map(|channel| channel.cap as f32);
         let caps: Vec<f32> = caps.filter(|cap| cap.is_finite()).collect();
@@ -105,8 +112,9 @@ impl Draft {
         Ok(())
     }
 
-    /// The pairs of nodes of which the second is all that reads the first, both being units: the tensor between them is
-    /// not a summand, nor read by several.
+    /// Returns the pairs of units of which the second is the only reader of the first.
+    ///
+    /// The tensor between them is neither a summand nor read by several nodes.
     pub(crate) fn pairs(&self) -> Vec<[usize; 2]> {
         let (nodes, readers) = (&self.network.nodes, self.network.readers());
         let is_pair =
@@ -118,18 +126,18 @@ impl Draft {
         readers.iter().enumerate().filter_map(alone).filter(is_pair).collect()
     }
 
-    /// The unit that is node `node`.
+    /// Returns the unit that is node `node`.
     pub(crate) fn unit(&self, node: usize) -> &Unit {
         self.network.nodes[node].unit().expect("pairs are of units")
     }
 
-    /// [`Draft::unit`], to be changed.
+    /// Returns [`Draft::unit`] for changes.
     pub(crate) fn unit_mut(&mut self, node: usize) -> &mut Unit {
         self.network.nodes[node].unit_mut().expect("pairs are of units")
     }
 
-    /// Mean and variance of every channel of every node's output; images are taken to have mean 0, and summands to be
-    /// independent.
+    /// Returns the mean and variance of every channel of every node's output. Images are assumed to
+    /// have mean 0, and summands to be independent.
     pub(crate) fn outputs(&self) -> Vec<Vec<Moments>> {
         let nothing = Moments { mean: 0.0, variance: 0.0 };
         let mut outputs: Vec<Vec<Moments>> = Vec::with_capacity(self.channels.len());
@@ -147,15 +155,17 @@ impl Draft {
                     };
                     summed(sum, &outputs).map(of_sum).collect()
                 }
-                // Means stay what they are.
+                // Pooling keeps the means.
                 Node::Pool(pool) => outputs[pool.input].clone(),
             });
         }
         outputs
     }
 
-    /// Divides a unit's weights, and what it gives before the activation, by `scales` `[C]`. Live normalization has the
-    /// mean `μ/s` and the variance `V/s²` then, so its γ becomes `γ·√((V/s² + ε)/(V + ε))` and its β `β/s`.
+    /// Divides a unit's weights, and its output before the activation, by `scales` `[C]`.
+    ///
+    /// A live normalization then has the mean `μ/s` and the variance `V/s²`, so its γ becomes
+    /// `γ·√((V/s² + ε)/(V + ε))` and its β becomes `β/s`.
     pub(crate) fn divide(&mut self, unit: usize, scales: &Tensor) -> Result<()> {
         let epsilon = self.network.epsilon;
         let unit = self.unit_mut(unit);
@@ -173,15 +183,17 @@ impl Draft {
         Ok(())
     }
 
-    /// Adds `change` `[C]` to what a unit gives before its activation.
+    /// Adds `change` `[C]` to a unit's output before its activation.
     pub(crate) fn add_to_output(&mut self, unit: usize, change: &Tensor) -> Result<()> {
         let (Norm::Bias(shift) | Norm::Batch(BatchNorm { beta: shift, .. })) = &mut self.unit_mut(unit).norm;
         *shift = (&*shift + change)?;
         Ok(())
     }
 
-    /// Adds `change` `[C]` to what a unit's convolution gives. Live normalization takes it out of the running mean, as
-    /// training, which normalizes by the mean of the batch, does without it.
+    /// Adds `change` `[C]` to the output of a unit's convolution.
+    ///
+    /// A live normalization subtracts it from the running mean. Training normalizes with the
+    /// batch's mean, so it needs no change.
     pub(crate) fn add_to_convolution(&mut self, unit: usize, change: &Tensor) -> Result<()> {
         match &mut self.unit_mut(unit).norm {
             Norm::Bias(bias) => *bias = (&*bias + change)?,
@@ -191,13 +203,14 @@ impl Draft {
     }
 }
 
-/// Mean and variance of a sum before its activation, of the outputs of the nodes before it.
+/// Returns the mean and variance of a sum before its activation, given the outputs of the nodes
+/// before it.
 pub(crate) fn summed<'a>(sum: &Sum, outputs: &'a [Vec<Moments>]) -> impl Iterator<Item = Moments> + 'a {
     let [a, b] = sum.inputs.map(|input| &outputs[input]);
     a.iter().zip(b).map(|(a, b)| Moments { mean: a.mean + b.mean, variance: a.variance + b.variance })
 }
 
-/// The bias of a unit of a folded network.
+/// Returns the bias of a unit of a folded network.
 #[cfg(test)]
 pub(crate) fn bias_mut(unit: &mut Unit) -> &mut Tensor {
     match &mut unit.norm {
@@ -240,14 +253,14 @@ mod tests {
         let pairs = folded.pairs();
         let nodes = &folded.network.nodes;
         for (i, node) in nodes.iter().enumerate() {
-            // A unit's reader is the next node, unless that is a sum or the pooling.
+            // The next node reads a unit, unless it is a sum or the pooling.
             let is_shortcut = |node: &Node| matches!(node, Node::Sum(sum) if sum.inputs[0] == i);
             let paired = node.unit().is_some()
                 && nodes.get(i + 1).is_some_and(|next| next.unit().is_some())
                 && !nodes.iter().any(is_shortcut);
             assert_eq!(pairs.contains(&[i, i + 1]), paired, "{}", node.name());
         }
-        // Every expansion and depthwise unit, and some projections.
+        // The pairs include every expansion and depthwise unit, and some projections.
         assert!(pairs.len() > 34 && pairs.len() < folded.network.units().count() - 11, "{}", pairs.len());
     }
 
@@ -274,7 +287,7 @@ mod tests {
         let clipped = clipped(sum.mean, sum.variance.sqrt(), (0.0, f64::INFINITY));
         assert_eq!(folded.outputs()[4][0], clipped);
         assert!(clipped.mean > 0.0, "{clipped:?}");
-        // The sum reads both ends of the residual.
+        // The sum reads the first and the last unit.
         assert_eq!(folded.pairs(), [[2, 3]]);
     }
 }

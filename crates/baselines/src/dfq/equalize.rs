@@ -5,14 +5,17 @@ use crate::Result;
 use candle_core::Tensor;
 
 impl Draft {
-    /// Scales every channel between the two units of a pair by
-    /// `s_i = √(r¹_i·r²_i) / r²_i`, where `r¹_i` is the largest |weight| that makes the channel and
-    /// `r²_i` the largest that reads it: `W¹ ← W¹/s`, `b¹ ← b¹/s`, `W² ← s·W²`, after which both
-    /// ranges are `√(r¹_i·r²_i)`. Sweeps over all [pairs](Draft::pairs), as one moves the ranges of
-    /// its neighbours, until no scale differs from 1 by more than `tolerance` or `max_sweeps` are
-    /// done. Gives the number of sweeps and the [imbalance](Draft::imbalance) that is left.
+    /// Scales every channel between the two units of a pair so that both weight ranges are the
+    /// same, and returns the number of sweeps and the remaining [imbalance](Draft::imbalance).
     ///
-    /// With activations that are positively homogeneous (ReLU, identity) outputs do not change; a cap becomes `cap/s`.
+    /// The scale is `s_i = √(r¹_i·r²_i) / r²_i`, where `r¹_i` is the largest |weight| that makes
+    /// the channel and `r²_i` the largest |weight| that reads it: `W¹ ← W¹/s`, `b¹ ← b¹/s`,
+    /// `W² ← s·W²`. Both ranges are then `√(r¹_i·r²_i)`. A pair changes the ranges of its
+    /// neighbours, so this sweeps over all [pairs](Draft::pairs) until no scale differs from 1 by
+    /// more than `tolerance`, or `max_sweeps` are done.
+    ///
+    /// If the activations are positively homogeneous (ReLU, identity), the outputs do not change. A
+    /// cap becomes `cap/s`.
     pub(crate) fn equalize(&mut self, tolerance: f64, max_sweeps: usize) -> Result<(usize, f64)> {
         let mut sweeps = 0;
         loop {
@@ -28,7 +31,7 @@ impl Draft {
         }
     }
 
-    /// The largest `|s − 1|` over all channels of all pairs.
+    /// Returns the largest `|s − 1|` over all channels of all pairs.
     pub(crate) fn imbalance(&self) -> Result<f64> {
         let mut worst: f64 = 0.0;
         for pair in self.pairs() {
@@ -37,8 +40,8 @@ impl Draft {
         Ok(worst)
     }
 
-    /// The scales of a pair. A channel that nothing makes or nothing reads is
-    /// left alone, and one with a constant output is not made larger.
+    /// Returns the scales of a pair. A channel that no weight makes or reads is left unchanged, and
+    /// a constant channel is not made larger.
     fn scales(&self, pair: [usize; 2]) -> Result<Vec<f64>> {
         let (made, read) = self.channel_ranges(pair)?;
         let scale = |((made, read), constant): ((f32, f32), bool)| {
@@ -53,7 +56,8 @@ impl Draft {
         Ok(made.into_iter().zip(read).zip(constant).map(scale).collect())
     }
 
-    /// The largest |weight| that makes each channel between the units of a pair, and the largest that reads it.
+    /// Returns, for each channel between the units of a pair, the largest |weight| that makes it
+    /// and the largest |weight| that reads it.
     fn channel_ranges(&self, pair: [usize; 2]) -> Result<(Vec<f32>, Vec<f32>)> {
         let [maker, reader] = pair.map(|i| self.unit(i));
         let made = maker.kernel.filter_ranges(&maker.weight)?;
@@ -87,7 +91,7 @@ mod tests {
 
     const TOLERANCE: f64 = 1e-3;
 
-    /// Equalization keeps the outputs of a ReLU network, and settles.
+    /// Checks that equalization converges and keeps the outputs of a ReLU network.
     fn check(version: Version) {
         let network = mobilenet(version, Relu);
         let images = gaussian_images(4, &network);
@@ -119,8 +123,8 @@ mod tests {
 
     #[test]
     fn hand_worked_pair() {
-        // Two channels: ranges 8 and 1 made, 2 and 4 read, so s = √(8/2) = 2 and √(1/4) = ½; and a
-        // third that nothing reads.
+        // Two channels have ranges 8 and 1 where they are made, and 2 and 4 where they are read, so
+        // s = √(8/2) = 2 and √(1/4) = ½. No weight reads the third channel.
         let network = chain(
             1,
             &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)],
@@ -144,7 +148,8 @@ mod tests {
 
     #[test]
     fn a_constant_filter_is_not_made_larger() {
-        // Made with 1e-12, read with 1: s would be 1e-6, and the bias a million times larger.
+        // The filter's weight is 1e-12 and its reader's is 1: s would be 1e-6, and the bias a
+        // million times larger.
         let network =
             chain(1, &[(Kernel::Pointwise, Relu), (Kernel::Pointwise, Identity)], &[&[1e-12], &[1.0]])
                 .norm(0, &[[1.0, 0.5, 0.0, 1e-20]])
@@ -157,7 +162,8 @@ mod tests {
     #[test]
     fn planted_wide_ranges_shrink() {
         let mut network = mobilenet(Version::V1, Relu);
-        // Filters whose folded weights are a thousand times too large, undone by what reads them.
+        // Some filters have folded weights that are a thousand times too large, and their readers
+        // undo it.
         let first = 5;
         unbalance(&mut network, [first, first + 1], |channel| if channel % 8 == 3 { 1000.0 } else { 1.0 });
         let spread = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();

@@ -1,20 +1,22 @@
 //! Moments of a clipped normal variable (Nagel et al., appendix C).
 
-/// Mean and variance of a random variable.
+/// The mean and variance of a random variable.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Moments {
     pub(crate) mean: f64,
     pub(crate) variance: f64,
 }
 
-/// Mean and variance of `x ~ N(mean, deviation²)` clamped to `[lo, hi]`, either of which may be
-/// infinite. After ReLU the mean is the paper's `γ·N(−β/γ) + β·(1 − Φ(−β/γ))`.
+/// Returns the mean and variance of `x ~ N(mean, deviation²)` clamped to `[lo, hi]`, either of
+/// which may be infinite.
+///
+/// After ReLU, the mean is the paper's `γ·N(−β/γ) + β·(1 − Φ(−β/γ))`.
 pub(crate) fn clipped(mean: f64, deviation: f64, (lo, hi): (f64, f64)) -> Moments {
     if deviation == 0.0 {
         return Moments { mean: mean.clamp(lo, hi), variance: 0.0 };
     }
-    // Both bounds in deviations from the mean. Beyond 40, N and 1 − Φ are 0 in double precision, so
-    // a bound that is not there may as well be there.
+    // Both bounds, in deviations from the mean. Beyond 40, N and 1 − Φ are 0 in double precision,
+    // so a missing bound is the same as a bound at 40.
     let a = ((lo - mean) / deviation).max(-40.0);
     let b = ((hi - mean) / deviation).min(40.0);
     let (below, above) = (cdf(a), cdf(-b));
@@ -26,12 +28,12 @@ pub(crate) fn clipped(mean: f64, deviation: f64, (lo, hi): (f64, f64)) -> Moment
     }
 }
 
-/// The standard normal density `N`.
+/// Returns the standard normal density `N`.
 fn pdf(x: f64) -> f64 {
     (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt()
 }
 
-/// The standard normal distribution function `Φ`, precise in its lower tail.
+/// Returns the standard normal distribution function `Φ`, which is precise in its lower tail.
 fn cdf(x: f64) -> f64 {
     0.5 * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2)
 }
@@ -42,7 +44,8 @@ mod tests {
 
     const INFINITY: f64 = f64::INFINITY;
 
-    /// Against the sum of `clamp(x)` and its square over a fine grid, weighted by the density.
+    /// Compares with the sums of `clamp(x)` and its square over a fine grid, weighted by the
+    /// density.
     fn check(mean: f64, deviation: f64, bounds: (f64, f64)) {
         let n = 400_000;
         let width = 24.0 / n as f64;

@@ -7,12 +7,15 @@ use models::{Node, Quantizer};
 use quant_core::{Error, Grid};
 
 impl Draft {
-    /// Sets the range of every activation quantizer: `β ± n·γ` over the unit's channels, cut to the activation's bounds and the caps;
-    /// the same of a sum; for the pooled features the range of what is pooled; `image` for the image. All but `image` are
-    /// widened to hold zero.
+    /// Sets the range of every activation quantizer.
+    ///
+    /// The range of a unit is `β ± n·γ` over its channels, limited to the activation's bounds and
+    /// the caps. The range of a sum is computed in the same way. The pooled features have the range
+    /// of the tensor that is pooled, and the image has the range `image`. All ranges except `image`
+    /// are widened to contain zero.
     ///
     /// # Errors
-    /// When a range is not finite or `image` is not in order.
+    /// If a range is not finite or `image` is not in order.
     pub(crate) fn set_ranges(&mut self, sigmas: f64, image: (f32, f32)) -> Result<()> {
         let ranges = self.ranges(sigmas, image)?;
         for (node, range) in self.network.nodes.iter_mut().zip(ranges) {
@@ -21,12 +24,12 @@ impl Draft {
         Ok(())
     }
 
-    /// The range of every node's output.
+    /// Returns the range of every node's output.
     fn ranges(&self, sigmas: f64, image: (f32, f32)) -> Result<Vec<(f32, f32)>> {
         let outputs = self.outputs();
         let mut ranges: Vec<(f32, f32)> = Vec::with_capacity(outputs.len());
         for (node, channels) in self.network.nodes.iter().zip(&self.channels) {
-            // Mean and deviation before the activation, and the cap.
+            // The mean and deviation before the activation, and the cap.
             let spreads: Vec<(f64, f64, f64)> = match node {
                 Node::Image(_) => {
                     ranges.push(image);
@@ -71,7 +74,8 @@ mod tests {
     use kernels::Activation::{Identity, Relu, Relu6};
     use models::Kernel::Pointwise;
 
-    /// Image → ReLU → identity → identity + the first unit's output → ReLU6 → ReLU, in one channel.
+    /// Returns a draft of image → ReLU → identity → identity + the first unit's output → ReLU6 →
+    /// ReLU, in one channel.
     fn folded() -> Draft {
         let units = [Relu, Identity, Identity, Relu6, Relu].map(|activation| (Pointwise, activation));
         let mut network = chain(1, &units, &[&[1.0f32] as &[f32]; 5])
@@ -101,15 +105,16 @@ mod tests {
         check(0, -2.0, 3.0);
         check(1, 0.0, 20.0 + 6.0);
         check(2, 1.0 - 12.0, 1.0 + 12.0);
-        // A sum is quantized in place of the unit that only it reads.
+        // The sum is quantized instead of the unit that only it reads.
         assert!(nodes[3].quantizer().is_none());
-        // 20 deviations above zero ReLU changes nothing: means −30 + 20, variances 4 + 1.
+        // At 20 deviations above zero, ReLU changes nothing: the means are −30 + 20, the variances
+        // 4 + 1.
         let spread = 6.0 * 5f64.sqrt();
         check(4, -10.0 - spread, -10.0 + spread);
         check(5, 0.0, 6.0);
-        // −4 + 6 · 0.5 < 0: never active.
+        // −4 + 6 · 0.5 < 0, so the unit is never active.
         check(6, 0.0, 0.0);
-        // The pooled features.
+        // The range of the pooled features.
         check(7, 0.0, 0.0);
     }
 
@@ -121,7 +126,7 @@ mod tests {
         draft.set_ranges(6.0, (-2.0, 3.0)).unwrap();
         let range = draft.network.nodes[1].quantizer().and_then(Quantizer::range).unwrap();
         assert_eq!(range.to_vec1::<f32>().unwrap(), [0.0, 7.5]);
-        // What is cut off has the mean 7.5 and no variance to speak of.
+        // The clipped output has the mean 7.5 and almost no variance.
         let output = draft.outputs()[1][0];
         assert!((output.mean - 7.5).abs() < 1e-6 && output.variance < 1e-6, "{output:?}");
     }

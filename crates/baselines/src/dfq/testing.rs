@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 
 pub(crate) const FROZEN: Normalization = Normalization::Frozen;
 
-/// Everything at `bits` bits.
+/// Returns settings that quantize everything to `bits` bits.
 pub(crate) fn quantization(bits: u32) -> Quantization {
     let bits = Precision::Quantized(Bits::new(bits).unwrap());
     Quantization {
@@ -26,13 +26,14 @@ pub(crate) fn quantization(bits: u32) -> Quantization {
     }
 }
 
-/// A network of hand-written units; see [`chain`].
+/// A network of hand-written units, which [`chain`] makes.
 pub(crate) struct Chain {
     pub(crate) network: Network,
 }
 
-/// A network whose unit `i` has the given kernel, activation and weights, batch normalization that
-/// changes (nearly) nothing, and whose logits are the pooled features.
+/// Returns a network whose unit `i` has the given kernel, activation and weights.
+///
+/// Its batch normalization changes (almost) nothing, and its logits are the pooled features.
 pub(crate) fn chain(input_channels: usize, units: &[(Kernel, Activation)], weights: &[&[f32]]) -> Chain {
     let device = &Device::Cpu;
     let mut channels = input_channels;
@@ -56,7 +57,7 @@ pub(crate) fn chain(input_channels: usize, units: &[(Kernel, Activation)], weigh
     Chain { network }
 }
 
-/// Adds the output of node `from` to that of node `to`, for all that read it.
+/// Adds the output of node `from` to that of node `to`, for all readers of `to`.
 pub(crate) fn insert_sum(network: &mut Network, from: usize, to: usize) {
     for node in &mut network.nodes[to + 1..] {
         match node {
@@ -70,7 +71,7 @@ pub(crate) fn insert_sum(network: &mut Network, from: usize, to: usize) {
 }
 
 impl Chain {
-    /// Gives unit `i` the batch normalization `[γ, β, μ, V]` of each channel.
+    /// Sets the batch normalization of unit `i` to `[γ, β, μ, V]` of each channel.
     pub(crate) fn norm(mut self, i: usize, channels: &[[f32; 4]]) -> Self {
         let field =
             |k: usize| Tensor::from_iter(channels.iter().map(|channel| channel[k]), &Device::Cpu).unwrap();
@@ -80,7 +81,7 @@ impl Chain {
     }
 }
 
-/// Nearly normal numbers from a seed.
+/// A generator of nearly normal numbers.
 pub(crate) struct Gaussian(ChaCha8Rng);
 
 impl Gaussian {
@@ -93,7 +94,7 @@ impl Gaussian {
     }
 }
 
-/// Images `[count, H, W, C]` of independent normal pixels.
+/// Returns images `[count, H, W, C]` of independent normal pixels.
 pub(crate) fn gaussian_images(count: usize, network: &Network) -> Tensor {
     let [h, w, c] = network.input;
     let mut gaussian = Gaussian::new(7);
@@ -101,8 +102,9 @@ pub(crate) fn gaussian_images(count: usize, network: &Network) -> Tensor {
     Tensor::from_vec(pixels, (count, h, w, c), network.device()).unwrap()
 }
 
-/// A MobileNet of width ¼ whose γ spread over two orders of magnitude, some negative and some 0, with
-/// random β and with the running statistics of [`gaussian_images`].
+/// Returns a MobileNet of width ¼ with random β and the running statistics of [`gaussian_images`].
+///
+/// Its γ spread over two orders of magnitude; some are negative and some are 0.
 pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
     let config = MobileNet { width: 0.25, activation, ..MobileNet::new(version, Input::Cifar, 10) };
     let mut network = config.init(3, &Device::Cpu).unwrap();
@@ -117,7 +119,7 @@ pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
             })
             .collect();
         let beta: Vec<f32> = (0..filters).map(|_| gaussian.next()).collect();
-        // The classifier has none.
+        // The classifier has no normalization.
         let Norm::Batch(norm) = &mut unit.norm else { continue };
         norm.gamma = Tensor::new(gamma, &Device::Cpu).unwrap();
         norm.beta = Tensor::new(beta, &Device::Cpu).unwrap();
@@ -129,13 +131,13 @@ pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
     network
 }
 
-/// The channels of [`mobilenet`] whose γ is 0.
+/// Returns whether the γ of this channel of [`mobilenet`] is 0.
 pub(crate) fn zero_gamma(channel: usize) -> bool {
     channel % 16 == 5
 }
 
-/// Multiplies the outputs of the first unit of a pair, a channel each, and divides the weights that read them, so that a
-/// ReLU network's outputs stay the same.
+/// Multiplies each output channel of a pair's first unit by a factor, and divides the weights that
+/// read it, so that a ReLU network's outputs stay the same.
 pub(crate) fn unbalance(
     network: &mut Network,
     [maker, reader]: [usize; 2],
@@ -151,14 +153,14 @@ pub(crate) fn unbalance(
     reader.weight = reader.kernel.scale_inputs(&reader.weight, &factors.recip().unwrap()).unwrap();
 }
 
-/// The largest difference, as a share of the largest |value|.
+/// Returns the largest difference, relative to the largest |value|.
 pub(crate) fn relative_difference(want: &Tensor, got: &Tensor) -> f32 {
     let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     largest(&(want - got).unwrap()) / largest(want)
 }
 
-/// The mean of every channel of every unit before its activation, of a folded network; none for other nodes and for the
-/// classifier.
+/// Returns the mean of every channel of every unit before its activation, for a folded network. The
+/// entry is empty for other nodes and for the classifier.
 pub(crate) fn channel_means(network: &Network, images: &Tensor) -> Vec<Vec<f32>> {
     let mut means = vec![Vec::new(); network.nodes.len()];
     network

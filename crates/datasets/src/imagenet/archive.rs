@@ -1,8 +1,9 @@
-//! Pictures in a tar file, or in tar files in a tar file, read in place.
+//! Pictures in a tar file, or in tar files inside a tar file, which are read in place.
 //!
-//! The positions of the members are found once and kept in a file beside the archive. The crate `tar` reads
-//! the headers. It takes a whole file for an archive, hence [`Section`]; positioned-io has sections too, but
-//! does not check the sums of positions that a broken header leads to.
+//! The positions of the members are found once and stored in a file next to the archive. The crate
+//! `tar` reads the headers. It expects an archive to be a whole file, so [`Section`] presents a
+//! part of a file as one. positioned-io has sections too, but it adds positions from broken headers
+//! without overflow checks.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -18,10 +19,10 @@ use crate::event::Event;
 
 use super::files::{Stored, is_picture};
 
-/// The position, the length and the name of a picture or of an archive.
+/// The position, the length and the name of a picture or of an inner archive.
 type Member = (u64, u64, Box<str>);
 
-/// The contents of the file beside an archive.
+/// The contents of the index file next to an archive.
 #[derive(Deserialize, Serialize)]
 struct Index {
     /// The state of the archive when its pictures were found.
@@ -29,7 +30,7 @@ struct Index {
     members: Vec<Member>,
 }
 
-/// The state of an archive: its length in bytes, and its time of change in nanoseconds after 1970.
+/// The state of an archive: its length in bytes and its time of change in nanoseconds since 1970.
 #[derive(Deserialize, Serialize, PartialEq)]
 struct State(u64, u128);
 
@@ -41,22 +42,24 @@ impl State {
     }
 }
 
-/// The path of the index beside an archive.
+/// Returns the path of the index file of an archive.
 fn index_of(archive: &Path) -> PathBuf {
     let mut path = OsString::from(archive);
     path.push(".index");
     path.into()
 }
 
-/// The pictures in an archive. Those of an archive in it are named `<inner>.tar/<picture>`.
+/// Lists the pictures in an archive. A picture in an inner archive is named
+/// `<inner>.tar/<picture>`.
 ///
-/// They are taken from the index beside the archive if that is of the archive's present state. Otherwise the
-/// archive is searched and the index written; if it cannot be, [`Event::NotKept`] reports so.
+/// The list comes from the index file if the index was made from the archive's present state.
+/// Otherwise the archive is searched and the index is written. If it cannot be written,
+/// [`Event::NotKept`] is reported.
 pub(super) fn pictures(archive: &Path, on_event: &mut dyn FnMut(Event)) -> Result<Vec<Stored>> {
     let state = State::of(archive)?;
     let path = index_of(archive);
     let kept = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Index>(&text).ok());
-    // Positions beyond the archive are not those that were found.
+    // An index with positions beyond the end of the archive is damaged.
     let inside = |&(position, size, _): &Member| position.checked_add(size).is_some_and(|end| end <= state.0);
     let index = match kept.filter(|index| index.state == state && index.members.iter().all(inside)) {
         Some(index) => index,
@@ -76,14 +79,14 @@ pub(super) fn pictures(archive: &Path, on_event: &mut dyn FnMut(Event)) -> Resul
     Ok(index.members.into_iter().map(stored).collect())
 }
 
-/// Writes an index of the archive's present state with these members, in JSON.
+/// Writes an index for the archive's present state; `members` is the JSON of its members.
 pub(super) fn set_index(archive: &Path, members: &[u8]) {
     let State(length, changed) = State::of(archive).expect("the archive is there");
     let index = [format!(r#"{{"state":[{length},{changed}],"members":"#).as_bytes(), members, b"}"].concat();
     fs::write(index_of(archive), index).expect("the folder can be written");
 }
 
-/// Searches an archive of `length` bytes, and the archives in it.
+/// Searches an archive of `length` bytes and its inner archives for pictures.
 fn walk(archive: &Path, length: u64) -> Result<Vec<Member>> {
     let mut found = Vec::new();
     for (start, length, name) in members(archive, 0, length, "", &mut found)? {
@@ -92,8 +95,9 @@ fn walk(archive: &Path, length: u64) -> Result<Vec<Member>> {
     Ok(found)
 }
 
-/// Adds the pictures of the archive in a section of the file, and returns the archives in it. `prefix`
-/// precedes the names.
+/// Adds the pictures of the archive in a section of the file, and returns its inner archives.
+///
+/// `prefix` is put before the names.
 fn members(
     archive: &Path,
     start: u64,
@@ -135,7 +139,7 @@ fn members(
     Ok(inner)
 }
 
-/// A section of a file, as a file.
+/// A section of a file that can be read like a file.
 struct Section {
     file: File,
     start: u64,

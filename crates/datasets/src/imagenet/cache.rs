@@ -1,8 +1,9 @@
-//! Pictures that were decoded and shrunk once, kept as plain pixels in a few large files.
+//! A cache of decoded and shrunk pictures, stored as raw pixels in a few large files.
 //!
-//! A pack has the pixels of [`PER_PACK`] pictures, one after the other; beside it an index says what they were made from, how
-//! large each is, and what its bytes sum up to (CRC-32). The index is sealed and written last, so a pack that has one is
-//! complete, and a cache whose making was interrupted is gone on with at the next pack.
+//! A pack holds the pixels of [`PER_PACK`] pictures, one after the other. The index next to it has
+//! the fingerprint of the original pictures, and the size and the CRC-32 of each picture. The index
+//! is sealed and written last, so a pack with an index is complete. If making a cache was
+//! interrupted, it resumes at the first incomplete pack.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
@@ -23,20 +24,21 @@ use crate::memory::CHANNELS;
 use super::files::Stored;
 use super::transform::shrink;
 
-/// The version of the files, which is in each index.
+/// The version of the file format, which each index contains.
 const FORMAT: u32 = 1;
 
-/// Pictures of a pack: 2.6 GB of ImageNet's, a minute or two of work that an interruption costs.
+/// The number of pictures in a pack. For ImageNet these are 2.6 GB; an interruption loses at most
+/// one or two minutes of work.
 pub(super) const PER_PACK: usize = 10_000;
 
-/// Pictures that are in memory at once while a pack is made.
+/// The number of pictures that are in memory at once while a pack is made.
 const AT_ONCE: usize = 256;
 
-/// What a pack's index says.
+/// The contents of a pack's index.
 #[derive(Debug, Serialize, Deserialize)]
 struct Index {
     format: u32,
-    /// The fingerprint of the pictures that the cache is made from.
+    /// The fingerprint of the pictures from which the cache was made.
     source: String,
     /// The pack's length in bytes.
     bytes: u64,
@@ -47,14 +49,14 @@ struct Index {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 enum Kept {
-    /// Its width, its height, and the CRC-32 of its pixels.
+    /// The width, the height, and the CRC-32 of the pixels.
     Pixels(u32, u32, u32),
-    /// Why it can't be used.
+    /// The reason why the picture cannot be used.
     Damaged(String),
 }
 
 impl Kept {
-    /// Bytes of its pixels.
+    /// Returns the number of bytes of the pixels.
     fn size(&self) -> u64 {
         match self {
             Kept::Pixels(width, height, _) => u64::from(*width) * u64::from(*height) * CHANNELS as u64,
@@ -63,7 +65,7 @@ impl Kept {
     }
 }
 
-/// A picture's place in a cache.
+/// A picture's position in a cache.
 #[derive(Clone, Debug)]
 pub(super) struct Packed {
     pack: Arc<Path>,
@@ -72,11 +74,11 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// The picture, or else why the one that it was made from can't be used.
+    /// Reads the picture. The inner error says why the original picture cannot be used.
     ///
     /// # Errors
     ///
-    /// [`Error::Cache`] where the pack has other bytes than it was written with, or can't be read.
+    /// [`Error::Cache`] if the pack does not hold the bytes that were written, or cannot be read.
     pub fn read(&self) -> Result<Result<Picture, String>> {
         let Packed { pack, offset, kept } = self;
         let (width, height, sum) = match kept {
@@ -111,12 +113,14 @@ fn damaged(file: &Path, what: String) -> Error {
     Error::Cache { file: file.into(), what, remedy }
 }
 
-/// The places in the cache `folder` of the pictures of a split that is called `name`, with their shorter sides shrunk to `side`.
-/// Makes what the cache lacks, `per_pack` pictures to a pack. `source` is the fingerprint of the pictures of all splits.
+/// Returns the positions in the cache `folder` of the pictures of the split `name`.
+///
+/// The shorter sides of the cached pictures are shrunk to `side`. Missing packs are made, with
+/// `per_pack` pictures each. `source` is the fingerprint of the pictures of all splits.
 ///
 /// # Errors
 ///
-/// [`Error::Cache`] where the folder has the cache of other pictures, or a damaged one; [`Error::Write`].
+/// [`Error::Cache`] if the folder has a damaged cache or one of other pictures; [`Error::Write`].
 pub(super) fn packed(
     per_pack: usize,
     folder: &Path,
@@ -128,7 +132,7 @@ pub(super) fn packed(
     on_event: &mut dyn FnMut(Event),
 ) -> Result<Vec<Packed>> {
     let mut all = Vec::with_capacity(pictures.len());
-    // What was left when making it was interrupted; where there is no such folder, there is nothing.
+    // This removes files of an interrupted run. It fails if the folder does not exist yet.
     whole_file::sweep(folder).ok();
     for (number, part) in pictures.chunks(per_pack).enumerate() {
         let path = |ending: &str| folder.join(format!("{name}-{number:05}.{ending}"));
@@ -160,7 +164,7 @@ pub(super) fn packed(
     Ok(all)
 }
 
-/// Decodes and shrinks pictures into a pack, which appears whole or not at all.
+/// Decodes and shrinks pictures into a pack, which is written atomically.
 fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> Result<Vec<Kept>> {
     let mut all = Vec::with_capacity(pictures.len());
     whole_file::replace(
@@ -191,7 +195,7 @@ fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> R
 }
 
 impl Index {
-    /// The index of a complete pack; `None` where it is still to be made.
+    /// Reads the index of a complete pack; `None` if the pack must still be made.
     fn read(path: &Path, pack: &Path, source: &str, pictures: usize) -> Result<Option<Index>> {
         let text = match fs::read(path) {
             Ok(text) => text,
@@ -219,7 +223,7 @@ impl Index {
         }
         match fs::metadata(pack) {
             Ok(metadata) if metadata.len() == index.bytes => Ok(Some(index)),
-            // Whoever deletes a damaged pack wants it made again.
+            // Whoever deletes a damaged pack wants it to be made again.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Ok(metadata) => {
                 Err(damaged(pack, format!("it has {} bytes, expected {}", metadata.len(), index.bytes)))
@@ -246,7 +250,8 @@ mod tests {
     use image::DynamicImage;
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
-    /// A folder of pictures with a small, a wide, a high and a damaged one more, and the options for a cache of them.
+    /// Returns a folder of pictures, among them a small, a wide, a high and a damaged one, and
+    /// options for a cache of them.
     fn source() -> (tempfile::TempDir, Options) {
         let folder = tempfile::tempdir().unwrap();
         write_folders(folder.path());
@@ -288,13 +293,13 @@ mod tests {
         assert_eq!((plain.name(), data.name()), ("imagenet_part", "imagenet_part_shrunk"));
         assert!(data.source().contains("; shrunk to 20 in "), "{}", data.source());
         assert_ne!(data.fingerprint(), plain.fingerprint());
-        // What can't be used is the same, for the same reason.
+        // The same pictures are unusable, for the same reasons.
         assert!(plain.skipped().len() == 1 && plain.skipped()[0].file.ends_with("cut.jpg"));
         let why =
             |data: &ImageNet| data.skipped().iter().map(|skipped| skipped.why.clone()).collect::<Vec<_>>();
         assert_eq!(why(&data), why(&plain));
 
-        // From then on the pictures themselves are not read, whatever is asked for but their preparation.
+        // From now on the pictures are not read, even if the options for their preparation change.
         for picture in ["train/n01440764/n01440764_7.JPEG", "val/n01443537/high.png"] {
             let size = fs::metadata(folder.join(picture)).unwrap().len() as usize;
             fs::write(folder.join(picture), vec![0; size]).unwrap();
@@ -305,7 +310,7 @@ mod tests {
             assert_eq!(collect(again.test_batches(4)), expected.0);
             assert_eq!(epoch(&again) == (labels.clone(), pixels.clone()), options.scale != changed.scale);
         }
-        // A part of them held out is read from there too.
+        // A data set with held-out images reads the cache too.
         let held = data.hold_out(4, 0).unwrap();
         assert_eq!(held.name(), "imagenet_holdout_shrunk");
         let no_flip = Augmentation { pad: 0, flip: false };
@@ -380,7 +385,7 @@ mod tests {
         refused(folder, &Options { classes: "2".parse().ok(), ..options });
     }
 
-    /// A process that is killed while it makes the third pack leaves two, and an unfinished file.
+    /// A process that is killed while it makes the third pack leaves two and an unfinished file.
     #[test]
     fn making_a_cache_is_gone_on_with() {
         let (folder, options) = source();
@@ -411,7 +416,7 @@ mod tests {
         };
         let (made, again) = (read(made), read(again));
         assert!(made == again && made.iter().filter(|made| made.is_ok()).count() == 9);
-        // Four packs with their indices, and nothing else.
+        // There are four packs with their indices and no other files.
         assert_eq!(fs::read_dir(&cache).unwrap().count(), 8);
     }
 }

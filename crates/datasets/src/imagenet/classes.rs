@@ -1,4 +1,4 @@
-//! The classes of a data set and their numbers.
+//! The classes of a data set and their indices.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The names of ImageNet-1000's classes, sorted. Line `i`, from 0, is class `i`.
+/// The names of ImageNet-1000's classes, sorted. Line `i`, counted from 0, is class `i`.
 const OFFICIAL: &str = include_str!("wnids.txt");
 
-/// The file that can give other classes or another order.
+/// The name of the file that can give other classes or another order.
 pub(super) const FILE: &str = "class_index.tsv";
 
-/// The classes of a data set: their names (ids of WordNet, `n01440764`) in the order of their numbers.
+/// The classes of a data set: WordNet ids such as `n01440764`, in the order of their indices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Classes {
     names: Vec<String>,
@@ -23,12 +23,12 @@ pub(super) struct Classes {
 }
 
 impl Classes {
-    /// The 1000 classes in their usual order, which is that of the sorted names.
+    /// Returns the 1000 official classes in their usual order, which is that of the sorted names.
     pub fn official() -> Classes {
         Classes::of(OFFICIAL.lines().map(String::from).collect())
     }
 
-    /// Any different names, numbered in their order.
+    /// Returns the classes with these names, which must be distinct, in this order.
     pub fn ordered(names: Vec<String>) -> Result<Classes> {
         match names.len() <= usize::from(u16::MAX) {
             true => Ok(Classes::of(names)),
@@ -41,8 +41,9 @@ impl Classes {
         Classes { names, numbers }
     }
 
-    /// Reads lines of a number, a name and more, separated by tabs, after an optional heading. The numbers
-    /// must be 0 to n-1, in any order.
+    /// Reads lines of an index, a class's name and optional further columns, separated by tabs.
+    ///
+    /// The first line may be a heading. The indices must be 0 to n-1, in any order.
     pub fn read(path: &Path) -> Result<Classes> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
         let wrong = |what: String| Error::Labels { file: path.into(), what };
@@ -79,34 +80,34 @@ impl Classes {
         }
     }
 
-    /// The number of classes.
+    /// Returns the number of classes.
     pub fn len(&self) -> usize {
         self.names.len()
     }
 
-    /// The number of the class with this name.
+    /// Returns the index of the class `name`.
     pub fn number(&self, name: &str) -> Option<u16> {
         self.numbers.get(name).copied()
     }
 
-    /// The name of class `number`.
+    /// Returns the name of the class with index `number`.
     pub fn name(&self, number: usize) -> Option<&str> {
         self.names.get(number).map(String::as_str)
     }
 }
 
-/// The classes whose images are taken. As text it is `100` (the first hundred) or `n01440764,n01443537`.
+/// The selected classes. As text they are `100` (the first hundred) or `n01440764,n01443537`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ClassChoice {
-    /// The classes with the numbers 0 to n-1.
+    /// The classes with indices 0 to n-1.
     First(usize),
     /// The classes with these names.
     Named(Vec<String>),
 }
 
 impl ClassChoice {
-    /// For each class whether it is taken.
+    /// Returns for each class whether it is selected.
     pub(super) fn taken(&self, classes: &Classes) -> Result<Vec<bool>> {
         let mut taken = vec![false; classes.len()];
         match self {
@@ -179,7 +180,7 @@ mod tests {
         assert_eq!(classes.len(), 1000);
         assert!(classes.names.is_sorted() && classes.numbers.len() == 1000);
         assert!(classes.names.iter().all(|name| name.len() == 9 && name.starts_with('n')));
-        // Tench, Chihuahua and toilet paper have these numbers in many published networks.
+        // Tench, Chihuahua and toilet paper have these indices in many published networks.
         for (number, name) in [(0, "n01440764"), (151, "n02085620"), (999, "n15075141")] {
             assert_eq!(
                 (classes.name(number.into()), classes.number(name)),

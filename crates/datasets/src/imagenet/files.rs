@@ -1,4 +1,4 @@
-//! The places of pictures: a file for each, or a section of an archive.
+//! The locations of pictures: each is a file or a section of an archive.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -11,50 +11,52 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
-/// The names of folders of a whole split.
+/// The folder names that stand for a whole split.
 const SPLITS: [&str; 3] = ["train", "val", "validation"];
 
-/// The length in bytes that the file of no picture may exceed.
+/// The largest size of a picture's file in bytes.
 const LONGEST: u64 = 256 << 20;
 
-/// A picture's file, or its section of an archive.
+/// The location of a picture: a file, or a section of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stored {
     /// The folder of the split, or the archive.
     pub container: Arc<Path>,
-    /// Its path in the container, with `/`. The path can lead through an archive in the archive.
+    /// The path inside the container, with `/`. It can lead through an inner archive.
     pub name: Box<str>,
-    /// Where it begins in the archive, in bytes; `None` if it is a file.
+    /// The position in the archive, in bytes; `None` for a file.
     pub offset: Option<u64>,
-    /// Its length in bytes.
+    /// The length in bytes.
     pub size: u64,
 }
 
 impl Stored {
-    /// Its name without folders.
+    /// Returns the name without folders.
     pub fn file_name(&self) -> &str {
         self.name.rsplit('/').next().unwrap_or(&self.name)
     }
 
-    /// The name of its innermost folder, or of its archive in the archive. Where pictures are sorted by
-    /// class, this is the class. It is `None` for the folder of a whole split.
+    /// Returns the name of the innermost folder or inner archive, or `None` if it is the folder of
+    /// a whole split.
+    ///
+    /// If pictures are sorted into folders by class, this is the class.
     pub fn folder(&self) -> Option<&str> {
         let (folders, _) = self.name.rsplit_once('/')?;
         let folder = folders.rsplit('/').next()?;
         Some(folder.strip_suffix(".tar").unwrap_or(folder)).filter(|folder| !SPLITS.contains(folder))
     }
 
-    /// Reads and decodes it.
+    /// Reads and decodes the picture.
     pub fn picture(&self) -> Result<Picture, String> {
         pictures::decode(&self.read().map_err(|error| format!("it cannot be read: {error}"))?)
     }
 
-    /// Reads its bytes.
+    /// Reads the bytes of the picture.
     ///
     /// # Errors
     ///
-    /// Those of the file system, and one if it is no regular file (reading a pipe would wait for a writer) or
-    /// is longer than [`LONGEST`].
+    /// Returns the errors of the file system, and an error if it is not a regular file (reading a
+    /// pipe would wait for a writer) or is longer than [`LONGEST`].
     pub fn read(&self) -> io::Result<Vec<u8>> {
         let path = match self.offset {
             None => self.container.join(&*self.name),
@@ -66,7 +68,7 @@ impl Stored {
             let what = format!("it has {size} bytes: expected a regular file, and at most {LONGEST} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
-        // Opening the file each time is cheap beside decoding and gives every thread its own position.
+        // Opening the file is cheap compared to decoding, and gives every thread its own position.
         let mut file = File::open(path)?;
         file.seek(SeekFrom::Start(self.offset.unwrap_or_default()))?;
         let mut bytes = vec![0; size as usize];
@@ -84,13 +86,13 @@ impl fmt::Display for Stored {
     }
 }
 
-/// Whether a file of this name counts as a picture. Its first bytes tell what it really is.
+/// Returns whether a file of this name counts as a picture. Its first bytes tell the format.
 pub(super) fn is_picture(name: &str) -> bool {
     let extension = name.rsplit_once('.').map_or("", |(_, extension)| extension);
     !name.starts_with('.') && ["jpeg", "jpg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
-/// The pictures in a folder and in its folders, in any order. Links are followed.
+/// Lists the pictures in a folder and its direct subfolders, in any order. Links are followed.
 pub(super) fn scan(folder: &Path) -> Result<Vec<Stored>> {
     let container: Arc<Path> = folder.into();
     let (mut found, folders) = list(&container, "")?;
@@ -102,7 +104,7 @@ pub(super) fn scan(folder: &Path) -> Result<Vec<Stored>> {
     Ok(found)
 }
 
-/// The pictures in the folder `prefix` of `container`, and the names of the folders in it.
+/// Lists the pictures in the folder `prefix` of `container`, and the names of its subfolders.
 fn list(container: &Arc<Path>, prefix: &str) -> Result<(Vec<Stored>, Vec<String>)> {
     let folder = container.join(prefix);
     let (mut found, mut folders) = (Vec::new(), Vec::new());

@@ -1,5 +1,6 @@
-//! Readers of bytes from outside, for the fuzz targets: whatever the bytes, each ends, with an error or without, and
-//! takes memory in proportion to them.
+//! Entry points for the fuzz targets, which read untrusted bytes.
+//!
+//! For any input they must return, with or without an error, and use memory in proportion to it.
 
 use std::fs;
 use std::path::Path;
@@ -13,12 +14,12 @@ use super::{Options, archive};
 use crate::batches::Normalization;
 use crate::memory::CHANNELS;
 
-/// The Python form of CIFAR-100, of two records.
+/// Reads the Python format of CIFAR-100 with two records.
 pub fn cifar_pickle(data: &[u8]) {
     let _ = crate::cifar::parse_python("input", data, 2);
 }
 
-/// A picture, as training and evaluation see it.
+/// Decodes a picture and prepares it for evaluation and for training.
 pub fn picture(data: &[u8]) {
     let Ok(picture) = pictures::decode(data) else { return };
     let options = Options { side: 28, resize: 32, ..Options::default() };
@@ -31,7 +32,7 @@ pub fn picture(data: &[u8]) {
     }
 }
 
-/// An archive of pictures. Its index must name places that are in it.
+/// Reads an archive of pictures. Every position that is found must lie inside the archive.
 pub fn tar(data: &[u8], folder: &Path) {
     let path = folder.join("pictures.tar");
     fs::write(&path, data).expect("the folder can be written");
@@ -40,7 +41,7 @@ pub fn tar(data: &[u8], folder: &Path) {
     }
 }
 
-/// The members of an index beside an archive of 4096 bytes.
+/// Reads an index with these members next to an archive of 4096 bytes.
 pub fn index(data: &[u8], folder: &Path) {
     let path = folder.join("pictures.tar");
     fs::write(&path, [0; 4096]).expect("the folder can be written");
@@ -50,7 +51,7 @@ pub fn index(data: &[u8], folder: &Path) {
     }
 }
 
-/// Files that give classes and their order.
+/// Reads files that give the classes and their order.
 pub fn labels(data: &[u8], folder: &Path) {
     let (labels, classes) = (folder.join("val.txt"), folder.join("class_index.tsv"));
     for path in [&labels, &classes, &folder.join("map_clsloc.txt")] {

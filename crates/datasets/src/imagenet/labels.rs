@@ -1,6 +1,6 @@
-//! The classes of validation images that do not lie in folders of their class.
+//! The classes of validation images that are not in a folder of their class.
 //!
-//! Every publisher has another form. A form takes a few lines here, and no crate reads them.
+//! Every publisher uses another format. A format takes a few lines here, and no crate reads them.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,8 @@ use crate::error::{Error, Result};
 
 use super::classes::Classes;
 
-/// The files that can give the classes. The first one that exists counts.
+/// The files that can give the classes, in the order in which they are searched. The first existing
+/// file is used.
 const FILES: [&str; 6] = [
     "LOC_val_solution.csv",
     "ILSVRC2012_validation_ground_truth.txt",
@@ -19,19 +20,20 @@ const FILES: [&str; 6] = [
     "val_labels.txt",
 ];
 
-/// The files that can give the classes of the development kit's numbers.
+/// The files that can map the development kit's numbers to classes.
 const ORDERS: [&str; 2] = ["map_clsloc.txt", "synsets.txt"];
 
-/// The class of each validation image by its file's name without folder and extension.
+/// The class of each validation image, by its file name without folder and extension.
 #[derive(Debug)]
 pub(super) struct ValidationLabels {
-    /// The file that gives them.
+    /// The file from which the labels were read.
     pub file: PathBuf,
     classes: HashMap<String, u16>,
 }
 
 impl ValidationLabels {
-    /// The labels of the file `asked`, or else of the first known file in the folders; `None` if none exists.
+    /// Reads the labels from the file `asked`, or else from the first known file in the folders;
+    /// `None` if none exists.
     pub fn find(asked: Option<&Path>, folders: &[&Path], classes: &Classes) -> Result<Option<Self>> {
         let known = || folders.iter().flat_map(|folder| FILES.map(|name| folder.join(name)));
         match asked.map(PathBuf::from).or_else(|| known().find(|path| path.is_file())) {
@@ -40,13 +42,15 @@ impl ValidationLabels {
         }
     }
 
-    /// Reads a file in any of these forms:
+    /// Reads a file in any of these formats:
     ///
     /// - `image,n01440764 x y x y ...` after a heading, as in `LOC_val_solution.csv`;
-    /// - `image.JPEG class`, with the class by name, or by number from 0 in the order of `classes`;
-    /// - a class's name alone: line `i`, from 1, is that of `ILSVRC2012_val_<i>`;
-    /// - the development kit's number alone, likewise. It differs from the class's usual number, so one of
-    ///   [`ORDERS`] must lie beside the file or in one of the folders.
+    /// - `image.JPEG class`, with the class given by its name, or by its index in `classes`,
+    ///   counted from 0;
+    /// - only the name of a class: line `i`, counted from 1, is the class of `ILSVRC2012_val_<i>`;
+    /// - only the development kit's number of a class, in the same order. This number differs from
+    ///   the usual index, so one of the files [`ORDERS`] must exist in the folder of this file or
+    ///   in one of the folders.
     fn read(path: &Path, folders: &[&Path], classes: &Classes) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
         let mut order = None;
@@ -78,16 +82,16 @@ impl ValidationLabels {
         Ok(Self { file: path.into(), classes: found })
     }
 
-    /// The class of the image in a file of this name.
+    /// Returns the class of the image in a file of this name.
     pub fn get(&self, file: &str) -> Option<u16> {
         self.classes.get(stem(file)).copied()
     }
 }
 
-/// The class of each number of the development kit.
+/// Reads the class of each number of the development kit.
 ///
-/// The file has lines of a class's name, its number and more, as `map_clsloc.txt`, or of a name (and more)
-/// alone, where line `i`, from 1, is number `i`.
+/// The file has lines of a class's name, its number and more, as in `map_clsloc.txt`, or lines that
+/// begin with a name without a number, of which line `i`, counted from 1, has number `i`.
 fn read_order(labels: &Path, folders: &[&Path], classes: &Classes) -> Result<HashMap<usize, u16>> {
     let beside = labels.parent().into_iter().chain(folders.iter().copied());
     let known = beside.flat_map(|folder| ORDERS.map(|name| folder.join(name)));
@@ -109,7 +113,7 @@ fn read_order(labels: &Path, folders: &[&Path], classes: &Classes) -> Result<Has
             classes.number(name).ok_or_else(|| wrong(format!("line {number}: there is no class {name}")))?;
         order.insert(words.next().and_then(|word| word.parse().ok()).unwrap_or(number), label);
     }
-    // The kit's numbers differ from the usual ones, so with this list every label would be wrong.
+    // The kit's numbers differ from the usual indices, so this list would make every label wrong.
     if order.len() > 1 && order.iter().all(|(&number, &label)| number == usize::from(label) + 1) {
         return Err(wrong(
             "it has the classes in the usual, sorted order, not in the development kit's".into(),
@@ -118,7 +122,7 @@ fn read_order(labels: &Path, folders: &[&Path], classes: &Classes) -> Result<Has
     Ok(order)
 }
 
-/// The name of a file without folders and extension.
+/// Returns the name of a file without folders and extension.
 fn stem(name: &str) -> &str {
     let name = name.rsplit('/').next().unwrap_or(name);
     name.rsplit_once('.').map_or(name, |(stem, _)| stem)
@@ -129,7 +133,8 @@ mod tests {
     use super::*;
     use crate::testing::write;
 
-    /// The classes that the first of the files gives to validation images 1 and 2, with the others beside it.
+    /// Returns the classes that the first file gives to validation images 1 and 2, if the other
+    /// files exist next to it.
     fn check(files: &[(&str, &str)]) -> Result<[Option<u16>; 2]> {
         let dir = tempfile::tempdir().unwrap();
         files.iter().for_each(|(name, text)| write(&dir.path().join(name), text.as_bytes()));

@@ -1,4 +1,4 @@
-//! Which part of ImageNet is taken, and how pictures are prepared.
+//! Options that select a part of ImageNet and set how its pictures are prepared.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -10,41 +10,42 @@ use crate::error::{Error, Result};
 
 use super::classes::ClassChoice;
 
-/// Which part of the data set is taken, and how its pictures are prepared.
+/// Options that select a part of the data set and set how its pictures are prepared.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
-    /// The number of rows and of columns of a network's input. Default: 224.
+    /// The number of rows and columns of a network's input. Default: 224.
     pub side: usize,
-    /// The length of a picture's shorter side for evaluation, before the middle is cut out; at least `side`.
-    /// Default: 256.
+    /// The length of a picture's shorter side in evaluation, before the center is cut out; at least
+    /// `side`. Default: 256.
     pub resize: usize,
-    /// The smallest and the largest share of a picture's area for a training crop, from 0 to 1. Default: 0.08
-    /// and 1.
+    /// The smallest and the largest share of a picture's area for a training crop, from 0 to 1.
+    /// Default: 0.08 and 1.
     pub scale: [f64; 2],
-    /// The smallest and the largest ratio of width to height of a training crop. Default: 3/4 and 4/3.
+    /// The smallest and the largest width/height of a training crop. Default: 3/4 and 4/3.
     pub ratio: [f64; 2],
-    /// The classes whose images are taken; `None` takes all. Labels and the number of classes do not change.
+    /// The classes whose images are used; `None` uses all. Labels and class count do not change.
     pub classes: Option<ClassChoice>,
-    /// How many training images are taken; `None` takes all.
+    /// The number of training images that are used; `None` uses all.
     pub train_limit: Option<Limit>,
-    /// How many test images are taken; `None` takes all.
+    /// The number of test images that are used; `None` uses all.
     pub test_limit: Option<Limit>,
-    /// The file with the classes of validation images; `None` searches the folder for one.
+    /// The file with the classes of the validation images; `None` searches the folder for one.
     pub labels: Option<PathBuf>,
-    /// How many parquet files of each split are taken; `None` takes all.
+    /// The number of parquet files of each split that are used; `None` uses all.
     pub tables: Option<usize>,
-    /// The folder that parquet files are unpacked to; `None` is their own folder, or for the hub's files
-    /// `pfq/imagenet` under `XDG_CACHE_HOME` or `~/.cache`.
+    /// The folder to which parquet files are unpacked. `None` is the folder of the files, or for
+    /// the hub's files `pfq/imagenet` in `XDG_CACHE_HOME` or `~/.cache`.
     pub unpacked: Option<PathBuf>,
-    /// The folder of a cache of the pictures that are taken, decoded, with their shorter sides shrunk to `resize`, which is made
-    /// where it is not there; `None` reads and decodes the pictures themselves each time. Evaluation sees the same pixels with
-    /// it, training less of their detail.
+    /// The folder of a cache of the decoded pictures, with their shorter sides shrunk to `resize`.
+    ///
+    /// The cache is made if it does not exist. `None` reads and decodes the original pictures each
+    /// time. With a cache, evaluation sees the same pixels, and training sees less detail.
     pub cache: Option<PathBuf>,
-    /// The number of threads that read and decode; `None` is one for each processor core.
+    /// The number of threads that read and decode; `None` is one thread per core.
     pub threads: Option<usize>,
-    /// The percentage of a split's images that may be left out because they cannot be used. More are an
-    /// error. Default: 1.
+    /// The largest percentage of a split's images that may be left out because they cannot be used.
+    /// A higher percentage is an error. Default: 1.
     pub bad_percent: f64,
 }
 
@@ -69,11 +70,11 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Checks that the options are possible.
+    /// Checks that the options are valid.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`], which names the first one that is not.
+    /// [`Error::Invalid`], which names the first invalid option.
     pub fn validate(&self) -> Result<()> {
         let check = |ok: bool, key: &str, found: &dyn fmt::Debug, expected: &str| match ok {
             true => Ok(()),
@@ -90,13 +91,13 @@ impl Options {
     }
 }
 
-/// A number of images. As text it is `500` or `50/class`.
+/// A limit on the number of images. As text it is `500` or `50/class`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Limit {
-    /// This number in all, taken from the classes in turn, which keeps these as balanced as possible.
+    /// This number in all, taken from the classes in turn, so that the classes stay balanced.
     Total(usize),
-    /// The first images of every class, this number of each.
+    /// The first images of every class, up to this number each.
     PerClass(usize),
 }
 

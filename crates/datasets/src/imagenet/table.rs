@@ -1,13 +1,13 @@
-//! The hub's parquet files, unpacked once into tar files, where pictures are read in place.
+//! The hub's parquet files, which are unpacked once into tar files to read pictures in place.
 //!
-//! A parquet file compresses a hundred pictures or more together, so reading one means reading all of them.
-//! Training reads them in a new random order in every epoch.
+//! A parquet file compresses a hundred pictures or more together, so reading one picture means
+//! reading all of them. Training needs random access, because each epoch has its own random order.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-// This trait and the reader below must be of the same version of parquet.
+// This trait and the reader below must come from the same version of parquet.
 use candle_datasets::hub::FileReader;
 use parquet::file::reader::SerializedFileReader;
 
@@ -19,8 +19,10 @@ use pictures::catch_panic;
 use super::classes::Classes;
 use super::files::is_picture;
 
-/// Writes the pictures of a parquet file to a tar file, each as `<class>/<name>`. The columns are `image`, a
-/// group with the `bytes` and the `path` of a file, and `label`. The tar file appears whole or not at all.
+/// Writes the pictures of a parquet file to a tar file, each as `<class>/<name>`.
+///
+/// The columns are `label` and `image`, a group with the `bytes` and the `path` of a file. The tar
+/// file is written atomically.
 pub(super) fn unpack(
     table: &Path,
     archive: &Path,

@@ -1,4 +1,4 @@
-//! Small data sets in every form, and the batches that they give.
+//! Tests with small data sets in every format, and with their batches.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,11 +13,13 @@ use crate::testing::{Mood, Server, write, write_parquet};
 mod made;
 pub(super) use made::{jpeg_of, png_of, scene};
 
-/// Three of the official classes: 0, 1 and 999.
+/// Three of the official classes, with the indices 0, 1 and 999.
 pub(super) const WNIDS: [&str; 3] = ["n01440764", "n01443537", "n15075141"];
 
-/// The pictures of a split: class, file and contents. There are two of every class for training and one for
-/// validation. One of each split is a PNG whose name says JPEG.
+/// Returns the class, file name and contents of each picture of a split.
+///
+/// There are two pictures per class for training and one for validation. One of the training
+/// pictures is a PNG whose name ends in JPEG.
 fn pictures(split: usize) -> Vec<(&'static str, String, Vec<u8>)> {
     let mut pictures = Vec::new();
     for (label, wnid) in WNIDS.into_iter().enumerate() {
@@ -38,7 +40,7 @@ fn pictures(split: usize) -> Vec<(&'static str, String, Vec<u8>)> {
     pictures
 }
 
-/// Writes a folder for each class. Other files lie beside the pictures.
+/// Writes a folder for each class, with other files next to the pictures.
 pub(super) fn write_folders(root: &Path) {
     for (split, folder) in ["train", "val"].into_iter().enumerate() {
         for (wnid, name, contents) in pictures(split) {
@@ -60,7 +62,7 @@ fn tar_of(members: impl IntoIterator<Item = (String, Vec<u8>)>) -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
-/// The official form: a tar of tars for training, a flat tar for validation.
+/// Returns the official training archive, a tar file of tar files.
 fn train_tar() -> Vec<u8> {
     let inner = WNIDS.map(|wnid| {
         let own = pictures(TRAIN).into_iter().filter(|(class, ..)| *class == wnid);
@@ -73,11 +75,11 @@ fn val_tar(prefix: &str) -> Vec<u8> {
     tar_of(pictures(TEST).into_iter().map(|(_, name, contents)| (format!("{prefix}{name}"), contents)))
 }
 
-/// The classes of the validation images.
+/// The classes of the validation images, as in `val.txt`.
 const VAL: &str = "ILSVRC2012_val_00000003.JPEG n01440764\nILSVRC2012_val_00000002.JPEG 1\n\
                    ILSVRC2012_val_00000001.JPEG 999\n";
 
-/// A parquet file as the hub has it, of paths, labels and contents.
+/// Returns a parquet file in the hub's format; each row has a path, a label and the contents.
 fn parquet(rows: &[(&str, i64, Vec<u8>)]) -> Vec<u8> {
     let schema = "message schema {
         optional group image { optional binary bytes; optional binary path (UTF8); }
@@ -88,7 +90,7 @@ fn parquet(rows: &[(&str, i64, Vec<u8>)]) -> Vec<u8> {
     write_parquet(schema, [contents, paths], &[rows.iter().map(|(_, label, _)| *label).collect()])
 }
 
-/// Two tables for training and one for validation.
+/// Returns two tables for training and one for validation.
 fn tables() -> Vec<(String, Vec<u8>)> {
     let table = |split: usize, rows: std::ops::Range<usize>| {
         let all = pictures(split);
@@ -107,7 +109,7 @@ fn tables() -> Vec<(String, Vec<u8>)> {
     ]
 }
 
-/// Small enough for the pictures of these tests.
+/// Returns options that fit the small pictures of these tests.
 pub(super) fn small() -> Options {
     Options { side: 16, resize: 20, threads: Some(2), ..Options::default() }
 }
@@ -116,7 +118,7 @@ pub(super) fn open(root: &Path, options: &Options) -> Result<ImageNet> {
     load(&DataSource::Folder(root.into()), options, &mut |_| {})
 }
 
-/// The labels and the bits of the pixels of all batches.
+/// Returns the labels and the bit patterns of the pixels of all batches.
 pub(super) fn collect(batches: Batches) -> (Vec<u32>, Vec<u32>) {
     let (mut labels, mut pixels) = (Vec::new(), Vec::new());
     for batch in batches {
@@ -130,7 +132,7 @@ pub(super) fn collect(batches: Batches) -> (Vec<u32>, Vec<u32>) {
 
 pub(super) const FLIP: Augmentation = Augmentation { pad: 0, flip: true };
 
-/// Checks that it is the data set of these tests and gives the batches of `expected`.
+/// Checks that `data` is the data set of these tests and gives the same batches as `expected`.
 fn check(data: &ImageNet, expected: &ImageNet) {
     assert_eq!((data.name(), data.classes(), data.side()), ("imagenet_part", 1000, (16, 16)));
     assert_eq!((data.train_images(), data.test_images()), (6, 3));
@@ -224,13 +226,14 @@ fn an_archive_is_gone_through_once() {
     assert_eq!(&*first[0].name, "n01440764.tar/n01440764_7.JPEG");
     assert_eq!(first[0].read().unwrap(), pictures(TRAIN)[0].2);
     assert_eq!(found(), (first.clone(), 0));
-    // The index is made anew if it is damaged, and if the archive or only its time of change is another.
+    // The index is rebuilt if it is damaged, or if the archive or its modification time changed.
     let whole = fs::read_to_string(&index).unwrap();
     for text in ["", "{}", &whole[..whole.len() / 2]] {
         fs::write(&index, text).unwrap();
         assert_eq!(found(), (first.clone(), 1), "{text}");
     }
-    // So it is if a picture lies beyond the end of the archive, which reading it would ask memory for.
+    // It is also rebuilt if a picture lies beyond the end of the archive, because reading it would
+    // allocate too much memory.
     let end = fs::metadata(&archive).unwrap().len();
     for (position, size) in [(0, end + 1), (end, 1), (u64::MAX, u64::MAX), (512, u64::MAX - 511)] {
         let members = [(position, size, "n01440764.tar/a.JPEG")];
@@ -247,7 +250,7 @@ fn an_archive_is_gone_through_once() {
     assert_eq!((changed.len(), indexed), (1, 1));
     assert_eq!(changed[0].to_string(), format!("{}: a.jpg", archive.display()));
 
-    // If the index cannot be written, that is reported and the archive is used all the same.
+    // If the index cannot be written, this is reported and the archive is still used.
     fs::remove_file(&index).unwrap();
     fs::create_dir(&index).unwrap();
     let mut events = Vec::new();
@@ -278,7 +281,7 @@ fn broken_archives_and_tables_are_named() {
         write(&table, contents);
         let error = open(dir.path(), &small()).unwrap_err();
         assert!(matches!(&error, Error::Malformed { file, .. } if file.contains("train-00000")), "{error}");
-        // No part of an archive stays behind.
+        // No incomplete archive remains.
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         error.to_string()
     };
@@ -288,7 +291,7 @@ fn broken_archives_and_tables_are_named() {
     assert!(refused(&parquet(&[("a.JPEG", -1, vec![1])])).contains("row 0 has the label -1"));
 }
 
-/// The label of the pictures in the folder `name`, with empty pictures in folders of these names.
+/// Returns the label of the picture in the folder `name`, if each of `names` is such a folder.
 fn class_of(names: &[&str], name: &str) -> u16 {
     let dir = tempfile::tempdir().unwrap();
     names.iter().for_each(|name| write(&dir.path().join("train").join(name).join("a.png"), b""));
@@ -309,10 +312,10 @@ fn labels_are_official_wherever_a_class_is() {
         let data = open(dir.path(), &small())?;
         Ok::<_, Error>((data.classes(), collect(data.test_batches(8)).0))
     };
-    // The labels of a validation set of three classes are among those of a thousand.
+    // A validation set of only three official classes still has labels among 1000.
     assert_eq!(labels(&["n15075141", "n01443537", "n02085620"], None).unwrap(), (1000, vec![1, 151, 999]));
     assert_eq!(labels(&["dogs", "cats"], None).unwrap(), (2, vec![0, 1]));
-    // Folders that are numbers have the classes of these numbers: 10 is not the class after 1.
+    // Folders whose names are numbers are sorted as numbers: 10 does not follow 1.
     let numbers: Vec<String> = (0..12).map(|number| number.to_string()).collect();
     let numbers: Vec<&str> = numbers.iter().map(String::as_str).collect();
     assert_eq!(class_of(&numbers, "10"), 10);
@@ -389,7 +392,7 @@ fn an_epoch_is_a_function_of_seed_and_epoch() {
     let epoch = |data: &ImageNet, batch, seed, epoch| collect(data.train_batches(batch, FLIP, seed, epoch));
     let first = epoch(&data, 4, 1, 0);
     assert_eq!(first, epoch(&data, 4, 1, 0));
-    // Neither the batch size nor the number of threads matters.
+    // The result depends neither on the batch size nor on the number of threads.
     assert_eq!(first, epoch(&data, 1, 1, 0));
     assert_eq!(first, epoch(&open(dir.path(), &Options { threads: Some(1), ..small() }).unwrap(), 4, 1, 0));
     assert_ne!(first, epoch(&data, 4, 1, 1));
@@ -421,7 +424,7 @@ fn damaged_pictures_are_left_out_and_named() {
     let data = open(dir.path(), &options).unwrap();
     let rest = collect(data.test_batches(3));
     assert_eq!(rest.0, [0, 999]);
-    // The others are the same as before.
+    // The remaining pictures do not change.
     let size = 16 * 16 * 3;
     assert_eq!(rest.1, [&whole.1[..size], &whole.1[2 * size..]].concat());
     // A batch without a usable picture is skipped.
@@ -437,15 +440,15 @@ fn damaged_pictures_are_left_out_and_named() {
         "{skipped:?}"
     );
 
-    // Above the limit, the epoch ends with an error that names the first picture.
+    // Above the limit, the epoch ends with an error that names the first unusable picture.
     let data = open(dir.path(), &Options { bad_percent: 20.0, ..small() }).unwrap();
     let error = data.test_batches(1).find_map(Result::err).unwrap().to_string();
     assert!(error.starts_with("1 of 3 test images") && error.contains("val_00000002.JPEG"), "{error}");
-    // One of six is 16.7 %.
+    // One picture of six is 16.7 %.
     assert!(data.train_batches(2, FLIP, 1, 0).all(|batch| batch.is_ok()));
 }
 
-/// Reading a pipe would wait for a writer, and reading a device would never end.
+/// Checks that pipes, which wait for a writer, and devices, which never end, are not read.
 #[test]
 fn only_regular_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
@@ -483,7 +486,7 @@ fn a_folder_without_data_is_named() {
     write(&dir.path().join("val.txt"), b"ILSVRC2012_val_00000002.JPEG 3\n");
     refused("val.txt lacks it");
     write(&dir.path().join("val.txt"), b"ILSVRC2012_val_00000001.JPEG 3\n");
-    // Without training images, evaluation works.
+    // Evaluation works without training images.
     let data = open(dir.path(), &small()).unwrap();
     assert_eq!(collect(data.test_batches(5)).0, [3]);
     let error = data.train_batches(5, FLIP, 0, 0).next().unwrap().unwrap_err().to_string();
@@ -492,7 +495,7 @@ fn a_folder_without_data_is_named() {
     assert!(error.contains("no synthetic stand-in"), "{error}");
 }
 
-/// A hub whose tables need a token, a client for it, and options that unpack to another folder.
+/// Returns a hub whose tables need a token, a client, and options that unpack elsewhere.
 fn hub(token: Option<&str>) -> (Server, tempfile::TempDir, Hub, Options) {
     let files = tables().into_iter().map(|(name, contents)| (format!("data/{name}"), contents));
     let mut files: HashMap<String, Vec<u8>> = files.collect();
@@ -517,7 +520,7 @@ fn the_hubs_tables_are_downloaded_and_unpacked_once() {
     let unpacked = events.iter().filter(|event| matches!(event, Event::Unpacking { .. })).count();
     assert_eq!(unpacked, 3);
     let requests = server.requests();
-    // The list of files, and the commit of all of them.
+    // One request is for the list of files and one for their commit.
     assert_eq!(requests.iter().filter(|request| request.contains("/api/")).count(), 2, "{requests:?}");
     assert_eq!(
         requests.iter().filter(|request| request.starts_with("GET /datasets/")).count(),
@@ -529,7 +532,7 @@ fn the_hubs_tables_are_downloaded_and_unpacked_once() {
     server.set(Mood::Failing);
     fs::remove_dir_all(home.path().join("hub")).unwrap();
     check(&load_hub(&Hub { offline: true, ..hub.clone() }, &options, &mut |_| {}).unwrap(), &expected);
-    // If an archive is missing, only that one is made again.
+    // If an archive is missing, only that archive is made again.
     server.set(Mood::Good);
     server.requests();
     fs::remove_file(home.path().join("unpacked/train-00001-of-00002.tar")).unwrap();
@@ -548,7 +551,7 @@ fn a_part_of_the_hubs_tables_can_be_taken() {
 
 #[test]
 fn a_missing_or_refused_token_is_explained() {
-    // A wrong token and not a missing one, which would be taken from the environment of the tests.
+    // The token is wrong, not missing: a missing token would be taken from the environment.
     let (server, _home, hub, options) = hub(Some("hf_wrong"));
     let refused = |hub: &Hub| {
         let error = load_hub(hub, &options, &mut |_| {}).unwrap_err();

@@ -8,14 +8,14 @@ use crate::memory::CHANNELS;
 
 use super::options::Options;
 
-/// How often a crop is drawn before the fallback, as in torchvision.
+/// The number of draws of a crop before the fallback, as in torchvision.
 const ATTEMPTS: usize = 10;
 
-/// The crop of torchvision's `RandomResizedCrop` for a picture of `height` x `width`: it draws a share of the
-/// area evenly from `scale`, the logarithm of a ratio of width to height evenly from that of `ratio`, and a
-/// place. After ten draws that do not fit, it takes the largest crop in the middle whose ratio is in `ratio`.
+/// Draws the crop of torchvision's `RandomResizedCrop` for a picture of `height` x `width`.
 ///
-/// `uniform` draws numbers in `0..1`.
+/// It draws a share of the area uniformly from `scale`, the logarithm of width/height uniformly
+/// between the logarithms of `ratio`, and a position. After ten draws that do not fit, it returns
+/// the largest centered crop whose ratio lies in `ratio`. `uniform` returns numbers in `0..1`.
 fn random_crop(
     height: usize,
     width: usize,
@@ -44,17 +44,17 @@ fn random_crop(
     } else {
         (height, width)
     };
-    // Rounding must give at least a pixel and at most the picture.
+    // Rounding could give 0 pixels, or more than the picture has.
     let (h, w) = (h.clamp(1, height), w.clamp(1, width));
     Crop { top: (height - h) / 2, left: (width - w) / 2, height: h, width: w }
 }
 
-/// How a picture becomes a network's input, `[side, side, 3]`.
+/// A transform of a picture into a network's input, `[side, side, 3]`.
 pub(super) enum Transform {
-    /// For training: a random crop, scaled, and mirrored with probability one half if `flip`. The random
-    /// numbers depend on these fields alone and not on the order of images.
+    /// The transform for training: a random crop, scaled, and mirrored with probability one half if
+    /// `flip`. The random numbers depend only on these fields and not on the order of the images.
     Train { seed: u64, epoch: usize, index: usize, flip: bool },
-    /// For evaluation: the picture with its shorter side scaled to `resize`, of which the middle is taken.
+    /// The transform for evaluation: the center after scaling the shorter side to `resize`.
     Test,
 }
 
@@ -103,8 +103,10 @@ impl Transform {
     }
 }
 
-/// The picture with its shorter side scaled down to `side`, if it is longer. Evaluation makes the same pixels of it as of the
-/// picture itself, which stays as it is where it is too long to be scaled as a whole.
+/// Scales a picture down so that its shorter side has `side` pixels, if it is longer.
+///
+/// Evaluation computes the same pixels from the result as from the picture. A picture that is too
+/// long to be scaled as a whole is returned unchanged.
 pub(super) fn shrink(picture: Picture, side: usize, scaler: &mut Scaler) -> Result<Picture, String> {
     let Picture { width, height, .. } = picture;
     let [h, w] = shorter_side_to(height, width, side);
@@ -115,8 +117,8 @@ pub(super) fn shrink(picture: Picture, side: usize, scaler: &mut Scaler) -> Resu
     Ok(Picture { width: w, height: h, pixels: scaler.scale(&picture, all, None, h, w)? })
 }
 
-/// The height and width of a picture whose shorter side is scaled to `side`, as torchvision's `Resize`
-/// computes them.
+/// Returns the height and width of a picture whose shorter side is scaled to `side`, as
+/// torchvision's `Resize` computes them.
 fn shorter_side_to(height: usize, width: usize, side: usize) -> [usize; 2] {
     match height <= width {
         true => [side, side * width / height],
@@ -124,29 +126,29 @@ fn shorter_side_to(height: usize, width: usize, side: usize) -> [usize; 2] {
     }
 }
 
-/// How many times its shorter side a scaled picture may be long to be scaled as a whole. Of a longer one, which would
-/// become far larger than any picture may be, the middle alone is scaled; a few of its values differ by 1.
+/// The largest ratio of the longer side to the shorter side of a picture that is scaled as a whole.
+///
+/// A longer one would become too large, so only its center is scaled; a few values differ by 1.
 const LONGEST: usize = 64;
 
-/// Where the middle begins, as in torchvision's `CenterCrop`.
+/// Returns where the center begins along one side, as in torchvision's `CenterCrop`.
 fn begin(size: usize, side: usize) -> usize {
     ((size - side) as f64 / 2.0).round_ties_even() as usize
 }
 
-/// The middle of a picture of `height` x `width` that is not smaller than it.
+/// Cuts the center of `side` x `side` out of a picture of `height` x `width`, which must hold it.
 fn cut_middle(pixels: &[u8], height: usize, width: usize, side: usize) -> Vec<u8> {
     let rows = pixels.chunks_exact(width * CHANNELS).skip(begin(height, side)).take(side);
     rows.flat_map(|row| &row[begin(width, side) * CHANNELS..][..side * CHANNELS]).copied().collect()
 }
 
-/// The region of a picture that becomes a network's input for evaluation: torchvision's `CenterCrop` of its
-/// `Resize`, in the picture before it is scaled.
+/// Returns the region, before scaling, that torchvision's `CenterCrop` of its `Resize` takes.
 fn middle(height: usize, width: usize, resize: usize, side: usize) -> Region {
     let [h, w] = shorter_side_to(height, width, resize);
     let along = |size: usize, scaled: usize| {
         let scale = size as f64 / scaled as f64;
         let begin = begin(scaled, side) as f64 * scale;
-        // Rounding must not lead beyond the picture.
+        // Rounding must not lead beyond the end of the picture.
         (begin, (side as f64 * scale).min(size as f64 - begin))
     };
     let ((top, height), (left, width)) = (along(height, h), along(width, w));
@@ -162,7 +164,7 @@ mod tests {
         Picture { width: 64, height: 48, pixels: scene(64, 48, 0).into_raw() }
     }
 
-    /// The crop that the given draws lead to.
+    /// Checks the crop that results from the given draws.
     fn check(height: usize, width: usize, draws: &[f64], expected: [usize; 4]) {
         let mut rest = draws.iter();
         let crop = random_crop(height, width, [0.08, 1.0], [3.0 / 4.0, 4.0 / 3.0], || *rest.next().unwrap());
@@ -172,29 +174,30 @@ mod tests {
 
     #[test]
     fn random_crops_are_those_worked_out_by_hand() {
-        // Share 0.54 of 400 x 300, ratio 1 (the middle between the logarithms): 64,800 pixels, a square of
-        // 254.6, hence 255. Places 0 to 45 downwards and 0 to 145 to the right: 0.5 * 46 = 23, 0.25 * 146 =
-        // 36.5.
+        // The share is 0.54 of 400 x 300 and the ratio is 1 (the middle between the logarithms).
+        // These are 64,800 pixels, a square with sides of 254.6, rounded to 255. The top can be 0
+        // to 45, and the left 0 to 145: 0.5 * 46 = 23, 0.25 * 146 = 36.5.
         check(300, 400, &[0.5, 0.5, 0.5, 0.25], [23, 36, 255, 255]);
-        // The smallest share and ratio: 9,600 pixels, sqrt(9600 * 3/4) = 84.9 wide, sqrt(9600 * 4/3) = 113.1
-        // high.
+        // The smallest share and ratio give 9,600 pixels, sqrt(9600 * 3/4) = 84.9 wide and
+        // sqrt(9600 * 4/3) = 113.1 high.
         check(300, 400, &[0.0, 0.0, 0.0, 0.999999], [0, 315, 113, 85]);
-        // Share 0.99 at ratio 1 is 345 squared, which 300 rows do not hold; the next draw does.
+        // A share of 0.99 at ratio 1 has 345 rows, which do not fit into 300. The next draw fits.
         check(300, 400, &[0.99, 0.5, 0.0, 0.0, 0.0, 0.0], [0, 0, 113, 85]);
     }
 
     #[test]
     fn where_no_draw_fits_the_middle_is_taken() {
-        // In a strip, no share of 0.54 or more has a ratio of at most 4/3.
+        // In a narrow strip, no crop of a share of 0.54 or more has a ratio of at most 4/3.
         let never = [0.5; 20];
-        // 10 rows, 10 * 4/3 = 13.3 columns, in the middle of 100: (100 - 13) / 2 = 43.
+        // It has 10 rows and 10 * 4/3 = 13.3 columns in the middle of 100: (100 - 13) / 2 = 43.
         check(10, 100, &never, [0, 43, 10, 13]);
-        // 10 columns, 10 / (3/4) = 13.3 rows.
+        // The crop has 10 columns and 10 / (3/4) = 13.3 rows.
         check(100, 10, &never, [43, 0, 13, 10]);
-        // A ratio that is allowed, yet a share too large for it: the whole picture.
+        // The picture's ratio is allowed, but the drawn share is too large for it, so the crop is
+        // the whole picture.
         check(100, 130, &[1.0, 0.0].repeat(10), [0, 0, 100, 130]);
         check(1, 1000, &never, [0, 499, 1, 1]);
-        // The crop is inside the picture, whatever the picture's shape is.
+        // The crop lies inside pictures of any shape.
         let mut rng = rng(1, 2, Purpose::Augment);
         for (height, width) in [(1, 1), (1, 7), (300, 2), (5, 4), (333, 500)] {
             for _ in 0..200 {
@@ -207,7 +210,7 @@ mod tests {
 
     #[test]
     fn random_crops_are_uniformly_distributed() {
-        // With a ratio of 1 every share of the area fits a square picture and is equally likely.
+        // With ratio 1 every share of the area fits a square picture and is equally likely.
         let mut rng = rng(3, 0, Purpose::Augment);
         let crops: Vec<Crop> =
             (0..20_000).map(|_| random_crop(1000, 1000, [0.2, 0.8], [1.0, 1.0], || rng.random())).collect();
@@ -223,8 +226,8 @@ mod tests {
         assert_eq!(shorter_side_to(500, 333, 256), [384, 256]);
         assert_eq!(shorter_side_to(375, 500, 256), [256, 341]);
         assert_eq!(shorter_side_to(100, 100, 256), [256, 256]);
-        // The middle of 256 x 341 begins at (16, 58), as 58.5 is rounded to the even neighbour, and that of
-        // 259 x 256 at (18, 16), as 17.5 is.
+        // The center of 256 x 341 begins at (16, 58), because 58.5 is rounded to even. The center
+        // of 259 x 256 begins at (18, 16), because 17.5 is rounded to even.
         let place = |height, width| {
             let Region { top, left, .. } = middle(height, width, 256, 224);
             (top, left)
@@ -234,8 +237,10 @@ mod tests {
         assert_eq!(place(512, 682), (32.0, 116.0));
     }
 
-    /// The middle that is scaled alone has the pixels that it has in the whole picture. The scales are the same but for
-    /// the rounding of a position in f64, which moves few sums over the border between two levels.
+    /// The center that is scaled alone has the same pixels as the center of the scaled picture.
+    ///
+    /// The scales are equal except for the rounding of a position in f64, which moves a few sums
+    /// over the border between two levels.
     #[test]
     fn the_middle_is_that_of_the_scaled_picture() {
         let (resize_to, side) = (32, 28);
@@ -258,7 +263,7 @@ mod tests {
         assert!(differing * 1000 < values, "{differing} of {values} differ");
     }
 
-    /// Scaled as a whole, these would have gigabytes.
+    /// Scaled as a whole, these pictures would take gigabytes.
     #[test]
     fn long_and_thin_pictures_are_seen_in_no_time() {
         let options = Options { side: 224, resize: 256, ..Options::default() };
@@ -288,7 +293,7 @@ mod tests {
         let scaled = Scaler::default().scale(&source(), all, None, 10, 13).unwrap();
         let test = seen(Transform::Test);
         for (p, &found) in test.iter().enumerate() {
-            let (y, x, c) = (p / 24 + 1, p / 3 % 8 + 2, p % 3); // the middle of 10 x 13
+            let (y, x, c) = (p / 24 + 1, p / 3 % 8 + 2, p % 3); // the center of 10 x 13
             let expected = (f32::from(scaled[(y * 13 + x) * 3 + c]) / 255.0 - mean[c]) / std[c];
             assert!((found - expected).abs() < 1e-6, "{p}: {found} {expected}");
         }
@@ -300,7 +305,7 @@ mod tests {
         let mut turned = 0;
         for index in 0..100 {
             let (plain, flipped) = (train(index, false), train(index, true));
-            // The crop is the same whether mirroring is allowed or not.
+            // The crop does not depend on whether mirroring is allowed.
             assert!(flipped == plain || flipped == mirrored(&plain), "{index}");
             turned += usize::from(flipped != plain);
         }

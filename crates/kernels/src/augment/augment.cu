@@ -1,10 +1,10 @@
-// Batches of varied images from a data set; the definitions stand in augment.rs.
+// Batches of randomly varied images from a data set. augment.rs has the definitions.
 #include "common.cuh"
 
 struct Batch {
     // [count, h, w, channels]
     const u8 *images;
-    // [batch]; [batch, 2]; [batch]
+    // [batch], [batch, 2] and [batch]
     const u32 *index, *corners;
     const u8 *flip;
     // [channels]
@@ -13,7 +13,7 @@ struct Batch {
     u32 count, h, w, channels, batch, pad;
 };
 
-// A thread takes an element of the batch. An image that the data set does not have is NaN.
+// Each thread computes elements of the batch. An image index beyond the data set gives NaN.
 template <typename T> __device__ void batch(const Batch &a) {
     size_t all = (size_t)a.batch * a.h * a.w * a.channels, step = (size_t)gridDim.x * blockDim.x;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {

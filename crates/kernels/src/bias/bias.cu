@@ -1,4 +1,4 @@
-// The bias of a classifier; the definitions stand in bias.rs.
+// The bias of a classifier. bias.rs has the definitions.
 #include "common.cuh"
 
 struct Add {

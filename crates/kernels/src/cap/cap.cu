@@ -1,4 +1,5 @@
-// Upper bounds of channels; the definitions stand in cap.rs. `count` counts groups of V elements.
+// Upper bounds of channels. cap.rs has the definitions. `count` is the number of groups of V
+// elements.
 #include "common.cuh"
 
 struct Lower {
@@ -27,7 +28,7 @@ struct Pass {
 
 template <typename T, int V> __device__ void pass(const Pass &a) {
     apply<V>((const T *)a.y, (const T *)a.gy, (T *)a.gx, a.count, [&](float y, float gy, size_t at) {
-        // What was stored: the nearest to the cap.
+        // y was stored as T, so it is compared with the cap rounded to T.
         return y < value(element<T>(a.cap[at % a.channels])) ? gy : 0.0f;
     });
 }

@@ -14,7 +14,7 @@ pub(super) fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> 
     launch("pass", &[y, gy], cap)
 }
 
-/// What a kernel makes of maps of one shape and dtype.
+/// Returns the output of a kernel that reads `maps`, which have one shape and dtype.
 fn launch(kernel: &str, maps: &[&Tensor], cap: &Tensor) -> Result<Tensor> {
     let like = maps[0];
     let out = empty(like.dims(), like.dtype(), like.device())?;

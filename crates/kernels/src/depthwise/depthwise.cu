@@ -1,22 +1,23 @@
-// The depthwise 3×3 convolution; the definitions stand in depthwise.rs.
+// The depthwise 3×3 convolution. depthwise.rs has the definitions.
 //
-// A thread has V channels and goes down a strip of one or two columns of a map, keeping the rows of the window in
-// registers, so that each row is read once. Neighbouring threads have neighbouring channels, so that reads and writes
-// are contiguous; threads that differ in threadIdx.y have neighbouring strips, whose common columns are in cache.
+// A thread handles V channels and moves down a strip of one or two columns of a map. It keeps the
+// rows of the window in registers, so that each row is read once. Neighbouring threads handle
+// neighbouring channels, so that reads and writes are contiguous. Threads that differ in
+// threadIdx.y handle neighbouring strips, which share columns in the cache.
 #include "moments.cuh"
 
-// Strips of maps [images, height, width, channels]: each of `columns` columns and `band` rows of the map that is
-// written (or, for the weight, summed over).
+// Strips of maps [images, height, width, channels]. A strip has `columns` columns and `band` rows
+// of the map that is written (for the gradient of the weight: of the map that is summed over).
 struct Strips {
-    // Of the map that is read, and of that which strips cut.
+    // The size of the map that is read (h, w) and of the map that is cut into strips (to_h, to_w).
     u32 images, h, w, to_h, to_w, channels;
-    // Rows of a strip; strips in a row of the map, and in a column.
+    // The rows of a strip, and the number of strips in a row and in a column of the map.
     u32 band, across, down;
 
     __device__ u32 count() const { return images * across * down; }
 };
 
-// The strip that a thread has.
+// The strip of a thread.
 struct Strip {
     u32 image, row, end, column;
 
@@ -29,7 +30,8 @@ struct Strip {
     }
 };
 
-// The three rows of a map that one row of a strip reads, in registers; 0 outside of the map.
+// The three rows of a map that one row of a strip reads, in registers. Values outside of the map
+// are 0.
 template <typename X, int V, int STRIDE, int COLUMNS> struct Window {
     static constexpr int WIDTH = (COLUMNS - 1) * STRIDE + 3;
     const X *x;
@@ -39,14 +41,15 @@ template <typename X, int V, int STRIDE, int COLUMNS> struct Window {
     u32 channel;
     Vec<V> at[3][WIDTH];
 
-    // With those rows of the strip's first that its next ones share.
+    // Reads the first 3 − STRIDE rows of the first window, to the places from which `go_to` moves
+    // them.
     __device__ Window(const X *x, const Reader<X> &reader, const Strips &s, const Strip &strip, u32 channel)
         : x(x), reader(reader), s(s), strip(strip), channel(channel) {
 #pragma unroll
         for (int i = 0; i < 3 - STRIDE; i++) read(at[STRIDE + i], strip.row * STRIDE + i);
     }
 
-    // To the next row of the strip, which is `row`.
+    // Moves the window to `row`, the next row of the strip.
     __device__ void go_to(u32 row) {
 #pragma unroll
         for (int i = 0; i < 3 - STRIDE; i++) {
@@ -57,7 +60,7 @@ template <typename X, int V, int STRIDE, int COLUMNS> struct Window {
         for (int i = 3 - STRIDE; i < 3; i++) read(at[i], row * STRIDE + i);
     }
 
-    // Row `row` − 1 of the map.
+    // Reads row `row` − 1 of the map.
     __device__ void read(Vec<V> (&to)[WIDTH], u32 row) const {
         bool inside = row >= 1 && row <= s.h;
         size_t from = ((size_t)strip.image * s.h + row - 1) * s.w;
@@ -75,13 +78,13 @@ struct Convolve {
     // [3, 3, channels]
     const float *w;
     void *z;
-    // The range of x, if that is levels.
+    // The range of x, if x is levels.
     const float *range;
-    // Where the statistics go; null: nowhere.
+    // The place for the statistics; null if they are not needed.
     Partials partials;
     Strips strips;
     float max_level;
-    // 1: the taps of the weight in reverse order, which makes the gradient of the input of it (stride 1).
+    // 1: the taps of the weight in reverse order, which gives the gradient of the input (stride 1).
     u32 reversed;
 };
 
@@ -89,7 +92,8 @@ template <typename X, typename T, int V, int STRIDE, int COLUMNS> __device__ voi
     const Strips &s = a.strips;
     u32 c = s.channels, channel = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     u32 index = blockIdx.y * blockDim.y + threadIdx.y;
-    // The statistics: differences from the strip's first value, of which there are few enough for float32.
+    // The statistics are sums of differences from the strip's first value. A strip has few enough
+    // values for sums in float32.
     Vec<V> pivot = splat<V>(0.0f), sum = pivot, squares = pivot, lo = splat<V>(INFINITY), hi = splat<V>(-INFINITY);
     u32 count = 0;
     if (channel < c && index < s.count()) {
@@ -114,7 +118,7 @@ template <typename X, typename T, int V, int STRIDE, int COLUMNS> __device__ voi
                         y.at[i] = fmaf(window.at[tap / 3][j * STRIDE + tap % 3].at[i], w[tap].at[i], y.at[i]);
                     }
                 }
-                // What is stored is what the statistics are of.
+                // The statistics are taken from the values as they are stored.
 #pragma unroll
                 for (int i = 0; i < V; i++) y.at[i] = value(element<T>(y.at[i]));
                 store<V>(z, to + (size_t)j * c, y);
@@ -163,11 +167,13 @@ struct Spread {
     // [3, 3, channels]
     const float *w;
     void *gx;
-    // What is read is gz, what is cut is gx in cells of 2×2: `band` and `columns` count cells.
+    // The strips cut gx and read gz. They are one cell wide, and `band` counts cells: blocks of 2×2
+    // elements of gx.
     Strips strips;
 };
 
-// The gradient of the input for stride 2. The even rows and columns of a cell (2i, 2j) have one tap, the odd ones two.
+// The gradient of the input for stride 2. In the cell at (2i, 2j), the even row and column have one
+// tap, the odd ones two.
 template <typename T, int V> __device__ void spread(const Spread &a) {
     const Strips &s = a.strips;
     u32 c = s.channels, channel = (blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -180,7 +186,7 @@ template <typename T, int V> __device__ void spread(const Spread &a) {
     Vec<V> w[9];
 #pragma unroll
     for (int tap = 0; tap < 9; tap++) w[tap] = load<V>(a.w, (size_t)tap * c + channel);
-    // gz[row, j] and gz[row, j + 1].
+    // Reads gz[row, j] and gz[row, j + 1].
     auto read = [&](Vec<V>(&to)[2], u32 row) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -217,18 +223,18 @@ KERNELS(depthwise_spread, Spread, spread)
 
 struct Correlate {
     const void *x, *gz;
-    // The range of x, if that is levels.
+    // The range of x, if x is levels.
     const float *range;
     // [parts, 3, 3, channels]
     float *sums;
-    // What is read is x, what is cut is gz.
+    // The strips cut gz and read x.
     Strips strips;
-    // Strips of a part.
+    // The number of strips in a part.
     u32 per_part;
     float max_level;
 };
 
-// The gradient of the weight: the sums of a part.
+// The gradient of the weight: computes the sums of a part.
 template <typename X, typename T, int V, int STRIDE> __device__ void correlate(const Correlate &a) {
     const Strips &s = a.strips;
     u32 c = s.channels, channel = (blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -256,7 +262,7 @@ template <typename X, typename T, int V, int STRIDE> __device__ void correlate(c
             }
         }
     }
-    // Over the threads of the block that have the same channels.
+    // Add the sums of the block's threads that have the same channels.
     __shared__ float shared[THREADS];
     u32 t = thread();
 #pragma unroll

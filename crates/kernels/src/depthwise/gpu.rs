@@ -11,10 +11,11 @@ use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("depthwise");
 
-/// Rows of a strip, at most: few enough for the statistics' sums, and for enough threads on small batches.
+/// The maximum number of rows of a strip. It is small enough for `f32` sums in the statistics, and
+/// for enough threads with small batches.
 const BAND: usize = 16;
 
-/// How maps are cut (`Strips` in depthwise.cu).
+/// The strips that maps are cut into (`Strips` in depthwise.cu).
 struct Strips {
     images: usize,
     from: (usize, usize),
@@ -26,7 +27,7 @@ struct Strips {
 }
 
 impl Strips {
-    /// Strips of `columns` columns over `cells` rows and columns of the map that is cut.
+    /// Returns strips of `columns` columns over the `cells` (rows, columns) of the map that is cut.
     fn new(
         images: usize,
         from: (usize, usize),
@@ -35,7 +36,7 @@ impl Strips {
         cells: (usize, usize),
         columns: usize,
     ) -> Self {
-        // Bands of equal height.
+        // All bands have about the same height.
         let band = cells.0.div_ceil(cells.0.div_ceil(BAND));
         let (across, down) = (cells.1.div_ceil(columns), cells.0.div_ceil(band));
         Self { images, from, to, channels, band, across, down }
@@ -51,12 +52,13 @@ impl Strips {
     }
 }
 
-/// Columns of a strip of the convolution, as its kernels are compiled.
+/// Returns the number of columns of a strip in the convolution, as its kernels are compiled.
 fn columns(stride: usize) -> usize {
     if stride == 1 { 2 } else { 1 }
 }
 
-/// The convolution of a contiguous map, in `dtype`, and what its parts leave of the statistics, if asked for.
+/// Convolves a contiguous map to one of `dtype`. Also returns the moments of its parts if `stats`
+/// is set.
 fn convolve(
     x: &Map,
     w: &Tensor,
@@ -85,12 +87,12 @@ fn convolve(
     Ok((z, partials))
 }
 
-/// The convolution.
+/// Returns the convolution.
 pub(super) fn forward(check: &Check, x: &FeatureMap, w: &Tensor, stride: usize) -> Result<Tensor> {
     Ok(convolve_map(check, x, w, stride, false)?.0)
 }
 
-/// The convolution and its statistics.
+/// Returns the convolution and its statistics.
 pub(super) fn forward_stats(
     check: &Check,
     x: &FeatureMap,
@@ -117,7 +119,8 @@ fn convolve_map(
     convolve(&Map::new(check, "x", x)?, &w, (stride, false), &strips, x.dtype(), stats)
 }
 
-/// The gradient of the input: for stride 1 the convolution with the weight turned by half a turn.
+/// Returns the gradient of the input. For stride 1 it is a convolution with the weight rotated by
+/// 180°.
 pub(super) fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) -> Result<Tensor> {
     let (n, ho, wo, c) = gz.dims4()?;
     if stride == 1 {
@@ -140,10 +143,10 @@ pub(super) fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, u
     Ok(gx)
 }
 
-/// Parts of the weight's gradient, about.
+/// The approximate number of parts that the weight's gradient is summed in.
 const PARTS: usize = 1024;
 
-/// The gradient of the weight, `[3, 3, C]` in `f32`.
+/// Returns the gradient of the weight, `[3, 3, C]` in `f32`.
 pub(super) fn grad_weight(check: &Check, x: &FeatureMap, gz: &Tensor, stride: usize) -> Result<Tensor> {
     let (n, h, w, c) = check.map_sizes("x", x.dims())?;
     let (_, ho, wo, _) = gz.dims4()?;
@@ -151,7 +154,8 @@ pub(super) fn grad_weight(check: &Check, x: &FeatureMap, gz: &Tensor, stride: us
     let width = width(c, [&x.tensor, gz])?;
     let strips = Strips::new(n, (h, w), (ho, wo), c, (ho, wo), 1);
     let (block, slices) = block_of(c, width);
-    // Whole blocks of strips, two at least, as each part leaves sums.
+    // A part is a whole number of blocks of strips, at least two, because each part writes its
+    // sums.
     let per_part =
         strips.count().div_ceil((PARTS / slices).max(1)).max(2 * block[1]).next_multiple_of(block[1]);
     let parts = strips.count().div_ceil(per_part);

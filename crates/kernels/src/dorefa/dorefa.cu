@@ -1,4 +1,4 @@
-// DoReFa-Net's weights; the definitions stand in dorefa.rs.
+// The weights of DoReFa-Net. dorefa.rs has the definitions.
 #include "learned.cuh"
 
 // max|tanh w|, from the weights' extremes.

@@ -1,5 +1,5 @@
-// Differentiable soft quantization; the definitions stand in dsq.rs. Elements are taken one after the other, V at a
-// time: `count` counts groups of V.
+// Differentiable soft quantization. dsq.rs has the definitions. Elements are processed in memory
+// order, V at a time; `count` is the number of groups of V elements.
 #include "learned.cuh"
 
 // The intervals between the bounds.
@@ -38,12 +38,12 @@ template <typename T, int V> __device__ void forward(const Forward &a) {
 
 KERNELS(dsq_forward, Forward, forward)
 
-// What the soft function needs beside its intervals.
+// The intervals and the coefficients of the soft function.
 struct Soft {
     Intervals intervals;
     float per_count, scale, steepness, slope, by_softness[2];
 
-    // The derivatives by x, l, u and α.
+    // The derivatives with respect to x, l, u and α.
     __device__ void slopes(float x, float (&slopes)[4]) const {
         float at = (x - intervals.low) * intervals.per_width;
         float interval = clamped(floorf(at), 0.0f, intervals.count - 1.0f);
@@ -63,7 +63,7 @@ struct Soft {
 };
 
 __device__ inline Soft soft_of(const Intervals &intervals, float softness, float least, float most) {
-    // In double precision, by one thread of a block.
+    // This is in double precision, so only one thread of a block computes it.
     double alpha = clamped(softness, least, most);
     double scale = 1.0 / (1.0 - alpha), steepness = log(2.0 / alpha - 1.0), half = 0.5 * (double)intervals.width;
     Soft soft;
@@ -81,7 +81,7 @@ struct Backward {
     const void *x, *gy;
     const float *bounds, *softness;
     void *gx;
-    // [3][gridDim.x]: of each block the gradients of l, u and α.
+    // [3][gridDim.x]: the gradients of l, u and α from each block.
     double *parts;
     u32 count;
     float intervals;
@@ -112,7 +112,7 @@ struct Project {
     float least, most;
 };
 
-// One thread.
+// Runs as one thread.
 __device__ inline void project(const Project &a) {
     float low = a.bounds[0], high = a.bounds[1];
     if (low > high) a.bounds[0] = a.bounds[1] = 0.5f * (low + high);

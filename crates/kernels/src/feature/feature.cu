@@ -1,9 +1,10 @@
-// Levels and the floats that they stand for. `count` counts groups of V elements.
+// Conversions between levels and the floats that they stand for. `count` is the number of groups of
+// V elements.
 #include "common.cuh"
 
 struct Convert {
     const void *x;
-    // [2, grids]: of one grid for all or, in `integers_of_floats`, of one for each channel.
+    // [2, grids]: one grid for all elements or, in `integers_of_floats`, one for each channel.
     const float *range;
     void *y;
     u32 count, grids;
@@ -24,7 +25,7 @@ template <typename T, int V> __device__ void values(const Convert &a) {
 
 KERNELS(feature_values, Convert, values)
 
-// Levels less the zero point, which are whole numbers of at most 8 bits, as bf16 holds them.
+// Levels minus the zero point. These are whole numbers of at most 8 bits, which bf16 holds exactly.
 template <int V> __device__ void integers_of_levels(const Convert &a) {
     Grid grid = grid_of(a.range, a.max_level);
     apply<V>((const u8 *)a.x, (bf16 *)a.y, a.count, [&](float level, size_t) { return level - grid.zero_point; });
@@ -33,7 +34,7 @@ template <int V> __device__ void integers_of_levels(const Convert &a) {
 KERNEL(feature_integers_u8_1, Convert, integers_of_levels<1>)
 KERNEL(feature_integers_u8_4, Convert, integers_of_levels<4>)
 
-// The same from the floats before quantization.
+// The same numbers, from the floats before quantization.
 template <int V> __device__ void integers_of_floats(const Convert &a) {
     Grid grid = grid_at(a.range, a.grids, 0, a.max_level);
     apply<V>((const float *)a.x, (bf16 *)a.y, a.count, [&](float x, size_t at) {
@@ -46,9 +47,9 @@ KERNEL(feature_integers_f32_1, Convert, integers_of_floats<1>)
 KERNEL(feature_integers_f32_4, Convert, integers_of_floats<4>)
 
 struct Steps {
-    // Ranges: [2], and [2, grids] or null.
+    // The ranges: [2], and [2, grids] or null.
     const float *a, *b;
-    // [grids + 1]: the products of the steps, and 0.
+    // [grids + 1]: the products of the steps, followed by 0.
     float *factors;
     u32 grids;
     float a_max_level, b_max_level;
@@ -74,7 +75,7 @@ struct Scale {
     u32 count, channels;
 };
 
-// Each column times its factor.
+// Multiplies each column by its factor.
 template <typename T, int V> __device__ void scale(const Scale &a) {
     apply<V>(a.sums, (T *)a.y, a.count, [&](float sum, size_t at) { return sum * a.factors[at % a.channels]; });
 }

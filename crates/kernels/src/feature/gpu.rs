@@ -8,10 +8,10 @@ use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("feature");
 
-/// A feature map as kernels read it: contiguous, floats or levels.
+/// A feature map in the form that kernels read: contiguous floats or levels.
 pub(crate) struct Map {
     pub(crate) tensor: Tensor,
-    /// Of levels: their range, and the largest level.
+    /// The range and the largest level, if the map is levels.
     pub(crate) range: Option<Tensor>,
     pub(crate) max_level: f32,
 }
@@ -30,18 +30,19 @@ impl Map {
         })
     }
 
-    /// Of contiguous floats.
+    /// Wraps contiguous floats.
     pub(crate) fn float(tensor: Tensor) -> Self {
         Self { tensor, range: None, max_level: 0.0 }
     }
 
-    /// The dtype's name in the names of kernels.
+    /// Returns the dtype's name in the names of kernels.
     pub(crate) fn name(&self) -> &'static str {
         name(self.tensor.dtype())
     }
 }
 
-/// `y`, of the shape of `x`, from a kernel that takes the elements one by one.
+/// Returns a tensor of dtype `to` and of the shape of `x`, written by an elementwise kernel for
+/// dtype `of`.
 fn convert(kernel: &str, x: &Tensor, quant: Quantizer<'_>, of: DType, to: DType) -> Result<Tensor> {
     let y = empty(x.dims(), to, x.device())?;
     let width = width(x.elem_count(), [x, &y])?;
@@ -65,14 +66,17 @@ pub(super) fn to_float(levels: &Levels) -> Result<Tensor> {
     convert("values", &contiguous, levels.quantizer(), levels.dtype, levels.dtype)
 }
 
-/// The levels of `x` (levels already, or the floats before quantization) less their zero point, in `bf16`, which holds
-/// these whole numbers of at most 8 bits exactly.
+/// Returns the levels of `x` minus their zero point, in `bf16`, which holds these whole numbers of
+/// at most 8 bits exactly. `x` is either levels or the floats before quantization.
 pub(crate) fn integers(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     convert("integers", x, quant, x.dtype(), DType::BF16)
 }
 
-/// The products of the step of `a` with those of the grids of `b`, and 0: for one grid what [`crate::gpu::product`]
-/// multiplies a product of integers by, for one of each column what [`scaled`] does.
+/// Returns the products of the step of `a` with the steps of the grids of `b`, followed by 0.
+///
+/// Without `b` there is one product, the step of `a`. [`crate::gpu::product`] multiplies a product
+/// of integers by the factor of a single grid; [`scaled`] applies the factors of one grid for each
+/// column.
 pub(crate) fn steps(a: Quantizer<'_>, b: Option<Quantizer<'_>>) -> Result<Tensor> {
     let grids = b.map_or(1, grids);
     let factors = empty(grids + 1, DType::F32, a.range.device())?;
@@ -87,7 +91,8 @@ pub(crate) fn steps(a: Quantizer<'_>, b: Option<Quantizer<'_>>) -> Result<Tensor
     Ok(factors)
 }
 
-/// `sums[rows, columns]`, `f32`, with each column times its factor, in a dtype; `factors` has one of each column at least.
+/// Returns `sums[rows, columns]` (`f32`) in `dtype`, with each column multiplied by its factor.
+/// `factors` has at least one factor for each column.
 pub(crate) fn scaled(sums: &Tensor, factors: &Tensor, dtype: DType) -> Result<Tensor> {
     let (_, channels) = sums.dims2()?;
     let y = empty(sums.dims(), dtype, sums.device())?;

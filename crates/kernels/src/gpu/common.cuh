@@ -1,11 +1,14 @@
-// What the kernels share. They are compiled by nvcc for GPUs and, in tests, by a C++ compiler for the CPU (host.h).
+// Definitions that the kernels share. nvcc compiles them for GPUs and, in tests, a C++ compiler
+// compiles them for the CPU (host.h).
 //
-// Arithmetic is what the CPU's kernels do, operation by operation: contraction is off in both compilations
-// (nvcc --fmad=false, c++ -ffp-contract=off), so that a product and a sum are one rounding only where `fmaf` says so;
-// divisions and square roots are rounded correctly, subnormal numbers are kept (nvcc's defaults).
+// The arithmetic is the same as that of the CPU's kernels, operation by operation. Contraction is
+// off in both compilations (nvcc --fmad=false, c++ -ffp-contract=off), so that a product and a sum
+// are rounded once only in an explicit `fmaf`. Divisions and square roots are correctly rounded,
+// and subnormal numbers are kept (nvcc's defaults).
 //
-// A kernel takes one struct of arguments, whose fields the Rust side lists in the same order (`Launch` in gpu.rs).
-// Pointers may be null where a comment says so. Blocks have at most THREADS threads.
+// A kernel takes one struct of arguments, whose fields the Rust side lists in the same order
+// (`Launch` in gpu.rs). Pointers may be null where a comment says so. Blocks have at most THREADS
+// threads.
 #pragma once
 
 #ifndef __CUDACC__
@@ -17,7 +20,7 @@ typedef unsigned int u32;
 
 #define THREADS 256
 
-// The smallest normal number, of which the reciprocal does not overflow.
+// The smallest normal number. Its reciprocal does not overflow.
 #define MIN_POSITIVE 1.17549435e-38f
 
 #ifdef __CUDACC__
@@ -30,24 +33,25 @@ typedef unsigned int u32;
     }
 #endif
 
-// The kernels NAME_f32_1, NAME_f32_4, NAME_bf16_1 and NAME_bf16_4 of a function for floats of either type, V at a time.
+// The kernels NAME_f32_1, NAME_f32_4, NAME_bf16_1 and NAME_bf16_4 of a function template over the
+// type of floats and V, the number of elements that are processed at once.
 #define KERNELS(name, Arguments, function)              \
     KERNEL(name##_f32_1, Arguments, function<float, 1>) \
     KERNEL(name##_f32_4, Arguments, function<float, 4>) \
     KERNEL(name##_bf16_1, Arguments, function<bf16, 1>) \
     KERNEL(name##_bf16_4, Arguments, function<bf16, 4>)
 
-// A float of 16 bits, as tensors store it: the upper half of a float32.
+// A float of 16 bits as tensors store it: the upper half of a float32.
 struct bf16 {
     unsigned short bits;
 };
 
-// Elements as floats.
+// Converts an element to a float.
 __device__ inline float value(float x) { return x; }
 __device__ inline float value(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
 __device__ inline float value(u8 x) { return (float)x; }
 
-// A float as an element. bf16: the nearest, ties to even; NaN stays NaN.
+// Converts a float to an element. For bf16 it rounds to nearest, ties to even; NaN stays NaN.
 template <typename T> __device__ T element(float x);
 template <> __device__ inline float element<float>(float x) { return x; }
 template <> __device__ inline bf16 element<bf16>(float x) {
@@ -57,10 +61,10 @@ template <> __device__ inline bf16 element<bf16>(float x) {
     bf16 y = {(unsigned short)(nan ? ((bits >> 16) | 0x40u) : rounded)};
     return y;
 }
-// A whole number from 0 to 255.
+// x is a whole number from 0 to 255.
 template <> __device__ inline u8 element<u8>(float x) { return (u8)(u32)x; }
 
-// V neighbouring elements in memory, read and written at once, and V floats in registers.
+// V neighbouring elements in memory, which are read and written at once, and V floats in registers.
 template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
     T at[V];
 };
@@ -90,14 +94,14 @@ template <int V, typename T> __device__ inline void store(T *to, size_t at, cons
     *(Pack<T, V> *)(to + at) = pack;
 }
 
-// A quantization grid: quant_core::Grid, the same operations in the same order.
+// A quantization grid. It does the same operations in the same order as quant_core::Grid.
 struct Grid {
     float step, per_step, zero_point, max_level;
 
-    // Before clamping.
+    // The level before clamping.
     __device__ float unclamped(float x) const { return rintf(x * per_step) + zero_point; }
 
-    // 0 … max_level. A NaN is level 0.
+    // The level, 0 … max_level. A NaN has level 0.
     __device__ float level(float x) const {
         float level = unclamped(x);
         level = level > 0.0f ? level : 0.0f;
@@ -106,14 +110,14 @@ struct Grid {
 
     __device__ float value(float level) const { return (level - zero_point) * step; }
 
-    // Whether x rounds to a level without being clamped.
+    // Returns whether x rounds to a level without being clamped.
     __device__ bool passes(float x) const {
         float level = unclamped(x);
         return level >= 0.0f && level <= max_level;
     }
 };
 
-// The grid over a range (lo, hi), widened to hold zero.
+// Returns the grid over a range (lo, hi), widened to contain zero.
 __device__ inline Grid grid_of(const float *range, float max_level) {
     Grid grid;
     float lo = fminf(range[0], 0.0f), hi = fmaxf(range[1], 0.0f);
@@ -126,15 +130,15 @@ __device__ inline Grid grid_of(const float *range, float max_level) {
     return grid;
 }
 
-// The grid of the element at `at`, where `range` is [2, grids]: one grid for all, or one for each channel, which is the
-// last dimension.
+// Returns the grid of the element at index `at`. `range` is [2, grids]: one grid for all elements,
+// or one for each channel, which is the last dimension.
 __device__ inline Grid grid_at(const float *range, u32 grids, size_t at, float max_level) {
     u32 channel = (u32)(at % grids);
     float own[2] = {range[channel], range[grids + channel]};
     return grid_of(own, max_level);
 }
 
-// How elements of a feature map are read: floats, or levels of a grid.
+// Reads elements of a feature map, which are floats or levels of a grid.
 template <typename X> struct Reader {
     __device__ Reader(const float *, float) {}
     template <int V> __device__ Vec<V> read(const X *x, size_t at) const { return load<V>(x, at); }
@@ -150,8 +154,9 @@ template <> struct Reader<u8> {
     }
 };
 
-// How the rows and channels of a map [rows, channels] are cut: block x takes blockDim.x groups of V channels, block y
-// the rows of a part, of which the threads take every blockDim.y-th.
+// The division of the rows and channels of a map [rows, channels]. Block x takes blockDim.x groups
+// of V channels. Block y takes the rows of a part, and each of its threads every blockDim.y-th of
+// them.
 struct Columns {
     u32 rows, channels, rows_per_part;
 
@@ -162,7 +167,8 @@ struct Columns {
         return end < rows ? end : rows;
     }
 
-    // Reads V channels of N rows of the part, every blockDim.y-th from `row` on; how many there are.
+    // Reads V channels of up to N rows of the part, every blockDim.y-th from `row` on. Returns the
+    // number of rows read.
     template <int V, int N, typename T> __device__ int read(const T *map, u32 row, u32 channel, Vec<V> (&to)[N]) const {
         int count = 0;
 #pragma unroll
@@ -177,11 +183,12 @@ struct Columns {
     }
 };
 
-// The threads of a block, and a thread's place among them.
+// The number of threads of a block, and a thread's index among them.
 __device__ inline u32 threads() { return blockDim.x * blockDim.y; }
 __device__ inline u32 thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
 
-// y = f(x, at) of `count` groups of V elements, which all threads share; `at` is an element's place in memory.
+// Computes y = f(x, at) for `count` groups of V elements, which all threads share. `at` is an
+// element's index in memory.
 template <int V, typename X, typename Y, typename F>
 __device__ inline void apply(const X *x, Y *y, u32 count, F f) {
     for (u32 group = blockIdx.x * threads() + thread(); group < count; group += gridDim.x * threads()) {
@@ -193,7 +200,7 @@ __device__ inline void apply(const X *x, Y *y, u32 count, F f) {
     }
 }
 
-// The same of two maps: y = f(x, other, at).
+// Computes the same from two maps: y = f(x, other, at).
 template <int V, typename X, typename Y, typename F>
 __device__ inline void apply(const X *x, const X *other, Y *y, u32 count, F f) {
     for (u32 group = blockIdx.x * threads() + thread(); group < count; group += gridDim.x * threads()) {
@@ -205,7 +212,8 @@ __device__ inline void apply(const X *x, const X *other, Y *y, u32 count, F f) {
     }
 }
 
-// Where a gradient passes through an activation, a clamp to (lo, hi), and through a quantizer if there is a range.
+// Decides where a gradient passes through an activation (a clamp to (lo, hi)) and through a
+// quantizer, if there is a range.
 struct Gate {
     float lo, hi;
     bool quantized;
@@ -221,20 +229,21 @@ struct Gate {
     }
 };
 
-// x clamped to (lo, hi), NaN staying NaN.
+// Returns x clamped to (lo, hi). NaN stays NaN.
 __device__ inline float clamped(float x, float lo, float hi) {
     x = x < lo ? lo : x;
     return x > hi ? hi : x;
 }
 
-// The smallest power of two that is at least n, halved: where a tree of sums over n begins.
+// Returns half of the smallest power of two that is at least n: the first stride of a tree sum over
+// n values.
 __device__ inline u32 half_of(u32 n) {
     u32 half = 1;
     while (2 * half < n) half *= 2;
     return n > 1 ? half : 0;
 }
 
-// The extremes of all threads of the block, in thread 0.
+// Computes the extremes over all threads of the block. Every thread receives them.
 __device__ inline void block_extremes(float &lo, float &hi) {
     __shared__ float los[THREADS], his[THREADS];
     u32 t = thread(), count = threads();
@@ -253,7 +262,8 @@ __device__ inline void block_extremes(float &lo, float &hi) {
     __syncthreads();
 }
 
-// The sum over the threads of a block that differ in threadIdx.y, in those where it is 0.
+// Returns the sum over the threads of a block that have the same threadIdx.x. Each of them receives
+// it.
 __device__ inline double column_sum(double x) {
     __shared__ double sums[THREADS];
     u32 t = thread();
@@ -276,7 +286,8 @@ struct Total {
     u32 parts, count;
 };
 
-// The sum over the parts: a block takes blockDim.x elements, threadIdx.y every blockDim.y-th part.
+// Computes the sum over the parts. A block handles blockDim.x elements; each thread adds every
+// blockDim.y-th part.
 __device__ inline void total(const Total &a) {
     u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     double sum = 0.0;

@@ -10,9 +10,9 @@ use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapE
 use candle_core::{DType, Error, Layout, Result, Tensor};
 use std::ffi::c_void;
 
-/// Puts a kernel at the end of the device's stream.
+/// Appends a kernel to the device's stream.
 pub(super) fn launch(launch: &Launch, device: &CudaDevice) -> Result<()> {
-    // With a name of its own, as Candle has modules too.
+    // The prefix avoids a clash with the names of Candle's modules.
     let module = format!("pfq-{}", launch.module.name);
     let function = device.get_or_load_custom_func(&launch.kernel, &module, launch.module.ptx)?;
     let config = LaunchConfig {
@@ -21,18 +21,18 @@ pub(super) fn launch(launch: &Launch, device: &CudaDevice) -> Result<()> {
         shared_mem_bytes: 0,
     };
     let mut builder = function.builder();
-    // The driver copies as many bytes from there as the kernel's struct has.
+    // The driver copies as many bytes from this address as the kernel's struct has.
     builder.arg(&launch.arguments.words[0]);
-    // SAFETY: the launch lists the fields of the kernel's struct, and cuts the work for tensors of these sizes; the
-    // emulation checks both in tests.
+    // SAFETY: the launch lists the fields of the kernel's struct, and its grid fits the sizes of
+    // the tensors. The emulation checks both in tests.
     #[allow(unsafe_code)]
     let launched = unsafe { builder.launch(config) };
     launched.w()?;
     Ok(())
 }
 
-/// Where a contiguous tensor's elements lie on the device. All work on it is in one stream, so nothing needs to be
-/// recorded for others.
+/// Returns the device address of a contiguous tensor's first element. All work on the device is in
+/// one stream, so no use needs to be recorded for other streams.
 pub(super) fn address(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
     let (start, stream) = (start(layout)?, storage.device.cuda_stream());
     macro_rules! address {
@@ -52,18 +52,20 @@ pub(super) fn address(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
 
 /// See [`super::expect_one_stream`].
 pub(super) fn expect_one_stream(device: &CudaDevice) {
-    // SAFETY: nothing here makes a stream, so there are no others to be put in order.
+    // SAFETY: all work on the device is in one stream, because nothing here makes another one, so
+    // there are no streams to synchronize.
     #[allow(unsafe_code)]
     unsafe {
         device.disable_event_tracking();
     }
 }
 
-/// Copies bytes between two places on the device, whatever they hold: Candle's own copies of `bf16` are kernels that it leaves
-/// out of builds for GPUs before compute capability 8.0.
+/// Copies bytes between two addresses on the device, for any dtype. Candle copies `bf16` with
+/// kernels that it leaves out of builds for GPUs before compute capability 8.0.
 pub(super) fn copy(device: &CudaDevice, to: u64, from: u64, bytes: usize) -> Result<()> {
     let stream = device.cuda_stream();
-    // SAFETY: two tensors of that many bytes, which outlive the copy in the order of the stream.
+    // SAFETY: `overwrite` passes the addresses of two tensors of this size; memory is freed in the
+    // order of the stream, so both outlive the copy.
     #[allow(unsafe_code)]
     unsafe { memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }.w()
 }
@@ -74,12 +76,14 @@ pub(super) fn record<E: From<Error>>(
     work: impl FnOnce() -> std::result::Result<(), E>,
 ) -> std::result::Result<CudaGraph, E> {
     let stream = device.cuda_stream();
-    // What other threads do meanwhile is their own.
+    // Calls by other threads do not affect the capture.
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
     let done = work();
-    // Tensors that are dropped leave an error for the next call, which is to end the recording in any case.
+    // Dropping tensors can leave an error that the next call would return. It is taken here,
+    // because the next call must end the capture in any case.
     let dropped = stream.context().check_err();
-    // Memory that a library takes in it and never gives back is given back when the graph runs again.
+    // Memory that a library allocates during the capture and never frees is freed when the graph is
+    // launched again.
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags);
     done?;
@@ -92,13 +96,13 @@ pub(super) fn replay(graph: &CudaGraph) -> Result<()> {
     graph.launch().w()
 }
 
-/// Whether cuBLAS has products of `bf16` on this GPU.
+/// Returns whether cuBLAS has products of `bf16` on this GPU.
 pub(super) fn multiplies_bf16(device: &CudaDevice) -> Result<bool> {
     let (major, _) = device.cuda_stream().context().compute_capability().w()?;
     Ok(major >= 8)
 }
 
-/// `c = alpha·a·b` by cuBLAS. See [`super::product::product`].
+/// Computes `c = alpha·a·b` with cuBLAS. See [`super::product::product`].
 pub(super) fn product(
     device: &CudaDevice,
     a: Factor<'_>,
@@ -139,8 +143,9 @@ pub(super) fn product(
     let (a_at, b_at, c_at) = (super::address(&a_stored)?, super::address(&b_stored)?, super::address_mut(c)?);
     let blas = device.cublas_handle();
     let handle = *blas.handle();
-    // SAFETY: cuBLAS stores columns, so that our matrices are the transposed ones to it, and cᵀ = bᵀ·aᵀ. The tensors
-    // live on this device, have these sizes, and outlive the call in the order of the stream.
+    // SAFETY: cuBLAS is column-major and sees our row-major matrices transposed, so the call
+    // computes `cᵀ=bᵀ·aᵀ`. The tensors are on this device and have these sizes; memory is freed in
+    // the order of the stream, so they outlive the call.
     #[allow(unsafe_code)]
     unsafe {
         if on_device {
@@ -170,7 +175,7 @@ pub(super) fn product(
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
         );
         if on_device {
-            // As Candle's own products expect it.
+            // Candle's own products expect their factors on the host.
             sys::cublasSetPointerMode_v2(handle, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST)
                 .result()
                 .w()?;

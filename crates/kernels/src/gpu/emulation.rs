@@ -1,15 +1,22 @@
 //! The CUDA kernels on the CPU, for tests.
 //!
-//! The very sources that nvcc compiles are compiled by the system's C++ compiler, with a header (`host.h`) that stands
-//! in for CUDA's execution model, to shared libraries beside the test's own program. Inside of [`run`] the operations
-//! of this crate take tensors on the CPU through the launches that a GPU would get.
+//! The system's C++ compiler compiles the same sources as nvcc to shared libraries next to the test
+//! program. The header `host.h` replaces CUDA's execution model. Inside of [`run`], the operations
+//! of this crate make the same launches for CPU tensors as for tensors on a GPU.
 //!
-//! What it shows: the kernels' arithmetic, indices, barriers and arguments, and the launch configurations. What it
-//! cannot show: the speed, how nvcc and a GPU treat the same sources, cuBLAS.
+//! The emulation tests the kernels' arithmetic, indices, barriers and arguments, and the launch
+//! configurations. It cannot test the speed, cuBLAS, or what nvcc and a GPU make of the same
+//! sources.
 //!
-//! With `KERNELS_SANITIZE=1` the kernels are compiled with AddressSanitizer, which must then be loaded first:
-//! `LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 KERNELS_SANITIZE=1 cargo test -p kernels`.
-//! It warns once that it ignores a jump: the fibers' stacks are none that it knows.
+//! With `KERNELS_SANITIZE=1` the kernels are compiled with AddressSanitizer, which must be loaded
+//! first:
+//!
+//! ```sh
+//! LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+//!     KERNELS_SANITIZE=1 cargo test -p kernels
+//! ```
+//!
+//! It warns once that it ignores a jump, because it does not know the stacks of the fibers.
 
 use super::{Launch, Module};
 use crate::Error;
@@ -21,12 +28,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
-/// The order in which a block's threads run as far as the next barrier.
+/// The order in which the threads of a block run up to the next barrier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     /// From the first thread to the last.
     Forward,
-    /// From the last to the first: a kernel that lacks a barrier then gives other results.
+    /// From the last to the first. A kernel that lacks a barrier then gives other results.
     Reverse,
 }
 
@@ -34,12 +41,12 @@ thread_local! {
     static ORDER: Cell<Option<Order>> = const { Cell::new(None) };
 }
 
-/// The order of the emulation that this thread runs, if any.
+/// Returns the order of the emulation that is active on this thread, if any.
 pub(super) fn order() -> Option<Order> {
     ORDER.get()
 }
 
-/// Runs `f` with every operation on CPU tensors, on this thread, going through the emulated kernels.
+/// Runs `f`; every operation on CPU tensors on this thread uses the emulated kernels.
 pub fn run<R>(order: Order, f: impl FnOnce() -> R) -> R {
     struct Restore(Option<Order>);
     impl Drop for Restore {
@@ -51,16 +58,18 @@ pub fn run<R>(order: Order, f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Whether there is a C++ compiler to emulate with; else a message for people that says so.
+/// Returns `Ok` if there is a C++ compiler for the emulation, else a message for the user.
 pub fn available() -> Result<(), String> {
     compiler().as_ref().map(drop).map_err(Clone::clone)
 }
 
-/// Fills memory with what is no number, so that tests see what a kernel does not write.
+/// Fills a tensor with bytes 0xff, NaN as floats, so that tests notice what a kernel does not
+/// write.
 #[allow(unsafe_code)]
 pub(super) fn spoil(tensor: &Tensor, address: u64) {
     let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
-    // SAFETY: the address is that of the tensor's elements, of which any bytes are fine.
+    // SAFETY: the caller passes the address of the tensor's elements, for which any bytes are
+    // valid.
     unsafe { (address as *mut u8).write_bytes(0xff, bytes) };
 }
 
@@ -78,7 +87,7 @@ fn compiler() -> &'static Result<PathBuf, String> {
     })
 }
 
-/// What all modules include.
+/// The headers that modules include.
 const HEADERS: [(&str, &str); 4] = [
     ("host.h", include_str!("host.h")),
     ("common.cuh", include_str!("common.cuh")),
@@ -86,11 +95,11 @@ const HEADERS: [(&str, &str); 4] = [
     ("moments.cuh", include_str!("moments.cuh")),
 ];
 
-/// The library of a module, compiled unless an earlier test did.
+/// Returns the library of a module. Compiles it unless an earlier test did.
 fn build(module: Module) -> Result<PathBuf, String> {
     let compiler = compiler().as_ref()?;
     let sanitize = std::env::var_os("KERNELS_SANITIZE").is_some();
-    // Fortified, a jump to another stack is an error.
+    // With _FORTIFY_SOURCE, a jump to another stack is an error.
     let mut flags = vec![
         "-std=c++17",
         "-O2",
@@ -104,7 +113,7 @@ fn build(module: Module) -> Result<PathBuf, String> {
     if sanitize {
         flags.extend(["-fsanitize=address", "-g"]);
     }
-    // The library's name says what it was made from.
+    // The library's name contains a hash of everything that it was made from.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let texts = HEADERS.map(|(_, text)| text).into_iter().chain([module.source]).chain(flags.iter().copied());
     for byte in texts.flat_map(str::bytes).chain(compiler.to_string_lossy().bytes()) {
@@ -116,7 +125,8 @@ fn build(module: Module) -> Result<PathBuf, String> {
     if library.exists() {
         return Ok(library);
     }
-    // Other tests may build the same: each in a folder of its own, the finished library moved to its place.
+    // Other tests may build the same library at the same time, so each uses a folder of its own and
+    // moves the finished library to its place.
     let own = folder.join(format!("{}-{}", std::process::id(), module.name));
     let fail = |e: std::io::Error| format!("{}: {e}", own.display());
     std::fs::create_dir_all(&own).map_err(fail)?;
@@ -144,7 +154,7 @@ fn build(module: Module) -> Result<PathBuf, String> {
 /// `extern "C" int kernel(arguments, their size, [grid x, grid y, block x, block y], reverse)`.
 type Kernel = unsafe extern "C" fn(*const u64, usize, *const u32, i32) -> i32;
 
-/// The library of a module, loaded for as long as the program runs.
+/// Returns the library of a module. It stays loaded as long as the program runs.
 #[allow(unsafe_code)]
 fn library(module: Module) -> Result<&'static libloading::Library, String> {
     static LIBRARIES: Mutex<Option<HashMap<&str, &'static libloading::Library>>> = Mutex::new(None);
@@ -154,7 +164,8 @@ fn library(module: Module) -> Result<&'static libloading::Library, String> {
         return Ok(library);
     }
     let path = build(module)?;
-    // SAFETY: a library of ours, whose initialization does nothing but set up thread-local variables.
+    // SAFETY: the library is compiled from our sources, and its initialization only sets up
+    // thread-local variables.
     let library =
         unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
     let library = Box::leak(Box::new(library));
@@ -167,13 +178,14 @@ fn library(module: Module) -> Result<&'static libloading::Library, String> {
 pub(super) fn launch(launch: &Launch) -> crate::Result<()> {
     let fail = |message: String| Error::Setting { op: launch.module.name, message };
     let library = library(launch.module).map_err(fail)?;
-    // SAFETY: the macro `KERNEL` makes functions of this type.
+    // SAFETY: the macro `KERNEL` defines functions of this type.
     let kernel = unsafe { library.get::<Kernel>(launch.kernel.as_bytes()) };
     let kernel = kernel.map_err(|e| fail(format!("no kernel {}: {e}", launch.kernel)))?;
     let [[x, y], [bx, by]] = [launch.grid, launch.block];
     let reverse = i32::from(order() == Some(Order::Reverse));
     let (arguments, shape) = (&launch.arguments, [x, y, bx, by]);
-    // SAFETY: the arguments' size is checked there; that the kernel stays within its tensors is what tests are for.
+    // SAFETY: the kernel checks the size of its arguments. It must stay within its tensors, which
+    // is what the tests check.
     let status = unsafe { kernel(arguments.words.as_ptr(), arguments.len, shape.as_ptr(), reverse) };
     match status {
         0 => Ok(()),

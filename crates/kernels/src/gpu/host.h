@@ -1,8 +1,9 @@
-// The execution model of CUDA on a CPU, for tests: a block's threads run one after the other, each as far as the next
-// barrier. They are fibers, which share one stack as long as they reach no barrier.
+// CUDA's execution model on a CPU, for tests. The threads of a block run one after the other, each
+// up to the next barrier. They are fibers, which share one stack as long as they reach no barrier.
 //
-// Stricter than a GPU: a barrier that not all threads of a block reach at the same line is an error. The order of the
-// threads can be reversed: a kernel that lacks a barrier then gives something else.
+// The emulation is stricter than a GPU: it is an error if not all threads of a block reach a
+// barrier at the same line. The order of the threads can be reversed, and a kernel that lacks a
+// barrier then gives other results.
 #pragma once
 
 #include <math.h>
@@ -39,13 +40,14 @@ static inline unsigned int __float_as_uint(float x) {
 namespace emulation {
 
 struct Fiber {
-    // Where it begins, and where it goes on. Jumps between the two stacks: swapcontext would ask the system for the
-    // signal mask each time.
+    // The context where the fiber starts, and the place where it resumes. Fibers switch stacks with
+    // _longjmp, because swapcontext makes a system call for the signal mask each time.
     ucontext_t start;
     jmp_buf where;
     bool started = false;
     std::vector<char> stack;
-    // The thread that it runs, and the line of the barrier where that waits; 0: it has ended.
+    // The thread that the fiber runs, and the line of the barrier where it waits, or 0 if it has
+    // ended.
     unsigned int thread = 0;
     int waits = 0;
 };
@@ -56,7 +58,8 @@ static thread_local Fiber *current;
 static thread_local void (*body)(const void *);
 static thread_local const void *body_arguments;
 
-// Leaves the fiber for the scheduler until it is resumed: at the barrier of a line, or at its end.
+// Leaves the fiber for the scheduler, at the barrier of a line or (line 0) at its end, until the
+// fiber is resumed.
 static inline void leave(int line) {
     Fiber *self = current;
     self->waits = line;
@@ -93,7 +96,7 @@ static inline void resume(Fiber *fiber) {
     setcontext(&fiber->start);
 }
 
-// Runs one block; whether its threads agree on every barrier.
+// Runs one block. Returns whether its threads agree on every barrier.
 static inline bool block(bool reverse) {
     unsigned int count = blockDim.x * blockDim.y;
     size_t waiting = 0;
@@ -118,7 +121,8 @@ static inline bool block(bool reverse) {
     return true;
 }
 
-// Runs a kernel over its grid. 0, or what is wrong: 1 the size of the arguments, 2 a barrier, 3 the size of a block.
+// Runs a kernel over its grid. Returns 0, or an error: 1 for the size of the arguments, 2 for a
+// barrier, 3 for the size of a block.
 template <typename A>
 static int run(const A &arguments, size_t size, void (*kernel)(const A &), const unsigned int *launch, int reverse) {
     static thread_local void (*function)(const A &);
@@ -133,7 +137,7 @@ static int run(const A &arguments, size_t size, void (*kernel)(const A &), const
         for (unsigned int x = 0; x < gridDim.x; x++) {
             blockIdx = {x, y, 0};
             if (!block(reverse)) {
-                // Threads that hang at a barrier are left there.
+                // The fibers that wait at the barrier cannot be resumed, so they are leaked.
                 fibers.clear();
                 return 2;
             }

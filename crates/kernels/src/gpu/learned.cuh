@@ -1,8 +1,9 @@
-// What the kernels of learned quantizers share: the hyperbolic tangent of tanh.rs, and sums over all elements.
+// Functions that the kernels of learned quantizers share: the hyperbolic tangent of tanh.rs, and
+// sums over all elements.
 #pragma once
 #include "common.cuh"
 
-// ln2^k / k!, the highest power first.
+// The coefficients ln2^k / k!, the highest power first.
 struct Series {
     float at[7];
 
@@ -15,7 +16,7 @@ struct Series {
     }
 };
 
-// tanh(x), the same operations in the same order as the CPU's.
+// Returns tanh(x). It does the same operations in the same order as the CPU.
 __device__ inline float tangent(float x) {
     constexpr Series series;
     float scaled = clamped(x, -9.1f, 9.1f) * (2.0f * 1.44269504088896340736f);
@@ -28,7 +29,8 @@ __device__ inline float tangent(float x) {
     return less_one / (less_one + 2.0f);
 }
 
-// Writes the sums of a block of THREADS threads along y to parts[N][gridDim.x].
+// Writes the sums over a block to parts[N][gridDim.x]. The block must have its THREADS threads
+// along y.
 template <int N> __device__ inline void write_sums(const double (&sums)[N], double *parts) {
     for (int n = 0; n < N; n++) {
         double sum = column_sum(sums[n]);
@@ -36,8 +38,8 @@ template <int N> __device__ inline void write_sums(const double (&sums)[N], doub
     }
 }
 
-// gx = f(x, gy, sums) of `count` groups of V elements, where f adds to sums[N]; those of each block, times `by`, go to
-// parts[N][gridDim.x].
+// Computes gx = f(x, gy, sums) for `count` groups of V elements, where f adds to sums[N]. Each
+// block writes its sums, multiplied by `by`, to parts[N][gridDim.x].
 template <int N, int V, typename T, typename F>
 __device__ inline void gradients(const T *x, const T *gy, T *gx, u32 count, double by, double *parts, F f) {
     double sums[N];
@@ -55,7 +57,7 @@ struct Totals {
     u32 count;
 };
 
-// One block, with a column of threads for each sum.
+// Runs as one block, with a column of threads for each sum.
 __device__ inline void totals(const Totals &a) {
     double sum = 0.0;
     for (u32 i = threadIdx.y; i < a.count; i += blockDim.y) sum += a.parts[(size_t)threadIdx.x * a.count + i];

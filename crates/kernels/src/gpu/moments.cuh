@@ -1,5 +1,6 @@
-// Moments of the channels of a feature map: mean, sum of squared differences from it, extremes. Shared by the
-// normalization and by convolutions that take the statistics of what they write.
+// Moments of the channels of a feature map: the mean, the sum of squared differences from the mean,
+// and the extremes. The normalization uses them, and convolutions that compute the statistics of
+// their output.
 #pragma once
 #include "common.cuh"
 
@@ -14,7 +15,7 @@ __device__ inline Moment no_moment() {
     return none;
 }
 
-// Adds moments, by the rule of Chan, Golub and LeVeque (1983).
+// Merges moments by the rule of Chan, Golub and LeVeque (1983).
 __device__ inline void merge(Moment &all, const Moment &more) {
     if (more.n == 0.0) return;
     double n = all.n + more.n, share = more.n / n, delta = more.mean - all.mean;
@@ -25,19 +26,21 @@ __device__ inline void merge(Moment &all, const Moment &more) {
     all.max = fmaxf(all.max, more.max);
 }
 
-// The power of two that brings numbers up to `range` near 1, so that no square under- or overflows.
+// Returns the power of two that scales numbers up to `range` to about 1, so that no square
+// underflows or overflows.
 __device__ inline float normalizer(float range) {
     u32 exponent = __float_as_uint(range) >> 23;
     exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
     return __uint_as_float((254 - exponent) << 23);
 }
 
-// Values that are held in registers at once.
+// The number of values of a channel that are held in registers at once.
 #define RUN 8
 
-// The moments of the first `count` (1 … RUN) values of a run, in two passes over them: the differences from the first
-// value give the mean, exactly so for a constant channel; those from that mean the squares, corrected by their sum for
-// the mean's rounding.
+// Returns the moments of the first `count` (1 … RUN) values of a run, in two passes. The
+// differences from the first value give the mean, which is exact for a constant channel. The
+// differences from that mean give the squares; the sum of these differences corrects the mean's
+// rounding.
 template <int V> __device__ inline Moment moment_of(const Vec<V> (&run)[RUN], int count, int i) {
     float pivot = run[0].at[i], sum = 0.0f, lo = pivot, hi = pivot, n = (float)count;
 #pragma unroll
@@ -66,16 +69,18 @@ template <int V> __device__ inline Moment moment_of(const Vec<V> (&run)[RUN], in
     return moment;
 }
 
-// What the blocks of a kernel leave for `norm_merge`: for each part, the moments of each channel.
+// The output of a kernel's blocks for `norm_merge`: for each part, the moments of each channel.
 struct Partials {
-    // [2][parts][channels]: means, squares.
+    // [2][parts][channels]: the means, then the squares.
     double *sums;
-    // [2][parts][channels]: smallest, largest; then [parts]: numbers of values.
+    // [2][parts][channels]: the smallest, then the largest values. After them [parts]: the numbers
+    // of values.
     float *extremes;
 };
 
-// Merges the moments of the threads that differ in threadIdx.y, and writes those of the block's part. All of the
-// block's threads must come here, those without a channel with no moment.
+// Merges the moments of the threads that differ in threadIdx.y, and writes the moments of the
+// block's part. All threads of the block must call this; a thread without a channel passes empty
+// moments.
 template <int V>
 __device__ inline void write_part(Moment (&moments)[V], const Partials &partials, u32 channel, u32 channels) {
     __shared__ double ns[THREADS], means[THREADS], squares[THREADS];

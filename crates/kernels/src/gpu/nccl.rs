@@ -1,9 +1,10 @@
-//! Sums over the GPUs of several processes, by NVIDIA's NCCL.
+//! Sums over the GPUs of several processes, with NVIDIA's NCCL.
 //!
-//! The library, `libnccl.so.2`, is looked for when the first process joins, so that programs are built and run without it. (cudarc
-//! has a binding of it, which would be linked as Candle has cudarc link everything: when a program is built.)
+//! The library `libnccl.so.2` is loaded at its first use, so that programs can be built and run
+//! without it. (cudarc has a binding of NCCL, but Candle makes cudarc link all its libraries when a
+//! program is built.)
 
-// The functions of a C library.
+// This module calls the functions of a C library.
 #![allow(unsafe_code)]
 
 use super::{address, address_mut, empty};
@@ -15,21 +16,22 @@ use std::sync::OnceLock;
 
 const CHECK: Check = Check("nccl");
 
-/// What names a group of processes: the first one makes it, and tells the others.
+/// The name of a group of processes. The first process makes it and sends it to the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Id(pub [u8; 128]);
 
-/// `ncclResult_t`.
+/// NCCL's `ncclResult_t`.
 type Status = c_int;
-/// `ncclComm_t`.
+/// NCCL's `ncclComm_t`.
 type Handle = *mut c_void;
 
-/// `ncclFloat32` and `ncclSum`.
+/// NCCL's `ncclFloat32` and `ncclSum`.
 const FLOAT32: c_int = 7;
 const SUM: c_int = 0;
 
-/// The functions that are called, which all versions 2 of the library declare so.
+/// The functions that are called. Their declarations are the same in all 2.x versions of the
+/// library.
 struct Library {
     version: unsafe extern "C" fn(*mut c_int) -> Status,
     unique_id: unsafe extern "C" fn(*mut Id) -> Status,
@@ -43,7 +45,8 @@ struct Library {
 
 impl Library {
     fn load() -> std::result::Result<Self, libloading::Error> {
-        // SAFETY: NCCL does nothing when it is loaded, and its functions have these arguments. It is never unloaded.
+        // SAFETY: loading NCCL has no side effects, and its functions have these signatures. It is
+        // never unloaded.
         unsafe {
             let library = Box::leak(Box::new(libloading::Library::new("libnccl.so.2")?));
             Ok(Self {
@@ -69,12 +72,12 @@ impl Library {
         })
     }
 
-    /// An error unless a call has succeeded.
+    /// Returns an error if a call has failed.
     fn done(&self, call: &str, status: Status) -> Result<()> {
         if status == 0 {
             return Ok(());
         }
-        // SAFETY: the library gives a text of its own for any status.
+        // SAFETY: the library returns a static string for any status.
         let meaning = unsafe { CStr::from_ptr((self.error_string)(status)) }.to_string_lossy();
         Err(CHECK
             .setting(format!("{call}: {meaning} ({status}); with NCCL_DEBUG=WARN the library says more")))
@@ -82,58 +85,66 @@ impl Library {
 }
 
 impl Id {
-    /// One that no other group has.
+    /// Makes a name that no other group has.
     ///
     /// # Errors
-    /// Where the library is not there, or can't make one.
+    /// Returns an error if the library cannot be loaded or cannot make a name.
     pub fn new() -> Result<Self> {
         let (library, mut id) = (Library::get()?, Self([0; 128]));
-        // SAFETY: the library writes as many bytes.
+        // SAFETY: `id` has the 128 bytes that the library writes.
         library.done("ncclGetUniqueId", unsafe { (library.unique_id)(&raw mut id) })?;
         Ok(id)
     }
 }
 
-/// This process among those of a group, each of which has a GPU of its own.
+/// This process as a member of a group in which each process has a GPU of its own.
 pub struct Communicator {
     library: &'static Library,
     handle: Handle,
     device: Device,
 }
 
-// SAFETY: the handle is of no thread, and `failure`, which alone other threads call, may be called while another call goes on.
+// SAFETY: the handle is not bound to a thread. Other threads call only `failure`, which NCCL allows
+// during another call.
 unsafe impl Send for Communicator {}
-// SAFETY: likewise.
+// SAFETY: other threads call only `failure`, as for `Send`.
 unsafe impl Sync for Communicator {}
 
 impl Communicator {
-    /// Joins a group of `size` processes as number `rank`, with the GPU `device`; waits until all have joined.
+    /// Joins a group of `size` processes as number `rank`, with the GPU `device`. Waits until all
+    /// processes have joined.
     ///
     /// # Errors
-    /// Where the library is not there or can't connect the GPUs; two processes on one GPU are refused.
+    /// Returns an error if the library cannot be loaded or cannot connect the GPUs. It refuses two
+    /// processes on one GPU.
     pub fn join(id: Id, rank: usize, size: usize, device: &Device) -> Result<Self> {
-        // The thread's context, in which the library works, is that of the last device that was used.
+        // The library uses the thread's current context. This call makes it the context of
+        // `device`.
         device.synchronize()?;
         let (library, mut handle) = (Library::get()?, std::ptr::null_mut());
-        // SAFETY: a place for the handle, and the group's name by value.
+        // SAFETY: `handle` is a place for the result, and the group's name is passed by value.
         let status = unsafe { (library.init_rank)(&raw mut handle, size as c_int, id, rank as c_int) };
         library.done("ncclCommInitRank", status)?;
         Ok(Self { library, handle, device: device.clone() })
     }
 
-    /// The library's version, as 22703 for 2.27.3.
+    /// Returns the library's version, for example 22703 for 2.27.3.
     pub fn version(&self) -> usize {
         let mut version = 0;
-        // SAFETY: a place for a number.
+        // SAFETY: `version` is a place for the result.
         unsafe { (self.library.version)(&raw mut version) };
         version as usize
     }
 
-    /// The sums of a tensor over all processes, each of which gives one of as many elements: `f32`, contiguous, on the GPU. Waits
-    /// neither for the device nor for the others; what reads the sums comes behind them in the device's stream.
+    /// Returns the sums of a tensor over all processes.
+    ///
+    /// Each process gives a contiguous `f32` tensor with the same number of elements, on its GPU.
+    /// The call waits neither for the device nor for the other processes: the sums are ordered in
+    /// the device's stream before any later work that reads them.
     ///
     /// # Errors
-    /// Another tensor, or what the library finds wrong at once. What it finds later, [`Communicator::failure`] tells.
+    /// Returns an error for any other tensor, and for a problem that the library detects at once.
+    /// [`Communicator::failure`] reports what the library detects later.
     pub fn sum(&self, tensor: &Tensor) -> Result<Tensor> {
         let Device::Cuda(device) = tensor.device() else {
             return Err(CHECK.setting(format!("a tensor on {:?}: expected a GPU", tensor.device())));
@@ -145,7 +156,8 @@ impl Communicator {
         let sums = empty(tensor.shape(), DType::F32, tensor.device())?;
         let (from, to, count) = (address(tensor)?, address_mut(&sums)?, tensor.elem_count());
         let stream = device.cuda_stream().cu_stream();
-        // SAFETY: both tensors have that many floats on the device, and outlive the call in the order of its stream.
+        // SAFETY: both tensors have `count` floats on the device; memory is freed in the order of
+        // its stream, so they outlive the call.
         let status = unsafe {
             let (from, to) = (from as *const c_void, to as *mut c_void);
             (self.library.all_reduce)(from, to, count, FLOAT32, SUM, self.handle, stream.cast())
@@ -154,13 +166,14 @@ impl Communicator {
         Ok(sums)
     }
 
-    /// What has gone wrong since, if anything: sums that were begun will not come then. Any thread may ask.
+    /// Returns an error if something has failed since: sums that were started will then not arrive.
+    /// Any thread may call this.
     pub fn failure(&self) -> Option<Error> {
         let mut found = 0;
-        // SAFETY: a place for a status.
+        // SAFETY: `found` is a place for the result.
         let status = unsafe { (self.library.async_error)(self.handle, &raw mut found) };
         let all = [("ncclCommGetAsyncError", status), ("the sum of the GPUs", found)];
-        // Of a call that does not wait, that it goes on.
+        // The status of an asynchronous call that is still running.
         const IN_PROGRESS: Status = 7;
         let failed = all.into_iter().filter(|(_, status)| *status != IN_PROGRESS);
         failed.map(|(call, status)| self.library.done(call, status)).find_map(Result::err)
@@ -168,9 +181,9 @@ impl Communicator {
 }
 
 impl Drop for Communicator {
-    /// Waits for nobody, as others may be lost.
+    /// Aborts instead of waiting for the other processes, because they may be lost.
     fn drop(&mut self) {
-        // SAFETY: of `ncclCommInitRank`, and nothing uses it any more.
+        // SAFETY: the handle comes from `ncclCommInitRank`, and nothing uses it any more.
         unsafe { (self.library.abort)(self.handle) };
     }
 }

@@ -1,4 +1,4 @@
-// Patches of images as rows; the definitions stand in im2col.rs.
+// Patches of images as rows. im2col.rs has the definitions.
 #include "common.cuh"
 
 struct Patches {
@@ -7,14 +7,15 @@ struct Patches {
     u32 images, h, w, channels, kernel, stride, padding, to_h, to_w;
 };
 
-// A thread takes an element of a patch: neighbours write neighbouring elements, and mostly read such.
+// Each thread copies elements of patches. Neighbouring threads write neighbouring elements, and
+// mostly read neighbouring ones.
 template <typename T> __device__ void patches(const Patches &a) {
     u32 row = a.kernel * a.channels, patch = a.kernel * row, positions = a.images * a.to_h * a.to_w;
     size_t count = (size_t)positions * patch, step = (size_t)gridDim.x * blockDim.x;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
         u32 position = (u32)(i / patch), within = (u32)(i % patch);
         u32 image = position / (a.to_h * a.to_w), oh = position / a.to_w % a.to_h, ow = position % a.to_w;
-        // One padding too far down and right, so that nothing is negative.
+        // These are coordinates in the padded image, so that none is negative.
         u32 ih = oh * a.stride + within / row, iw = ow * a.stride + within % row / a.channels;
         bool inside = ih >= a.padding && ih < a.h + a.padding && iw >= a.padding && iw < a.w + a.padding;
         T y = element<T>(0.0f);

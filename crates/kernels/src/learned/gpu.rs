@@ -1,11 +1,11 @@
-//! Sums over all elements, as learned.cuh takes them.
+//! Launches of the sums over all elements in learned.cuh.
 
 use crate::Result;
 use crate::gpu::{BLOCKS, Launch, Module, THREADS, empty};
 use candle_core::{DType, Device, Tensor};
 
-/// A launch of a kernel that leaves `sums` sums over `count` groups of elements, and where each of its blocks leaves
-/// its shares, `[sums, blocks]`.
+/// Makes a launch of a kernel that takes `sums` sums over `count` groups of elements. Also returns
+/// the tensor `[sums, blocks]` to which each block writes its share.
 pub(crate) fn summed(
     module: Module,
     kernel: impl AsRef<str>,
@@ -17,7 +17,7 @@ pub(crate) fn summed(
     Ok((Launch::new(module, kernel, [blocks, 1], [1, THREADS]), empty((sums, blocks), DType::F64, device)?))
 }
 
-/// The sums `[sums]` of the blocks' shares.
+/// Returns the sums `[sums]` over the blocks' shares.
 pub(crate) fn totals(module: Module, parts: &Tensor) -> Result<Tensor> {
     let (sums, blocks) = parts.dims2()?;
     let totals = empty(sums, DType::F32, parts.device())?;

@@ -9,7 +9,7 @@ const MODULE: Module = module!("loss");
 
 pub(super) fn forward(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Loss> {
     let (n, k) = logits.dims2()?;
-    // The gradient, then the loss and the number of correct images.
+    // The gradient, followed by the loss and the number of correct images.
     let all = empty(n * k + 2, DType::F32, logits.device())?;
     let found = empty((2, n), DType::F64, logits.device())?;
     for (kernel, blocks, threads) in [("images", n, 128), ("batch", 1, 256)] {

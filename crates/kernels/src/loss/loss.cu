@@ -1,18 +1,18 @@
-// Softmax cross-entropy with label smoothing; the definitions stand in loss.rs.
+// Softmax cross-entropy with label smoothing. loss.rs has the definitions.
 #include "common.cuh"
 
 struct Images {
     const float *logits;
     const u32 *labels;
-    // [images, classes], then the loss and the number of correct images.
+    // [images, classes]: the gradient, followed by the loss and the number of correct images.
     float *all;
-    // [2][images]: losses; whether the image is classified correctly.
+    // [2][images]: the losses, then 1 for each image that is classified correctly, else 0.
     double *found;
     double smoothing, scale;
     u32 images, classes;
 };
 
-// The sum over the threads of a block of one row of threads, in all of them.
+// Returns the sum over the threads of a block, which are all along x. Every thread receives it.
 __device__ inline double block_sum(double x) {
     __shared__ double sums[THREADS];
     u32 t = threadIdx.x;
@@ -27,7 +27,7 @@ __device__ inline double block_sum(double x) {
     return x;
 }
 
-// A block for each image. A label that is no class makes the loss and the gradient NaN.
+// Each block handles an image. A label that is not a class makes the loss and the gradient NaN.
 __device__ inline void images(const Images &a) {
     __shared__ float values[THREADS];
     __shared__ u32 places[THREADS];
@@ -44,7 +44,7 @@ __device__ inline void images(const Images &a) {
         if (t < half && t + half < blockDim.x) {
             float other = values[t + half];
             u32 at = places[t + half];
-            // Of equals the first.
+            // Of equal logits, the first wins.
             if (other > values[t] || (other == values[t] && at < places[t])) values[t] = other, places[t] = at;
         }
         __syncthreads();
@@ -76,7 +76,7 @@ __device__ inline void images(const Images &a) {
 
 KERNEL(loss_images, Images, images)
 
-// One block: the mean loss and the number of correct images.
+// Runs as one block. Computes the mean loss and the number of correct images.
 __device__ inline void batch(const Images &a) {
     double loss = 0.0, correct = 0.0;
     for (u32 i = threadIdx.x; i < a.images; i += blockDim.x) loss += a.found[i], correct += a.found[a.images + i];

@@ -47,7 +47,7 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, g: f64) -> R
     Ok(Gradients { x: gx, step: sums.narrow(0, 0, 1)?, offset })
 }
 
-/// The sum of the absolute values, `[1]`.
+/// Returns the sum of the absolute values, `[1]`.
 pub(super) fn magnitude(x: &Tensor) -> Result<Tensor> {
     let width = width(x.elem_count(), [x])?;
     let count = x.elem_count() / width;

@@ -1,11 +1,11 @@
-// Learned step size quantization; the definitions stand in lsq.rs. Elements are taken one after the other, V at a time:
-// `count` counts groups of V.
+// Learned step size quantization. lsq.rs has the definitions. Elements are processed in memory
+// order, V at a time; `count` is the number of groups of V elements.
 #include "learned.cuh"
 
-// A step, at least the smallest; NaN stays NaN.
+// Returns the step, or the smallest step if that is larger. NaN stays NaN.
 __device__ inline float positive(float step, float least) { return step < least ? least : step; }
 
-// The numbers of a quantizer.
+// The step of a quantizer, its reciprocal, and its offset.
 struct Scale {
     float step, per_step, offset;
 
@@ -22,7 +22,7 @@ struct Forward {
     const float *step, *offset;
     void *y;
     u32 count;
-    // The lowest and the highest level, and the least step.
+    // The lowest and the highest level, and the smallest step.
     float low, high, least;
 };
 
@@ -41,12 +41,12 @@ struct Backward {
     // `offset` may be null.
     const float *step, *offset;
     void *gx;
-    // [2][gridDim.x]: of each block the gradients of the step and of the offset.
+    // [2][gridDim.x]: the gradients of the step and of the offset from each block.
     double *parts;
-    // What the gradients of the step and of the offset are multiplied by.
+    // The factor of the gradients of the step and of the offset.
     double g;
     u32 count;
-    // As in Forward.
+    // See Forward.
     float low, high, least;
 };
 
@@ -66,7 +66,7 @@ KERNELS(lsq_backward, Backward, backward)
 
 struct Magnitude {
     const void *x;
-    // [gridDim.x]: of each block the sum of the absolute values.
+    // [gridDim.x]: the sum of the absolute values from each block.
     double *parts;
     u32 count;
 };
@@ -90,7 +90,7 @@ struct Project {
     float least;
 };
 
-// One thread.
+// Runs as one thread.
 __device__ inline void project(const Project &a) { *a.step = positive(*a.step, a.least); }
 
 KERNEL(lsq_project, Project, project)

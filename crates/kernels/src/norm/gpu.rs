@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 
 const MODULE: Module = module!("norm");
 
-/// Where the blocks of a kernel leave the moments of its parts (`Partials` in moments.cuh).
+/// The moments of parts, as the blocks of a kernel write them (`Partials` in moments.cuh).
 pub(crate) struct Partials {
     sums: Tensor,
     extremes: Tensor,
@@ -23,12 +23,12 @@ impl Partials {
         Ok(Self { sums, extremes, parts, channels })
     }
 
-    /// The fields of the struct; null pointers without it.
+    /// Adds the fields of the struct to a launch; null pointers if there are no partials.
     pub(crate) fn fields(partials: Option<&Self>, launch: Launch) -> Result<Launch> {
         launch.write_if(partials.map(|p| &p.sums))?.write_if(partials.map(|p| &p.extremes))
     }
 
-    /// The statistics of all parts.
+    /// Returns the statistics of all parts together.
     pub(crate) fn merged(&self) -> Result<Stats> {
         let &Self { parts, channels, .. } = self;
         let stats = empty((4, channels), DType::F32, self.sums.device())?;
@@ -43,7 +43,7 @@ impl Partials {
     }
 }
 
-/// Rows and channels of a contiguous map.
+/// Returns the rows and channels of a contiguous map.
 fn size(z: &Tensor) -> (usize, usize) {
     let c = z.dims()[z.dims().len() - 1];
     (z.elem_count() / c, c)
@@ -137,8 +137,8 @@ pub(super) fn forward(
     Ok(FeatureMap::of(y, z.dtype(), quant))
 }
 
-/// The gradients of `γ` and `β` (or of the shift), the slope and the offset of the gradient of `z`, each `[C]`; for
-/// frozen statistics only the second is not 0.
+/// Returns the gradients of `γ` and `β` (or of the shift), and the slope and the offset of the
+/// gradient of `z`, each `[C]`. For frozen statistics, all but the second are 0.
 pub(super) fn coefficients(of: &Epilogue, gy: &Tensor) -> Result<[Tensor; 4]> {
     let (rows, c) = size(&of.z);
     let width = width_of(of, gy)?;

@@ -1,7 +1,8 @@
-// Batch normalization, activation and fake quantization; the definitions stand in norm.rs.
+// Batch normalization, activation and fake quantization. norm.rs has the definitions.
 #include "moments.cuh"
 
-// Statistics: `norm_moments` of the parts of a map, then `norm_merge` of all parts.
+// The statistics: `norm_moments` computes the moments of the parts of a map, and `norm_merge`
+// merges them.
 
 struct MomentsOf {
     const void *z;
@@ -29,12 +30,12 @@ KERNELS(norm_moments, MomentsOf, moments)
 
 struct Merge {
     Partials partials;
-    // [4][channels]: mean, biased variance, smallest, largest.
+    // [4][channels]: the mean, the biased variance, the smallest and the largest value.
     float *stats;
     u32 parts, channels;
 };
 
-// A block merges the parts of blockDim.x channels; threadIdx.y takes every blockDim.y-th part.
+// A block merges the parts of blockDim.x channels; each thread merges every blockDim.y-th part.
 __device__ inline void merge_parts(const Merge &a) {
     __shared__ double ns[THREADS], means[THREADS], squares[THREADS];
     __shared__ float mins[THREADS], maxs[THREADS];
@@ -67,12 +68,12 @@ KERNEL(norm_merge, Merge, merge_parts)
 
 struct Prepare {
     const float *mean, *variance, *gamma, *beta;
-    // Moved towards the batch's.
+    // The running statistics, which move towards those of the batch.
     float *running_mean, *running_variance;
-    // [3][channels]: 1/√(V + ε), scale, shift.
+    // [3][channels]: 1/√(V + ε), the scale and the shift.
     float *out;
     u32 channels;
-    // ε; N/(N − 1); the share of the batch in the running statistics.
+    // ε, N/(N − 1), and the share of the batch in the running statistics.
     float epsilon, unbias, momentum;
 };
 
@@ -99,7 +100,7 @@ struct OutputRange {
     float lo, hi;
 };
 
-// One block.
+// Runs as one block.
 __device__ inline void output_range(const OutputRange &a) {
     float lo = INFINITY, hi = -INFINITY;
     for (u32 i = thread(); i < a.channels; i += blockDim.x) {
@@ -114,7 +115,7 @@ __device__ inline void output_range(const OutputRange &a) {
 
 KERNEL(norm_output_range, OutputRange, output_range)
 
-// Rows that a thread reads before it writes.
+// The number of rows that a thread reads before it writes.
 #define BATCH 4
 
 struct Forward {
@@ -162,16 +163,17 @@ KERNEL(norm_forward_bf16_bf16_4, Forward, forward<bf16, bf16, 4>)
 KERNEL(norm_forward_bf16_u8_1, Forward, forward<bf16, u8, 1>)
 KERNEL(norm_forward_bf16_u8_4, Forward, forward<bf16, u8, 4>)
 
-// The gradient: `norm_sums` of the parts of a map, `norm_coefficients` from all of them, `norm_gradient`.
+// The gradient: `norm_sums` computes the sums of the parts of a map, `norm_coefficients` adds them
+// up and computes the coefficients, and `norm_gradient` applies them.
 
 struct Sums {
     const void *z, *gy;
     const float *scale, *shift;
-    // The mean, [channels], or null for 0.
+    // The mean, [channels]; null means 0.
     const float *mean;
     // Null without a quantizer.
     const float *range;
-    // [2][parts][channels]: Σg, Σg·(z − mean).
+    // [2][parts][channels]: Σg, then Σg·(z − mean).
     double *sums;
     Columns columns;
     float lo, hi, max_level;
@@ -216,9 +218,9 @@ KERNELS(norm_sums, Sums, sums)
 
 struct Coefficients {
     const double *sums;
-    // Scale and 1/√(V + ε), [channels]; the latter null for statistics that are frozen.
+    // The scale and 1/√(V + ε), [channels]; `inv_std` is null if the statistics are frozen.
     const float *scale, *inv_std;
-    // [4][channels]: ∂γ, ∂β (or ∂shift), slope, offset.
+    // [4][channels]: ∂γ, ∂β (or ∂shift), the slope and the offset.
     float *out;
     u32 parts, channels;
     float rows;
@@ -254,7 +256,7 @@ KERNEL(norm_coefficients, Coefficients, coefficients)
 
 struct Gradient {
     const void *z, *gy;
-    // The mean is null for 0.
+    // A null mean stands for 0.
     const float *scale, *shift, *mean, *slope, *offset;
     // Null without a quantizer.
     const float *range;

@@ -1,10 +1,11 @@
-// PACT; the definitions stand in pact.rs. Elements are taken one after the other, V at a time: `count` counts groups of V.
+// PACT. pact.rs has the definitions. Elements are processed in memory order, V at a time; `count`
+// is the number of groups of V elements.
 #include "learned.cuh"
 
-// A bound below 0 stands for 0.
+// Returns the clipping bound; a negative α stands for 0.
 __device__ inline float bound_of(const float *alpha) { return *alpha < 0.0f ? 0.0f : *alpha; }
 
-// quant_core::Grid::symmetric.
+// Returns the same grid as quant_core::Grid::symmetric.
 __device__ inline Grid symmetric_grid(float bound, float max_level) {
     Grid grid;
     float half = floorf(0.5f * max_level);
@@ -35,7 +36,7 @@ struct Backward {
     const void *x, *gy;
     const float *alpha;
     void *gx;
-    // [gridDim.x]: of each block the gradient of α.
+    // [gridDim.x]: the gradient of α from each block.
     double *parts;
     u32 count, both_signs;
 };

@@ -1,11 +1,16 @@
-//! The products on a GPU.
+//! The pointwise products on a GPU.
 //!
-//! With `f32` maps, floats are multiplied as floats. Levels by quantized weights are multiplied as whole numbers that
-//! `bf16` holds, which is exact where [`exact`] says so, and levels by anything else (and by anything on a GPU without
-//! products of `bf16`, before compute capability 8.0) as the floats that they stand for. With `bf16` maps, levels are
-//! whole numbers in `bf16` in every product, which is then multiplied by their step; floats and weights are rounded to
-//! `bf16`. Sums are `f32` always; where the weights have a grid for each column, they are kept until each is multiplied
-//! by its step.
+//! Levels and quantized weights are multiplied as whole numbers in `bf16` if [`exact`] says that
+//! the sums are exact and the GPU has products of `bf16` (compute capability 8.0 or later). In all
+//! other cases:
+//!
+//! * With `f32` maps, floats are multiplied as they are, and levels as the floats that they stand
+//!   for.
+//! * With `bf16` maps, levels are multiplied as whole numbers in `bf16`, and the product is then
+//!   multiplied by their step. Floats and weights are rounded to `bf16`.
+//!
+//! Sums are always `f32`. If the weights have a grid for each column, the product stays `f32` until
+//! each column is multiplied by its step.
 
 use super::{forward_sizes, sizes, with_channels};
 use crate::check::Check;
@@ -17,25 +22,28 @@ use crate::{FeatureMap, ProductSizes, Result, Weight, profiler};
 use candle_core::{DType, Tensor};
 use quant_core::Bits;
 
-/// Whether a product over `k` channels of levels of `x` bits by levels of `w` bits is exact in `f32` sums.
+/// Returns whether a product over `k` channels, of levels of `x` bits and of `w` bits, is exact in
+/// `f32` sums.
 ///
-/// A level less its zero point is a whole number of size at most `2^b − 1`, which `bf16`, with 8 bits of precision,
-/// holds exactly for `b ≤ 8`. A product of two is a whole number of size at most `(2^x − 1)(2^w − 1)`, and any partial
-/// sum, in whatever order, one of at most `k` times that. `f32` holds all whole numbers up to 2²⁴, so if that is not
-/// exceeded no addition rounds. At 4 bits each, `225·k ≤ 2²⁴` for up to 74,565 channels; at 8 and 7 bits for 518.
+/// A level minus its zero point is a whole number of magnitude at most `2^b − 1`, which `bf16`,
+/// with 8 bits of precision, holds exactly for `b ≤ 8`. A product of two has a magnitude of at most
+/// `(2^x − 1)(2^w − 1)`, and any partial sum, in any order, at most `k` times that. `f32` holds all
+/// whole numbers up to 2²⁴, so no addition rounds if this bound is at most 2²⁴. At 4 bits each,
+/// `225·k ≤ 2²⁴` for up to 74,565 channels; at 8 and 7 bits for up to 518.
 pub(super) fn exact(k: usize, x: Bits, w: Bits) -> bool {
     let largest = u64::from(x.max_level()) * u64::from(w.max_level());
-    // Signed bytes, as on the CPU, so that both devices take the same path.
+    // Weights must fit into signed bytes, as on the CPU, so that both devices take the same path.
     w.max_level() <= 127 && (k as u64).saturating_mul(largest) <= 1 << 24
 }
 
-/// A matrix `[rows, channels]` of a contiguous map.
+/// Returns a contiguous map as a matrix `[rows, channels]`.
 fn matrix(map: &Tensor) -> Result<Tensor> {
     let c = map.dims()[map.dims().len() - 1];
     Ok(map.reshape((map.elem_count() / c, c))?)
 }
 
-/// The factors of a product that stands for a feature map: its matrix, and what the product is to be multiplied by.
+/// Returns a feature map as an operand: its matrix, and the factor that the product must be
+/// multiplied by, if any.
 fn factor(check: &Check, x: &FeatureMap) -> Result<(Tensor, Option<Tensor>)> {
     Ok(match x {
         FeatureMap::Levels(levels) if levels.dtype == DType::BF16 => {
@@ -47,7 +55,7 @@ fn factor(check: &Check, x: &FeatureMap) -> Result<(Tensor, Option<Tensor>)> {
     })
 }
 
-/// The product `[…, Cout]`, in the dtype of the feature map.
+/// Returns the product `[…, Cout]`, in the dtype of the feature map.
 pub(super) fn forward(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
     let sizes = forward_sizes(check, x, w)?;
     let ProductSizes { rows, columns, depth } = sizes;
@@ -77,13 +85,13 @@ pub(super) fn forward(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Te
     Ok(z.reshape(with_channels(x.dims(), columns))?)
 }
 
-/// `∂z · wᵀ`, `[…, Cin]`.
+/// Returns `∂z · wᵀ`, `[…, Cin]`.
 pub(super) fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     let gx = product(Plain(&matrix(gz)?), Transposed(&w.to_dtype(gz.dtype())?), None, gz.dtype())?;
     Ok(gx.reshape(with_channels(gz.dims(), w.dims()[0]))?)
 }
 
-/// `xᵀ · ∂z`, `[Cin, Cout]` in `f32`.
+/// Returns `xᵀ · ∂z`, `[Cin, Cout]` in `f32`.
 pub(super) fn grad_weight(check: &Check, x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
     sizes(check, x, gz)?;
     let gz = check.map_float("gz", gz)?;
@@ -111,15 +119,14 @@ mod tests {
         assert!(!exact(1, bits(4), bits(8)));
     }
 
-    /// At the bound, sums of the largest products are the whole numbers that they should be, in f32; beyond it they
-    /// are not.
+    /// Sums of the largest products are exact in f32 up to the bound, and not beyond it.
     #[test]
     fn sums_at_the_bound_are_exact() {
         let sum = |k: usize, product: f32| (0..k).fold(0f32, |sum, _| sum + product);
         assert_eq!(f64::from(sum(74_565, 225.0)), 74_565.0 * 225.0);
         assert_eq!(f64::from(sum(518, 255.0 * 127.0)), 518.0 * 255.0 * 127.0);
         assert_ne!(f64::from(sum(100_000, 225.0)), 100_000.0 * 225.0);
-        // What bf16 holds.
+        // bf16 holds all these levels exactly.
         for level in -255i16..=255 {
             let tensor = Tensor::new(&[f32::from(level)], &candle_core::Device::Cpu).unwrap();
             let back = tensor.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();

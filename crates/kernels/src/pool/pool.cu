@@ -1,9 +1,9 @@
-// Global average pooling; the definitions stand in pool.rs.
+// Global average pooling. pool.rs has the definitions.
 #include "common.cuh"
 
 struct Average {
     const void *x;
-    // The range of x, if that is levels.
+    // The range of x, if x is levels.
     const float *range;
     // [images, channels]
     float *y;
@@ -11,7 +11,7 @@ struct Average {
     float max_level;
 };
 
-// A thread takes V channels of an image.
+// A thread averages V channels of an image.
 template <typename X, int V> __device__ void average(const Average &a) {
     u32 groups = a.channels / V, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= a.images * groups) return;

@@ -1,15 +1,17 @@
-//! Products by the matrix tiles of AMX, which multiply pairs of halves (`TDPBF16PS`) and groups of four bytes
-//! (`TDPBUSD`).
+//! Products with the matrix tiles of AMX, which multiply pairs of `bf16` values (`TDPBF16PS`) and
+//! groups of four bytes (`TDPBUSD`).
 //!
-//! A tile has 16 rows of 64 bytes. An instruction adds the product of a tile of the left operand (16 rows by 16 factors) and
-//! one of the right operand (16 factors by 16 columns, as [`super::Panels`] and [`super::IntegerPanels`] lie) to a tile of
-//! sums. Two by two tiles of sums are computed at once, so that each tile that is loaded serves twice.
+//! A tile has 16 rows of 64 bytes. An instruction multiplies a tile of the left-hand operand (16
+//! rows by 16 factors) by a tile of the right-hand operand (16 factors by 16 columns, in the layout
+//! of [`super::Panels`] and [`super::IntegerPanels`]) and adds the product to a tile of sums. Two
+//! by two tiles of sums are computed at once, so that each loaded tile is used twice.
 //!
-//! Operands are copied into whole tiles that follow each other, with zeros where something is missing. Measured on a Xeon of
-//! the fourth generation: a multiplication takes 16 cycles, however much of the depth a tile holds; to load a tile 8, but 40
-//! where its rows lie in two lines of the cache each; to configure tiles of other sizes 200. Sums are stored in a buffer that
-//! stays in the first-level cache, and vectors write them where they belong. Rust has no stable functions for tiles, hence the
-//! assembly.
+//! Operands are copied into whole tiles that follow each other, filled up with zeros. On a
+//! fourth-generation Xeon, a multiplication takes 16 cycles, however much of the depth a tile
+//! holds. Loading a tile takes 8 cycles, but 40 if each of its rows crosses a cache line.
+//! Configuring tiles of other sizes takes 200. Sums are stored in a buffer that stays in the
+//! first-level cache, and vector stores copy them to the result. Rust has no stable functions for
+//! tiles, so this module uses assembly.
 
 use super::level_product::LevelProduct;
 use super::{Line, Pair};
@@ -20,13 +22,14 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
-/// Rows of a tile, and factors in a row of it.
+/// The number of rows of a tile, and of factors in a row.
 pub(super) const SIDE: usize = 16;
 
-/// Bytes of a row.
+/// The number of bytes of a row.
 const ROW: usize = 64;
 
-/// Whether this machine has tiles of both kinds, and the kernel lets this process use them.
+/// Returns whether this machine has tiles for both kinds of factors and the kernel lets this
+/// process use them.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
@@ -39,12 +42,12 @@ pub(super) fn available() -> bool {
     })
 }
 
-/// Asks the kernel for the state of the tiles, which no process has unasked.
+/// Asks the kernel for permission to use the tile state, which a process does not have by default.
 #[cfg(target_os = "linux")]
 fn permitted() -> bool {
     const REQUEST: libc::c_long = 0x1023;
     const TILE_DATA: libc::c_long = 18;
-    // SAFETY: the call changes nothing but what this process may do.
+    // SAFETY: the call changes only the permissions of this process.
     #[allow(unsafe_code)]
     let answer = unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) };
     answer == 0
@@ -55,7 +58,7 @@ fn permitted() -> bool {
     false
 }
 
-/// Which part of each tile is used: all of it.
+/// The tile configuration in memory, which uses all rows and bytes of each tile.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -79,15 +82,18 @@ static CONFIGURATION: Configuration = {
 #[repr(C, align(64))]
 struct Sums<S>([[S; 2 * SIDE]; 2 * SIDE]);
 
-/// Defines a function that sums up two by two tiles by one instruction: the lines of assembly for each number of tiles. Tiles 0
-/// to 3 hold sums (by rows), 4 and 5 the left operand, 6 and 7 the right one.
+/// Defines a function that sums up two by two tiles with one multiplication instruction. It has
+/// assembly for each number of tiles. Tiles 0 to 3 hold sums (by rows), 4 and 5 the left-hand
+/// operand, 6 and 7 the right-hand operand.
 macro_rules! sums {
     ($name:ident, $multiply:literal, $sum:ty) => {
-        /// Sums up `steps` tiles that follow each other at each `a` (rows) and `b` (columns). Of a second that is not
-        /// `two_rows` or not `two_columns` nothing is read, and the sums stay what they are.
+        /// Sums up `steps` tiles that follow each other at each `a` (rows) and `b` (columns). If
+        /// `two_rows` or `two_columns` is false, the second `a` or `b` is not read and its sums do
+        /// not change.
         ///
         /// # Safety
-        /// The machine must have tiles, and they be configured; the operands must have so many.
+        /// The machine must have tiles, they must be configured, and each operand must have `steps`
+        /// tiles.
         #[inline]
         #[allow(unsafe_code)]
         unsafe fn $name(
@@ -97,7 +103,7 @@ macro_rules! sums {
             (two_rows, two_columns): (bool, bool),
             sums: &mut Sums<$sum>,
         ) {
-            // SAFETY: the caller has made sure of tiles and operands.
+            // SAFETY: the caller guarantees the tiles and the operands.
             unsafe {
                 match (two_rows, two_columns) {
                     (true, true) => sums!(@run (a, a1, b, b1, steps, sums), {
@@ -164,16 +170,17 @@ macro_rules! sums {
 sums!(sum_of_halves, "tdpbf16ps", f32);
 sums!(sum_of_bytes, "tdpbusd", i32);
 
-/// How an operand lies: tiles of its rows (of the right one, columns), each with `steps` tiles of the depth that follow each
-/// other.
+/// Returns the address of an operand's tiles at `index` along its rows (for a right-hand operand,
+/// its columns), where `steps` tiles along the depth follow each other.
 fn tile<F>(lines: &[Line<F>], index: usize, steps: usize) -> *const u8 {
     lines[index * steps * SIDE..][..steps * SIDE].as_ptr().cast()
 }
 
-/// Sums up all tiles of a product, and has `write(row, column, sums)` write each two by two of them.
+/// Sums up all tiles of a product, and calls `write(row, column, sums)` for each two by two of
+/// them.
 ///
 /// # Safety
-/// As of [`available`]; `sum` must be of these instructions.
+/// Tiles must be [`available`], and `sum` must be a function that `sums!` defines.
 #[inline(always)]
 #[allow(unsafe_code, clippy::type_complexity)]
 unsafe fn sum_up<L, R, S: Copy + Default>(
@@ -185,7 +192,8 @@ unsafe fn sum_up<L, R, S: Copy + Default>(
     let mut sums = Sums([[S::default(); 2 * SIDE]; 2 * SIDE]);
     let both =
         |of: usize, at: usize| if at + SIDE < of { [at / SIDE, at / SIDE + 1] } else { [at / SIDE; 2] };
-    // SAFETY: the caller has made sure of tiles; slices show that the operands are there.
+    // SAFETY: the caller guarantees the tiles, and the slices in `tile` check the sizes of the
+    // operands.
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly));
         for i in (0..rows).step_by(2 * SIDE) {
@@ -196,20 +204,22 @@ unsafe fn sum_up<L, R, S: Copy + Default>(
                 write(i, j, &sums);
             }
         }
-        // A thread that keeps tiles costs the kernel 8 KiB at each switch.
+        // The tiles are released because the kernel would otherwise save their 8 KiB at each switch
+        // of the thread.
         asm!("tilerelease", options(nostack, nomem));
     }
 }
 
-/// The lanes of a vector that some of `columns` from `start` on fill.
+/// Returns the lanes of a vector at column `start` that lie within `columns`.
 fn lanes(columns: usize, start: usize) -> __mmask16 {
     ((1u32 << columns.saturating_sub(start).min(SIDE)) - 1) as __mmask16
 }
 
-/// Has `vector(sums, c, lanes, column)` write each vector of two by two tiles of sums to rows of `columns`.
+/// Calls `vector(sums, c, lanes, column)` to write each vector of two by two tiles of sums to rows
+/// of `columns`.
 ///
 /// # Safety
-/// `vector` must write no more than the lanes.
+/// `vector` must write only to the lanes.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn write<S>(
@@ -229,10 +239,10 @@ unsafe fn write<S>(
     }
 }
 
-/// `c = a·b` of `a[rows, depth]`, where `tiles` is scratch memory; see [`super::set`].
+/// Computes `c = a·b` for `a[rows, depth]`, with `tiles` as scratch memory; see [`super::set`].
 ///
 /// # Safety
-/// As of [`available`].
+/// Tiles must be [`available`], and the machine must have the target features of this function.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(unsafe_code)]
 pub(super) unsafe fn set(
@@ -248,7 +258,8 @@ pub(super) unsafe fn set(
         return;
     }
     let steps = (2 * depth).div_ceil(ROW);
-    // SAFETY: the caller has made sure of the instructions; vectors write their lanes of a row.
+    // SAFETY: the caller guarantees the instructions, and each store is masked to the lanes of a
+    // row.
     unsafe {
         pack_rows(a, depth, tiles);
         let sizes = ProductSizes { rows, columns, depth: steps };
@@ -260,10 +271,11 @@ pub(super) unsafe fn set(
     }
 }
 
-/// `c += aᵀ·b` of `a[depth, rows]` and `b[depth, columns]`, where `left` and `right` are scratch memory.
+/// Computes `c += aᵀ·b` for `a[depth, rows]` and `b[depth, columns]`, with `left` and `right` as
+/// scratch memory.
 ///
 /// # Safety
-/// As of [`available`].
+/// Tiles must be [`available`], and the machine must have the target features of this function.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(unsafe_code)]
 pub(super) unsafe fn add_transposed(
@@ -273,7 +285,8 @@ pub(super) unsafe fn add_transposed(
     c: &mut [f32],
 ) {
     assert!(a.len() == depth * rows && b.len() == depth * columns && c.len() == rows * columns);
-    // SAFETY: the caller has made sure of the instructions; what is written are floats, vectors of a row's lanes.
+    // SAFETY: the caller guarantees the instructions. Only floats are written to `c`, and each
+    // store is masked to the lanes of a row.
     unsafe {
         pack_columns::<true>(a, rows, left);
         pack_columns::<false>(b, columns, right);
@@ -288,10 +301,10 @@ pub(super) unsafe fn add_transposed(
     }
 }
 
-/// [`super::set_levels`], where `tiles` is scratch memory.
+/// Computes [`super::set_levels`], with `tiles` as scratch memory.
 ///
 /// # Safety
-/// As of [`available`].
+/// Tiles must be [`available`], and the machine must have the target features of this function.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(unsafe_code)]
 pub(super) unsafe fn set_levels(
@@ -304,8 +317,8 @@ pub(super) unsafe fn set_levels(
     let columns = w.columns;
     assert!(x.len() == rows * depth && c.len() == rows * columns);
     assert!(shift.len() >= columns.next_multiple_of(SIDE) && scale.len() >= columns.next_multiple_of(SIDE));
-    // SAFETY: the caller has made sure of the instructions; there are whole vectors of shifts and scales, and vectors write
-    // their lanes of a row.
+    // SAFETY: the caller guarantees the instructions. Shifts and scales fill whole vectors, and
+    // each store is masked to the lanes of a row.
     unsafe {
         pack_rows(x, depth, tiles);
         let sizes = ProductSizes { rows, columns, depth: depth.div_ceil(ROW) };
@@ -320,17 +333,17 @@ pub(super) unsafe fn set_levels(
     }
 }
 
-/// Makes room for so many tiles, all of which are to be written.
+/// Makes room for `count` tiles, all of which the caller must write.
 fn reserve<F>(tiles: &mut Vec<Line<F>>, count: usize) -> *mut Line<F> {
     tiles.clear();
     tiles.reserve(count * SIDE);
     tiles.as_mut_ptr()
 }
 
-/// Packs `rows[…, depth]` of halves or of bytes as a left operand.
+/// Packs `rows[…, depth]` of `bf16` values or bytes as a left-hand operand.
 ///
 /// # Safety
-/// The machine must have the instructions.
+/// The machine must have the target features of this function.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(unsafe_code)]
 unsafe fn pack_rows<T, F>(rows: &[T], depth: usize, tiles: &mut Vec<Line<F>>) {
@@ -338,7 +351,7 @@ unsafe fn pack_rows<T, F>(rows: &[T], depth: usize, tiles: &mut Vec<Line<F>>) {
     let (steps, rest) = (bytes.div_ceil(ROW), (bytes - 1) % ROW + 1);
     let last = u64::MAX >> (ROW - rest);
     let lines = reserve(tiles, count.div_ceil(SIDE) * steps);
-    // SAFETY: of each row `bytes` bytes are read, and each line of all tiles is written.
+    // SAFETY: `bytes` bytes of each row are read, and each line of all tiles is written.
     unsafe {
         for i in 0..count.next_multiple_of(SIDE) {
             let to = lines.add(i / SIDE * steps * SIDE + i % SIDE).cast::<__m512i>();
@@ -358,11 +371,11 @@ unsafe fn pack_rows<T, F>(rows: &[T], depth: usize, tiles: &mut Vec<Line<F>>) {
     }
 }
 
-/// Packs the columns of `rows[depth, columns]` as an operand whose depth is theirs: as a left one if `TURNED`, else as a right
-/// one.
+/// Packs the columns of `rows[depth, columns]` as an operand with the same depth: as a left-hand
+/// operand if `TURNED`, otherwise as a right-hand operand.
 ///
 /// # Safety
-/// The machine must have the instructions.
+/// The machine must have the target features of this function.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(unsafe_code)]
 unsafe fn pack_columns<const TURNED: bool>(rows: &[bf16], columns: usize, tiles: &mut Vec<Line<Pair>>) {
@@ -370,9 +383,9 @@ unsafe fn pack_columns<const TURNED: bool>(rows: &[bf16], columns: usize, tiles:
     let steps = depth.div_ceil(2 * SIDE);
     let panels = columns.div_ceil(SIDE);
     let lines = reserve(tiles, panels * steps);
-    // SAFETY: of each row the lanes that it has are read, and each line of all tiles is written.
+    // SAFETY: only the lanes within a row are read, and each line of all tiles is written.
     unsafe {
-        // The halves of two rows, one after the other, as pairs.
+        // This order pairs the `bf16` values of two rows that lie one after the other in a vector.
         let order: [i16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * SIDE) as i16);
         let order = _mm512_loadu_si512(order.as_ptr().cast());
         for step in 0..steps {
@@ -406,7 +419,7 @@ unsafe fn pack_columns<const TURNED: bool>(rows: &[bf16], columns: usize, tiles:
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn turn(rows: [__m512i; SIDE]) -> [__m512i; SIDE] {
-    // Of four rows, in the quarter `i` of a vector: their factor `4·i + k`.
+    // Quarter `i` of `fours[4·g + k]` holds factor `4·i + k` of each of the four rows of group `g`.
     let mut fours = [_mm512_setzero_si512(); SIDE];
     for g in 0..4 {
         let r = |i: usize| rows[4 * g + i];
@@ -448,7 +461,8 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    /// Fewer than a tile, whole tiles, more than two by two; depths of no whole step, of one, of several and a rest.
+    /// Less than a tile, whole tiles, and more than two by two; depths of less than a step, of one
+    /// step, and of several steps with a remainder.
     const SIZES: [(usize, usize, usize); 9] = [
         (1, 1, 1),
         (9, 5, 3),
@@ -465,7 +479,7 @@ mod tests {
         bf16::all_nearest(&random(seed, &[len]).to_vec1::<f32>().unwrap()).into_owned()
     }
 
-    /// Whether tiles can be had; in software where the machine has none.
+    /// Returns whether tiles are available, in software if the machine has none.
     fn tiles() -> bool {
         let has = is_x86_feature_detected!("avx512bw");
         if !has {
@@ -487,7 +501,8 @@ mod tests {
                 (0..k).map(|p| float(&a[at / n * k + p]) * float(&b[p * n + at % n])).sum()
             };
             let close = |found: &[f32], start: &dyn Fn(usize) -> f64, context: &str| {
-                // Of k terms below 1, each added with half a last place of a sum that stays below k.
+                // There are k terms below 1. Each addition has an error of half a last place of a
+                // sum below k.
                 let bound = f64::from(f32::EPSILON) * (k * k) as f64;
                 for (at, found) in found.iter().enumerate() {
                     let expected = start(at) + expected(at);
@@ -501,7 +516,7 @@ mod tests {
             let weights: Vec<f32> = b.iter().map(|b| b.float()).collect();
             let panels = Packed::<Pair, LANES>::of_weights::<bf16>(&weights, n);
             let mut c = vec![MaybeUninit::new(f32::NAN); m * n];
-            // SAFETY: there are tiles, and floats were written.
+            // SAFETY: tiles are available, and `set` writes all of `c`.
             let c = unsafe {
                 set(&a, &panels.lines, sizes, &mut Vec::new(), &mut c);
                 c.assume_init_ref()
@@ -510,13 +525,13 @@ mod tests {
 
             let turned: Vec<bf16> = (0..k * m).map(|at| a[at % m * k + at / m]).collect();
             let mut c = start.clone();
-            // SAFETY: there are tiles.
+            // SAFETY: tiles are available.
             unsafe { add_transposed((&turned, &b), sizes, (&mut Vec::new(), &mut Vec::new()), &mut c) };
             close(&c, &|at| f64::from(start[at]), "add");
         }
     }
 
-    /// Exact, so to the bit.
+    /// Checks equality to the bit, because the products are exact.
     #[test]
     fn levels_are_multiplied_as_without_tiles() {
         if !tiles() {
@@ -539,7 +554,7 @@ mod tests {
                 scale: &scale,
             };
             let [mut found, mut expected] = [(); 2].map(|()| vec![MaybeUninit::new(f32::NAN); m * n]);
-            // SAFETY: there are tiles, and so many rows.
+            // SAFETY: tiles are available, and the operands have `m` rows.
             unsafe { set_levels(&levels, m, &mut Vec::new(), &mut found) };
             set_levels_plainly(&levels, &mut expected);
             // SAFETY: both were initialized.

@@ -2,22 +2,22 @@
 
 use super::{GROUP, LANES, Line};
 
-/// Integer weights as the right operand: 16 columns at a time, the depth in groups of four, those that are
-/// missing 0.
+/// Integer weights as the right-hand operand: 16 columns at a time, the depth in groups of four,
+/// with zeros for missing weights.
 pub(crate) struct IntegerPanels {
     pub(super) lines: Vec<Line<[i8; GROUP]>>,
-    /// Of a column, those that fill up a matrix tile included.
+    /// The number of groups of a column, including those that fill up a matrix tile.
     pub(super) groups: usize,
     pub(super) columns: usize,
     /// The sum of each column.
     pub(super) sums: Vec<i32>,
-    /// The largest size of a weight.
+    /// The largest absolute value of a weight.
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
     pub(super) largest: u32,
 }
 
 impl IntegerPanels {
-    /// From `w[depth, columns]`.
+    /// Packs `w[depth, columns]`.
     pub(crate) fn new(w: &[i8], depth: usize, columns: usize) -> Self {
         let groups = groups(depth);
         let mut lines = vec![Line([[0; GROUP]; LANES]); columns.div_ceil(LANES) * groups];
@@ -36,15 +36,15 @@ impl IntegerPanels {
     }
 }
 
-/// The groups of a column, in whole matrix tiles.
+/// Returns the number of groups of a column, filled up to whole matrix tiles.
 pub(super) fn groups(depth: usize) -> usize {
     depth.div_ceil(GROUP).next_multiple_of(LANES)
 }
 
-/// The operands of [`set_levels`](super::set_levels); `shift` is what each column's sums begin with.
+/// The operands of [`set_levels`](super::set_levels). Each column's sums begin with `shift`.
 pub(super) struct LevelProduct<'a> {
     pub(super) x: &'a [u8],
-    /// No element of `x` is larger.
+    /// An upper bound of the elements of `x`.
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
     pub(super) highest: u32,
     pub(super) depth: usize,
@@ -54,7 +54,8 @@ pub(super) struct LevelProduct<'a> {
 }
 
 impl LevelProduct<'_> {
-    /// Of how many groups 16 bits hold the sums that AVX2 keeps in them, each of half of a group's products.
+    /// Returns the number of groups whose sums fit in 16 bits. AVX2 adds half of a group's products
+    /// to each 16-bit sum.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn groups_in_16_bits(&self) -> usize {
         let most_of_a_group = 2 * self.highest * self.w.largest;

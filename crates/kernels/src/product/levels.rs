@@ -1,7 +1,8 @@
-//! Products of quantization levels: of bytes and signed bytes, in whole numbers.
+//! Products of quantization levels: integer products of bytes and signed bytes.
 //!
-//! They are exact, so they have the same bits by their nature. Matrix tiles and AVX-512 VNNI add up four products at a time;
-//! AVX2 two, in 16 bits, which hold the sums of many products of few bits.
+//! They are exact, so they have the same bits with all instructions. Matrix tiles and AVX-512 VNNI
+//! add up four products at a time. AVX2 adds up two, in 16 bits, which hold the sums of many
+//! products of few bits.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
@@ -12,8 +13,11 @@ use crate::work::{Written, poison};
 use quant_core::Grid;
 use std::mem::MaybeUninit;
 
-/// Writes `c = scale · (x − zero_point)·w` of the numbers `x[rows, depth]` of a grid's levels: exact but for the scale and, beyond
-/// 2²⁴, the conversion. There is a scale for each column, those that are missing in the last vector included.
+/// Writes `c = scale · (x − zero_point)·w`, where `x[rows, depth]` are level numbers of a grid.
+///
+/// The result is exact except for the rounding by the scale and, beyond 2²⁴, by the conversion to
+/// float. `scale` has one element for each column, including the columns that fill up the last
+/// vector.
 pub(crate) fn set_levels<'c, T: Multiplicand>(
     x: &[u8],
     depth: usize,
@@ -31,19 +35,19 @@ pub(crate) fn set_levels<'c, T: Multiplicand>(
     let product = LevelProduct { x, highest: grid.max_level() as u32, depth, w, shift: &shift, scale };
     poison(c);
     set(&product, rows, &mut operands.levels, c);
-    // SAFETY: either has written all columns of all rows.
+    // SAFETY: `set` has written all columns of all rows.
     #[allow(unsafe_code)]
     unsafe {
         c.assume_init_ref().into()
     }
 }
 
-/// Writes all of `c`, of so many rows, by the instructions that the machine has.
+/// Writes all of `c`, which has `rows` rows, with the best instructions of the machine.
 #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
 fn set(product: &LevelProduct, rows: usize, tiles: &mut Vec<Line<[u8; GROUP]>>, c: &mut [MaybeUninit<f32>]) {
     #[cfg(target_arch = "x86_64")]
     if Instructions::current() >= Instructions::WIDE {
-        // SAFETY: the machine has the instructions, and the operands the rows.
+        // SAFETY: the machine has the instructions, and the operands have `rows` rows.
         #[allow(unsafe_code)]
         if amx::available() {
             return unsafe { amx::set_levels(product, rows, tiles, c) };
@@ -53,7 +57,7 @@ fn set(product: &LevelProduct, rows: usize, tiles: &mut Vec<Line<[u8; GROUP]>>, 
     }
     #[cfg(target_arch = "x86_64")]
     if Instructions::current() >= Instructions::Avx2 && product.groups_in_16_bits() > 0 {
-        // SAFETY: the machine has the instructions, and the operands the rows.
+        // SAFETY: the machine has the instructions, and the operands have `rows` rows.
         #[allow(unsafe_code)]
         return unsafe { avx2::set(product, rows, c) };
     }
@@ -85,23 +89,24 @@ simd! {
     }
 }
 
-/// The last group of a row of `depth` bytes, which is not whole: those that are missing 0.
+/// Returns the last group of a row of `depth` bytes, which is incomplete, filled up with zeros.
 ///
 /// # Safety
-/// The row must have so many bytes.
+/// The row must have `depth` bytes.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn rest_of_row(row: *const u8, depth: usize) -> i32 {
     let mut bytes = [0; GROUP];
     for (byte, p) in bytes.iter_mut().zip(depth / GROUP * GROUP..depth) {
-        // SAFETY: it lies before the row's end.
+        // SAFETY: `p` is less than `depth`.
         *byte = unsafe { *row.add(p) };
     }
     i32::from_ne_bytes(bytes)
 }
 
-/// Products of levels of few bits: `VPMADDUBSW` adds up two neighbours in 16 bits, where the sums stay for as many groups as fit.
+/// Products of levels of few bits. `VPMADDUBSW` adds up the products of two neighbours in 16 bits,
+/// and the sums stay there for as many groups as fit.
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use super::{LevelProduct, rest_of_row};
@@ -109,20 +114,21 @@ mod avx2 {
     use std::arch::x86_64::*;
     use std::mem::MaybeUninit;
 
-    /// Registers of the columns of a panel.
+    /// The number of registers for the columns of a panel.
     const V: usize = 2;
 
     /// Writes all of `c`.
     ///
     /// # Safety
-    /// The machine must have the instructions, `product.x` and `c` have `rows` rows, and the sums of a group fit 16 bits.
+    /// The machine must have the target features of this function, `product.x` and `c` must have
+    /// `rows` rows, and the sums of a group must fit in 16 bits.
     #[target_feature(enable = "avx2,fma,bmi2")]
     #[allow(unsafe_code)]
     pub(super) unsafe fn set(product: &LevelProduct<'_>, rows: usize, c: &mut [MaybeUninit<f32>]) {
         for panel in 0..product.w.columns.div_ceil(LANES) {
             let mut i = 0;
             while i < rows {
-                // SAFETY: so many rows are left, or more.
+                // SAFETY: at least as many rows are left as the tile has.
                 unsafe {
                     i += match rows - i {
                         6.. => tile::<6>(product, i, panel, c),
@@ -137,7 +143,7 @@ mod avx2 {
     /// Writes `R` rows of a panel, and returns `R`.
     ///
     /// # Safety
-    /// As of [`set`]; the rows and the panel must exist.
+    /// The caller must meet the requirements of [`set`], and the rows and the panel must exist.
     #[inline]
     #[target_feature(enable = "avx2,fma,bmi2")]
     #[allow(unsafe_code)]
@@ -149,8 +155,8 @@ mod avx2 {
     ) -> usize {
         let LevelProduct { x, depth, w, shift, scale, .. } = *product;
         let (whole, groups, most) = (depth / GROUP, depth.div_ceil(GROUP), product.groups_in_16_bits());
-        // SAFETY: the caller has made sure of rows `row..row + R` and of the panel, of whose columns no more are stored than there
-        // are; the last group of a row is read byte by byte where it is not whole.
+        // SAFETY: the caller guarantees rows `row..row + R` and the panel. Only the columns that
+        // exist are stored, and an incomplete last group of a row is read byte by byte.
         unsafe {
             let x = x.as_ptr().add(row * depth);
             let vectors = w.lines.as_ptr().add(panel * w.groups).cast::<[__m256i; V]>();
@@ -213,7 +219,8 @@ mod vnni {
     /// Writes all of `c`.
     ///
     /// # Safety
-    /// The machine must have the instructions, and `product.x` and `c` have `rows` rows.
+    /// The machine must have the target features of this function, and `product.x` and `c` must
+    /// have `rows` rows.
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
     #[allow(unsafe_code)]
     pub(super) unsafe fn set(product: &LevelProduct<'_>, rows: usize, c: &mut [MaybeUninit<f32>]) {
@@ -221,7 +228,7 @@ mod vnni {
         for panel in (0..panels).step_by(3) {
             let mut i = 0;
             while i < rows {
-                // SAFETY: so many rows and panels are left, or more.
+                // SAFETY: at least as many rows and panels are left as the tile has.
                 unsafe {
                     i += match (rows - i, panels - panel) {
                         (6.., 3..) => tile::<6, 3>(product, i, panel, c),
@@ -239,7 +246,7 @@ mod vnni {
     /// Writes `R` rows of `V` panels, and returns `R`.
     ///
     /// # Safety
-    /// As of [`set`]; the rows and the panels must exist.
+    /// The caller must meet the requirements of [`set`], and the rows and the panels must exist.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
     #[allow(unsafe_code)]
@@ -250,8 +257,9 @@ mod vnni {
         c: &mut [MaybeUninit<f32>],
     ) -> usize {
         let LevelProduct { x, depth, w, shift, scale, .. } = *product;
-        // SAFETY: the caller has made sure of rows `row..row + R` and panels `panel..panel + V`; the last group of a
-        // row is read byte by byte where it is not whole, and stores are masked where a panel is not.
+        // SAFETY: the caller guarantees rows `row..row + R` and panels `panel..panel + V`. An
+        // incomplete last group of a row is read byte by byte, and stores to an incomplete panel
+        // are masked.
         unsafe {
             let x = x.as_ptr().add(row * depth);
             let vectors = w.lines.as_ptr().add(panel * w.groups);
@@ -305,8 +313,8 @@ mod tests {
     use crate::work::append;
     use quant_core::Bits;
 
-    /// Exact, so to the bit: bits of both from few to the most, with the largest levels everywhere, where sums of 16 bits would
-    /// overflow first, and with random ones.
+    /// Checks exact equality for few to many bits of both operands, with random levels and with the
+    /// largest levels everywhere, for which sums in 16 bits would overflow first.
     #[test]
     fn levels_are_multiplied_exactly() {
         for &(m, n, k) in SIZES {

@@ -1,4 +1,4 @@
-//! Products of halves (`bf16`) in pairs of neighbours in the depth, by AVX512-BF16 or by matrix tiles.
+//! Products of `bf16` values in pairs of neighbours in the depth, with AVX512-BF16 or matrix tiles.
 
 use super::{Factor, FactorOf, LANES, Left, Multiply, Packed, Pair, Right, Scratch, amx, sum_up};
 use crate::ProductSizes;
@@ -24,7 +24,7 @@ impl Factor for Pair {
         most: usize,
     ) {
         assert!(Instructions::of_machine().have_bf16(), "pairs are made where they are multiplied");
-        // SAFETY: the machine has the instructions.
+        // SAFETY: the assertion shows that the machine has the instructions.
         #[allow(unsafe_code)]
         unsafe {
             product(a, b, sizes, c, add, most)
@@ -35,7 +35,7 @@ impl Factor for Pair {
 impl FactorOf<bf16> for Pair {
     fn of_rows<'a>(rows: &'a [bf16], depth: usize, factors: &'a mut Vec<Self>) -> &'a [Self] {
         if depth.is_multiple_of(2) {
-            // SAFETY: pairs are so many halves.
+            // SAFETY: a pair is two `bf16` values, and `rows.len() / 2` pairs lie in `rows`.
             #[allow(unsafe_code)]
             return unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), rows.len() / 2) };
         }
@@ -66,7 +66,7 @@ impl FactorOf<bf16> for Pair {
     ) -> bool {
         let has = has_tiles();
         if has {
-            // SAFETY: the machine has them.
+            // SAFETY: `has_tiles` shows that the machine has AVX-512 and tiles.
             #[allow(unsafe_code)]
             unsafe {
                 amx::set(a, &b.lines, sizes, &mut scratch.left.lines, c)
@@ -85,7 +85,7 @@ impl FactorOf<bf16> for Pair {
         let has = has_tiles();
         if has {
             let Scratch { left, right, .. } = scratch;
-            // SAFETY: the machine has them.
+            // SAFETY: `has_tiles` shows that the machine has AVX-512 and tiles.
             #[allow(unsafe_code)]
             unsafe {
                 amx::add_transposed((a, b), sizes, (&mut left.lines, &mut right.lines), c)
@@ -95,13 +95,14 @@ impl FactorOf<bf16> for Pair {
     }
 }
 
-/// Whether there are matrix tiles to be used.
+/// Returns whether matrix tiles can be used.
 fn has_tiles() -> bool {
     Instructions::current() >= Instructions::WIDE && amx::available()
 }
 
 simd! {
-    /// Appends the pairs of rows that follow each other, a missing one being 0.
+    /// Appends the pairs of each two rows that follow each other; a missing second row counts as
+    /// zeros.
     fn interleave(rows: &[bf16], columns: usize, pairs: &mut Vec<Pair>) {
         for rows in rows.chunks(2 * columns) {
             let (first, second) = rows.split_at(columns);
@@ -113,10 +114,10 @@ simd! {
     }
 }
 
-/// [`Factor::product`] of pairs.
+/// Computes [`Factor::product`] of pairs.
 ///
 /// # Safety
-/// The machine must have the instructions.
+/// The machine must have the target features of this function.
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2,avx512bf16")]
 #[allow(unsafe_code)]
 unsafe fn product(
@@ -130,14 +131,14 @@ unsafe fn product(
     sum_up::<Pair, Dot>(a, b, sizes, c, add, most);
 }
 
-/// By `VDPBF16PS`, where [`product`] is compiled for it.
+/// Multiplication with `VDPBF16PS`, for which [`product`] is compiled.
 struct Dot;
 
 impl Multiply<Pair> for Dot {
     #[inline(always)]
     fn add_products(a: Pair, b: &[Pair; LANES], sums: &mut [f32; LANES]) {
-        // SAFETY: this is inlined in `product` alone, whose caller has made sure of the instructions; vectors are
-        // so many numbers of the same sizes.
+        // SAFETY: this is inlined only in `product`, whose caller guarantees the instructions. Each
+        // `transmute` is between types of the same size that hold plain numbers.
         #[allow(unsafe_code)]
         unsafe {
             let a = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(transmute::<Pair, i32>(a)));

@@ -1,11 +1,14 @@
-//! AMX in software, for tests on machines without it: what the instructions do by Intel's manual, from the handler of the
-//! signal that an unknown instruction raises. One by one, and slowly.
+//! AMX in software, for tests on machines without it.
+//!
+//! The handler of the signal for unknown instructions does what Intel's manual says for each
+//! instruction, one by one and slowly.
 
 use half::bf16;
 use std::cell::RefCell;
 use std::sync::OnceLock;
 
-/// 8 tiles of 16 rows of 64 bytes, and of each its rows and their bytes; none before a configuration.
+/// 8 tiles of 16 rows of 64 bytes, with the numbers of rows and of bytes per row of each tile,
+/// which are 0 before a configuration.
 struct Tiles {
     bytes: [[[u8; 64]; 16]; 8],
     rows: [usize; 8],
@@ -17,7 +20,7 @@ thread_local! {
         const { RefCell::new(Tiles { bytes: [[[0; 64]; 16]; 8], rows: [0; 8], row_bytes: [0; 8] }) };
 }
 
-/// Has this process run AMX in software; says whether that can be done here.
+/// Makes this process run AMX in software; returns whether that is possible here.
 pub(super) fn install() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     *INSTALLED.get_or_init(|| {
@@ -26,7 +29,7 @@ pub(super) fn install() -> bool {
             return false;
         }
         #[cfg(target_os = "linux")]
-        // SAFETY: the handler has the signature that the flags ask for.
+        // SAFETY: the handler has the signature that the flags require.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = run as *const () as usize;
@@ -37,18 +40,18 @@ pub(super) fn install() -> bool {
     })
 }
 
-/// Says what went wrong, and ends the process: a signal's handler must not unwind.
+/// Prints what went wrong and aborts the process, because a signal handler must not unwind.
 fn fail(what: &str) -> ! {
     eprintln!("AMX in software: {what}");
     std::process::abort();
 }
 
-/// Runs the instruction that raised the signal, and goes on after it.
+/// Runs the instruction that raised the signal, and continues after it.
 #[cfg(target_os = "linux")]
 extern "C" fn run(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel hands on the context of the thread.
+    // SAFETY: the kernel passes the context of the thread.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
-    // The order of the processor's numbers.
+    // The registers are in the order of the processor's numbers.
     const NUMBERED: [libc::c_int; 16] = [
         libc::REG_RAX,
         libc::REG_RCX,
@@ -69,19 +72,20 @@ extern "C" fn run(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c
     ];
     let register = |number: u8| registers[NUMBERED[usize::from(number)] as usize] as u64;
     let start = registers[libc::REG_RIP as usize] as *const u8;
-    // SAFETY: an instruction has up to 15 bytes; more than it has are not looked at.
+    // SAFETY: an instruction has up to 15 bytes, and no byte after its end is read.
     let byte = |at: usize| unsafe { *start.add(at) };
-    // A prefix VEX of three bytes, the map 0F38, 32-bit operands and 128-bit vectors.
+    // The instruction must have a VEX prefix of three bytes, the map 0F38, 32-bit operands and
+    // 128-bit vectors.
     if byte(0) != 0xc4 || byte(1) & 0x1f != 2 || byte(2) & 0x84 != 0 {
         fail("another instruction is unknown to this machine");
     }
-    // Bits 3 of the numbers, inverted in the prefix.
+    // The prefix holds bit 3 of each register number, inverted.
     let high = |bit: u8| if byte(1) & bit == 0 { 8 } else { 0 };
     let (opcode, prefix) = (byte(3), byte(2) & 3);
     let modrm = byte(4);
     let (mode, tile, operand) = (modrm >> 6, modrm >> 3 & 7, modrm & 7);
     let second = !(byte(2) >> 3) & 0xf;
-    // A memory operand: its base, what is added for each row, and where the instruction ends.
+    // Decodes a memory operand: its base, the stride between rows, and the end of the instruction.
     let memory = || {
         let (mut base, mut row, mut end) = (register(operand | high(0x20)), 0, 5);
         if operand == 4 {
@@ -173,7 +177,7 @@ impl Tiles {
         }
     }
 
-    /// Loads a tile, or stores it.
+    /// Loads or stores a tile.
     fn transfer(&mut self, tile: usize, base: u64, row: u64, store: bool) {
         let (rows, len) = (self.rows[tile], self.row_bytes[tile]);
         if rows == 0 {
@@ -184,17 +188,17 @@ impl Tiles {
             if i >= rows {
                 *bytes = [0; 64];
             } else if store {
-                // SAFETY: the instruction writes so many bytes there.
+                // SAFETY: the instruction writes `len` bytes there.
                 unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, len) };
             } else {
                 *bytes = [0; 64];
-                // SAFETY: the instruction reads so many bytes there.
+                // SAFETY: the instruction reads `len` bytes there.
                 unsafe { std::ptr::copy_nonoverlapping(at, bytes.as_mut_ptr(), len) };
             }
         }
     }
 
-    /// Adds the product of tile `a` and tile `b` to `sums`, four bytes at a time.
+    /// Adds the product of tiles `a` and `b` to tile `sums`, four bytes at a time.
     fn multiply<S>(
         &mut self,
         [sums, a, b]: [u8; 3],

@@ -6,10 +6,11 @@ use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("quantize");
 
-/// Elements below which one block finds the extremes: a second launch would take longer.
+/// The number of elements up to which one block finds the extremes. A second launch would take
+/// longer.
 const ONE_BLOCK: usize = 16 * 1024;
 
-/// Blocks that find extremes, at most.
+/// The maximum number of blocks that find extremes.
 const MOST_BLOCKS: usize = 512;
 
 pub(super) fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
@@ -54,7 +55,8 @@ pub(super) fn min_max(x: &Tensor) -> Result<Tensor> {
     extremes_of_all(&parts)
 }
 
-/// The smallest of the first row and the largest of the second one of `parts[2, n]`.
+/// Returns the smallest element of the first row and the largest of the second row of `parts[2,
+/// n]`.
 pub(crate) fn extremes_of_all(parts: &Tensor) -> Result<Tensor> {
     let count = parts.dims()[1];
     if count == 1 {

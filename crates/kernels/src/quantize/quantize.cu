@@ -1,10 +1,10 @@
-// Fake quantization and extremes; the definitions stand in quantize.rs. Elements are taken one after the other, V at
-// a time: `count` counts groups of V.
+// Fake quantization and extremes. quantize.rs has the definitions. Elements are processed in memory
+// order, V at a time; `count` is the number of groups of V elements.
 #include "common.cuh"
 
 struct Fake {
     const void *x;
-    // [2, grids]: of one grid for all, or of one for each channel.
+    // [2, grids]: one grid for all elements, or one for each channel.
     const float *range;
     void *y;
     u32 count, grids;
@@ -23,7 +23,7 @@ KERNELS(quantize_fake, Fake, fake)
 
 struct Mask {
     const void *x, *gy;
-    // As in Fake.
+    // See Fake.
     const float *range;
     void *gx;
     u32 count, grids;
@@ -71,7 +71,7 @@ struct ExtremesOfAll {
     u32 count;
 };
 
-// One block.
+// Runs as one block.
 __device__ inline void extremes_of_all(const ExtremesOfAll &a) {
     float lo = INFINITY, hi = -INFINITY;
     for (u32 i = thread(); i < a.count; i += threads()) {
@@ -90,7 +90,7 @@ struct UpdateRange {
     float momentum;
 };
 
-// One block of two threads.
+// Runs as one block of two threads.
 __device__ inline void update_range(const UpdateRange &a) {
     u32 i = threadIdx.x;
     a.range[i] += a.momentum * (a.batch[i] - a.range[i]);

@@ -10,7 +10,8 @@ use candle_core::{DType, Tensor};
 
 const MODULE: Module = module!("residual");
 
-/// The operands, contiguous. Floats have the dtype of `a`, as have those that levels stand for.
+/// Returns the operands, contiguous. `b` must be floats of the dtype of `a`, or levels that stand
+/// for such.
 fn operands(check: &Check, a: &Tensor, b: &FeatureMap) -> Result<(Tensor, Map)> {
     same_dims(check, a, b)?;
     let a = check.map_float("a", a)?;
@@ -20,7 +21,7 @@ fn operands(check: &Check, a: &Tensor, b: &FeatureMap) -> Result<(Tensor, Map)> 
     Ok((a, Map::new(check, "b", b)?))
 }
 
-/// The sum, or its levels if there is a quantizer.
+/// Returns the sum, or its levels if there is a quantizer.
 pub(super) fn add(check: &Check, a: &Tensor, b: &FeatureMap, quant: Option<Quantizer<'_>>) -> Result<Tensor> {
     let (a, b) = operands(check, a, b)?;
     let out = if quant.is_some() { DType::U8 } else { a.dtype() };

@@ -1,12 +1,12 @@
-// The sum of a residual branch and its shortcut, quantized; the definitions stand in residual.rs.
+// The sum of a residual branch and its shortcut, quantized. residual.rs has the definitions.
 #include "common.cuh"
 
 struct Add {
     const void *a, *b;
-    // The range of b, if that is levels; that of the sum, if that is quantized.
+    // The range of b, if b is levels, and the range of the sum, if it is quantized.
     const float *b_range, *range;
     void *y;
-    // Groups of V elements.
+    // The number of groups of V elements.
     u32 count;
     float b_max_level, max_level;
 };
@@ -42,7 +42,7 @@ ADD(bf16, u8, u8, bf16, u8, u8)
 struct AddNormalized {
     const void *z, *b;
     const float *scale, *shift;
-    // The range of b, if that is levels.
+    // The range of b, if b is levels.
     const float *b_range;
     void *sum;
     // [2][blocks]: the extremes of each block.
@@ -62,7 +62,7 @@ template <typename T, typename B, int V> __device__ void add_normalized(const Ad
             Vec<V> z = load<V>((const T *)a.z, at), b = reader.template read<V>((const B *)a.b, at);
 #pragma unroll
             for (int i = 0; i < V; i++) {
-                // The range is that of what is stored.
+                // The extremes are taken from the sum as it is stored.
                 float sum = value(element<T>(fmaf(z.at[i], scale.at[i], shift.at[i]) + b.at[i]));
                 z.at[i] = sum;
                 lo = sum < lo ? sum : lo;

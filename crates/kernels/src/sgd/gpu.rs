@@ -6,11 +6,12 @@ use crate::gpu::{Launch, Module, module};
 
 const MODULE: Module = module!("sgd");
 
-/// Parameters of a launch, and elements of a block, as the kernel is compiled: its arguments are at most 4 KiB.
+/// The number of parameters of a launch and of elements of a block, as the kernel is compiled. A
+/// kernel's arguments have at most 4 KiB.
 const PARAMETERS: usize = 64;
 const PER_BLOCK: usize = 4096;
 
-/// All of `updates`, whose gradients are contiguous, in as few launches as hold them.
+/// Applies all `updates`, whose gradients are contiguous, in as few launches as possible.
 pub(super) fn step(updates: &[Update<'_>], rule: Rule<'_>) -> Result<()> {
     let (at, rate) = match rule.lr {
         Rate::Number(rate) => (None, rate),

@@ -1,7 +1,7 @@
-// Stochastic gradient descent of many parameters at once; the definition stands in sgd.rs.
+// Stochastic gradient descent of many parameters at once. sgd.rs has the definition.
 #include "common.cuh"
 
-// Parameters of a launch, and elements that a block changes.
+// The number of parameters of a launch, and of elements that a block updates.
 #define PARAMETERS 64
 #define PER_BLOCK 4096
 
@@ -9,7 +9,7 @@ struct Parameter {
     float *param;
     const float *grad;
     float *velocity;
-    // Elements; the first block of this parameter.
+    // The number of elements, and the index of the parameter's first block.
     u32 count, first;
     float decay;
     u32 unused;
@@ -17,14 +17,14 @@ struct Parameter {
 
 struct Step {
     Parameter of[PARAMETERS];
-    // Where the learning rate stands, or null: then it is `rate`.
+    // The learning rate on the device, or null if `rate` holds it.
     const float *rate_at;
     u32 parameters;
     float rate, momentum;
 };
 
 __device__ inline void step(const Step &a) {
-    // The last parameter that does not begin behind this block.
+    // Find the parameter of this block: the last one whose first block is not after it.
     u32 low = 0, high = a.parameters;
     while (high - low > 1) {
         u32 middle = (low + high) / 2;

@@ -1,4 +1,5 @@
-//! Every operation's GPU side beside its CPU twin: on a GPU (`cuda.rs`), or emulated (`emulation.rs`).
+//! Tests of every operation's GPU side against its CPU twin, on a GPU (`cuda.rs`) or emulated
+//! (`emulation.rs`).
 
 use candle_core::{DType, Device, Tensor};
 use kernels::augment::{self, Views};
@@ -13,7 +14,7 @@ use quant_core::Bits;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Calls a macro with the names of this file's tests of maps, which may be of either dtype.
+/// Calls a macro with the names of the tests in this file whose maps may be of either dtype.
 macro_rules! of_maps {
     ($of_each:ident) => {
         $of_each! {
@@ -31,7 +32,7 @@ macro_rules! of_maps {
 }
 pub(crate) use of_maps;
 
-/// Calls a macro with the names of all tests of this file.
+/// Calls a macro with the names of all tests in this file.
 macro_rules! all {
     ($of_each:ident) => {
         twin::of_maps!($of_each);
@@ -46,33 +47,33 @@ macro_rules! all {
 }
 pub(crate) use all;
 
-/// Where the other twin runs.
+/// The place where the other twin runs.
 pub trait Other {
-    /// A copy there.
+    /// Returns a copy of a tensor there.
     fn to(&self, tensor: &Tensor) -> Tensor;
 
-    /// What an operation gives there.
+    /// Returns the results of an operation there.
     fn run(&self, operation: &dyn Fn() -> Vec<Tensor>) -> Vec<Tensor>;
 }
 
-/// Odd maps, a single position, small batches.
+/// Odd maps, a single position, and small batches.
 const MAPS: [[usize; 3]; 6] = [[1, 1, 1], [2, 1, 5], [1, 6, 1], [3, 4, 4], [2, 5, 8], [1, 9, 6]];
 
-/// Fewer than a vector, odd, whole vectors, more than one block's.
+/// Numbers of channels: less than a vector, odd, whole vectors, and more than one block takes.
 const CHANNELS: [usize; 6] = [1, 3, 4, 16, 33, 48];
 
-/// Several blocks along rows and along channels, several strips in a map.
+/// Maps that take several blocks along rows and along channels, and several strips.
 const LARGE: [[usize; 4]; 4] = [[6, 41, 40, 33], [2, 33, 19, 132], [5, 7, 7, 700], [3, 18, 17, 24]];
 
 const ACTIVATIONS: [Activation; 3] = [Activation::Identity, Activation::Relu, Activation::Relu6];
 
-/// No difference of bits.
+/// The tolerance of results that must be equal.
 const SAME: f64 = 0.0;
 
-/// Sums in another order.
+/// The tolerance of sums in another order.
 const SUMS: f64 = 2e-6;
 
-/// Results that are stored in bf16, of sums of bf16.
+/// The tolerance of results that are stored in bf16, computed from sums of bf16.
 const BF16: f64 = 8e-3;
 
 fn shapes() -> Vec<[usize; 4]> {
@@ -80,7 +81,7 @@ fn shapes() -> Vec<[usize; 4]> {
     small.chain(LARGE).collect()
 }
 
-/// Values in [−1, 1).
+/// Returns values in [−1, 1).
 fn random(seed: u64, dims: &[usize]) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let values: Vec<f32> = (0..dims.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
@@ -107,8 +108,11 @@ fn elements(tensor: &Tensor) -> Vec<f64> {
         .unwrap()
 }
 
-/// Compares what `operation(maps, others)` gives on the CPU and there. `maps` are stored in `dtype` there; `tolerance`
-/// has, for each result, what it may differ by, relative to the largest element (or 1, if that is smaller).
+/// Compares the results of `operation(maps, others)` on the CPU and there, where `maps` are stored
+/// in `dtype`.
+///
+/// `tolerance` has the allowed difference of each result, relative to its largest element (or 1, if
+/// that is smaller).
 #[track_caller]
 fn check_as(
     other: &dyn Other,
@@ -120,14 +124,14 @@ fn check_as(
     operation: impl Fn(&[Tensor], &[Tensor]) -> kernels::Result<Vec<Tensor>>,
 ) {
     let context = format!("{context}, {dtype:?}");
-    // The CPU gets the very values.
+    // The CPU gets the same values, as `f32`.
     let cpu: Vec<Tensor> =
         maps.iter().map(|map| map.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()).collect();
     let there: Vec<Tensor> = maps.iter().map(|map| other.to(&map.to_dtype(dtype).unwrap())).collect();
     let others_cpu: Vec<Tensor> = others.iter().map(|tensor| tensor.copy().unwrap()).collect();
     let expected = operation(&cpu, &others_cpu).unwrap_or_else(|e| panic!("{context}: on the CPU: {e}"));
     let found = other.run(&|| {
-        // Copies, as operations may work in place and be run more than once.
+        // Copies, because operations may work in place and be run more than once.
         let others: Vec<Tensor> = others.iter().map(|tensor| other.to(tensor)).collect();
         operation(&there, &others).unwrap_or_else(|e| panic!("{context}: {e}"))
     });
@@ -144,7 +148,7 @@ fn check_as(
     }
 }
 
-/// [`check_as`] with `f32` maps, and with `bf16` ones and the tolerances for these.
+/// Calls [`check_as`] with `f32` maps and with `bf16` maps, each with its own tolerances.
 #[track_caller]
 fn check(
     other: &dyn Other,
@@ -167,7 +171,8 @@ pub fn convolutions(other: &dyn Other) {
             let context = format!("depthwise {dims:?}, stride {stride}");
             let x = random(1, &dims);
             let gz = random(3, &[n, (h - 1) / stride + 1, (width - 1) / stride + 1, c]);
-            // Sums over many positions: relative to their size, not to that of the terms.
+            // The gradients of the weight are sums over many positions; their tolerance is relative
+            // to the sums, not to the terms.
             check(other, &context, &[&x, &gz], &[&w], [&[SUMS; 3], &[BF16, BF16, SUMS]], |maps, others| {
                 Ok(vec![
                     depthwise::forward(&maps[0], &others[0], stride)?,
@@ -181,13 +186,13 @@ pub fn convolutions(other: &dyn Other) {
                 let (z, stats) = depthwise::forward_stats(&levels, &others[0], stride)?;
                 Ok(vec![z, stats.mean, stats.variance, stats.min, stats.max])
             });
-            // In bf16 the sums are of whole numbers, so as exact as those of floats.
+            // In bf16 the sums are of whole numbers, so they are as exact as sums of floats.
             check(other, &context, &[&x, &gz], &[&w, &range], [&[SUMS]; 2], |maps, others| {
                 let quant = Quantizer { range: &others[1], bits: bits(4) };
                 let levels = FeatureMap::quantize(&maps[0], Some(quant))?;
                 Ok(vec![depthwise::grad_weight(&levels, &maps[1], stride)?])
             });
-            // What the statistics are of is what was stored.
+            // The statistics must be those of the stored output.
             let found = other.run(&|| {
                 let (x, w) = (other.to(&x.to_dtype(DType::BF16).unwrap()), other.to(&w));
                 let (z, stats) = depthwise::forward_stats(&x, &w, stride).unwrap();
@@ -229,7 +234,8 @@ pub fn products(other: &dyn Other) {
                 pointwise::grad_weight(&maps[0], &maps[1])?,
             ])
         });
-        // Levels by levels are exact, and stored exactly in f32; by 8 bits they are floats.
+        // Products of levels are exact, and stored exactly in f32; products with 8-bit weights are
+        // computed in floats.
         let ends = [(random(6, &[outputs]) - 0.5).unwrap(), (random(7, &[outputs]) + 0.5).unwrap()];
         let of_channels = Tensor::stack(&ends, 0).unwrap();
         let cases = [(4, 4, true), (8, 7, true), (3, 2, true), (4, 8, false)];
@@ -264,7 +270,7 @@ pub fn products(other: &dyn Other) {
             &[1e-5, 1e-5, 1e-5],
             |maps, others| {
                 let (z, stats) = pointwise::forward_stats(&maps[0], &others[0])?;
-                // With one row the normalization's gradient is all rounding.
+                // With one row the gradient of the normalization is nothing but rounding error.
                 let epsilon = if dims[0] * dims[1] * dims[2] == 1 { 1.0 } else { 1e-2 };
                 let of_batch = BatchNormalization::new(&stats, &others[1], &others[2], epsilon)?;
                 let epilogue = Epilogue::batch(&z, &of_batch, Activation::Identity, None)?;
@@ -290,7 +296,7 @@ pub fn normalization(other: &dyn Other) {
             let stats = norm::channel_stats(&maps[0])?;
             Ok(vec![stats.mean, stats.variance, stats.min, stats.max])
         });
-        // From given statistics, so that the twins' sums do not differ already.
+        // With given statistics, because the twins' own sums already differ.
         let stats = norm::channel_stats(&z).unwrap();
         let fixed =
             [&stats.mean, &stats.variance, &stats.min, &stats.max, &gamma, &beta, &old_mean, &old_variance];
@@ -308,7 +314,7 @@ pub fn normalization(other: &dyn Other) {
             for quantized in [false, true] {
                 let context = format!("{context}, {act:?}, quantized: {quantized}");
                 let others = [mean, inv_std, scale, shift, &range];
-                // Floats are stored; levels are the same.
+                // Floats are rounded when they are stored; levels must be equal.
                 let stored = if quantized { SAME } else { BF16 };
                 let gradients = [stored, BF16, SUMS, SUMS, BF16, SUMS];
                 let float = [SAME, 1e-5, SUMS, SUMS, 1e-5, SUMS];
@@ -333,7 +339,8 @@ pub fn normalization(other: &dyn Other) {
     }
 }
 
-/// Variances of every size, tiny beside the mean, and of constant channels, as on the CPU.
+/// Checks variances of every magnitude, variances that are tiny compared with the mean, and
+/// constant channels, as on the CPU.
 pub fn statistics_at_every_scale(other: &dyn Other) {
     for (rows, c) in [(1, 3), (7, 16), (1000, 33), (9001, 48), (333, 260), (40_000, 1)] {
         let noise = elements(&random(rows as u64, &[rows, c]));
@@ -364,7 +371,7 @@ pub fn statistics_at_every_scale(other: &dyn Other) {
         run("sparse", &|_, x| if x > 0.99 { x } else { 0.0 });
         run("constant", &|channel, _| 0.1 + channel as f64 * 1.7e-3);
     }
-    // Exactly 0 for a constant channel.
+    // The variance of a constant channel is exactly 0.
     let z = Tensor::full(0.1f32, (5003, 6), &Device::Cpu).unwrap();
     let found = other.run(&|| vec![norm::channel_stats(&other.to(&z)).unwrap().variance]);
     assert_eq!(elements(&found[0]), [0.0; 6]);
@@ -429,7 +436,7 @@ pub fn learned_quantizers(other: &dyn Other) {
             Ok(vec![y, dorefa::backward(&others[0], &others[1])?])
         });
     }
-    // More shares of a sum than a block has threads.
+    // Sums with more shares than a block has threads.
     pact_quantizer(other, 4, 600_001, &[0.6]);
     dsq_quantizer(other, 4, 200_001, &[[-0.7, 0.8]], &[0.2]);
     lsq_quantizer(other, 4, 600_001, &[0.1]);
@@ -442,7 +449,8 @@ pub fn learned_quantizers(other: &dyn Other) {
     }
 }
 
-/// Gradients of what is learned are sums of terms of both signs.
+/// Returns the tolerance of the gradients of learned parameters, which are sums of `len` terms of
+/// both signs.
 fn of_terms(len: usize) -> f64 {
     1e-6 * (len as f64).sqrt()
 }
@@ -481,7 +489,7 @@ fn dsq_quantizer(other: &dyn Other, b: u32, len: usize, bounds: &[[f32; 2]], sof
 
 fn lsq_quantizer(other: &dyn Other, b: u32, len: usize, steps: &[f32]) {
     let (x, gy) = (random(1, &[len]), random(2, &[len]));
-    // With as many items as elements, the scale of the gradients is that of their sums.
+    // There are `len` items, so the sums, whose terms are up to Q_P·∂y, are scaled by 1/√(len·Q_P).
     let of_terms = of_terms(len) * (f64::from(1 << b) / len as f64).sqrt();
     for step in steps {
         for (signed, offset) in [(false, None), (true, None), (false, Some(-0.7))] {
@@ -510,7 +518,7 @@ fn lsq_quantizer(other: &dyn Other, b: u32, len: usize, steps: &[f32]) {
 pub fn caps(other: &dyn Other) {
     for dims in shapes() {
         let (x, gy) = (random(1, &dims), random(2, &dims));
-        // Halves, so that what is compared with a cap is the same in either dtype.
+        // Caps that are exact in bf16, so that comparisons with them are the same in either dtype.
         let cap = random(3, &[dims[3]]).to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
         let context = format!("caps {dims:?}");
         check(other, &context, &[&x, &gy], &[&cap], [&[SAME; 2]; 2], |maps, others| {
@@ -530,7 +538,8 @@ pub fn residuals_and_pooling(other: &dyn Other) {
         let others = [&range, &shortcut_range, &scale, &shift];
         for levels in [false, true] {
             let context = format!("residual {dims:?}, shortcut of levels: {levels}");
-            // In bf16 the sum with levels is stored; before that it is the same.
+            // In bf16 the sums are rounded when they are stored; the levels are computed before
+            // that, so they must be equal.
             let half = [SAME, BF16, BF16, BF16];
             check(other, &context, &[&a, &b], &others, [&[SAME; 4], &half], |maps, others| {
                 let quant = levels.then(|| Quantizer { range: &others[1], bits: bits(4) });
@@ -583,7 +592,7 @@ pub fn losses(other: &dyn Other) {
         let found = loss::softmax_cross_entropy(&others[0], &others[1], 0.0)?;
         Ok(vec![found.loss.reshape(1)?, found.grad, found.correct.reshape(1)?])
     });
-    // Nothing waits to see a wrong label, so it must show.
+    // Nothing waits for a GPU to report a wrong label, so the label must show in the result.
     let found = other.run(&|| {
         let labels = other.to(&Tensor::new(&[0u32, 3], &Device::Cpu).unwrap());
         vec![loss::softmax_cross_entropy(&other.to(&logits), &labels, 0.0).unwrap().loss.reshape(1).unwrap()]
@@ -595,7 +604,7 @@ pub fn biases(other: &dyn Other) {
     for (n, k) in [(1, 1), (1, 100), (7, 33), (128, 100), (300, 65)] {
         let (x, bias) = (random(1, &[n, k]), random(2, &[k]));
         let context = format!("bias {n}×{k}");
-        // Sums of up to 300 numbers, on a CPU in single precision.
+        // Sums of up to 300 numbers, on the CPU in single precision.
         check_as(other, DType::F32, &context, &[], &[&x, &bias], &[SAME, 1e-6], |_, others| {
             Ok(vec![bias::add(&others[0], &others[1])?, bias::gradient(&others[0])?])
         });
@@ -603,7 +612,7 @@ pub fn biases(other: &dyn Other) {
 }
 
 pub fn descent(other: &dyn Other) {
-    // More parameters than a launch takes, some larger than a block does.
+    // More parameters than one launch takes, some of them larger than one block takes.
     let dims: Vec<Vec<usize>> =
         (0..150).map(|i| if i % 37 == 5 { vec![9, 1200 + i] } else { vec![1 + i * 7 % 90] }).collect();
     let all = |seed: u64| -> Vec<Tensor> {
@@ -666,8 +675,9 @@ pub fn augmentation(other: &dyn Other) {
     }
 }
 
-/// Along a random direction, what the backward passes say and central differences of the forward passes, both there.
-/// The functions are linear, or smooth with a known curvature, so that the step can be large.
+/// Compares the backward passes, along a random direction, with central differences of the forward
+/// passes, both computed there. The functions are linear, or smooth with a known curvature, so that
+/// the step can be large.
 pub fn finite_differences(other: &dyn Other) {
     let dot = |a: &Tensor, b: &Tensor| elements(a).iter().zip(elements(b)).map(|(a, b)| a * b).sum::<f64>();
     let one = |f: &dyn Fn() -> Tensor| other.run(&|| vec![f()]).remove(0).to_device(&Device::Cpu).unwrap();
@@ -684,7 +694,8 @@ pub fn finite_differences(other: &dyn Other) {
             let gx =
                 one(&|| depthwise::grad_input(&other.to(&gz), &other.to(&w), stride, (h, width)).unwrap());
             let gw = one(&|| depthwise::grad_weight(&other.to(&x), &other.to(&gz), stride).unwrap());
-            // The convolution is linear in both, so its difference is that of any step.
+            // The convolution is linear in both operands, so its difference is the same for any
+            // step.
             let along = |x: &Tensor, w: &Tensor| {
                 dot(&gz, &one(&|| depthwise::forward(&other.to(x), &other.to(w), stride).unwrap()))
             };
@@ -702,7 +713,7 @@ pub fn finite_differences(other: &dyn Other) {
         compare("pointwise", dot(&gx, &direction), along(&direction, &w), 1e-4);
         compare("pointwise", dot(&gw, &w_direction), along(&x, &w_direction), 1e-4);
 
-        // Batch normalization, whose curvature leaves about the square of the step.
+        // The curvature of batch normalization leaves an error of about the square of the step.
         let (gamma, beta, gy) = ((random(9, &[c]) + 1.5).unwrap(), random(10, &[c]), random(11, &dims));
         let normalized = |z: &Tensor, gamma: &Tensor, beta: &Tensor| {
             dot(

@@ -15,7 +15,7 @@ pub(super) const SCHEMES: Schemes = Schemes {
     weights: &[&Soft::Sums],
 };
 
-/// With gradients of bounds and softness that are scaled.
+/// The schemes with scaled gradients of the bounds and the softness.
 pub(super) const SCALED: Schemes = Schemes {
     unsigned: &Soft::Scaled { weights: false },
     signed: &Soft::Scaled { weights: false },
@@ -23,16 +23,17 @@ pub(super) const SCALED: Schemes = Schemes {
     ..SCHEMES
 };
 
-/// The softness with which training begins, the paper's.
+/// The initial softness, as in the paper.
 const FIRST_SOFTNESS: f64 = 0.2;
 
-/// How the gradients of bounds and softness are taken.
+/// The form of the gradients of the bounds and the softness.
 #[derive(Debug)]
 enum Soft {
     /// The sums over all values, as derived.
     Sums,
-    /// Divided by `√(N·(2^b − 1))`, with `N` the number of weights, or of the features of one image: as LSQ does with its
-    /// step's (Esser et al. 2020, section 2.2), so that bounds move at the pace of what they bound, whatever its size.
+    /// The sums divided by `√(N·(2^b − 1))`, where `N` is the number of weights, or of features of
+    /// one image. LSQ does this with its step's gradient (Esser et al. 2020, section 2.2), so that
+    /// the bounds move at the same relative pace as the tensor's values, whatever its size.
     Scaled { weights: bool },
 }
 
@@ -51,7 +52,7 @@ impl Scheme for Soft {
         ]
     }
 
-    /// The bounds begin as the extremes.
+    /// Initializes the bounds to the extremes.
     fn start(&self, own: &[Tensor], x: &Tensor, _: Bits) -> Result<()> {
         own[0].slice_set(&quantize::min_max(x)?, 0, 0)?;
         Ok(own[1].slice_set(&(own[1].zeros_like()? + FIRST_SOFTNESS)?, 0, 0)?)
@@ -65,7 +66,7 @@ impl Scheme for Soft {
         Ok(dsq::forward(x, &by[0], bits)?)
     }
 
-    /// Where a value lies in the middle between two levels it takes the upper one.
+    /// Returns the lattice. A value in the middle between two levels gets the upper one.
     fn lattice(&self, by: &[Tensor], bits: Bits) -> Result<Lattice> {
         let bounds = by[0].to_vec1::<f32>()?;
         let max_level = bits.max_level() as u8;
@@ -92,7 +93,7 @@ mod tests {
     use candle_core::Device;
     use quant_core::Precision;
 
-    /// Files say whether gradients are scaled, of activations and of weights.
+    /// Files record whether gradients are scaled, for activations and for weights.
     #[test]
     fn files_know_scaled_gradients() {
         let config = MobileNet { width: 0.01, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
@@ -116,8 +117,8 @@ mod tests {
         }
     }
 
-    /// Five images of 2·2·5 features at 4 bits: 1/√(20·15), and of as many weights 1/√(100·15), of the sums; the gradient of
-    /// the tensor is the same.
+    /// Five images of 2·2·5 features at 4 bits: the scale is 1/√(20·15), and for as many weights
+    /// 1/√(100·15). The gradient of the tensor is not scaled.
     #[test]
     fn gradients_are_divided_by_the_root_of_features_and_levels() {
         let at = |i: usize, by: f32| (i as f32 * by).sin();

@@ -1,5 +1,5 @@
-//! LSQ: learned steps for activations and weights, and for activations of both signs LSQ+, which learns an offset too
-//! ([`kernels::lsq`]).
+//! LSQ: learned steps for activations and weights. Activations of both signs use LSQ+, which also
+//! learns an offset ([`kernels::lsq`]).
 
 use super::{Scheme, Schemes, Slopes, Slot};
 use crate::{Lattice, Result, Role};
@@ -16,12 +16,12 @@ pub(super) const SCHEMES: Schemes = Schemes {
     weights: &[&Lsq::Weights],
 };
 
-/// What is quantized, on which levels.
+/// The kind of tensor and its levels.
 #[derive(Debug)]
 enum Lsq {
     /// Activations that are never negative, on unsigned levels.
     Unsigned,
-    /// Activations of both signs, on unsigned levels from an offset on.
+    /// Activations of both signs, on unsigned levels that begin at an offset.
     Offset,
     /// Weights, on signed levels.
     Weights,
@@ -54,7 +54,7 @@ impl Scheme for Lsq {
         }
     }
 
-    /// A step is that of so many levels.
+    /// Returns `false`, because a step belongs to a number of levels.
     fn spans_any_bits(&self) -> bool {
         false
     }
@@ -88,7 +88,7 @@ impl Scheme for Lsq {
     }
 
     fn backward(&self, x: &Tensor, gy: &Tensor, by: &[Tensor], bits: Bits) -> Result<Slopes> {
-        // Of weights all, of activations those of one image.
+        // All weights, or the activations of one image.
         let items = if self.signed() { x.elem_count() } else { x.elem_count() / x.dims()[0] };
         let lsq::Gradients { x, step, offset } = lsq::backward(x, gy, self.params(by, bits), items)?;
         Ok(Slopes { x, own: std::iter::once(step).chain(offset).collect() })

@@ -1,4 +1,5 @@
-//! PACT: activations by a clip with a learned bound ([`kernels::pact`]), weights by DoReFa ([`kernels::dorefa`]).
+//! PACT: a clip with a learned bound for activations ([`kernels::pact`]), DoReFa for weights
+//! ([`kernels::dorefa`]).
 
 use super::{Scheme, Schemes, Slopes, Slot};
 use crate::{Lattice, Result, Role};
@@ -15,7 +16,7 @@ pub(super) const SCHEMES: Schemes = Schemes {
     weights: &[&Dorefa],
 };
 
-/// Between 0 and α, or −α and α where values of both signs come in.
+/// A clip to [0, α], or to [−α, α] for values of both signs.
 #[derive(Debug)]
 struct Clip {
     signed: bool,
@@ -30,12 +31,12 @@ impl Scheme for Clip {
         &[Slot { name: "alpha", len: 1, role: Some(Role::Clip) }]
     }
 
-    /// α begins as the largest size of a value.
+    /// Initializes α to the largest absolute value.
     fn start(&self, own: &[Tensor], x: &Tensor, _: Bits) -> Result<()> {
         Ok(own[0].slice_set(&quantize::min_max(x)?.abs()?.max_keepdim(0)?, 0, 0)?)
     }
 
-    /// α is never negative.
+    /// Keeps α from being negative.
     fn project(&self, own: &[Tensor]) -> Result<()> {
         Ok(own[0].slice_set(&own[0].relu()?, 0, 0)?)
     }
@@ -45,7 +46,7 @@ impl Scheme for Clip {
     }
 
     fn lattice(&self, by: &[Tensor], bits: Bits) -> Result<Lattice> {
-        // An α below 0 stands for 0.
+        // A negative α counts as 0.
         let alpha = by[0].to_vec1::<f32>()?[0].max(0.0);
         let grid = if self.signed { Grid::symmetric(alpha, bits) } else { Grid::spanning(0.0, alpha, bits) };
         Ok(Lattice { max_level: grid.max_level() as u8, ..Lattice::of_grids([grid], bits) })
@@ -57,7 +58,7 @@ impl Scheme for Clip {
     }
 }
 
-/// Levels of a normalized tanh, which span [−1, 1] whatever the weights' size.
+/// The levels of a normalized tanh, which span [−1, 1] for weights of any size.
 #[derive(Debug)]
 struct Dorefa;
 

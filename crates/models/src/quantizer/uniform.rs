@@ -1,5 +1,5 @@
-//! Uniform quantization ([`kernels::quantize`]): activations between moving averages of their extremes, weights between
-//! their own.
+//! Uniform quantization ([`kernels::quantize`]): between moving averages of the extremes for
+//! activations, between the tensor's own extremes for weights.
 
 use super::{Scheme, Schemes, Slopes, Slot};
 use crate::{Fold, Lattice, Result, WeightGrid};
@@ -23,7 +23,7 @@ pub(super) const SCHEMES: Schemes = Schemes {
     ],
 };
 
-/// Where the range comes from.
+/// The source of the range.
 #[derive(Debug)]
 enum Uniform {
     /// Moving averages of the batches' extremes.

@@ -30,11 +30,11 @@ RATE, MOMENTUM, DECAY = 0.1, 0.9, 4e-3
 SMOOTHING = 0.1
 STEPS = 3
 IMAGES, HEIGHT, WIDTH, CLASSES = 4, 7, 6, 7
-# The least distance of a value from a kink, and from the border between two levels as a share of the step.
-# The values are of order 1 (a few steps), so float32 has them to about 1e-6.
+# The smallest distance of a value from a kink, and from the border between two levels as a fraction
+# of the step. The values are of order 1 (a few steps), so their float32 error is about 1e-6.
 KINK, BORDER = 1e-5, 2e-5
 
-# name, kind, stride, channels out, activation, unit whose output is added
+# name, kind, stride, output channels, activation, unit whose output is added
 UNITS = [
     ("stem", "full", 1, 8, "relu6", None),
     ("block.expand", "pointwise", 1, 12, "relu6", None),
@@ -48,8 +48,8 @@ UNITS = [
 # activations, weights, first layer, last layer: bits, or None for float
 FLOAT = (None, None, None, None)
 CASES = {
-    # bits, normalization under quantized weights, whether the weight decay acts on γ, β and biases too, method ("channels":
-    # uniform, with a grid for each output channel of a weight)
+    # bits, normalization under quantized weights, whether weight decay applies to γ, β and biases,
+    # method ("channels": uniform, with a grid for each output channel of a weight)
     "float": (FLOAT, "unfolded", True, "uniform"),
     "activations": ((4, None, 5, 6), "unfolded", True, "uniform"),
     "unfolded": ((4, 4, 5, 6), "unfolded", False, "uniform"),
@@ -222,12 +222,12 @@ class Lsq(torch.nn.Module):
                 if self.offset is None:
                     self.step.fill_(2 * x.abs().mean() / self.high**0.5)
                 else:
-                    # The extremes lie a 1024th of a step inside.
+                    # The extremes are inside by 1/1024 of a step.
                     self.step.fill_((x.max() - x.min()) / (self.high - 2 / 1024))
                     self.offset.fill_(x.min() - self.step.item() / 1024)
             self.ready = True
         assert self.step > 1e-3
-        # The gradients are scaled by the number of weights, or of features of one image.
+        # The gradients are scaled by the number of weights, or of one image's features.
         g = 1 / ((x.numel() if self.of_weights else x[0].numel()) * self.high) ** 0.5
         step = through(self.step, self.step * g)
         offset = 0.0 if self.offset is None else through(self.offset, self.offset * g)
@@ -260,7 +260,7 @@ class Unit(torch.nn.Module):
         )
         self.norm = torch.nn.BatchNorm2d(channels, eps=EPSILON, momentum=0.1)
         self.bits, self.fold, self.method, self.soft = None, "unfolded", "uniform", None
-        # Beside the usual, one filter is turned over and one is off.
+        # In addition to ordinary filters, one has a negative γ and one has γ = 0.
         with torch.no_grad():
             self.norm.weight.uniform_(0.5, 1.5)
             self.norm.weight[1], self.norm.weight[2] = -0.8, 0.0
@@ -404,7 +404,7 @@ def layout(name, tensor):
     if name == "head.weight":
         return tensor.t()
     if not name.endswith(".weight"):
-        return tensor  # "weight_bounds" too
+        return tensor  # this includes "weight_bounds"
     kind = next(kind for unit, kind, *_ in UNITS if name == f"{unit}.weight")
     if kind == "depthwise":
         return tensor[:, 0].permute(1, 2, 0)
@@ -425,7 +425,7 @@ def run(case, seed):
         out[key] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
     network = Network()
-    # Both sides begin with the same float32 numbers.
+    # Both sides start from the same float32 numbers.
     with torch.no_grad():
         for _, tensor in network.state():
             tensor.copy_(tensor.float())

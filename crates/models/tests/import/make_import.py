@@ -33,16 +33,16 @@ torch.set_num_threads(1)
 HERE = pathlib.Path(__file__).parent
 WIDTH, CLASSES, IMAGES, SIDE = 0.1, 10, 2, 64
 
-# convolution, its normalization, filter, shift β. What goes through a depthwise layer is zero (β < 0), as the
-# zero padding makes other constants inexact at the border.
+# convolution, its normalization, filter, shift β. A constant that goes through a depthwise layer is
+# zero (β < 0), because zero padding makes other constants inexact at the border.
 PLANTED = [
     ("features.3.conv.1.0", "features.3.conv.1.1", 5, 0.8),  # depthwise
     ("features.6.conv.0.0", "features.6.conv.0.1", 2, -0.5),  # expansion
-    # The producers that shortcuts add up, all of them:
+    # All producers that the shortcuts add:
     ("features.4.conv.2", "features.4.conv.3", 3, 0.4),
     ("features.5.conv.2", "features.5.conv.3", 3, -0.2),
     ("features.6.conv.2", "features.6.conv.3", 3, 0.3),
-    # and one alone, which has to stay.
+    # and a single producer, which has to stay.
     ("features.12.conv.2", "features.12.conv.3", 7, 0.6),
     ("features.18.0", "features.18.1", 1000, 1.1),  # in front of the classifier
 ]
@@ -72,7 +72,8 @@ def prepare(model, seed, planted=(), dtype=torch.float32):
         uniform(norm.bias, -0.3, 0.8)
     modules = dict(model.named_modules())
     for convolution, norm, index, shift in planted:
-        # Not zero: trained networks have such filters with weights of about this size.
+        # The weights are not zero: such filters of trained networks have weights of about this
+        # size.
         modules[convolution].weight.data[index] *= 1e-8
         modules[norm].bias.data[index] = shift
     for norm in norms(model):
@@ -82,7 +83,7 @@ def prepare(model, seed, planted=(), dtype=torch.float32):
     with torch.no_grad():
         for _ in range(4):
             model(torch.randn(16, 3, SIDE, SIDE, generator=generator, dtype=torch.float64))
-    # What the file holds is what the logits are computed from.
+    # The logits are computed from the values in the file.
     model.to(dtype).double()
     return model.eval()
 

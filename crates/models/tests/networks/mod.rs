@@ -1,4 +1,5 @@
-//! Networks with everything that files may say of them, for the tests of what reads them: no trained one has all of it.
+//! Networks with every feature that files may describe, for the tests of crates that read them. No
+//! trained network has all of these features.
 
 use candle_core::{Device, Tensor};
 use models::{Input, Method, MobileNet, Network, Norm, Quantization, Step, Version};
@@ -6,14 +7,14 @@ use quant_core::Precision;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Values in [lo, hi).
+/// Returns values in [lo, hi).
 pub fn random(seed: u64, shape: &[usize], lo: f32, hi: f32) -> Tensor {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let values = (0..shape.iter().product()).map(|_| random.random_range(lo..hi)).collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// Images with smooth and coarse parts, so that channels differ.
+/// Returns images of noise and a constant tint, so that channels differ.
 pub fn images(count: usize, network: &Network) -> Tensor {
     let [h, w, c] = network.input;
     let pixels = random(7, &[count, h, w, c], -2.0, 2.0);
@@ -21,8 +22,11 @@ pub fn images(count: usize, network: &Network) -> Tensor {
     pixels.broadcast_add(&tint).unwrap()
 }
 
-/// A narrow network with γ and β of every sort, γ below 0 and equal to 0 among them, caps if it is to be `capped`, and the
-/// running statistics of so many passes of a batch; quantized, if there are settings, with the ranges of as many.
+/// Returns a narrow network with a variety of γ and β, including negative and zero γ, and with caps
+/// if `capped`.
+///
+/// Its running statistics come from `passes` passes of a batch of `batch` images. If there are
+/// settings, it is quantized, and its ranges come from as many passes again.
 pub fn network(
     version: Version,
     settings: Option<&Quantization>,
@@ -34,7 +38,7 @@ pub fn network(
     for (i, unit) in network.units_mut().enumerate() {
         let filters = unit.filters();
         let Norm::Batch(norm) = &mut unit.norm else {
-            // As small as it begins, the classifier would give logits that tell nothing.
+            // With its small initial weights, the classifier's logits would be meaningless.
             unit.weight = (&unit.weight * 30.0).unwrap();
             continue;
         };
@@ -61,7 +65,7 @@ pub fn network(
     network
 }
 
-/// So many bits, 8 at the ends.
+/// Returns settings with `bits` bits, and 8 bits in the first and last layers.
 pub fn settings(bits: u32, method: Method) -> Quantization {
     let precision = |bits| Precision::try_from(bits).unwrap();
     let (activations, first) = (precision(bits), precision(8));

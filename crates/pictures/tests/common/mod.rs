@@ -1,24 +1,24 @@
-//! Pictures that tests make, those of `datasets` too.
+//! Pictures that the tests of this crate and of `datasets` make.
 
 use image::codecs::jpeg::JpegEncoder;
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use std::io::Cursor;
 
-/// A picture that differs from those of another `i`.
+/// Returns a picture that differs for every `i`.
 pub fn scene(width: u32, height: u32, i: u32) -> RgbImage {
     RgbImage::from_fn(width, height, |x, y| {
         Rgb([(x * 5 + i * 40) as u8, (y * 4 + i * 90) as u8, ((x + y) * 2 + i * 20) as u8])
     })
 }
 
-/// It as a JPEG.
+/// Encodes a picture as a JPEG.
 pub fn jpeg_of(picture: &RgbImage) -> Vec<u8> {
     let mut bytes = Vec::new();
     picture.write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, 95)).unwrap();
     bytes
 }
 
-/// It as a PNG.
+/// Encodes a picture as a PNG.
 pub fn png_of(picture: &DynamicImage) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
     picture.write_to(&mut bytes, ImageFormat::Png).unwrap();

@@ -1,4 +1,4 @@
-//! The bar chart of the whole networks: a column for each network, training above evaluation.
+//! The bar chart of whole networks: one column per network, training above evaluation.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::canvas::{
 use crate::file::Result;
 use crate::names::model_label;
 
-/// Draws the whole networks at the first batch size that the rows have, as SVG and as PNG.
+/// Draws the whole networks at the first batch size in the rows, as SVG and as PNG.
 pub(super) fn plot(rows: &[Speed], about: &About, svg: &Path, png: &Path) -> Result<()> {
     let batch = rows.iter().find(|row| row.of_network()).map_or(0, |row| row.batch);
     let cases = Case::all(rows).filter(|case| case.first().of_network() && case.first().batch == batch);
@@ -51,7 +51,7 @@ impl Picture for Chart<'_> {
                     })
                     .collect();
                 let speeds = panel.iter().flat_map(|case| case.0).filter_map(|row| row.images_per_second_max);
-                // Room for the ratio above the highest bar.
+                // This leaves room for the ratio above the highest bar.
                 let highest = 1.12 * speeds.fold(1.0, f64::max);
                 let (left, right) = (x + 38.0, x + wide - 28.0);
                 let frame = Frame { left, right, top, bottom: top + 170.0, highest };
@@ -71,7 +71,7 @@ impl Chart<'_> {
         let fact = |name: &str| {
             self.about.machine.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
         };
-        // On a GPU, threads and processor matter little.
+        // On a GPU, the number of threads and the processor matter little.
         let (threads, processor) = match fact("GPU") {
             Some(gpu) => (None, Some(gpu)),
             None => (Some(threads), fact("processor")),
@@ -104,7 +104,7 @@ impl Chart<'_> {
         Ok(())
     }
 
-    /// One case's bars around `centre`, and the ratio above ours.
+    /// Draws the bars of one case around `centre`, and the ratio above our bar.
     fn group<DB: DrawingBackend>(
         &self,
         canvas: &Canvas<DB>,
@@ -133,7 +133,7 @@ impl Chart<'_> {
         }
         let ratio = case.best().and_then(|row| row.ratio_of_ours);
         let Some((ratio, ours)) = ratio.zip(case.row(OURS)) else { return Ok(()) };
-        // The text begins with our bar and is wider: it stands above the next one too.
+        // The text begins at our bar and is wider than it, so it must also be above the next bar.
         let next = case.row(IMPLEMENTATIONS[1].id).map_or(f64::MAX, top);
         let (text, style) = (format!("×{ratio:.2}"), INK_BOLD.sized(13.0));
         let x = middle(0) - 0.44 * slot + style.width(&text) / 2.0;

@@ -1,4 +1,4 @@
-//! What single filters give: a column for each, the convolution's output above, the activation's below.
+//! Outputs of single filters: a column per filter, the convolution's above the activation's.
 
 use std::path::Path;
 
@@ -23,7 +23,7 @@ struct Chart<'a> {
     caption: &'a Caption,
 }
 
-/// Where a panel is drawn: the axes' ends.
+/// The edges of a panel's axes.
 struct Panel {
     left: f64,
     right: f64,
@@ -101,7 +101,7 @@ fn draw_histogram<DB: DrawingBackend>(
     }
     for (i, &share) in shares.iter().enumerate().filter(|(_, share)| **share > 0.0) {
         let (from, to) = histogram.bin(i);
-        // What is there is to be seen, if only as a hair.
+        // A bin with values is at least one unit high, so that it is visible.
         let top = height(share).min(panel.bottom - 1.0);
         canvas.rectangle((place(from), top), (place(to), panel.bottom), colour)?;
     }
@@ -115,17 +115,17 @@ fn draw_histogram<DB: DrawingBackend>(
     canvas.text(&text, (panel.left, panel.bottom + 36.0), &INK_PLAIN.sized(12.0))
 }
 
-/// Round numbers from `low` to `high`, about `most` of them.
+/// Returns round numbers from `low` to `high`, about `most` of them.
 fn ticks(low: f64, high: f64, most: f64) -> Vec<f64> {
     let rough = (high - low) / most;
     let power = 10f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|&s| s >= rough).unwrap_or(rough);
-    // In whole steps, so that zero is zero.
+    // Counting whole steps makes the tick at zero exactly zero.
     let (first, last) = ((low / step - 1e-9).ceil() as i64, (high / step + 1e-9).floor() as i64);
     (first..=last).map(|n| n as f64 * step).collect()
 }
 
-/// A number with three digits, in powers of ten where it is very small or large.
+/// Formats a number with three digits; a very small or large number gets an exponent.
 fn number(value: f64) -> String {
     let size = value.abs();
     if size == 0.0 {

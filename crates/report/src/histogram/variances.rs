@@ -1,4 +1,4 @@
-//! The running variances of every layer: a column for each layer, with bars to the right, on a logarithmic scale.
+//! Running variances of every layer: a column per layer, horizontal bars, a logarithmic scale.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,25 +15,25 @@ use crate::canvas::{
 use crate::file::Result;
 use crate::names::{BLUE, GREEN, GREY, ORANGE, SKY};
 
-/// Bins in a factor of ten.
+/// The number of bins per factor of ten.
 const PER_DECADE: f64 = 4.0;
-/// The lowest bin, seven factors of ten below τ, takes all that is lower still: trained networks have variances of
-/// 1e-40.
+/// The lowest bin, seven factors of ten below τ. It also counts all lower values, because trained
+/// networks have variances down to 1e-40.
 pub(super) const LOWEST: i32 = -28;
 
-/// The bin of a variance: bin 0 begins at τ.
+/// Returns the bin of a variance; bin 0 begins at τ.
 fn bin(variance: f32, threshold: f64) -> i32 {
     let bin = (PER_DECADE * (f64::from(variance) / threshold).log10()).floor().max(f64::from(LOWEST)) as i32;
-    // The border is that of the comparison with τ, whatever the logarithm rounds to.
+    // The border at τ must agree with the comparison with τ, even if the logarithm is rounded.
     if f64::from(variance) < threshold { bin.min(-1) } else { bin.max(0) }
 }
 
-/// The lower end of a bin.
+/// Returns the lower end of a bin.
 pub(super) fn edge(bin: i32, threshold: f64) -> f64 {
     threshold * 10f64.powf(f64::from(bin) / PER_DECADE)
 }
 
-/// The number of variances in every bin that has some, ascending.
+/// Returns the number of variances in every bin that is not empty, in ascending order.
 pub(super) fn bins(values: &[f32], threshold: f64) -> BTreeMap<i32, usize> {
     let mut bins = BTreeMap::new();
     for &value in values {
@@ -64,7 +64,7 @@ impl Picture for Chart<'_> {
         let (first, last) = (used().min().unwrap_or(0).min(-4), used().max().unwrap_or(0).max(0) + 1);
         let height = |bin: f64| bottom - (bottom - top) * (bin - f64::from(first)) / f64::from(last - first);
 
-        // Lines at powers of ten, which need not be edges of bins.
+        // The lines are at powers of ten, which need not be edges of bins.
         let exponent = |bin: i32| edge(bin, tau).log10();
         let (from, to) = (exponent(first).ceil() as i32, exponent(last).floor() as i32);
         let step = 1 + (to - from) / 12;
@@ -89,7 +89,7 @@ impl Picture for Chart<'_> {
             let x = left + wide * i as f64;
             let most = bins.values().copied().max().unwrap_or(1) as f64;
             for (&bin, &count) in bins {
-                // A single filter is to be seen beside hundreds.
+                // A single filter must be visible next to hundreds.
                 let long = (0.9 * wide * count as f64 / most).max(3.0);
                 let colour = if bin < 0 { ALARM } else { colour(kind(&layer.layer)) };
                 let (upper, lower) = (height(f64::from(bin + 1)), height(f64::from(bin)));
@@ -120,7 +120,7 @@ impl Chart<'_> {
         let mut entry = |label: &str, colour: RGBColor| {
             canvas.rectangle((x, y - 12.0), (x + 15.0, y + 2.0), colour)?;
             canvas.text(label, (x + 22.0, y), &style)?;
-            x += 22.0 + style.width(label) * 1.08 + 26.0; // some room for wider fonts
+            x += 22.0 + style.width(label) * 1.08 + 26.0; // room for wider fonts
             Drawn::Ok(())
         };
         let mut kinds: Vec<&str> = Vec::new();
@@ -137,7 +137,7 @@ impl Chart<'_> {
         entry(&format!("below τ = {:.0e}: {low} of {filters} filters", self.caption.threshold), ALARM)
     }
 
-    /// A mark at every change of the block, and its number below.
+    /// Draws a line at every change of the block, and the block's number below.
     fn blocks<DB: DrawingBackend>(
         &self,
         canvas: &Canvas<DB>,
@@ -161,12 +161,12 @@ impl Chart<'_> {
     }
 }
 
-/// The part of a layer's name that says what it is.
+/// Returns the part of a layer's name that is its kind.
 fn kind(layer: &str) -> &str {
     layer.rsplit('.').next().unwrap_or(layer)
 }
 
-/// The part of a layer's name that its block shares.
+/// Returns the part of a layer's name that is its block.
 fn block(layer: &str) -> &str {
     layer.rsplit_once('.').map_or(layer, |(block, _)| block)
 }

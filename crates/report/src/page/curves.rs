@@ -1,4 +1,4 @@
-//! Loss and accuracy by epoch of every stage that trained.
+//! Loss and accuracy by epoch for every stage that trained.
 
 use std::collections::BTreeMap;
 
@@ -10,10 +10,10 @@ use crate::scale::round_range;
 use crate::stage::{Epoch, StageRecord, trace};
 use crate::text::{Cell, Column, Table};
 
-/// The seeds of one kind of stage.
+/// The seeds of one kind of stage, with their epochs.
 type Seeds<'a> = Vec<(u64, &'a [Epoch])>;
 
-/// What the lines mean.
+/// Renders the explanation of the lines.
 pub(super) fn legend() -> Markup {
     html! {
         p.legend {
@@ -29,7 +29,8 @@ pub(super) fn legend() -> Markup {
     }
 }
 
-/// A drawing for each kind of stage that trained for several epochs, and a table of those that trained for one.
+/// Renders a drawing for each kind of stage that trained for several epochs, and a table of the
+/// stages that trained for one epoch.
 pub(super) fn of(stages: &[StageRecord]) -> Markup {
     let mut kinds: BTreeMap<(String, usize, String), Seeds> = BTreeMap::new();
     for traced in trace(stages) {
@@ -114,7 +115,8 @@ fn drawing(what: &str, seeds: &Seeds) -> Markup {
     }
 }
 
-/// One quantity over the epochs, in training and on the test set; from `lowest`, or from what the values need.
+/// Draws one quantity over the epochs, in training and on the test set. The axis begins at
+/// `lowest`, or else near the lowest value.
 fn panel(
     top: f64,
     title: &str,
@@ -160,7 +162,7 @@ fn panel(
     }
 }
 
-/// Parts without gaps: what is not a number divides them.
+/// Splits points into runs without gaps. A value that is not finite ends a run.
 fn runs(points: impl Iterator<Item = (usize, f64)>) -> Vec<Vec<(usize, f64)>> {
     let mut runs = vec![Vec::new()];
     for (epoch, value) in points {
@@ -189,7 +191,8 @@ mod tests {
     fn every_seed_is_a_line() {
         let stages = [pruned(0, (50.0, 49.0), &[]), pruned(1, (51.0, 50.0), &[])].concat();
         let text = of(&stages).into_string();
-        // Both seeds' training loss and accuracy, and their test accuracy; their test loss is not a number.
+        // Each seed has a line for training loss, training accuracy and test accuracy; the test
+        // loss is NaN.
         assert_eq!(
             (text.matches("<polyline class=\"train\"").count(), text.matches("<figure").count()),
             (4, 1)
@@ -199,7 +202,7 @@ mod tests {
             text.contains("MobileNetV2 ×0.25") && text.contains("seed 1: test loss NaN, top-1 24.00 %"),
             "{text}"
         );
-        // Where it was taken, the share of low-variance filters is drawn below.
+        // If it was measured, the share of low-variance filters is drawn below.
         assert!(text.contains("viewBox=\"0 0 300 246\"") && !text.contains("V &lt; ε"), "{text}");
         let mut low = stages.clone();
         low[0].metrics.iter_mut().zip([0.0, 12.5]).for_each(|(of, low)| of.low_variance_percent = low);

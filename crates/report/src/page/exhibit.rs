@@ -1,4 +1,4 @@
-//! Pictures and sheets of numbers that were found beside each other in a folder of results.
+//! Pictures and CSV tables that were found together in a folder of results.
 
 use maud::{Markup, PreEscaped, html};
 
@@ -6,29 +6,29 @@ use super::table_html;
 use crate::canvas;
 use crate::text::{Cell, Table};
 
-/// What a folder of results holds besides what is read row by row.
+/// The contents of a folder of results, except those that are read row by row.
 #[derive(Clone, Debug, Default)]
 pub struct Exhibit {
     /// The heading.
     pub title: String,
-    /// Every file that a reader may open, by its path from the page.
+    /// The files that a reader may open, by their paths relative to the page.
     pub files: Vec<String>,
-    /// Pictures: path from the page, and the SVG file's text.
+    /// The pictures: the path relative to the page, and the text of the SVG file.
     pub drawings: Vec<(String, String)>,
-    /// Sheets of numbers: path from the page, and the lines of the CSV file, the head first.
+    /// The CSV tables: the path relative to the page, and the lines with the heading first.
     pub tables: Vec<(String, Vec<Vec<String>>)>,
 }
 
-/// A sheet of more lines than this is not opened at once; of more than the second, not shown at all.
+/// The numbers of lines above which a table is collapsed, and above which it is not shown.
 const LONG: (usize, usize) = (40, 400);
 
 impl Exhibit {
-    /// Whether there is nothing in it.
+    /// Returns whether the exhibit is empty.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty() && self.drawings.is_empty() && self.tables.is_empty()
     }
 
-    /// The pictures, inline; `description` says what they show where their own texts do not.
+    /// Renders the pictures inline. `description` adds what their own texts do not say.
     pub(super) fn pictures(&self, description: Option<&str>) -> Markup {
         html! {
             @for (path, text) in &self.drawings {
@@ -49,7 +49,7 @@ impl Exhibit {
         }
     }
 
-    /// The sheets: short ones open, longer ones to be opened, the longest in their files only.
+    /// Renders the CSV tables: short ones open, longer ones collapsed. The longest are left out.
     pub(super) fn sheets(&self) -> Markup {
         let sheet = |lines: &[Vec<String>]| {
             let mut lines = lines.iter();
@@ -78,7 +78,7 @@ impl Exhibit {
         }
     }
 
-    /// Links to the files.
+    /// Renders links to the files.
     pub(super) fn links(&self) -> Markup {
         html! {
             @if !self.files.is_empty() {
@@ -90,13 +90,13 @@ impl Exhibit {
     }
 }
 
-/// "figure3/reduced/low_variance.svg" is "low variance".
+/// Returns a title from a file's path: "low variance" for "figure3/reduced/low_variance.svg".
 fn name(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.rsplit_once('.').map_or(file, |(stem, _)| stem).replace(['_', '-'], " ")
 }
 
-/// Four significant figures of what has more of them.
+/// Shortens a number with more significant figures to four of them.
 fn shortened(cell: &str) -> String {
     let long = cell.len() > 7 && cell.contains('.');
     match cell.parse::<f64>() {
@@ -111,7 +111,7 @@ fn shortened(cell: &str) -> String {
     }
 }
 
-/// The first text in a picture, which is its title, unescaped.
+/// Returns the first text in a picture, unescaped. It is the picture's title.
 fn first_text(svg: &str) -> Option<String> {
     let (_, rest) = svg.split_once("<text")?;
     let (text, _) = rest.split_once('>')?.1.split_once("</text>")?;
@@ -123,12 +123,14 @@ fn first_text(svg: &str) -> Option<String> {
     Some(marks.iter().fold(text.to_string(), |text, (from, to)| text.replace(from, to)))
 }
 
-/// The SVG element of a file with a text alternative, in the page's colours; none where it is not a plain picture.
+/// Returns the SVG element of a file with a text alternative and the page's colours.
+///
+/// The result is `None` if there is no SVG element, or if it contains anything active.
 fn inline(text: &str, label: &str) -> Option<String> {
     let start = text.find("<svg")?;
     let end = text.rfind("</svg>")? + "</svg>".len();
     let svg = text.get(start..end)?;
-    // What could run or fetch something is not taken into the page.
+    // Elements that could execute or load something must not get into the page.
     let names = ["script", "foreignObject", "image", "style", "iframe", "!", "?"];
     let active = |tag: &str| {
         let attributes = [" on", "\non", "href=", "url("].iter().any(|part| tag.contains(part));

@@ -1,4 +1,4 @@
-//! Claims with their verdicts: the summary, and the evidence for each.
+//! Claims with their verdicts: the summary and the evidence for each claim.
 
 use maud::{Markup, html};
 
@@ -13,12 +13,12 @@ pub(super) struct Judged<'a> {
     pub(super) by_profile: Vec<(&'a str, Vec<Comparison>)>,
 }
 
-/// What follows from all comparisons.
+/// Returns the verdict on a claim from all its comparisons.
 pub(super) fn verdict(comparisons: &[Comparison]) -> Verdict {
     Verdict::all(&comparisons.iter().map(|of| of.verdict).collect::<Vec<_>>())
 }
 
-/// A verdict, told by a sign and by words as well as by colour.
+/// Renders a verdict by a sign and words in addition to colour.
 pub(super) fn badge(verdict: Verdict) -> Markup {
     let (class, sign) = match verdict {
         Verdict::Holds => ("holds", "✓"),
@@ -29,7 +29,7 @@ pub(super) fn badge(verdict: Verdict) -> Markup {
     html! { span.verdict.(class) { span aria-hidden="true" { (sign) " " } (verdict.label()) } }
 }
 
-/// How many comparisons there are of each verdict, where there are several.
+/// Returns the number of comparisons with each verdict as text; empty for fewer than two.
 fn counts(comparisons: &[Comparison]) -> String {
     let all = [Verdict::Holds, Verdict::Fails, Verdict::NotDecided, Verdict::NotRun];
     let count = |verdict: Verdict| comparisons.iter().filter(|of| of.verdict == verdict).count();
@@ -51,7 +51,7 @@ fn source(claim: &Claim) -> String {
     claim.table.as_deref().map_or("First pruning".into(), table_label)
 }
 
-/// All claims at a glance.
+/// Renders a summary of all claims.
 pub(super) fn summary(judged: &[Judged], profiles: &[&str]) -> Markup {
     let tally = |profile: &str, verdict: Verdict| {
         let of = |judged: &&Judged| {
@@ -110,7 +110,7 @@ pub(super) fn summary(judged: &[Judged], profiles: &[&str]) -> Markup {
     }
 }
 
-/// The claims about one table, with links to their evidence.
+/// Renders the claims about one table, with links to their evidence.
 pub(super) fn links(judged: &[Judged], table: &str) -> Markup {
     let about: Vec<_> = judged.iter().filter(|of| of.claim.table.as_deref() == Some(table)).collect();
     html! {
@@ -130,7 +130,7 @@ pub(super) fn links(judged: &[Judged], table: &str) -> Markup {
     }
 }
 
-/// Every claim with all of its comparisons.
+/// Renders every claim with all its comparisons.
 pub(super) fn evidence(judged: &[Judged]) -> Markup {
     html! {
         p { (explanation()) }
@@ -149,7 +149,7 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
     let all: Vec<&Comparison> = by_profile.iter().flat_map(|(_, of)| of).collect();
     let scale = Scale::of(&all);
     let number = |value: f64| if claim.signed() { signed(value) } else { format!("{value:.2}") };
-    // Without any run the paper's figures are shown all the same.
+    // Without any run, the paper's figures are still shown.
     let nothing = [("–", claim.judge(&[], &[]))];
     let shown: &[(&str, Vec<Comparison>)] = if by_profile.is_empty() { &nothing } else { by_profile };
     let several = shown.len() > 1;
@@ -220,12 +220,12 @@ fn p_value(value: f64) -> String {
     if value < 0.001 { "< 0.001".into() } else { format!("{value:.3}") }
 }
 
-/// What an undecided comparison would take.
+/// Says how many more values an undecided comparison would need.
 fn needs(of: &Comparison) -> Option<String> {
     let estimate = of.estimate.filter(|_| of.verdict == Verdict::NotDecided)?;
     Some(match (of.needed, estimate.count) {
         (Some(needed), count) if needed > count => format!("{needed} values like these would decide it"),
-        // The correction for several comparisons is the larger, the more of the others are decided.
+        // `needed` uses Bonferroni's level, stricter than Holm's, so only rounding leads here.
         (Some(_), _) => "one value more would decide it".into(),
         (None, 1) => "a second value is needed for an interval".into(),
         (None, _) => format!("more than {MOST_NEEDED} values like these would be needed"),
@@ -241,7 +241,7 @@ fn interval_of(claim: &Claim) -> impl Fn((f64, f64)) -> String {
     }
 }
 
-/// What the drawings of one claim have in common.
+/// The horizontal scale that the drawings of one claim share.
 struct Scale {
     low: f64,
     high: f64,
@@ -251,7 +251,7 @@ const WIDE: f64 = 130.0;
 const HIGH: f64 = 18.0;
 
 impl Scale {
-    /// From the lowest to the highest of what is drawn.
+    /// Returns a scale from the lowest to the highest value that is drawn.
     fn of(comparisons: &[&Comparison]) -> Self {
         let values = comparisons.iter().flat_map(|of| {
             let ours = of.estimate.iter().flat_map(|of| {
@@ -269,7 +269,7 @@ impl Scale {
         Self { low: low - margin, high: high + margin }
     }
 
-    /// The place of a value; what is beyond the scale is at its end.
+    /// Returns the position of a value. A value beyond the scale is placed at its end.
     fn x(&self, value: f64) -> f64 {
         WIDE * ((value.clamp(self.low, self.high) - self.low) / (self.high - self.low))
     }

@@ -1,4 +1,4 @@
-//! How the page looks.
+//! The style of the page.
 
 /// The style sheet.
 pub(super) const CSS: &str = include_str!("style.css");
@@ -8,7 +8,7 @@ mod tests {
     use super::CSS;
     use std::collections::BTreeMap;
 
-    /// The colours of the first block of variables after `start`.
+    /// Returns the colours of the first block of variables after `start`.
     fn palette(start: &str) -> BTreeMap<&'static str, [f64; 3]> {
         let block = CSS.split_once(start).unwrap().1.split_once('}').unwrap().0;
         let of = |line: &'static str| {
@@ -20,7 +20,7 @@ mod tests {
         block.split(';').filter_map(of).collect()
     }
 
-    /// The contrast of two colours as WCAG 2 defines it.
+    /// Returns the contrast of two colours as defined by WCAG 2.
     fn contrast(a: [f64; 3], b: [f64; 3]) -> f64 {
         let light = |colour: [f64; 3]| {
             let part = |c: f64| if c <= 0.04045 { c / 12.92 } else { ((c + 0.055) / 1.055).powf(2.4) };
@@ -46,7 +46,7 @@ mod tests {
             for kind in ["holds", "fails", "undecided", "missing", "alarm"] {
                 check(kind, &format!("{kind}-back"), 4.5);
             }
-            // Lines and dots.
+            // Lines and dots need less contrast than text.
             for drawn in ["test", "train", "ink", "soft"] {
                 check(drawn, "card", 3.0);
                 check(drawn, "shade", 3.0);

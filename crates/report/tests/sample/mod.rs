@@ -1,8 +1,8 @@
-//! A row for tests to change.
+//! A sample row that tests modify.
 
 use report::Row;
 
-/// MobileNetV2 of Table 3, ours at 4 bits, without the paper's figures.
+/// Returns a row of Table 3: MobileNetV2, ours at 4 bits, without the paper's figures.
 pub fn row() -> Row {
     Row {
         table: "table3".into(),

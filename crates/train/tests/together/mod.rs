@@ -1,18 +1,19 @@
-//! Several ranks, threads here, train one network together.
+//! Several ranks, here threads, train one network together.
 
 use super::*;
 use ranks::{Ranks, threads};
 use train::{dismiss, follow};
 
-/// Steps of the runs that are compared with those of one process: few, as rounding grows from step to step.
+/// The number of steps of runs that are compared with one process. It is small because rounding
+/// errors grow from step to step.
 const STEPS: usize = 5;
 
-/// One epoch.
+/// Returns settings for one epoch.
 fn short() -> Training {
     Training { warmup_epochs: 0.0, cosine_epochs: 1.0, ..training() }
 }
 
-/// A run by so many ranks.
+/// Trains with `size` ranks.
 fn run_together(
     size: usize,
     network: Network,
@@ -25,7 +26,7 @@ fn run_together(
     let first = all.next().unwrap();
     std::thread::scope(|scope| {
         for rank in all {
-            // The others would wait for one that has failed.
+            // A rank that fails would leave the other ranks waiting.
             scope.spawn(move || {
                 if let Err(error) = follow(&rank, data, &Device::Cpu) {
                     eprintln!("{rank:?}: {error}");
@@ -49,8 +50,10 @@ fn whole_run_together(
     run_together(size, network, data, training, tempfile::tempdir().unwrap().path(), None).unwrap()
 }
 
-/// The largest difference of a tensor's elements, over the root mean square of its elements, or over that of small weights
-/// where these are smaller: the means behind a normalization are 0 but for rounding. The worst of all tensors.
+/// Returns the largest difference between two networks' elements, and the name of its tensor.
+///
+/// Differences are relative to the root mean square of the tensor, or to 0.01 if that is larger:
+/// the means of units whose inputs are normalized are 0 except for rounding.
 fn difference(found: &Network, expected: &Network) -> (f64, String) {
     let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let of = |((name, found), (_, expected)): ((String, &Tensor), (String, &Tensor))| {
@@ -63,9 +66,10 @@ fn difference(found: &Network, expected: &Network) -> (f64, String) {
     all.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap()
 }
 
-/// With statistics of all images two and three ranks, of which one has 2 and two have 3 of 8 images, train what one process
-/// trains, but for the order in which gradients and statistics are added up. Rounding is 6e-8 of each sum, and grows from step
-/// to step, as normalization divides by small deviations: to 5e-6 here, on every machine.
+/// With statistics over all images, two and three ranks (4 and 4, or 2, 3 and 3 of 8 images) train
+/// the same network as one process, except for the order in which gradients and statistics are
+/// summed. The relative rounding error of a sum is 6e-8. It grows from step to step because
+/// normalization divides by small deviations, and reaches 5e-6 here on every machine.
 #[test]
 fn with_common_statistics_ranks_train_what_one_process_trains() {
     let data = data(BATCH * STEPS, 50);
@@ -82,7 +86,8 @@ fn with_common_statistics_ranks_train_what_one_process_trains() {
             assert!(worst < TOLERANCE, "{size} ranks: {worst:.1e} in {place}");
             let (found, expected) = (found.metrics[0], one.metrics[0]);
             assert!((found.train_loss - expected.train_loss).abs() < TOLERANCE, "{found:?}, {expected:?}");
-            // Without them each rank normalizes by its own images, which shows.
+            // Without common statistics each rank normalizes by its own images, which makes a
+            // visible difference.
             let own = whole_run_together(size, network(), &data, &alone);
             let (least, _) = difference(&own.network, &one.network);
             assert!(least > 100.0 * TOLERANCE, "{size} ranks with statistics of their own: {least:.1e}");
@@ -90,8 +95,8 @@ fn with_common_statistics_ranks_train_what_one_process_trains() {
     }
 }
 
-/// A run that is interrupted after every epoch gives the bits of one that is not, and is gone on with by another number of
-/// ranks.
+/// A run that is interrupted after every epoch gives the same bits as one that is not, and a run
+/// can be resumed by another number of ranks.
 #[test]
 fn a_run_in_pieces_is_gone_on_with_by_any_number_of_ranks() {
     let data = data(TRAIN / 2, 50);
@@ -121,8 +126,8 @@ fn a_run_in_pieces_is_gone_on_with_by_any_number_of_ranks() {
     }
 }
 
-/// Ranks see other images first, by which learned quantizers start; they train the same network even so, which is checked after
-/// every epoch.
+/// Learned quantizers are initialized from the first images, which differ between ranks. The ranks
+/// still train the same network, which is checked after every epoch.
 #[test]
 fn learned_quantizers_are_the_same_on_all_ranks() {
     for method in ["lsq", "pact", "dsq"] {
@@ -149,7 +154,7 @@ fn ranks_with_other_data_are_refused() {
     let [theirs, ours] = [data(BATCH * STEPS, 50), data(BATCH * STEPS, 49)];
     let mut all = threads(2).into_iter();
     let (first, second) = (all.next().unwrap(), all.next().unwrap());
-    // It waits for the other rank until this process ends.
+    // This thread waits for the other rank until the process ends.
     std::thread::spawn(move || {
         let (folder, training) = (tempfile::tempdir().unwrap(), short());
         let run = TrainingRun { ranks: Some(&first), ..the_run(&theirs, &training, folder.path()) };
