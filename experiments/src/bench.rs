@@ -32,14 +32,16 @@ use worker::{Hello, Ran, Ready, Run, Settings, Setup, Traffic, Worker};
 
 /// Flags of the benchmark beside PyTorch.
 #[derive(Debug, Clone, Parser)]
-#[command(version, about = "Measures training, evaluation and single operations beside PyTorch")]
+#[command(version, about = "Measures training, evaluation and single operations, compared with PyTorch")]
 struct Flags {
-    /// Where it is measured: cpu, cuda or cuda:N
+    /// Device: cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
 
-    /// How it is computed: f32, bf16 (ours stores feature maps so, PyTorch runs under autocast on a CPU), or on a GPU tf32
-    /// (products round their operands to 10 bits). f32 if not given, and on a CPU that has instructions for it bf16 too
+    /// Arithmetic (tf32 only on a GPU); if not given, f32, and also bf16 on a CPU that has
+    /// instructions for it
+    ///
+    /// In bf16, ours stores feature maps in bfloat16, and PyTorch runs under autocast on a CPU.
     #[arg(long, value_enum, value_name = "KIND")]
     arithmetic: Option<Arithmetic>,
 
@@ -47,35 +49,38 @@ struct Flags {
     #[arg(long)]
     cuda_graphs: bool,
 
-    /// A Python interpreter that has torch; without it, PyTorch is installed in the target folder
+    /// Python interpreter that has torch; if not given, PyTorch is installed in the target folder
     #[arg(long, value_name = "FILE")]
     python: Option<PathBuf>,
 
-    /// Threads that every implementation computes with; all cores if not given
+    /// Number of threads of every implementation; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
-    /// How often every implementation has its turn
+    /// Number of turns of every implementation
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
     rounds: u16,
 
-    /// How long a turn takes, at least one step
+    /// Duration of a turn, which has at least one step
     #[arg(long, value_name = "SECONDS", default_value_t = 0.5)]
     seconds: f64,
 
-    /// Images a step of the networks, e.g. 64,128; torch.compile, and the operations, are measured at the first
-    /// only. 64 if not given, 128 on a GPU
+    /// Batch sizes of the networks, e.g. 64,128; if not given, 64, or 128 on a GPU
+    ///
+    /// torch.compile and the single operations are measured only at the first size.
     #[arg(long, value_name = "SIZES", value_delimiter = ',',
           value_parser = clap::value_parser!(u16).range(2..=4096))]
     batches: Vec<u16>,
 
-    /// PyTorch's modes to measure beside ours: eager, channels_last, compile; or none, which needs no Python
+    /// Modes of PyTorch to compare with; none needs no Python
     #[arg(long, value_name = "MODES", value_delimiter = ',', value_parser = MODES,
           default_value = "eager,channels_last,compile")]
     modes: Vec<String>,
 
-    /// Measure these cases only, e.g. mobilenet_v2,1.0,64,train,a4w4 or depthwise: a case is measured if it
-    /// fits a term of every kind given (network, width, batch, bits, what). Nothing is written without --out
+    /// Measure only these cases, e.g. mobilenet_v2,1.0,64,train,a4w4 or depthwise
+    ///
+    /// A case is measured if it matches a term of every kind that is given (network, width, batch,
+    /// what, bits, arithmetic). Nothing is written without --out.
     #[arg(long, value_name = "TERMS", value_delimiter = ',')]
     only: Vec<String>,
 
@@ -83,7 +88,7 @@ struct Flags {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 
-    /// Do what is asked on stdin
+    /// Answer requests from standard input
     #[arg(long, hide = true)]
     worker: bool,
 }
@@ -292,14 +297,14 @@ impl Bench {
             format!("{} can't run PyTorch; install torch there, or leave --python out", python.display())
         })?;
         if threads != self.threads {
-            bail!("PyTorch computes with {threads} threads, not with {}", self.threads);
+            bail!("PyTorch computes with {threads} threads: expected {}", self.threads);
         }
         Ok(Some(version))
     }
 
     fn start(&self, implementation: &Implementation) -> Result<Worker> {
         let logs = pytorch::target()?.join("bench-logs");
-        std::fs::create_dir_all(&logs).with_context(|| format!("{} could not be made", logs.display()))?;
+        std::fs::create_dir_all(&logs).with_context(|| format!("{} could not be created", logs.display()))?;
         let command = match (pytorch::flags(implementation.id, self.place), &self.python) {
             (Some(flags), Some(python)) => pytorch::worker(python, &logs, flags, &self.device, self.threads)?,
             _ => {

@@ -15,7 +15,7 @@ pub(crate) fn line() -> String {
 
 /// Returns the path of this program and its flags, without those that ask for a plan.
 pub(crate) fn without_plan() -> Result<Vec<String>> {
-    let program = std::env::current_exe().context("the path of this program is not known")?;
+    let program = std::env::current_exe().context("the path of this program could not be determined")?;
     let mut command = vec![program.display().to_string()];
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {

@@ -19,7 +19,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
     match Wanted::parse(wanted)? {
         Wanted::Cpu => Ok(cpu()),
         Wanted::Auto if cfg!(feature = "cuda") => gpu(None).or_else(|problem| {
-            output::tell(&format!("device: the CPU, as {}", one_line(&problem)));
+            output::tell(&format!("device: the CPU, because {}", one_line(&problem)));
             Ok(cpu())
         }),
         Wanted::Auto => Ok(cpu()),
@@ -33,7 +33,7 @@ pub fn open(wanted: &str) -> Result<(Device, String)> {
 /// If the flag is given for a CPU.
 pub fn allow_graphs(device: &Device, wanted: bool) -> Result<bool> {
     if wanted && device.is_cpu() {
-        bail!("--cuda-graphs is for GPUs, and this runs on the CPU: leave it out, or use --device cuda");
+        bail!("--cuda-graphs is for GPUs, but this runs on the CPU: leave it out, or use --device cuda");
     }
     Ok(wanted)
 }
@@ -42,13 +42,14 @@ pub fn allow_graphs(device: &Device, wanted: bool) -> Result<bool> {
 /// ([`train::Arithmetic`]). Parameters and all statistics are float32 in each of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Arithmetic {
-    /// In float32.
+    /// Everything is in float32.
     #[default]
     F32,
-    /// On a GPU products round the significands of their operands to 10 bits, which tensor cores multiply.
+    /// On a GPU, products round the significands of their operands to 10 bits, and tensor cores
+    /// multiply them.
     Tf32,
-    /// Feature maps and their gradients are stored in bfloat16, which products round their operands to: half of the memory
-    /// traffic.
+    /// Feature maps and their gradients are stored in bfloat16, and products round their operands
+    /// to it: half of the memory traffic.
     Bf16,
 }
 
@@ -65,7 +66,7 @@ impl Arithmetic {
     /// If TF32 is requested on a CPU.
     pub fn set(self, device: &Device, name: String) -> Result<(train::Arithmetic, String)> {
         if device.is_cpu() && self == Self::Tf32 {
-            bail!("--arithmetic tf32 is for GPUs, and this runs on {name}: expected f32 or bf16");
+            bail!("--arithmetic tf32 is for GPUs, but this runs on {name}: expected f32 or bf16");
         }
         Ok(match self {
             Self::F32 => (train::Arithmetic::F32, name),
@@ -98,7 +99,7 @@ impl Wanted {
             ("cpu", _) => Self::Cpu,
             ("cuda", _) => Self::Gpu(None),
             (_, number @ Some(_)) => Self::Gpu(number),
-            _ => bail!("--device {text} is unknown: expected auto, cpu, cuda or cuda:N, N from 0"),
+            _ => bail!("--device {text} is unknown: expected auto, cpu, cuda or cuda:N with N from 0"),
         })
     }
 }
@@ -120,7 +121,8 @@ fn processor() -> String {
 #[cfg(not(feature = "cuda"))]
 fn gpu(_number: Option<usize>) -> Result<(Device, String)> {
     bail!(
-        "this program was built for the CPU alone; build it with `just cuda-build` (docs/cuda.md), or use --device cpu"
+        "this program was built for the CPU only; build it with `just cuda-build` (docs/cuda.md), or use \
+         --device cpu"
     )
 }
 
@@ -131,7 +133,7 @@ fn gpu(number: Option<usize>) -> Result<(Device, String)> {
     let count = CudaContext::device_count();
     let number = number.unwrap_or_else(|| own(count.as_ref().map_or(0, |count| *count as usize)));
     let found = match count {
-        Ok(0) => bail!("the driver answers and has no GPU; see `nvidia-smi`, or use --device cpu"),
+        Ok(0) => bail!("the driver answers but has no GPU; see `nvidia-smi`, or use --device cpu"),
         Ok(count) if number < count as usize => CudaContext::new(number),
         Ok(count) => bail!("there is no GPU {number}: there are {count}, numbered from 0"),
         Err(problem) => Err(problem),
@@ -147,8 +149,9 @@ fn gpu(number: Option<usize>) -> Result<(Device, String)> {
     kernels::memory::keep_gpu_memory(&context);
     let device = works(number).with_context(|| {
         format!(
-            "{name} can't run this program's kernels, which were built for compute capability {}; build it for this \
-             GPU with `CUDA_COMPUTE_CAP={major}{minor} just cuda-build`, or use --device cpu",
+            "{name} can't run this program's kernels, which were built for compute capability {}; build \
+             the program for this GPU with `CUDA_COMPUTE_CAP={major}{minor} just cuda-build`, or use \
+             --device cpu",
             env!("PFQ_COMPUTE_CAP")
         )
     })?;
@@ -172,7 +175,7 @@ fn works(number: usize) -> Result<Device> {
     let ones = candle_core::Tensor::ones(1000, candle_core::DType::F32, &device)?;
     let sum = (ones.affine(2.0, 1.0)?.sum_all()?).to_scalar::<f32>()?;
     if sum != 3000.0 {
-        bail!("a sum of 3000 came out as {sum}");
+        bail!("a test sum came out as {sum}: expected 3000");
     }
     Ok(device)
 }

@@ -26,9 +26,9 @@ const MODELS: [ModelName; 2] = [ModelName::MobilenetV1, ModelName::MobilenetV2];
 
 /// Runs the figure's binary: parses the flags, pre-trains missing networks, writes the pictures.
 pub fn main() -> Result<()> {
-    let about = "Draws Figure 3 of the PfQ paper from the pre-trained networks, which are trained if they are not in \
-                 the store: what filters of low and of ordinary running variance give, and the running variances of \
-                 every layer";
+    let about = "Draws Figure 3 of the PfQ paper from the pre-trained networks, which are trained if they \
+                 are not in the store: the outputs of filters with low and with ordinary running variance, \
+                 and the running variances of every layer";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
     let models = subjects(&flags)?;
     session::main(&flags, false, |session| run(&models, session, &flags))
@@ -42,7 +42,7 @@ pub(crate) fn subjects(flags: &Flags) -> Result<Vec<ModelName>> {
     let picks = |model: &ModelName| only.picks("", model.version().name(), (32, 32), "");
     let models: Vec<ModelName> = MODELS.into_iter().filter(picks).collect();
     if models.is_empty() {
-        bail!("--only {} picks no network; expected {}", flags.only.join(","), names.join(" or "));
+        bail!("--only {} picks no network: expected {}", flags.only.join(","), names.join(" or "));
     }
     Ok(models)
 }

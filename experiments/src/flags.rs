@@ -15,11 +15,15 @@ pub const TIME_LIMIT: i32 = 75;
 #[derive(Debug, Clone, Parser)]
 #[command(
     version,
-    about = "Runs the stages of a table of the PfQ paper and writes it beside the published one"
+    about = "Runs the stages of a table of the PfQ paper, and writes the table next to the published figures"
 )]
 pub struct Flags {
-    /// Settings to use: quick (about five minutes on 2 cores), reduced (the real CIFAR-100 with narrow
-    /// networks, hours), full (the full networks, a day), paper (these by the paper's settings) or imagenet (those on ImageNet-1000, for table4); paper on a GPU and quick on a CPU if not given
+    /// Settings: quick, reduced, full, paper or imagenet; if not given, paper on a GPU and quick on
+    /// a CPU
+    ///
+    /// quick takes about five minutes on 2 cores; reduced is the real CIFAR-100 with narrow
+    /// networks and takes hours; full has the full networks and takes a day; paper has the full
+    /// networks with the paper's settings; imagenet is the same on ImageNet-1000, for table4.
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub profile: Option<String>,
 
@@ -27,22 +31,28 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a
-    /// folder with the official files. ImageNet, in profile imagenet: auto ($PFQ_IMAGENET, ./imagenet), hub, or a
-    /// folder with class folders, the official archives or the hub's tables
+    /// Images: auto, hub, a folder, or, for CIFAR-100, synthetic
+    ///
+    /// CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, otherwise synthetic), synthetic,
+    /// hub, or a folder with the official files. ImageNet, which profile imagenet uses: auto
+    /// ($PFQ_IMAGENET, ./imagenet), hub, or a folder with class folders, the official archives or
+    /// the hub's tables.
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub data: String,
 
-    /// Folder of a cache of ImageNet's pictures, decoded and shrunk to a shorter side of 256, which is made where it is not there
-    /// (358 GB for all) and read instead of the pictures. Training crops then show less detail, so these are other data
+    /// Folder of a cache of decoded and shrunk ImageNet pictures; created if missing
+    ///
+    /// The pictures are shrunk to a shorter side of 256 (358 GB for all of them), and the cache is
+    /// read instead of the pictures. Training crops then show less detail, so this is another data
+    /// set.
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
 
-    /// Of ImageNet take these classes only: a number (the first so many) or names divided by commas
+    /// Use only these classes of ImageNet: N (the first N), or names separated by commas
     #[arg(long, value_name = "CLASSES")]
     pub classes: Option<ClassChoice>,
 
-    /// Of ImageNet take so many training and so many test images at most, e.g. 1000 or 50/class
+    /// Use at most this many training and test images of ImageNet, e.g. 1000 or 50/class
     #[arg(long, value_name = "IMAGES")]
     pub limit: Option<Limit>,
 
@@ -50,35 +60,44 @@ pub struct Flags {
     #[command(flatten)]
     pub running: Running,
 
-    /// Seeds of the fine-tuning, e.g. 0,1,2; the profile's if not given
+    /// Seeds of the fine-tuning, e.g. 0,1,2; those of the profile if not given
     #[arg(long, value_name = "SEEDS", value_delimiter = ',')]
     pub seeds: Option<Vec<u64>>,
 
-    /// Run these rows only, e.g. mobilenet_v2,a4w4,ours: a row runs if it fits a term of every kind given
-    /// (model, bits, method; of a program with several tables also the table, e.g. ablation_fold)
+    /// Run only these rows, e.g. mobilenet_v2,a4w4,ours
+    ///
+    /// A term is a model, bits or a method; if the program has several tables, also a table, e.g.
+    /// ablation_fold. A row is run if it matches a term of every kind that is given.
     #[arg(long, value_name = "TERMS", value_delimiter = ',')]
     pub only: Vec<String>,
 
-    /// Print the stages, which of them are done and an estimate of the time left, and run nothing
+    /// Print the stages, which of them are done, and an estimate of the time left; run nothing
     #[arg(long)]
     pub plan: bool,
 
-    /// How the plan is printed: as text, or as a script that submits it to Slurm
+    /// Format of the plan: text, or a script that submits the stages to Slurm
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t, requires = "plan")]
     pub format: PlanFormat,
 
-    /// Run the stage with this key only, and what it needs, and write no results: a job of a cluster. --plan shows the keys. A
-    /// stage whose network is published is run all the same, and compared with it
+    /// Run only the stage with this key and the stages that it needs, and write no results, as a
+    /// job of a cluster does
+    ///
+    /// --plan shows the keys. A stage whose network is published is run too, and its network is
+    /// compared with the published one.
     #[arg(long, value_name = "KEY", conflicts_with = "plan")]
     pub stage: Option<String>,
 
-    /// Run nothing, and copy the networks of the rows that are done from the store to networks/PROFILE/ in the folder for the
-    /// results, beside those of other rows there: at all bits that of ours and the best baseline's, and the float and the pruned
-    /// one
+    /// Copy networks of finished rows to networks/PROFILE/ in the folder for the results, and run
+    /// nothing
+    ///
+    /// For each bit width these are our network and that of the best baseline, together with the
+    /// float and the pruned network. They come from the store. Networks of other rows that are there
+    /// already stay.
     #[arg(long, conflicts_with_all = ["plan", "stage"])]
     pub publish: bool,
 
-    /// Folder for the results; stages of networks that are published in networks/PROFILE/ there count as done
+    /// Folder for the results; stages whose networks are published in networks/PROFILE/ there count
+    /// as done
     #[arg(long, value_name = "DIR", default_value = "results")]
     pub out: PathBuf,
 }
@@ -86,21 +105,25 @@ pub struct Flags {
 /// Where and how long stages run, and where they are kept.
 #[derive(Debug, Clone, Args)]
 pub struct Running {
-    /// auto (a GPU if this program can use one and it answers, else the CPU), cpu, cuda or cuda:N
+    /// Device: cpu, cuda, cuda:N, or auto (a GPU if this program can use one and it answers,
+    /// otherwise the CPU)
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
 
-    /// How it is computed: f32, bf16 (feature maps are stored so) or on a GPU tf32 (products round their operands to 10
-    /// bits); as the profile says of each training if not given
+    /// Arithmetic of all trainings (tf32 only on a GPU); if not given, as the profile says for each
+    /// training
     #[arg(long, value_enum, value_name = "KIND")]
     pub arithmetic: Option<Arithmetic>,
 
-    /// On a GPU, record a training step as a CUDA graph and launch it whole from then on: the same bits by fewer launches
+    /// On a GPU, record a training step as a CUDA graph and launch each later step as a whole: the
+    /// same bits with fewer launches
     #[arg(long)]
     pub cuda_graphs: bool,
 
-    /// Stop after about that many minutes: after the last epoch that ends in time, at least one. The same command then
-    /// goes on from there, on any device. The exit code is 75 where something is left to do
+    /// Stop after about this many minutes, at the end of an epoch; at least one epoch is run
+    ///
+    /// The run stops after the last epoch that ends in time. The same command then continues from
+    /// there, on any device. The exit code is 75 if something is left to do.
     #[arg(long, value_name = "MINUTES", value_parser = minutes)]
     pub time_limit: Option<Duration>,
 
@@ -108,7 +131,8 @@ pub struct Running {
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub store: PathBuf,
 
-    /// Stop with an error where a file of the store is damaged, instead of setting it aside and running its stage again
+    /// Stop with an error if a file of the store is damaged, instead of setting it aside and
+    /// running its stage again
     #[arg(long)]
     pub strict: bool,
 }
@@ -116,10 +140,11 @@ pub struct Running {
 /// How a plan is printed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum PlanFormat {
-    /// For people: a line for each stage.
+    /// A line of text for each stage.
     #[default]
     Text,
-    /// For the workload manager Slurm: a Bash script that submits an array of jobs for each level of stages.
+    /// A Bash script for the workload manager Slurm, with an array of jobs for each set of stages
+    /// that can run at once.
     Slurm,
 }
 
@@ -145,8 +170,8 @@ impl Flags {
         }
         let Some(options) = &mut profile.data.imagenet else {
             bail!(
-                "--classes, --limit and --cache are about ImageNet, and profile {} is of CIFAR-100: expected --profile \
-                 imagenet, or train_images and test_images in a settings file (--config)",
+                "--classes, --limit and --cache are for ImageNet, but profile {} uses CIFAR-100: expected \
+                 --profile imagenet, or train_images and test_images in a settings file (--config)",
                 profile.name
             );
         };

@@ -48,8 +48,9 @@ impl Job {
         let several = |name: &str| std::env::var(name).is_ok_and(|size| !matches!(size.as_str(), "0" | "1"));
         if ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].into_iter().any(several) {
             anyhow::bail!(
-                "this process was started as one of several, and this program was built without MPI: build it with \
-                 `cargo build --release -p experiments --features mpi` (docs/cluster.md), or start it alone"
+                "this process was started as one of several, but this program was built without MPI: build \
+                 it with `cargo build --release -p experiments --features mpi` (docs/cluster.md), or start \
+                 a single process"
             );
         }
         Ok(Self {})

@@ -87,8 +87,8 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
         let found = seal::sha256(&bytes);
         if found != row.sha256 {
             bail!(
-                "{} has SHA-256 {found}, expected {} by its outcome: run the table again, which mends it (stages of older \
-                 versions wrote no hash and are to be run anew)",
+                "{} has SHA-256 {found}, expected {} as in its outcome: run the table again, which repairs \
+                 it (older versions wrote no hash; their stages must be run again)",
                 path.display(),
                 if row.sha256.is_empty() { "none" } else { &row.sha256 }
             );
@@ -103,7 +103,8 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
     }
     if rows.is_empty() {
         bail!(
-            "no row has been run whose network could be published: run the table first (--plan shows what is done)"
+            "no row has been run, so there is no network to publish: run the table first (--plan shows \
+             what is done)"
         );
     }
     let sizes: Vec<(&str, u64)> = rows.iter().map(|row| (row.file.as_str(), row.bytes)).collect();
@@ -208,10 +209,10 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
     if lines.is_empty() {
         bail!("{} holds no published networks", networks.display());
     }
-    let heading = ["network", "top-1 said, %", "found, %", "loss said", "found", ""];
+    let heading = ["network", "published top-1, %", "measured, %", "published loss", "measured", ""];
     output::print(text::table(&heading, &lines).trim_end());
     if wrong > 0 {
-        bail!("{wrong} of {} published networks are not as they were said to be", lines.len());
+        bail!("{wrong} of {} published networks do not match what was published", lines.len());
     }
     output::print(&format!("{} published networks evaluated, every figure found again.", lines.len()));
     Ok(())

@@ -47,7 +47,10 @@ pub fn complain(text: &str) {
 /// overwrite a file of another kind.
 pub(crate) fn check_extension(out: &Path, extension: &str) -> Result<()> {
     if out.extension().is_none_or(|found| found != extension) {
-        bail!("{}: expected a name that ends in .{extension}, which is what is written", out.display());
+        bail!(
+            "{}: expected a file name that ends in .{extension}, the format that is written",
+            out.display()
+        );
     }
     Ok(())
 }
@@ -59,7 +62,7 @@ pub(crate) fn check_extension(out: &Path, extension: &str) -> Result<()> {
 pub fn finish() -> Result<()> {
     match BROKEN.get() {
         Some(error) if error.kind() != ErrorKind::BrokenPipe => {
-            bail!("standard output could not be written ({error}); files are as they should be")
+            bail!("standard output could not be written ({error}); the files on disk are not affected")
         }
         _ => Ok(()),
     }

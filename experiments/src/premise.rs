@@ -30,9 +30,10 @@ use workflow::{Outcome, Stage};
 
 /// Runs the binary: parses the flags, pre-trains missing networks, writes the pictures.
 pub fn main() -> Result<()> {
-    let about = "Measures what pruning changes of pre-trained networks, which are trained if they are not in the store: the \
-                 dynamic range of folded weights, the signal-to-noise ratio of their quantization to 4 and 3 bits, that of their \
-                 gradients under activations of 4 bits, and the ranges of activations";
+    let about = "Measures what pruning changes in pre-trained networks, which are trained if they are not \
+                 in the store: the dynamic range of folded weights, the signal-to-noise ratio of their \
+                 quantization to 4 and 3 bits and of their gradients with activations of 4 bits, and the \
+                 ranges of activations";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
     let models = subjects(&flags)?;
     session::main(&flags, false, |session| {

@@ -116,7 +116,7 @@ pub(crate) fn check_seeds(seeds: &[u64]) -> Result<()> {
         bail!("seeds is empty: expected at least one, e.g. [0]");
     }
     let twice = seeds.iter().enumerate().find(|(place, seed)| seeds[..*place].contains(seed));
-    twice.map_or(Ok(()), |(_, seed)| bail!("seeds has {seed} twice: expected each once"))
+    twice.map_or(Ok(()), |(_, seed)| bail!("seeds has {seed} twice: expected each seed once"))
 }
 
 fn check(ok: bool, key: &str, found: impl std::fmt::Display, expected: &str) -> Result<()> {
@@ -142,7 +142,8 @@ fn training(purpose: Purpose, given: &BTreeMap<Purpose, toml::Table>) -> Result<
     while let Some(name) = next {
         if seen.contains(&name) {
             bail!(
-                "training.{purpose} is like itself: expected one in its chain that says all of its settings"
+                "training.{purpose} is like itself: expected a training in its chain that gives all of its \
+                 settings"
             );
         }
         seen.push(name);
@@ -203,14 +204,17 @@ impl Profile {
         check_seeds(&self.seeds)?;
         let name_ok = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if self.name.is_empty() || !self.name.chars().all(name_ok) {
-            bail!("name = {:?} names a folder: expected letters, digits, - and _", self.name);
+            bail!("name = {:?}: expected letters, digits, - and _, because it names a folder", self.name);
         }
         for (model, network) in &self.networks {
-            let NetworkSettings { width, weight_decay, activation: _ } = *network;
+            let NetworkSettings { width, weight_decay, activation } = *network;
             let key = |of: &str| format!("networks.{}.{of}", model.version().name());
             check(width > 0.0 && width <= 4.0, &key("width"), width, "more than 0, at most 4")?;
             let decay = weight_decay.unwrap_or_default();
-            check((0.0..1.0).contains(&decay), &key("weight_decay"), decay, "0 up to 1")?;
+            check((0.0..1.0).contains(&decay), &key("weight_decay"), decay, "0 up to, not including, 1")?;
+            if activation == Activation::Identity {
+                bail!("{} = \"identity\": expected relu6 or relu", key("activation"));
+            }
         }
         let DataSettings { train_images, test_images, hold_out, imagenet } = &self.data;
         for (key, images) in
@@ -240,7 +244,7 @@ impl Profile {
         } = self.dfq;
         check(positive(range_sigmas), "dfq.range_sigmas", range_sigmas, "a number above 0")?;
         let absorbs = absorb_sigmas >= 0.0 && absorb_sigmas.is_finite();
-        check(absorbs, "dfq.absorb_sigmas", absorb_sigmas, "a number from 0")?;
+        check(absorbs, "dfq.absorb_sigmas", absorb_sigmas, "a number, at least 0")?;
         check(
             positive(tolerance) && tolerance < 1.0,
             "dfq.tolerance",
@@ -258,18 +262,23 @@ impl Profile {
             options.validate().context("data.imagenet")?;
             if self.data.train_images.or(self.data.test_images).is_some() {
                 bail!(
-                    "data.train_images and data.test_images are of CIFAR-100: expected data.imagenet.train_limit"
+                    "data.train_images and data.test_images are for CIFAR-100: expected \
+                     data.imagenet.train_limit and test_limit"
                 );
             }
             if options.side != IMAGENET_SIDE {
                 bail!(
-                    "data.imagenet.side = {}: expected {IMAGENET_SIDE}, that of the networks",
+                    "data.imagenet.side = {}: expected {IMAGENET_SIDE}, the input side of the networks",
                     options.side
                 );
             }
         }
         for (purpose, training) in &self.training.0 {
             training.validate().with_context(|| format!("training.{purpose}"))?;
+            let pad = training.augmentation.pad;
+            let key = format!("training.{purpose}.augmentation.pad");
+            let expected = "0 for ImageNet, whose crops are set by data.imagenet.scale and ratio";
+            check(pad == 0 || imagenet.is_none(), &key, pad, expected)?;
         }
         Ok(())
     }
@@ -473,9 +482,19 @@ mod tests {
         }
         for value in ["-1e-4", "nan", "1.0"] {
             let network = format!("[networks.mobilenet_v1]\nweight_decay = {value}");
-            check("[networks.mobilenet_v1]", &network, &["networks.mobilenet_v1.weight_decay", "0 up to 1"]);
+            check(
+                "[networks.mobilenet_v1]",
+                &network,
+                &["networks.mobilenet_v1.weight_decay", "0 up to, not including, 1"],
+            );
         }
-        check("pad = 4", "pad = 1000", &["augmentation.pad", "0 to 112"]);
+        check("pad = 4", "pad = 32", &["augmentation.pad", "0 to 31"]);
+        check("pad = 4", "pad = 4, flop = 3", &["flop", "flip"]);
+        check("\"relu6\"", "\"identity\"", &["networks.mobilenet_v1.activation", "relu6 or relu"]);
+        let imagenet = QUICK.replacen("train_images = 4000", "", 1).replacen("test_images = 1000", "", 1);
+        let imagenet = imagenet.replacen("[data]", "[data]\nimagenet = {}", 1);
+        let error = format!("{:#}", Profile::parse(&imagenet).unwrap_err());
+        assert!(error.contains("augmentation.pad = 4: expected 0 for ImageNet"), "{error}");
         check("[data]", "[data]\nimagenet = { bad_percent = nan }", &["data.imagenet", "bad_percent"]);
         check("[data]", "[data]\nimagenet = { side = 192 }", &["data.imagenet.train_limit"]);
         check("[data]", "[data]\nimagenet = { sides = 192 }", &["sides", "side"]);

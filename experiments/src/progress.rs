@@ -55,22 +55,23 @@ impl Display {
         match event {
             Event::Found(_) => {}
             Event::Waiting(stage) => {
-                self.line(&format!("{}: another process runs it, waiting", stage.label()))
+                self.line(&format!("{}: waiting for another process that runs this stage", stage.label()))
             }
             Event::NoLocks(error) if !self.told_of_locks => {
                 self.told_of_locks = true;
                 self.line(&format!(
-                    "the store's file system has no locks ({error}): do not run two programs on it at once"
+                    "the store's file system has no locks ({error}): do not run two programs on this store \
+                     at once"
                 ));
             }
             Event::NoLocks(_) => {}
             Event::SetAside(stage, why, place) => self.line(&format!(
-                "{}: {why}; set aside in {}, and run again",
+                "{}: {why}; set aside in {}; the stage is run again",
                 stage.label(),
                 place.display()
             )),
             Event::Started(stage) => {
-                signals::note(Some(format!("of {} nothing is kept yet", stage.label())));
+                signals::note(Some(format!("nothing of {} is kept yet", stage.label())));
                 self.line(&format!("{} …", stage.label()));
             }
             Event::Progress(stage, progress) => {
@@ -107,7 +108,8 @@ impl Display {
             Progress::NoGraphs(problem) => {
                 let problem = one_line(&problem.into());
                 self.line(&format!(
-                    "  steps are launched kernel by kernel, as there is no CUDA graph of them: {problem}"
+                    "  steps are launched kernel by kernel, because they can't be recorded as a CUDA graph: \
+                     {problem}"
                 ));
             }
             Progress::Steps { epoch, epochs, step, steps, loss, images_per_second } => {

@@ -57,7 +57,7 @@ impl Folder {
         let path = self.place.join(&row.file);
         let path = path.display();
         let Some(outcome) = self.outcomes.iter().find(|outcome| outcome.key == row.key) else {
-            bail!("{path}: its stage {} by {NETWORKS} is none of those in {STAGES}", row.key);
+            bail!("{path}: {NETWORKS} names stage {}: expected one of those in {STAGES}", row.key);
         };
         let Evaluation { loss, top1_percent } = outcome.evaluation;
         for (what, said, expected) in [
@@ -72,7 +72,7 @@ impl Folder {
         ] {
             if said != expected {
                 bail!(
-                    "{path}: {NETWORKS} says {what} = {said}, and stage {} in {STAGES} {expected}",
+                    "{path}: {NETWORKS} says {what} = {said}, but stage {} in {STAGES} has {expected}",
                     row.key
                 );
             }
@@ -90,7 +90,12 @@ impl Folder {
         if let Some(outcome) = outcome
             && outcome.data.fingerprint != data.fingerprint()
         {
-            bail!("{} from {} are other data than its {}", data.name(), data.source(), outcome.data.source);
+            bail!(
+                "{} from {} is not the data of the network's stage: expected {}",
+                data.name(),
+                data.source(),
+                outcome.data.source
+            );
         }
         let (network, _) = Network::load_verified(&self.place.join(&row.file), &row.sha256, &Device::Cpu)?;
         let found = train::evaluate_in(&network, data, arithmetic)?;
@@ -100,7 +105,7 @@ impl Folder {
             let processors = match (arithmetic, outcome) {
                 (Arithmetic::Bf16, Some(outcome)) => {
                     format!(
-                        " (it was found in bf16 on {}; other processors round otherwise)",
+                        " (the published ones were found in bf16 on {}; other processors round differently)",
                         outcome.provenance.device
                     )
                 }
@@ -109,7 +114,11 @@ impl Folder {
             problems.push(format!("the figures differ{processors}"));
         }
         if (network.macs(), network.weights()) != (row.macs, row.weights) {
-            problems.push(format!("it has {} MACs and {} weights", network.macs(), network.weights()));
+            problems.push(format!(
+                "the network has {} MACs and {} weights",
+                network.macs(),
+                network.weights()
+            ));
         }
         problems.extend(self.outcome(row).err().map(|error| error.to_string()));
         Ok(Examined { found, problems })

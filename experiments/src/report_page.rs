@@ -16,22 +16,25 @@ const DEVIATIONS: &str = include_str!("../deviations.toml");
 
 /// Flags of the binary `report`.
 #[derive(Debug, Clone, Parser)]
-#[command(version, about = "Makes one HTML page of all results, with a verdict on every claim of the paper")]
+#[command(version, about = "Writes one HTML page of all results, with a verdict on every claim of the paper")]
 struct Flags {
     /// Folder with the results
     #[arg(long, value_name = "DIR", default_value = "results")]
     results: PathBuf,
 
-    /// The page; index.html in that folder if not given. Its links to files only work there
+    /// File for the page; index.html in the folder with the results if not given. The page's links
+    /// to files work only there
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 
-    /// Make no page, and evaluate every published network (networks/PROFILE/ in the folder with the results): prints what was
-    /// said and what is found. The exit code is 1 where they differ
+    /// Evaluate every published network instead of writing the page
+    ///
+    /// The networks are in networks/PROFILE/ in the folder with the results. The published and the
+    /// measured figures are printed, and the exit code is 1 if they differ.
     #[arg(long)]
     verify: bool,
 
-    /// The images for --verify, as the tables' --data says them
+    /// Images for --verify, given as for --data of the tables
     #[arg(long, value_name = "WHERE", default_value = "auto", requires = "verify")]
     data: String,
 }

@@ -65,8 +65,8 @@ pub(crate) fn line<'a>(
         let key = of.key(fingerprint)?;
         let outcome = *done.get(key.as_str()).with_context(|| {
             format!(
-                "stage {} ({key}) is missing from the store, and {} was made from it: run the table again without --only to \
-                 make it anew",
+                "stage {} ({key}) is missing from the store, but {} was made from it: run the table again \
+                 without --only, which runs the missing stage",
                 of.label(),
                 stage.label()
             )
@@ -76,8 +76,8 @@ pub(crate) fn line<'a>(
             && then != now
         {
             bail!(
-                "stage {} ({key}) was made from another network than the published one of the stage before it: write results \
-                 elsewhere (--out), so that what is published does not count",
+                "stage {} ({key}) was made from another network than the published one of the stage before \
+                 it: write the results to another folder (--out), where the published stages do not count",
                 of.label()
             );
         }

@@ -62,7 +62,8 @@ pub(crate) fn main(
     })?;
     if done == Done::InTime {
         output::print(
-            "The time limit is over and stages are left: run the same command again to go on (--plan shows them).",
+            "The time limit has been reached and stages are left (--plan shows them): run the same command \
+             again to continue.",
         );
         std::process::exit(TIME_LIMIT);
     }
@@ -157,7 +158,9 @@ impl Session {
         session.tell_ranks();
         match session.take_published() {
             // Published networks that can't be used are about to be replaced.
-            Err(error) if flags.publish => session.display.line(&format!("not taken: {error:#}")),
+            Err(error) if flags.publish => {
+                session.display.line(&format!("the published networks are not taken: {error:#}"))
+            }
             result => result?,
         }
         Ok(session)
@@ -201,8 +204,8 @@ impl Session {
             batches.join(" or "),
             match together {
                 0 => "each one's own images",
-                n if n == self.profile.training.0.len() => "the batch",
-                _ => "each one's own images, or of the batch where the profile says sync_norm",
+                n if n == self.profile.training.0.len() => "the whole batch",
+                _ => "each one's own images, or of the whole batch if the profile sets sync_norm",
             }
         ));
     }
@@ -269,14 +272,14 @@ impl Session {
         if folder.join(report::STAGES).is_file() {
             let ours = self.data.name();
             let stages = report::read_stages(&folder).context(
-                "what data the results there are of can't be told; move them away to have new ones",
+                "it is not known on which data the results there were made; move them away to write new ones",
             )?;
             let theirs = stages.records.iter().map(|stage| stage.data.name.as_str());
             if let Some(theirs) = theirs.into_iter().find(|name| *name != ours && !report::is_synthetic(name))
             {
                 bail!(
-                    "{shown} holds results on {theirs}, and these would be on {ours}: name another folder with --out, or \
-                     move that one away"
+                    "{shown} holds results on {theirs}, but this run would write results on {ours}: name \
+                     another folder with --out, or move that one away"
                 );
             }
         }
@@ -363,7 +366,8 @@ impl Session {
     pub fn part(&mut self, ends: &[Arc<Stage>], title: &str, flags: &Flags) -> Result<Option<Done>> {
         if flags.publish {
             bail!(
-                "--publish is of rows of tables, and {title} has none: publish with the program of a table, as table3"
+                "--publish is of rows of tables, but {title} has none: use the program of a table, such as \
+                 table3"
             );
         }
         match (&flags.stage, flags.plan, flags.format) {
@@ -409,7 +413,7 @@ impl Session {
         let (rate, basis) = if seconds > 0.0 {
             (work / seconds, "the speed of the stages that are done")
         } else {
-            (ASSUMED_MACS_PER_SECOND, "an assumed speed, as nothing has been measured yet")
+            (ASSUMED_MACS_PER_SECOND, "an assumed speed, because nothing has been measured yet")
         };
         let mut left = 0.0;
         for planned in &plan {
@@ -421,7 +425,7 @@ impl Session {
                     let done = if planned.published { "published" } else { "done" };
                     format!("{done}: top-1 {top1:.2} %, took {}", duration(outcome.seconds))
                 }
-                (None, None) => "to do: seconds".into(),
+                (None, None) => "to do: a few seconds".into(),
                 (None, Some(training)) => {
                     // Pruning makes later stages cheaper; by how much is not known in advance.
                     let StageKind::Pretrain { network, .. } = &planned.stage.origin().kind else {
@@ -438,7 +442,10 @@ impl Session {
         }
         let done = plan.iter().filter(|p| !p.to_do).count();
         let left = duration(left);
-        output::print(&format!("{done} of {} stages done; about {left} left (from {basis}).", plan.len()));
+        output::print(&format!(
+            "{done} of {} stages done; about {left} left (estimated from {basis}).",
+            plan.len()
+        ));
         Ok(())
     }
 }
@@ -452,7 +459,7 @@ fn repeated(now: &Outcome, published: &Outcome) -> String {
     match now.network_hash() == published.network_hash() {
         true => format!("{}: the published network again, to the bit (SHA-256 {}…)", now.label, shown(now)),
         false => format!(
-            "{}: another network (SHA-256 {}…, top-1 {:.2} %) than the published one (SHA-256 {}…, top-1 {:.2} %)",
+            "{}: not the published network: SHA-256 {}…, top-1 {:.2} %; published SHA-256 {}…, top-1 {:.2} %",
             now.label,
             shown(now),
             now.evaluation.top1_percent,

@@ -25,9 +25,9 @@ use clap::{Parser, Subcommand};
     name = "pfq",
     version,
     about = "Filter pre-pruning for quantization (PfQ) of a network in a file",
-    after_help = "FILE is a network that this project wrote (.safetensors, the structure is in it), or public weights \
-                  of MobileNetV1 or V2 named as torchvision or timm name them (.safetensors, or .pth and .pt as \
-                  torch.save writes them).\n\n\
+    after_help = "FILE is a network that this project wrote (.safetensors with the structure in it), or \
+                  public weights of MobileNetV1 or V2 with the tensor names of torchvision or timm \
+                  (.safetensors, or .pth and .pt as torch.save writes them).\n\n\
                   Example: pfq prune mobilenet_v2.pth pruned.safetensors"
 )]
 pub struct Cli {

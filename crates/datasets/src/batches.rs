@@ -24,6 +24,7 @@ const AHEAD: usize = 2;
 /// cut out at a uniformly drawn position. If `flip`, the window is mirrored left to right with
 /// probability one half. The padding is black *before* normalization, so it becomes `-mean / std`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Augmentation {
     /// The number of pixels added on every side before the crop; 0 leaves the image in place.
     pub pad: usize,

@@ -20,8 +20,8 @@ const MOST_PIXELS: usize = 1 << 26;
 ///
 /// The result is that of `PIL.Image.open(..).convert("RGB")`: grey becomes three equal channels,
 /// CMYK and YCCK are read as Adobe writes them (inverted), an alpha channel is dropped, and the
-/// orientation in EXIF is ignored. Values of 16 bits are rounded to 8 bits, where PIL may round
-/// differently. A JPEG whose data end before its picture is refused, even if it has an end marker.
+/// orientation in EXIF is ignored. Of values of 16 bits the upper byte is taken, as PIL does for
+/// colours; greys of 16 bits, which PIL clips at 255, are read in the same way here. A JPEG whose data end before its picture is refused, even if it has an end marker.
 ///
 /// # Errors
 /// A description of what is wrong with the file.
@@ -207,7 +207,11 @@ fn png(bytes: &[u8]) -> Result<Picture, String> {
     let (width, height) = (width as usize, height as usize);
     check_size(width, height)?;
     let picture = reader().decode().map_err(failed)?;
-    Ok(Picture { width, height, pixels: picture.into_rgb8().into_raw() })
+    let pixels = match picture.color().bytes_per_pixel() / picture.color().channel_count() {
+        1 => picture.into_rgb8().into_raw(),
+        _ => picture.into_rgb16().iter().map(|value| (value >> 8) as u8).collect(),
+    };
+    Ok(Picture { width, height, pixels })
 }
 
 fn check_size(width: usize, height: usize) -> Result<(), String> {

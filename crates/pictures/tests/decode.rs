@@ -44,8 +44,10 @@ fn a_png_is_told_by_its_bytes() {
     let rgb = scene(20, 10, 3);
     let picture = decode(&png_of(&DynamicImage::ImageRgb8(rgb.clone()))).unwrap();
     assert_eq!((picture.width, picture.height, &picture.pixels), (20, 10, rgb.as_raw()));
-    // Sixteen bits, an alpha channel, one channel.
-    let deep = ImageBuffer::from_fn(20, 10, |x, y| Rgb(rgb.get_pixel(x, y).0.map(|v| u16::from(v) * 257)));
+    // Sixteen bits, of which the upper byte is taken; an alpha channel; one channel.
+    let low = |x: u32, y: u32| (x * 13 + y * 29) as u8;
+    let deep = |x, y| rgb.get_pixel(x, y).0.map(|high| u16::from_be_bytes([high, low(x, y)]));
+    let deep = ImageBuffer::from_fn(20, 10, |x, y| Rgb(deep(x, y)));
     assert_eq!(decode(&png_of(&DynamicImage::ImageRgb16(deep))).unwrap(), picture);
     let clear = RgbaImage::from_fn(20, 10, |x, y| {
         let [r, g, b] = rgb.get_pixel(x, y).0;

@@ -163,9 +163,8 @@ impl Training {
             self.range_momentum,
             "more than 0, at most 1",
         )?;
-        // Half of an image of 224 pixels: with more padding, some crops would show nothing of the
-        // image.
+        // With more padding, some crops of an image of 32 pixels would show nothing of it.
         let pad = self.augmentation.pad;
-        check(pad <= 112, "augmentation.pad", pad as f64, "0 to 112")
+        check(pad < 32, "augmentation.pad", pad as f64, "0 to 31")
     }
 }

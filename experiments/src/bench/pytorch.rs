@@ -73,7 +73,7 @@ pub(super) fn environment(place: Place) -> Result<PathBuf> {
     std::fs::write(&asked, wanted)?;
     run(
         Command::new(&python).args(["-m", "pip", "install", "--retries", "2", "-r"]).arg(&asked),
-        "PyTorch could not be installed; it needs a connection to PyPI, better also to the index of PyTorch",
+        "PyTorch could not be installed; it needs a connection to PyPI, preferably also to PyTorch's index",
     )?;
     // The marker is renamed last, so that an incomplete environment is made again.
     std::fs::rename(&asked, &marker)?;
@@ -93,5 +93,5 @@ fn run(command: &mut Command, advice: &str) -> Result<()> {
 pub(super) fn target() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let target = program.parent().and_then(Path::parent);
-    Ok(target.with_context(|| format!("{} lies in no target folder", program.display()))?.into())
+    Ok(target.with_context(|| format!("{} is not in a target folder of Cargo", program.display()))?.into())
 }

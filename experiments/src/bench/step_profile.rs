@@ -24,22 +24,23 @@ use train::Arithmetic;
 
 /// Flags of the profile.
 #[derive(Debug, Clone, Parser)]
-#[command(version, about = "Profiles training steps: each operation beside the machine's peaks")]
+#[command(version, about = "Profiles training steps: each operation, compared with the machine's peaks")]
 struct Flags {
     /// Folder for profile.csv and profile.md; results/bench if everything is profiled
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 
-    /// Images a step
+    /// Number of images in a step
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(2..=4096))]
     batch: u16,
 
-    /// Steps that are summed up, after three that are not
+    /// Number of measured steps, after three steps of warm-up
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
     steps: u16,
 
-    /// Profile these cases only, e.g. mobilenet_v2,1.0,bf16: a case is profiled if it fits a term of every kind given.
-    /// Nothing is written without --out
+    /// Profile only these cases, e.g. mobilenet_v2,1.0,bf16; nothing is written without --out
+    ///
+    /// A case is profiled if it matches a term of every kind that is given.
     #[arg(long, value_name = "TERM,…", value_delimiter = ',')]
     only: Vec<String>,
 }

@@ -22,8 +22,8 @@ impl Mpi {
     /// Joins the ranks that were started with this process. After that, only this thread may call
     /// MPI.
     pub fn open() -> Result<Self> {
-        let (universe, _) =
-            mpi::initialize_with_threading(Threading::Funneled).context("MPI has begun already")?;
+        let (universe, _) = mpi::initialize_with_threading(Threading::Funneled)
+            .context("MPI has already been initialized")?;
         Ok(Self { world: universe.world(), left: Cell::new(false), _universe: universe })
     }
 

@@ -32,7 +32,8 @@ pub(crate) fn all_on_gpus(ranks: &dyn Ranks, device: &Device) -> Result<bool> {
     if let Some(other) = all.iter().position(|on_gpu| *on_gpu != all[0]) {
         let (first, found) = (shown(all[0]), shown(all[other]));
         bail!(
-            "rank {other} computes on {found}, and rank 0 on {first}: expected a GPU for each process, or --device cpu"
+            "rank {other} computes on {found}, but rank 0 on {first}: expected a GPU for each process, or \
+             --device cpu"
         );
     }
     Ok(device.is_cuda())
@@ -46,10 +47,10 @@ impl Nccl {
     pub fn open(host: Rc<dyn Ranks>, device: &Device) -> Result<Self> {
         let id = if host.is_first() { Id::new()?.0.to_vec() } else { Vec::new() };
         let id = host.broadcast(id).try_into().ok().map(Id);
-        let id = id.context("rank 0 did not send what NCCL needs: expected the same program on all ranks")?;
+        let id = id.context("rank 0 did not send the ID for NCCL: expected the same program on all ranks")?;
         let gpus = Communicator::join(id, host.rank(), host.size(), device);
         let gpus =
-            gpus.context("the GPUs of the processes can't be connected: expected a GPU for each of them")?;
+            gpus.context("the GPUs of the processes can't be connected: expected one GPU for each process")?;
         output::tell(&format!("gradients are added up by NCCL (version {})", gpus.version()));
         let (gpus, watched) = (Arc::new(gpus), Arc::new(AtomicBool::new(true)));
         let (seen, wanted, who) =

@@ -12,7 +12,7 @@ pub(super) struct Conversion {
     #[command(flatten)]
     pub network: NetworkFile,
 
-    /// Where the quantized network goes: a .safetensors file
+    /// Output file for the quantized network (.safetensors)
     #[arg(value_name = "OUT")]
     pub out: PathBuf,
 
@@ -46,7 +46,7 @@ fn bits(text: &str) -> Result<[Precision; 2], String> {
 }
 
 pub(super) fn precision(text: &str) -> Result<Precision, String> {
-    quantized(text.parse().map_err(|_| format!("{text:?} is no number of bits"))?)
+    quantized(text.parse().map_err(|_| format!("{text:?} is not a number: expected 2 to 8 bits"))?)
 }
 
 fn quantized(bits: u32) -> Result<Precision, String> {

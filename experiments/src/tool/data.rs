@@ -62,8 +62,8 @@ pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>
     if of_imagenet && !is_folder_of_pictures {
         data = data.with_context(|| {
             format!(
-                "the network's input of {height}×{width} pixels is ImageNet's (public weights trained on CIFAR-100's \
-                 32×32: say their --strides)"
+                "the network's input has {height}×{width} pixels, so the images must be those of ImageNet \
+                 (for public weights trained on CIFAR-100's 32×32, give their --strides)"
             )
         });
     }
@@ -71,13 +71,13 @@ pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>
     if data.side() != (height, width) {
         let (rows, columns) = data.side();
         bail!(
-            "the network is laid out for images of {height}×{width} pixels, {} has {rows}×{columns}",
+            "the network expects images of {height}×{width} pixels, but {} has {rows}×{columns}",
             data.name()
         );
     }
     if network.classes() != data.classes() {
         bail!(
-            "the network tells {} classes apart, {} has {}",
+            "the network tells {} classes apart, but {} has {}",
             network.classes(),
             data.name(),
             data.classes()

@@ -15,28 +15,31 @@ use train::Evaluation;
 #[command(after_help = "Example: pfq eval pruned.safetensors --data data/cifar-100-binary\n\n\
                   The images are normalized with the mean and standard deviation of the training images, as in the \
                   project's own training. A published network (results/networks/PROFILE/*) is evaluated on the images and in the \
-                  arithmetic in which its stage was, so that the figure is the table's to the last digit.")]
+                  arithmetic of its stage, so that the figures agree with the table to the last digit.")]
 pub(super) struct Eval {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// A folder val/<class>/* of pictures, of any classes. For a network with an input of 32×32 also CIFAR-100: auto ($PFQ_DATA,
-    /// ./data, the Hugging Face hub, else synthetic), synthetic, hub, or a folder with the official files. With an input of 64×64
-    /// or more, ImageNet: auto ($PFQ_IMAGENET, ./imagenet), hub, or a folder with class folders, flat val/*.JPEG and a list of
-    /// classes, the official archives, or the hub's tables
+    /// Test images: a folder, auto, hub, or, for networks with an input of 32×32, synthetic
+    ///
+    /// A folder val/<class>/* has pictures of any classes. A network with an input of 32×32 also
+    /// takes CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, otherwise synthetic),
+    /// synthetic, hub, or a folder with the official files. A network with an input of 64×64 or
+    /// more takes ImageNet: auto ($PFQ_IMAGENET, ./imagenet), hub, or a folder with class folders,
+    /// flat val/*.JPEG and a list of classes, the official archives, or the hub's tables.
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     data: String,
 
-    /// Take only so many test images, spread over the classes
+    /// Use only this many test images, spread over the classes
     #[arg(long, value_name = "IMAGES")]
     limit: Option<usize>,
 
-    /// Of ImageNet's pictures, leave out up to so many that are damaged before that is an error
+    /// Largest share of damaged pictures of ImageNet that are left out; more are an error
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
     bad_percent: f64,
 
-    /// Evaluate in whole numbers too, as an engine for integers does, and compare: of a network whose weights and activations
-    /// are all quantized
+    /// Also evaluate in whole numbers, as an integer engine does, and compare; needs weights and
+    /// activations that are all quantized
     #[arg(long)]
     integer: bool,
 }
@@ -68,7 +71,7 @@ impl Eval {
             text += &format!("left out {}: {}\n", skipped.file, skipped.why);
         }
         if data.test_images() == skipped.len() {
-            bail!("{text}{} has no test images that could be used", data.source());
+            bail!("{text}{} has no usable test images", data.source());
         }
         text += &format!(
             "{} from {}: {} test images in {}\n{said}",
@@ -95,7 +98,7 @@ fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
         for ((a, b), label) in simulated?.iter().zip(whole?).zip(batch.labels.to_vec1::<u32>()?) {
             if let Some(logit) = a.iter().find(|logit| !logit.is_finite()) {
                 bail!(
-                    "the network gives a logit of {logit}: expected finite ones; its weights are too large"
+                    "the network gives a logit of {logit}: expected finite logits; its weights are too large"
                 );
             }
             let predictions = [best(a), best(&b)];
@@ -111,8 +114,9 @@ fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
     let [simulated, whole] = hits.map(|hits| 100.0 * hits as f64 / images.max(1) as f64);
     Ok(format!(
         "simulated: top-1 {simulated:.2} %\nin whole numbers: top-1 {whole:.2} % (multipliers of \
-         {MULTIPLIER_BITS} bits, residuals with {FRACTION} bits behind the point)\n{different} of {images} predictions differ; \
-         logits by {distance:.2e} at most, of logits up to {largest:.2}\n"
+         {MULTIPLIER_BITS} bits, residuals with {FRACTION} fractional bits)\n{different} of {images} \
+         predictions differ; logits differ by {distance:.2e} at most; the largest logit has a magnitude of \
+         {largest:.2}\n"
     ))
 }
 

@@ -4,25 +4,30 @@ use clap::{Args, ValueEnum};
 use onnx::{Normalize, Options};
 use std::path::PathBuf;
 
-/// Writes the network for others: ONNX, with QuantizeLinear and DequantizeLinear where it is quantized, or PyTorch's state dict
+/// Writes the network as ONNX, with QuantizeLinear and DequantizeLinear if quantized, or as a
+/// PyTorch state dict
 #[derive(Debug, Args)]
 #[command(after_help = "Example: pfq export pruned.safetensors pruned.onnx\n\n\
-                  The graph maps `images` [N, 3, H, W] to `logits` [N, classes]. Images are normalized before, as the network \
-                  was trained, unless --mean and --std make that a part of the graph.")]
+                  The graph maps `images` [N, 3, H, W] to `logits` [N, classes]. Images must be normalized \
+                  beforehand as in training, unless --mean and --std make the normalization part of the \
+                  graph.")]
 pub(super) struct Export {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// Where the network goes: a .onnx file, or a .safetensors file
+    /// Output file: .onnx, or .safetensors for --format safetensors-torch
     #[arg(value_name = "OUT")]
     out: PathBuf,
 
-    /// onnx, or safetensors-torch: the tensors of a float network that has not been pruned, with the names of torchvision
-    /// (MobileNetV2) or timm (V1)
+    /// Format: ONNX, or tensors that PyTorch can load
+    ///
+    /// safetensors-torch holds the tensors of a float network that has not been pruned, with the
+    /// names of torchvision (MobileNetV2) or timm (V1).
     #[arg(long, value_enum, default_value = "onnx")]
     format: Format,
 
-    /// Fold batch normalization into the weights (of quantized ones: into a step for each filter)
+    /// Fold batch normalization into the weights (for quantized weights: into a step for each
+    /// filter)
     #[arg(long)]
     fold: bool,
 
@@ -30,7 +35,8 @@ pub(super) struct Export {
     #[arg(long)]
     int8: bool,
 
-    /// Take images of intensities from 0 to 1 and subtract this from their channels
+    /// Normalize in the graph: take images with intensities from 0 to 1, and subtract this from
+    /// their channels
     #[arg(long, value_name = "R,G,B", value_delimiter = ',', requires = "std")]
     mean: Option<Vec<f32>>,
 

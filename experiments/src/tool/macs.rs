@@ -6,12 +6,12 @@ use clap::Args;
 /// Counts the multiply–accumulates of every layer for one image, as the paper counts them
 #[derive(Debug, Args)]
 #[command(after_help = "Example: pfq macs pruned.safetensors\n\n\
-                        Counted are the convolutions and the classifier, without normalization and biases.")]
+                        The convolutions and the classifier are counted, without normalization and biases.")]
 pub(super) struct Macs {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// Side of the image; that which the network is laid out for if not given
+    /// Height and width of the image; those of the network's input if not given
     #[arg(long, value_name = "PIXELS")]
     size: Option<usize>,
 }

@@ -16,29 +16,31 @@ pub(super) struct NetworkFile {
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
-    /// What public weights are; found out from the tensors' names if not given
+    /// Architecture of public weights; derived from the names of the tensors if not given
     #[arg(long, value_enum, help_heading = "Public weights")]
     arch: Option<Arch>,
 
-    /// Their width multiplier; found out from the tensors' shapes if not given
+    /// Width multiplier of public weights; derived from the shapes of the tensors if not given
     #[arg(long, value_name = "FACTOR", help_heading = "Public weights")]
     width: Option<f64>,
 
-    /// Their number of classes; found out from the classifier if not given
+    /// Number of classes of public weights; derived from the classifier if not given
     #[arg(long, value_name = "N", help_heading = "Public weights")]
     classes: Option<usize>,
 
-    /// Their strides, which no tensor tells: the usual ones for 224×224 images (imagenet, if not given), this project's for
-    /// 32×32 (cifar), or numbers: of a V2 the stem's and those of the seven stages, such as 1,1,1,2,2,1,2,1, of a V1 the
-    /// stem's and those of the 13 blocks
+    /// Strides of public weights, which no tensor tells: imagenet (if not given), cifar, or numbers
+    ///
+    /// imagenet are the usual strides for 224×224 images, cifar are this project's strides for
+    /// 32×32. Numbers are, for a V2, the strides of the stem and of the seven stages, such as
+    /// 1,1,1,2,2,1,2,1; for a V1, those of the stem and of the 13 blocks.
     #[arg(long, value_name = "STRIDES", value_parser = strides, help_heading = "Public weights")]
     strides: Option<Input>,
 
-    /// Their activation, which no tensor tells: relu6 if not given
+    /// Activation of public weights, which no tensor tells; relu6 if not given
     #[arg(long, value_enum, help_heading = "Public weights")]
     activation: Option<Phi>,
 
-    /// The ε of their batch normalization, which no tensor tells: 1e-5 if not given
+    /// ε of the batch normalization of public weights, which no tensor tells; 1e-5 if not given
     #[arg(long, value_name = "ε", help_heading = "Public weights")]
     epsilon: Option<f64>,
 }
@@ -143,10 +145,7 @@ impl NetworkFile {
         let place = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.into());
         for (index, path) in written.iter().enumerate() {
             if place(path) == place(&self.file) {
-                bail!(
-                    "{} is the file that is read: give another name, so that the network stays",
-                    path.display()
-                );
+                bail!("{} is the file that is read: give another name, to keep the network", path.display());
             }
             if written[..index].iter().any(|other| place(other) == place(path)) {
                 bail!("{} would be written twice: give different names", path.display());
@@ -167,7 +166,7 @@ impl NetworkFile {
         ];
         match given.iter().find(|(_, given)| *given) {
             Some((flag, _)) => bail!(
-                "{flag} is about public weights, but {} says itself what it is: leave {flag} out",
+                "{flag} is for public weights, but {} already contains this information: leave {flag} out",
                 self.file.display()
             ),
             None => Ok(()),

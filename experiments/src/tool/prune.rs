@@ -9,21 +9,23 @@ use std::path::PathBuf;
 /// Removes filters whose running variance is below τ, keeps their constants, and writes the smaller network
 #[derive(Debug, Args)]
 #[command(after_help = "Example: pfq prune mobilenet_v2.pth pruned.safetensors --threshold 1e-5\n\n\
-                  The written file has the structure beside the tensors: it can be read as it is by every command. \
-                  What was removed stands in its metadata, too, under `pfq`.")]
+                  The written file holds the structure of the network together with the tensors, so every \
+                  command can read it. What was removed is stored in its metadata under `pfq`.")]
 pub(super) struct Prune {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// Where the pruned network goes: a .safetensors file
+    /// Output file for the pruned network (.safetensors)
     #[arg(value_name = "OUT")]
     out: PathBuf,
 
-    /// Filters whose running variance is below it go; the ε of batch normalization if not given
+    /// Remove filters whose running variance is below this; the ε of batch normalization if not
+    /// given
     #[arg(long, value_name = "τ")]
     threshold: Option<f64>,
 
-    /// Do not add the constants of the removed filters to what reads them ("PfQ w/o bias correction")
+    /// Do not add the constants of the removed filters to the layers that read them ("PfQ w/o bias
+    /// correction")
     #[arg(long)]
     no_bias_correction: bool,
 }
@@ -69,7 +71,7 @@ fn described(report: &Report) -> String {
         );
     }
     if report.kept_as_last > 0 {
-        text += &format!("{} channels stay as the last ones of their layers\n", report.kept_as_last);
+        text += &format!("{} channels stay because a layer must keep one channel\n", report.kept_as_last);
     }
     text + &format!(
         "weights {} → {} M, {:.2} % pruned\nMACs {} → {} M\n",

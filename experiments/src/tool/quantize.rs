@@ -12,35 +12,41 @@ use workflow::image_range;
 /// Quantizes a trained network without training (DFQ), and writes it
 #[derive(Debug, Args)]
 #[command(after_help = "Example: pfq quantize mobilenet_v2.pth a8w8.safetensors --bits a8w8\n\n\
-                  Batch normalization is folded, ReLU6 becomes ReLU, weight ranges are equalized across layers, high biases \
-                  absorbed, ranges of activations set to β ± 6γ and the bias of quantized weights corrected. No images are \
-                  needed; with --data ranges of activations are those that images give.")]
+                  Batch normalization is folded, ReLU6 becomes ReLU, weight ranges are equalized across \
+                  layers, high biases are absorbed, activation ranges are set to β ± 6γ, and the bias that \
+                  quantized weights introduce is corrected. No images are needed; with --data, activation \
+                  ranges are measured on images.")]
 pub(super) struct Quantize {
     #[command(flatten)]
     conversion: Conversion,
 
-    /// Bits of the image, of the first layer's weights, of the pooled features and of the classifier's weights
+    /// Bits of the image, the first layer's weights, the pooled features and the classifier's
+    /// weights
     #[arg(long, value_name = "BITS", default_value = "8", value_parser = precision)]
     end_layers: Precision,
 
-    /// A grid for each output channel of a weight, rather than one for the whole
+    /// Use a grid for each output channel of a weight tensor instead of one for the whole tensor
     #[arg(long)]
     per_channel: bool,
 
-    /// Take the ranges of activations from images instead of β ± 6γ: a folder with train/<class>/*, or what else pfq tune takes
+    /// Measure activation ranges on images instead of using β ± 6γ
+    ///
+    /// This takes a folder with train/<class>/*, or any other data that pfq tune takes.
     #[arg(long, value_name = "WHERE")]
     data: Option<String>,
 
-    /// With --data: from so many training images, spread over the classes
+    /// With --data: use this many training images, spread over the classes
     #[arg(long, value_name = "IMAGES", default_value_t = 1000)]
     images: usize,
 
-    /// With --data: leave out up to so many pictures that are damaged before that is an error
+    /// With --data: largest share of damaged pictures that are left out; more are an error
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
     bad_percent: f64,
 
-    /// The lowest and the highest value of a normalized image; those of black and white with the mean and standard deviation of
-    /// --data, or else of ImageNet or, where the input is smaller than 64×64, CIFAR-100 if not given
+    /// Lowest and highest value of a normalized image; those of black and white if not given
+    ///
+    /// Black and white are normalized with the mean and standard deviation of --data or, without
+    /// it, of ImageNet or, if the input is smaller than 64×64, of CIFAR-100.
     #[arg(long, value_name = "LO,HI", value_delimiter = ',', allow_hyphen_values = true)]
     image_range: Option<Vec<f32>>,
 }
@@ -112,7 +118,7 @@ fn ranges_of_images(quantized: &mut Network, data: &dyn Dataset) -> Result<usize
         })?;
     }
     if images == 0 {
-        bail!("{} has no training images to take ranges from", data.source());
+        bail!("{} has no training images to measure ranges on", data.source());
     }
     for (node, (low, high)) in quantized.nodes.iter_mut().zip(sums).skip(1) {
         if let Some(quantizer) = node.quantizer_mut() {

@@ -13,34 +13,40 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use workflow::{Outcome, Purpose, Recipe, Stage, StageKind};
 
-/// Quantizes a trained network by training on images of your own: Algorithm 1, or another method
+/// Quantizes a trained network by training on your own images, with Algorithm 1 or another method
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example: pfq tune mobilenet_v2.pth a4w4.safetensors --bits a4w4 --data my/pictures\n\n\
-                  Each stage is kept in --store as it ends, and a checkpoint after each epoch: the same command goes on \
-                  from there after an interruption, with the same result."
+                  Each finished stage is kept in --store, and a checkpoint after each epoch. After an \
+                  interruption, the same command continues from there, with the same result."
 )]
 pub(super) struct Tune {
     #[command(flatten)]
     conversion: Conversion,
 
-    /// The images: a folder with train/<class>/* and val/<class>/*, of any classes, or ImageNet in any of its forms; for a
-    /// network with an input of 32×32 also CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, else synthetic),
-    /// synthetic, hub, or a folder with the official files
+    /// Images: a folder with train/<class>/* and val/<class>/*, ImageNet or CIFAR-100
+    ///
+    /// The folder may have any classes. ImageNet may be in any of its forms. A network with an
+    /// input of 32×32 also takes CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub,
+    /// otherwise synthetic), synthetic, hub, or a folder with the official files.
     #[arg(long, value_name = "WHERE")]
     data: String,
 
-    /// ours (Algorithm 1: prune, tune activations, prune, tune both), once (prune, tune both at once), dfq (equalize, tune
-    /// both), or a method that learns its quantizers (tune both)
+    /// Method that quantizes the network
+    ///
+    /// ours is Algorithm 1: prune, tune with quantized activations, prune, tune with quantized
+    /// activations and weights. once prunes and tunes with both at once. dfq equalizes and tunes
+    /// with both. pact, dsq and lsq learn their quantizers and tune with both.
     #[arg(long, value_enum, default_value = "ours")]
     method: Way,
 
-    /// Epochs of each of Algorithm 1's two trainings; other methods train twice as many. Those of the settings if not given
+    /// Epochs of each of Algorithm 1's two trainings, twice as many for other methods; if not
+    /// given, as in the settings
     #[arg(long, value_name = "EPOCHS")]
     epochs: Option<u16>,
 
-    /// A settings file: its trainings, pruning, quantization and DFQ hold. Those of profile paper if not given, on pictures those
-    /// of imagenet
+    /// Settings file for trainings, pruning, quantization and DFQ; if not given, profile paper, for
+    /// pictures imagenet
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -48,19 +54,19 @@ pub(super) struct Tune {
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
 
-    /// Rows and columns of the images; those that the network is laid out for if not given
+    /// Height and width of the images; those of the network's input if not given
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
     size: Option<u16>,
 
-    /// Take only so many training images, spread over the classes
+    /// Use only this many training images, spread over the classes
     #[arg(long, value_name = "IMAGES")]
     train_limit: Option<usize>,
 
-    /// Take only so many test images, likewise
+    /// Use only this many test images, spread over the classes
     #[arg(long, value_name = "IMAGES")]
     test_limit: Option<usize>,
 
-    /// Of pictures, leave out up to so many that are damaged before that is an error
+    /// Largest share of damaged pictures that are left out; more are an error
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
     bad_percent: f64,
 
@@ -138,7 +144,9 @@ impl Tune {
         let end = self.method.workflow(&recipe, &Stage::root(StageKind::Given { hash }))?;
         let mut session = Session::given(machine, profile, data, network);
         if session.run(&end)?.is_none() {
-            output::print("The time limit is over and stages are left: run the same command again to go on.");
+            output::print(
+                "The time limit has been reached and stages are left: run the same command to continue.",
+            );
             std::process::exit(TIME_LIMIT);
         }
         session.tell_skipped();
@@ -192,7 +200,7 @@ fn report(outcomes: &[Outcome], tuned: &Network) -> String {
     let mut text = table(&["stage", "top-1 %", "filters removed", "M MACs", "M weights", "time"], &rows);
     if let (Some(first), Some(last)) = (outcomes.first(), outcomes.last()) {
         text += &format!(
-            "top-1 {:.2} % → {:.2} %; MACs less by {:.1} %, weights by {:.1} %; {} classes\n",
+            "top-1 {:.2} % → {:.2} %; MACs reduced by {:.1} %, weights by {:.1} %; {} classes\n",
             first.evaluation.top1_percent,
             last.evaluation.top1_percent,
             report::pruned_percent(first.macs, last.macs),

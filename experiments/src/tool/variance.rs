@@ -14,15 +14,16 @@ pub(super) struct Variance {
     #[command(flatten)]
     network: NetworkFile,
 
-    /// Filters whose running variance is below it count as low; the ε of batch normalization if not given
+    /// Count filters whose running variance is below this as low; the ε of batch normalization if
+    /// not given
     #[arg(long, value_name = "τ")]
     threshold: Option<f64>,
 
-    /// Draw the histogram of every layer, as FILE.svg and as FILE.png
+    /// Draw the histogram of every layer, as FILE.svg and FILE.png
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 
-    /// Write the running variance of every filter
+    /// Write the running variance of every filter to this file (.csv)
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
 }
@@ -52,7 +53,10 @@ impl Variance {
             .map(|layer| Variances { layer: layer.layer, values: layer.variance })
             .collect();
         if layers.is_empty() {
-            bail!("{}: no batch normalization is left, it has been folded", self.network.file.display());
+            bail!(
+                "{}: expected batch normalization, but all of it has been folded",
+                self.network.file.display()
+            );
         }
         let rows: Vec<Vec<String>> = layers.iter().map(|layer| row(layer, threshold)).collect();
         let low: usize = layers.iter().map(|layer| layer.low(threshold)).sum();

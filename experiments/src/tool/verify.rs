@@ -15,19 +15,20 @@ use workflow::{Checked, Finding, Outcome};
 /// Checks every hash of a store or of results, and the chain from rows to stages to data
 #[derive(Debug, Args)]
 pub(super) struct Verify {
-    /// A folder of stages (runs), or of results
+    /// Store of stages, such as runs, or folder of results
     #[arg(value_name = "STORE|RESULTS")]
     folder: PathBuf,
 
-    /// Evaluate the networks of a store again on these data, which are those of --profile or --config
+    /// Evaluate the networks of a store again, on the images that --profile or --config takes from
+    /// WHERE
     #[arg(long, value_name = "WHERE")]
     data: Option<String>,
 
-    /// The profile whose data they are
+    /// Profile that selects the images
     #[arg(long, value_name = "NAME", default_value = "reduced", conflicts_with = "config")]
     profile: String,
 
-    /// A settings file instead of a profile
+    /// Settings file instead of a profile
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
@@ -58,7 +59,7 @@ impl Verify {
         let mut report = Report::default();
         let data = self.data.as_ref().map(|wanted| self.load(wanted)).transpose()?;
         if !self.folder.is_dir() {
-            bail!("{} is not a folder: name a store, as runs, or results", self.folder.display());
+            bail!("{} is not a folder: expected a store, such as runs, or results", self.folder.display());
         }
         for Checked { folder, finding } in workflow::verify(&self.folder)? {
             let name = folder.file_name().unwrap_or_default().to_string_lossy();
@@ -68,10 +69,10 @@ impl Verify {
                     report.add(&outcome.label, evaluate(&outcome, &folder, data.as_deref(), files));
                 }
                 Finding::Unhashed(outcome) => {
-                    let files = "without hashes, as older versions wrote it".into();
+                    let files = "no hashes, because an older version wrote it".into();
                     report.add(&outcome.label, evaluate(&outcome, &folder, data.as_deref(), files));
                 }
-                Finding::Unfinished => report.add(&name, Ok("unfinished, with a whole checkpoint".into())),
+                Finding::Unfinished => report.add(&name, Ok("unfinished, with a valid checkpoint".into())),
                 Finding::Begun => {}
                 Finding::Damaged(error) => report.add(&name, Err(error.into())),
             }
@@ -109,7 +110,8 @@ fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files:
     let differs = (now.loss - then.loss).abs() > TOLERANCE * then.loss.abs();
     if differs || (network.macs(), network.weights()) != (outcome.macs, outcome.weights) {
         bail!(
-            "its network has loss {}, top-1 {} %, {} MACs and {} weights, and the outcome says {}, {} %, {} and {}",
+            "its network has loss {}, top-1 {} %, {} MACs and {} weights, but the outcome says loss {}, \
+             top-1 {} %, {} MACs and {} weights",
             now.loss,
             now.top1_percent,
             network.macs(),
@@ -155,7 +157,7 @@ fn check_results(folder: &Path) -> Result<String> {
         }
     }
     let files = match stages.files.len() {
-        0 => "no hashes, as older versions wrote it".into(),
+        0 => "no hashes, because an older version wrote it".into(),
         files => format!("{} files", files + 1),
     };
     Ok(format!("{files}; {rows} rows say what {} stages gave", stages.records.len()))

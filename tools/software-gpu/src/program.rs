@@ -153,6 +153,11 @@ pub(crate) fn link(module: &Module, globals: &HashMap<String, u64>, name: &str) 
     }
     linker.function(kernel, name)?;
     linker.step(None, Action::Exit, 0);
+    // Dynamic shared memory begins at 0 here, where it would overlap static shared memory.
+    let mut shared = module.globals.iter().filter(|variable| variable.space == Space::Shared);
+    if linker.program.shared > 0 && shared.any(|variable| variable.size.is_none()) {
+        return Err(Error::NotSupported(format!("{name}, which has static and dynamic shared memory")));
+    }
     Ok(linker.program)
 }
 

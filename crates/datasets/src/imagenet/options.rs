@@ -83,7 +83,12 @@ impl Options {
         let ordered = |[low, high]: [f64; 2]| low > 0.0 && low <= high && high.is_finite();
         check((1..=4096).contains(&self.side), "side", &self.side, "1 to 4096")?;
         check((self.side..=8192).contains(&self.resize), "resize", &self.resize, "`side` up to 8192")?;
-        check(ordered(self.scale) && self.scale[1] <= 1.0, "scale", &self.scale, "two shares, at most 1")?;
+        check(
+            ordered(self.scale) && self.scale[1] <= 1.0,
+            "scale",
+            &self.scale,
+            "two shares above 0, the smaller first, at most 1",
+        )?;
         check(ordered(self.ratio), "ratio", &self.ratio, "two ratios above 0, the smaller first")?;
         check(self.tables != Some(0), "tables", &self.tables, "at least 1")?;
         check(self.threads.is_none_or(|n| (1..=1024).contains(&n)), "threads", &self.threads, "1 to 1024")?;
