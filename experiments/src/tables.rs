@@ -276,6 +276,14 @@ pub const ABLATIONS: [&Table; 23] = [
                 },
             },
             Method {
+                name: "live normalization alone",
+                workflow: |r, network| {
+                    let live = |dfq| Dfq { normalization: Normalization::Live, ..unprepared(dfq) };
+                    dfq_with(r, network, live)
+                },
+            },
+            Method { name: "ours", workflow: Recipe::algorithm1 },
+            Method {
                 name: "30 epochs",
                 workflow: |r, network| {
                     trained_by(r, Purpose::Dfq, |training| training.cosine_epochs = 30.0)?
@@ -495,6 +503,11 @@ fn as_published(dfq: Dfq) -> Dfq {
 /// Returns DFQ without fine-tuning, with changed settings.
 fn prepared(recipe: &Recipe, pretrained: &Arc<Stage>, change: fn(Dfq) -> Dfq) -> Arc<Stage> {
     Recipe { dfq: change(recipe.dfq), ..recipe.clone() }.dfq_alone(pretrained)
+}
+
+/// Returns DFQ's settings without what DFQ does to the weights.
+fn unprepared(dfq: Dfq) -> Dfq {
+    Dfq { equalize: false, absorb: false, correct_bias: false, ..dfq }
 }
 
 /// Returns DFQ with fine-tuning, with changed settings.
