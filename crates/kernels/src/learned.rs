@@ -1,4 +1,5 @@
-//! What the operations of learned quantizers share: their gradients are a tensor and some sums over all elements.
+//! What the operations of learned quantizers have in common: their gradients are a tensor and a few
+//! sums over all elements.
 
 pub(crate) mod gpu;
 
@@ -6,14 +7,16 @@ use crate::elements::Element;
 use crate::work::{CHUNK, generate};
 use std::ops::Range;
 
-/// Independent sums that a loop keeps, so that it vectorizes.
+/// The number of independent sums of a loop, which let it vectorize.
 pub(crate) const LANES: usize = 16;
 
-/// Sums that a loop keeps lane by lane.
+/// The independent sums of a loop.
 pub(crate) type Lanes = [f64; LANES];
 
-/// `len` elements and `N` sums over all of them. `f(range, elements)` computes the elements of a chunk, and its share
-/// of the sums; the shares are added up in order, so that the threads do not show.
+/// Returns `len` elements and `N` sums over all of them.
+///
+/// `f(range, elements)` computes the elements of a chunk and returns its share of the sums. The shares
+/// are added up in order, so that the result does not depend on the number of threads.
 pub(crate) fn map_and_sum<T: Element, const N: usize>(
     len: usize,
     f: impl Fn(Range<usize>, &mut [T]) -> [f64; N] + Sync + Send,
