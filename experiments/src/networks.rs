@@ -109,8 +109,8 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
     }
     let sizes: Vec<(&str, u64)> = rows.iter().map(|row| (row.file.as_str(), row.bytes)).collect();
     check_sizes(&sizes)?;
-    session.claim(results::NETWORKS)?;
-    let folder = session.folder(results::NETWORKS);
+    session.claim(results::PUBLISHED)?;
+    let folder = session.folder(results::PUBLISHED);
     let before = report::read_stages(&folder).map(|stages| stages.files).unwrap_or_default();
     for (row, bytes) in rows.iter().zip(files) {
         let path = folder.join(&row.file);
@@ -169,7 +169,7 @@ fn mebibytes(bytes: u64) -> String {
 /// # Errors
 /// If a figure is not reproduced, or if there is no network.
 pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
-    let networks = results.join(results::NETWORKS);
+    let networks = results.join(results::PUBLISHED);
     let profiles = if networks.is_dir() { entries(&networks, Path::is_dir)? } else { Vec::new() };
     let tables = rows_of_tables(results)?;
     let (mut lines, mut wrong) = (Vec::new(), 0);
@@ -225,7 +225,7 @@ fn rows_of_tables(results: &Path) -> Result<Vec<Row>> {
         let folder = results.join(&name);
         for profile in entries(&folder, Path::is_dir)? {
             let path = folder.join(profile).join(format!("{name}.csv"));
-            if name != results::NETWORKS && name != "bench" && path.is_file() {
+            if name != results::PUBLISHED && name != "bench" && path.is_file() {
                 rows.extend(report::read_csv(&path)?);
             }
         }

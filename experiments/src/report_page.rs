@@ -91,7 +91,7 @@ pub fn read(results: &Path) -> Result<Page> {
             }
             continue;
         }
-        if name == results::NETWORKS {
+        if name == results::PUBLISHED {
             for profile in entries(&folder, Path::is_dir)? {
                 let exhibit = exhibit(results, &[&name, &profile], "", &[NETWORKS])?;
                 let folder = folder.join(&profile);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use workflow::{Outcome, Planned, Stage};
 
 /// The name of the results' folder with the published networks of each profile.
-pub(crate) const NETWORKS: &str = "networks";
+pub(crate) const PUBLISHED: &str = "networks";
 
 /// The name of the file with the settings in a folder of results.
 pub(crate) const PROFILE: &str = "profile.toml";

@@ -168,7 +168,7 @@ impl Session {
 
     /// Makes stages whose networks are published next to the results count as done.
     fn take_published(&mut self) -> Result<()> {
-        let place = self.folder(results::NETWORKS);
+        let place = self.folder(results::PUBLISHED);
         if let Some(folder) = Folder::read(&place)? {
             self.display.line(&format!(
                 "{} networks are published in {}",
@@ -259,7 +259,7 @@ impl Session {
     /// Returns the folder of the results called `name`. Networks for which training images were
     /// held out have a folder of their own next to the profile's.
     pub fn folder(&self, name: &str) -> PathBuf {
-        let held_out = name == results::NETWORKS && self.profile.data.hold_out.is_some();
+        let held_out = name == results::PUBLISHED && self.profile.data.hold_out.is_some();
         self.out.join(name).join(format!("{}{}", self.profile.name, if held_out { "_holdout" } else { "" }))
     }
 

@@ -278,8 +278,13 @@ pub const ABLATIONS: [&Table; 23] = [
             Method {
                 name: "live normalization alone",
                 workflow: |r, network| {
-                    let live = |dfq| Dfq { normalization: Normalization::Live, ..unprepared(dfq) };
-                    dfq_with(r, network, live)
+                    dfq_with(r, network, |dfq| Dfq {
+                        equalize: false,
+                        absorb: false,
+                        correct_bias: false,
+                        normalization: Normalization::Live,
+                        ..dfq
+                    })
                 },
             },
             Method {
@@ -503,11 +508,6 @@ fn as_published(dfq: Dfq) -> Dfq {
 /// Returns DFQ without fine-tuning, with changed settings.
 fn prepared(recipe: &Recipe, pretrained: &Arc<Stage>, change: fn(Dfq) -> Dfq) -> Arc<Stage> {
     Recipe { dfq: change(recipe.dfq), ..recipe.clone() }.dfq_alone(pretrained)
-}
-
-/// Returns DFQ's settings without what DFQ does to the weights.
-fn unprepared(dfq: Dfq) -> Dfq {
-    Dfq { equalize: false, absorb: false, correct_bias: false, ..dfq }
 }
 
 /// Returns DFQ with fine-tuning, with changed settings.

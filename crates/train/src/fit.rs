@@ -35,12 +35,12 @@ pub fn fit(network: Network, run: &TrainingRun, observe: &mut dyn FnMut(Progress
         }
         None => (State::new(network, run)?, None),
     };
-    tell(&work, &state, trained)?;
+    announce(&work, &state, trained)?;
     state.train(trained, &work, Some(run), observe)
 }
 
 /// Sends the other ranks the state from which training starts, and its settings.
-fn tell(work: &Work, state: &State, trained: Option<TrainedEpoch>) -> Result<()> {
+fn announce(work: &Work, state: &State, trained: Option<TrainedEpoch>) -> Result<()> {
     let Some(ranks) = work.ranks else { return Ok(()) };
     let mut extras = state.extras(trained);
     let mut tell = |key: &str, value: String| extras.metadata.insert(key.into(), value);

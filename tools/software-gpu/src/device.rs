@@ -61,9 +61,8 @@ impl Device {
     }
 
     /// Returns whether an address is in the device's memory. Otherwise it is the host's.
-    pub(crate) fn has(&self, address: Pointer) -> bool {
-        let before = self.allocations.range(..=address).next_back();
-        before.is_some_and(|(start, allocation)| address < start + allocation.size as u64)
+    pub(crate) fn has(&mut self, address: Pointer) -> bool {
+        self.allocation(address, 1).is_ok()
     }
 
     /// Returns the allocation that contains `size` bytes at `address`.
