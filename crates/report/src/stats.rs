@@ -64,16 +64,18 @@ impl Summary {
 ///
 /// Networks are sorted by name, and more bits come first. The methods have the order of the paper's
 /// table, where the proposed method is the last; methods that are not in it follow in the order of
-/// the rows. If several rows have the same seed, the last one counts.
+/// their rows with the same network and bits. If several rows have the same seed, the last one
+/// counts.
 pub fn summarize(rows: &[Row]) -> Vec<Summary> {
-    let first = |method: &str| rows.iter().position(|row| row.method == method);
+    fn group(row: &Row) -> (&str, &str, &str, Reverse<u64>, Reverse<u32>, Reverse<u32>) {
+        let bits = (Reverse(row.activation_bits), Reverse(row.weight_bits));
+        (&row.table, &row.dataset, &row.model, Reverse(row.width.to_bits()), bits.0, bits.1)
+    }
+    let same = |a: &Row, b: &Row| a.method == b.method && group(a) == group(b);
+    let first = |of: &Row| rows.iter().position(|row| same(row, of));
     let mut groups: BTreeMap<_, BTreeMap<u64, &Row>> = BTreeMap::new();
     for row in rows {
-        let key = (
-            (&row.table, &row.dataset, &row.model, Reverse(row.width.to_bits())),
-            (Reverse(row.activation_bits), Reverse(row.weight_bits)),
-            (names::rank(&row.table, &row.method), first(&row.method)),
-        );
+        let key = (group(row), names::rank(&row.table, &row.method), first(row));
         groups.entry(key).or_default().insert(row.seed, row);
     }
     groups.into_values().map(|seeds| summary(&seeds.into_values().collect::<Vec<_>>())).collect()

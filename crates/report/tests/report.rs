@@ -172,6 +172,16 @@ fn summaries_are_in_the_order_of_every_table_of_the_paper() {
 }
 
 #[test]
+fn methods_of_our_own_have_the_order_of_the_rows_with_the_same_bits() {
+    let run = |bits, method: &str| Row { table: "mine".into(), ..row("mobilenet_v2", bits, method, 0, 50.0) };
+    // The second method was run at 3 bits alone, and still stands before the last one.
+    let rows = [run(4, "first"), run(4, "last"), run(3, "first"), run(3, "second"), run(3, "last")];
+    let found: Vec<_> = summarize(&rows).into_iter().map(|of| (of.activation_bits, of.method)).collect();
+    let expect = [(4, "first"), (4, "last"), (3, "first"), (3, "second"), (3, "last")];
+    assert_eq!(found, expect.map(|(bits, method)| (bits, method.to_string())));
+}
+
+#[test]
 fn differences_are_paired_by_seed() {
     fn check(input: &[Row], expect: Option<&str>) {
         let found = paired(input, "mobilenet_v2", 4, 4, "ours", "dfq_with_fine_tune");
