@@ -17,8 +17,8 @@ fn eight_bits_cost_at_most_a_point() {
     let eight = Precision::try_from(8).unwrap();
     let calibration = Some(Calibration { batches: 20, batch: 64, momentum: 0.1 });
     // The accuracy must be far above the 1 % of guessing, at which nothing could be lost.
-    let training = Training { warmup_epochs: 1.0, batch: 32, weight_decay: 1e-4, ..training(5) };
-    let network = MobileNet { width: 0.25, ..MobileNet::new(Version::V1, Input::Cifar, 100) };
+    let training = Training { warmup_epochs: 1.0, batch: 16, weight_decay: 1e-4, ..training(4) };
+    let network = MobileNet { width: 0.125, ..MobileNet::new(Version::V1, Input::Cifar, 100) };
     let float = Stage::root(StageKind::Pretrain { network, training, seed: 0 });
     let trained = run_well(&store, &float, &data).0.evaluation.top1_percent;
     assert!(trained > 5.0, "{trained} % in float, of a hundred classes");

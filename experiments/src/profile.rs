@@ -350,6 +350,11 @@ mod tests {
     #[test]
     fn other_profiles_are_valid() {
         assert_eq!(Profile::parse(include_str!("../profiles/short.toml")).unwrap().name, "short");
+        let own = Profile::parse(include_str!("../profiles/pretrainings.toml")).unwrap();
+        let reduced = Profile::named("reduced").unwrap();
+        assert!(own.pretraining_seed.is_none() && own.seeds.len() > 1 && own.name != reduced.name);
+        let shared = reduced.pretraining_seed;
+        assert_eq!(Profile { name: reduced.name.clone(), pretraining_seed: shared, ..own }, reduced);
     }
 
     /// The `profile.toml` next to a table holds the settings that the table was made with.

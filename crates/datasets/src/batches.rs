@@ -649,6 +649,25 @@ mod tests {
         assert!(made.load(Ordering::SeqCst) <= 5);
     }
 
+    /// However many batches in a row have no image that can be read, the next one that has images
+    /// is returned.
+    #[test]
+    fn batches_without_images_are_passed_over() {
+        const IMAGES: usize = 100_000;
+        fn make(range: Range<usize>) -> Result<Batch> {
+            let labels: Vec<u32> = range.filter(|i| i + 1 == IMAGES).map(|i| i as u32).collect();
+            let images = Tensor::zeros((labels.len(), 1, 1, CHANNELS), DType::F32, &Device::Cpu)?;
+            Ok(Batch { images, labels: Tensor::new(labels, &Device::Cpu)? })
+        }
+        for batches in
+            [Batches::start(IMAGES, 1, Part::WHOLE, make), Batches::on_demand(IMAGES, 1, Part::WHOLE, make)]
+        {
+            let labels: Vec<Vec<u32>> =
+                batches.map(|batch| batch.unwrap().labels.to_vec1().unwrap()).collect();
+            assert_eq!(labels, [[IMAGES as u32 - 1]]);
+        }
+    }
+
     #[test]
     fn failures_are_the_last_item() {
         let data = data();

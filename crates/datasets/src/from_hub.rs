@@ -202,6 +202,19 @@ mod tests {
         assert!(start.elapsed() < Duration::from_secs(3));
     }
 
+    /// A list that is cut off would leave files out silently.
+    #[test]
+    fn a_folder_of_too_many_files_is_refused() {
+        let listed = |files: usize| {
+            let files = (0..files).map(|i| (format!("data/{i}"), Vec::new())).collect();
+            let server = Server::of("uoft-cs/cifar100", None, files);
+            server.hub(Path::new("")).list(CIFAR, "data", MAIN)
+        };
+        assert_eq!(listed(10_000).unwrap().len(), 10_000);
+        let error = listed(10_001).unwrap_err().to_string();
+        assert!(error.contains("more than 10000 entries"), "{error}");
+    }
+
     #[test]
     fn what_the_environment_says_is_refused() {
         let (server, _home, usual) = setup();

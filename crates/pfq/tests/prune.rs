@@ -9,6 +9,7 @@ use pfq::{Corrected, Criterion, PfQ, Report};
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::OnceLock;
 
 fn random(shape: &[usize], (lo, hi): (f32, f32), seed: u64) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -21,10 +22,15 @@ fn images() -> Tensor {
 }
 
 /// Returns a network with random γ and β, and with running statistics that fit its activations.
+/// Each is made once, as its statistics take many passes.
 fn network(version: Version) -> Network {
-    // At half the width, no residual ties V2's stem to the first block.
-    let config = MobileNet { width: 0.5, ..MobileNet::new(version, Input::Cifar, 10) };
-    settled(config.init(3, &Device::Cpu).unwrap())
+    static MADE: [OnceLock<Network>; 2] = [const { OnceLock::new() }; 2];
+    let made = MADE[usize::from(version == Version::V2)].get_or_init(|| {
+        // At half the width, no residual ties V2's stem to the first block.
+        let config = MobileNet { width: 0.5, ..MobileNet::new(version, Input::Cifar, 10) };
+        settled(config.init(3, &Device::Cpu).unwrap())
+    });
+    made.duplicate().unwrap()
 }
 
 fn settled(mut network: Network) -> Network {

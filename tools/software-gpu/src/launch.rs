@@ -522,6 +522,15 @@ mod tests {
     }
 
     #[test]
+    fn static_and_dynamic_shared_memory_exclude_each_other() {
+        let dynamic = ".extern .shared .align 4 .b8 more[];";
+        let body = |tile: &str| format!("{PLACES} {tile} st.global.u32 [%rd4], %r4; ret;");
+        assert_eq!(run(dynamic, &body(""), 1, 2, &[0; 2]).unwrap(), [0, 1]);
+        let error = run(dynamic, &body(".shared .align 4 .b8 tile[8];"), 1, 2, &[0; 2]).unwrap_err();
+        assert!(error.to_string().contains("run, which has static and dynamic shared memory"), "{error}");
+    }
+
+    #[test]
     fn a_function_with_local_memory_and_a_shuffle() {
         let head = ".func (.param .b32 back) twice(.param .b32 x) {
             .local .align 8 .b8 kept[16]; .reg .b32 %r<4>; .reg .b64 %rd<4>; .reg .pred %p<2>;

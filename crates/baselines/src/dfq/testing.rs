@@ -10,6 +10,7 @@ use models::{
 use quant_core::{Bits, Precision};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::Mutex;
 
 pub(crate) const FROZEN: Normalization = Normalization::Frozen;
 
@@ -104,8 +105,20 @@ pub(crate) fn gaussian_images(count: usize, network: &Network) -> Tensor {
 
 /// Returns a MobileNet of width ¼ with random β and the running statistics of [`gaussian_images`].
 ///
-/// Its γ spread over two orders of magnitude; some are negative and some are 0.
+/// Its γ spread over two orders of magnitude; some are negative and some are 0. Each is made once,
+/// as its statistics take many passes.
 pub(crate) fn mobilenet(version: Version, activation: Activation) -> Network {
+    static MADE: Mutex<Vec<(Version, Activation, Network)>> = Mutex::new(Vec::new());
+    let mut made = MADE.lock().unwrap();
+    let found = made.iter().position(|of| (of.0, of.1) == (version, activation));
+    let place = found.unwrap_or_else(|| {
+        made.push((version, activation, settled(version, activation)));
+        made.len() - 1
+    });
+    made[place].2.duplicate().unwrap()
+}
+
+fn settled(version: Version, activation: Activation) -> Network {
     let config = MobileNet { width: 0.25, activation, ..MobileNet::new(version, Input::Cifar, 10) };
     let mut network = config.init(3, &Device::Cpu).unwrap();
     let mut gaussian = Gaussian::new(11);
