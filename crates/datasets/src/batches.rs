@@ -112,7 +112,7 @@ impl Batch {
 /// The order is a permutation drawn from `(seed, epoch)`, and the augmentation of an image depends
 /// only on `(seed, epoch, its index)`. So an epoch is the same however often and however fast it is
 /// consumed. Every image appears exactly once. The last batch is short if `batch` does not divide
-/// the number of images; [`Batches::drop_last`] leaves it out.
+/// the number of images.
 ///
 /// If `batch` is 0, the first item is an error.
 pub fn train_batches(
@@ -174,7 +174,6 @@ pub struct Batches {
     /// The device and the dtype to which each batch is converted; `None` does not convert it.
     place: Option<(Device, DType)>,
     remaining: usize,
-    last_is_short: bool,
 }
 
 /// The source of the batches.
@@ -233,8 +232,7 @@ impl Batches {
 
     fn of(images: usize, batch: usize, part: Part, maker: Maker) -> Batches {
         let remaining = ranges(images, batch, part).count();
-        let last_is_short = !part.positions(images - images % batch..images).is_empty();
-        Batches { maker, place: None, remaining, last_is_short }
+        Batches { maker, place: None, remaining }
     }
 
     /// Converts each batch to `device` and its images to `dtype` when it is requested.
@@ -245,13 +243,7 @@ impl Batches {
 
     /// Returns an iterator whose only item is an error.
     pub(crate) fn failed(error: Error) -> Batches {
-        Batches { maker: Maker::Stopped(Some(error)), place: None, remaining: 1, last_is_short: false }
-    }
-
-    /// Leaves out the last batch if it is short. Call this before the first item is taken.
-    pub fn drop_last(mut self) -> Batches {
-        self.remaining -= usize::from(std::mem::take(&mut self.last_is_short));
-        self
+        Batches { maker: Maker::Stopped(Some(error)), place: None, remaining: 1 }
     }
 
     /// Returns the number of remaining batches. Fewer batches follow if one fails, or if one is
@@ -517,16 +509,14 @@ mod tests {
     }
 
     #[test]
-    fn the_last_batch_is_short_or_dropped() {
+    fn the_last_batch_may_be_short() {
         let data = data();
         let sizes =
             |batches: Batches| collect(batches).iter().map(|(_, labels)| labels.len()).collect::<Vec<_>>();
         let train = |batch| train_batches(&data, batch, VARIED, 0, 0);
         assert_eq!((train(100).len(), sizes(train(100))), (3, vec![100, 100, 30]));
-        assert_eq!((train(100).drop_last().len(), sizes(train(100).drop_last())), (2, vec![100, 100]));
-        assert_eq!(sizes(train(115).drop_last()), [115, 115]);
+        assert_eq!(sizes(train(115)), [115, 115]);
         assert_eq!(sizes(train(500)), [230]);
-        assert!(train(500).drop_last().is_empty());
         assert_eq!(sizes(test_batches(&data, 50)), [50, 20]);
         let mut batches = train(100);
         batches.next();
