@@ -273,7 +273,7 @@ impl Table {
             command: provenance.command.clone(),
             profile: profile.name.clone(),
             dataset: data.name().into(),
-            notes: notes(&rows, &outcomes),
+            notes: notes(&outcomes),
             provenance: vec![
                 (
                     "Data".into(),
@@ -362,13 +362,13 @@ fn networks_of(row: &RowPlan, is_ours: bool) -> Vec<Pick> {
 }
 
 /// Returns notes for the table's readers: the accuracy of the float networks, and what pruning did.
-fn notes(rows: &[Row], outcomes: &[&Outcome]) -> Vec<String> {
+fn notes(outcomes: &[&Outcome]) -> Vec<String> {
     let mut notes = Vec::new();
-    let mut models: Vec<(&str, f64)> =
-        rows.iter().map(|r| (r.model.as_str(), r.float_top1_percent)).collect();
-    models.dedup();
-    for (model, top1) in models {
-        notes.push(format!("{model} in float, before pruning and quantization: top-1 {top1:.2} %."));
+    for Outcome { label, key, evaluation, .. } in outcomes.iter().filter(|outcome| outcome.parent.is_none()) {
+        notes.push(format!(
+            "{label} (stage {key}): top-1 {:.2} % in float, before pruning and quantization.",
+            evaluation.top1_percent
+        ));
     }
     for outcome in outcomes {
         let report = outcome.report.clone().and_then(|r| serde_json::from_value::<pfq::Report>(r).ok());
@@ -392,4 +392,20 @@ fn notes(rows: &[Row], outcomes: &[&Outcome]) -> Vec<String> {
         }
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pre_training_and_pruning_has_one_note() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results/table1/reduced");
+        let outcomes = results::outcomes(&folder).unwrap();
+        let found = notes(&outcomes.iter().collect::<Vec<_>>());
+        let of = |what: &str| found.iter().filter(|note| note.contains(what)).count();
+        // Two networks, with and without the bias correction.
+        assert_eq!((of("pre-train seed 0 (stage "), of("PfQ (stage "), of("PfQ without")), (2, 2, 2));
+        assert_eq!(found.len(), 6, "{found:#?}");
+    }
 }
