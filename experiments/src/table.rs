@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use clap::Parser;
 use quant_core::Precision;
 use report::{Paper, Row, STAGES};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Recipe, Stage, StageKind};
@@ -89,8 +90,10 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
         .iter()
         .zip(&rows)
         .map(|(table, rows)| {
-            let picks =
-                |row: &&RowPlan| only.picks(table.name, row.model.version().name(), row.bits, row.method);
+            let picks = |row: &&RowPlan| {
+                session.seeds.contains(&row.seed)
+                    && only.picks(table.name, row.model.version().name(), row.bits, row.method)
+            };
             (*table, rows.iter().filter(picks).collect())
         })
         .collect();
@@ -177,12 +180,22 @@ impl Table {
         all
     }
 
-    /// Returns every row of the table, in the paper's order, for every seed.
+    /// Returns every row of the table, in the paper's order, for every seed that the run or the
+    /// profile has, or that the written table has from earlier runs.
     fn rows(&self, session: &Session) -> Result<Vec<RowPlan>> {
+        let file = session.folder(self.name).join(format!("{}.csv", self.name));
+        let written = report::read_csv(&file).unwrap_or_default();
+        let seeds: BTreeSet<u64> = session
+            .seeds
+            .iter()
+            .chain(&session.profile.seeds)
+            .copied()
+            .chain(written.iter().map(|row| row.seed))
+            .collect();
         let mut rows = Vec::new();
         for (model, bits, method) in self.combinations() {
             let (a, w) = (Precision::try_from(bits.0)?, Precision::try_from(bits.1)?);
-            for &seed in &session.seeds {
+            for &seed in &seeds {
                 let recipe = session.profile.recipe(a, w, seed);
                 let stage = (method.workflow)(&recipe, &session.pretraining(model, seed)?)?;
                 rows.push(RowPlan { model, bits, method: method.name, seed, stage });
@@ -249,7 +262,7 @@ impl Table {
         let mut rows = Vec::new();
         let mut outcomes: Vec<&Outcome> = Vec::new();
         for planned in plans {
-            // A row that `--only` left out, now and in earlier runs, is not in the table.
+            // A row that `--only` or `--seeds` left out, now and in earlier runs, is not in the table.
             let key = planned.stage.key(data.fingerprint())?;
             if !all.contains_key(key.as_str()) {
                 continue;

@@ -149,11 +149,11 @@ pub const ABLATIONS: [&Table; 23] = [
         "ablation_threshold",
         "The threshold τ",
         &[
-            Method { name: "τ = 1e-7", workflow: |r, network| threshold(r, network, 1e-7) },
-            Method { name: "τ = 1e-6", workflow: |r, network| threshold(r, network, 1e-6) },
-            Method { name: "τ = 1e-4", workflow: |r, network| threshold(r, network, 1e-4) },
-            Method { name: "τ = 1e-3", workflow: |r, network| threshold(r, network, 1e-3) },
-            Method { name: "τ = ε = 1e-5", workflow: Recipe::algorithm1 },
+            Method { name: "τ = 1e-7", workflow: |r, network| threshold(r, network, Some(1e-7)) },
+            Method { name: "τ = 1e-6", workflow: |r, network| threshold(r, network, Some(1e-6)) },
+            Method { name: "τ = 1e-4", workflow: |r, network| threshold(r, network, Some(1e-4)) },
+            Method { name: "τ = 1e-3", workflow: |r, network| threshold(r, network, Some(1e-3)) },
+            Method { name: "τ = ε = 1e-5", workflow: |r, network| threshold(r, network, None) },
         ],
     ),
     &ablation(
@@ -190,9 +190,12 @@ pub const ABLATIONS: [&Table; 23] = [
         "ablation_end_layers",
         "Bits of the first and the last layer",
         &[
-            Method { name: "as the others", workflow: |r, network| end_layers(r, network, None) },
-            Method { name: "float", workflow: |r, network| end_layers(r, network, Some(Precision::Float)) },
-            Method { name: "8 bits", workflow: Recipe::algorithm1 },
+            Method {
+                name: "as the others",
+                workflow: |r, network| end_layers(r, network, r.quantization.activations),
+            },
+            Method { name: "float", workflow: |r, network| end_layers(r, network, Precision::Float) },
+            Method { name: "8 bits", workflow: |r, network| end_layers(r, network, eight_bits()?) },
         ],
     ),
     &ablation(
@@ -546,8 +549,8 @@ fn decay_norm(recipe: &Recipe, pretrained: &Arc<Stage>, decay_norm: bool) -> Res
     })
 }
 
-fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: f64) -> Result<Arc<Stage>> {
-    let pfq = PfQ { threshold: Some(threshold), ..recipe.pfq };
+fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: Option<f64>) -> Result<Arc<Stage>> {
+    let pfq = PfQ { threshold, ..recipe.pfq };
     Recipe { pfq, ..recipe.clone() }.algorithm1(pretrained)
 }
 
@@ -559,10 +562,11 @@ fn weight_grid(recipe: &Recipe, pretrained: &Arc<Stage>, weight_grid: WeightGrid
     with_quantization(recipe, pretrained, Quantization { weight_grid, ..recipe.quantization })
 }
 
-fn end_layers(recipe: &Recipe, pretrained: &Arc<Stage>, precision: Option<Precision>) -> Result<Arc<Stage>> {
-    let Quantization { activations, weights, .. } = recipe.quantization;
-    debug_assert_eq!(activations, weights, "one precision for image, features and weights of these layers");
-    let ends = precision.unwrap_or(activations);
+fn eight_bits() -> Result<Precision> {
+    Ok(Precision::try_from(8).map_err(models::Error::from)?)
+}
+
+fn end_layers(recipe: &Recipe, pretrained: &Arc<Stage>, ends: Precision) -> Result<Arc<Stage>> {
     let quantization = Quantization { first_layer: ends, last_layer: ends, ..recipe.quantization };
     with_quantization(recipe, pretrained, quantization)
 }

@@ -385,6 +385,37 @@ mod tests {
         assert_eq!(relative_difference(&logits, &draft.network.forward(&images).unwrap()), 0.0);
     }
 
+    /// Caps that the network has already are scaled too, and absorption lowers them.
+    #[test]
+    fn caps_of_the_network_count() {
+        use models::Kernel::Pointwise;
+        // The scales are 2, ½ and 4, as above. The third channel has a high β, of which 2 is
+        // absorbed before it is scaled.
+        let units = [(Pointwise, Relu), (Pointwise, kernels::Activation::Identity)];
+        let mut network = chain(1, &units, &[&[8.0, -1.0, 16.0], &[2.0, 4.0, 1.0]])
+            .norm(0, &[[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0], [0.25, 2.75, 0.0, 1.0]])
+            .network;
+        let caps = candle_core::Tensor::new(&[1f32, 2.0, 6.0], &Cpu).unwrap();
+        network.nodes[1].unit_mut().unwrap().cap = Some(caps);
+        let images = gaussian_images(4, &network);
+        let logits = network.forward(&images).unwrap();
+        let caps = |draft: &Draft| draft.unit(1).cap.as_ref().unwrap().to_vec1::<f32>().unwrap();
+        for normalization in [Normalization::Frozen, Normalization::Live] {
+            let mut draft = Draft::new(&network, normalization).unwrap();
+            draft.free_relu6(Cap::PerChannel).unwrap();
+            draft.equalize(1e-3, 10).unwrap();
+            let off = relative_difference(&logits, &draft.network.forward(&images).unwrap());
+            assert!(off < 1e-5, "{normalization:?}: off by {off}");
+            let scaled = caps(&draft);
+            draft.absorb(3.0).unwrap();
+            let absorbed = caps(&draft);
+            let mean: Vec<f64> = draft.channels[1].iter().map(|channel| channel.mean).collect();
+            println!("{normalization:?}: {scaled:?} {absorbed:?} {mean:?}");
+            assert_eq!(scaled[..2], absorbed[..2]);
+            assert!((absorbed[2] / scaled[2] - 4.0 / 6.0).abs() < 1e-3, "{scaled:?}, {absorbed:?}");
+        }
+    }
+
     /// In evaluation, live normalization gives about the same as frozen normalization: the weights
     /// are the same up to their factors.
     #[test]

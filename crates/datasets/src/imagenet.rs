@@ -461,7 +461,9 @@ impl ImageNet {
         let splits = parts.map(|part| part.into_iter().map(|i| all[i].clone()).collect());
         let source = format!("{source}; {n} training images held out as test (seed {seed})");
         let (classes, options, pool) = (classes.clone(), options.clone(), Arc::clone(pool));
-        Ok(ImageNet::of("imagenet_holdout", source, classes, options, splits, pool))
+        let whole = self.0.name.starts_with("imagenet1000");
+        let name = if whole { "imagenet_holdout" } else { "imagenet_holdout_part" };
+        Ok(ImageNet::of(name, source, classes, options, splits, pool))
     }
 
     /// Makes the batch of these images; `transform` returns the transform of an index.

@@ -73,8 +73,8 @@ impl Hub {
     /// - `HF_HUB_CACHE` (or `HUGGINGFACE_HUB_CACHE`) is the cache, or else `hub` in `HF_HOME`, or
     ///   else `huggingface/hub` in `XDG_CACHE_HOME` or `~/.cache`;
     /// - `HF_TOKEN` is the token, or else the contents of the file that `HF_TOKEN_PATH` names, or
-    ///   else of `token` in `HF_HOME`; `HF_HUB_DISABLE_IMPLICIT_TOKEN` forbids sending any token;
-    /// - `HF_HUB_OFFLINE` forbids requests if it is 1, true, yes or on.
+    ///   else of `token` in `HF_HOME`; `HF_HUB_DISABLE_IMPLICIT_TOKEN` forbids sending any token,
+    ///   and `HF_HUB_OFFLINE` any request, if it is 1, true, yes or on.
     ///
     /// An answer may take 10 seconds, and 64 KiB of a download must arrive within a minute. A file
     /// may have 2 GiB, four times the size of ImageNet's files.
@@ -99,14 +99,17 @@ impl Hub {
         let token = value("HF_TOKEN")
             .or_else(|| stored(path("HF_TOKEN_PATH")?))
             .or_else(|| stored(home.join("token")));
-        let offline = value("HF_HUB_OFFLINE").unwrap_or_default().to_lowercase();
+        let is_on = |name: &str| {
+            let value = value(name).unwrap_or_default().to_lowercase();
+            ["1", "true", "yes", "on"].contains(&value.as_str())
+        };
         Hub {
             endpoint: value("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into()),
             cache: path("HF_HUB_CACHE")
                 .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
                 .unwrap_or_else(|| home.join("hub")),
-            token: token.filter(|_| value("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none()),
-            offline: ["1", "true", "yes", "on"].contains(&offline.as_str()),
+            token: token.filter(|_| !is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN")),
+            offline: is_on("HF_HUB_OFFLINE"),
             answer_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
             longest: 2 << 30,
@@ -417,7 +420,8 @@ mod tests {
         );
         std::fs::write(home.path().join("token"), "hf_stored\n").unwrap();
         assert_eq!(hub(&[("HF_HOME", path)]).token.as_deref(), Some("hf_stored"));
-        assert_eq!(hub(&[("HF_HOME", path), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token, None);
+        let without = |value| hub(&[("HF_HOME", path), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", value)]).token;
+        assert_eq!((without("1"), without("0").is_some()), (None, true));
         assert_eq!(hub(&[("HF_HOME", path)]).cache, home.path().join("hub"));
         assert_eq!(hub(&[("HF_HOME", path), ("HF_HUB_CACHE", "/c")]).cache, Path::new("/c"));
     }

@@ -147,8 +147,8 @@ pub fn initial_step_and_offset(x: &Tensor, bits: Bits) -> Result<(Tensor, Tensor
     Ok((step, offset))
 }
 
-/// Raises a step `[1]` below [`MIN_STEP`] to [`MIN_STEP`], in place; called after a step of the
-/// optimizer.
+/// Raises a step `[1]` below [`MIN_STEP`] to [`MIN_STEP`], in place; called before a training step
+/// uses what the optimizer left.
 pub fn project(step: &Tensor) -> Result<()> {
     let check = Check("lsq::project");
     check.dims("step", step, &[1])?;

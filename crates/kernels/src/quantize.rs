@@ -86,7 +86,8 @@ pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()>
     }
     cpu::update(&check, "range", range, [&batch], |range, [batch]| {
         for (range, batch) in range.iter_mut().zip(batch) {
-            *range += momentum as f32 * (batch - *range);
+            // A sum with the old range would round to its precision.
+            *range = if momentum == 1.0 { *batch } else { *range + momentum as f32 * (batch - *range) };
         }
     })
 }

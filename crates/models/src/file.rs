@@ -126,6 +126,27 @@ fn part_prefix(path: &Path) -> String {
     format!("{stem}.part-")
 }
 
+/// Returns the bytes of a safetensors file, with the metadata in the order of their keys.
+///
+/// The library takes them in an order that is another one in each process, which would give the
+/// same network other hashes.
+fn serialize(
+    tensors: Vec<(String, Bytes)>,
+    metadata: BTreeMap<String, String>,
+) -> std::result::Result<Vec<u8>, Box<dyn std::error::Error>> {
+    /// What comes before the metadata: the header's length and its first key.
+    const BEFORE: usize = size_of::<u64>() + "{\"__metadata__\":".len();
+    let sorted = serde_json::to_vec(&metadata)?;
+    let unsorted: HashMap<String, String> = metadata.into_iter().collect();
+    let written = serde_json::to_vec(&unsorted)?;
+    let mut data = safetensors::serialize(tensors, Some(unsorted))?;
+    match data.get_mut(BEFORE..BEFORE + written.len()) {
+        Some(place) if *place == *written => place.copy_from_slice(&sorted),
+        _ => return Err("its metadata are not where they were expected".into()),
+    }
+    Ok(data)
+}
+
 /// Writes tensors to a part of `path`.
 fn write_part(path: &Path, tensors: Vec<(String, Bytes)>) -> Result<Part> {
     let data = safetensors::serialize(tensors, None).map_err(|e| fail(path, e))?;
@@ -242,9 +263,9 @@ impl Network {
         let tensors: Vec<(String, Bytes)> =
             own.chain(extra).map(|(name, tensor)| Ok((name, bytes(tensor)?))).collect::<Result<_>>()?;
         let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(&e))?;
-        let mut metadata: HashMap<String, String> = extras.metadata.clone().into_iter().collect();
+        let mut metadata = extras.metadata.clone();
         metadata.insert(STRUCTURE.into(), structure);
-        safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(&e))
+        serialize(tensors, metadata).map_err(|e| fail(&e))
     }
 
     /// Returns the SHA-256, in lower-case hex, of the file that holds only the network.
@@ -262,7 +283,7 @@ impl Network {
             tensors.push((name.clone(), bytes(tensor)?));
         }
         let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(path, e))?;
-        let mut metadata: HashMap<String, String> = extras.metadata.clone().into_iter().collect();
+        let mut metadata = extras.metadata.clone();
         metadata.insert(STRUCTURE.into(), structure);
         if extras.sealed {
             metadata.insert(SEAL.into(), seal::BLANK.into());
@@ -275,7 +296,7 @@ impl Network {
             }
             metadata.insert(PARTS.into(), serde_json::to_string(&parts).map_err(|e| fail(path, e))?);
         }
-        let mut data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(path, e))?;
+        let mut data = serialize(tensors, metadata).map_err(|e| fail(path, e))?;
         if extras.sealed {
             seal::close(&mut data);
         }
@@ -302,8 +323,8 @@ impl Network {
         let tensors: Vec<(String, Bytes)> =
             tensors.iter().map(|(name, tensor)| Ok((name.clone(), bytes(tensor)?))).collect::<Result<_>>()?;
         // PyTorch's libraries write this entry and refuse files without it.
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        let data = safetensors::serialize(tensors, Some(metadata)).map_err(|e| fail(path, e))?;
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        let data = serialize(tensors, metadata).map_err(|e| fail(path, e))?;
         whole_file::write(path, data).map_err(|e| fail(path, format!("could not be written: {e}")))?;
         Ok(naming)
     }
@@ -443,6 +464,22 @@ mod tests {
         assert_eq!(velocity, expected.tensors["velocity"].to_vec1::<f32>().unwrap());
         assert!(found.tensors.is_empty());
         assert_eq!(found.metadata, expected.metadata);
+    }
+
+    #[test]
+    fn a_file_has_the_same_bytes_whenever_it_is_written() {
+        let entries =
+            ["one", "two", "three", "four", "five"].map(|key| (key.into(), format!("{key}: \"ε\"")));
+        let extras = Extras { metadata: entries.into(), ..extras() };
+        let network = network(1);
+        let first = network.to_bytes(&extras).unwrap();
+        for _ in 0..10 {
+            assert!(network.to_bytes(&extras).unwrap() == first, "the same network has other bytes");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("network.safetensors");
+        std::fs::write(&path, first).unwrap();
+        assert_eq!(Network::load(&path, &Device::Cpu).unwrap().1.metadata, extras.metadata);
     }
 
     #[test]

@@ -344,11 +344,12 @@ impl Network {
     /// for a V1.
     ///
     /// `load_state_dict` takes them: this is the inverse of [`Network::open`]. The counts of
-    /// batches are left out, because PyTorch sets them itself.
+    /// batches are left out, because PyTorch sets them itself. The module must have the network's
+    /// strides, activation and ε, which no tensor tells.
     ///
     /// # Errors
-    /// If the network is quantized, folded, pruned, or otherwise not one of these libraries'
-    /// networks.
+    /// If the network is quantized, folded, capped, pruned, or otherwise not one of these
+    /// libraries' networks.
     pub fn state_dict(&self) -> Result<(Naming, BTreeMap<String, Tensor>)> {
         let refuse = |problem: &str| Error::Structure {
             network: self.name.clone(),
@@ -362,6 +363,9 @@ impl Network {
         }
         if self.units().any(|unit| unit.batch_norm().is_none() != (unit.name == HEAD)) {
             return Err(refuse("have no batch normalization, which has been folded"));
+        }
+        if self.units().any(|unit| unit.cap.is_some()) {
+            return Err(refuse("have caps"));
         }
         let config = self.config()?.ok_or_else(|| {
             refuse("have not the numbers of filters of any width, as of a network that was pruned, or another order")

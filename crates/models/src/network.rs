@@ -456,6 +456,7 @@ impl Network {
     /// * The image is the first node, and all nodes follow from it. The last node is a classifier,
     ///   and all nodes lead to it.
     /// * The shapes of the tensors match their inputs.
+    /// * A map is pooled once. What reads it is pointwise, or a sum of pooled maps.
     /// * A full convolution reads only the image, and the image's quantizer learns nothing, because
     ///   no such gradients are computed.
     /// * Each tensor has a unique name.
@@ -490,6 +491,8 @@ impl Network {
         }
         let readers = self.readers();
         let mut shapes = Vec::with_capacity(self.nodes.len());
+        // Whether each node's output has no positions left.
+        let mut pooled: Vec<bool> = Vec::with_capacity(self.nodes.len());
         for (i, node) in self.nodes.iter().enumerate() {
             if readers[i].is_empty() != (i == self.last()) {
                 return fail(
@@ -503,10 +506,17 @@ impl Network {
                         "has a learned quantizer, but nothing computes its gradient; take a uniform one";
                     return fail(node.name(), problem.into());
                 }
-                Node::Image(_) | Node::Pool(_) => (),
+                Node::Image(_) => (),
+                Node::Pool(pool) if pooled[pool.input] => {
+                    return fail(node.name(), "pools a map that was pooled before".into());
+                }
+                Node::Pool(_) => (),
                 Node::Unit(unit) => {
                     let input: [usize; 3] = shapes[unit.input];
                     unit.problem(input[2]).map_or(Ok(()), |problem| fail(&unit.name, problem))?;
+                    if pooled[unit.input] && unit.kernel != Kernel::Pointwise {
+                        return fail(&unit.name, "only a pointwise convolution may read a pooled map".into());
+                    }
                     if matches!(unit.kernel, Kernel::Full { .. }) && unit.input != 0 {
                         return fail(&unit.name, "only a convolution of the image may be a full one".into());
                     }
@@ -516,15 +526,18 @@ impl Network {
                     if a != b {
                         return fail(&sum.name, format!("adds maps of other sizes: {a:?} and {b:?}"));
                     }
+                    if pooled[sum.inputs[0]] != pooled[sum.inputs[1]] {
+                        return fail(&sum.name, "adds a pooled map to one that was not pooled".into());
+                    }
                 }
             }
             if let Some(problem) = node.quantizer().and_then(Quantizer::problem) {
                 return fail(node.name(), problem);
             }
             shapes.push(self.shape(node, &shapes));
+            pooled.push(matches!(node, Node::Pool(_)) || node.inputs().iter().any(|&input| pooled[input]));
         }
-        let pools = self.nodes.iter().any(|node| matches!(node, Node::Pool(_)));
-        if !pools || self.nodes[self.last()].unit().is_none() || shapes[self.last()][..2] != [1, 1] {
+        if self.nodes[self.last()].unit().is_none() || !pooled[self.last()] {
             let problem = "must be a convolution that classifies, behind global average pooling";
             return fail(self.nodes[self.last()].name(), problem.into());
         }

@@ -640,7 +640,9 @@ impl UnitRecord {
                 gradients.set(&self.shift, shift);
             }
             // The classifier's shift is summed separately, over only the images of a batch.
-            _ if g.tensor.rank() == 2 => gradients.set(&self.shift, bias::gradient(&g.tensor)?),
+            _ if g.tensor.rank() == 2 && self.epilogue.is_affine() => {
+                gradients.set(&self.shift, bias::gradient(&g.tensor)?)
+            }
             _ => gradients.set(&self.shift, shift),
         }
         let (gw, gx) = convolution::backward(self.kernel, &self.x, &self.weight.value, &gz, below)?;

@@ -203,6 +203,19 @@ fn passes_are_those_of_autograd() {
     check(&mut network(), FLOAT);
 }
 
+/// A layer with an activation between the pooling and the classifier.
+#[test]
+fn a_hidden_layer_after_pooling_is_trained_too() {
+    let mut network = network();
+    let last = network.last();
+    let hidden = network.nodes[last].unit_mut().unwrap();
+    (hidden.name, hidden.activation) = ("hidden".into(), Activation::Relu);
+    let bias = Norm::Bias(random(&[5], 6));
+    network.push_unit("classifier", Kernel::Pointwise, random(&[5, 5], 5), bias, Activation::Identity);
+    network.validate().unwrap();
+    check(&mut network, FLOAT);
+}
+
 fn eight_bits(method: Method) -> Quantization {
     let [eight, float] = [8, 32].map(|bits| Precision::try_from(bits).unwrap());
     let (first_layer, last_layer, fold) = (eight, eight, Fold::Unfolded);
@@ -310,7 +323,6 @@ fn what_the_passes_cannot_run_is_an_error() {
     };
     check(&unread, "d.second", "nothing reads");
     check(&|n| unit(n, "b.narrow", &|u| u.kernel = Kernel::Depthwise { stride: 1 }), "b", "[9, 9, 16]");
-    check(&|n| n.push_head(random(&[5, 5], 1), random(&[5], 2)), "head", "two tensors");
     check(&|n| unit(n, "a.project", &|u| u.name = "stem".into()), "stem.", "two tensors");
     check(&|n| drop(n.nodes.remove(0)), "stem", "must be the image");
     check(&|n| n.nodes.truncate(13), "c", "classifies");
@@ -320,4 +332,16 @@ fn what_the_passes_cannot_run_is_an_error() {
         u.weight = random(&[9 * 16, 16], 1);
     };
     check(&|n| unit(n, "c.first", &full), "c.first", "only a convolution of the image");
+    check(&|n| n.push_head(random(&[5, 5], 1), random(&[5], 2)), "head", "was pooled before");
+    let depthwise = |n: &mut Network| {
+        let bias = Norm::Bias(random(&[5], 2));
+        n.push_unit(
+            "late",
+            Kernel::Depthwise { stride: 1 },
+            random(&[3, 3, 5], 1),
+            bias,
+            Activation::Identity,
+        );
+    };
+    check(&depthwise, "late", "only a pointwise convolution may read a pooled map");
 }

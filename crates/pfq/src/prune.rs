@@ -86,7 +86,7 @@ pub struct Report {
     /// The number of multiply–accumulates for one image after.
     pub macs_after: u64,
     /// The number of channels, tied by residuals, that are low in some but not in all of their
-    /// producers. They stay.
+    /// producers. They stay. Like `kept_as_last`, this is about the choice by variance.
     pub low_in_part: usize,
     /// The number of channels that stay although every layer that reads them reads a constant,
     /// because a layer must keep one channel.
@@ -198,8 +198,7 @@ impl PfQ {
             if !stays.contains(&true) {
                 stays[most_varied(network, &group)?] = true;
                 kept_as_last += 1;
-            }
-            if group.tied {
+            } else if group.tied {
                 let low = |j: usize| group.nodes.iter().any(|&i| constants.low[i][j]);
                 low_in_part += (0..stays.len()).filter(|&j| stays[j] && low(j)).count();
             }

@@ -375,6 +375,18 @@ fn one_channel_always_stays() {
     let (pruned, report) = PfQ::default().apply(&network).unwrap();
     assert_eq!((removed(&report), report.kept_as_last), (vec![("stem", 15)], 1));
     assert!(distance(&before, &pruned.forward(&images()).unwrap()) < 1e-5);
+
+    // The channels of a sum are low in both of its summands, so none is low only in part.
+    let mut network = self::network(Version::V2);
+    let summands = ["blocks.1.project", "blocks.2.project"];
+    for unit in summands {
+        let filters = network.units().find(|of| of.name == unit).unwrap().filters();
+        for channel in 0..filters {
+            plant(&mut network, unit, channel, 0.8);
+        }
+    }
+    let (_, report) = PfQ::default().apply(&network).unwrap();
+    assert_eq!((report.kept_as_last, report.low_in_part), (1, 0));
 }
 
 #[test]

@@ -20,7 +20,7 @@ impl Grid {
     ///
     /// The step is `(hi − lo) / (2^b − 1)`. The zero point is `−lo / step` rounded to the nearest
     /// level, so the grid may be shifted against the range by up to half a step. A range that is
-    /// all zero gives a grid that maps everything to zero.
+    /// all zero gives a grid of values next to zero, below 1e-35.
     ///
     /// # Errors
     /// If a bound is not finite or `lo > hi`.
@@ -45,8 +45,8 @@ impl Grid {
 
     /// Returns the grid of `2^b − 1` values from `−bound` to `bound`, with zero in the middle.
     ///
-    /// A bound of 0 or less gives a grid that maps everything to zero. A bound that is not finite
-    /// shows as NaN in the result.
+    /// A bound of 0 or less gives a grid of values next to zero, below 1e-35. A bound that is not
+    /// finite shows as NaN in the result.
     pub fn symmetric(bound: f32, bits: Bits) -> Self {
         let half = (bits.max_level() / 2) as f32;
         // The least step keeps the reciprocal finite, as in `spanning`.

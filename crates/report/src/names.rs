@@ -81,6 +81,8 @@ pub(crate) fn dataset_label(dataset: &str) -> &str {
         "imagenet_holdout" => "ImageNet, training images held out",
         "imagenet1000_shrunk" => "ImageNet-1000, pictures shrunk",
         "imagenet_part_shrunk" => "a part of ImageNet, pictures shrunk",
+        "imagenet_holdout_part" => "a part of ImageNet, training images held out",
+        "imagenet_holdout_part_shrunk" => "a part of ImageNet, training images held out, pictures shrunk",
         "imagenet_holdout_shrunk" => "ImageNet, training images held out, pictures shrunk",
         "cifar100_part" => "a part of CIFAR-100",
         "cifar100_holdout" => "CIFAR-100, training images held out",

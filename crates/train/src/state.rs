@@ -3,7 +3,7 @@
 use crate::evaluate::evaluate_on;
 use crate::run::{EpochMetrics, Progress, Trained, TrainingRun};
 use crate::together::Work;
-use crate::totals::{Means, Totals};
+use crate::totals::Totals;
 use crate::{Error, Evaluation, Result, TimeLimit, Trainer, Training};
 use datasets::Feed;
 use models::{Extras, Network};
@@ -101,7 +101,18 @@ impl State {
         let accuracies: Vec<f64> = self.metrics.iter().map(|epoch| epoch.train_top1_percent).collect();
         let mut totals = Totals::default();
         let (mut rate, mut done) = (0.0, 0);
-        let mut means = Means::default();
+        let report = |totals: &Totals, done: usize, rate: f64, observe: &mut dyn FnMut(Progress)| {
+            let means = totals.read(ranks)?;
+            let loss = means.loss;
+            if !loss.is_finite() {
+                let what = format!("the loss is {loss} after step {done}");
+                return Err(Error::Diverged { what, epoch: epoch + 1, rate });
+            }
+            let images_per_second = means.images as f64 / started.elapsed().as_secs_f64();
+            let (epoch, epochs) = (epoch + 1, training.epochs());
+            observe(Progress::Steps { epoch, epochs, step: done, steps, loss, images_per_second });
+            Ok(means)
+        };
         for (step, batch) in batches.enumerate() {
             let batch = batch?;
             // The rate is taken at the middle of the step.
@@ -116,19 +127,13 @@ impl State {
                 observe(Progress::NoGraphs(problem));
             }
             done = step + 1;
-            if done % STEPS_PER_REPORT == 0 || done == steps {
-                means = totals.read(ranks)?;
-                let loss = means.loss;
-                if !loss.is_finite() {
-                    let what = format!("the loss is {loss} after step {done}");
-                    return Err(Error::Diverged { what, epoch: epoch + 1, rate });
-                }
-                let images_per_second = means.images as f64 / started.elapsed().as_secs_f64();
-                let (epoch, epochs) = (epoch + 1, training.epochs());
-                observe(Progress::Steps { epoch, epochs, step: done, steps, loss, images_per_second });
+            if done % STEPS_PER_REPORT == 0 && done < steps {
+                report(&totals, done, rate, observe)?;
             }
         }
+        // Steps whose images can't be read are left out, so `done` may be less than `steps`.
         work.agree(self.trainer.network_mut(), steps - done)?;
+        let means = report(&totals, done, rate, observe)?;
         let network = self.trainer.network();
         // Quantizers map NaN to a level, so the loss may stay finite.
         if let Err(error) = network.check_values() {

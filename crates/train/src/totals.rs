@@ -1,4 +1,4 @@
-use crate::{Found, Result};
+use crate::{Error, Found, Result};
 use candle_core::{DType, Tensor};
 use ranks::Ranks;
 
@@ -37,6 +37,9 @@ impl Totals {
 
     /// Returns the means so far, over the images of all ranks. Losses and accuracies are read from
     /// the device only here, in one copy.
+    ///
+    /// # Errors
+    /// If there was no image.
     pub(crate) fn read(&self, ranks: Option<&dyn Ranks>) -> Result<Means> {
         let mut sums = match (&self.loss, &self.correct) {
             (Some(loss), Some(correct)) => Tensor::cat(&[loss, correct], 0)?.to_vec1::<f64>()?,
@@ -46,7 +49,14 @@ impl Totals {
         if let Some(ranks) = ranks {
             sums = ranks.totals(&sums);
         }
-        let mean = |sum: f64| sum / sums[2].max(1.0);
+        if sums[2] == 0.0 {
+            return Err(Error::Setting {
+                key: "data",
+                found: "no image that can be read".into(),
+                expected: "at least one",
+            });
+        }
+        let mean = |sum: f64| sum / sums[2];
         Ok(Means { images: sums[2] as usize, loss: mean(sums[0]), top1_percent: 100.0 * mean(sums[1]) })
     }
 }

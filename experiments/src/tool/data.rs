@@ -13,9 +13,10 @@ use std::path::Path;
 /// `--data` is not a folder of pictures.
 const LARGE: usize = 64;
 
-/// The names that mark a folder as one of pictures rather than of CIFAR-100's files.
+/// The folders and files that mark a folder as one of pictures rather than of CIFAR-100's files,
+/// one of which is called `train`.
 const OF_PICTURES: [&str; 6] =
-    ["train", "val", "validation", "ILSVRC", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"];
+    ["train/", "val/", "validation/", "ILSVRC/", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"];
 
 /// The images that a command uses.
 #[derive(Debug, Clone, Copy)]
@@ -36,14 +37,18 @@ pub(super) struct Wanted<'a> {
 pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>> {
     let Wanted { place, limits: [train, test], bad_percent, settings } = wanted;
     let [height, width, _] = network.input;
-    let is_folder_of_pictures = OF_PICTURES.iter().any(|name| Path::new(place).join(name).exists());
+    let is_there = |name: &str| match name.strip_suffix('/') {
+        Some(folder) => Path::new(place).join(folder).is_dir(),
+        None => Path::new(place).join(name).is_file(),
+    };
+    let is_folder_of_pictures = OF_PICTURES.into_iter().any(is_there);
     let imagenet = (is_folder_of_pictures || height >= LARGE).then(|| {
-        let given = settings.and_then(|settings| settings.imagenet.clone()).unwrap_or_default();
+        let given = settings.and_then(|settings| settings.imagenet.clone());
+        let given = given.unwrap_or_else(|| Options { resize: height * 8 / 7, ..Options::default() });
         Options {
             side: height,
-            resize: height * 8 / 7,
-            train_limit: train.map(Limit::Total),
-            test_limit: test.map(Limit::Total),
+            train_limit: train.map(Limit::Total).or(given.train_limit),
+            test_limit: test.map(Limit::Total).or(given.test_limit),
             bad_percent,
             ..given
         }

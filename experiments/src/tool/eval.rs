@@ -56,16 +56,18 @@ impl Eval {
         };
         let data = data::load(wanted, &network)?;
         let started = Instant::now();
-        let said = if self.integer {
-            compared(&network, &*data)?
-        } else {
+        let evaluated = || -> Result<String> {
+            if self.integer {
+                return compared(&network, &*data);
+            }
             let (Evaluation { top1_percent, loss }, said) =
                 match published.filter(|published| published.is_of(&*data)) {
                     Some(published) => published.evaluate(&*data)?,
                     None => (train::evaluate(&network, &*data)?, String::new()),
                 };
-            format!("top-1 {top1_percent:.2} %, loss {loss:.4}\n{said}")
+            Ok(format!("top-1 {top1_percent:.2} %, loss {loss:.4}\n{said}"))
         };
+        let evaluated = evaluated();
         let skipped = data.skipped();
         for skipped in &skipped {
             text += &format!("left out {}: {}\n", skipped.file, skipped.why);
@@ -73,6 +75,7 @@ impl Eval {
         if data.test_images() == skipped.len() {
             bail!("{text}{} has no usable test images", data.source());
         }
+        let said = evaluated?;
         text += &format!(
             "{} from {}: {} test images in {}\n{said}",
             data.name(),

@@ -1,6 +1,7 @@
 use super::network::NetworkFile;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use models::Import;
 use onnx::{Normalize, Options};
 use std::path::PathBuf;
 
@@ -68,7 +69,11 @@ impl Export {
         }
         let (network, text) = self.network.open()?;
         let naming = network.save_state_dict(&self.out)?;
-        Ok(format!("{text}written to {out}, with {}'s names\n", naming.name()))
+        let note = match network.epsilon {
+            epsilon if epsilon == Import::default().epsilon => String::new(),
+            epsilon => format!("; the module must have ε = {epsilon:e} in its batch normalization"),
+        };
+        Ok(format!("{text}written to {out}, with {}'s names{note}\n", naming.name()))
     }
 
     fn onnx(&self) -> Result<String> {

@@ -36,11 +36,11 @@ pub(super) struct Quantize {
     data: Option<String>,
 
     /// With --data: use this many training images, spread over the classes
-    #[arg(long, value_name = "IMAGES", default_value_t = 1000)]
+    #[arg(long, value_name = "IMAGES", default_value_t = 1000, requires = "data")]
     images: usize,
 
     /// With --data: largest share of damaged pictures that are left out; more are an error
-    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0, requires = "data")]
     bad_percent: f64,
 
     /// Lowest and highest value of a normalized image; those of black and white if not given

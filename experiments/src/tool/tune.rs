@@ -8,9 +8,11 @@ use crate::session::{Machine, Session};
 use crate::{output, signals};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use datasets::Augmentation;
 use models::{Extras, HEAD, Method, Network};
 use std::path::PathBuf;
 use std::sync::Arc;
+use train::Training;
 use workflow::{Outcome, Purpose, Recipe, Stage, StageKind};
 
 /// Quantizes a trained network by training on your own images, with Algorithm 1 or another method
@@ -135,6 +137,9 @@ impl Tune {
             // Pictures are cropped at random; CIFAR-100's images are padded.
             None => Profile::named(if data.in_memory().is_none() { "imagenet" } else { "paper" })?,
         };
+        if data.in_memory().is_none() {
+            check_augmentation(&profile)?;
+        }
         if let Some(epochs) = self.epochs {
             set_epochs(&mut profile, f64::from(epochs))?;
         }
@@ -158,6 +163,19 @@ impl Tune {
         let tuned = session.network(&end)?.to_device(&candle_core::Device::Cpu)?;
         let written = self.conversion.save(&tuned, &extras)?;
         Ok(report(&outcomes, &tuned) + &written)
+    }
+}
+
+/// Checks, before anything runs, that no training pads pictures, which are cropped at random.
+fn check_augmentation(profile: &Profile) -> Result<()> {
+    let pads = |(purpose, training): (&Purpose, &Training)| {
+        (*purpose != Purpose::Pretraining && training.augmentation.pad > 0).then_some((*purpose, *training))
+    };
+    match profile.training.0.iter().find_map(pads) {
+        Some((purpose, Training { augmentation: Augmentation { pad, .. }, .. })) => bail!(
+            "training.{purpose}.augmentation.pad = {pad}: expected 0 for pictures, which are cropped at random anyway"
+        ),
+        None => Ok(()),
     }
 }
 

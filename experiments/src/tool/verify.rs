@@ -25,11 +25,17 @@ pub(super) struct Verify {
     data: Option<String>,
 
     /// Profile that selects the images
-    #[arg(long, value_name = "NAME", default_value = "reduced", conflicts_with = "config")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "reduced",
+        conflicts_with = "config",
+        requires = "data"
+    )]
     profile: String,
 
     /// Settings file instead of a profile
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "data")]
     config: Option<PathBuf>,
 }
 
@@ -107,7 +113,8 @@ fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files:
     let (network, _) = Network::load(&folder.join("network.safetensors"), &Device::Cpu)?;
     let now = train::evaluate_in(&network, data, outcome.arithmetic())?;
     let then = outcome.evaluation;
-    let differs = (now.loss - then.loss).abs() > TOLERANCE * then.loss.abs();
+    let differs =
+        now.top1_percent != then.top1_percent || (now.loss - then.loss).abs() > TOLERANCE * then.loss.abs();
     if differs || (network.macs(), network.weights()) != (outcome.macs, outcome.weights) {
         bail!(
             "its network has loss {}, top-1 {} %, {} MACs and {} weights, but the outcome says loss {}, \

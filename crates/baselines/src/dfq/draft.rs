@@ -55,16 +55,20 @@ impl Draft {
                 .ok_or_else(|| Error::Folded { network: network.name.clone(), unit: unit.name.clone() })?;
             let [gamma, beta, variance] =
                 [&norm.gamma, &norm.beta, &norm.variance].map(|t| t.to_vec1::<f32>());
-            let of_channel = |((gamma, beta), variance): ((f32, f32), f32)| {
+            let caps = match &unit.cap {
+                Some(caps) => caps.to_vec1::<f32>()?,
+                None => vec![f32::INFINITY; unit.filters()],
+            };
+            let of_channel = |(((gamma, beta), variance), cap): (((f32, f32), f32), f32)| {
                 let variance = f64::from(variance);
                 Channel {
                     mean: beta.into(),
                     deviation: f64::from(gamma.abs()) * (variance / (variance + network.epsilon)).sqrt(),
                     constant: variance < network.epsilon,
-                    cap: f64::INFINITY,
+                    cap: cap.into(),
                 }
             };
-            channels.push(gamma?.into_iter().zip(beta?).zip(variance?).map(of_channel).collect());
+            channels.push(gamma?.into_iter().zip(beta?).zip(variance?).zip(caps).map(of_channel).collect());
         }
         let mut network = network.duplicate()?;
         if normalization == Normalization::Frozen {
@@ -85,7 +89,7 @@ impl Draft {
                 let unit = self.unit_mut(maker);
                 if unit.activation == Activation::Relu6 {
                     unit.activation = Activation::Relu;
-                    self.channels[maker].iter_mut().for_each(|channel| channel.cap = 6.0);
+                    self.channels[maker].iter_mut().for_each(|channel| channel.cap = channel.cap.min(6.0));
                     self.set_caps(maker)?;
                 }
             }

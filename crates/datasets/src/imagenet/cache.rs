@@ -83,7 +83,13 @@ impl Packed {
         let Packed { pack, offset, kept } = self;
         let (width, height, sum) = match kept {
             Kept::Pixels(width, height, sum) => (*width as usize, *height as usize, *sum),
-            Kept::Damaged(why) => return Ok(Err(why.clone())),
+            Kept::Damaged(why) => {
+                let index = pack.with_extension("json");
+                return Ok(Err(format!(
+                    "{why}; {} keeps this, delete it if the picture is restored",
+                    index.display()
+                )));
+            }
         };
         let mut pixels = vec![0; kept.size() as usize];
         let read = |pixels: &mut [u8]| -> io::Result<()> {
@@ -164,6 +170,12 @@ pub(super) fn packed(
     Ok(all)
 }
 
+/// Returns whether an error of reading is about the file, which is not a regular one or shorter
+/// than it was.
+fn is_of_the_file(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
+}
+
 /// Decodes and shrinks pictures into a pack, which is written atomically.
 fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> Result<Vec<Kept>> {
     let mut all = Vec::with_capacity(pictures.len());
@@ -173,13 +185,23 @@ fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> R
         |temporary| {
             let mut file = BufWriter::new(File::create(temporary).map_err(Error::write(pack))?);
             for part in pictures.chunks(AT_ONCE) {
-                let made: Vec<Result<Picture, String>> = pool.install(|| {
-                    let make =
-                        |scaler: &mut Scaler, stored: &&Stored| shrink(stored.picture()?, side, scaler);
+                let made: Vec<Result<Result<Picture, String>>> = pool.install(|| {
+                    let make = |scaler: &mut Scaler, stored: &&Stored| -> Result<Result<Picture, String>> {
+                        let bytes = match stored.read() {
+                            // A disk or a network that fails says nothing about the picture.
+                            Err(error) if !is_of_the_file(&error) => {
+                                return Err(Error::io(stored.to_string())(error));
+                            }
+                            bytes => bytes.map_err(|error| format!("it cannot be read: {error}")),
+                        };
+                        Ok(bytes
+                            .and_then(|bytes| pictures::decode(&bytes))
+                            .and_then(|picture| shrink(picture, side, scaler)))
+                    };
                     part.par_iter().map_init(Scaler::default, make).collect()
                 });
                 for made in made {
-                    all.push(match made {
+                    all.push(match made? {
                         Ok(Picture { width, height, pixels }) => {
                             file.write_all(&pixels).map_err(Error::write(pack))?;
                             Kept::Pixels(width as u32, height as u32, sum_of(&pixels))
@@ -293,11 +315,14 @@ mod tests {
         assert_eq!((plain.name(), data.name()), ("imagenet_part", "imagenet_part_shrunk"));
         assert!(data.source().contains("; shrunk to 20 in "), "{}", data.source());
         assert_ne!(data.fingerprint(), plain.fingerprint());
-        // The same pictures are unusable, for the same reasons.
-        assert!(plain.skipped().len() == 1 && plain.skipped()[0].file.ends_with("cut.jpg"));
-        let why =
-            |data: &ImageNet| data.skipped().iter().map(|skipped| skipped.why.clone()).collect::<Vec<_>>();
-        assert_eq!(why(&data), why(&plain));
+        // The same picture is unusable, for the same reason.
+        let skipped = |data: &ImageNet| match &data.skipped()[..] {
+            [skipped] => (skipped.file.clone(), skipped.why.clone()),
+            all => panic!("{all:?}"),
+        };
+        let [(file, why), (same, again)] = [&plain, &data].map(skipped);
+        assert!(file == same && file.ends_with("cut.jpg"), "{file}, {same}");
+        assert!(again.starts_with(&why) && again.contains("train-00000.json keeps this"), "{why}, {again}");
 
         // From now on the pictures are not read, even if the options for their preparation change.
         for picture in ["train/n01440764/n01440764_7.JPEG", "val/n01443537/high.png"] {
@@ -312,7 +337,7 @@ mod tests {
         }
         // A data set with held-out images reads the cache too.
         let held = data.hold_out(4, 0).unwrap();
-        assert_eq!(held.name(), "imagenet_holdout_shrunk");
+        assert_eq!(held.name(), "imagenet_holdout_part_shrunk");
         let no_flip = Augmentation { pad: 0, flip: false };
         assert_eq!(
             collect(held.train_batches(4, no_flip, 1, 0)).0.len() + collect(held.test_batches(4)).0.len(),

@@ -37,13 +37,14 @@ impl Stored {
     }
 
     /// Returns the name of the innermost folder or inner archive, or `None` if it is the folder of
-    /// a whole split.
+    /// a whole split in an archive.
     ///
     /// If pictures are sorted into folders by class, this is the class.
     pub fn folder(&self) -> Option<&str> {
         let (folders, _) = self.name.rsplit_once('/')?;
         let folder = folders.rsplit('/').next()?;
-        Some(folder.strip_suffix(".tar").unwrap_or(folder)).filter(|folder| !SPLITS.contains(folder))
+        let folder = folder.strip_suffix(".tar").unwrap_or(folder);
+        (self.offset.is_none() || !SPLITS.contains(&folder)).then_some(folder)
     }
 
     /// Reads and decodes the picture.
@@ -92,10 +93,16 @@ pub(super) fn is_picture(name: &str) -> bool {
     !name.starts_with('.') && ["jpeg", "jpg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
-/// Lists the pictures in a folder and its direct subfolders, in any order. Links are followed.
+/// Lists the pictures in a folder and its direct subfolders, in any order. Links are followed. A
+/// single subfolder with a split's name, as in `val/val`, is taken for the folder.
 pub(super) fn scan(folder: &Path) -> Result<Vec<Stored>> {
     let container: Arc<Path> = folder.into();
     let (mut found, folders) = list(&container, "")?;
+    if let ([only], true) = (&folders[..], found.is_empty())
+        && SPLITS.contains(&only.as_str())
+    {
+        return scan(&folder.join(only));
+    }
     let inner: Vec<Vec<Stored>> = folders
         .par_iter()
         .map(|name| list(&container, &format!("{name}/")).map(|(found, _)| found))

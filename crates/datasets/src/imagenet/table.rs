@@ -58,7 +58,9 @@ fn write(table: &Path, name: &str, archive: &Path, classes: &Classes) -> Result<
         let picture = bytes(&row, "image").ok_or_else(|| bad(format!("row {i} has no image.bytes")))?;
         let file = text(&row, "image", "path").unwrap_or_default();
         let file = file.rsplit('/').next().filter(|file| is_picture(file));
-        let file = file.map_or_else(|| format!("{i:06}.JPEG"), String::from);
+        // The hub's names end with the class, which would give the pictures another order.
+        let suffix = format!("_{class}.");
+        let file = file.map_or_else(|| format!("{i:06}.JPEG"), |file| file.replacen(&suffix, ".", 1));
         let mut header = tar::Header::new_gnu();
         header.set_size(picture.len() as u64);
         header.set_mode(0o644);

@@ -95,8 +95,10 @@ fn tables() -> Vec<(String, Vec<u8>)> {
     let table = |split: usize, rows: std::ops::Range<usize>| {
         let all = pictures(split);
         let label = |wnid: &str| i64::from(Classes::official().number(wnid).unwrap());
-        let row =
-            |(wnid, name, contents): &(&str, String, Vec<u8>)| (name.clone(), label(wnid), contents.clone());
+        // As in the hub's tables, the names end with the class.
+        let row = |(wnid, name, contents): &(&str, String, Vec<u8>)| {
+            (name.replace(".JPEG", &format!("_{wnid}.JPEG")), label(wnid), contents.clone())
+        };
         let rows: Vec<(String, i64, Vec<u8>)> = all[rows].iter().map(row).collect();
         let rows: Vec<(&str, i64, Vec<u8>)> =
             rows.iter().map(|(name, label, contents)| (name.as_str(), *label, contents.clone())).collect();
@@ -382,6 +384,23 @@ fn subsets_are_the_first_of_their_classes() {
     assert!(error.to_string().contains("there are 1000"), "{error}");
     let changed = open(dir.path(), &Options { resize: 21, ..small() }).unwrap();
     assert_ne!(changed.fingerprint(), all.fingerprint());
+}
+
+/// A class may have the name of a split. A part of which images are held out is still a part.
+#[test]
+fn classes_may_be_called_as_splits() {
+    let dir = tempfile::tempdir().unwrap();
+    for split in ["train", "val"] {
+        for (class, seed) in [("boat", 1), ("train", 2)] {
+            for picture in ["1.jpg", "2.jpg"] {
+                write(&dir.path().join(split).join(class).join(picture), &jpeg_of(&scene(50, 44, seed)));
+            }
+        }
+    }
+    let data = open(dir.path(), &small()).unwrap();
+    assert_eq!((data.classes(), data.train_images(), data.test_images()), (2, 4, 4));
+    assert_eq!(collect(data.test_batches(4)).0, [0, 0, 1, 1]);
+    assert_eq!(data.hold_out(2, 0).unwrap().name(), "imagenet_holdout_part");
 }
 
 #[test]
