@@ -1,14 +1,12 @@
 //! The binary for every table of the paper and Figure 3.
 
-use crate::flags::Flags;
 use crate::session::{self, Done};
 use crate::{figure3, table, tables};
 use anyhow::Result;
-use clap::Parser;
 
 /// Runs the binary: every table and Figure 3, which share stages.
 pub fn main() -> Result<()> {
-    let flags = Flags::parse();
+    let flags = table::parse(&tables::ALL);
     let only = table::only(&tables::ALL, &flags)?;
     session::main(&flags, false, |session| {
         let done = table::run(&tables::ALL, &only, session, &flags)?;

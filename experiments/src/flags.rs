@@ -61,7 +61,7 @@ pub struct Flags {
     pub running: Running,
 
     /// Seeds of the fine-tuning, e.g. 0,1,2; those of the profile if not given
-    #[arg(long, value_name = "SEEDS", value_delimiter = ',')]
+    #[arg(long, value_name = "SEEDS", value_delimiter = ',', value_parser = seed)]
     pub seeds: Option<Vec<u64>>,
 
     /// Run only these rows, e.g. mobilenet_v2,a4w4,ours
@@ -131,8 +131,8 @@ pub struct Running {
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub store: PathBuf,
 
-    /// Stop with an error if a file of the store is damaged, instead of setting it aside and
-    /// running its stage again
+    /// Stop with an error if a file of the store that is read is damaged, instead of setting it
+    /// aside and running its stage again
     #[arg(long)]
     pub strict: bool,
 }
@@ -149,6 +149,10 @@ pub enum PlanFormat {
 }
 
 /// Parses a number of minutes.
+fn seed(text: &str) -> Result<u64, String> {
+    text.trim().parse().map_err(|_| "expected whole numbers with commas between them, e.g. 0,1,2".into())
+}
+
 fn minutes(text: &str) -> Result<Duration, String> {
     let minutes = text.parse::<f64>().ok().filter(|minutes| *minutes > 0.0 && *minutes <= 1e6);
     let minutes = minutes.ok_or("expected a number of minutes above 0, e.g. 8 or 0.5")?;
@@ -219,10 +223,13 @@ impl Only {
                     [_, _, ..] => format!(", or a table ({})", tables.join(", ")),
                     _ => String::new(),
                 };
+                let methods = match methods {
+                    [] => String::new(),
+                    _ => format!(", or a method ({})", methods.join(", ")),
+                };
                 bail!(
-                    "--only {term} is unknown: expected a model ({}), bits such as a4w4, or a method ({}){tables}",
+                    "--only {term} is unknown: expected a model ({}), bits such as a4w4{methods}{tables}",
                     models.join(", "),
-                    methods.join(", ")
                 );
             }
         }

@@ -192,6 +192,8 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
                 || ["–", "–"].map(String::from),
                 |found| [format!("{:.2}", found.top1_percent), format!("{:.6}", found.loss)],
             );
+            let said = if problems.is_empty() { "the same" } else { "WRONG" };
+            output::tell(&format!("{profile}/{}: {said}", row.file));
             lines.push(vec![
                 format!("{profile}/{}", row.file),
                 format!("{:.2}", row.top1_percent),

@@ -160,6 +160,11 @@ impl PublishedFile {
         self.folder.outcome(&self.row).is_ok_and(|outcome| outcome.data.fingerprint == data.fingerprint())
     }
 
+    /// Returns the name of the data set of the published figures.
+    pub fn dataset(&self) -> &str {
+        &self.row.dataset
+    }
+
     /// Evaluates the network; also returns a line that says whether the result is the published
     /// one.
     pub fn evaluate(&self, data: &dyn Dataset) -> Result<(Evaluation, String)> {

@@ -8,7 +8,7 @@ use crate::profile::ModelName;
 use crate::results::{self, PROFILE};
 use crate::session::{self, Done, Session};
 use anyhow::{Result, bail};
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use quant_core::Precision;
 use report::{Paper, Row, STAGES};
 use std::collections::BTreeSet;
@@ -59,10 +59,32 @@ pub struct RowPlan {
 /// Runs the binary of one or more tables: parses the flags, runs missing stages, writes the
 /// results.
 pub fn main(tables: &[&Table]) -> Result<()> {
-    let flags = Flags::parse();
+    let flags = parse(tables);
     let only = only(tables, &flags)?;
     let chooses = tables.iter().any(|table| table.chooses);
     session::main(&flags, chooses, |session| run(tables, &only, session, &flags))
+}
+
+/// Parses the command line of the program for these tables. `--help` lists the tables and the rows
+/// that `--only` can pick.
+pub(crate) fn parse(tables: &[&Table]) -> Flags {
+    let about = match tables {
+        [table] => format!("Runs the stages of a table and writes it. {}", table.title),
+        _ => "Runs the stages of several tables, which share them, and writes the tables".into(),
+    };
+    let titles: String = tables.iter().map(|table| format!("  {}: {}\n", table.name, table.title)).collect();
+    let terms = |of: fn(&Table) -> Vec<String>| {
+        let all: BTreeSet<String> = tables.iter().flat_map(|table| of(table)).collect();
+        Vec::from_iter(all).join(", ")
+    };
+    let models = terms(|table| table.models().into_iter().map(String::from).collect());
+    let bits = terms(|table| table.bits.iter().map(|(a, w)| format!("a{a}w{w}")).collect());
+    let rows = match tables {
+        [table] => format!("Rows for --only: {models}; {bits}; {}", table.methods().join(", ")),
+        _ => format!("Rows for --only: {models}; {bits}; the methods of a table; and the tables\n{titles}"),
+    };
+    let matches = Flags::command().about(about).after_help(rows).get_matches();
+    Flags::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 /// Returns the rows that `--only` picks; an error if the tables have no such row.
@@ -106,6 +128,9 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
     }
     let ends: Vec<Arc<Stage>> =
         picked.iter().flat_map(|(_, rows)| rows).map(|row| row.stage.clone()).collect();
+    for (table, rows) in tables.iter().zip(&rows) {
+        table.check_written(session, rows)?;
+    }
     let title = if let [table] = tables[..] { table.name } else { "tables" };
     if let Some(done) = session.part(&ends, title, flags)? {
         return Ok(done);
@@ -202,6 +227,29 @@ impl Table {
             }
         }
         Ok(rows)
+    }
+
+    /// Checks that writing the table keeps all of its rows. Rows on real data are a record, which
+    /// other settings of the same name must not replace.
+    fn check_written(&self, session: &Session, plans: &[RowPlan]) -> Result<()> {
+        let folder = session.folder(self.name);
+        let file = folder.join(format!("{}.csv", self.name));
+        if report::is_synthetic(session.data.name()) || !file.is_file() {
+            return Ok(());
+        }
+        let keys = plans.iter().map(|row| row.stage.key(session.data.fingerprint()));
+        let mut kept = keys.collect::<workflow::Result<BTreeSet<String>>>()?;
+        let known: BTreeSet<String> = written(&folder).into_iter().map(|outcome| outcome.key).collect();
+        kept.retain(|key| known.contains(key));
+        let lost = lost(&report::read_csv(&file)?, &kept);
+        if lost > 0 {
+            bail!(
+                "{} holds {lost} rows of other settings, or without their stages, which this run would drop: give the \
+                 profile another name, name another folder with --out, or move that one away",
+                folder.display()
+            );
+        }
+        Ok(())
     }
 
     /// Returns the networks to publish of the finished rows. For each model and bits, these are
@@ -407,9 +455,24 @@ fn notes(outcomes: &[&Outcome]) -> Vec<String> {
     notes
 }
 
+/// Returns the number of rows whose stages are not among those that are kept.
+fn lost(rows: &[Row], kept: &BTreeSet<String>) -> usize {
+    rows.iter().filter(|row| !kept.contains(&row.settings_hash)).count()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_of_other_settings_are_counted() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results/table3/reduced/table3.csv");
+        let rows = report::read_csv(&file).unwrap();
+        let mut kept: BTreeSet<String> = rows.iter().map(|row| row.settings_hash.clone()).collect();
+        assert_eq!((rows.len(), kept.len(), lost(&rows, &kept)), (24, 24, 0));
+        kept.remove(&rows[3].settings_hash);
+        assert_eq!(lost(&rows, &kept), 1);
+    }
 
     #[test]
     fn every_pre_training_and_pruning_has_one_note() {

@@ -63,7 +63,7 @@ pub struct Forced {
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Expect {
-    /// The quantity increases from each method to the next.
+    /// The quantity increases from each method to every later one.
     Rising {
         /// The quantity that is compared.
         of: Quantity,
@@ -433,14 +433,16 @@ impl Claim {
         let cells = self.cells();
         match &self.expect {
             Expect::Rising { of, methods, or_equal, margin } => {
-                let pair = |cell: Condition, pair: &[String]| Sample {
+                let pair = |cell: Condition, [low, high]: [&String; 2]| Sample {
                     cell: cell.label(),
                     models: vec![cell.model.into()],
-                    what: minus(&pair[1], &pair[0]),
+                    what: minus(high, low),
                     range: Range::more_than(-margin, *or_equal),
-                    values: difference(cell, &pair[1], &pair[0], *of),
+                    values: difference(cell, high, low, *of),
                 };
-                cells.iter().flat_map(|cell| methods.windows(2).map(|of| pair(*cell, of))).collect()
+                let after = |i: usize| methods[i + 1..].iter().map(move |high| [&methods[i], high]);
+                let pairs: Vec<[&String; 2]> = (0..methods.len()).flat_map(after).collect();
+                cells.iter().flat_map(|cell| pairs.iter().map(|of| pair(*cell, *of))).collect()
             }
             Expect::LargerGain { method, over, at, than } => {
                 let find = |model: &str, bits: &str| {

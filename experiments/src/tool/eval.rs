@@ -55,6 +55,15 @@ impl Eval {
             settings: published.as_ref().map(|published| published.data()),
         };
         let data = data::load(wanted, &network)?;
+        if let Some(of) = published.as_ref().map(PublishedFile::dataset)
+            && self.data == "auto"
+            && report::is_synthetic(data.name())
+            && !report::is_synthetic(of)
+        {
+            bail!(
+                "the network's figures are published for {of}, which was not found: name the images with --data"
+            );
+        }
         let started = Instant::now();
         let evaluated = || -> Result<String> {
             if self.integer {

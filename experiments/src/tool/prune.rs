@@ -41,13 +41,13 @@ impl Prune {
         let mut extras = Extras::default();
         extras.metadata.insert("pfq".into(), serde_json::to_string(&report)?);
         pruned.save_in_one_file(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
-        text += &described(&report);
+        text += &described(&report, network.epsilon);
         text += &format!("written to {out}\n");
         Ok(text)
     }
 }
 
-fn described(report: &Report) -> String {
+fn described(report: &Report, epsilon: f64) -> String {
     let concerned = report.layers.iter().filter(|layer| layer.low > 0 || layer.removed > 0);
     let rows: Vec<Vec<String>> = concerned
         .map(|l| vec![l.name.clone(), l.filters.to_string(), l.low.to_string(), l.removed.to_string()])
@@ -64,6 +64,11 @@ fn described(report: &Report) -> String {
         report.threshold,
         sum(|l| l.removed)
     );
+    if report.threshold > epsilon {
+        text += &format!(
+            "τ is above ε = {epsilon:.0e}: filters above ε are not constant, so the outputs change\n"
+        );
+    }
     if report.low_in_part > 0 {
         text += &format!(
             "{} channels stay that are low in a part of the layers that shortcuts add up\n",
