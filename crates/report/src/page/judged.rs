@@ -181,7 +181,7 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                             th.number scope="col" { "ours" }
                             th.number scope="col" { "95 % interval" }
                             th.number scope="col" { "values" }
-                            th.number scope="col" { "pre-trained networks" }
+                            th.number scope="col" { "networks" }
                             th.number scope="col" { "p, corrected" }
                             th.number scope="col" { "paper" }
                             th scope="col" { "verdict" }
