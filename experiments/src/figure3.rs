@@ -14,6 +14,7 @@ use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
 use models::{MobileNet, Network};
 use report::histogram::{self, Caption, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Stage};
@@ -56,7 +57,7 @@ pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) ->
         subjects.push((network, session.pretraining(model, seed)?));
     }
     let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
-    if let Some(done) = session.part(&ends, "figure3", flags)? {
+    if let Some(done) = session.part(&ends, &BTreeMap::new(), "figure3", flags)? {
         return Ok(done);
     }
     session.claim("figure3")?;

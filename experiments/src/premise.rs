@@ -23,7 +23,7 @@ use pfq::PfQ;
 use quant_core::{Bits, Precision};
 use report::histogram::{Caption, write_rows};
 use report::premise::{FilterRow, PremiseRow, plot, plot_filters};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Stage};
@@ -43,7 +43,7 @@ pub fn main() -> Result<()> {
         });
         let subjects = subjects.collect::<Result<Vec<(MobileNet, Arc<Stage>)>>>()?;
         let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
-        if let Some(done) = session.part(&ends, "premise", &flags)? {
+        if let Some(done) = session.part(&ends, &BTreeMap::new(), "premise", &flags)? {
             return Ok(done);
         }
         session.claim("premise")?;

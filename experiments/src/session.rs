@@ -11,7 +11,7 @@ use candle_core::Device;
 use datasets::{DataSource, Dataset, InMemoryDataset, imagenet};
 use models::Network;
 use ranks::Ranks;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -361,9 +361,15 @@ impl Session {
     }
 
     /// Does what the flags ask for instead of the whole work, which ends in the stages `ends`:
-    /// shows the plan or runs one stage. Returns `None` if they ask for the whole work. `title`
-    /// names the jobs of a cluster.
-    pub fn part(&mut self, ends: &[Arc<Stage>], title: &str, flags: &Flags) -> Result<Option<Done>> {
+    /// shows the plan or runs one stage. Returns `None` if they ask for the whole work. `rows`
+    /// names the rows that are about a stage, by its key; `title` names the jobs of a cluster.
+    pub fn part(
+        &mut self,
+        ends: &[Arc<Stage>],
+        rows: &BTreeMap<String, String>,
+        title: &str,
+        flags: &Flags,
+    ) -> Result<Option<Done>> {
         if flags.publish {
             bail!(
                 "--publish is of rows of tables, but {title} has none: use the program of a table, such as \
@@ -372,7 +378,7 @@ impl Session {
         }
         match (&flags.stage, flags.plan, flags.format) {
             (None, false, _) => Ok(None),
-            (None, true, PlanFormat::Text) => self.show_plan(ends).map(|()| Some(Done::All)),
+            (None, true, PlanFormat::Text) => self.show_plan(ends, rows).map(|()| Some(Done::All)),
             (None, true, PlanFormat::Slurm) => {
                 let (plan, fingerprint) = (self.plan(ends)?, self.data.fingerprint());
                 output::print(&slurm::script(&plan, fingerprint, &command::without_plan()?, title)?);
@@ -397,8 +403,9 @@ impl Session {
         }
     }
 
-    /// Prints which stages are done, which are left, and an estimate of the time left.
-    fn show_plan(&self, ends: &[Arc<Stage>]) -> Result<()> {
+    /// Prints which stages are done, which are left, and an estimate of the time left. `rows` names
+    /// the rows that are about a stage, by its key.
+    fn show_plan(&self, ends: &[Arc<Stage>], rows: &BTreeMap<String, String>) -> Result<()> {
         let plan = self.plan(ends)?;
         let (train, test) = (self.data.train_images() as f64, self.data.test_images() as f64);
         // The work of an epoch in multiply–accumulates of the forward pass. Evaluating an image
@@ -435,17 +442,19 @@ impl Session {
                     let estimate = epoch_work(network.macs()?) * epochs as f64 / rate;
                     left += estimate;
                     let begun = if planned.epochs_done > 0 { "begun" } else { "to do" };
-                    format!("{begun}: {epochs} epochs, about {}", duration(estimate))
+                    let s = if epochs == 1 { "" } else { "s" };
+                    format!("{begun}: {epochs} epoch{s}, about {}", duration(estimate))
                 }
             };
-            output::print(&format!("{}  {label:<48} {status}", planned.key));
+            let row = rows.get(&planned.key).map_or(String::new(), |row| format!(" ({row})"));
+            output::print(&format!("{}  {label:<48} {status}{row}", planned.key));
         }
         let done = plan.iter().filter(|p| !p.to_do).count();
-        let left = duration(left);
-        output::print(&format!(
-            "{done} of {} stages done; about {left} left (estimated from {basis}).",
-            plan.len()
-        ));
+        let left = match done == plan.len() {
+            true => String::new(),
+            false => format!("; about {} left (estimated from {basis})", duration(left)),
+        };
+        output::print(&format!("{done} of {} stages done{left}.", plan.len()));
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches};
 use quant_core::Precision;
 use report::{Paper, Row, STAGES};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use workflow::{Outcome, Recipe, Stage, StageKind};
@@ -132,7 +132,18 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
         table.check_written(session, rows)?;
     }
     let title = if let [table] = tables[..] { table.name } else { "tables" };
-    if let Some(done) = session.part(&ends, title, flags)? {
+    let mut names: BTreeMap<String, String> = BTreeMap::new();
+    for (table, rows) in &picked {
+        for row in rows {
+            let name = match tables.len() {
+                1 => row.method.to_string(),
+                _ => format!("{}: {}", table.name, row.method),
+            };
+            let names = names.entry(row.stage.key(session.data.fingerprint())?).or_default();
+            *names += &format!("{}{name}", if names.is_empty() { "" } else { ", " });
+        }
+    }
+    if let Some(done) = session.part(&ends, &names, title, flags)? {
         return Ok(done);
     }
     for table in &tables {

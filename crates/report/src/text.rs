@@ -273,9 +273,9 @@ fn verdict(orderings: &[Ordering]) -> String {
         paper.is_some_and(|paper| (paper > 0.0) == (ordering.difference.mean > 0.0))
     };
     format!(
-        "The paper's order of the methods: {} hold, {} fail, {} not decided (of which {} are as in the paper by their \
-         mean). Decided is what the 95 % interval of Student's t, over pairs of the same seed, has on one side of zero; \
-         one seed decides nothing.",
+        "Of the orders in the paper, {} hold, {} fail and {} are not decided ({} of these are as in the paper by their \
+         means). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) \
+         excludes zero. A single seed decides nothing.",
         count(Verdict::Holds),
         count(Verdict::Fails),
         count(Verdict::NotDecided),

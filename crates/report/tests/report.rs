@@ -220,7 +220,7 @@ Weights pruned in the paper: MobileNetV2 35.74 % (Table 1).
 | --- | --- | --- | ---: | ---: | ---: | ---: | --- |
 | MobileNetV2 | A4/W4 | Ours − DFQ + fine-tune | +2.00 | −0.48 … +4.48 | 3 | +0.56 | not decided |
 
-The paper's order of the methods: 0 hold, 0 fail, 1 not decided (of which 1 are as in the paper by their mean). Decided is what the 95 % interval of Student's t, over pairs of the same seed, has on one side of zero; one seed decides nothing.
+Of the orders in the paper, 0 hold, 0 fail and 1 are not decided (1 of these are as in the paper by their means). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) excludes zero. A single seed decides nothing.
 
 ## Notes
 
