@@ -26,9 +26,17 @@ pub fn exit(result: Result<()>) -> ExitCode {
     }
 }
 
-/// Formats an error with its causes as one line.
+/// Formats an error as one line, with those of its causes that it does not state itself.
 pub(crate) fn one_line(error: &Error) -> String {
-    joined(&format!("{error:#}"))
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if said.is_empty() {
+            said = cause;
+        } else if !said.contains(&cause) {
+            said += &format!(": {cause}");
+        }
+    }
+    joined(&said)
 }
 
 /// Joins the lines of a message. If RUST_BACKTRACE is set, Candle puts a backtrace in the middle of
@@ -56,7 +64,15 @@ fn without_frame(line: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use super::joined;
+    use super::{joined, one_line};
+    use anyhow::anyhow;
+
+    #[test]
+    fn causes_are_stated_once() {
+        let error = anyhow!("disk full").context("a.csv: disk full").context("table 3");
+        assert_eq!(one_line(&error), "table 3: a.csv: disk full");
+        assert_eq!(one_line(&anyhow!("disk full").context("table 3")), "table 3: disk full");
+    }
 
     #[test]
     fn errors_are_one_line_without_a_backtrace() {
