@@ -315,6 +315,12 @@ impl StageRecord {
         self.setting("network")?.get("width")?.as_f64()
     }
 
+    /// Returns a remark on the rule of the learning rate if it is not the usual one.
+    fn rule(&self) -> &'static str {
+        let decay = self.setting("training").and_then(|training| training.get("decay"));
+        if decay.and_then(Value::as_str) == Some("accuracy_drop") { " (accuracy drop)" } else { "" }
+    }
+
     /// Returns whether the stage prunes and corrects the layers that read the removed filters.
     pub fn prunes_with_correction(&self) -> bool {
         let correction = self.setting("pfq").and_then(|pfq| pfq.get("bias_correction"));
@@ -349,7 +355,7 @@ pub struct Traced<'a> {
     /// The pre-training, which can be the stage itself.
     pub origin: &'a StageRecord,
     /// The steps after the pre-training up to this stage, or the pre-training if it is the stage.
-    pub steps: Vec<&'a str>,
+    pub steps: Vec<String>,
 }
 
 /// Returns every stage that can be traced back to its pre-training, in the given order.
@@ -363,7 +369,7 @@ pub fn trace(stages: &[StageRecord]) -> Vec<Traced<'_>> {
         Some(Traced {
             stage: line[line.len() - 1],
             origin,
-            steps: steps.iter().map(|of| of.step(model)).collect(),
+            steps: steps.iter().map(|of| format!("{}{}", of.step(model), of.rule())).collect(),
         })
     };
     stages.iter().filter_map(traced).collect()
