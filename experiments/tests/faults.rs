@@ -210,6 +210,8 @@ fn stores_and_results_are_verified() {
     stages["seal"] = whole_file::seal::of(&stages).into();
     std::fs::write(results.join("stages.json"), stages.to_string()).unwrap();
     check(&["results"], 1, &["seed 0: top1_percent", "the stages say"]);
+    std::fs::remove_file(results.join("stages.json")).unwrap();
+    check(&["results"], 1, &["table3.csv lacks its stages.json"]);
 }
 
 /// The results that are kept with the code are verified. Those of older versions without hashes are

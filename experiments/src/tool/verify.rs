@@ -135,13 +135,24 @@ fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files:
 
 /// Checks the results in a folder and in its subfolders.
 fn results(folder: &Path, report: &mut Report) -> Result<()> {
+    let name = folder.display().to_string();
     if folder.join(STAGES).is_file() {
-        report.add(&folder.display().to_string(), check_results(folder));
+        report.add(&name, check_results(folder));
+    } else if let Some(table) = table(folder)? {
+        let problem = format!("{} lacks its {STAGES}: run the table again", table.display());
+        report.add(&name, Err(anyhow::Error::msg(problem)));
     }
     for name in crate::results::entries(folder, Path::is_dir)? {
         results(&folder.join(name), report)?;
     }
     Ok(())
+}
+
+/// Returns the rows' file, `<table>/<profile>/<table>.csv`, if the folder is one of a table.
+fn table(folder: &Path) -> Result<Option<PathBuf>> {
+    let folder = folder.canonicalize()?;
+    let name = folder.parent().and_then(Path::file_name);
+    Ok(name.map(|name| folder.join(name).with_extension("csv")).filter(|path| path.is_file()))
 }
 
 /// Checks the results of a table, or of a figure, which has no rows.
@@ -154,14 +165,10 @@ fn check_results(folder: &Path) -> Result<String> {
         networks.published()?;
         return Ok(format!("{} files; {count} published networks", stages.files.len() + 1));
     }
-    // <table>/<profile>/<table>.csv
-    if let Some(table) = folder.canonicalize()?.parent().and_then(Path::file_name) {
-        let path = folder.join(table).with_extension("csv");
-        if path.is_file() {
-            let read = report::read_csv(&path)?;
-            stages.check_rows(&read).map_err(anyhow::Error::msg)?;
-            rows = read.len();
-        }
+    if let Some(path) = table(folder)? {
+        let read = report::read_csv(&path)?;
+        stages.check_rows(&read).map_err(anyhow::Error::msg)?;
+        rows = read.len();
     }
     let files = match stages.files.len() {
         0 => "no hashes, because an older version wrote it".into(),
