@@ -14,6 +14,7 @@ use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
 use models::{MobileNet, Network};
 use report::histogram::{self, Caption, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -89,14 +90,9 @@ impl Figure {
             .into_iter()
             .map(|layer| Variances { layer: layer.layer, values: layer.variance })
             .collect();
-        let filters = observe(network, &choose(network)?, &images)?;
-        Ok(Self {
-            config,
-            outcome,
-            threshold: session.profile.pfq.threshold.unwrap_or(network.epsilon),
-            filters,
-            layers,
-        })
+        let threshold = session.profile.pfq.threshold.unwrap_or(network.epsilon);
+        let filters = observe(network, &choose(network, threshold)?, &images)?;
+        Ok(Self { config, outcome, threshold, filters, layers })
     }
 }
 
@@ -109,15 +105,25 @@ struct Chosen {
     rule: String,
 }
 
+/// The filters of a layer, sorted by their running variances.
+struct Layer {
+    node: usize,
+    /// The running variance and the index of each filter.
+    sorted: Vec<(f32, usize)>,
+    /// The number of filters below the threshold.
+    low: usize,
+}
+
 /// Chooses the filters to show. Among the depthwise layers, and among all other layers, these are
 /// the filter with the lowest running variance, and the filter with the median running variance of
-/// the same layer.
-fn choose(network: &Network) -> Result<Vec<Chosen>> {
+/// those in the same layer that are not below the threshold. Layers without such a filter are taken
+/// only if all layers lack one.
+fn choose(network: &Network, threshold: f64) -> Result<Vec<Chosen>> {
     let mut chosen = Vec::new();
     for (depthwise, which) in [(true, "depthwise layers"), (false, "other layers")] {
-        let mut lowest: Option<(usize, Vec<(f32, usize)>)> = None;
-        for (i, node) in network.nodes.iter().enumerate() {
-            let Some(unit) = node.unit() else { continue };
+        let mut layers = Vec::new();
+        for (node, of) in network.nodes.iter().enumerate() {
+            let Some(unit) = of.unit() else { continue };
             let Some(norm) = unit.batch_norm() else { continue };
             if unit.kernel.is_depthwise() != depthwise {
                 continue;
@@ -125,16 +131,18 @@ fn choose(network: &Network) -> Result<Vec<Chosen>> {
             let values = norm.variance.to_vec1::<f32>()?;
             let mut sorted: Vec<(f32, usize)> = values.into_iter().zip(0..).collect();
             sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
-            if lowest.as_ref().is_none_or(|(_, best)| sorted[0].0 < best[0].0) {
-                lowest = Some((i, sorted));
-            }
+            let low = sorted.partition_point(|(variance, _)| f64::from(*variance) < threshold);
+            layers.push(Layer { node, sorted, low });
         }
-        let Some((node, sorted)) = lowest else {
+        let order = |layer: &Layer| (layer.low == layer.sorted.len(), layer.sorted[0].0);
+        let lowest =
+            layers.into_iter().min_by(|a, b| order(a).partial_cmp(&order(b)).unwrap_or(Ordering::Equal));
+        let Some(Layer { node, sorted, low }) = lowest else {
             bail!("the network has no {which} with batch normalization")
         };
-        for (place, rule) in
-            [(0, format!("lowest V of all {which}")), (sorted.len() / 2, "median V of the same layer".into())]
-        {
+        let (low, of) = if low < sorted.len() { (low, "above τ in") } else { (0, "of") };
+        let ordinary = (low + (sorted.len() - low) / 2, format!("median V {of} the same layer"));
+        for (place, rule) in [(0, format!("lowest V of all {which}")), ordinary] {
             let (variance, filter) = sorted[place];
             chosen.push(Chosen { node, filter, variance: variance.into(), rule });
         }
@@ -204,7 +212,7 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
     text += &format!(
         "The pre-trained networks of profile `{}` see the first {images} test images. Shown are, among the depthwise \
          layers and among all others, the filter with the lowest running variance V, and the filter with the median V \
-         of the same layer. Normalization uses the running statistics, as in evaluation.\n\n",
+         of those in the same layer that are not below τ. Normalization uses the running statistics, as in evaluation.\n\n",
         profile.name
     );
     text += "| network | layer | filter | V | chosen as | convolution: mean, std | after activation: mean, std |\n";
@@ -311,18 +319,24 @@ mod tests {
         let data = Arc::new(datasets::synthetic(40, 40, 3).unwrap());
         let images = test_batches(&data, 20).next().unwrap().unwrap().images;
         let network = network(&images);
-        let chosen = choose(&network).unwrap();
+        let chosen = choose(&network, network.epsilon).unwrap();
         let names: Vec<(&str, &str)> =
             chosen.iter().map(|c| (network.nodes[c.node].name(), c.rule.as_str())).collect();
         assert_eq!(names[0], ("blocks.3.depthwise", "lowest V of all depthwise layers"));
-        assert_eq!(names[1], ("blocks.3.depthwise", "median V of the same layer"));
+        assert_eq!(names[1], ("blocks.3.depthwise", "median V above τ in the same layer"));
         assert!(!names[2].0.ends_with("depthwise") && names[2].0 == names[3].0, "{names:?}");
         assert_eq!(chosen[0].filter, 5);
         let norm = network.nodes[chosen[1].node].unit().and_then(Unit::batch_norm);
         let norm = norm.expect("a new network is normalized");
         let variances = norm.variance.to_vec1::<f32>().unwrap();
         let below = variances.iter().filter(|v| f64::from(**v) < chosen[1].variance).count();
-        assert_eq!(below, variances.len() / 2);
+        // All but the dead one are ordinary.
+        assert_eq!(below, 1 + (variances.len() - 1) / 2);
+        // Of more low filters, the ordinary one is above them too; without ordinary ones, the
+        // median of all is taken.
+        let higher = choose(&network, 1.001 * chosen[1].variance).unwrap();
+        assert!(higher[1].variance > 1.001 * chosen[1].variance);
+        assert_eq!(choose(&network, f64::INFINITY).unwrap()[1].rule, "median V of the same layer");
 
         let shown = observe(&network, &chosen, &images).unwrap();
         let [dead, ordinary] = [&shown[0], &shown[1]];
