@@ -14,7 +14,6 @@ use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
 use models::{MobileNet, Network};
 use report::histogram::{self, Caption, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -134,9 +133,10 @@ fn choose(network: &Network, threshold: f64) -> Result<Vec<Chosen>> {
             let low = sorted.partition_point(|(variance, _)| f64::from(*variance) < threshold);
             layers.push(Layer { node, sorted, low });
         }
-        let order = |layer: &Layer| (layer.low == layer.sorted.len(), layer.sorted[0].0);
-        let lowest =
-            layers.into_iter().min_by(|a, b| order(a).partial_cmp(&order(b)).unwrap_or(Ordering::Equal));
+        let all_low = |layer: &Layer| layer.low == layer.sorted.len();
+        let lowest = layers
+            .into_iter()
+            .min_by(|a, b| all_low(a).cmp(&all_low(b)).then(a.sorted[0].0.total_cmp(&b.sorted[0].0)));
         let Some(Layer { node, sorted, low }) = lowest else {
             bail!("the network has no {which} with batch normalization")
         };

@@ -148,11 +148,12 @@ pub enum PlanFormat {
     Slurm,
 }
 
-/// Parses a number of minutes.
+/// Parses one of the seeds.
 fn seed(text: &str) -> Result<u64, String> {
     text.trim().parse().map_err(|_| "expected whole numbers with commas between them, e.g. 0,1,2".into())
 }
 
+/// Parses a number of minutes.
 fn minutes(text: &str) -> Result<Duration, String> {
     let minutes = text.parse::<f64>().ok().filter(|minutes| *minutes > 0.0 && *minutes <= 1e6);
     let minutes = minutes.ok_or("expected a number of minutes above 0, e.g. 8 or 0.5")?;

@@ -192,7 +192,10 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
                 || ["–", "–"].map(String::from),
                 |found| [format!("{:.2}", found.top1_percent), format!("{:.6}", found.loss)],
             );
-            let said = if problems.is_empty() { "the same" } else { "WRONG" };
+            let said = match problems.is_empty() {
+                true => "the same".into(),
+                false => format!("WRONG: {}", problems.join("; ")),
+            };
             output::tell(&format!("{profile}/{}: {said}", row.file));
             lines.push(vec![
                 format!("{profile}/{}", row.file),
@@ -200,11 +203,7 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
                 top1,
                 format!("{:.6}", row.loss),
                 loss,
-                if problems.is_empty() {
-                    "the same".into()
-                } else {
-                    format!("WRONG: {}", problems.join("; "))
-                },
+                said,
             ]);
         }
     }

@@ -123,6 +123,13 @@ fn check(ok: bool, key: &str, found: impl std::fmt::Display, expected: &str) -> 
     if ok { Ok(()) } else { bail!("{key} = {found}: expected {expected}") }
 }
 
+/// Checks that a training on pictures does not pad them.
+pub(crate) fn check_padding(purpose: Purpose, training: &Training) -> Result<()> {
+    let pad = training.augmentation.pad;
+    let key = format!("training.{purpose}.augmentation.pad");
+    check(pad == 0, &key, pad, "0 for ImageNet, whose crops are set by data.imagenet.scale and ratio")
+}
+
 fn positive(number: f64) -> bool {
     number > 0.0 && number.is_finite()
 }
@@ -275,10 +282,9 @@ impl Profile {
         }
         for (purpose, training) in &self.training.0 {
             training.validate().with_context(|| format!("training.{purpose}"))?;
-            let pad = training.augmentation.pad;
-            let key = format!("training.{purpose}.augmentation.pad");
-            let expected = "0 for ImageNet, whose crops are set by data.imagenet.scale and ratio";
-            check(pad == 0 || imagenet.is_none(), &key, pad, expected)?;
+            if imagenet.is_some() {
+                check_padding(*purpose, training)?;
+            }
         }
         Ok(())
     }

@@ -14,7 +14,13 @@ use workflow::{Outcome, Published};
 
 /// The relative tolerance of a published loss, because another device adds up sums in another
 /// order.
-pub(crate) const TOLERANCE: f64 = 1e-4;
+const TOLERANCE: f64 = 1e-4;
+
+/// Returns whether figures are found again, to the last digit of top-1.
+pub(crate) fn agree(found: Evaluation, expected: Evaluation) -> bool {
+    found.top1_percent == expected.top1_percent
+        && (found.loss - expected.loss).abs() <= TOLERANCE * expected.loss.abs()
+}
 
 /// A folder of published networks.
 pub(crate) struct Folder {
@@ -100,8 +106,7 @@ impl Folder {
         let (network, _) = Network::load_verified(&self.place.join(&row.file), &row.sha256, &Device::Cpu)?;
         let found = train::evaluate_in(&network, data, arithmetic)?;
         let mut problems = Vec::new();
-        let loss_differs = (found.loss - row.loss).abs() > TOLERANCE * row.loss.abs();
-        if found.top1_percent != row.top1_percent || loss_differs {
+        if !agree(found, Evaluation { loss: row.loss, top1_percent: row.top1_percent }) {
             let processors = match (arithmetic, outcome) {
                 (Arithmetic::Bf16, Some(outcome)) => {
                     format!(

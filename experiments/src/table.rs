@@ -12,7 +12,7 @@ use clap::{CommandFactory, FromArgMatches};
 use quant_core::Precision;
 use report::{Paper, Row, STAGES};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use workflow::{Outcome, Recipe, Stage, StageKind};
 
@@ -54,6 +54,8 @@ pub struct RowPlan {
     pub seed: u64,
     /// The stage whose network the row is about.
     pub stage: Arc<Stage>,
+    /// The stage's key on the session's data.
+    pub key: String,
 }
 
 /// Runs the binary of one or more tables: parses the flags, runs missing stages, writes the
@@ -73,12 +75,10 @@ pub(crate) fn parse(tables: &[&Table]) -> Flags {
         _ => "Runs the stages of several tables, which share them, and writes the tables".into(),
     };
     let titles: String = tables.iter().map(|table| format!("  {}: {}\n", table.name, table.title)).collect();
-    let terms = |of: fn(&Table) -> Vec<String>| {
-        let all: BTreeSet<String> = tables.iter().flat_map(|table| of(table)).collect();
-        Vec::from_iter(all).join(", ")
-    };
-    let models = terms(|table| table.models().into_iter().map(String::from).collect());
-    let bits = terms(|table| table.bits.iter().map(|(a, w)| format!("a{a}w{w}")).collect());
+    let models = names(tables, Table::models).join(", ");
+    let bits =
+        |table: &Table| -> Vec<String> { table.bits.iter().map(|(a, w)| format!("a{a}w{w}")).collect() };
+    let bits = names(tables, bits).join(", ");
     let rows = match tables {
         [table] => format!("Rows for --only: {models}; {bits}; {}", table.methods().join(", ")),
         _ => format!("Rows for --only: {models}; {bits}; the methods of a table; and the tables\n{titles}"),
@@ -139,7 +139,7 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
                 1 => row.method.to_string(),
                 _ => format!("{}: {}", table.name, row.method),
             };
-            let names = names.entry(row.stage.key(session.data.fingerprint())?).or_default();
+            let names = names.entry(row.key.clone()).or_default();
             *names += &format!("{}{name}", if names.is_empty() { "" } else { ", " });
         }
     }
@@ -186,8 +186,8 @@ fn to_publish(
 }
 
 /// Returns the names that `f` gives for the tables, each once.
-fn names(tables: &[&Table], f: impl Fn(&Table) -> Vec<&'static str>) -> Vec<&'static str> {
-    let mut names: Vec<&str> = Vec::new();
+fn names<T: PartialEq>(tables: &[&Table], f: impl Fn(&Table) -> Vec<T>) -> Vec<T> {
+    let mut names: Vec<T> = Vec::new();
     for name in tables.iter().flat_map(|table| f(table)) {
         if !names.contains(&name) {
             names.push(name);
@@ -216,11 +216,15 @@ impl Table {
         all
     }
 
+    /// Returns the path of the file with the rows.
+    fn file(&self, session: &Session) -> PathBuf {
+        session.folder(self.name).join(format!("{}.csv", self.name))
+    }
+
     /// Returns every row of the table, in the paper's order, for every seed that the run or the
     /// profile has, or that the written table has from earlier runs.
     fn rows(&self, session: &Session) -> Result<Vec<RowPlan>> {
-        let file = session.folder(self.name).join(format!("{}.csv", self.name));
-        let written = report::read_csv(&file).unwrap_or_default();
+        let written = report::read_csv(&self.file(session)).unwrap_or_default();
         let seeds: BTreeSet<u64> = session
             .seeds
             .iter()
@@ -234,7 +238,8 @@ impl Table {
             for &seed in &seeds {
                 let recipe = session.profile.recipe(a, w, seed);
                 let stage = (method.workflow)(&recipe, &session.pretraining(model, seed)?)?;
-                rows.push(RowPlan { model, bits, method: method.name, seed, stage });
+                let key = stage.key(session.data.fingerprint())?;
+                rows.push(RowPlan { model, bits, method: method.name, seed, stage, key });
             }
         }
         Ok(rows)
@@ -243,15 +248,12 @@ impl Table {
     /// Checks that writing the table keeps all of its rows. Rows on real data are a record, which
     /// other settings of the same name must not replace.
     fn check_written(&self, session: &Session, plans: &[RowPlan]) -> Result<()> {
-        let folder = session.folder(self.name);
-        let file = folder.join(format!("{}.csv", self.name));
+        let (folder, file) = (session.folder(self.name), self.file(session));
         if report::is_synthetic(session.data.name()) || !file.is_file() {
             return Ok(());
         }
-        let keys = plans.iter().map(|row| row.stage.key(session.data.fingerprint()));
-        let mut kept = keys.collect::<workflow::Result<BTreeSet<String>>>()?;
-        let known: BTreeSet<String> = written(&folder).into_iter().map(|outcome| outcome.key).collect();
-        kept.retain(|key| known.contains(key));
+        let mut kept: BTreeSet<String> = written(&folder).into_iter().map(|outcome| outcome.key).collect();
+        kept.retain(|key| plans.iter().any(|row| row.key == *key));
         let lost = lost(&report::read_csv(&file)?, &kept);
         if lost > 0 {
             bail!(
@@ -268,11 +270,9 @@ impl Table {
     /// float and pruned networks that they come from.
     fn networks(&self, rows: &[&RowPlan], session: &Session) -> Result<Vec<Pick>> {
         let ends: Vec<Arc<Stage>> = rows.iter().map(|row| row.stage.clone()).collect();
-        let fingerprint = session.data.fingerprint();
         let plan = session.plan(&ends)?;
         let top1 = |row: &RowPlan| {
-            let key = row.stage.key(fingerprint).ok()?;
-            let planned = plan.iter().find(|planned| planned.key == key && !planned.to_do)?;
+            let planned = plan.iter().find(|planned| planned.key == row.key && !planned.to_do)?;
             Some(planned.outcome.as_ref()?.evaluation.top1_percent)
         };
         let ours = self.methods.last().map_or("", |method| method.name);
@@ -321,13 +321,14 @@ impl Table {
         let mut rows = Vec::new();
         let mut outcomes: Vec<&Outcome> = Vec::new();
         for planned in plans {
-            // A row that `--only` or `--seeds` left out, now and in earlier runs, is not in the table.
-            let key = planned.stage.key(data.fingerprint())?;
-            if !all.contains_key(key.as_str()) {
+            // A row that `--only` or `--seeds` left out, now and in earlier runs, is not in the
+            // table.
+            let key = planned.key.as_str();
+            if !all.contains_key(key) {
                 continue;
             }
             let lineage = match results::line(&planned.stage, data.fingerprint(), &all) {
-                Err(_) if !here.contains_key(key.as_str()) => continue,
+                Err(_) if !here.contains_key(key) => continue,
                 lineage => lineage?,
             };
             rows.push(self.row(session, planned, &lineage)?.compare(Paper::published()));
@@ -417,7 +418,7 @@ fn written(folder: &Path) -> Vec<Outcome> {
 /// Returns the network of a row, after the float network that it started from and, for a row of
 /// ours, the network right after the first pruning.
 fn networks_of(row: &RowPlan, is_ours: bool) -> Vec<Pick> {
-    let RowPlan { model, bits: (a, w), method, seed, stage } = row;
+    let RowPlan { model, bits: (a, w), method, seed, stage, .. } = row;
     let pick = |name: String, subject: String, seed: u64, stage: &Arc<Stage>| {
         let name = format!("{}-{name}-seed{seed}", model.version().name());
         Pick { name, subject, seed, model: *model, stage: stage.clone() }

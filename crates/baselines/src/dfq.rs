@@ -409,8 +409,6 @@ mod tests {
             let scaled = caps(&draft);
             draft.absorb(3.0).unwrap();
             let absorbed = caps(&draft);
-            let mean: Vec<f64> = draft.channels[1].iter().map(|channel| channel.mean).collect();
-            println!("{normalization:?}: {scaled:?} {absorbed:?} {mean:?}");
             assert_eq!(scaled[..2], absorbed[..2]);
             assert!((absorbed[2] / scaled[2] - 4.0 / 6.0).abs() < 1e-3, "{scaled:?}, {absorbed:?}");
         }

@@ -94,8 +94,8 @@ pub fn backward(
     })
 }
 
-/// Brings `α` back into [`SOFTNESS`] and the bounds back in order, in place; called before a training
-/// step uses what the optimizer left.
+/// Brings `α` back into [`SOFTNESS`] and the bounds back in order, in place; called before a
+/// training step uses what the optimizer left.
 ///
 /// Bounds that have crossed both move to their midpoint.
 pub fn project(bounds: &Tensor, softness: &Tensor) -> Result<()> {

@@ -208,8 +208,8 @@ pub fn recomputed(
 /// Returns the smallest and the largest element of `φ(scale·z + shift)`, `[2]`, without a pass over
 /// `z`.
 ///
-/// They are exactly the extremes of what [`forward`] returns for floats without a quantizer, because
-/// all steps, including rounding, are monotone.
+/// They are exactly the extremes of what [`forward`] returns for floats without a quantizer,
+/// because all steps, including rounding, are monotone.
 pub fn output_range(stats: &Stats, scale: &Tensor, shift: &Tensor, act: Activation) -> Result<Tensor> {
     let check = Check("norm::output_range");
     let (_, c) = check.rows("stats.min", &stats.min)?;

@@ -85,8 +85,9 @@ impl Network {
     /// Attaches the quantizers of `settings`, in place.
     ///
     /// Existing quantizers of the same kind keep their ranges and what they learned: they carry
-    /// over from an earlier stage. Steps of LSQ carry over only if the bits are the same. The first training batch sets the ranges of new quantizers.
-    /// [`Fold::Frozen`] first folds batch normalization, whatever the bits of the weights.
+    /// over from an earlier stage. Steps of LSQ carry over only if the bits are the same. The first
+    /// training batch sets the ranges of new quantizers. [`Fold::Frozen`] first folds batch
+    /// normalization, whatever the bits of the weights.
     ///
     /// # Errors
     /// If a learned method is combined with folded batch normalization.

@@ -13,10 +13,11 @@ use std::path::Path;
 /// `--data` is not a folder of pictures.
 const LARGE: usize = 64;
 
-/// The folders and files that mark a folder as one of pictures rather than of CIFAR-100's files,
-/// one of which is called `train`.
-const OF_PICTURES: [&str; 6] =
-    ["train/", "val/", "validation/", "ILSVRC/", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"];
+/// The folders that mark a folder as one of pictures. One of CIFAR-100's files is called `train` too.
+const FOLDERS: [&str; 4] = ["train", "val", "validation", "ILSVRC"];
+
+/// The files that do so.
+const ARCHIVES: [&str; 2] = ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"];
 
 /// The images that a command uses.
 #[derive(Debug, Clone, Copy)]
@@ -37,11 +38,9 @@ pub(super) struct Wanted<'a> {
 pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>> {
     let Wanted { place, limits: [train, test], bad_percent, settings } = wanted;
     let [height, width, _] = network.input;
-    let is_there = |name: &str| match name.strip_suffix('/') {
-        Some(folder) => Path::new(place).join(folder).is_dir(),
-        None => Path::new(place).join(name).is_file(),
-    };
-    let is_folder_of_pictures = OF_PICTURES.into_iter().any(is_there);
+    let at = |name: &&str| Path::new(place).join(name);
+    let is_folder_of_pictures =
+        FOLDERS.iter().any(|name| at(name).is_dir()) || ARCHIVES.iter().any(|name| at(name).is_file());
     let imagenet = (is_folder_of_pictures || height >= LARGE).then(|| {
         let given = settings.and_then(|settings| settings.imagenet.clone());
         let given = given.unwrap_or_else(|| Options { resize: height * 8 / 7, ..Options::default() });

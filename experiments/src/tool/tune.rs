@@ -2,17 +2,15 @@ use super::conversion::Conversion;
 use super::data::{self, Wanted};
 use super::text::{millions, table};
 use crate::flags::{Running, TIME_LIMIT};
-use crate::profile::Profile;
+use crate::profile::{Profile, check_padding};
 use crate::progress::duration;
 use crate::session::{Machine, Session};
 use crate::{output, signals};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use datasets::Augmentation;
 use models::{Extras, HEAD, Method, Network};
 use std::path::PathBuf;
 use std::sync::Arc;
-use train::Training;
 use workflow::{Outcome, Purpose, Recipe, Stage, StageKind};
 
 /// Quantizes a trained network by training on your own images, with Algorithm 1 or another method
@@ -138,7 +136,9 @@ impl Tune {
             None => Profile::named(if data.in_memory().is_none() { "imagenet" } else { "paper" })?,
         };
         if data.in_memory().is_none() {
-            check_augmentation(&profile)?;
+            // The network is given, so it is not pre-trained.
+            let mut run = profile.training.0.iter().filter(|(purpose, _)| **purpose != Purpose::Pretraining);
+            run.try_for_each(|(purpose, training)| check_padding(*purpose, training))?;
         }
         if let Some(epochs) = self.epochs {
             set_epochs(&mut profile, f64::from(epochs))?;
@@ -163,19 +163,6 @@ impl Tune {
         let tuned = session.network(&end)?.to_device(&candle_core::Device::Cpu)?;
         let written = self.conversion.save(&tuned, &extras)?;
         Ok(report(&outcomes, &tuned) + &written)
-    }
-}
-
-/// Checks, before anything runs, that no training pads pictures, which are cropped at random.
-fn check_augmentation(profile: &Profile) -> Result<()> {
-    let pads = |(purpose, training): (&Purpose, &Training)| {
-        (*purpose != Purpose::Pretraining && training.augmentation.pad > 0).then_some((*purpose, *training))
-    };
-    match profile.training.0.iter().find_map(pads) {
-        Some((purpose, Training { augmentation: Augmentation { pad, .. }, .. })) => bail!(
-            "training.{purpose}.augmentation.pad = {pad}: expected 0 for pictures, which are cropped at random anyway"
-        ),
-        None => Ok(()),
     }
 }
 

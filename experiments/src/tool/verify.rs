@@ -1,7 +1,7 @@
 use crate::process::one_line;
 use crate::profile::Profile;
 use crate::progress::Display;
-use crate::published::{Folder, TOLERANCE};
+use crate::published::{Folder, agree};
 use crate::{output, session};
 use anyhow::{Result, bail};
 use candle_core::Device;
@@ -113,9 +113,7 @@ fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files:
     let (network, _) = Network::load(&folder.join("network.safetensors"), &Device::Cpu)?;
     let now = train::evaluate_in(&network, data, outcome.arithmetic())?;
     let then = outcome.evaluation;
-    let differs =
-        now.top1_percent != then.top1_percent || (now.loss - then.loss).abs() > TOLERANCE * then.loss.abs();
-    if differs || (network.macs(), network.weights()) != (outcome.macs, outcome.weights) {
+    if !agree(now, then) || (network.macs(), network.weights()) != (outcome.macs, outcome.weights) {
         bail!(
             "its network has loss {}, top-1 {} %, {} MACs and {} weights, but the outcome says loss {}, \
              top-1 {} %, {} MACs and {} weights",

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::memory::CHANNELS;
 
-use super::files::Stored;
+use super::files::{Stored, decode};
 use super::transform::shrink;
 
 /// The version of the file format, which each index contains.
@@ -187,16 +187,13 @@ fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> R
             for part in pictures.chunks(AT_ONCE) {
                 let made: Vec<Result<Result<Picture, String>>> = pool.install(|| {
                     let make = |scaler: &mut Scaler, stored: &&Stored| -> Result<Result<Picture, String>> {
-                        let bytes = match stored.read() {
+                        match stored.read() {
                             // A disk or a network that fails says nothing about the picture.
                             Err(error) if !is_of_the_file(&error) => {
-                                return Err(Error::io(stored.to_string())(error));
+                                Err(Error::io(stored.to_string())(error))
                             }
-                            bytes => bytes.map_err(|error| format!("it cannot be read: {error}")),
-                        };
-                        Ok(bytes
-                            .and_then(|bytes| pictures::decode(&bytes))
-                            .and_then(|picture| shrink(picture, side, scaler)))
+                            read => Ok(decode(read).and_then(|picture| shrink(picture, side, scaler))),
+                        }
                     };
                     part.par_iter().map_init(Scaler::default, make).collect()
                 });

@@ -49,7 +49,7 @@ impl Stored {
 
     /// Reads and decodes the picture.
     pub fn picture(&self) -> Result<Picture, String> {
-        pictures::decode(&self.read().map_err(|error| format!("it cannot be read: {error}"))?)
+        decode(self.read())
     }
 
     /// Reads the bytes of the picture.
@@ -76,6 +76,11 @@ impl Stored {
         file.read_exact(&mut bytes)?;
         Ok(bytes)
     }
+}
+
+/// Decodes what [`Stored::read`] returned.
+pub(super) fn decode(read: io::Result<Vec<u8>>) -> Result<Picture, String> {
+    pictures::decode(&read.map_err(|error| format!("it cannot be read: {error}"))?)
 }
 
 impl fmt::Display for Stored {
