@@ -91,8 +91,8 @@ pub struct Flags {
     /// nothing
     ///
     /// For each bit width these are our network and that of the best baseline, together with the
-    /// float and the pruned network. They come from the store. Networks of other rows that are there
-    /// already stay.
+    /// float and the pruned network, which are published even if no row is finished. They come from
+    /// the store. Networks of other rows that are there already stay.
     #[arg(long, conflicts_with_all = ["plan", "stage"])]
     pub publish: bool,
 

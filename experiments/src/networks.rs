@@ -103,8 +103,8 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
     }
     if rows.is_empty() {
         bail!(
-            "no row has been run, so there is no network to publish: run the table first (--plan shows \
-             what is done)"
+            "not even pre-training is done, so there is no network to publish: run the table first (--plan \
+             shows what is done)"
         );
     }
     let sizes: Vec<(&str, u64)> = rows.iter().map(|row| (row.file.as_str(), row.bytes)).collect();

@@ -265,40 +265,49 @@ impl Table {
         Ok(())
     }
 
-    /// Returns the networks to publish of the finished rows. For each model and bits, these are
-    /// ours and those of the other method with the best mean over the seeds, together with the
-    /// float and pruned networks that they come from.
+    /// Returns the networks to publish. For each model and bits, these are those of our rows and of
+    /// the other method with the best mean over the seeds, as far as they are done, together with
+    /// the float and pruned networks that they come from. The latter are published before any row
+    /// is done, because pre-training is the longest part.
     fn networks(&self, rows: &[&RowPlan], session: &Session) -> Result<Vec<Pick>> {
         let ends: Vec<Arc<Stage>> = rows.iter().map(|row| row.stage.clone()).collect();
         let plan = session.plan(&ends)?;
-        let top1 = |row: &RowPlan| {
-            let planned = plan.iter().find(|planned| planned.key == row.key && !planned.to_do)?;
-            Some(planned.outcome.as_ref()?.evaluation.top1_percent)
-        };
+        let done: BTreeMap<&str, f64> = plan
+            .iter()
+            .filter(|planned| !planned.to_do)
+            .filter_map(|planned| {
+                Some((planned.key.as_str(), planned.outcome.as_ref()?.evaluation.top1_percent))
+            })
+            .collect();
         let ours = self.methods.last().map_or("", |method| method.name);
         let mut picks = Vec::new();
         for &model in self.models {
             for &bits in self.bits {
-                let done: Vec<(&RowPlan, f64)> = rows
-                    .iter()
-                    .filter(|row| (row.model, row.bits) == (model, bits))
-                    .filter_map(|row| Some((*row, top1(row)?)))
-                    .collect();
+                let of = || rows.iter().filter(|row| (row.model, row.bits) == (model, bits));
                 let mean = |method: &str| {
-                    let of: Vec<f64> =
-                        done.iter().filter(|(row, _)| row.method == method).map(|(_, top1)| *top1).collect();
-                    of.iter().sum::<f64>() / of.len() as f64
+                    let of = of().filter(|row| row.method == method);
+                    let top1: Vec<f64> = of.filter_map(|row| done.get(row.key.as_str()).copied()).collect();
+                    (!top1.is_empty()).then(|| top1.iter().sum::<f64>() / top1.len() as f64)
                 };
-                let others = done.iter().map(|(row, _)| row.method).filter(|method| *method != ours);
-                let best = others.max_by(|a, b| mean(a).total_cmp(&mean(b)));
-                for (row, _) in &done {
-                    if row.method == ours || Some(row.method) == best {
-                        picks.extend(networks_of(row, row.method == ours));
-                    }
+                let others = of().map(|row| row.method).filter(|method| *method != ours);
+                let best = others
+                    .filter_map(|method| Some((method, mean(method)?)))
+                    .max_by(|a, b| a.1.total_cmp(&b.1))
+                    .map(|(method, _)| method);
+                let picked = |row: &&&RowPlan| row.method == ours || best.is_none_or(|best| row.method == best);
+                for row in of().filter(picked) {
+                    picks.extend(networks_of(row, row.method == ours));
                 }
             }
         }
-        Ok(picks)
+        let fingerprint = session.data.fingerprint();
+        let mut of_done = Vec::new();
+        for pick in picks {
+            if done.contains_key(pick.stage.key(fingerprint)?.as_str()) {
+                of_done.push(pick);
+            }
+        }
+        Ok(of_done)
     }
 
     /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from the

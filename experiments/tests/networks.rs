@@ -137,12 +137,12 @@ fn networks_of_rows_are_published_with_what_they_are() {
     assert!(well && text.contains("4 published networks"), "{text}");
 }
 
-/// Publishing again adds rows and drops networks that no longer belong to a row. A row that has not
-/// been run can't be published.
+/// Publishing again adds rows and drops networks that no longer belong to a row. Where nothing has
+/// been run, nothing can be published.
 #[test]
 fn rows_are_published_as_they_come() {
     let place = Place::new();
-    place.check_refused(&["--data", "synthetic", "--publish"], &["no row has been run"]);
+    place.check_refused(&["--data", "synthetic", "--publish"], &["not even pre-training is done"]);
     place.check_refused(&["--data", "synthetic", "--publish", "--plan"], &["--publish", "--plan"]);
     let (figure3, well) = printed(run(
         env!("CARGO_BIN_EXE_figure3"),
@@ -192,6 +192,23 @@ fn rows_are_published_as_they_come() {
         [NAMES[0], NAMES[2], OURS]
     );
     assert!(!networks(&place).join(NAMES[1]).exists() && verify(&place).1);
+}
+
+/// The float and the pruned network are published before any row is done, and rows continue from
+/// them.
+#[test]
+fn a_pre_trained_network_is_published_before_its_rows() {
+    let place = Place::new();
+    let pruned = row(first(), NAMES[2]).key;
+    let (text, well) = printed(place.table3(&["--data", "synthetic", "--stage", &pruned]));
+    assert!(well, "{text}");
+    place.run(&["--publish"]);
+    assert_eq!(list(&place).iter().map(|row| row.file.as_str()).collect::<Vec<_>>(), [NAMES[0], NAMES[2]]);
+    assert!(verify(&place).1);
+    std::fs::remove_dir_all(place.path("runs")).unwrap();
+    place.run(&["--only", &format!("{ROWS},ours")]);
+    assert_eq!(place.stages(), 3, "everything but pre-training and pruning");
+    assert_eq!(place.rows()[0].settings_hash, row(first(), OURS).key);
 }
 
 /// With an empty store, a table is made from the published networks, and one of its stages is run
