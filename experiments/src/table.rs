@@ -294,7 +294,8 @@ impl Table {
                     .filter_map(|method| Some((method, mean(method)?)))
                     .max_by(|a, b| a.1.total_cmp(&b.1))
                     .map(|(method, _)| method);
-                let picked = |row: &&&RowPlan| row.method == ours || best.is_none_or(|best| row.method == best);
+                let picked =
+                    |row: &&&RowPlan| row.method == ours || best.is_none_or(|best| row.method == best);
                 for row in of().filter(picked) {
                     picks.extend(networks_of(row, row.method == ours));
                 }

@@ -162,6 +162,22 @@ fn the_results_kept_with_the_code_make_a_page() {
     }
 }
 
+/// A result that contradicts the paper stays as it is, with an explanation beside it.
+#[test]
+fn every_failed_claim_of_the_results_says_why() {
+    let html = experiments::report_page::read(&results()).unwrap().html();
+    let articles =
+        html.split("<article class=\"claim\"").skip(1).map(|of| of.split_once("</article>").unwrap().0);
+    let failed: Vec<&str> = articles.filter(|of| of.contains("verdict fails")).collect();
+    assert!(!failed.is_empty());
+    for article in failed {
+        assert!(
+            ["our best explanation", "forced by the design"].iter().any(|why| article.contains(why)),
+            "{article}"
+        );
+    }
+}
+
 #[test]
 fn every_table_has_claims_that_the_paper_bears_out() {
     let claims = experiments::report_page::claims().unwrap();

@@ -41,7 +41,11 @@ pub struct Claim {
     pub pooled: bool,
     /// The profiles whose design forces the verdict, which is then no evidence.
     #[serde(default)]
-    pub forced: Vec<Forced>,
+    pub forced: Vec<Reason>,
+    /// The profiles in which the claim fails though nothing forces it, each with the best
+    /// explanation. It is shown only where the claim fails.
+    #[serde(default)]
+    pub explained: Vec<Reason>,
     /// The result of the paper's own figures. It is an error if the figures say something else.
     #[serde(default)]
     pub paper: PaperSays,
@@ -49,14 +53,19 @@ pub struct Claim {
     pub note: Option<String>,
 }
 
-/// A profile whose design forces a verdict.
+/// What explains the verdict of a profile.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 #[serde(deny_unknown_fields)]
-pub struct Forced {
+pub struct Reason {
     /// The name of the profile.
     pub profile: String,
-    /// The reason why the verdict is forced.
+    /// The reason, in whole sentences.
     pub why: String,
+}
+
+/// Returns the reason of a profile.
+fn why<'a>(reasons: &'a [Reason], profile: &str) -> Option<&'a str> {
+    reasons.iter().find(|of| of.profile == profile).map(|of| of.why.as_str())
 }
 
 /// The expectation of a claim for each comparison in each cell, a network at certain bit widths.
@@ -366,7 +375,12 @@ impl Claim {
 
     /// Returns the reason why the profile's design forces the verdict, if it does.
     pub fn forced(&self, profile: &str) -> Option<&str> {
-        self.forced.iter().find(|of| of.profile == profile).map(|of| of.why.as_str())
+        why(&self.forced, profile)
+    }
+
+    /// Returns the best explanation of why the claim fails in the profile, if there is one.
+    pub fn explained(&self, profile: &str) -> Option<&str> {
+        why(&self.explained, profile)
     }
 
     /// Returns the result of the paper's own figures on the claim.

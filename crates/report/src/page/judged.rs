@@ -168,6 +168,9 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
                     @if let Some(why) = claim.forced(profile).filter(|_| verdict(comparisons) != Verdict::NotRun) {
                         " " span.flag { "Profile " (profile) ": forced by the design." } " " (why)
                     }
+                    @if let Some(why) = claim.explained(profile).filter(|_| verdict(comparisons) == Verdict::Fails) {
+                        " " span.flag { "Profile " (profile) ": our best explanation." } " " (why)
+                    }
                 }
             }
             div.scroll tabindex="0" role="region" aria-label={ "Comparisons: " (claim.says) } {
