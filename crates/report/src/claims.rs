@@ -53,19 +53,19 @@ pub struct Claim {
     pub note: Option<String>,
 }
 
-/// What explains the verdict of a profile.
+/// What explains the verdict of profiles.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Reason {
-    /// The name of the profile.
-    pub profile: String,
+    /// The names of the profiles.
+    pub profiles: Vec<String>,
     /// The reason, in whole sentences.
     pub why: String,
 }
 
 /// Returns the reason of a profile.
 fn why<'a>(reasons: &'a [Reason], profile: &str) -> Option<&'a str> {
-    reasons.iter().find(|of| of.profile == profile).map(|of| of.why.as_str())
+    reasons.iter().find(|of| of.profiles.iter().any(|of| of == profile)).map(|of| of.why.as_str())
 }
 
 /// The expectation of a claim for each comparison in each cell, a network at certain bit widths.

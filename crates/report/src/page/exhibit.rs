@@ -20,7 +20,7 @@ pub struct Exhibit {
 }
 
 /// The numbers of lines above which a table is collapsed, and above which it is not shown.
-const LONG: (usize, usize) = (40, 400);
+const LONG: (usize, usize) = (40, 120);
 
 impl Exhibit {
     /// Returns whether the exhibit is empty.

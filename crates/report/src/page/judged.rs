@@ -151,7 +151,14 @@ fn one(Judged { claim, by_profile }: &Judged) -> Markup {
     let number = |value: f64| if claim.signed() { signed(value) } else { format!("{value:.2}") };
     // Without any run, the paper's figures are still shown.
     let nothing = [("–", claim.judge(&[], &[]))];
-    let shown: &[(&str, Vec<Comparison>)] = if by_profile.is_empty() { &nothing } else { by_profile };
+    // A profile that ran nothing of it is left out if another one did.
+    let ran: Vec<_> =
+        by_profile.iter().filter(|(_, all)| all.iter().any(|of| of.verdict != Verdict::NotRun)).collect();
+    let shown: Vec<&(&str, Vec<Comparison>)> = match (by_profile.is_empty(), ran.is_empty()) {
+        (true, _) => nothing.iter().collect(),
+        (false, true) => by_profile.iter().collect(),
+        (false, false) => ran,
+    };
     let several = shown.len() > 1;
     html! {
         article.claim #{ "claim-" (claim.id) } {
