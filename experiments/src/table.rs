@@ -106,6 +106,7 @@ pub(crate) fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
 
 /// Runs the missing stages of the tables and writes the tables.
 pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
+    let of_program = tables;
     let tables: Vec<&Table> = tables.iter().copied().filter(|table| only.picks_table(table.name)).collect();
     let rows = tables.iter().map(|table| table.rows(session)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
     let picked: Vec<(&Table, Vec<&RowPlan>)> = tables
@@ -120,9 +121,10 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
         })
         .collect();
     if flags.publish {
-        let all =
-            tables.iter().zip(&rows).map(|(table, rows)| (*table, rows.iter().collect())).collect::<Vec<_>>();
-        let picks = to_publish(&all, &picked, session)?;
+        // Networks of tables that `--only` does not pick stay published too.
+        let rows = of_program.iter().map(|table| table.rows(session)).collect::<Result<Vec<_>>>()?;
+        let all = of_program.iter().zip(&rows).map(|(table, rows)| (*table, rows.iter().collect()));
+        let picks = to_publish(&all.collect::<Vec<_>>(), &picked, session)?;
         output::print(&networks::publish(&picks, session)?);
         return Ok(Done::All);
     }

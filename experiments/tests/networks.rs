@@ -211,6 +211,20 @@ fn a_pre_trained_network_is_published_before_its_rows() {
     assert_eq!(place.rows()[0].settings_hash, row(first(), OURS).key);
 }
 
+/// A program of several tables keeps the networks of the tables that `--only` does not pick.
+#[test]
+fn networks_of_other_tables_stay_published() {
+    let place = elsewhere();
+    let flags = ["--config", "tiny.toml", "--data", "synthetic", "--only", "table1", "--publish"];
+    let (text, well) = printed(run(env!("CARGO_BIN_EXE_all"), &place, &flags));
+    assert!(well, "{text}");
+    let mut files: Vec<String> = list(&place).into_iter().map(|row| row.file).collect();
+    files.sort();
+    let mut expected = NAMES;
+    expected.sort();
+    assert_eq!(files, expected);
+}
+
 /// With an empty store, a table is made from the published networks, and one of its stages is run
 /// again.
 #[test]
