@@ -48,6 +48,11 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
     let ends: Vec<Arc<Stage>> = picks.iter().map(|pick| pick.stage.clone()).collect();
     let plan = session.plan(&ends)?;
     let done = results::done(&plan);
+    // A network that is published already keeps its name, whatever table publishes more.
+    let mut named = report::read_networks(&session.folder(results::PUBLISHED)).unwrap_or_default();
+    let keys: BTreeSet<String> =
+        picks.iter().map(|pick| pick.stage.key(fingerprint)).collect::<workflow::Result<_>>()?;
+    named.retain(|row| keys.contains(&row.key));
     let (mut outcomes, mut rows, mut files) = (Vec::<&Outcome>::new(), Vec::<NetworkRow>::new(), Vec::new());
     for pick in picks {
         let lineage = results::line(&pick.stage, fingerprint, &done)?;
@@ -60,8 +65,10 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
         if rows.iter().any(|row| row.key == outcome.key) {
             continue;
         }
-        let mut file = format!("{}.safetensors", pick.name);
-        if rows.iter().any(|row| row.file == file) {
+        let (mut file, mut subject) = (format!("{}.safetensors", pick.name), pick.subject.clone());
+        if let Some(row) = named.iter().find(|row| row.key == outcome.key) {
+            (file, subject) = (row.file.clone(), row.subject.clone());
+        } else if rows.iter().chain(&named).any(|row| row.file == file) {
             // Alternatives may start from networks of their own that differ only in their settings.
             file = format!("{}-{}.safetensors", pick.name, &outcome.key[..8]);
         }
@@ -73,7 +80,7 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
             parent: outcome.parent.clone(),
             model: pick.model.version().name().into(),
             width: session.profile.network(pick.model, session.data.classes())?.width,
-            subject: pick.subject.clone(),
+            subject,
             seed: pick.seed,
             settings: outcome.stage.to_string(),
             dataset: outcome.data.name.clone(),

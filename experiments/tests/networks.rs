@@ -223,6 +223,12 @@ fn networks_of_other_tables_stay_published() {
     let mut expected = NAMES;
     expected.sort();
     assert_eq!(files, expected);
+    // Table 2 has the same network as Table 3 under another name, and the file keeps its name.
+    let flags = ["--config", "tiny.toml", "--data", "synthetic", "--only", "a4w4", "--publish"];
+    let (text, well) = printed(run(env!("CARGO_BIN_EXE_table2"), &place, &flags));
+    assert!(well, "{text}");
+    let ours = row(&place, OURS);
+    assert_eq!((ours.subject.as_str(), ours.key), ("A4/W4 ours", row(first(), OURS).key));
 }
 
 /// With an empty store, a table is made from the published networks, and one of its stages is run
