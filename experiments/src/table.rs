@@ -353,6 +353,18 @@ impl Table {
         if rows.is_empty() {
             return Ok(None);
         }
+        let file = self.file(session);
+        if !report::is_synthetic(data.name()) && file.is_file() {
+            let kept = rows.iter().map(|row: &Row| row.settings_hash.clone()).collect();
+            let lost = lost(&report::read_csv(&file)?, &kept);
+            if lost > 0 {
+                bail!(
+                    "{} holds {lost} rows that were made from other networks than those of the store, which writing \
+                     would drop: name another folder with --out, or move that one away",
+                    folder.display()
+                );
+            }
+        }
         let about = report::About {
             title: self.title.into(),
             command: provenance.command.clone(),
