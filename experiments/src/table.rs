@@ -247,20 +247,37 @@ impl Table {
         Ok(rows)
     }
 
-    /// Checks that writing the table keeps all of its rows. Rows on real data are a record, which
-    /// other settings of the same name must not replace.
+    /// Checks that writing the table keeps all of its rows, before anything is run.
     fn check_written(&self, session: &Session, plans: &[RowPlan]) -> Result<()> {
+        let mut kept: BTreeSet<String> =
+            written(&session.folder(self.name)).into_iter().map(|outcome| outcome.key).collect();
+        kept.retain(|key| plans.iter().any(|row| row.key == *key));
+        self.check_kept(
+            session,
+            &kept,
+            "of other settings, or without their stages",
+            "give the profile another name, ",
+        )
+    }
+
+    /// Checks that all rows in the table's file are among those that are kept. Rows on real data are
+    /// a record, which other settings of the same name and other networks must not replace.
+    fn check_kept(
+        &self,
+        session: &Session,
+        kept: &BTreeSet<String>,
+        which: &str,
+        advice: &str,
+    ) -> Result<()> {
         let (folder, file) = (session.folder(self.name), self.file(session));
         if report::is_synthetic(session.data.name()) || !file.is_file() {
             return Ok(());
         }
-        let mut kept: BTreeSet<String> = written(&folder).into_iter().map(|outcome| outcome.key).collect();
-        kept.retain(|key| plans.iter().any(|row| row.key == *key));
-        let lost = lost(&report::read_csv(&file)?, &kept);
+        let lost = lost(&report::read_csv(&file)?, kept);
         if lost > 0 {
             bail!(
-                "{} holds {lost} rows of other settings, or without their stages, which this run would drop: give the \
-                 profile another name, name another folder with --out, or move that one away",
+                "{} holds {lost} rows {which}, which this run would drop: {advice}name another folder with --out, or \
+                 move that one away",
                 folder.display()
             );
         }
@@ -303,14 +320,10 @@ impl Table {
                 }
             }
         }
-        let fingerprint = session.data.fingerprint();
-        let mut of_done = Vec::new();
-        for pick in picks {
-            if done.contains_key(pick.stage.key(fingerprint)?.as_str()) {
-                of_done.push(pick);
-            }
-        }
-        Ok(of_done)
+        // The plan has computed all of these keys, so none is an error.
+        let key = |pick: &Pick| pick.stage.key(session.data.fingerprint());
+        picks.retain(|pick| key(pick).is_ok_and(|key| done.contains_key(key.as_str())));
+        Ok(picks)
     }
 
     /// Writes CSV, Markdown, plots, the settings and every stage's outcome to `folder`, from the
@@ -353,18 +366,8 @@ impl Table {
         if rows.is_empty() {
             return Ok(None);
         }
-        let file = self.file(session);
-        if !report::is_synthetic(data.name()) && file.is_file() {
-            let kept = rows.iter().map(|row: &Row| row.settings_hash.clone()).collect();
-            let lost = lost(&report::read_csv(&file)?, &kept);
-            if lost > 0 {
-                bail!(
-                    "{} holds {lost} rows that were made from other networks than those of the store, which writing \
-                     would drop: name another folder with --out, or move that one away",
-                    folder.display()
-                );
-            }
-        }
+        let kept = rows.iter().map(|row| row.settings_hash.clone()).collect();
+        self.check_kept(session, &kept, "that were made from other networks than those of the store", "")?;
         let about = report::About {
             title: self.title.into(),
             command: provenance.command.clone(),

@@ -10,8 +10,8 @@
 //! maps are read in place, unless both are wide ([`add_transposed`]).
 //!
 //! Processors with matrix tiles or a fast `VDPBF16PS` of AVX512-BF16 multiply `bf16` values in
-//! [`pairs`], and their sums may differ from those of other processors in the last bits. Elsewhere, `bf16` values become floats when operands
-//! are packed, and are multiplied as floats.
+//! [`pairs`], and their sums may differ from those of other processors in the last bits. Elsewhere,
+//! `bf16` values become floats when operands are packed, and are multiplied as floats.
 
 use crate::ProductSizes;
 use crate::cpu::{Instructions, prefetch, simd};
