@@ -76,7 +76,7 @@ pub fn min_max(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Moves a range towards that of a batch, in place: `range += momentum · (batch − range)`. A
-/// momentum of 1 replaces the range.
+/// momentum of 1 replaces the range, rounded to the precision of the difference.
 pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()> {
     let check = Check("quantize::update_range");
     check.dims("range", range, &[2])?;
@@ -86,8 +86,7 @@ pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()>
     }
     cpu::update(&check, "range", range, [&batch], |range, [batch]| {
         for (range, batch) in range.iter_mut().zip(batch) {
-            // A sum with the old range would round to its precision.
-            *range = if momentum == 1.0 { *batch } else { *range + momentum as f32 * (batch - *range) };
+            *range += momentum as f32 * (batch - *range);
         }
     })
 }

@@ -22,8 +22,8 @@ const RESULT_VERSION: u32 = 3;
 /// Returns the version of the results of a kind of stage.
 ///
 /// It must be raised if a change makes stages of this kind give other results from the same inputs,
-/// so that results stored by older versions are not taken for new ones. The keys of later stages
-/// change with it; those of earlier stages do not.
+/// so that results stored by older versions are not taken for new ones. `experiments/tests/bits.rs`
+/// finds such a change. The keys of later stages change with it; those of earlier stages do not.
 fn version(kind: &StageKind) -> u32 {
     match kind {
         StageKind::Given { .. } => RESULT_VERSION,

@@ -93,8 +93,7 @@ struct UpdateRange {
 // Runs as one block of two threads.
 __device__ inline void update_range(const UpdateRange &a) {
     u32 i = threadIdx.x;
-    // A sum with the old range would round to its precision.
-    a.range[i] = a.momentum == 1.0f ? a.batch[i] : a.range[i] + a.momentum * (a.batch[i] - a.range[i]);
+    a.range[i] += a.momentum * (a.batch[i] - a.range[i]);
 }
 
 KERNEL(quantize_update_range, UpdateRange, update_range)
