@@ -12,12 +12,20 @@ pub struct Display {
     bar: Option<ProgressBar>,
     terminal: bool,
     told_of_locks: bool,
+    /// The number of the stage that runs next, and the number of all stages to run, if known.
+    stages: Option<(usize, usize)>,
 }
 
 impl Display {
     /// Creates a display that fits where standard error goes.
     pub fn new() -> Self {
-        Self { bar: None, terminal: std::io::stderr().is_terminal(), told_of_locks: false }
+        Self { bar: None, terminal: std::io::stderr().is_terminal(), told_of_locks: false, stages: None }
+    }
+
+    /// Sets the number of the stage that runs next and the number of all stages to run, which are
+    /// shown when it starts, or `None` if they are not known.
+    pub fn count(&mut self, stages: Option<(usize, usize)>) {
+        self.stages = stages;
     }
 
     /// Prints a line above the bar, if one is shown.
@@ -72,7 +80,8 @@ impl Display {
             )),
             Event::Started(stage) => {
                 signals::note(Some(format!("nothing of {} is kept yet", stage.label())));
-                self.line(&format!("{} …", stage.label()));
+                let count = self.stages.map_or(String::new(), |(number, all)| format!("[{number}/{all}] "));
+                self.line(&format!("{count}{} …", stage.label()));
             }
             Event::Progress(stage, progress) => {
                 let kept = match &progress {

@@ -403,59 +403,106 @@ impl Session {
         }
     }
 
+    /// Runs the stages that `ends` need, as far as they are not done.
+    pub fn run_all(&mut self, ends: &[Arc<Stage>]) -> Result<Done> {
+        let plan = self.plan(ends)?;
+        let to_do = plan.iter().filter(|planned| planned.to_do).count();
+        if to_do > 0 {
+            let left = self.time_left(&plan)?;
+            self.display.line(&format!("{to_do} of {} stages to run; {left}", plan.len()));
+        }
+        let mut number = 0;
+        // A finished stage no longer needs the stages before it, but tables read their outcomes.
+        // For published stages these are known.
+        for planned in plan.iter().filter(|planned| planned.to_do || !planned.published) {
+            if planned.to_do {
+                number += 1;
+                self.display.count(Some((number, to_do)));
+            }
+            if self.run(&planned.stage)?.is_none() {
+                return Ok(Done::InTime);
+            }
+        }
+        self.display.count(None);
+        Ok(Done::All)
+    }
+
     /// Prints which stages are done, which are left, and an estimate of the time left. `rows` names
     /// the rows that are about a stage, by its key.
     fn show_plan(&self, ends: &[Arc<Stage>], rows: &BTreeMap<String, String>) -> Result<()> {
         let plan = self.plan(ends)?;
-        let (train, test) = (self.data.train_images() as f64, self.data.test_images() as f64);
-        // The work of an epoch in multiply–accumulates of the forward pass. Evaluating an image
-        // takes a third of the time of training on it.
-        let epoch_work = |macs: u64| macs as f64 * (train + test / 3.0);
-        let (mut work, mut seconds) = (0.0, 0.0);
-        // Published stages were run on another machine.
-        for outcome in plan.iter().filter(|p| !p.published).filter_map(|p| p.outcome.as_ref()) {
-            work += epoch_work(outcome.macs) * outcome.metrics.len() as f64;
-            seconds += outcome.metrics.iter().map(|m| m.seconds).sum::<f64>();
-        }
-        let (rate, basis) = if seconds > 0.0 {
-            (work / seconds, "the speed of the stages that are done")
-        } else {
-            (ASSUMED_MACS_PER_SECOND, "an assumed speed, because nothing has been measured yet")
-        };
-        let mut left = 0.0;
+        let (speed, _) = self.speed(&plan);
         for planned in &plan {
-            let label = planned.stage.label();
-            let status = match (planned.outcome.as_ref().filter(|_| !planned.to_do), planned.stage.training())
-            {
-                (Some(outcome), _) => {
+            let status = match planned.outcome.as_ref().filter(|_| !planned.to_do) {
+                Some(outcome) => {
                     let top1 = outcome.evaluation.top1_percent;
                     let done = if planned.published { "published" } else { "done" };
                     format!("{done}: top-1 {top1:.2} %, took {}", duration(outcome.seconds))
                 }
-                (None, None) => "to do: a few seconds".into(),
-                (None, Some(training)) => {
-                    // Pruning makes later stages cheaper; by how much is not known in advance.
-                    let StageKind::Pretrain { network, .. } = &planned.stage.origin().kind else {
-                        bail!("stage {label} does not begin with pre-training");
-                    };
-                    let epochs = training.epochs().saturating_sub(planned.epochs_done);
-                    let estimate = epoch_work(network.macs()?) * epochs as f64 / rate;
-                    left += estimate;
-                    let begun = if planned.epochs_done > 0 { "begun" } else { "to do" };
-                    let s = if epochs == 1 { "" } else { "s" };
-                    format!("{begun}: {epochs} epoch{s}, about {}", duration(estimate))
-                }
+                None => match self.epochs_left(planned)? {
+                    None => "to do: a few seconds".into(),
+                    Some((epochs, work)) => {
+                        let begun = if planned.epochs_done > 0 { "begun" } else { "to do" };
+                        let s = if epochs == 1 { "" } else { "s" };
+                        format!("{begun}: {epochs} epoch{s}, about {}", duration(work / speed))
+                    }
+                },
             };
             let row = rows.get(&planned.key).map_or(String::new(), |row| format!(" ({row})"));
+            let label = planned.stage.label();
             output::print(&format!("{}  {label:<48} {status}{row}", planned.key));
         }
         let done = plan.iter().filter(|p| !p.to_do).count();
         let left = match done == plan.len() {
             true => String::new(),
-            false => format!("; about {} left (estimated from {basis})", duration(left)),
+            false => format!("; {}", self.time_left(&plan)?),
         };
         output::print(&format!("{done} of {} stages done{left}.", plan.len()));
         Ok(())
+    }
+
+    /// Describes how long the stages of a plan will take that must be run.
+    fn time_left(&self, plan: &[Planned]) -> Result<String> {
+        let (speed, basis) = self.speed(plan);
+        let mut work = 0.0;
+        for planned in plan.iter().filter(|planned| planned.to_do) {
+            work += self.epochs_left(planned)?.map_or(0.0, |(_, work)| work);
+        }
+        Ok(format!("about {} left (estimated from {basis})", duration(work / speed)))
+    }
+
+    /// Returns the speed in [work](Self::epoch_work) per second, and a description of its basis.
+    fn speed(&self, plan: &[Planned]) -> (f64, &'static str) {
+        let (mut work, mut seconds) = (0.0, 0.0);
+        // Published stages were run on another machine.
+        for outcome in plan.iter().filter(|p| !p.published).filter_map(|p| p.outcome.as_ref()) {
+            work += self.epoch_work(outcome.macs) * outcome.metrics.len() as f64;
+            seconds += outcome.metrics.iter().map(|m| m.seconds).sum::<f64>();
+        }
+        if seconds > 0.0 {
+            (work / seconds, "the speed of the stages that are done")
+        } else {
+            (ASSUMED_MACS_PER_SECOND, "an assumed speed, because nothing has been measured yet")
+        }
+    }
+
+    /// Returns the work of an epoch in multiply–accumulates of the forward pass.
+    fn epoch_work(&self, macs: u64) -> f64 {
+        let (train, test) = (self.data.train_images() as f64, self.data.test_images() as f64);
+        // Evaluating an image takes a third of the time of training on it.
+        macs as f64 * (train + test / 3.0)
+    }
+
+    /// Returns the number of epochs left of a stage that must be run, and their work; `None` if the
+    /// stage trains nothing.
+    fn epochs_left(&self, planned: &Planned) -> Result<Option<(usize, f64)>> {
+        let Some(training) = planned.stage.training() else { return Ok(None) };
+        // Pruning makes later stages cheaper; by how much is not known in advance.
+        let StageKind::Pretrain { network, .. } = &planned.stage.origin().kind else {
+            bail!("stage {} does not begin with pre-training", planned.stage.label());
+        };
+        let epochs = training.epochs().saturating_sub(planned.epochs_done);
+        Ok(Some((epochs, self.epoch_work(network.macs()?) * epochs as f64)))
     }
 }
 

@@ -7,6 +7,7 @@ use crate::process::one_line;
 use crate::profile::ModelName;
 use crate::results::{self, PROFILE};
 use crate::session::{self, Done, Session};
+use crate::tables;
 use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches};
 use quant_core::Precision;
@@ -106,7 +107,6 @@ pub(crate) fn only(tables: &[&Table], flags: &Flags) -> Result<Only> {
 
 /// Runs the missing stages of the tables and writes the tables.
 pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: &Flags) -> Result<Done> {
-    let of_program = tables;
     let tables: Vec<&Table> = tables.iter().copied().filter(|table| only.picks_table(table.name)).collect();
     let rows = tables.iter().map(|table| table.rows(session)).collect::<Result<Vec<Vec<RowPlan>>>>()?;
     let picked: Vec<(&Table, Vec<&RowPlan>)> = tables
@@ -121,11 +121,7 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
         })
         .collect();
     if flags.publish {
-        // Networks of tables that `--only` does not pick stay published too.
-        let rows = of_program.iter().map(|table| table.rows(session)).collect::<Result<Vec<_>>>()?;
-        let all = of_program.iter().zip(&rows).map(|(table, rows)| (*table, rows.iter().collect()));
-        let picks = to_publish(&all.collect::<Vec<_>>(), &picked, session)?;
-        output::print(&networks::publish(&picks, session)?);
+        output::print(&networks::publish(&to_publish(&picked, session)?, session)?);
         return Ok(Done::All);
     }
     let ends: Vec<Arc<Stage>> =
@@ -151,15 +147,7 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
     for table in &tables {
         session.claim(table.name)?;
     }
-    let mut done = Done::All;
-    // A finished stage no longer needs the stages before it, but the table reads their outcomes.
-    // For published stages these are known.
-    for planned in session.plan(&ends)?.iter().filter(|planned| planned.to_do || !planned.published) {
-        if session.run(&planned.stage)?.is_none() {
-            done = Done::InTime;
-            break;
-        }
-    }
+    let done = session.run_all(&ends)?;
     session.tell_skipped();
     for (table, rows) in tables.iter().zip(&rows) {
         let folder = session.folder(table.name);
@@ -170,18 +158,20 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
     Ok(done)
 }
 
-/// Returns the networks of the picked rows, and those of other rows that are already published.
-fn to_publish(
-    all: &[(&Table, Vec<&RowPlan>)],
-    picked: &[(&Table, Vec<&RowPlan>)],
-    session: &Session,
-) -> Result<Vec<Pick>> {
+/// Returns the networks of the picked rows, and those of other rows of any table that are already
+/// published.
+fn to_publish(picked: &[(&Table, Vec<&RowPlan>)], session: &Session) -> Result<Vec<Pick>> {
     let of = |rows: &[(&Table, Vec<&RowPlan>)]| -> Result<Vec<Pick>> {
         let picks = rows.iter().map(|(table, rows)| table.networks(rows, session));
         Ok(picks.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     };
+    // A table that the profile has no settings for has no rows.
+    let tables = tables::ALL.iter().chain([&&tables::BEYOND]).chain(&tables::ABLATIONS);
+    let rows: Vec<(&Table, Vec<RowPlan>)> =
+        tables.filter_map(|table| Some((*table, table.rows(session).ok()?))).collect();
+    let all: Vec<_> = rows.iter().map(|(table, rows)| (*table, rows.iter().collect())).collect();
     let picked = of(picked)?;
-    let mut picks = of(all)?;
+    let mut picks = of(&all)?;
     picks.retain(|pick| picked.iter().any(|of| of.stage == pick.stage) || session.is_published(&pick.stage));
     picks.extend(picked);
     Ok(picks)
