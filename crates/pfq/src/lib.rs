@@ -5,7 +5,7 @@
 //!
 //! 1. [`Constants`] follows constants through the network: which channels of which outputs are
 //!    constant, and their values.
-//! 2. [`groups`] finds the filters and slices that must be removed together.
+//! 2. [`groups()`] finds the filters and slices that must be removed together.
 //! 3. A channel is removed if every layer that reads it reads a constant. The means or biases of
 //!    these layers take up the constants (bias correction), and the tensors get smaller.
 

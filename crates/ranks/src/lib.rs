@@ -2,7 +2,7 @@
 //!
 //! They need only sums of gradients, the values of all ranks, and broadcasts from rank 0; [`Ranks`]
 //! has these operations. Programs implement it with MPI and, for tensors on GPUs, with NCCL (in
-//! `experiments`). [`threads`] are ranks within one process.
+//! `experiments`). [`threads()`] are ranks within one process.
 
 #![forbid(unsafe_code)]
 

@@ -3,7 +3,7 @@
 //! The crate turns plain values into files and text. [`Row`]s are read and written as CSV,
 //! [`Paper`] holds the published figures, [`summarize`] and [`paired`] compute statistics over
 //! seeds, and each [`Claim`] gets a [`Verdict`]. [`markdown`] and [`terminal`] report a table,
-//! [`plot`] draws it, and [`Page`] shows everything. No code is specific to one table; the tables
+//! [`plot()`] draws it, and [`Page`] shows everything. No code is specific to one table; the tables
 //! differ only in data, the paper's CSV files. Speed measurements are in [`mod@bench`].
 //!
 //! ```

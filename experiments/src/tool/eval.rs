@@ -22,7 +22,7 @@ pub(super) struct Eval {
 
     /// Test images: a folder, auto, hub, or, for networks with an input of 32×32, synthetic
     ///
-    /// A folder val/<class>/* has pictures of any classes. A network with an input of 32×32 also
+    /// A folder val/CLASS/* has pictures of any classes. A network with an input of 32×32 also
     /// takes CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub, otherwise synthetic),
     /// synthetic, hub, or a folder with the official files. A network with an input of 64×64 or
     /// more takes ImageNet: auto ($PFQ_IMAGENET, ./imagenet), hub, or a folder with class folders,

@@ -31,7 +31,7 @@ pub(super) struct Quantize {
 
     /// Measure activation ranges on images instead of using β ± 6γ
     ///
-    /// This takes a folder with train/<class>/*, or any other data that pfq tune takes.
+    /// This takes a folder with train/CLASS/*, or any other data that pfq tune takes.
     #[arg(long, value_name = "WHERE")]
     data: Option<String>,
 

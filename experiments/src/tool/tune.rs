@@ -24,7 +24,7 @@ pub(super) struct Tune {
     #[command(flatten)]
     conversion: Conversion,
 
-    /// Images: a folder with train/<class>/* and val/<class>/*, ImageNet or CIFAR-100
+    /// Images: a folder with train/CLASS/* and val/CLASS/*, ImageNet or CIFAR-100
     ///
     /// The folder may have any classes. ImageNet may be in any of its forms. A network with an
     /// input of 32×32 also takes CIFAR-100: auto ($PFQ_DATA, ./data, the Hugging Face hub,
