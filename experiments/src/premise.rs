@@ -366,17 +366,24 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
     Ok(text)
 }
 
-/// Returns the median, the upper one of two middle values; NaN if there are no values.
+/// Returns the median; NaN if there are no values.
 fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    let middle = |i: usize| values.get(i).copied().unwrap_or(f64::NAN);
+    (middle(values.len().saturating_sub(1) / 2) + middle(values.len() / 2)) / 2.0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use models::{Input, Norm, Version};
+
+    #[test]
+    fn a_median_is_between_the_middle_values() {
+        assert_eq!([&[3.0, 1.0, 2.0][..], &[4.0, 1.0, 2.0, 8.0], &[5.0]].map(median), [2.0, 3.0, 5.0]);
+        assert!(median(&[]).is_nan());
+    }
 
     /// A filter with almost no variance and a large folding factor sets its layer's grid. Without
     /// it, the other filters keep their levels.

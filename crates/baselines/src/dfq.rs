@@ -141,8 +141,8 @@ pub struct LayerReport {
     /// The lowest and highest weight before equalization, with batch normalization folded if it is
     /// frozen.
     pub range_before: (f32, f32),
-    /// The lowest and highest weight after equalization, which is the range that the quantizer
-    /// spans.
+    /// The lowest and highest weight after equalization. A quantizer of the whole tensor spans this
+    /// range, widened to contain zero.
     pub range_after: (f32, f32),
     /// The number of filters whose running variance is below ε.
     pub constant: usize,

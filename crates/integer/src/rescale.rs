@@ -2,8 +2,12 @@
 
 use crate::{Error, Result};
 
-/// The number of bits of a multiplier, without its sign.
+/// The number of bits of the largest multiplier of a sum, without its sign. It has more if the
+/// smallest one would have fewer than [`LEAST_BITS`].
 pub const MULTIPLIER_BITS: u32 = 31;
+
+/// The number of bits that the smallest multiplier of a sum has, if there is room for them.
+const LEAST_BITS: u32 = 16;
 
 /// The largest number of fractional bits of a multiplier and of the bias. If ratios are so small
 /// that 31 significant bits would need more, they have fewer significant bits.
@@ -31,8 +35,10 @@ impl<const N: usize> Rescale<N> {
     /// # Errors
     /// If a number is not finite.
     pub fn new(ratios: [f64; N], added: f64, most: [f64; N], place: &str) -> Result<Self> {
-        let largest = ratios.iter().fold(0.0, |largest: f64, ratio| largest.max(ratio.abs()));
-        let bits = f64::from(MULTIPLIER_BITS - 1) - largest.log2().floor();
+        let sizes = || ratios.iter().map(|ratio| ratio.abs()).filter(|size| *size > 0.0);
+        let (largest, smallest) = (sizes().fold(0.0, f64::max), sizes().fold(f64::INFINITY, f64::min));
+        let shift_for = |bits: u32, ratio: f64| f64::from(bits - 1) - ratio.log2().floor();
+        let bits = shift_for(MULTIPLIER_BITS, largest).max(shift_for(LEAST_BITS, smallest));
         // The whole sum, with the added term, must fit in 64 bits.
         let whole =
             ratios.iter().zip(most).map(|(ratio, most)| ratio.abs() * most).sum::<f64>() + added.abs();
@@ -85,6 +91,11 @@ mod tests {
         );
         assert_eq!(Rescale::new([0.0], 3.0, [1e9], "here").unwrap().apply([5]), 3);
         assert_eq!(Rescale::new([0.0], 1e9, [1e9], "here").unwrap().apply([5]), 1_000_000_000);
+        // The smaller of two very different ratios matters if its sum is large.
+        for large in [1.0, 2048.0, 4096.0] {
+            let apart = Rescale::new([large, 2f64.powi(-20)], 0.0, [15.0, 2f64.powi(31)], "here").unwrap();
+            assert_eq!([apart.apply([0, 5 << 20]), apart.apply([3, 1 << 19])], [5, 3 * large as i64 + 1]);
+        }
         assert!(Rescale::new([f64::NAN], 0.0, [1.0], "here").is_err());
         assert!(Rescale::new([f64::INFINITY], 0.0, [1.0], "here").is_err());
     }

@@ -37,6 +37,12 @@ pub enum Error {
     /// The weights are quantized already; pruning must come first.
     #[error("unit {0} has quantized weights: prune before weight quantization (Algorithm 1, steps 2 and 4)")]
     QuantizedWeights(String),
+    /// No unit has batch normalization, as after folding it.
+    #[error(
+        "no unit of network {0} has batch normalization, so its filters have no running variances: prune before \
+         normalization is folded"
+    )]
+    NoNormalization(String),
     /// The threshold is not a positive, finite number.
     #[error(
         "threshold τ = {0} is not usable: expected a positive number, such as the ε of batch normalization"

@@ -103,7 +103,8 @@ pub struct LayerReport {
     /// The number of filters whose running variance was below τ.
     pub low: usize,
     /// The number of filters removed. It is larger than `low` if other units of the channel's group
-    /// were low.
+    /// were low, and smaller if channels are tied to others that were not, or if the last channel
+    /// of a group was kept.
     pub removed: usize,
 }
 
@@ -123,7 +124,8 @@ impl PfQ {
     /// producer must be low.
     ///
     /// # Errors
-    /// If weights are quantized already, or τ is not positive and finite.
+    /// If weights are quantized already, no unit has batch normalization, or τ is not positive and
+    /// finite.
     pub fn apply(&self, network: &Network) -> Result<(Network, Report)> {
         let Choice { threshold, constants, keep, low_in_part, kept_as_last } = self.choose(network)?;
         // For criteria other than the variance, every filter is treated as if it were constant.
@@ -184,6 +186,9 @@ impl PfQ {
         }
         if let Some(unit) = network.units().find(|u| u.weight_quantizer.is_some()) {
             return Err(Error::QuantizedWeights(unit.name.clone()));
+        }
+        if network.units().all(|unit| unit.batch_norm().is_none()) {
+            return Err(Error::NoNormalization(network.name.clone()));
         }
         let constants = Constants::find(network, threshold)?;
         let mut low_in_part = 0;

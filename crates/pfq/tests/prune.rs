@@ -365,6 +365,17 @@ fn other_criteria_take_as_many() {
     }
 }
 
+/// After folding, no filter has a running variance that could be low.
+#[test]
+fn folded_networks_are_refused() {
+    let mut network = network(Version::V2);
+    for unit in network.units_mut() {
+        unit.norm = Norm::Bias(Tensor::zeros(unit.filters(), candle_core::DType::F32, &Device::Cpu).unwrap());
+    }
+    let error = PfQ::default().apply(&network).unwrap_err().to_string();
+    assert!(error.contains("no unit") && error.contains("prune before"), "{error}");
+}
+
 #[test]
 fn one_channel_always_stays() {
     let mut network = network(Version::V2);

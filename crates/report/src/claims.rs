@@ -236,13 +236,14 @@ struct Ours<'a> {
 }
 
 impl Ours<'_> {
-    /// Maps the seed of each stage of a network to the seed of its pre-training.
+    /// Maps the seed of each stage of a network to the seed of its pre-training. A seed that only a
+    /// pre-training has is mapped to itself.
     fn pre_trainings(&self, model: &str) -> BTreeMap<u64, u64> {
-        let seeds = |of: &Traced| {
-            let seeds = of.stage.seed().zip(of.origin.seed());
-            seeds.filter(|_| of.origin.model() == Some(model) && of.stage.key != of.origin.key)
-        };
-        self.stages.iter().filter_map(seeds).collect()
+        let of_model = || self.stages.iter().filter(|of| of.origin.model() == Some(model));
+        let (origins, later): (Vec<&Traced>, Vec<&Traced>) =
+            of_model().partition(|of| of.stage.key == of.origin.key);
+        let seeds = |of: &&Traced| of.stage.seed().zip(of.origin.seed());
+        origins.iter().chain(&later).filter_map(seeds).collect()
     }
 
     /// Returns the number of pre-trained networks behind the values, the smallest of all models.
@@ -281,7 +282,7 @@ impl Values for Ours<'_> {
         let first = |traced: &Traced| {
             let Traced { stage, origin, .. } = traced;
             (origin.model() == Some(model)
-                && stage.prunes_with_correction()
+                && stage.prunes_as_published()
                 && stage.parent.as_ref() == Some(&origin.key))
             .then_some(())?;
             let value = match of {
@@ -312,9 +313,15 @@ impl Values for Published<'_> {
         let value = row.and_then(|row| match of {
             Quantity::Top1 => Some(row.top1_percent),
             Quantity::Macs => Some(row.mac_millions),
+            // The paper has one share for each network. Methods that need all of its
+            // multiply–accumulates, of which some tables cut the decimals off, prune nothing.
             Quantity::WeightsPruned => {
+                let rows = paper.tables().flat_map(|table| paper.table(table));
+                let of_it = rows.filter(|of| of.model == row.model && of.dataset == row.dataset);
+                let whole = of_it.map(|of| of.mac_millions).fold(0.0, f64::max);
                 let same = |of: &&PaperPruned| of.model == row.model && of.dataset == row.dataset;
-                paper.pruned_weights().iter().find(same).map(|of| of.weights_pruned_percent)
+                let pruned = paper.pruned_weights().iter().find(same)?.weights_pruned_percent;
+                Some(if row.mac_millions < 0.99 * whole { pruned } else { 0.0 })
             }
         });
         value.into_iter().map(|value| (0, value)).collect()

@@ -516,7 +516,9 @@ fn stage_table(profile: &str, stages: &[StageRecord]) -> Markup {
     };
     let table = Table { head, rows: traced.iter().map(cells).collect() };
     table_html(
-        &format!("Stages of profile {profile}; the accuracy is that on the test set after the stage"),
+        &format!(
+            "Stages of profile {profile}; the accuracy is that after the stage, on the test set or on what was held out for it"
+        ),
         &table,
     )
 }
@@ -557,8 +559,8 @@ fn table_html(caption: &str, table: &Table) -> Markup {
 fn reading() -> Markup {
     html! {
         p {
-            "Accuracies are those of the last epoch on the test set, never the best epoch’s. MACs are the "
-            "multiply–accumulates of one image. A difference is ours less the paper’s; where † stands, the network, its "
+            "Accuracies are those of the last epoch, never the best epoch’s, on the test set (in ablations, on training "
+            "images that were held out). MACs are the multiply–accumulates of one image. A difference is ours less the paper’s; where † stands, the network, its "
             "width or the data are not the paper’s, and only the order of the methods can be compared."
         }
         p {

@@ -321,10 +321,12 @@ impl StageRecord {
         if decay.and_then(Value::as_str) == Some("accuracy_drop") { " (accuracy drop)" } else { "" }
     }
 
-    /// Returns whether the stage prunes and corrects the layers that read the removed filters.
-    pub fn prunes_with_correction(&self) -> bool {
-        let correction = self.setting("pfq").and_then(|pfq| pfq.get("bias_correction"));
-        self.kind() == "prune" && correction.and_then(Value::as_bool) == Some(true)
+    /// Returns whether the stage prunes by the variance and corrects the means of the layers that
+    /// read the removed filters. Settings with these values are left out of a stage's record.
+    pub fn prunes_as_published(&self) -> bool {
+        let Some(pfq) = self.setting("pfq").filter(|_| self.kind() == "prune") else { return false };
+        let correction = pfq.get("bias_correction").and_then(Value::as_bool) == Some(true);
+        correction && pfq.get("criterion").is_none() && pfq.get("corrected").is_none()
     }
 
     /// Returns the pruning report, for stages that prune.
@@ -448,7 +450,7 @@ pub(crate) mod tests {
         assert_eq!(traced[0].steps, ["pre-train"]);
         assert_eq!(traced[1].steps, ["PfQ"]);
         assert_eq!((traced[1].origin.seed(), traced[1].origin.model()), (Some(3), Some("mobilenet_v2")));
-        assert!(traced[1].stage.prunes_with_correction() && !traced[0].stage.prunes_with_correction());
+        assert!(traced[1].stage.prunes_as_published() && !traced[0].stage.prunes_as_published());
         assert_eq!(traced[1].stage.pruning().unwrap().layers.len(), 2);
         assert!(traced[0].stage.metrics[0].test_loss.is_nan());
         // A stage without its pre-training is left out.

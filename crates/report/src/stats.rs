@@ -192,6 +192,11 @@ impl Estimate {
         Some(Self { count, mean, error, interval })
     }
 
+    /// Returns the estimate of the values with the opposite sign.
+    pub fn negated(self) -> Self {
+        Self { mean: -self.mean, interval: self.interval.map(|(from, to)| (-to, -from)), ..self }
+    }
+
     /// Returns the two-sided p-value of Student's t test that the true mean is at the nearest end
     /// of the range.
     ///
@@ -200,7 +205,7 @@ impl Estimate {
     pub fn p_value(&self, range: Range) -> Option<f64> {
         let (error, distance) = (self.error?, range.distance(self.mean));
         if error == 0.0 {
-            // All values are equal, so they lie on one side of the end.
+            // All values are equal, so they lie on one side of the end, or on it.
             return Some(0.0);
         }
         let t = distance / error;

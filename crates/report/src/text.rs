@@ -242,11 +242,13 @@ fn orderings<'a>(rows: &[Row], group: &'a [Summary]) -> Vec<Ordering<'a>> {
 impl Ordering<'_> {
     /// Returns whether the paper's order holds; `None` if the paper has no order.
     fn verdict(&self) -> Option<Verdict> {
-        let range = match self.paper? {
-            paper if paper > 0.0 => Range::POSITIVE,
-            _ => Range { from: f64::NEG_INFINITY, to: 0.0, above: false },
+        let towards_the_paper = match self.paper? {
+            paper if paper > 0.0 => self.difference,
+            paper if paper < 0.0 => self.difference.negated(),
+            _ => return None,
         };
-        Some(Verdict::of(Some(self.difference), range, self.difference.p_value(range)))
+        let p_value = towards_the_paper.p_value(Range::POSITIVE);
+        Some(Verdict::of(Some(towards_the_paper), Range::POSITIVE, p_value))
     }
 
     fn cells(&self) -> Vec<Cell> {
@@ -275,7 +277,8 @@ fn verdict(orderings: &[Ordering]) -> String {
     format!(
         "Of the orders in the paper, {} hold, {} fail and {} are not decided ({} of these are as in the paper by their \
          means). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) \
-         excludes zero. A single seed decides nothing.",
+         excludes zero, or if all pairs have the same difference. Each is judged by itself; the page of all results \
+         corrects for their number. A single seed decides nothing.",
         count(Verdict::Holds),
         count(Verdict::Fails),
         count(Verdict::NotDecided),

@@ -198,11 +198,14 @@ fn pruned(seed: u64, before: f64, after: f64, low: &[(&str, usize)]) -> Vec<Stag
     let (first, second) = (format!("pre{seed}"), format!("prune{seed}"));
     let network = json!({"pretrain": {"network": {"version": "mobilenet_v2", "width": 1.0}, "seed": seed}});
     let prune = |correct: bool| json!({"prune": {"pfq": {"threshold": null, "bias_correction": correct}}});
+    let at_random = json!({"prune": {"pfq": {"threshold": null, "bias_correction": true, "criterion": {"random": {"seed": 0}}}}});
     let report = json!({"threshold": 1e-5, "layers": layers});
     vec![
         stage(first.clone(), None, "mobilenet_v2 pre-train", network, before, json!(null)),
         stage(second.clone(), Some(first.clone()), "mobilenet_v2 PfQ", prune(true), after, report.clone()),
-        // Neither a pruning without correction nor a later pruning is the first pruning.
+        // Neither a pruning without correction, nor one by another criterion, nor a later pruning is
+        // the first pruning.
+        stage(format!("{second}r"), Some(first.clone()), "mobilenet_v2 PfQ", at_random, 1.0, report.clone()),
         stage(format!("{second}w"), Some(first), "mobilenet_v2 PfQ w/o", prune(false), 1.0, report.clone()),
         stage(format!("{second}x"), Some(second), "mobilenet_v2 PfQ", prune(true), 1.0, report),
     ]
@@ -242,6 +245,20 @@ fn the_first_pruning_is_judged_over_pre_trained_networks() {
     );
     let none = pruned(0, 50.0, 50.0, &[("stem", 0)]);
     check("low_in_depthwise", 50.0, 100.0, &none, &format!("{what}nothing, paper –: not run"));
+}
+
+/// The paper has one share of pruned weights for a network, which is that of the methods that
+/// prune.
+#[test]
+fn the_paper_prunes_nothing_where_its_networks_are_whole() {
+    for (method, share) in [("original", "0.00"), ("pfq", "35.74"), ("pfq_without_bias_correction", "35.74")]
+    {
+        let claim = claim(&format!(
+            "table = \"table1\"\nmodels = [\"mobilenet_v2\"]\nbits = [\"a4w32\"]\nexpect = {{ kind = \"between\", of = \
+             \"weights_pruned\", method = \"{method}\", from = 0.0, to = 40.0 }}"
+        ));
+        assert_eq!(format!("{:.2}", claim.judge(&[], &[])[0].paper.unwrap()), share, "{method}");
+    }
 }
 
 #[test]
@@ -384,6 +401,7 @@ fn seeds_of_one_pre_trained_network_are_one_value_of_what_it_decides() {
     };
     check(&macs, &[0, 0], 1, 1, Verdict::NotDecided);
     check(&macs, &[0, 1], 2, 2, Verdict::Holds);
+    check(&macs, &[7, 7], 1, 1, Verdict::NotDecided);
     check(&top1, &[0, 0], 2, 1, Verdict::Holds);
     check(&top1, &[0, 1], 2, 2, Verdict::Holds);
 }

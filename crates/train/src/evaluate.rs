@@ -14,8 +14,8 @@ pub struct Evaluation {
     pub top1_percent: f64,
 }
 
-/// The maximum numbers of images and pixels per evaluation step. They do not affect the result
-/// because normalization uses running statistics.
+/// The maximum numbers of images and pixels per evaluation step. They affect only the rounding of
+/// the loss because normalization uses running statistics.
 const IMAGES: usize = 250;
 const PIXELS: usize = 32 * 224 * 224;
 

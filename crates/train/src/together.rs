@@ -51,7 +51,7 @@ impl<'a> Work<'a> {
 
     /// Returns this rank's share of a step, or `None` if this process trains alone.
     pub(crate) fn share(&self, epoch: usize, step: usize) -> Option<Share<'a>> {
-        self.ranks.map(|ranks| Share { ranks, images: self.images(step), starts: (epoch, step) == (0, 0) })
+        self.ranks.map(|ranks| Share { ranks, starts: (epoch, step) == (0, 0) })
     }
 
     /// Makes the network the same on all ranks after an epoch, and checks that it is.
@@ -94,8 +94,6 @@ fn digest(tensor: &Tensor) -> Result<f64> {
 /// The share of a step that one rank has.
 pub(crate) struct Share<'a> {
     pub(crate) ranks: &'a dyn Ranks,
-    /// The number of images of all ranks in the step.
-    images: usize,
     /// Whether this is the first step of the training, in which quantizers are initialized.
     pub(crate) starts: bool,
 }
@@ -103,8 +101,11 @@ pub(crate) struct Share<'a> {
 impl Share<'_> {
     /// Scales `gradient`, of the mean loss over the `own` images of this rank, so that the sum over
     /// all ranks is the gradient of the mean loss over all images.
+    ///
+    /// Images that can't be read are left out, so only the ranks together know how many there are.
     pub(crate) fn of(&self, gradient: &Tensor, own: usize) -> Result<Tensor> {
-        Ok((gradient * (own as f64 / self.images as f64))?)
+        let all: f64 = self.ranks.gather(&[own as f64]).into_iter().sum();
+        Ok((gradient * (own as f64 / all))?)
     }
 
     /// Sums every parameter's gradient over all ranks, in one reduction.
@@ -120,5 +121,27 @@ impl Share<'_> {
             done += count;
         }
         Ok(sums)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// Of 4 and 4 images one can't be read: the sum is still the gradient of a mean.
+    #[test]
+    fn shares_are_of_the_images_that_were_read() {
+        let mut all = ranks::threads(2);
+        let of = |ranks: &dyn Ranks, own| {
+            let gradient = Tensor::new(&[7f32], &Device::Cpu).unwrap();
+            Share { ranks, starts: false }.of(&gradient, own).unwrap().to_vec1::<f32>().unwrap()
+        };
+        let (second, first) = (all.pop().unwrap(), all.pop().unwrap());
+        let found = std::thread::scope(|scope| {
+            let other = scope.spawn(move || of(&second, 4));
+            [of(&first, 3), other.join().unwrap()]
+        });
+        assert_eq!(found, [[3.0], [4.0]]);
     }
 }
