@@ -60,7 +60,7 @@ pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) ->
     if let Some(done) = session.part(&ends, &BTreeMap::new(), "figure3", flags)? {
         return Ok(done);
     }
-    session.claim("figure3")?;
+    session.claim_whole("figure3", &ends)?;
     let mut figures = Vec::new();
     for (config, stage) in &subjects {
         let Some(outcome) = session.run(stage)? else { return Ok(Done::InTime) };
@@ -200,8 +200,8 @@ fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
     if low < high { (low, high) } else { (low - 0.5, low + 0.5) }
 }
 
-/// Writes pictures, CSV files, the settings, the stages and a description to `folder`; returns the
-/// description.
+/// Writes pictures, CSV files, the settings, the stages and a description to `folder`; returns a
+/// short text for the terminal.
 fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String> {
     let Session { profile, data, provenance, .. } = session;
     let (mut outputs, mut variances) = (Vec::new(), Vec::new());
@@ -259,16 +259,19 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
         }
     }
     text.push('\n');
+    let mut short = Vec::new();
     for figure in figures {
         let low: usize = figure.layers.iter().map(|layer| layer.low(figure.threshold)).sum();
         let filters: usize = figure.layers.iter().map(|layer| layer.values.len()).sum();
-        text += &format!(
-            "- {} ×{} (stage {}): {low} of {filters} filters have V < τ = {:.0e}.\n",
+        let line = format!(
+            "{} ×{} (stage {}): {low} of {filters} filters have V < τ = {:.0e}.",
             figure.config.version.name(),
             figure.config.width,
             figure.outcome.key,
             figure.threshold
         );
+        text += &format!("- {line}\n");
+        short.push(line);
     }
     text += &format!(
         "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {} ({} training, {} test images)\n- Data behind the \
@@ -287,7 +290,7 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
     report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
     let stages: Vec<&Outcome> = figures.iter().map(|figure| &figure.outcome).collect();
     report::write_stages(&stages, folder, &names)?;
-    Ok(text)
+    Ok(short.join("\n"))
 }
 
 #[cfg(test)]

@@ -203,11 +203,11 @@ pub struct Only {
 }
 
 impl Only {
-    /// Sorts the terms by kind, ignoring case. An unknown term is an error that names what is
-    /// allowed.
+    /// Sorts the terms by kind, ignoring case and space around them. An unknown term is an error
+    /// that names what is allowed.
     pub fn parse(terms: &[String], models: &[&str], methods: &[&str], tables: &[&str]) -> Result<Self> {
         let mut only = Self::default();
-        for term in terms {
+        for term in terms.iter().map(|term| term.trim()) {
             let among = |names: &[&str]| {
                 names.iter().find(|name| name.eq_ignore_ascii_case(term)).map(|name| name.to_string())
             };
@@ -253,9 +253,10 @@ impl Only {
     }
 }
 
-/// Parses bits: `a4w4` gives (4, 4).
+/// Parses bits: `a4w4` gives (4, 4), as does `a4/w4`, which tables show.
 pub(crate) fn parse_bits(term: &str) -> Option<(u32, u32)> {
     let (a, w) = term.strip_prefix('a')?.split_once('w')?;
+    let a = a.strip_suffix('/').unwrap_or(a);
     Some((u32::from_str(a).ok()?, u32::from_str(w).ok()?))
 }
 
@@ -334,6 +335,7 @@ mod tests {
         check(&["table4", "ours"], &[], &[row]);
         check(&["table3", "table4"], &[row], &[]);
         check(&["Table3", "OURS", "A4W4"], &[row], &[("mobilenet_v1", (3, 3), "ours")]);
+        check(&["table3", " ours", " A4/W4 "], &[row], &[("mobilenet_v1", (3, 3), "ours")]);
     }
 
     #[test]

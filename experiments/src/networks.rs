@@ -185,6 +185,17 @@ pub(crate) fn verify(results: &Path, wanted: &str) -> Result<()> {
         let Some(folder) = Folder::read(&place)? else { continue };
         let settings = Profile::read(&place.join(PROFILE))?;
         let data = session::load(wanted, &settings.data, &mut Display::new())?;
+        if let Some(row) = folder.rows().first()
+            && folder.rows().iter().all(|row| row.dataset != data.name())
+        {
+            bail!(
+                "the networks in {} were measured on {}, but {} from {} was found: name the images with --data",
+                place.display(),
+                row.dataset,
+                data.name(),
+                data.source()
+            );
+        }
         for row in folder.rows() {
             let (found, mut problems) = match folder.examine(row, &*data) {
                 Ok(Examined { found, problems }) => (Some(found), problems),

@@ -12,6 +12,7 @@ use crate::flags::Flags;
 use crate::output;
 use crate::results::PROFILE;
 use crate::session::{self, Done, Session};
+use crate::tool::text::table;
 use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
 use clap::{CommandFactory, FromArgMatches};
@@ -46,7 +47,7 @@ pub fn main() -> Result<()> {
         if let Some(done) = session.part(&ends, &BTreeMap::new(), "premise", &flags)? {
             return Ok(done);
         }
-        session.claim("premise")?;
+        session.claim_whole("premise", &ends)?;
         let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
         let (images, labels) = (batch.images.to_device(&Device::Cpu)?, batch.labels.to_device(&Device::Cpu)?);
         let on_cpu = Batch { images, labels };
@@ -277,7 +278,7 @@ struct Measured {
 }
 
 /// Writes pictures, CSV files, the settings, the stages and a description to `folder`; returns the
-/// description.
+/// table for the terminal.
 fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String> {
     let Session { profile, data, provenance, .. } = session;
     let mut names: Vec<String> = ["layers.csv", "filters.csv", "premise.md", PROFILE].map(Into::into).into();
@@ -293,23 +294,28 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
         data.test_images().min(IMAGES)
     );
     text += "| network | | before | after | layers that change |\n|---|---|--:|--:|--:|\n";
+    let mut lines = Vec::new();
     for Measured { config, outcome, threshold, rows, filters } in found {
         let model = config.version.name();
-        let mut line = |what: &str,
-                        of: &dyn Fn(&PremiseRow) -> (f64, f64),
-                        changes: &dyn Fn(f64, f64) -> bool| {
-            // A dead block has no gradient, so its signal-to-noise ratio is NaN.
-            let both = rows.iter().map(of).filter(|(a, b)| !a.is_nan() && !b.is_nan());
-            let (before, after): (Vec<f64>, Vec<f64>) = both.unzip();
-            let changed = before.iter().zip(&after).filter(|(a, b)| changes(**a, **b)).count();
-            let [before_median, after_median] = [&before, &after].map(|values| median(values));
-            let digits = if before_median.abs() < 1.0 { 4 } else { 2 };
-            text += &format!(
-                "| {model} ×{} | {what} | {before_median:.digits$} | {after_median:.digits$} | {changed} of {} |\n",
-                config.width,
-                before.len()
-            );
-        };
+        let mut line =
+            |what: &str, of: &dyn Fn(&PremiseRow) -> (f64, f64), changes: &dyn Fn(f64, f64) -> bool| {
+                // A dead block has no gradient, so its signal-to-noise ratio is NaN.
+                let both = rows.iter().map(of).filter(|(a, b)| !a.is_nan() && !b.is_nan());
+                let (before, after): (Vec<f64>, Vec<f64>) = both.unzip();
+                let changed = before.iter().zip(&after).filter(|(a, b)| changes(**a, **b)).count();
+                let [before_median, after_median] = [&before, &after].map(|values| median(values));
+                let digits = if before_median.abs() < 1.0 { 4 } else { 2 };
+                let cells = [
+                    format!("{model} ×{}", config.width),
+                    what.into(),
+                    format!("{before_median:.digits$}"),
+                    format!("{after_median:.digits$}"),
+                    format!("{changed} of {}", before.len()),
+                ];
+                text += &format!("| {} |\n", cells.join(" | "));
+                let [network, what, numbers @ ..] = cells;
+                lines.push([vec![format!("{network}: {what}")], numbers.to_vec()].concat());
+            };
         let tenth = |a: f64, b: f64| (a - b).abs() > 0.1 * a.abs().max(b.abs());
         let decibel = |a: f64, b: f64| (a - b).abs() > 1.0;
         line("dynamic range of the weights", &|r| (r.dynamic_range_before, r.dynamic_range_after), &tenth);
@@ -363,7 +369,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
     report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
     let stages: Vec<&Outcome> = found.iter().map(|of| &of.outcome).collect();
     report::write_stages(&stages, folder, &names)?;
-    Ok(text)
+    Ok(table(&["median over the layers", "before", "after", "layers that change"], &lines))
 }
 
 /// Returns the median; NaN if there are no values.

@@ -45,6 +45,14 @@ impl Folder {
         &self.rows
     }
 
+    /// Returns the outcomes of the networks' stages, by key.
+    ///
+    /// # Errors
+    /// If the list of networks and the stages contradict each other.
+    pub fn outcomes(&self) -> Result<BTreeMap<String, Outcome>> {
+        self.rows.iter().map(|row| Ok((row.key.clone(), self.outcome(row)?.clone()))).collect()
+    }
+
     /// Returns the networks for use by a store.
     ///
     /// # Errors
@@ -160,9 +168,10 @@ impl PublishedFile {
         &self.settings.data
     }
 
-    /// Returns whether its figures were measured on these images.
-    pub fn is_of(&self, data: &dyn Dataset) -> bool {
-        self.folder.outcome(&self.row).is_ok_and(|outcome| outcome.data.fingerprint == data.fingerprint())
+    /// Returns whether its figures were measured on these images; an error if the lists beside it
+    /// contradict each other.
+    pub fn is_of(&self, data: &dyn Dataset) -> Result<bool> {
+        Ok(self.folder.outcome(&self.row)?.data.fingerprint == data.fingerprint())
     }
 
     /// Returns the name of the data set of the published figures.

@@ -48,6 +48,12 @@ pub fn main() -> Result<()> {
     let out = flags.out.unwrap_or_else(|| flags.results.join("index.html"));
     output::check_extension(&out, "html").map_err(|problem| anyhow!("--out {problem}"))?;
     let page = read(&flags.results)?;
+    if page.is_empty() {
+        bail!(
+            "{} holds no results: run a table first, or name the folder with --results",
+            flags.results.display()
+        );
+    }
     let html = page.html();
     report::write_text(&html, &out)?;
     output::print(&page.verdicts());

@@ -118,8 +118,8 @@ pub(crate) struct Session {
     machine: Machine,
     /// The network that workflows without pre-training start from.
     given: Option<Network>,
-    /// The keys of stages whose networks are published.
-    published: Vec<String>,
+    /// The outcomes of stages whose networks are published, by key.
+    published: BTreeMap<String, Outcome>,
     display: Display,
     out: PathBuf,
 }
@@ -152,6 +152,10 @@ impl Session {
                 data
             }
         };
+        let splits = [("training", "train", data.train_images()), ("test", "val", data.test_images())];
+        if let Some((split, folder, _)) = splits.into_iter().find(|(.., images)| *images == 0) {
+            bail!("{} has no {split} images: expected pictures in {folder}/CLASS/*", data.source());
+        }
         let out = flags.out.clone();
         let mut session = Self { seeds, out, display, ..Self::of(machine, profile, data) };
         session.tell_data();
@@ -175,7 +179,7 @@ impl Session {
                 folder.rows().len(),
                 place.display()
             ));
-            self.published = folder.rows().iter().map(|row| row.key.clone()).collect();
+            self.published = folder.outcomes()?;
             self.machine.store = self.machine.store.clone().beside(folder.published()?);
         }
         Ok(())
@@ -239,7 +243,7 @@ impl Session {
             },
             machine,
             given: None,
-            published: Vec::new(),
+            published: BTreeMap::new(),
             display: Display::new(),
             out: PathBuf::new(),
         }
@@ -285,6 +289,35 @@ impl Session {
         }
         whole_file::sweep(&folder).ok();
         whole_file::check(&folder).with_context(|| format!("{shown}: the results can't be written there"))
+    }
+
+    /// Does the same as [`Session::claim`] for results that are written as a whole from `stages`.
+    /// They also do not replace results on real data that have more stages or another `[pfq]`.
+    pub fn claim_whole(&self, name: &str, stages: &[Arc<Stage>]) -> Result<()> {
+        self.claim(name)?;
+        let folder = self.folder(name);
+        let Ok(written) = report::read_stages(&folder) else { return Ok(()) };
+        if written.records.iter().all(|stage| report::is_synthetic(&stage.data.name)) {
+            return Ok(());
+        }
+        let keys = stages.iter().map(|stage| stage.key(self.data.fingerprint()));
+        let keys = keys.collect::<workflow::Result<BTreeSet<String>>>()?;
+        let shown = folder.display();
+        if let Some(lost) = written.records.iter().find(|stage| !keys.contains(&stage.key)) {
+            bail!(
+                "{shown} holds results of {} (stage {}), which this run would drop: leave --only out, give a changed \
+                 profile another name, name another folder with --out, or move that one away",
+                lost.label,
+                lost.key
+            );
+        }
+        if Profile::read(&folder.join(results::PROFILE)).is_ok_and(|theirs| theirs.pfq != self.profile.pfq) {
+            bail!(
+                "{shown} holds results with another [pfq]: give the profile another name, name another folder with \
+                 --out, or move that one away"
+            );
+        }
+        Ok(())
     }
 
     /// Returns the stage that every workflow of this model and seed starts with.
@@ -334,7 +367,7 @@ impl Session {
 
     /// Returns whether a stage's network is published, whether or not the store has it too.
     pub fn is_published(&self, stage: &Stage) -> bool {
-        stage.key(self.data.fingerprint()).is_ok_and(|key| self.published.contains(&key))
+        stage.key(self.data.fingerprint()).is_ok_and(|key| self.published.contains_key(&key))
     }
 
     /// Returns the file of a finished stage's network.
@@ -393,10 +426,14 @@ impl Session {
                         plan.len()
                     )
                 })?;
-                let published = planned.outcome.as_ref().filter(|_| planned.published);
                 let Some(outcome) = self.run_here(&planned.stage)? else { return Ok(Some(Done::InTime)) };
-                if let Some(published) = published {
-                    output::print(&repeated(&outcome, published));
+                match self.published.get(key) {
+                    Some(published) => output::print(&repeated(&outcome, published)),
+                    None if planned.to_do => {}
+                    None => output::print(&format!(
+                        "{}: done already, top-1 {:.2} %",
+                        outcome.label, outcome.evaluation.top1_percent
+                    )),
                 }
                 Ok(Some(Done::All))
             }
@@ -442,9 +479,12 @@ impl Session {
                 None => match self.epochs_left(planned)? {
                     None => "to do: a few seconds".into(),
                     Some((epochs, work)) => {
-                        let begun = if planned.epochs_done > 0 { "begun" } else { "to do" };
                         let s = if epochs == 1 { "" } else { "s" };
-                        format!("{begun}: {epochs} epoch{s}, about {}", duration(work / speed))
+                        let what = match planned.epochs_done {
+                            0 => format!("to do: {epochs} epoch{s}"),
+                            done => format!("begun: {epochs} of {} epochs left", epochs + done),
+                        };
+                        format!("{what}, about {}", duration(work / speed))
                     }
                 },
             };

@@ -239,6 +239,9 @@ impl Table {
 
     /// Checks that writing the table keeps all of its rows, before anything is run.
     fn check_written(&self, session: &Session, plans: &[RowPlan]) -> Result<()> {
+        if session.folder(self.name).join(STAGES).is_file() && !report::is_synthetic(session.data.name()) {
+            report::read_stages(&session.folder(self.name))?;
+        }
         let mut kept: BTreeSet<String> =
             written(&session.folder(self.name)).into_iter().map(|outcome| outcome.key).collect();
         kept.retain(|key| plans.iter().any(|row| row.key == *key));
@@ -486,7 +489,8 @@ fn notes(outcomes: &[&Outcome]) -> Vec<String> {
 
 /// Returns the number of rows whose stages are not among those that are kept.
 fn lost(rows: &[Row], kept: &BTreeSet<String>) -> usize {
-    rows.iter().filter(|row| !kept.contains(&row.settings_hash)).count()
+    let real = rows.iter().filter(|row| !report::is_synthetic(&row.dataset));
+    real.filter(|row| !kept.contains(&row.settings_hash)).count()
 }
 
 #[cfg(test)]

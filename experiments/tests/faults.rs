@@ -261,6 +261,59 @@ fn results_of_other_data_stay() {
     place.run(&flags[2..]);
 }
 
+/// Figures on real data are a record too: a part of them, or other settings, do not replace them.
+/// Results on synthetic data are none, whatever follows them.
+#[test]
+fn figures_of_real_data_stay() {
+    let place = Place::new();
+    place.run(&["--only", &format!("{ROWS},ours")]);
+    tiny::write_pictures(&place.path("pictures"), &["cat", "dog", "newt"]);
+    place.change(|profile| {
+        profile["data"] =
+            toml::Value::Table("imagenet = { train_limit = '16', test_limit = '6' }".parse().unwrap());
+        let training = profile["training"]["pretraining"].as_table_mut().unwrap();
+        training["augmentation"] = toml::Value::Table("pad = 0\nflip = true".parse().unwrap());
+    });
+    let figure3 = |flags: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_figure3"));
+        command.current_dir(place.root()).args(["--config", "tiny.toml", "--data", "pictures"]);
+        let output = command.args(["--device", "cpu"]).args(flags).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout.clone()).unwrap() + &said(&output))
+    };
+    let (well, text) = figure3(&[]);
+    assert!(well && text.contains("filters have V < τ"), "{text}");
+    let outputs = || std::fs::read(place.path("results/figure3/tiny/outputs.csv")).unwrap();
+    let before = outputs();
+    let (well, text) = figure3(&["--only", "mobilenet_v1"]);
+    assert!(!well && text.contains("holds results of mobilenet_v2 pre-train"), "{text}");
+    place.change(|profile| profile["pfq"]["threshold"] = 0.9.into());
+    let (well, text) = figure3(&[]);
+    assert!(!well && text.contains("another [pfq]"), "{text}");
+    assert!(outputs() == before);
+    let flags = ["--data", "pictures", "--only", &format!("{ROWS},ours")];
+    assert!(place.table3(&flags).status.success(), "rows on synthetic data are replaced");
+    assert!(place.rows().iter().all(|row| !report::is_synthetic(&row.dataset)));
+    std::fs::remove_dir_all(place.path("pictures/val")).unwrap();
+    place.check_refused(&flags, &["has no test images", "val/CLASS/*"]);
+}
+
+/// A stage that is done is named, and so is a list of stages that can't be read.
+#[test]
+fn what_is_done_or_damaged_is_said() {
+    let place = Place::new();
+    let flags = ["--data", "synthetic", "--only", &format!("{ROWS},ours")];
+    place.run(&flags[2..]);
+    let key = place.rows()[0].settings_hash.clone();
+    let output = place.table3(&["--data", "synthetic", "--stage", &key]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains("done already, top-1"), "{text}");
+    let empty = place.path("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let mut report = Command::new(env!("CARGO_BIN_EXE_report"));
+    let output = report.arg("--results").arg(&empty).output().unwrap();
+    assert!(!output.status.success() && said(&output).contains("holds no results"), "{}", said(&output));
+}
+
 /// If the results can't be written, this is noticed before hours of training.
 #[test]
 fn results_that_cannot_be_written_are_noticed_first() {

@@ -387,6 +387,10 @@ fn a_falsified_figure_is_found() {
     report::write_networks(&rows, &folder).unwrap();
     let (text, well) = verify(&place);
     assert!(!well && text.contains("top1_percent = 99.5"), "{text}");
+    let file = folder.join(OURS).display().to_string();
+    let (text, well) =
+        printed(run(env!("CARGO_BIN_EXE_pfq"), &place, &["eval", &file, "--data", "synthetic"]));
+    assert!(!well && text.contains("says top1_percent = 99.5"), "{text}");
     falsify(&folder, |stage| {
         if stage["key"] == key.as_str() {
             stage["evaluation"]["top1_percent"] = 99.5.into();

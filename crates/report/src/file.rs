@@ -31,7 +31,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// The contents of the file are not those that were written.
-    #[error("{}: {problem}; run the same command again to write the results anew", path.display())]
+    #[error("{}: {problem}; restore it, or move its folder away and make what is in it anew", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

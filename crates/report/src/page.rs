@@ -87,6 +87,12 @@ const TITLE: &str = "PfQ reproduced: every result beside the paper's";
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:";
 
 impl Page {
+    /// Returns whether there are no results at all to show.
+    pub fn is_empty(&self) -> bool {
+        let Self { runs, exhibits, networks, speeds, .. } = self;
+        runs.is_empty() && exhibits.is_empty() && networks.is_empty() && speeds.is_empty()
+    }
+
     /// Returns the page as HTML.
     pub fn html(&self) -> String {
         let judged = self.judged();

@@ -69,11 +69,10 @@ impl Eval {
             if self.integer {
                 return compared(&network, &*data);
             }
-            let (Evaluation { top1_percent, loss }, said) =
-                match published.filter(|published| published.is_of(&*data)) {
-                    Some(published) => published.evaluate(&*data)?,
-                    None => (train::evaluate(&network, &*data)?, String::new()),
-                };
+            let (Evaluation { top1_percent, loss }, said) = match published {
+                Some(published) if published.is_of(&*data)? => published.evaluate(&*data)?,
+                _ => (train::evaluate(&network, &*data)?, String::new()),
+            };
             Ok(format!("top-1 {top1_percent:.2} %, loss {loss:.4}\n{said}"))
         };
         let evaluated = evaluated();

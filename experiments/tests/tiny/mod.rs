@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
+use image::{Rgb, RgbImage};
 use report::Row;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -40,6 +41,24 @@ pub fn write_profile(folder: &Path) {
     std::fs::write(folder.join("tiny.toml"), profile.to_string()).unwrap();
 }
 
+/// Writes pictures of `classes`, each class with its own colour, to `train/` and `val/`.
+pub fn write_pictures(folder: &Path, classes: &[&str]) {
+    for (split, count) in [("train", 12), ("val", 6)] {
+        for (class, name) in classes.iter().enumerate() {
+            let place = folder.join(split).join(name);
+            std::fs::create_dir_all(&place).unwrap();
+            for number in 0..count {
+                let picture = RgbImage::from_fn(44, 38, |x, y| {
+                    let mut pixel = [(x * 5) as u8, (y * 6) as u8, (number * 20) as u8];
+                    pixel[class % 3] = 255;
+                    Rgb(pixel)
+                });
+                picture.save(place.join(format!("{number}.png"))).unwrap();
+            }
+        }
+    }
+}
+
 /// A folder with the tiny profile, in which programs run.
 pub struct Place(tempfile::TempDir);
 
@@ -71,9 +90,16 @@ impl Place {
 
     /// Sets the number of epochs of pre-training.
     pub fn pretrain_for(&self, epochs: usize) {
+        self.change(|profile| {
+            profile["training"]["pretraining"]["cosine_epochs"] = toml::Value::Integer(epochs as i64);
+        });
+    }
+
+    /// Changes the settings.
+    pub fn change(&self, change: impl Fn(&mut toml::Table)) {
         let path = self.path("tiny.toml");
         let mut profile: toml::Table = std::fs::read_to_string(&path).unwrap().parse().unwrap();
-        profile["training"]["pretraining"]["cosine_epochs"] = toml::Value::Integer(epochs as i64);
+        change(&mut profile);
         std::fs::write(path, profile.to_string()).unwrap();
     }
 
