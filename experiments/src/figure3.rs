@@ -263,11 +263,11 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
         let low: usize = figure.layers.iter().map(|layer| layer.low(figure.threshold)).sum();
         let filters: usize = figure.layers.iter().map(|layer| layer.values.len()).sum();
         text += &format!(
-            "- {} ×{} (stage {}): {low} of {filters} filters have V < τ = {:.0e}.\n",
+            "- {} ×{} (stage {}): {low} of {filters} filters have V < τ = {}.\n",
             figure.config.version.name(),
             figure.config.width,
             figure.outcome.key,
-            figure.threshold
+            report::shortest(figure.threshold)
         );
     }
     text += &format!(

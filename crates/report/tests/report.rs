@@ -220,7 +220,7 @@ Weights pruned in the paper: MobileNetV2 35.74 % (Table 1).
 | --- | --- | --- | ---: | ---: | ---: | ---: | --- |
 | MobileNetV2 | A4/W4 | Ours − DFQ + fine-tune | +2.00 | −0.48 … +4.48 | 3 | +0.56 | not decided |
 
-Of the orders in the paper, 0 hold, 0 fail and 1 are not decided (1 of these are as in the paper by their means). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) excludes zero, or if all pairs have the same difference. Each is judged by itself; the page of all results corrects for their number. A single seed decides nothing.
+Orders of the paper that hold: 0; that fail: 0; that are not decided: 1 (of these, as in the paper by their means: 1). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) excludes zero, or if all pairs have the same difference. Each is judged by itself; the page of all results corrects for their number. A single seed decides nothing.
 
 ## Notes
 
@@ -281,11 +281,13 @@ fn ablations_have_nothing_published_beside_them() {
         "| model | bits | method | top-1 % | MACs M | pruned % |",
         "| MobileNetV2 ×0.25 | A4/W4 | default | **72.00** |",
         "## Do the alternatives differ?\n\n| model | bits | method − method | diff. | 95 % interval | pairs |",
-        "| MobileNetV2 ×0.25 | A4/W4 | default − high | +2.00 | – | 1 |\n",
+        "| MobileNetV2 ×0.25 | A4/W4 | default − high | +2.00 | – | 1 |\n\nTwo alternatives differ if ",
     ] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
     assert!(!text.contains("paper"), "{text}");
+    let said = terminal(&rows, &About::default());
+    assert!(said.contains("\n\nTwo alternatives differ if the 95 % interval of their difference"), "{said}");
     assert!(text.contains("that the runs began from: MobileNetV2 ×0.25 75.50 %.\n"), "{text}");
     // The comparisons of a method with and without PfQ come first, and appear once.
     let methods =
