@@ -380,3 +380,33 @@ fn plots_show_the_data() {
     check(&[Row { top1_percent: f64::NAN, ..rows[0].clone() }], &["NaN"]);
     check(&[], &["Table 3"]);
 }
+
+#[test]
+fn plots_of_many_methods_have_more_lines_of_legend() {
+    let folder = tempfile::tempdir().unwrap();
+    let (svg, png) = (folder.path().join("a.svg"), folder.path().join("a.png"));
+    let methods = [
+        "as published",
+        "the paper's rate",
+        "ReLU for ReLU6",
+        "ranges β ± 6γ",
+        "frozen normalization",
+        "live normalization",
+        "live normalization alone",
+        "30 epochs",
+        "as the profile says",
+        "ours",
+    ];
+    let of = |method: &str, seed: u64| {
+        let row = row("mobilenet_v2", 4, method, seed, 70.0 + seed as f64);
+        Row { table: "ablation_dfq".into(), ..row }.compare(Paper::published())
+    };
+    let rows: Vec<Row> = methods.iter().flat_map(|method| [of(method, 0), of(method, 1)]).collect();
+    plot(&rows, &about(), &svg, &png).unwrap();
+    let (svg, png) = (fs::read_to_string(svg).unwrap(), fs::read(png).unwrap());
+    assert!(svg.starts_with("<svg width=\"1200\" height=\"746\""), "{svg}");
+    assert_eq!((&png[16..20], &png[20..24]), (&2400u32.to_be_bytes()[..], &1492u32.to_be_bytes()[..]));
+    for text in ["live normalization alone", "as the profile says", "Ours", "mean ± standard deviation"] {
+        assert!(svg.contains(text), "no {text} in {svg}");
+    }
+}
