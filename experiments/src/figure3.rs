@@ -264,11 +264,11 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
         let low: usize = figure.layers.iter().map(|layer| layer.low(figure.threshold)).sum();
         let filters: usize = figure.layers.iter().map(|layer| layer.values.len()).sum();
         let line = format!(
-            "{} ×{} (stage {}): {low} of {filters} filters have V < τ = {:.0e}.",
+            "{} ×{} (stage {}): {low} of {filters} filters have V < τ = {}.",
             figure.config.version.name(),
             figure.config.width,
             figure.outcome.key,
-            figure.threshold
+            report::shortest(figure.threshold)
         );
         text += &format!("- {line}\n");
         short.push(line);

@@ -468,13 +468,13 @@ fn notes(outcomes: &[&Outcome]) -> Vec<String> {
         if let Some(report) = report {
             let sum = |f: fn(&pfq::LayerReport) -> usize| report.layers.iter().map(f).sum::<usize>();
             notes.push(format!(
-                "{} (stage {}): {} of {} filters have a running variance below τ = {:.0e}; {} filters removed, \
+                "{} (stage {}): {} of {} filters have a running variance below τ = {}; {} filters removed, \
                  weights {} → {}, MACs {:.2} M → {:.2} M, top-1 right after it {:.2} %.",
                 outcome.label,
                 outcome.key,
                 sum(|l| l.low),
                 sum(|l| l.filters),
-                report.threshold,
+                report::shortest(report.threshold),
                 sum(|l| l.removed),
                 report.weights_before,
                 report.weights_after,

@@ -279,7 +279,7 @@ pub(crate) fn tables(rows: &[Speed]) -> Vec<(String, Table<'static>)> {
             best_table(&networks),
         ),
         (
-            format!("Single operations, forward and backward, ms for {batch} images"),
+            format!("Single operations, forward and backward, ms for a batch of {batch}"),
             table(&OPERATIONS, &operations, operation_cells),
         ),
         (

@@ -9,14 +9,18 @@ use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::file::{Error, Result, replace, write_text};
-use crate::names::PALETTE;
+use crate::names::{Look, PALETTE};
 use crate::scale::ticks;
 
-/// The size of the picture in its own units.
+/// The size of a picture in its own units, unless it needs [more](Picture::more) height.
 pub(crate) const WIDTH: f64 = 1200.0;
 pub(crate) const HEIGHT: f64 = 720.0;
 /// The left edge of all text.
 pub(crate) const LEFT: f64 = 48.0;
+/// The right edge of all text.
+pub(crate) const RIGHT: f64 = WIDTH - LEFT;
+/// The distance between the lines of a legend.
+const LEGEND_LINE: f64 = 26.0;
 /// The factor that enlarges all coordinates, because both backends only have integer coordinates.
 const SCALE: f64 = 4.0;
 /// The width and height in pixels of the squares whose mean becomes one pixel of the PNG.
@@ -42,10 +46,16 @@ pub(crate) type Drawn = std::result::Result<(), String>;
 
 /// A picture that can be drawn on a [`Canvas`].
 pub(crate) trait Picture: Sized {
-    /// Draws the picture on a white canvas of [`WIDTH`] by [`HEIGHT`].
+    /// Draws the picture on a white canvas that is [`WIDTH`] wide.
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn;
 
-    /// Writes the picture as SVG and as PNG (2400×1440).
+    /// Returns the height that the picture needs in addition to [`HEIGHT`], because a part of it
+    /// has more lines than usual.
+    fn more(&self) -> f64 {
+        0.0
+    }
+
+    /// Writes the picture as SVG and as PNG (2400×1440, or higher).
     fn write(&self, svg: &Path, png: &Path) -> Result<()> {
         let text = svg_of(self).map_err(|reason| Error::Draw { path: svg.into(), reason })?;
         write_text(&text, svg)?;
@@ -56,18 +66,19 @@ pub(crate) trait Picture: Sized {
 }
 
 fn svg_of(picture: &impl Picture) -> std::result::Result<String, String> {
-    let (wide, high) = ((WIDTH * SCALE) as u32, (HEIGHT * SCALE) as u32);
+    let height = HEIGHT + picture.more();
+    let (wide, high) = ((WIDTH * SCALE) as u32, (height * SCALE) as u32);
     let mut text = String::new();
     let area = SVGBackend::with_string(&mut text, (wide, high)).into_drawing_area();
     // In SVG, plotters takes size / 1.24 as one em and puts the baseline 0.76 em below the top.
     Canvas { area, em: 1.24, baseline: 0.76 }.show(picture)?;
     // The view box keeps the enlarged coordinates; the width and height are those of the picture.
     let fine = format!("width=\"{wide}\" height=\"{high}\"");
-    Ok(text.replacen(&fine, &format!("width=\"{WIDTH}\" height=\"{HEIGHT}\""), 1))
+    Ok(text.replacen(&fine, &format!("width=\"{WIDTH}\" height=\"{height}\""), 1))
 }
 
 fn png_of(picture: &impl Picture, path: &Path) -> Drawn {
-    let (wide, high) = ((WIDTH * SCALE) as usize, (HEIGHT * SCALE) as usize);
+    let (wide, high) = ((WIDTH * SCALE) as usize, ((HEIGHT + picture.more()) * SCALE) as usize);
     let mut pixels = vec![0; wide * high * 3];
     let area = BitMapBackend::with_buffer(&mut pixels, (wide as u32, high as u32)).into_drawing_area();
     // In bitmaps, size is the font's ascent plus descent, 1.21 em, with the baseline in the middle.
@@ -119,8 +130,20 @@ impl Style {
 
     /// Returns the width of `text` in the picture's units.
     pub(crate) fn width(&self, text: &str) -> f64 {
+        LazyLock::force(&FONT_REGISTERED);
         let fine = FontDesc::new(FontFamily::Name(FONT), 1210.0, self.weight());
         fine.box_size(text).map_or(0.0, |(wide, _)| f64::from(wide) * self.size / 1000.0)
+    }
+
+    /// Returns the width to leave for `text`. Wider fonts stand in for ours where it is missing:
+    /// DejaVu Sans is a tenth wider, and a fifth if bold.
+    pub(crate) fn room(&self, text: &str) -> f64 {
+        self.width(text) * if self.bold { 1.2 } else { 1.1 }
+    }
+
+    /// Returns the style at a size at which `text` fits into `room`.
+    pub(crate) fn fitting(self, text: &str, room: f64) -> Self {
+        self.sized(self.size * (room / self.room(text)).min(1.0))
     }
 }
 
@@ -141,8 +164,15 @@ impl<DB: DrawingBackend> Canvas<DB> {
         if !*FONT_REGISTERED {
             return Err("the font compiled in cannot be read".into());
         }
-        self.rectangle((0.0, 0.0), (WIDTH, HEIGHT), WHITE)?;
+        self.rectangle((0.0, 0.0), (WIDTH, HEIGHT + picture.more()), WHITE)?;
         picture.draw(self)
+    }
+
+    /// Returns the part of the canvas below the height `by`.
+    pub(crate) fn lowered(&self, by: f64) -> Self {
+        let ((_, top), (wide, high)) = (fine((0.0, by)), self.area.dim_in_pixel());
+        let area = self.area.clone().shrink((0, top), (wide, high - top as u32));
+        Self { area, em: self.em, baseline: self.baseline }
     }
 
     /// Draws text with its baseline at the height of `at`.
@@ -161,6 +191,18 @@ impl<DB: DrawingBackend> Canvas<DB> {
 
     pub(crate) fn rectangle(&self, corner: Point, opposite: Point, colour: RGBColor) -> Drawn {
         self.area.draw(&Rectangle::new([fine(corner), fine(opposite)], colour.filled())).map_err(text_of)
+    }
+
+    /// Draws a bar, with diagonal white lines if it is hatched.
+    pub(crate) fn bar(&self, (x0, y0): Point, (x1, y1): Point, look: Look) -> Drawn {
+        self.rectangle((x0, y0), (x1, y1), rgb(look.colour))?;
+        let (wide, high, step) = (x1 - x0, y1 - y0, 7.0);
+        let lines = if look.hatched { ((wide + high) / step).min(1000.0) as usize } else { 0 };
+        (1..=lines).map(|line| step * line as f64 - step / 2.0).try_for_each(|along| {
+            let from = (x0 + (along - high).max(0.0), y0 + along.min(high));
+            let to = (x0 + along.min(wide), y0 + (along - wide).max(0.0));
+            self.line(&[from, to], 1.5, WHITE)
+        })
     }
 
     /// Draws a hollow rectangle, which is nearly white inside.
@@ -184,29 +226,34 @@ impl<DB: DrawingBackend> Canvas<DB> {
         self.area.draw(&circle(2.75, WHITE)).map_err(text_of)
     }
 
-    /// Draws a picture's title and subtitle.
+    /// Draws a picture's title and subtitle, at sizes at which they fit.
     pub(crate) fn heading(&self, title: &str, subtitle: &str) -> Drawn {
-        self.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0))?;
-        self.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0))
+        self.text(title, (LEFT, 54.0), &INK_BOLD.sized(25.0).fitting(title, RIGHT - LEFT))?;
+        self.text(subtitle, (LEFT, 82.0), &SOFT_PLAIN.sized(15.0).fitting(subtitle, RIGHT - LEFT))
     }
 
-    /// Draws a row of legend entries with its baseline at `y`: a sign and its meaning.
-    pub(crate) fn legend(&self, y: f64, entries: &[(&str, Sign)]) -> Drawn {
-        let style = INK_PLAIN.sized(14.0);
-        let mut x = LEFT;
-        for (label, sign) in entries {
+    /// Draws a remark at the lower edge, at a size at which it fits.
+    pub(crate) fn footer(&self, text: &str) -> Drawn {
+        self.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0).fitting(text, RIGHT - LEFT))
+    }
+
+    /// Draws a legend with its first baseline at `y`. Returns the canvas for what is below, lowered
+    /// by the [height](more_of_legend) of the other lines.
+    pub(crate) fn legend(&self, y: f64, entries: &[Entry]) -> std::result::Result<Self, String> {
+        for ((label, sign), (x, line)) in entries.iter().zip(legend_places(entries)) {
+            let y = y + LEGEND_LINE * line as f64;
             let (corner, opposite) = ((x, y - 12.0), (x + 15.0, y + 2.0));
             match *sign {
-                Sign::Filled(colour) => self.rectangle(corner, opposite, rgb(colour))?,
+                Sign::Filled(look) => self.bar(corner, opposite, look)?,
                 Sign::Hollow => self.outline(corner, opposite, SOFT)?,
                 Sign::Dot => self.dot((x + 8.0, y - 5.0))?,
                 Sign::Whisker => self.whisker(x + 8.0, y - 12.0, y + 2.0)?,
                 Sign::Text(text) => self.text(text, (x + 3.0, y), &INK_BOLD.sized(15.0))?,
             }
-            self.text(label, (x + 22.0, y), &style)?;
-            x += 22.0 + style.width(label) * 1.08 + 26.0; // room for wider fonts
+            let style = INK_PLAIN.fitting(label, RIGHT - x - SIGN);
+            self.text(label, (x + SIGN, y), &style)?;
         }
-        Ok(())
+        Ok(self.lowered(more_of_legend(entries)))
     }
 
     /// Draws lines at round numbers up to `last`, with the numbers to their left.
@@ -226,11 +273,42 @@ impl<DB: DrawingBackend> Canvas<DB> {
     }
 }
 
+/// An entry of a legend: the meaning of a sign.
+pub(crate) type Entry = (String, Sign);
+
+/// The width of a sign with the space after it.
+const SIGN: f64 = 22.0;
+
+/// Returns the height of a legend's lines after the first.
+pub(crate) fn more_of_legend(entries: &[Entry]) -> f64 {
+    LEGEND_LINE * legend_places(entries).last().map_or(0, |(_, line)| *line) as f64
+}
+
+fn legend_places(entries: &[Entry]) -> Vec<(f64, usize)> {
+    flow(entries.iter().map(|(label, _)| SIGN + INK_PLAIN.room(label)), 26.0)
+}
+
+/// Places items of these widths side by side, in as many lines as they need.
+///
+/// Returns the left edge of each item and the index of its line.
+pub(crate) fn flow(widths: impl IntoIterator<Item = f64>, gap: f64) -> Vec<(f64, usize)> {
+    let (mut x, mut line) = (LEFT, 0);
+    let place = |width: f64| {
+        if x > LEFT && x + width > RIGHT {
+            (x, line) = (LEFT, line + 1);
+        }
+        let left = x;
+        x += width + gap;
+        (left, line)
+    };
+    widths.into_iter().map(place).collect()
+}
+
 /// A sign that a legend explains.
 #[derive(Clone, Copy)]
 pub(crate) enum Sign {
-    /// A filled bar of this colour.
-    Filled((u8, u8, u8)),
+    /// A bar.
+    Filled(Look),
     /// A hollow bar.
     Hollow,
     /// A dot.
@@ -357,7 +435,33 @@ fn text_of(error: impl std::fmt::Display) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{themed, with_joined_marks};
+    use super::*;
+
+    #[test]
+    fn long_legends_stay_between_the_margins() {
+        let check = |labels: &[&str], lines: usize| {
+            let entries: Vec<Entry> = labels.iter().map(|label| (label.to_string(), Sign::Dot)).collect();
+            let places = legend_places(&entries);
+            for ((label, _), (x, _)) in entries.iter().zip(&places) {
+                assert!(x + SIGN + INK_PLAIN.room(label) <= RIGHT, "{label} begins at {x}");
+            }
+            assert_eq!(more_of_legend(&entries), LEGEND_LINE * (lines - 1) as f64, "{labels:?}");
+        };
+        check(&[], 1);
+        check(&["PACT", "Ours", "one seed", "mean ± standard deviation"], 1);
+        check(&["live normalization alone"; 5], 1);
+        check(&["live normalization alone"; 6], 2);
+        check(&["live normalization alone"; 11], 3);
+    }
+
+    #[test]
+    fn long_texts_get_smaller() {
+        let style = INK_BOLD.sized(25.0);
+        assert_eq!(style.fitting("Table 3", RIGHT - LEFT).size, 25.0);
+        let long = "a long title ".repeat(12);
+        let room = style.fitting(&long, RIGHT - LEFT).room(&long);
+        assert!((room - (RIGHT - LEFT)).abs() < 0.1 && room > style.fitting(&long, 1104.0).width(&long));
+    }
 
     #[test]
     fn marks_that_are_painted_alike_become_one_path() {

@@ -135,7 +135,8 @@ pub fn plot_outputs(filters: &[FilterOutputs], caption: &Caption, svg: &Path, pn
     outputs::plot(filters, caption, svg, png)
 }
 
-/// Draws the running variances of every layer as histograms, as SVG and as PNG (2400×1440).
+/// Draws the running variances of every layer as histograms, as SVG and as PNG (2400×1440, or
+/// higher if the legend has more than one line).
 ///
 /// The scale is logarithmic, and τ is marked.
 pub fn plot_variances(layers: &[Variances], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
@@ -282,7 +283,7 @@ mod tests {
     fn pictures_say_what_they_show() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        let caption = Caption { title: "A title".into(), subtitle: "made-up".into(), threshold: 1e-5 };
+        let caption = Caption { title: "A title".into(), subtitle: "made-up".into(), threshold: 1.5e-5 };
         let values: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin()).collect();
         let filter = |variance: f64, values: &[f32]| FilterOutputs {
             layer: "blocks.3.depthwise".into(),
@@ -300,8 +301,11 @@ mod tests {
         });
         plot_variances(&layers, &caption, &path("v.svg"), &path("v.png")).unwrap();
         for (name, parts) in [
-            ("o.svg", &["A title", "blocks.3.depthwise", "filter 17", "lowest running variance"][..]),
-            ("v.svg", &["A title", "stem", "depthwise", "τ"][..]),
+            (
+                "o.svg",
+                &["A title", "τ = 1.5e-5", "blocks.3.depthwise", "filter 17", "lowest running variance"][..],
+            ),
+            ("v.svg", &["A title", "stem", "depthwise", "below τ = 1.5e-5: "][..]),
         ] {
             let text = std::fs::read_to_string(path(name)).unwrap();
             for part in parts {

@@ -10,11 +10,25 @@ pub(crate) const SKY: Colour = (86, 180, 233);
 pub(crate) const GREEN: Colour = (0, 158, 115);
 pub(crate) const BLUE: Colour = (0, 114, 178);
 pub(crate) const PURPLE: Colour = (204, 121, 167);
-pub(crate) const GREY: Colour = (128, 128, 128);
+/// Grey that is dark enough to differ from green and purple for colour-blind readers.
+pub(crate) const GREY: Colour = (96, 96, 96);
 
 /// The colours of methods: the palette of Okabe and Ito, which colour-blind readers can
 /// distinguish, and grey.
 pub(crate) const PALETTE: [Colour; 6] = [ORANGE, SKY, GREEN, PURPLE, BLUE, GREY];
+
+/// How the bars of a method look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Look {
+    pub(crate) colour: Colour,
+    pub(crate) hatched: bool,
+}
+
+impl Look {
+    pub(crate) const fn plain(colour: Colour) -> Self {
+        Self { colour, hatched: false }
+    }
+}
 
 /// Returns the display name and the plot colour of a method of the paper's tables.
 fn published(method: &str) -> Option<(&'static str, Colour)> {
@@ -50,16 +64,26 @@ pub(crate) fn without_pfq(method: &str) -> Option<String> {
     after.or_else(|| Some(format!("{} without PfQ", method.strip_suffix(" with PfQ")?)))
 }
 
-/// Returns a colour for each of a plot's methods. The paper's methods have fixed colours, and the
-/// other methods use the remaining colours in turn.
-pub(crate) fn colours(methods: &[&str]) -> Vec<Colour> {
-    let own: Vec<Option<Colour>> = methods.iter().map(|method| Some(published(method)?.1)).collect();
-    let mut rest: Vec<Colour> = PALETTE.into_iter().filter(|colour| !own.contains(&Some(*colour))).collect();
-    if rest.is_empty() {
-        rest = PALETTE.into();
-    }
-    let mut rest = rest.into_iter().cycle();
-    own.into_iter().map(|own| own.or_else(|| rest.next()).unwrap_or(GREY)).collect()
+/// Returns a look for each of a plot's methods. The paper's methods have fixed colours.
+pub(crate) fn method_looks(methods: &[&str]) -> Vec<Look> {
+    looks(methods, |method| Some(published(method)?.1))
+}
+
+/// Returns a look for each name, all different for up to twelve names.
+///
+/// A name has the colour `own` unless an earlier one has it. The other names use the remaining
+/// colours in turn, and then the hatched ones.
+pub(crate) fn looks(names: &[&str], own: impl Fn(&str) -> Option<Colour>) -> Vec<Look> {
+    let mut taken = Vec::new();
+    let mut fixed = |name: &&str| {
+        let look = own(name).map(Look::plain).filter(|look| !taken.contains(look))?;
+        taken.push(look);
+        Some(look)
+    };
+    let fixed: Vec<Option<Look>> = names.iter().map(&mut fixed).collect();
+    let all = [false, true].into_iter().flat_map(|hatched| PALETTE.map(|colour| Look { colour, hatched }));
+    let mut rest = all.filter(|look| !taken.contains(look)).cycle();
+    fixed.into_iter().map(|look| look.or_else(|| rest.next()).unwrap_or(Look::plain(GREY))).collect()
 }
 
 /// Returns the display name of a model, as "MobileNetV2", with the width factor if it is not 1.
@@ -131,9 +155,19 @@ mod tests {
     }
 
     #[test]
-    fn methods_of_a_plot_have_different_colours() {
-        assert_eq!(colours(&["dfq_with_fine_tune", "ours"]), [ORANGE, BLUE]);
-        assert_eq!(colours(&["pact", "dsq", "LSQ", "ours"]), [PURPLE, GREEN, ORANGE, BLUE]);
-        assert_eq!(colours(&["a", "b", "c", "d", "e", "f", "g"]), [&PALETTE[..], &[ORANGE]].concat());
+    fn methods_of_a_plot_look_different() {
+        fn check(methods: &[&str], expect: &[Colour]) {
+            let expect: Vec<Look> = expect.iter().copied().map(Look::plain).collect();
+            assert_eq!(method_looks(methods), expect, "{methods:?}");
+        }
+        check(&["dfq_with_fine_tune", "ours"], &[ORANGE, BLUE]);
+        check(&["pact", "dsq", "LSQ", "ours"], &[PURPLE, GREEN, ORANGE, BLUE]);
+        // Two methods of the paper that have the same colour in different tables.
+        check(&["algorithm1", "a", "ours"], &[BLUE, ORANGE, SKY]);
+        let twelve = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "ours"];
+        let found = method_looks(&twelve);
+        assert_eq!(crate::paper::distinct(found.clone()), found);
+        assert_eq!(found[11], Look::plain(BLUE));
+        assert_eq!(found[5], Look { colour: ORANGE, hatched: true });
     }
 }

@@ -18,7 +18,7 @@ use crate::paper::{Paper, PaperRow, distinct};
 use crate::row::Row;
 use crate::stage::{StageRecord, trace};
 use crate::stats::{Verdict, seeds_label, summarize};
-use crate::text::{About, Cell, Column, Document, Table, duration};
+use crate::text::{About, Cell, Column, Document, Table, counted, duration};
 
 pub use exhibit::Exhibit;
 use judged::Judged;
@@ -165,14 +165,16 @@ impl Page {
 
     /// Returns the verdicts as text: a line for each claim, with a verdict for each profile.
     pub fn verdicts(&self) -> String {
+        let all = self.judged();
+        let width = all.iter().map(|judged| judged.claim.id.chars().count()).max().unwrap_or(0);
         let line = |judged: &Judged| {
             let verdicts = judged
                 .by_profile
                 .iter()
                 .map(|(profile, comparisons)| format!("{profile}: {}", judged::verdict(comparisons).label()));
-            format!("{:<36} {}", judged.claim.id, verdicts.collect::<Vec<_>>().join(", "))
+            format!("{:<width$} {}", judged.claim.id, verdicts.collect::<Vec<_>>().join(", "))
         };
-        self.judged().iter().map(|of| line(of).trim_end().to_string()).collect::<Vec<_>>().join("\n")
+        all.iter().map(|of| line(of).trim_end().to_string()).collect::<Vec<_>>().join("\n")
     }
 
     /// Returns the results on the test set. Ablations, which only choose settings, are left out.
@@ -312,7 +314,7 @@ impl Page {
                 @let stages = self.stages(profile);
                 h3 { "Profile " (profile) }
                 p {
-                    (stages.len()) " stages, each counted once though tables share them: "
+                    (counted(stages.len(), "stage")) ", each counted once though tables share them: "
                     (duration(total(&stages))) " of wall time."
                 }
                 @for run in self.tested().filter(|run| run.profile == profile) { (run.made()) }

@@ -8,11 +8,12 @@ use plotters::style::text_anchor::HPos;
 use serde::{Deserialize, Serialize};
 
 use crate::canvas::{
-    Canvas, Drawn, GRID, HEIGHT, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Sign, WIDTH, rgb,
+    Canvas, Drawn, Entry, GRID, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Sign, WIDTH, more_of_legend, rgb,
 };
 use crate::file::Result;
 use crate::histogram::Caption;
-use crate::names::{BLUE, Colour, ORANGE};
+use crate::names::{BLUE, Colour, Look, ORANGE};
+use crate::text::shortest;
 
 /// One layer before and after pruning: a line of `layers.csv`.
 ///
@@ -135,9 +136,7 @@ struct Scatter<'a> {
 impl Picture for Scatter<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
         canvas.heading(&self.caption.title, &self.caption.subtitle)?;
-        let low = self.rows.iter().filter(|row| row.below_threshold).count();
-        let of_low = format!("V < τ = {:.0e}: {low} of {} filters", self.caption.threshold, self.rows.len());
-        canvas.legend(112.0, &[(&of_low, Sign::Filled(ORANGE)), ("other filters", Sign::Filled(BLUE))])?;
+        let canvas = &canvas.legend(112.0, &self.legend())?;
         // Magnitudes below 1e-12, such as zero, are drawn at 1e-12.
         let power = |value: f32| f64::from(value.abs()).log10().clamp(-12.0, 6.0);
         let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 152.0, 620.0);
@@ -181,7 +180,23 @@ impl Picture for Scatter<'_> {
         let style = INK_PLAIN.sized(14.0).held(HPos::Center);
         canvas.text("running variance V", ((left + right) / 2.0, bottom + 42.0), &style)?;
         let text = "What is below 1e-12 stands there. Where γ is decayed too, it is next to nothing for a filter of low V, and so is its factor.";
-        canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+        canvas.footer(text)
+    }
+
+    fn more(&self) -> f64 {
+        more_of_legend(&self.legend())
+    }
+}
+
+impl Scatter<'_> {
+    fn legend(&self) -> [Entry; 2] {
+        let low = self.rows.iter().filter(|row| row.below_threshold).count();
+        let tau = shortest(self.caption.threshold);
+        let of_low = format!("V < τ = {tau}: {low} of {} filters", self.rows.len());
+        [
+            (of_low, Sign::Filled(Look::plain(ORANGE))),
+            ("other filters".into(), Sign::Filled(Look::plain(BLUE))),
+        ]
     }
 }
 
@@ -191,8 +206,9 @@ type Line<'a> = (&'a dyn Fn(&PremiseRow) -> f64, Colour, f64);
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
         canvas.heading(&self.caption.title, &self.caption.subtitle)?;
-        let signs = [("before pruning", Sign::Filled(ORANGE)), ("after pruning", Sign::Filled(BLUE))];
-        canvas.legend(112.0, &signs)?;
+        let signs = [("before pruning", ORANGE), ("after pruning", BLUE)]
+            .map(|(label, colour)| (label.into(), Sign::Filled(Look::plain(colour))));
+        let canvas = &canvas.legend(112.0, &signs)?;
         let log = |value: f64| value.max(1e-3).log10();
         let ranges: [Line; 2] = [
             (&|row| log(row.dynamic_range_before), ORANGE, 2.0),
@@ -217,7 +233,7 @@ impl Picture for Chart<'_> {
         let title = "signal to noise of the gradients of the weights that stay, dB: activations of 4 bits";
         self.panel(canvas, (576.0, 658.0), title, &gradients, &|tick| format!("{tick}"))?;
         let text = "From left to right: the layers in their order. One grid for each layer, between the extremes of its weights.";
-        canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+        canvas.footer(text)
     }
 }
 
@@ -274,7 +290,7 @@ mod tests {
     fn pictures_say_what_they_show() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        let caption = Caption { title: "A title".into(), subtitle: "made-up".into(), threshold: 1e-5 };
+        let caption = Caption { title: "A title".into(), subtitle: "made-up".into(), threshold: 0.95 };
         let row = |i: usize| PremiseRow {
             model: "m".into(),
             layer: format!("blocks.{i}.project"),
@@ -321,7 +337,7 @@ mod tests {
         let filters: Vec<FilterRow> = (0..7).map(filter).collect();
         plot_filters(&filters, &caption, &path("f.svg"), &path("f.png")).unwrap();
         let text = std::fs::read_to_string(path("f.svg")).unwrap();
-        for part in ["2 of 7 filters", "running variance", "1e-12", "1e0"] {
+        for part in ["τ = 0.95: 2 of 7 filters", "running variance", "1e-12", "1e0"] {
             assert!(text.contains(part), "the picture of filters lacks {part:?}");
         }
     }

@@ -8,6 +8,7 @@ use statrs::distribution::{ContinuousCDF, StudentsT};
 
 use crate::names;
 use crate::row::{Row, comparable};
+use crate::text::counted;
 
 /// The summary of rows that differ only in their seed.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,8 +86,7 @@ pub fn summarize(rows: &[Row]) -> Vec<Summary> {
 pub(crate) fn seeds_label(summaries: &[Summary]) -> String {
     let counts = || summaries.iter().map(|summary| summary.seeds);
     match (counts().min().unwrap_or(0), counts().max().unwrap_or(0)) {
-        (1, 1) => "1 seed".into(),
-        (least, most) if least == most => format!("{most} seeds"),
+        (least, most) if least == most => counted(most, "seed"),
         (least, most) => format!("{least} to {most} seeds"),
     }
 }

@@ -120,8 +120,8 @@ impl Document {
             (
                 "what is compared is the order of the alternatives, not the figures.",
                 "Do the alternatives differ?",
-                "They do where the 95 % interval of Student's t, over pairs of the same seed, has zero outside; one seed \
-                 decides nothing."
+                "Two alternatives differ if the 95 % interval of their difference (Student's t, pairs of the same seed) \
+                 excludes zero. A single seed decides nothing."
                     .into(),
                 [&["paper", "diff."], &["paper", "verdict"]],
             )
@@ -275,8 +275,8 @@ fn verdict(orderings: &[Ordering]) -> String {
         paper.is_some_and(|paper| (paper > 0.0) == (ordering.difference.mean > 0.0))
     };
     format!(
-        "Of the orders in the paper, {} hold, {} fail and {} are not decided ({} of these are as in the paper by their \
-         means). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) \
+        "Orders of the paper that hold: {}; that fail: {}; that are not decided: {} (of these, as in the paper by their \
+         means: {}). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) \
          excludes zero, or if all pairs have the same difference. Each is judged by itself; the page of all results \
          corrects for their number. A single seed decides nothing.",
         count(Verdict::Holds),
@@ -389,6 +389,17 @@ pub(crate) fn signed(value: f64) -> String {
     }
 }
 
+/// Formats a number in the shortest form that is read back as the same number, as "1e-5" or "0.95".
+pub fn shortest(value: f64) -> String {
+    let (plain, scientific) = (value.to_string(), format!("{value:e}"));
+    if scientific.len() < plain.len() { scientific } else { plain }
+}
+
+/// Returns a count with its noun, as "1 row" or "2 rows".
+pub(crate) fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 pub(crate) fn list(lines: &[String]) -> String {
     lines.iter().map(|line| format!("- {line}")).collect::<Vec<_>>().join("\n")
 }
@@ -476,6 +487,24 @@ impl Table<'_> {
 /// The width of plain text in columns.
 const WIDTH: usize = 100;
 
+/// The units that stay on the line of their number.
+const UNITS: [&str; 8] = ["%", "M", "MiB", "KiB", "s", "ms", "min", "h"];
+
+/// Returns the words of `text`. A number and its unit are one word.
+fn words(text: &str) -> Vec<String> {
+    let mut words: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        let unit = UNITS.contains(&word.trim_end_matches(['.', ',', ';', ':', ')']));
+        match words.last_mut() {
+            Some(number) if unit && number.ends_with(|last: char| last.is_ascii_digit()) => {
+                *number += &format!(" {word}");
+            }
+            _ => words.push(word.into()),
+        }
+    }
+    words
+}
+
 /// Breaks `text` between words. `first` is put before the first line, equally many spaces before
 /// the other lines, and `broken` after each line that continues.
 pub(crate) fn wrap(text: &str, first: &str, broken: &str) -> String {
@@ -483,16 +512,56 @@ pub(crate) fn wrap(text: &str, first: &str, broken: &str) -> String {
     let mut lines = Vec::new();
     let mut line = first.to_string();
     let mut begun = false;
-    for word in text.split_whitespace() {
+    for word in words(text) {
         if begun && line.chars().count() + 1 + word.chars().count() > limit {
             lines.push(line + broken);
             line = " ".repeat(first.chars().count());
             begun = false;
         }
         line += if begun { " " } else { "" };
-        line += word;
+        line += &word;
         begun = true;
     }
     lines.push(line);
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_their_shortest_exact_form() {
+        for (value, expect) in [
+            (1e-5, "1e-5"),
+            (1.5e-5, "1.5e-5"),
+            (0.95, "0.95"),
+            (0.001, "1e-3"),
+            (1.0, "1"),
+            (12.5, "12.5"),
+            (123.456, "123.456"),
+        ] {
+            assert_eq!(shortest(value), expect);
+            assert_eq!(expect.parse(), Ok(value));
+        }
+    }
+
+    #[test]
+    fn lines_do_not_begin_with_a_unit() {
+        let check = |text: &str| {
+            for length in 80..110 {
+                let wrapped = wrap(&format!("{} {text}", "x".repeat(length)), "- ", "");
+                let second = wrapped.lines().nth(1).unwrap_or("  -").trim_start().to_string();
+                assert!(!UNITS.iter().any(|unit| second.starts_with(unit)), "{wrapped}");
+                assert_eq!(wrapped.split_whitespace().skip(2).collect::<Vec<_>>().join(" "), text);
+            }
+        };
+        check("95 % interval");
+        check("15.92 M, 2 h 13 min; 83.1 s. 36.42 %).");
+    }
+
+    #[test]
+    fn one_is_no_plural() {
+        assert_eq!([0, 1, 2].map(|count| counted(count, "row")), ["0 rows", "1 row", "2 rows"]);
+    }
 }

@@ -200,6 +200,7 @@ fn what_comes_in_is_text() {
     let html = page.html();
     check_form(&html);
     assert!(html.matches(escaped).count() > 15);
+    assert!(html.contains("(1 row)"), "{html}");
     // A picture that could execute something is linked, not shown.
     page.exhibits[0].drawings[0].1 = "<svg><script>alert(1)</script></svg>".into();
     check_form(&page.html());
@@ -212,4 +213,9 @@ fn verdicts_are_told_as_text_too() {
     assert_eq!(lines.len(), 2);
     assert!(lines[0].starts_with("ours-better ") && lines[0].ends_with("reduced: holds"), "{lines:?}");
     assert!(lines[1].ends_with("reduced: not run"), "{lines:?}");
+    // Long names move the column of verdicts.
+    let mut page = page;
+    page.claims[1].id = "a-claim-with-a-name-of-more-than-36-letters".into();
+    let columns: Vec<_> = page.verdicts().lines().map(|line| line.find("reduced: ")).collect();
+    assert_eq!(columns, [Some(44), Some(44)]);
 }

@@ -220,7 +220,7 @@ Weights pruned in the paper: MobileNetV2 35.74 % (Table 1).
 | --- | --- | --- | ---: | ---: | ---: | ---: | --- |
 | MobileNetV2 | A4/W4 | Ours − DFQ + fine-tune | +2.00 | −0.48 … +4.48 | 3 | +0.56 | not decided |
 
-Of the orders in the paper, 0 hold, 0 fail and 1 are not decided (1 of these are as in the paper by their means). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) excludes zero, or if all pairs have the same difference. Each is judged by itself; the page of all results corrects for their number. A single seed decides nothing.
+Orders of the paper that hold: 0; that fail: 0; that are not decided: 1 (of these, as in the paper by their means: 1). An order is decided if the 95 % interval of its difference (Student's t, pairs of the same seed) excludes zero, or if all pairs have the same difference. Each is judged by itself; the page of all results corrects for their number. A single seed decides nothing.
 
 ## Notes
 
@@ -281,11 +281,13 @@ fn ablations_have_nothing_published_beside_them() {
         "| model | bits | method | top-1 % | MACs M | pruned % |",
         "| MobileNetV2 ×0.25 | A4/W4 | default | **72.00** |",
         "## Do the alternatives differ?\n\n| model | bits | method − method | diff. | 95 % interval | pairs |",
-        "| MobileNetV2 ×0.25 | A4/W4 | default − high | +2.00 | – | 1 |\n",
+        "| MobileNetV2 ×0.25 | A4/W4 | default − high | +2.00 | – | 1 |\n\nTwo alternatives differ if ",
     ] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
     assert!(!text.contains("paper"), "{text}");
+    let said = terminal(&rows, &About::default());
+    assert!(said.contains("\n\nTwo alternatives differ if the 95 % interval of their difference"), "{said}");
     assert!(text.contains("that the runs began from: MobileNetV2 ×0.25 75.50 %.\n"), "{text}");
     // The comparisons of a method with and without PfQ come first, and appear once.
     let methods =
@@ -377,4 +379,34 @@ fn plots_show_the_data() {
     check(&[Row { dataset: "synthetic".into(), ..rows[0].clone() }], &["SYNTHETIC DATA", "Only the order"]);
     check(&[Row { top1_percent: f64::NAN, ..rows[0].clone() }], &["NaN"]);
     check(&[], &["Table 3"]);
+}
+
+#[test]
+fn plots_of_many_methods_have_more_lines_of_legend() {
+    let folder = tempfile::tempdir().unwrap();
+    let (svg, png) = (folder.path().join("a.svg"), folder.path().join("a.png"));
+    let methods = [
+        "as published",
+        "the paper's rate",
+        "ReLU for ReLU6",
+        "ranges β ± 6γ",
+        "frozen normalization",
+        "live normalization",
+        "live normalization alone",
+        "30 epochs",
+        "as the profile says",
+        "ours",
+    ];
+    let of = |method: &str, seed: u64| {
+        let row = row("mobilenet_v2", 4, method, seed, 70.0 + seed as f64);
+        Row { table: "ablation_dfq".into(), ..row }.compare(Paper::published())
+    };
+    let rows: Vec<Row> = methods.iter().flat_map(|method| [of(method, 0), of(method, 1)]).collect();
+    plot(&rows, &about(), &svg, &png).unwrap();
+    let (svg, png) = (fs::read_to_string(svg).unwrap(), fs::read(png).unwrap());
+    assert!(svg.starts_with("<svg width=\"1200\" height=\"746\""), "{svg}");
+    assert_eq!((&png[16..20], &png[20..24]), (&2400u32.to_be_bytes()[..], &1492u32.to_be_bytes()[..]));
+    for text in ["live normalization alone", "as the profile says", "Ours", "mean ± standard deviation"] {
+        assert!(svg.contains(text), "no {text} in {svg}");
+    }
 }

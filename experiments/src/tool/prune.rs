@@ -58,15 +58,16 @@ fn described(report: &Report, epsilon: f64) -> String {
         text += &table(&["layer", "filters", "below τ", "removed"], &rows);
     }
     text += &format!(
-        "{} of {} filters have a running variance below τ = {:.0e}; {} filters removed\n",
+        "{} of {} filters have a running variance below τ = {}; {} filters removed\n",
         sum(|l| l.low),
         sum(|l| l.filters),
-        report.threshold,
+        report::shortest(report.threshold),
         sum(|l| l.removed)
     );
     if report.threshold > epsilon {
         text += &format!(
-            "τ is above ε = {epsilon:.0e}: filters above ε are not constant, so the outputs change\n"
+            "τ is above ε = {}: filters above ε are not constant, so the outputs change\n",
+            report::shortest(epsilon)
         );
     }
     if report.low_in_part > 0 {

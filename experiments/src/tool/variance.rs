@@ -63,7 +63,8 @@ impl Variance {
         let filters: usize = layers.iter().map(|layer| layer.values.len()).sum();
         let mut text = line;
         text += &table(&["layer", "filters", "below τ", "lowest", "median", "highest"], &rows);
-        text += &format!("{low} of {filters} filters have a running variance below τ = {threshold:.0e}\n");
+        let tau = report::shortest(threshold);
+        text += &format!("{low} of {filters} filters have a running variance below τ = {tau}\n");
         if let Some(path) = &self.csv {
             let filters = |layer: &'_ Variances| -> Vec<(usize, f32)> {
                 layer.values.iter().copied().enumerate().collect()

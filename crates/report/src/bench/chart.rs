@@ -7,10 +7,12 @@ use plotters::style::text_anchor::HPos;
 
 use super::{About, Case, IMPLEMENTATIONS, OURS, Speed, precision_label};
 use crate::canvas::{
-    Canvas, Drawn, Frame, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT_PLAIN, Sign, WIDTH, rgb,
+    Canvas, Drawn, Entry, Frame, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT_PLAIN, Sign, WIDTH, more_of_legend,
+    rgb,
 };
 use crate::file::Result;
-use crate::names::model_label;
+use crate::names::{Look, model_label};
+use crate::text::counted;
 
 /// Draws the whole networks at the first batch size in the rows, as SVG and as PNG.
 pub(super) fn plot(rows: &[Speed], about: &About, svg: &Path, png: &Path) -> Result<()> {
@@ -28,7 +30,7 @@ struct Chart<'a> {
 impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
         canvas.heading(self.about.place.title(), &self.subtitle())?;
-        self.legend(canvas, 118.0)?;
+        let canvas = &canvas.legend(118.0, &self.legend())?;
         let mut columns: Vec<(&str, f64)> = Vec::new();
         for case in &self.cases {
             let Speed { network, width, .. } = case.first();
@@ -39,7 +41,8 @@ impl Picture for Chart<'_> {
         let wide = (WIDTH - LEFT - 20.0) / columns.len().max(1) as f64;
         for (index, &(network, width)) in columns.iter().enumerate() {
             let x = LEFT + wide * index as f64;
-            canvas.text(&model_label(network, width), (x, 164.0), &INK_BOLD.sized(16.0))?;
+            let label = model_label(network, width);
+            canvas.text(&label, (x, 164.0), &INK_BOLD.sized(16.0).fitting(&label, wide - 8.0))?;
             for (what, title, top) in [("train", "training", 212.0), ("eval", "evaluation", 474.0)] {
                 canvas.text(&format!("{title}, images/s"), (x, top - 22.0), &SOFT_PLAIN.sized(13.0))?;
                 let panel: Vec<&Case> = self
@@ -60,14 +63,18 @@ impl Picture for Chart<'_> {
         }
         let text =
             "A4/W4: fake quantization, in PyTorch by its own fused modules. Each panel has its own scale.";
-        canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+        canvas.footer(text)
+    }
+
+    fn more(&self) -> f64 {
+        more_of_legend(&self.legend())
     }
 }
 
 impl Chart<'_> {
     fn subtitle(&self) -> String {
         let threads = self.cases.first().map_or(0, |case| case.first().threads);
-        let threads = format!("{threads} thread{}", if threads == 1 { "" } else { "s" });
+        let threads = counted(threads, "thread");
         let fact = |name: &str| {
             self.about.machine.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone())
         };
@@ -81,15 +88,14 @@ impl Chart<'_> {
         all.into_iter().flatten().collect::<Vec<_>>().join("  ·  ")
     }
 
-    fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
-        let labels = IMPLEMENTATIONS.map(|of| match of.id {
-            OURS => "ours".into(),
-            _ => format!("PyTorch {}", of.label),
+    fn legend(&self) -> Vec<Entry> {
+        let bars = IMPLEMENTATIONS.into_iter().map(|of| {
+            let label = if of.id == OURS { "ours".into() } else { format!("PyTorch {}", of.label) };
+            (label, Sign::Filled(Look::plain(of.colour)))
         });
-        let bars = labels.iter().zip(IMPLEMENTATIONS).map(|(label, of)| (&**label, Sign::Filled(of.colour)));
         let others =
             [("slowest and fastest round", Sign::Whisker), ("ours ÷ PyTorch's best", Sign::Text("×"))];
-        canvas.legend(y, &bars.chain(others).collect::<Vec<_>>())
+        bars.chain(others.map(|(label, sign)| (label.into(), sign))).collect()
     }
 
     fn panel<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, cases: &[&Case], frame: &Frame) -> Drawn {

@@ -8,11 +8,11 @@ use plotters::style::text_anchor::HPos;
 
 use super::{Caption, FilterOutputs, Histogram};
 use crate::canvas::{
-    ALARM, Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Style, WIDTH,
-    rgb,
+    ALARM, Canvas, Drawn, GRID, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Style, WIDTH, rgb,
 };
 use crate::file::Result;
 use crate::names::BLUE;
+use crate::text::shortest;
 
 pub(super) fn plot(filters: &[FilterOutputs], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
     Chart { filters, caption }.write(svg, png)
@@ -22,6 +22,9 @@ struct Chart<'a> {
     filters: &'a [FilterOutputs],
     caption: &'a Caption,
 }
+
+/// The space between the texts of two columns.
+const GAP: f64 = 6.0;
 
 /// The edges of a panel's axes.
 struct Panel {
@@ -39,7 +42,8 @@ impl Picture for Chart<'_> {
         let wide = (WIDTH - LEFT - 24.0) / columns;
         let mut x = LEFT;
         for layer in self.filters.chunk_by(|a, b| a.layer == b.layer) {
-            canvas.text(&layer[0].layer, (x, 122.0), &INK_BOLD.sized(16.0))?;
+            let (name, room) = (&layer[0].layer, wide * layer.len() as f64 - GAP);
+            canvas.text(name, (x, 122.0), &INK_BOLD.sized(16.0).fitting(name, room))?;
             for filter in layer {
                 self.column(canvas, filter, x, wide)?;
                 x += wide;
@@ -47,11 +51,11 @@ impl Picture for Chart<'_> {
         }
         let text = format!(
             "Share of all values in each of {} bins. The filters of a layer have the same horizontal scale; each \
-             panel has its own vertical one. V: running variance. τ = {:.0e}.",
+             panel has its own vertical one. V: running variance. τ = {}.",
             self.filters.first().map_or(0, |filter| filter.convolution.counts.len()),
-            self.caption.threshold
+            shortest(self.caption.threshold)
         );
-        canvas.text(&text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+        canvas.footer(&text)
     }
 }
 
@@ -65,15 +69,16 @@ impl Chart<'_> {
     ) -> Drawn {
         let low = filter.variance < self.caption.threshold;
         let (colour, ink) = if low { (ALARM, ALARM) } else { (rgb(BLUE), INK_BOLD.colour) };
-        canvas.text(&filter.rule, (x, 148.0), &Style { colour: ink, ..INK_BOLD.sized(14.0) })?;
+        let style = INK_BOLD.fitting(&filter.rule, wide - GAP);
+        canvas.text(&filter.rule, (x, 148.0), &Style { colour: ink, ..style })?;
         let sign = if low { "< τ" } else { "≥ τ" };
         let text = format!("filter {}, V = {} {sign}", filter.filter, number(filter.variance));
-        canvas.text(&text, (x, 167.0), &INK_PLAIN.sized(13.0))?;
+        canvas.text(&text, (x, 167.0), &INK_PLAIN.sized(13.0).fitting(&text, wide - GAP))?;
         for (what, histogram, top) in [
             ("output of the convolution, %", &filter.convolution, 214.0),
             ("after normalization and activation, %", &filter.activation, 472.0),
         ] {
-            canvas.text(what, (x, top - 18.0), &SOFT_PLAIN.sized(13.0))?;
+            canvas.text(what, (x, top - 18.0), &SOFT_PLAIN.sized(13.0).fitting(what, wide - GAP))?;
             let panel = Panel { left: x + 30.0, right: x + wide - 22.0, top, bottom: top + 158.0 };
             draw_histogram(canvas, histogram, colour, &panel)?;
         }
@@ -112,7 +117,8 @@ fn draw_histogram<DB: DrawingBackend>(
         canvas.text(&number(tick), (x, panel.bottom + 17.0), &style)?;
     }
     let text = format!("mean {}, standard deviation {}", number(histogram.mean), number(histogram.deviation));
-    canvas.text(&text, (panel.left, panel.bottom + 36.0), &INK_PLAIN.sized(12.0))
+    let style = INK_PLAIN.sized(12.0).fitting(&text, panel.right - panel.left);
+    canvas.text(&text, (panel.left, panel.bottom + 36.0), &style)
 }
 
 /// Returns round numbers from `low` to `high`, about `most` of them.

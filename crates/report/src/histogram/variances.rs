@@ -4,16 +4,17 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use plotters::prelude::DrawingBackend;
-use plotters::style::RGBColor;
 use plotters::style::text_anchor::HPos;
 
 use super::{Caption, Variances};
 use crate::canvas::{
-    ALARM, Canvas, Drawn, GRID, HEIGHT, INK_BOLD, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Style, WIDTH,
-    rgb,
+    ALARM, Canvas, Drawn, Entry, GRID, INK_BOLD, LEFT, Picture, SOFT, SOFT_PLAIN, Sign, Style, WIDTH,
+    more_of_legend,
 };
 use crate::file::Result;
-use crate::names::{BLUE, GREEN, GREY, ORANGE, SKY};
+use crate::names::{BLUE, Colour, GREEN, GREY, Look, ORANGE, SKY, looks};
+use crate::paper::distinct;
+use crate::text::shortest;
 
 /// The number of bins per factor of ten.
 const PER_DECADE: f64 = 4.0;
@@ -55,7 +56,7 @@ impl Picture for Chart<'_> {
     fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<DB>) -> Drawn {
         let tau = self.caption.threshold;
         canvas.heading(&self.caption.title, &self.caption.subtitle)?;
-        self.legend(canvas, 118.0)?;
+        let canvas = &canvas.legend(118.0, &self.legend())?;
 
         let (left, right, top, bottom) = (LEFT + 44.0, WIDTH - 40.0, 172.0, 606.0);
         canvas.text("running variance V", (LEFT, top - 18.0), &SOFT_PLAIN.sized(13.0))?;
@@ -85,23 +86,29 @@ impl Picture for Chart<'_> {
         canvas.line(&[(left, bottom), (right, bottom)], 1.0, SOFT)?;
 
         let wide = (right - left) / self.layers.len().max(1) as f64;
+        let (kinds, red) = (self.kinds(), Style { colour: ALARM, ..INK_BOLD.sized(10.0) });
+        canvas.text("below τ", (LEFT, bottom + 15.0), &Style { bold: false, ..red })?;
+        let mut ends = [LEFT + red.room("below τ"), f64::MIN];
         for (i, (layer, bins)) in self.layers.iter().zip(&all).enumerate() {
             let x = left + wide * i as f64;
             let most = bins.values().copied().max().unwrap_or(1) as f64;
+            let own = kinds.iter().find(|(of, _)| *of == kind(&layer.layer));
             for (&bin, &count) in bins {
                 // A single filter must be visible next to hundreds.
                 let long = (0.9 * wide * count as f64 / most).max(3.0);
-                let colour = if bin < 0 { ALARM } else { colour(kind(&layer.layer)) };
+                let look = own.filter(|_| bin >= 0).map_or(LOW, |(_, look)| *look);
                 let (upper, lower) = (height(f64::from(bin + 1)), height(f64::from(bin)));
-                canvas.rectangle((x, upper + 0.5), (x + long, lower), colour)?;
+                canvas.bar((x, upper + 0.5), (x + long, lower), look)?;
             }
-            let low = layer.low(tau);
-            if low > 0 {
-                let style = Style { colour: ALARM, ..INK_BOLD.sized(10.0).held(HPos::Center) };
-                canvas.text(&low.to_string(), (x + wide / 2.0, bottom + 15.0), &style)?;
+            let (low, centre) = (layer.low(tau), x + wide / 2.0);
+            let text = low.to_string();
+            if low > 0
+                && let Some(line) = free_line(&mut ends, centre, red.room(&text))
+            {
+                let y = bottom + 15.0 + 12.0 * line as f64;
+                canvas.text(&text, (centre, y), &red.held(HPos::Center))?;
             }
         }
-        canvas.text("below τ", (LEFT, bottom + 15.0), &Style { colour: ALARM, ..INK_PLAIN.sized(10.0) })?;
         self.blocks(canvas, left, wide, (top, bottom))?;
 
         canvas.line(&[(left, height(0.0)), (right, height(0.0))], 1.5, ALARM)?;
@@ -109,32 +116,32 @@ impl Picture for Chart<'_> {
         canvas.text("τ", (right + 14.0, height(0.0) + 4.0), &style)?;
         let text = "Bars: filters of the layer, each layer to its own scale; one filter is a hair wide at least. \
                     V as kept by batch normalization (momentum 0.1, unbiased).";
-        canvas.text(text, (LEFT, HEIGHT - 20.0), &SOFT_PLAIN.sized(12.0))
+        canvas.footer(text)
+    }
+
+    fn more(&self) -> f64 {
+        more_of_legend(&self.legend())
     }
 }
 
+/// The look of what is below τ.
+const LOW: Look = Look::plain((ALARM.0, ALARM.1, ALARM.2));
+
 impl Chart<'_> {
-    fn legend<DB: DrawingBackend>(&self, canvas: &Canvas<DB>, y: f64) -> Drawn {
-        let style = INK_PLAIN.sized(14.0);
-        let mut x = LEFT;
-        let mut entry = |label: &str, colour: RGBColor| {
-            canvas.rectangle((x, y - 12.0), (x + 15.0, y + 2.0), colour)?;
-            canvas.text(label, (x + 22.0, y), &style)?;
-            x += 22.0 + style.width(label) * 1.08 + 26.0; // room for wider fonts
-            Drawn::Ok(())
-        };
-        let mut kinds: Vec<&str> = Vec::new();
-        for layer in self.layers {
-            if !kinds.contains(&kind(&layer.layer)) {
-                kinds.push(kind(&layer.layer));
-            }
-        }
-        for kind in kinds {
-            entry(kind, colour(kind))?;
-        }
-        let low: usize = self.layers.iter().map(|layer| layer.low(self.caption.threshold)).sum();
+    /// Returns every kind of layer with its look, in the order of the layers.
+    fn kinds(&self) -> Vec<(&str, Look)> {
+        let kinds = distinct(self.layers.iter().map(|layer| kind(&layer.layer)));
+        let looks = looks(&kinds, colour);
+        kinds.into_iter().zip(looks).collect()
+    }
+
+    fn legend(&self) -> Vec<Entry> {
+        let tau = self.caption.threshold;
+        let low: usize = self.layers.iter().map(|layer| layer.low(tau)).sum();
         let filters: usize = self.layers.iter().map(|layer| layer.values.len()).sum();
-        entry(&format!("below τ = {:.0e}: {low} of {filters} filters", self.caption.threshold), ALARM)
+        let below = format!("below τ = {}: {low} of {filters} filters", shortest(tau));
+        let kinds = self.kinds().into_iter().map(|(kind, look)| (kind.to_string(), Sign::Filled(look)));
+        kinds.chain([(below, Sign::Filled(LOW))]).collect()
     }
 
     /// Draws a line at every change of the block, and the block's number below.
@@ -145,19 +152,22 @@ impl Chart<'_> {
         wide: f64,
         (top, bottom): (f64, f64),
     ) -> Drawn {
-        let mut x = left;
+        let (mut x, mut ends) = (left, [f64::MIN]);
         for block in self.layers.chunk_by(|a, b| block(&a.layer) == block(&b.layer)) {
             let end = x + wide * block.len() as f64;
             canvas.line(&[(x, top), (x, bottom)], 1.0, GRID)?;
             let name = self::block(&block[0].layer);
             let number = name.rsplit('.').next().unwrap_or(name);
             let style = SOFT_PLAIN.sized(11.0).held(HPos::Center);
-            canvas.text(number, ((x + end) / 2.0, bottom + 34.0), &style)?;
+            let centre = (x + end) / 2.0;
+            if free_line(&mut ends, centre, style.room(number)).is_some() {
+                canvas.text(number, (centre, bottom + 44.0), &style)?;
+            }
             x = end;
         }
         canvas.line(&[(x, top), (x, bottom)], 1.0, GRID)?;
         let middle = SOFT_PLAIN.sized(13.0).held(HPos::Center);
-        canvas.text("block", ((left + x) / 2.0, bottom + 58.0), &middle)
+        canvas.text("block", ((left + x) / 2.0, bottom + 66.0), &middle)
     }
 }
 
@@ -171,12 +181,34 @@ fn block(layer: &str) -> &str {
     layer.rsplit_once('.').map_or(layer, |(block, _)| block)
 }
 
-fn colour(kind: &str) -> RGBColor {
-    rgb(match kind {
+/// Returns the colour of a kind of layer of the paper's networks.
+fn colour(kind: &str) -> Option<Colour> {
+    Some(match kind {
         "stem" => GREY,
         "expand" => SKY,
         "depthwise" => BLUE,
+        "pointwise" | "project" => GREEN,
         "last" => ORANGE,
-        _ => GREEN,
+        _ => return None,
     })
+}
+
+/// Returns the first of some lines in which a label of this width around `centre` does not touch
+/// the label before it, and moves the line's end. `None` if the label fits nowhere.
+fn free_line(ends: &mut [f64], centre: f64, width: f64) -> Option<usize> {
+    let line = ends.iter().position(|end| end + 2.0 <= centre - width / 2.0)?;
+    ends[line] = centre + width / 2.0;
+    Some(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_that_would_touch_go_to_the_next_line_or_are_left_out() {
+        let mut ends = [0.0, f64::MIN];
+        let found = [20.0, 35.0, 41.0, 60.0].map(|centre| free_line(&mut ends, centre, 20.0));
+        assert_eq!(found, [Some(0), Some(1), None, Some(0)]);
+    }
 }

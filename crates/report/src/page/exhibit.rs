@@ -4,7 +4,7 @@ use maud::{Markup, PreEscaped, html};
 
 use super::table_html;
 use crate::canvas;
-use crate::text::{Cell, Table};
+use crate::text::{Cell, Table, counted};
 
 /// The contents of a folder of results, except those that are read row by row.
 #[derive(Clone, Debug, Default)]
@@ -71,7 +71,7 @@ impl Exhibit {
                 @let head: Vec<String> = head.iter().map(|name| name.replace('_', " ")).collect();
                 @let table = Table { head: head.iter().map(String::as_str).zip(numbers).collect(), rows };
                 details.long[lines.len() > LONG.0] open[lines.len() <= LONG.0] {
-                    summary { (name(path)) " (" (lines.len().saturating_sub(1)) " rows)" }
+                    summary { (name(path)) " (" (counted(lines.len().saturating_sub(1), "row")) ")" }
                     (table_html(&name(path), &table))
                 }
             }

@@ -30,6 +30,16 @@ mod tests {
         (a.max(b) + 0.05) / (a.min(b) + 0.05)
     }
 
+    /// A rule for all lines of the page would change those of the pictures, which have their own width.
+    #[test]
+    fn lines_of_pictures_keep_their_width() {
+        let drawn = ["line", "polyline", "path", "rect", "circle", "text"];
+        for rule in CSS.split('}').filter_map(|rule| rule.split_once('{')) {
+            let of_all = rule.0.split(',').map(str::trim).find(|selector| drawn.contains(selector));
+            assert_eq!(of_all, None, "{}", rule.1);
+        }
+    }
+
     #[test]
     fn contrasts_are_enough_to_read() {
         assert!((contrast([0.0; 3], [1.0; 3]) - 21.0).abs() < 1e-9);
