@@ -14,6 +14,7 @@ pub fn main() -> Result<()> {
         if done == Done::InTime
             || flags.plan
             || flags.publish
+            || flags.draw
             || flags.stage.is_some()
             || !flags.only.is_empty()
         {

@@ -3,13 +3,14 @@
 use anyhow::{Context as _, Result};
 use std::path::Path;
 
-/// Returns the cargo command that repeats this call of the program.
+/// Returns the cargo command that repeats this call of the program. It is the one that runs what
+/// `--draw` draws.
 pub(crate) fn line() -> String {
     let mut words = std::env::args();
     let program = words.next().unwrap_or_default();
     let program = Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut command = vec!["cargo run --release --bin".into(), program, "--".into()];
-    command.extend(words.map(quoted));
+    command.extend(words.filter(|word| word != "--draw").map(quoted));
     command.join(" ").trim_end_matches(" --").into()
 }
 

@@ -96,6 +96,12 @@ pub struct Flags {
     #[arg(long, conflicts_with_all = ["plan", "stage"])]
     pub publish: bool,
 
+    /// Write the tables from the rows that have been run, and run nothing
+    ///
+    /// The rows come from the store, the published networks and the tables that are there already.
+    #[arg(long, conflicts_with_all = ["plan", "stage", "publish"])]
+    pub draw: bool,
+
     /// Folder for the results; stages whose networks are published in networks/PROFILE/ there count
     /// as done
     #[arg(long, value_name = "DIR", default_value = "results")]

@@ -403,11 +403,13 @@ impl Session {
         title: &str,
         flags: &Flags,
     ) -> Result<Option<Done>> {
-        if flags.publish {
-            bail!(
-                "--publish is of rows of tables, but {title} has none: use the program of a table, such as \
-                 table3"
-            );
+        for (flag, given) in [("--publish", flags.publish), ("--draw", flags.draw)] {
+            if given {
+                bail!(
+                    "{flag} is of rows of tables, but {title} has none: use the program of a table, such as \
+                     table3"
+                );
+            }
         }
         match (&flags.stage, flags.plan, flags.format) {
             (None, false, _) => Ok(None),

@@ -141,19 +141,26 @@ pub(crate) fn run(tables: &[&Table], only: &Only, session: &mut Session, flags: 
             *names += &format!("{}{name}", if names.is_empty() { "" } else { ", " });
         }
     }
-    if let Some(done) = session.part(&ends, &names, title, flags)? {
+    if !flags.draw
+        && let Some(done) = session.part(&ends, &names, title, flags)?
+    {
         return Ok(done);
     }
     for table in &tables {
         session.claim(table.name)?;
     }
-    let done = session.run_all(&ends)?;
+    let done = if flags.draw { Done::All } else { session.run_all(&ends)? };
     session.tell_skipped();
+    let mut drawn = false;
     for (table, rows) in tables.iter().zip(&rows) {
         let folder = session.folder(table.name);
         if let Some(text) = table.write(session, rows, &folder)? {
             output::print(&format!("{text}\nWritten to {}.", folder.display()));
+            drawn = true;
         }
+    }
+    if flags.draw && !drawn {
+        bail!("--draw found no row that has been run (--plan shows what is left)");
     }
     Ok(done)
 }

@@ -297,13 +297,22 @@ fn figures_of_real_data_stay() {
     place.check_refused(&flags, &["has no test images", "val/CLASS/*"]);
 }
 
-/// A stage that is done is named, and so is a list of stages that can't be read.
+/// What is done is drawn again without running anything, and a stage that is done is named.
 #[test]
-fn what_is_done_or_damaged_is_said() {
+fn what_is_done_is_drawn_and_said() {
     let place = Place::new();
     let flags = ["--data", "synthetic", "--only", &format!("{ROWS},ours")];
     place.run(&flags[2..]);
-    let key = place.rows()[0].settings_hash.clone();
+    // What was run is drawn again, also without the store.
+    let (rows, picture) = (place.rows(), place.path("results/table3/tiny/table3.svg"));
+    std::fs::remove_file(&picture).unwrap();
+    std::fs::rename(place.path("runs"), place.path("away")).unwrap();
+    place.run(&["--draw"]);
+    assert!(picture.is_file() && place.rows() == rows && place.stages() == 0);
+    place
+        .check_refused(&["--data", "synthetic", "--draw", "--out", "nowhere"], &["no row that has been run"]);
+    std::fs::rename(place.path("away"), place.path("runs")).unwrap();
+    let key = rows[0].settings_hash.clone();
     let output = place.table3(&["--data", "synthetic", "--stage", &key]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success() && text.contains("done already, top-1"), "{text}");
