@@ -207,8 +207,8 @@ impl InMemoryDataset {
         if (train.len(), test.len()) == (self.train.len(), self.test.len()) {
             return Ok(self.clone());
         }
-        let limits = [counted(train.len(), "training image"), counted(test.len(), "test image")];
-        let source = format!("{}; limited to {}", self.source, limits.join(" and "));
+        let test_images = counted(test.len(), "test image");
+        let source = format!("{}; limited to {} training and {test_images}", self.source, train.len());
         InMemoryDataset::new(format!("{}_part", self.name), source, self.classes, train, test)
     }
 }
