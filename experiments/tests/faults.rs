@@ -161,7 +161,7 @@ fn stores_and_results_are_verified() {
         }
     };
     check(&["runs"], 0, &["ok     mobilenet_v1 pre-train seed 0: 3 files", "5 checked, nothing wrong"]);
-    check(&["results"], 0, &["results/table3/tiny: 6 files; 1 rows say what 5 stages gave", "1 checked"]);
+    check(&["results"], 0, &["results/table3/tiny: 6 files; 1 row from 5 stages", "1 checked"]);
     let again = ["runs", "--data", "synthetic", "--config", "tiny.toml"];
     check(&again, 0, &["again, to the bit", "5 checked, nothing wrong"]);
     check(
