@@ -48,6 +48,9 @@ pub fn main() -> Result<()> {
             return Ok(done);
         }
         session.claim_whole("premise", &ends)?;
+        if session.run_all(&ends)? == Done::InTime {
+            return Ok(Done::InTime);
+        }
         let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
         let (images, labels) = (batch.images.to_device(&Device::Cpu)?, batch.labels.to_device(&Device::Cpu)?);
         let on_cpu = Batch { images, labels };

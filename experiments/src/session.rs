@@ -152,10 +152,6 @@ impl Session {
                 data
             }
         };
-        let splits = [("training", "train", data.train_images()), ("test", "val", data.test_images())];
-        if let Some((split, folder, _)) = splits.into_iter().find(|(.., images)| *images == 0) {
-            bail!("{} has no {split} images: expected pictures in {folder}/CLASS/*", data.source());
-        }
         let out = flags.out.clone();
         let mut session = Self { seeds, out, display, ..Self::of(machine, profile, data) };
         session.tell_data();
@@ -252,9 +248,8 @@ impl Session {
     fn tell_data(&self) {
         let Self { data, display, .. } = self;
         display.line(&format!(
-            "data: {} from {}: {} training, {} test images",
-            data.name(),
-            data.source(),
+            "data: {}: {} training, {} test images",
+            data.title(),
             data.train_images(),
             data.test_images()
         ));
@@ -428,6 +423,7 @@ impl Session {
                         plan.len()
                     )
                 })?;
+                self.data.prepare(&mut |event| self.display.data(&event))?;
                 let Some(outcome) = self.run_here(&planned.stage)? else { return Ok(Some(Done::InTime)) };
                 match self.published.get(key) {
                     Some(published) => output::print(&repeated(&outcome, published)),
@@ -447,6 +443,7 @@ impl Session {
         let plan = self.plan(ends)?;
         let to_do = plan.iter().filter(|planned| planned.to_do).count();
         if to_do > 0 {
+            self.data.prepare(&mut |event| self.display.data(&event))?;
             let left = self.time_left(&plan)?;
             self.display.line(&format!("{to_do} of {} stages to run; {left}", plan.len()));
         }

@@ -12,6 +12,7 @@ mod prune;
 mod quantize;
 pub(crate) mod text;
 mod tune;
+mod values;
 mod variance;
 mod verify;
 

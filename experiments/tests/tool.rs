@@ -63,7 +63,7 @@ fn pruning_a_torchvision_checkpoint_keeps_its_outputs() {
     ] {
         assert!(rows.iter().any(|found| found == &row), "{text} lacks {row:?}");
     }
-    assert!(text.contains("1 channels stay that are low in a part"), "{text}");
+    assert!(text.contains("1 channel is kept though"), "{text}");
 
     let images = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu).unwrap();
     let (before, _) = open(&input);
@@ -310,7 +310,10 @@ fn networks_are_exported() {
     let pruned = folder.path().join("pruned.safetensors");
     let pruned = pruned.to_str().unwrap();
     run(&["prune", input, pruned]);
-    check_error(&[&["export", pruned, state], &torch[..]].concat(), &["no such network", "pruned"]);
+    check_error(
+        &[&["export", pruned, state], &torch[..]].concat(),
+        &["state.safetensors is not written", "no such network", "pruned", "OUT.onnx"],
+    );
     check_error(&[&["export", input, out], &torch[..]].concat(), &[".safetensors"]);
     check_error(&[&["export", input, state, "--fold"], &torch[..]].concat(), &["are about ONNX"]);
     check_error(&["export", input, out, "--mean", "0.5,0.5", "--std", "1,1,1"], &["--mean", "three numbers"]);
@@ -356,6 +359,11 @@ fn networks_are_quantized_without_training() {
         &["no batch normalization"],
     );
     check_error(&["quantize", input, &twice, "--bits", "8"], &["a8w8"]);
+    check_error(&["quantize", input, &twice, "--bits", "a1w8"], &["expected 2 to 8 bits, not 1"]);
+    check_error(
+        &["quantize", input, &twice, "--bits", "a8w8", "--image-range", "a,2"],
+        &["expected numbers"],
+    );
     check_error(&["quantize", input, &twice, "--bits", "a8w32"], &["2 to 8"]);
     check_error(&["quantize", input, &twice, "--bits", "a8w8", "--image-range", "1,2"], &["around 0"]);
 }
@@ -415,8 +423,24 @@ fn errors_say_what_to_do() {
     std::fs::copy(own, &picture).unwrap();
     check_error(&["variance", &picture, "--plot", &path("w")], &["w.svg is the file that is read"]);
     assert!(std::fs::read(own).unwrap() == whole && std::fs::read(&picture).unwrap() == whole);
-    check_error(&["prune", input, own, "--threshold", "0"], &["τ = 0", "positive"]);
-    check_error(&["variance", input, "--threshold=-1"], &["--threshold -1", "positive"]);
+    check_error(&["prune", input, own, "--threshold", "0"], &["--threshold", "expected a positive number"]);
+    check_error(&["variance", input, "--threshold=-1"], &["'-1'", "expected a positive number"]);
+    check_error(&["prune", input, own, "--threshold", "1e-9,3"], &["expected a positive number"]);
+    check_error(&["eval", own, "--limit", "2/class"], &["expected a whole number above 0"]);
+    check_error(&["macs", input, "--width", "0"], &["expected a number above 0, at most 4"]);
+    // What cannot be written is named once, without a temporary file, and before any work.
+    let absent = format!("{own}/net");
+    for (command, ending) in [(&["export", input][..], "onnx"), (&["prune", input][..], "safetensors")] {
+        let out = format!("{absent}.{ending}");
+        let mut pfq = Command::new(env!("CARGO_BIN_EXE_pfq"));
+        let error = String::from_utf8(pfq.args(command).arg(&out).output().unwrap().stderr).unwrap();
+        let expected = format!("Error: {out} could not be written: ");
+        assert!(error.starts_with(&expected) && error.matches(own).count() == 1, "{error}");
+        assert!(!error.contains("unfinished"), "{error}");
+    }
+    // Results have no networks of a store.
+    let results = format!("{}/../results", env!("CARGO_MANIFEST_DIR"));
+    check_error(&["verify", &results, "--data", "synthetic"], &["leave --data out", "report --verify"]);
     check_error(&["macs", own, "--width", "0.5"], &["--width", "leave --width out"]);
     check_error(&["macs", input, "--width", "1"], &["of width 1 ", "features.0.0.weight", "instead of"]);
     check_error(&["macs", input, "--arch", "mobilenet_v1"], &["mobilenet_v2", "mobilenet_v1"]);

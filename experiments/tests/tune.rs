@@ -5,7 +5,6 @@ mod tiny;
 use candle_core::{Device, Tensor};
 use datasets::imagenet::Options;
 use datasets::{DataSource, Dataset};
-use image::{Rgb, RgbImage};
 use models::{Extras, Input, MobileNet, Network, Step, Version};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,29 +13,11 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tiny::said;
 
-/// Writes pictures of `classes`, each class with its own colour, to `train/` and `val/`.
-fn pictures(folder: &Path, classes: &[&str]) {
-    for (split, count) in [("train", 12), ("val", 6)] {
-        for (class, name) in classes.iter().enumerate() {
-            let place = folder.join(split).join(name);
-            std::fs::create_dir_all(&place).unwrap();
-            for number in 0..count {
-                let picture = RgbImage::from_fn(44, 38, |x, y| {
-                    let mut pixel = [(x * 5) as u8, (y * 6) as u8, (number * 20) as u8];
-                    pixel[class % 3] = 255;
-                    Rgb(pixel)
-                });
-                picture.save(place.join(format!("{number}.png"))).unwrap();
-            }
-        }
-    }
-}
-
 /// Returns a folder with pictures, a network for them, `net.safetensors`, and settings,
 /// `tiny.toml`, whose trainings take one epoch.
 fn place() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    pictures(&folder.path().join("pictures"), &["cat", "dog", "newt"]);
+    tiny::write_pictures(&folder.path().join("pictures"), &["cat", "dog", "newt"]);
     let config = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 3) };
     let mut network = config.init(7, &Device::Cpu).unwrap();
     // With its small initial weights, the classifier would give meaningless logits.
@@ -168,7 +149,7 @@ fn other_methods_tune_too() {
     // A float network can't be evaluated in whole numbers.
     let mut eval = Command::new(env!("CARGO_BIN_EXE_pfq"));
     eval.current_dir(folder.path()).args(["eval", "net.safetensors", "--data", "pictures", "--integer"]);
-    assert!(said(&eval.output().unwrap()).contains("the output is not quantized"));
+    assert!(said(&eval.output().unwrap()).contains("the image is not quantized: quantize"));
     // All methods start from the same network, which is one stage.
     let names =
         std::fs::read_dir(folder.path().join("runs")).unwrap().map(|entry| entry.unwrap().file_name());
@@ -206,7 +187,7 @@ fn ranges_come_from_images_where_there_are_any() {
     let flags = ["quantize", "net.safetensors", "some.safetensors", "--bits", "a4w8", "--data", "pictures"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_pfq"));
     let refused = said(&command.current_dir(folder.path()).args(flags).output().unwrap());
-    assert!(refused.contains("1 of 37 training images") && refused.contains("bad_percent"), "{refused}");
+    assert!(refused.contains("1 of 37 training images") && refused.contains("--bad-percent"), "{refused}");
     let some = [&flags[5..], &["--bad-percent", "3"]].concat();
     assert!(quantize("some.safetensors", &some).contains("from 36 training images"));
 }
@@ -223,9 +204,17 @@ fn what_cannot_be_tuned_is_said_before_anything_runs() {
     };
     refused(&["--bits", "a4w32"], &["2 to 8"]);
     refused(&["--bits", "a4w4", "--epochs", "0"], &["--epochs", "more than 0"]);
+    refused(&["--bits", "a4w4", "--epochs", "1.5"], &["--epochs", "whole number of epochs"]);
     refused(&["--bits", "a4w4", "--method", "magic"], &["ours", "lsq"]);
-    pictures(&folder.path().join("pictures"), &["frog"]);
-    refused(&["--bits", "a4w4"], &["3 classes apart", "has 4"]);
+    // A class, or a split, that has no pictures.
+    for (gone, part) in [("train/cat", "train/cat/*"), ("train", "train/CLASS/*"), ("val", "val/CLASS/*")] {
+        let (from, to) = (folder.path().join("pictures").join(gone), folder.path().join("aside"));
+        std::fs::rename(&from, &to).unwrap();
+        refused(&["--bits", "a4w4"], &[part, "pictures"]);
+        std::fs::rename(&to, &from).unwrap();
+    }
+    tiny::write_pictures(&folder.path().join("pictures"), &["frog"]);
+    refused(&["--bits", "a4w4"], &["3 classes apart", "there are 4 (pictures in pictures)"]);
     let network = folder.path().join("net.safetensors");
     let mut quantized = Network::load(&network, &Device::Cpu).unwrap().0;
     let four = quant_core::Precision::try_from(4).unwrap();

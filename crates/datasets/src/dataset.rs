@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use crate::batches::{Augmentation, Batches, Epoch, Part, test_parts, train_parts};
+use crate::error::Result;
+use crate::event::Event;
 use crate::memory::InMemoryDataset;
 
 /// A data set for training and evaluation: `Arc<InMemoryDataset>`, or
@@ -13,6 +15,24 @@ pub trait Dataset: Send + Sync {
 
     /// Returns the origin and the selected part of the data, as text for users.
     fn source(&self) -> &str;
+
+    /// Returns what the data are and where they are from, as text for users.
+    fn title(&self) -> String {
+        format!("{} from {}", self.name(), self.source())
+    }
+
+    /// Checks that a network can be trained and tested on the images, and makes what reading them
+    /// needs, such as a cache. Loading makes nothing of that kind.
+    ///
+    /// A cache that is needed earlier is made then, without reports of the progress.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) if there are no training or test images, or no
+    /// training images of a class; an error of making the cache.
+    fn prepare(&self, _on_event: &mut dyn FnMut(Event)) -> Result<()> {
+        Ok(())
+    }
 
     /// Returns the number of classes. Labels lie in `0..classes`.
     fn classes(&self) -> usize;

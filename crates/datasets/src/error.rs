@@ -22,9 +22,9 @@ pub enum Error {
         /// What is missing there.
         what: String,
     },
-    /// A folder does not exist, or does not hold ImageNet in any supported format.
+    /// A folder does not exist, or does not hold pictures in any supported format.
     #[error(
-        "no ImageNet in {folder}: {what}; it needs train/ and val/ with a folder for each class, \
+        "no pictures in {folder}: {what}; expected train/CLASS/* and val/CLASS/*, or ImageNet's \
          ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or the parquet files of ILSVRC/imagenet-1k"
     )]
     NoImageNet {
@@ -43,8 +43,9 @@ pub enum Error {
     },
     /// More images are unusable than `bad_percent` permits.
     #[error(
-        "{bad} of {images} {split} images cannot be used, more than the {limit_percent} % that are tolerated \
-         (bad_percent): the first is {first}; restore the files, or raise the limit"
+        "{bad} of {images} {split} images cannot be used, more than the {limit_percent} % that are tolerated: the \
+         first is {first}; restore the files, or raise the limit (--bad-percent of pfq, bad_percent in a settings \
+         file)"
     )]
     TooManyBad {
         /// `"training"` or `"test"`.

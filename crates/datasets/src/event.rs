@@ -32,6 +32,11 @@ pub enum Event {
         /// The reason.
         why: String,
     },
+    /// Classes have training images but no test images.
+    Untested {
+        /// The classes, as text.
+        classes: String,
+    },
     /// An archive is searched for the positions of its members. This can take minutes.
     Indexing {
         /// The archive.
@@ -78,6 +83,9 @@ impl fmt::Display for Event {
             Event::Download { file, done, total: 0 } => write!(f, "downloading {file}: {done} bytes"),
             Event::Download { file, done, total } => write!(f, "downloading {file}: {done} of {total} bytes"),
             Event::Unverified { why } => write!(f, "the data could not be verified: {why}"),
+            Event::Untested { classes } => {
+                write!(f, "test accuracies say nothing about {classes}, as there are no test images")
+            }
             Event::Indexing { archive } => write!(f, "finding the images in {archive}"),
             Event::Unpacking { table, archive } => write!(f, "unpacking {table} to {archive}"),
             Event::Shrinking { folder, split, done, total } => {

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 use hub::{Hub, MAIN, Repo};
-use pictures::{Picture, Scaler};
+use pictures::Scaler;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use sha2::{Digest, Sha256};
@@ -35,8 +35,9 @@ use crate::from_hub::fetch;
 use crate::memory::CHANNELS;
 use crate::source::DataSource;
 use crate::subset;
+use crate::text::counted;
 
-use cache::Packed;
+use cache::Cache;
 use classes::Classes;
 use files::Stored;
 use labels::ValidationLabels;
@@ -286,25 +287,15 @@ fn all_pictures(archives: &[PathBuf], on_event: &mut dyn FnMut(Event)) -> Result
 struct Item {
     stored: Stored,
     label: u16,
-    /// The position in the cache, if there is one.
-    packed: Option<Packed>,
+    /// The number of the picture among all that a cache of them has.
+    number: usize,
 }
 
-impl Item {
-    /// Reads the picture. The inner error says why it cannot be used.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the cache is damaged.
-    fn picture(&self) -> Result<Result<Picture, String>> {
-        self.packed.as_ref().map_or_else(|| Ok(self.stored.picture()), Packed::read)
-    }
-}
-
-/// The indices of the splits. Their names are [`SPLITS`].
+/// The indices of the splits. Their names are [`SPLITS`], their usual folders [`FOLDERS`].
 const TRAIN: usize = 0;
 const TEST: usize = 1;
 const SPLITS: [&str; 2] = ["training", "test"];
+const FOLDERS: [&str; 2] = ["train", "val"];
 
 /// ImageNet-1000 or a part of it: the locations of the pictures and their classes.
 ///
@@ -325,21 +316,31 @@ pub struct ImageNet(Arc<Inner>);
 struct Inner {
     name: String,
     source: String,
-    classes: Classes,
-    options: Options,
-    splits: [Vec<Item>; 2],
+    splits: Arc<[Vec<Item>; 2]>,
     fingerprint: String,
     table: Normalization,
-    /// The threads that read and decode. They are separate from the threads that compute, so that
-    /// neither kind of work waits for the other.
-    pool: Arc<ThreadPool>,
+    common: Common,
     /// For each split, the indices of unusable images and the reason for each.
     skipped: Mutex<[BTreeMap<usize, String>; 2]>,
 }
 
+/// What a data set has in common with the one that holds out its images.
+#[derive(Clone)]
+struct Common {
+    classes: Classes,
+    options: Options,
+    /// The names of the classes without training images, unless the classes are ImageNet's.
+    untrained: Vec<String>,
+    cache: Option<Arc<Cache>>,
+    /// The threads that read and decode. They are separate from the threads that compute, so that
+    /// neither kind of work waits for the other.
+    pool: Arc<ThreadPool>,
+}
+
 impl fmt::Debug for ImageNet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { source, splits: [train, test], .. } = &*self.0;
+        let Inner { source, splits, .. } = &*self.0;
+        let [train, test] = &**splits;
         f.debug_struct("ImageNet")
             .field("source", source)
             .field("train", &train.len())
@@ -370,10 +371,11 @@ impl ImageNet {
             false => None,
         };
         let splits = [train, label(test, &classes, labels.as_ref())?];
-        if classes == Classes::official() && options.tables.is_none() {
+        if classes.are_official() && options.tables.is_none() {
             for (split, (items, official)) in SPLITS.iter().zip(splits.iter().zip(OFFICIAL)) {
                 if !items.is_empty() && items.len() != official {
-                    let why = format!("there are {} {split} images instead of {official}", items.len());
+                    let found = counted(items.len(), &format!("{split} image"));
+                    let why = format!("{found} instead of {official}");
                     on_event(Event::Unverified { why });
                 }
             }
@@ -389,9 +391,18 @@ impl ImageNet {
             }
             items
         });
-        for (items, limit) in splits.iter_mut().zip([options.train_limit, options.test_limit]) {
+        let [untrained, untested] = unused(&splits, &classes, taken.as_deref());
+        if !untested.is_empty() {
+            on_event(Event::Untested { classes: listed(&untested) });
+        }
+        let limits = [options.train_limit, options.test_limit];
+        for ((items, limit), split) in splits.iter_mut().zip(limits).zip(SPLITS) {
             let Some(limit) = limit else { continue };
-            source += &format!("; limited to {limit}");
+            let images = |n: usize| counted(n, &format!("{split} image"));
+            source += &match limit {
+                Limit::Total(n) => format!("; limited to {}", images(n)),
+                Limit::PerClass(n) => format!("; limited to {} a class", images(n)),
+            };
             let labels = labels_of(items);
             let kept = match limit {
                 Limit::Total(n) => subset::first(&labels, classes.len(), n),
@@ -403,6 +414,8 @@ impl ImageNet {
             };
             *items = kept.into_iter().map(|i| items[i].clone()).collect();
         }
+        splits.iter_mut().flatten().enumerate().for_each(|(number, item)| item.number = number);
+        let splits = Arc::new(splits);
         let threads = options.threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from));
         let pool = ThreadPoolBuilder::new()
             .num_threads(threads.unwrap_or(1))
@@ -411,38 +424,27 @@ impl ImageNet {
             .map_err(|error| Error::Loader(error.to_string()))?;
         // A result on a part must not be mistaken for a result on the whole set.
         let whole = splits.iter().zip(OFFICIAL).all(|(items, official)| items.len() == official);
-        let name = if whole && classes == Classes::official() { "imagenet1000" } else { "imagenet_part" };
-        if let Some(folder) = &options.cache {
-            source += &format!("; shrunk to {} in {}", options.resize, folder.display());
-            pack(folder, options, &mut splits, &pool, on_event)?;
-        }
-        Ok(ImageNet::of(name, source, classes, options.clone(), splits, Arc::new(pool)))
+        let name = if whole && classes.are_official() { "imagenet1000" } else { "imagenet_part" };
+        let cache = match &options.cache {
+            None => None,
+            Some(folder) => {
+                let side = options.resize;
+                source += &format!("; shrunk to {side} in {}", folder.display());
+                let fingerprint = fingerprint_of(&format!("imagenet cache 1: {side}"), &splits);
+                Some(Arc::new(Cache::open(folder, side, cache::PER_PACK, fingerprint, &splits)?))
+            }
+        };
+        let common = Common { classes, options: options.clone(), untrained, cache, pool: Arc::new(pool) };
+        Ok(ImageNet::of(name, source, splits, common))
     }
 
-    fn of(
-        name: &str,
-        source: String,
-        classes: Classes,
-        options: Options,
-        splits: [Vec<Item>; 2],
-        pool: Arc<ThreadPool>,
-    ) -> ImageNet {
+    fn of(name: &str, source: String, splits: Arc<[Vec<Item>; 2]>, common: Common) -> ImageNet {
         // Shrunk pictures are different data, so the name differs.
-        let name = format!("{name}{}", if options.cache.is_some() { "_shrunk" } else { "" });
-        let fingerprint = fingerprint(&options, &splits);
+        let name = format!("{name}{}", if common.options.cache.is_some() { "_shrunk" } else { "" });
+        let fingerprint = fingerprint(&common.options, &splits);
         let table = Normalization::of(MEAN, STD);
         let skipped = Mutex::default();
-        ImageNet(Arc::new(Inner {
-            name,
-            source,
-            classes,
-            options,
-            splits,
-            fingerprint,
-            table,
-            pool,
-            skipped,
-        }))
+        ImageNet(Arc::new(Inner { name, source, splits, fingerprint, table, common, skipped }))
     }
 
     /// Holds out training images, to choose settings without looking at the test set.
@@ -455,15 +457,15 @@ impl ImageNet {
     ///
     /// [`Error::Invalid`] unless 0 < `n` < the number of training images.
     pub fn hold_out(&self, n: usize, seed: u64) -> Result<ImageNet> {
-        let Inner { source, classes, options, splits, pool, .. } = &*self.0;
+        let Inner { source, splits, common, .. } = &*self.0;
         let all = &splits[TRAIN];
-        let parts = subset::hold_out(&labels_of(all), classes.len(), n, seed)?;
+        let parts = subset::hold_out(&labels_of(all), common.classes.len(), n, seed)?;
         let splits = parts.map(|part| part.into_iter().map(|i| all[i].clone()).collect());
-        let source = format!("{source}; {n} training images held out as test (seed {seed})");
-        let (classes, options, pool) = (classes.clone(), options.clone(), Arc::clone(pool));
+        let held = counted(n, "training image");
+        let source = format!("{source}; {held} held out as test (seed {seed})");
         let whole = self.0.name.starts_with("imagenet1000");
         let name = if whole { "imagenet_holdout" } else { "imagenet_holdout_part" };
-        Ok(ImageNet::of(name, source, classes, options, splits, pool))
+        Ok(ImageNet::of(name, source, Arc::new(splits), common.clone()))
     }
 
     /// Makes the batch of these images; `transform` returns the transform of an index.
@@ -473,13 +475,18 @@ impl ImageNet {
         indices: &[usize],
         transform: impl Fn(usize) -> Transform + Sync,
     ) -> Result<Batch> {
-        let Inner { options, splits, table, pool, .. } = &*self.0;
+        let Inner { splits, table, common, .. } = &*self.0;
+        let Common { options, cache, pool, .. } = common;
+        let packed = cache.as_ref().map(|cache| cache.packed(pool, &mut |_| {})).transpose()?;
         let (side, items) = (options.side, &splits[split]);
         let size = side * side * CHANNELS;
         let mut pixels = vec![0f32; indices.len() * size];
         let prepare = |scaler: &mut Scaler, (target, &index): (&mut [f32], &usize)| {
             let write = |picture| transform(index).write(&picture, options, table, scaler, target);
-            Ok(items[index].picture()?.and_then(write))
+            let Item { stored, number, .. } = &items[index];
+            // The inner error says why the picture cannot be used.
+            let picture = packed.map_or_else(|| Ok(stored.picture()), |packed| packed[*number].read())?;
+            Ok(picture.and_then(write))
         };
         let prepared: Result<Vec<Result<(), String>>> = pool.install(|| {
             pixels.par_chunks_exact_mut(size).zip(indices).map_init(Scaler::default, prepare).collect()
@@ -505,7 +512,7 @@ impl ImageNet {
 
     /// Records that an image is left out. Returns an error if too many images are left out.
     fn skip(&self, split: usize, index: usize, why: String) -> Result<()> {
-        let Inner { options, splits, skipped, .. } = &*self.0;
+        let Inner { splits, skipped, common: Common { options, .. }, .. } = &*self.0;
         let mut skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
         skipped[split].insert(index, why);
         let (bad, images) = (skipped[split].len(), splits[split].len());
@@ -518,9 +525,12 @@ impl ImageNet {
         Err(Error::TooManyBad { split, bad, images, limit_percent, first })
     }
 
-    fn none(&self, split: usize) -> Batches {
-        let what = format!("{} has no {} images", self.0.source, SPLITS[split]);
-        Batches::failed(Error::Invalid(what))
+    /// Returns the error that a split has no images.
+    fn none(&self, split: usize) -> Error {
+        Error::Invalid(format!(
+            "there are no {} images in {}: expected pictures in {}/CLASS/*",
+            SPLITS[split], self.0.source, FOLDERS[split]
+        ))
     }
 }
 
@@ -533,8 +543,36 @@ impl Dataset for ImageNet {
         &self.0.source
     }
 
+    fn title(&self) -> String {
+        let Inner { name, source, common, .. } = &*self.0;
+        match common.classes.are_official() {
+            true => format!("{name} from {source}"),
+            // A user's own pictures are not ImageNet, though they are read as it is.
+            false => format!("pictures in {source}"),
+        }
+    }
+
+    fn prepare(&self, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+        let Inner { source, splits, common, .. } = &*self.0;
+        let Common { untrained, cache, pool, .. } = common;
+        if let Some(split) = splits.iter().position(Vec::is_empty) {
+            return Err(self.none(split));
+        }
+        if let Some(first) = untrained.first() {
+            return Err(Error::Invalid(format!(
+                "there are no training images of {} in {source}: expected pictures in {}/{first}/*",
+                listed(untrained),
+                FOLDERS[TRAIN]
+            )));
+        }
+        if let Some(cache) = cache {
+            cache.packed(pool, on_event)?;
+        }
+        Ok(())
+    }
+
     fn classes(&self) -> usize {
-        self.0.classes.len()
+        self.0.common.classes.len()
     }
 
     fn train_images(&self) -> usize {
@@ -546,7 +584,8 @@ impl Dataset for ImageNet {
     }
 
     fn side(&self) -> (usize, usize) {
-        (self.0.options.side, self.0.options.side)
+        let side = self.0.common.options.side;
+        (side, side)
     }
 
     fn mean(&self) -> [f32; 3] {
@@ -565,13 +604,13 @@ impl Dataset for ImageNet {
         let Epoch { augmentation: Augmentation { pad, flip }, seed, epoch } = epoch;
         if pad != 0 {
             return Batches::failed(Error::Invalid(format!(
-                "augmentation.pad = {pad} is impossible for ImageNet: expected 0, as its images are cropped at \
-                 random anyway"
+                "augmentation.pad = {pad} is impossible for pictures: expected 0, as they are cropped at random \
+                 anyway"
             )));
         }
         let order = order(self.train_images(), seed, epoch);
         if order.is_empty() {
-            return self.none(TRAIN);
+            return Batches::failed(self.none(TRAIN));
         }
         let data = self.clone();
         Batches::start(order.len(), batch, part, move |range| {
@@ -582,7 +621,7 @@ impl Dataset for ImageNet {
     fn test_parts(&self, batch: usize, part: Part) -> Batches {
         let order: Vec<usize> = (0..self.test_images()).collect();
         if order.is_empty() {
-            return self.none(TEST);
+            return Batches::failed(self.none(TEST));
         }
         let data = self.clone();
         Batches::start(order.len(), batch, part, move |range| {
@@ -665,28 +704,37 @@ fn label(found: Vec<Stored>, classes: &Classes, labels: Option<&ValidationLabels
             };
             return Err(Error::Labels { file, what });
         };
-        items.push(Item { stored, label, packed: None });
+        items.push(Item { stored, label, number: 0 });
     }
     items.sort_by(|a, b| (a.label, a.stored.file_name()).cmp(&(b.label, b.stored.file_name())));
     Ok(items)
 }
 
-/// Gives every picture its position in the cache, and makes the missing parts of the cache.
-fn pack(
-    folder: &Path,
-    options: &Options,
-    splits: &mut [Vec<Item>; 2],
-    pool: &ThreadPool,
-    on_event: &mut dyn FnMut(Event),
-) -> Result<()> {
-    let side = options.resize;
-    let source = fingerprint_of(&format!("imagenet cache 1: {side}"), splits);
-    for (items, name) in splits.iter_mut().zip(SPLITS) {
-        let pictures: Vec<&Stored> = items.iter().map(|item| &item.stored).collect();
-        let packed = cache::packed(cache::PER_PACK, folder, name, &pictures, side, &source, pool, on_event)?;
-        items.iter_mut().zip(packed).for_each(|(item, packed)| item.packed = Some(packed));
+/// Returns the names of the taken classes without training images and of those without test images.
+///
+/// There are none for a split without any image, which may not be needed, and none if the classes
+/// are ImageNet's, of which parts are usual.
+fn unused(splits: &[Vec<Item>; 2], classes: &Classes, taken: Option<&[bool]>) -> [Vec<String>; 2] {
+    splits.each_ref().map(|items| {
+        if items.is_empty() || classes.are_official() {
+            return Vec::new();
+        }
+        let mut unused = taken.map_or_else(|| vec![true; classes.len()], <[bool]>::to_vec);
+        items.iter().for_each(|item| unused[usize::from(item.label)] = false);
+        let names = (0..unused.len()).filter(|&number| unused[number]);
+        names.filter_map(|number| classes.name(number).map(String::from)).collect()
+    })
+}
+
+/// Names the first classes of some, and says how many more there are.
+fn listed(classes: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let shown = classes[..classes.len().min(SHOWN)].join(", ");
+    match classes.len() {
+        1 => format!("class {shown}"),
+        n if n > SHOWN => format!("classes {shown} and {} more", n - SHOWN),
+        _ => format!("classes {shown}"),
     }
-    Ok(())
 }
 
 /// Returns the fingerprint of the data set: [`fingerprint_of`] the pictures and of the options that

@@ -38,6 +38,7 @@ mod synthetic;
 mod table;
 #[cfg(test)]
 mod testing;
+mod text;
 
 pub use batches::{Augmentation, Batch, Batches, Epoch, Part, test_batches, train_batches};
 pub use dataset::{Dataset, Skipped};

@@ -4,6 +4,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::subset;
+use crate::text::counted;
 
 /// The number of channels of every image: red, green, blue.
 pub(crate) use pictures::CHANNELS;
@@ -173,7 +174,8 @@ impl InMemoryDataset {
     /// [`Error::Invalid`] unless `0 < n < train.len()`.
     pub fn hold_out(&self, n: usize, seed: u64) -> Result<InMemoryDataset> {
         let [kept, held] = subset::hold_out(&self.train.labels, self.classes, n, seed)?;
-        let source = format!("{}; {n} training images held out as test (seed {seed})", self.source);
+        let count = counted(n, "training image");
+        let source = format!("{}; {count} held out as test (seed {seed})", self.source);
         InMemoryDataset::new(
             &self.name,
             source,
@@ -205,7 +207,8 @@ impl InMemoryDataset {
         if (train.len(), test.len()) == (self.train.len(), self.test.len()) {
             return Ok(self.clone());
         }
-        let source = format!("{}; limited to {} + {} images", self.source, train.len(), test.len());
+        let test_images = counted(test.len(), "test image");
+        let source = format!("{}; limited to {} training and {test_images}", self.source, train.len());
         InMemoryDataset::new(format!("{}_part", self.name), source, self.classes, train, test)
     }
 }
@@ -372,7 +375,8 @@ mod tests {
         for n in [0, 10, 11] {
             let error = data.hold_out(n, 0).unwrap_err();
             assert!(
-                matches!(error, Error::Invalid(_)) && error.to_string().contains("choose 1..=9"),
+                matches!(error, Error::Invalid(_))
+                    && error.to_string().contains("expected hold_out from 1 to 9"),
                 "{error}"
             );
         }

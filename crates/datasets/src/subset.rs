@@ -5,6 +5,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
+use crate::text::counted;
 
 /// Returns the indices of the first `n` images, taken from the classes in turn, in ascending order.
 pub(crate) fn first(labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
@@ -21,10 +22,12 @@ pub(crate) fn first(labels: &[u16], classes: usize, n: usize) -> Vec<usize> {
 pub(crate) fn hold_out(labels: &[u16], classes: usize, n: usize, seed: u64) -> Result<[Vec<usize>; 2]> {
     let all = labels.len();
     if n == 0 || n >= all {
-        let most = all.saturating_sub(1);
-        return Err(Error::Invalid(format!(
-            "cannot hold out {n} of {all} training images: choose 1..={most}"
-        )));
+        let expected = match all {
+            0 | 1 => "expected at least 2 training images".into(),
+            _ => format!("expected hold_out from 1 to {}", all - 1),
+        };
+        let there = counted(all, "training image");
+        return Err(Error::Invalid(format!("cannot hold out {n} of {there}: {expected}")));
     }
     let mut order = Vec::from_iter(0..all);
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));

@@ -41,7 +41,8 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
     /// A weight or an output is not quantized.
     #[error(
-        "{place}: {what} is not quantized; expected a network whose weights and activations all are, as of pfq quantize or tune"
+        "{place}: {what} is not quantized: quantize the weights and activations of the network first (pfq quantize or \
+         pfq tune)"
     )]
     Float {
         /// The node's name.
@@ -182,9 +183,9 @@ impl Engine {
                     });
                     let sums: Option<Vec<&Quantizer>> = sums.collect();
                     let first = sums.as_deref().and_then(<[_]>::first).copied();
-                    let float = || Error::Float { place: place.into(), what: "the output" };
                     Scale::fine(
-                        lattice(first.ok_or_else(float)?, place)?.step * 2f64.powi(-(FRACTION as i32)),
+                        lattice(first.ok_or_else(|| float(place))?, place)?.step
+                            * 2f64.powi(-(FRACTION as i32)),
                     )
                 }
             };
@@ -213,7 +214,7 @@ impl Engine {
             }
             scales.push(output);
         }
-        let image = image.ok_or(Error::Float { place: "input".into(), what: "the image" })?;
+        let image = image.ok_or_else(|| float(network.nodes[0].name()))?;
         Ok(Self { input: network.input, image, image_scale: scales[0], steps, shapes })
     }
 
@@ -275,7 +276,13 @@ impl Engine {
 /// Returns the scale of an activation quantizer.
 fn lattice(quantizer: &Quantizer, place: &str) -> Result<Scale> {
     let lattice = quantizer.output_lattice()?;
-    lattice.as_ref().map(Scale::of).ok_or_else(|| Error::Float { place: place.into(), what: "the output" })
+    lattice.as_ref().map(Scale::of).ok_or_else(|| float(place))
+}
+
+/// Returns the error that the output of a node is not quantized.
+fn float(place: &str) -> Error {
+    let what = if place == "input" { "the image" } else { "the output" };
+    Error::Float { place: place.into(), what }
 }
 
 impl Convolution {

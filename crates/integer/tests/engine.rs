@@ -88,7 +88,7 @@ fn dead_layers_saturate() {
 fn what_is_float_is_named() {
     let float = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
     let mut float = float.init(0, &Device::Cpu).unwrap();
-    assert!(Engine::new(&float).unwrap_err().to_string().starts_with("input: the output is not quantized"));
+    assert!(Engine::new(&float).unwrap_err().to_string().starts_with("input: the image is not quantized"));
     let eight = Precision::try_from(8).unwrap();
     let activations = Quantization { activations: eight, first_layer: eight, ..Quantization::default() };
     float.quantize(&activations).unwrap();

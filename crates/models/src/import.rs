@@ -153,6 +153,9 @@ impl Import {
         let Some(classes) = self.classes.or(found) else {
             return Err(fail(format!("has no {classifier} to tell the number of classes")));
         };
+        if classes == 0 {
+            return Err(fail(format!("has no classes ({classifier}): expected at least one")));
+        }
         let config = MobileNet {
             version,
             input: self.input,
@@ -353,27 +356,29 @@ impl Network {
     pub fn state_dict(&self) -> Result<(Naming, BTreeMap<String, Tensor>)> {
         let refuse = |problem: &str| Error::Structure {
             network: self.name.clone(),
-            place: "its layers".into(),
-            problem: format!("{problem}: torchvision and timm have no such network"),
+            place: "as a state dict".into(),
+            problem: format!(
+                "{problem}, and torchvision and timm have no such network; ONNX can hold any: pfq export FILE OUT.onnx"
+            ),
         };
         if self.nodes.iter().any(|node| node.quantizer().is_some())
             || self.units().any(|unit| unit.weight_quantizer.is_some())
         {
-            return Err(refuse("are quantized"));
+            return Err(refuse("its layers are quantized"));
         }
         if self.units().any(|unit| unit.batch_norm().is_none() != (unit.name == HEAD)) {
-            return Err(refuse("have no batch normalization, which has been folded"));
+            return Err(refuse("its batch normalization has been folded into the weights"));
         }
         if self.units().any(|unit| unit.cap.is_some()) {
-            return Err(refuse("have caps"));
+            return Err(refuse("its activations have caps, as DFQ sets them"));
         }
         let config = self.config()?.ok_or_else(|| {
-            refuse("have not the numbers of filters of any width, as of a network that was pruned, or another order")
+            refuse("its layers are not those of a MobileNet of any width, as if filters were pruned")
         })?;
         let naming = match config.version {
             Version::V1 => Naming::Timm,
             Version::V2 if config.first_expansion => {
-                return Err(refuse("begin with a block that has its expansion, as the paper's do"));
+                return Err(refuse("its first block has an expansion, as in the paper"));
             }
             Version::V2 => Naming::Torchvision,
         };
@@ -473,10 +478,11 @@ impl StateDict {
             return Ok(());
         }
         Err(format!(
-            "is no {} of width {} with {} classes in {}'s naming; {}",
+            "is no {} of width {} with {} {} in {}'s naming; {}",
             config.version.name(),
             config.width,
             config.classes,
+            if config.classes == 1 { "class" } else { "classes" },
             naming.name(),
             problems.join("; ")
         ))

@@ -133,6 +133,11 @@ fn errors_name_the_tensors() {
         &["features.0.0.weight", "conv_stem.weight", "but blocks.0.0.bn1.bias", "more"],
     );
     check_error(|t| drop(t.remove("classifier.weight")), default, &["classifier.weight", "classes"]);
+    let none = |t: &mut HashMap<String, Tensor>| {
+        let weight = Tensor::zeros((0, 1280), DType::F32, &Device::Cpu).unwrap();
+        t.insert("classifier.weight".into(), weight);
+    };
+    check_error(none, default, &["has no classes (classifier.weight)", "at least one"]);
     // Explicit settings are used, and do not fit.
     check_error(
         |_| (),
@@ -195,7 +200,9 @@ fn names_may_be_wrapped_and_the_first_expansion_there() {
 fn what_no_library_has_gets_no_names() {
     let refused = |network: &Network, what: &str| {
         let error = network.state_dict().unwrap_err().to_string();
-        assert!(error.contains(what) && error.contains("torchvision and timm have no such"), "{error}");
+        for part in [what, "torchvision and timm have no such", "pfq export FILE OUT.onnx"] {
+            assert!(error.contains(part), "{error}");
+        }
     };
     let open = || Network::open(&file("torchvision_v2.pth"), &Import::default(), &Device::Cpu).unwrap().0;
     let mut quantized = open();
@@ -208,7 +215,7 @@ fn what_no_library_has_gets_no_names() {
     last.weight = last.weight.narrow(0, 1, last.input_channels() - 1).unwrap();
     refused(&pruned, "of any width");
     let paper = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
-    refused(&paper.init(0, &Device::Cpu).unwrap(), "its expansion");
+    refused(&paper.init(0, &Device::Cpu).unwrap(), "has an expansion");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use crate::{Error, Found, Result};
+use crate::{Found, Result};
 use candle_core::{DType, Tensor};
 use ranks::Ranks;
 
@@ -50,11 +50,8 @@ impl Totals {
             sums = ranks.totals(&sums);
         }
         if sums[2] == 0.0 {
-            return Err(Error::Setting {
-                key: "data",
-                found: "no image that can be read".into(),
-                expected: "at least one",
-            });
+            let problem = "none of the images can be read: expected at least one that is not damaged";
+            return Err(datasets::Error::Invalid(problem.into()).into());
         }
         let mean = |sum: f64| sum / sums[2];
         Ok(Means { images: sums[2] as usize, loss: mean(sums[0]), top1_percent: 100.0 * mean(sums[1]) })

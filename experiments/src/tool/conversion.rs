@@ -1,6 +1,6 @@
 use super::network::NetworkFile;
 use crate::flags::parse_bits;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use models::{Extras, Network};
 use quant_core::Precision;
@@ -24,34 +24,30 @@ pub(super) struct Conversion {
 impl Conversion {
     /// Checks the output path and reads the network; also returns a line that describes it.
     pub fn open(&self) -> Result<(Network, String)> {
-        self.network.check_output(&self.out, "safetensors")?;
-        self.network.open()
+        self.network.open_for(&[(&self.out, "safetensors")])
     }
 
     /// Writes the result; returns a line that says so.
     pub fn save(&self, quantized: &Network, extras: &Extras) -> Result<String> {
-        let out = self.out.display();
-        quantized
-            .save_in_one_file(&self.out, extras)
-            .with_context(|| format!("{out} could not be written"))?;
-        Ok(format!("written to {out}\n"))
+        quantized.save_in_one_file(&self.out, extras)?;
+        Ok(format!("written to {}\n", self.out.display()))
     }
 }
 
 /// Parses the bits of activations and weights.
 fn bits(text: &str) -> Result<[Precision; 2], String> {
     let (activations, weights) = parse_bits(&text.to_ascii_lowercase())
-        .ok_or_else(|| format!("{text:?}: expected bits of activations and weights, such as a8w8"))?;
+        .ok_or_else(|| "expected bits of activations and weights, such as a8w8".to_string())?;
     Ok([quantized(activations)?, quantized(weights)?])
 }
 
 pub(super) fn precision(text: &str) -> Result<Precision, String> {
-    quantized(text.parse().map_err(|_| format!("{text:?} is not a number: expected 2 to 8 bits"))?)
+    quantized(text.parse().map_err(|_| "expected a whole number of bits, 2 to 8".to_string())?)
 }
 
 fn quantized(bits: u32) -> Result<Precision, String> {
     match Precision::try_from(bits) {
         Ok(Precision::Quantized(bits)) => Ok(Precision::Quantized(bits)),
-        _ => Err(format!("{bits} bits: expected 2 to 8")),
+        _ => Err(format!("expected 2 to 8 bits, not {bits}")),
     }
 }

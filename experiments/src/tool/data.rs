@@ -1,5 +1,6 @@
 //! Images for the tool's commands.
 
+use super::text::counted;
 use crate::profile::DataSettings;
 use crate::progress::Display;
 use crate::session;
@@ -66,8 +67,8 @@ pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>
     if of_imagenet && !is_folder_of_pictures {
         data = data.with_context(|| {
             format!(
-                "the network's input has {height}×{width} pixels, so the images must be those of ImageNet \
-                 (for public weights trained on CIFAR-100's 32×32, give their --strides)"
+                "the network's input has {height}×{width} pixels, so --data must be pictures (for public weights \
+                 trained on CIFAR-100's 32×32, give their --strides)"
             )
         });
     }
@@ -75,16 +76,16 @@ pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>
     if data.side() != (height, width) {
         let (rows, columns) = data.side();
         bail!(
-            "the network expects images of {height}×{width} pixels, but {} has {rows}×{columns}",
-            data.name()
+            "the network expects images of {height}×{width} pixels, but those of {} have {rows}×{columns}",
+            data.title()
         );
     }
     if network.classes() != data.classes() {
         bail!(
-            "the network tells {} classes apart, but {} has {}",
-            network.classes(),
-            data.name(),
-            data.classes()
+            "the network tells {} apart, but there are {} ({})",
+            counted(network.classes(), "class"),
+            data.classes(),
+            data.title()
         );
     }
     Ok(data)

@@ -1,8 +1,10 @@
 use super::data::{self, Wanted};
 use super::network::NetworkFile;
+use super::text::counted;
+use super::values;
 use crate::progress::duration;
 use crate::published::PublishedFile;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use datasets::Dataset;
 use integer::{Engine, FRACTION, MULTIPLIER_BITS};
@@ -31,11 +33,11 @@ pub(super) struct Eval {
     data: String,
 
     /// Use only this many test images, spread over the classes
-    #[arg(long, value_name = "IMAGES")]
+    #[arg(long, value_name = "IMAGES", value_parser = values::count)]
     limit: Option<usize>,
 
-    /// Largest share of damaged pictures of ImageNet that are left out; more are an error
-    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    /// Largest share of damaged pictures that are left out; more are an error
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0, value_parser = values::percent)]
     bad_percent: f64,
 
     /// Also evaluate in whole numbers, as an integer engine does, and compare; needs weights and
@@ -47,6 +49,9 @@ pub(super) struct Eval {
 impl Eval {
     pub fn run(&self) -> Result<String> {
         let (network, mut text) = self.network.open()?;
+        let file = self.network.file.display();
+        let engine = self.integer.then(|| Engine::new(&network)).transpose();
+        let engine = engine.with_context(|| format!("{file} can't be evaluated in whole numbers"))?;
         let published = PublishedFile::find(&self.network.file)?;
         let wanted = Wanted {
             place: &self.data,
@@ -66,8 +71,8 @@ impl Eval {
         }
         let started = Instant::now();
         let evaluated = || -> Result<String> {
-            if self.integer {
-                return compared(&network, &*data);
+            if let Some(engine) = &engine {
+                return compared(&network, engine, &*data);
             }
             let (Evaluation { top1_percent, loss }, said) = match published {
                 Some(published) if published.is_of(&*data)? => published.evaluate(&*data)?,
@@ -80,15 +85,14 @@ impl Eval {
         for skipped in &skipped {
             text += &format!("left out {}: {}\n", skipped.file, skipped.why);
         }
-        if data.test_images() == skipped.len() {
-            bail!("{text}{} has no usable test images", data.source());
+        if data.test_images() == skipped.len() && !skipped.is_empty() {
+            bail!("{text}none of the test images can be used: {}", data.title());
         }
         let said = evaluated?;
         text += &format!(
-            "{} from {}: {} test images in {}\n{said}",
-            data.name(),
-            data.source(),
-            data.test_images() - skipped.len(),
+            "{}: {} in {}\n{said}",
+            data.title(),
+            counted(data.test_images() - skipped.len(), "test image"),
             duration(started.elapsed().as_secs_f64()),
         );
         Ok(text)
@@ -97,10 +101,9 @@ impl Eval {
 
 /// Compares the simulation with floats to the evaluation in whole numbers; returns the text to
 /// print.
-fn compared(network: &Network, data: &dyn Dataset) -> Result<String> {
+fn compared(network: &Network, engine: &Engine, data: &dyn Dataset) -> Result<String> {
     /// The number of images whose logits are computed at once.
     const BATCH: usize = 100;
-    let engine = Engine::new(network)?;
     let (mut images, mut hits, mut different, mut distance, mut largest) = (0, [0; 2], 0, 0f32, 0f32);
     for batch in data.test_batches(BATCH) {
         let batch = batch?;

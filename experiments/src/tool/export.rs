@@ -1,5 +1,6 @@
 use super::network::NetworkFile;
-use anyhow::{Context, Result, bail};
+use super::values;
+use anyhow::{Context, Error, Result, bail};
 use clap::{Args, ValueEnum};
 use models::Import;
 use onnx::{Normalize, Options};
@@ -38,11 +39,11 @@ pub(super) struct Export {
 
     /// Normalize in the graph: take images with intensities from 0 to 1, and subtract this from
     /// their channels
-    #[arg(long, value_name = "R,G,B", value_delimiter = ',', requires = "std")]
+    #[arg(long, value_name = "R,G,B", value_delimiter = ',', value_parser = values::one, requires = "std")]
     mean: Option<Vec<f32>>,
 
     /// With --mean: divide the channels by this
-    #[arg(long, value_name = "R,G,B", value_delimiter = ',', requires = "mean")]
+    #[arg(long, value_name = "R,G,B", value_delimiter = ',', value_parser = values::one, requires = "mean")]
     std: Option<Vec<f32>>,
 }
 
@@ -63,12 +64,15 @@ impl Export {
 
     fn state_dict(&self) -> Result<String> {
         let out = self.out.display();
-        self.network.check_output(&self.out, "safetensors")?;
         if self.fold || self.int8 || self.mean.is_some() {
             bail!("--fold, --int8, --mean and --std are about ONNX: leave them out");
         }
-        let (network, text) = self.network.open()?;
-        let naming = network.save_state_dict(&self.out)?;
+        let (network, text) = self.network.open_for(&[(&self.out, "safetensors")])?;
+        let naming = network.save_state_dict(&self.out).map_err(|error| match error {
+            // The error is about the network and does not name the file.
+            models::Error::Structure { .. } => Error::new(error).context(format!("{out} is not written")),
+            _ => error.into(),
+        })?;
         let note = match network.epsilon {
             epsilon if epsilon == Import::default().epsilon => String::new(),
             epsilon => format!("; the module must have ε = {epsilon:e} in its batch normalization"),
@@ -78,16 +82,13 @@ impl Export {
 
     fn onnx(&self) -> Result<String> {
         let out = self.out.display();
-        self.network.check_output(&self.out, "onnx")?;
         let normalize = match (&self.mean, &self.std) {
             (Some(mean), Some(std)) => Some(normalize(mean, std)?),
             _ => None,
         };
-        let (network, text) = self.network.open()?;
+        let (network, text) = self.network.open_for(&[(&self.out, "onnx")])?;
         let options = Options { fold: self.fold, int8: self.int8, normalize };
-        let written = onnx::save(&network, &options, &self.out)
-            .with_context(|| format!("{out} could not be written"))?;
-        let onnx::Written { opset, bytes } = written;
+        let onnx::Written { opset, bytes } = onnx::save(&network, &options, &self.out)?;
         Ok(format!("{text}written to {out}: opset {opset}, {bytes} bytes\n"))
     }
 }
@@ -96,7 +97,6 @@ fn normalize(mean: &[f32], std: &[f32]) -> Result<Normalize> {
     let three = |flag: &str, values: &[f32]| {
         <[f32; 3]>::try_from(values)
             .ok()
-            .filter(|values| values.iter().all(|value| value.is_finite()))
             .with_context(|| format!("{flag}: expected three numbers such as 0.5,0.5,0.5"))
     };
     let normalize = Normalize { mean: three("--mean", mean)?, std: three("--std", std)? };

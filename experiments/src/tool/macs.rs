@@ -1,6 +1,7 @@
 use super::network::NetworkFile;
 use super::text::{millions, table};
-use anyhow::{Result, bail};
+use super::values;
+use anyhow::Result;
 use clap::Args;
 
 /// Counts the multiply–accumulates of every layer for one image, as the paper counts them
@@ -12,7 +13,7 @@ pub(super) struct Macs {
     network: NetworkFile,
 
     /// Height and width of the image; those of the network's input if not given
-    #[arg(long, value_name = "PIXELS")]
+    #[arg(long, value_name = "PIXELS", value_parser = values::pixels)]
     size: Option<usize>,
 }
 
@@ -20,9 +21,6 @@ impl Macs {
     pub fn run(&self) -> Result<String> {
         let (mut network, mut text) = self.network.open()?;
         if let Some(size) = self.size {
-            if !(1..=4096).contains(&size) {
-                bail!("--size {size}: expected 1 to 4096");
-            }
             network.input[0] = size;
             network.input[1] = size;
         }

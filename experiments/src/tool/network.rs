@@ -1,8 +1,9 @@
 //! The network that a command works on.
 
-use super::text::millions;
+use super::text::{counted, millions};
+use super::values;
 use crate::output;
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use candle_core::Device;
 use clap::{Args, ValueEnum};
 use kernels::Activation;
@@ -21,11 +22,11 @@ pub(super) struct NetworkFile {
     arch: Option<Arch>,
 
     /// Width multiplier of public weights; derived from the shapes of the tensors if not given
-    #[arg(long, value_name = "FACTOR", help_heading = "Public weights")]
+    #[arg(long, value_name = "FACTOR", value_parser = values::width, help_heading = "Public weights")]
     width: Option<f64>,
 
     /// Number of classes of public weights; derived from the classifier if not given
-    #[arg(long, value_name = "N", help_heading = "Public weights")]
+    #[arg(long, value_name = "N", value_parser = values::count, help_heading = "Public weights")]
     classes: Option<usize>,
 
     /// Strides of public weights, which no tensor tells: imagenet (if not given), cifar, or numbers
@@ -41,7 +42,7 @@ pub(super) struct NetworkFile {
     activation: Option<Phi>,
 
     /// ε of the batch normalization of public weights, which no tensor tells; 1e-5 if not given
-    #[arg(long, value_name = "ε", help_heading = "Public weights")]
+    #[arg(long, value_name = "ε", value_parser = values::epsilon, help_heading = "Public weights")]
     epsilon: Option<f64>,
 }
 
@@ -71,12 +72,6 @@ impl NetworkFile {
     /// Reads the network; also returns a line that describes it.
     pub fn open(&self) -> Result<(Network, String)> {
         let default = Import::default();
-        if let Some(width) = self.width.filter(|w| !(*w > 0.0 && *w <= 4.0)) {
-            bail!("--width {width}: expected more than 0, at most 4");
-        }
-        if let Some(epsilon) = self.epsilon.filter(|e| !(*e > 0.0 && *e < 1.0)) {
-            bail!("--epsilon {epsilon}: expected more than 0, less than 1");
-        }
         let import = Import {
             version: self.arch.map(|arch| match arch {
                 Arch::MobilenetV1 => Version::V1,
@@ -125,23 +120,29 @@ impl NetworkFile {
         };
         let [height, width, _] = network.input;
         let line = format!(
-            "{}: {what}; {} classes, {height}×{width} images, {} M MACs, {} M weights\n",
+            "{}: {what}; {}, {height}×{width} images, {} M MACs, {} M weights\n",
             self.file.display(),
-            network.classes(),
+            counted(network.classes(), "class"),
             millions(network.macs()),
             millions(network.weights()),
         );
         Ok((network, line))
     }
 
-    /// Checks that an output file has the extension of its format and is not the network.
-    pub fn check_output(&self, out: &Path, extension: &str) -> Result<()> {
-        output::check_extension(out, extension)?;
-        self.refuse_to_overwrite(&[out])
+    /// Reads the network for a command that writes files, each with the extension of its format;
+    /// also returns a line that describes the network. Work should not fail at its end because of
+    /// a file, so it is checked here that all of them can be written.
+    pub fn open_for(&self, written: &[(&Path, &str)]) -> Result<(Network, String)> {
+        let outs: Vec<&Path> = written.iter().map(|(out, _)| *out).collect();
+        self.refuse_to_overwrite(&outs)?;
+        written.iter().try_for_each(|(out, extension)| output::check_extension(out, extension))?;
+        let opened = self.open()?;
+        outs.into_iter().try_for_each(check_writable)?;
+        Ok(opened)
     }
 
     /// Checks that no output file is the network or another output file.
-    pub fn refuse_to_overwrite(&self, written: &[&Path]) -> Result<()> {
+    fn refuse_to_overwrite(&self, written: &[&Path]) -> Result<()> {
         let place = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.into());
         for (index, path) in written.iter().enumerate() {
             if place(path) == place(&self.file) {
@@ -172,4 +173,14 @@ impl NetworkFile {
             None => Ok(()),
         }
     }
+}
+
+/// Checks that a file can be written, so that the error names it and no temporary file.
+fn check_writable(out: &Path) -> Result<()> {
+    if out.is_dir() {
+        bail!("{} could not be written: there is a folder of this name", out.display());
+    }
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(".".as_ref());
+    whole_file::check(folder)
+        .map_err(|error| anyhow!("{} could not be written: {}", out.display(), error.kind()))
 }

@@ -1,6 +1,7 @@
 use super::network::NetworkFile;
-use super::text::{millions, table};
-use anyhow::{Context, Result};
+use super::text::{counted, millions, table};
+use super::values;
+use anyhow::Result;
 use clap::Args;
 use models::Extras;
 use pfq::{PfQ, Report};
@@ -21,7 +22,7 @@ pub(super) struct Prune {
 
     /// Remove filters whose running variance is below this; the ε of batch normalization if not
     /// given
-    #[arg(long, value_name = "τ")]
+    #[arg(long, value_name = "τ", value_parser = values::threshold)]
     threshold: Option<f64>,
 
     /// Do not add the constants of the removed filters to the layers that read them ("PfQ w/o bias
@@ -33,14 +34,13 @@ pub(super) struct Prune {
 impl Prune {
     pub fn run(&self) -> Result<String> {
         let out = self.out.display();
-        self.network.check_output(&self.out, "safetensors")?;
-        let (network, mut text) = self.network.open()?;
+        let (network, mut text) = self.network.open_for(&[(&self.out, "safetensors")])?;
         let method =
             PfQ { threshold: self.threshold, bias_correction: !self.no_bias_correction, ..PfQ::default() };
         let (pruned, report) = method.apply(&network)?;
         let mut extras = Extras::default();
         extras.metadata.insert("pfq".into(), serde_json::to_string(&report)?);
-        pruned.save_in_one_file(&self.out, &extras).with_context(|| format!("{out} could not be written"))?;
+        pruned.save_in_one_file(&self.out, &extras)?;
         text += &described(&report, network.epsilon);
         text += &format!("written to {out}\n");
         Ok(text)
@@ -58,11 +58,11 @@ fn described(report: &Report, epsilon: f64) -> String {
         text += &table(&["layer", "filters", "below τ", "removed"], &rows);
     }
     text += &format!(
-        "{} of {} filters have a running variance below τ = {}; {} filters removed\n",
+        "{} of {} filters have a running variance below τ = {}; {} removed\n",
         sum(|l| l.low),
         sum(|l| l.filters),
         report::shortest(report.threshold),
-        sum(|l| l.removed)
+        counted(sum(|l| l.removed), "filter")
     );
     if report.threshold > epsilon {
         text += &format!(
@@ -70,14 +70,13 @@ fn described(report: &Report, epsilon: f64) -> String {
             report::shortest(epsilon)
         );
     }
-    if report.low_in_part > 0 {
-        text += &format!(
-            "{} channels stay that are low in a part of the layers that shortcuts add up\n",
-            report.low_in_part
-        );
-    }
-    if report.kept_as_last > 0 {
-        text += &format!("{} channels stay because a layer must keep one channel\n", report.kept_as_last);
+    let kept = [
+        (report.low_in_part, "low in a part of the layers that shortcuts add up"),
+        (report.kept_as_last, "low, because a layer must keep one"),
+    ];
+    for (channels, why) in kept.into_iter().filter(|(channels, _)| *channels > 0) {
+        let are = if channels == 1 { "is" } else { "are" };
+        text += &format!("{} {are} kept though {why}\n", counted(channels, "channel"));
     }
     text + &format!(
         "weights {} → {} M, {:.2} % pruned\nMACs {} → {} M\n",

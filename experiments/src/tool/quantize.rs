@@ -1,6 +1,7 @@
 use super::conversion::{Conversion, precision};
 use super::data::{self, Wanted};
-use super::text::table;
+use super::text::{counted, short, table};
+use super::values;
 use anyhow::{Result, bail};
 use baselines::{Cap, Dfq, DfqReport};
 use clap::Args;
@@ -36,18 +37,18 @@ pub(super) struct Quantize {
     data: Option<String>,
 
     /// With --data: use this many training images, spread over the classes
-    #[arg(long, value_name = "IMAGES", default_value_t = 1000, requires = "data")]
+    #[arg(long, value_name = "IMAGES", default_value_t = 1000, value_parser = values::count, requires = "data")]
     images: usize,
 
     /// With --data: largest share of damaged pictures that are left out; more are an error
-    #[arg(long, value_name = "PERCENT", default_value_t = 1.0, requires = "data")]
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0, value_parser = values::percent, requires = "data")]
     bad_percent: f64,
 
     /// Lowest and highest value of a normalized image; those of black and white if not given
     ///
     /// Black and white are normalized with the mean and standard deviation of --data or, without
     /// it, of ImageNet or, if the input is smaller than 64×64, of CIFAR-100.
-    #[arg(long, value_name = "LO,HI", value_delimiter = ',', allow_hyphen_values = true)]
+    #[arg(long, value_name = "LO,HI", value_delimiter = ',', value_parser = values::one, allow_hyphen_values = true)]
     image_range: Option<Vec<f32>>,
 }
 
@@ -71,7 +72,7 @@ impl Quantize {
             None if data.is_some() => data.as_deref().map_or(CIFAR, image_range),
             None if network.input[0] < 64 => CIFAR,
             None => IMAGENET,
-            Some(&[lo, hi]) if lo.is_finite() && hi.is_finite() && lo <= 0.0 && 0.0 < hi => (lo, hi),
+            Some(&[lo, hi]) if lo <= 0.0 && 0.0 < hi => (lo, hi),
             Some(range) => bail!("--image-range {range:?}: expected two numbers around 0 such as -2.1,2.7"),
         };
         let [activations, weights] = self.conversion.bits;
@@ -92,7 +93,7 @@ impl Quantize {
         let written = self.conversion.save(&quantized, &extras)?;
         text += &described(&report);
         if let Some(images) = seen {
-            text += &format!("ranges of activations from {images} training images\n");
+            text += &format!("ranges of activations from {}\n", counted(images, "training image"));
         }
         Ok(text + &written)
     }
@@ -129,21 +130,41 @@ fn ranges_of_images(quantized: &mut Network, data: &dyn Dataset) -> Result<usize
 }
 
 fn described(report: &DfqReport) -> String {
-    let range = |(lo, hi): (f32, f32)| format!("{lo:.3} … {hi:.3}");
+    let before = ranges(report.layers.iter().map(|layer| layer.range_before));
+    let after = ranges(report.layers.iter().map(|layer| layer.range_after));
     let rows: Vec<Vec<String>> = report
         .layers
         .iter()
-        .map(|layer| {
+        .zip(before.into_iter().zip(after))
+        .map(|(layer, (before, after))| {
             vec![
                 layer.name.clone(),
-                range(layer.range_before),
-                range(layer.range_after),
+                before,
+                after,
                 layer.absorbed.to_string(),
                 format!("{:.4}", layer.correction),
             ]
         })
         .collect();
     let mut text = table(&["layer", "folded weights", "equalized", "absorbed", "correction"], &rows);
-    text += &format!("equalized in {} sweeps\n", report.sweeps);
+    text += &format!("equalized in {}\n", counted(report.sweeps, "sweep"));
     text
+}
+
+/// Formats ranges so that their upper ends stand under each other.
+fn ranges(ranges: impl Iterator<Item = (f32, f32)>) -> Vec<String> {
+    let ends: Vec<(String, String)> = ranges.map(|(lo, hi)| (short(lo), short(hi))).collect();
+    let wide = ends.iter().map(|(_, hi)| hi.len()).max().unwrap_or(0);
+    ends.into_iter().map(|(lo, hi)| format!("{lo} … {hi:>wide$}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ranges;
+
+    #[test]
+    fn narrow_ranges_are_told_apart() {
+        let shown = ranges([(-1.25, 10.5), (-0.000_123_4, 0.000_056_7)].into_iter());
+        assert_eq!(shown, ["-1.250 …  10.500", "-1.23e-4 … 5.67e-5"]);
+    }
 }

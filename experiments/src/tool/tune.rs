@@ -1,9 +1,10 @@
 use super::conversion::Conversion;
 use super::data::{self, Wanted};
-use super::text::{millions, table};
+use super::text::{counted, millions, table};
+use super::values;
 use crate::flags::{Running, TIME_LIMIT};
 use crate::profile::{Profile, check_padding};
-use crate::progress::duration;
+use crate::progress::{Display, duration};
 use crate::session::{Machine, Session};
 use crate::{output, signals};
 use anyhow::{Context, Result, bail};
@@ -42,7 +43,7 @@ pub(super) struct Tune {
 
     /// Epochs of each of Algorithm 1's two trainings, twice as many for other methods; if not
     /// given, as in the settings
-    #[arg(long, value_name = "EPOCHS")]
+    #[arg(long, value_name = "EPOCHS", value_parser = values::epochs)]
     epochs: Option<u16>,
 
     /// Settings file for trainings, pruning, quantization and DFQ; if not given, profile paper, for
@@ -51,23 +52,23 @@ pub(super) struct Tune {
     config: Option<PathBuf>,
 
     /// Seed of the order of the images and of their augmentation
-    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    #[arg(long, value_name = "SEED", default_value_t = 0, value_parser = values::seed)]
     seed: u64,
 
     /// Height and width of the images; those of the network's input if not given
-    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..=4096))]
-    size: Option<u16>,
+    #[arg(long, value_name = "PIXELS", value_parser = values::pixels)]
+    size: Option<usize>,
 
     /// Use only this many training images, spread over the classes
-    #[arg(long, value_name = "IMAGES")]
+    #[arg(long, value_name = "IMAGES", value_parser = values::count)]
     train_limit: Option<usize>,
 
     /// Use only this many test images, spread over the classes
-    #[arg(long, value_name = "IMAGES")]
+    #[arg(long, value_name = "IMAGES", value_parser = values::count)]
     test_limit: Option<usize>,
 
     /// Largest share of damaged pictures that are left out; more are an error
-    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0, value_parser = values::percent)]
     bad_percent: f64,
 
     /// Where and how long stages run, and where they are kept.
@@ -103,11 +104,6 @@ impl Tune {
     pub fn run(&self) -> Result<String> {
         signals::watch();
         let (mut network, text) = self.conversion.open()?;
-        // A run of hours should not fail at its end because of the output file.
-        let out = &self.conversion.out;
-        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
-        whole_file::check(folder.unwrap_or(".".as_ref()))
-            .with_context(|| format!("{} can't be written", out.display()))?;
         if network.units().any(|unit| {
             unit.weight_quantizer.is_some() || (unit.batch_norm().is_none() != (unit.name == HEAD))
         }) {
@@ -117,7 +113,7 @@ impl Tune {
             );
         }
         if let Some(size) = self.size {
-            network.input = [size.into(), size.into(), 3];
+            network.input = [size, size, 3];
         }
         output::print(text.trim_end());
 
@@ -147,6 +143,9 @@ impl Tune {
         let recipe = profile.recipe(activations, weights, self.seed);
         let hash = u128::from_str_radix(&network.sha256()?[..32], 16)?;
         let end = self.method.workflow(&recipe, &Stage::root(StageKind::Given { hash }))?;
+        // What is missing should be said before hours of work.
+        let mut display = Display::new();
+        data.prepare(&mut |event| display.data(&event))?;
         let mut session = Session::given(machine, profile, data, network);
         if session.run(&end)?.is_none() {
             output::print(
@@ -205,12 +204,12 @@ fn report(outcomes: &[Outcome], tuned: &Network) -> String {
     let mut text = table(&["stage", "top-1 %", "filters removed", "M MACs", "M weights", "time"], &rows);
     if let (Some(first), Some(last)) = (outcomes.first(), outcomes.last()) {
         text += &format!(
-            "top-1 {:.2} % → {:.2} %; MACs reduced by {:.1} %, weights by {:.1} %; {} classes\n",
+            "top-1 {:.2} % → {:.2} %; MACs reduced by {:.1} %, weights by {:.1} %; {}\n",
             first.evaluation.top1_percent,
             last.evaluation.top1_percent,
             report::pruned_percent(first.macs, last.macs),
             report::pruned_percent(first.weights, last.weights),
-            tuned.classes()
+            counted(tuned.classes(), "class")
         );
     }
     text

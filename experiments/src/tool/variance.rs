@@ -1,8 +1,8 @@
 use super::network::NetworkFile;
-use super::text::table;
+use super::text::{counted, short, table};
+use super::values;
 use anyhow::{Result, bail};
 use clap::Args;
-use models::Network;
 use report::histogram::{self, Caption, Variances};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ pub(super) struct Variance {
 
     /// Count filters whose running variance is below this as low; the ε of batch normalization if
     /// not given
-    #[arg(long, value_name = "τ")]
+    #[arg(long, value_name = "τ", value_parser = values::threshold)]
     threshold: Option<f64>,
 
     /// Draw the histogram of every layer, as FILE.svg and FILE.png
@@ -40,14 +40,10 @@ struct FilterRow<'a> {
 impl Variance {
     pub fn run(&self) -> Result<String> {
         let pictures = self.plot.as_deref().map(pictures);
-        let written: Vec<&Path> =
-            self.csv.iter().chain(pictures.iter().flatten()).map(PathBuf::as_path).collect();
-        self.network.refuse_to_overwrite(&written)?;
-        if let Some(csv) = &self.csv {
-            self.network.check_output(csv, "csv")?;
-        }
-        let (network, line) = self.network.open()?;
-        let threshold = threshold(self.threshold, &network)?;
+        let csv = self.csv.iter().map(|path| (path.as_path(), "csv"));
+        let drawn = pictures.iter().flat_map(|[svg, png]| [(svg.as_path(), "svg"), (png.as_path(), "png")]);
+        let (network, line) = self.network.open_for(&csv.chain(drawn).collect::<Vec<_>>())?;
+        let threshold = self.threshold.unwrap_or(network.epsilon);
         let layers: Vec<Variances> = pfq::variances(&network)?
             .into_iter()
             .map(|layer| Variances { layer: layer.layer, values: layer.variance })
@@ -86,7 +82,7 @@ impl Variance {
             let file = self.network.file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
             let caption = Caption {
                 title: format!("Running variances of {file}"),
-                subtitle: format!("{}, {} classes", network.name, network.classes()),
+                subtitle: format!("{}, {}", network.name, counted(network.classes(), "class")),
                 threshold,
             };
             histogram::plot_variances(&layers, &caption, svg, png)?;
@@ -109,23 +105,9 @@ fn pictures(file: &Path) -> [PathBuf; 2] {
     })
 }
 
-/// Returns τ: the requested threshold, or the network's ε.
-fn threshold(wanted: Option<f64>, network: &Network) -> Result<f64> {
-    match wanted {
-        Some(t) if !(t.is_finite() && t > 0.0) => {
-            bail!("--threshold {t}: expected a positive number, such as 1e-5")
-        }
-        _ => Ok(wanted.unwrap_or(network.epsilon)),
-    }
-}
-
 fn row(layer: &Variances, threshold: f64) -> Vec<String> {
     let mut sorted = layer.values.clone();
     sorted.sort_by(f32::total_cmp);
-    let shown = |value: f32| {
-        let plain = value == 0.0 || (1e-3..1e4).contains(&value);
-        if plain { format!("{value:.3}") } else { format!("{value:.1e}") }
-    };
     vec![
         layer.layer.clone(),
         sorted.len().to_string(),
@@ -133,8 +115,8 @@ fn row(layer: &Variances, threshold: f64) -> Vec<String> {
             0 => String::new(),
             low => low.to_string(),
         },
-        shown(sorted[0]),
-        shown(sorted[sorted.len() / 2]),
-        shown(sorted[sorted.len() - 1]),
+        short(sorted[0]),
+        short(sorted[sorted.len() / 2]),
+        short(sorted[sorted.len() - 1]),
     ]
 }

@@ -1,3 +1,4 @@
+use super::text::counted;
 use crate::process::one_line;
 use crate::profile::Profile;
 use crate::progress::Display;
@@ -39,15 +40,31 @@ pub(super) struct Verify {
     config: Option<PathBuf>,
 }
 
-/// The findings, as lines, and how many of them are wrong.
+/// The findings, as lines, and their numbers.
 #[derive(Default)]
 struct Report {
     text: String,
     checked: usize,
     wrong: usize,
+    /// The number of networks that were evaluated again.
+    evaluated: usize,
 }
 
 impl Report {
+    fn stage(&mut self, outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files: String) {
+        let found = match data {
+            None => Ok(files),
+            Some(data) if data.fingerprint() != outcome.data.fingerprint => {
+                Ok(format!("{files}; not evaluated, as these are other data than its {}", outcome.data.name))
+            }
+            Some(data) => {
+                self.evaluated += 1;
+                evaluate(outcome, folder, data).map(|again| format!("{files}; {again}"))
+            }
+        };
+        self.add(&outcome.label, found);
+    }
+
     fn add(&mut self, what: &str, result: Result<String>) {
         self.checked += 1;
         match result {
@@ -63,20 +80,29 @@ impl Report {
 impl Verify {
     pub fn run(&self) -> Result<String> {
         let mut report = Report::default();
-        let data = self.data.as_ref().map(|wanted| self.load(wanted)).transpose()?;
         if !self.folder.is_dir() {
             bail!("{} is not a folder: expected a store, such as runs, or results", self.folder.display());
         }
-        for Checked { folder, finding } in workflow::verify(&self.folder)? {
+        let stages = workflow::verify(&self.folder)?;
+        let outcomes = stages.iter().filter(|stage| stage.finding.outcome().is_some()).count();
+        if self.data.is_some() && outcomes == 0 {
+            bail!(
+                "--data is for networks of a store, but {} has none: leave --data out; report --verify evaluates the \
+                 published networks of results",
+                self.folder.display()
+            );
+        }
+        let data = self.data.as_ref().map(|wanted| self.load(wanted)).transpose()?;
+        for Checked { folder, finding } in stages {
             let name = folder.file_name().unwrap_or_default().to_string_lossy();
             match finding {
                 Finding::Whole(outcome) => {
-                    let files = format!("{} files", outcome.files.len() + 1);
-                    report.add(&outcome.label, evaluate(&outcome, &folder, data.as_deref(), files));
+                    let files = counted(outcome.files.len() + 1, "file");
+                    report.stage(&outcome, &folder, data.as_deref(), files);
                 }
                 Finding::Unhashed(outcome) => {
                     let files = "no hashes, because an older version wrote it".into();
-                    report.add(&outcome.label, evaluate(&outcome, &folder, data.as_deref(), files));
+                    report.stage(&outcome, &folder, data.as_deref(), files);
                 }
                 Finding::Unfinished => report.add(&name, Ok("unfinished, with a valid checkpoint".into())),
                 Finding::Begun => {}
@@ -84,7 +110,7 @@ impl Verify {
             }
         }
         results(&self.folder, &mut report)?;
-        let Report { text, checked, wrong } = report;
+        let Report { text, checked, wrong, evaluated } = report;
         if checked == 0 {
             bail!("{} holds neither stages nor results", self.folder.display());
         }
@@ -92,7 +118,11 @@ impl Verify {
             output::print(text.trim_end());
             bail!("{wrong} of {checked} are wrong");
         }
-        Ok(format!("{text}{checked} checked, nothing wrong\n"))
+        let again = match data {
+            Some(_) => format!("; {evaluated} of {} evaluated again", counted(outcomes, "network")),
+            None => String::new(),
+        };
+        Ok(format!("{text}{checked} checked, nothing wrong{again}\n"))
     }
 
     fn load(&self, wanted: &str) -> Result<Box<dyn Dataset>> {
@@ -104,12 +134,8 @@ impl Verify {
     }
 }
 
-/// Evaluates a stage's network again if `data` are the data of its evaluation; returns the finding.
-fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files: String) -> Result<String> {
-    let Some(data) = data else { return Ok(files) };
-    if data.fingerprint() != outcome.data.fingerprint {
-        return Ok(format!("{files}; not evaluated, as these are other data than its {}", outcome.data.name));
-    }
+/// Evaluates a stage's network again, on the data of its evaluation; returns the finding.
+fn evaluate(outcome: &Outcome, folder: &Path, data: &dyn Dataset) -> Result<String> {
     let (network, _) = Network::load(&folder.join("network.safetensors"), &Device::Cpu)?;
     let now = train::evaluate_in(&network, data, outcome.arithmetic())?;
     let then = outcome.evaluation;
@@ -128,7 +154,7 @@ fn evaluate(outcome: &Outcome, folder: &Path, data: Option<&dyn Dataset>, files:
         );
     }
     let same = if now == then { "to the bit" } else { "up to the order of sums" };
-    Ok(format!("{files}; loss {:.4} and top-1 {:.2} % again, {same}", now.loss, now.top1_percent))
+    Ok(format!("loss {:.4} and top-1 {:.2} % again, {same}", now.loss, now.top1_percent))
 }
 
 /// Checks the results in a folder and in its subfolders.
@@ -161,7 +187,11 @@ fn check_results(folder: &Path) -> Result<String> {
     if let Some(networks) = Folder::read(folder)? {
         let count = networks.rows().len();
         networks.published()?;
-        return Ok(format!("{} files; {count} published networks", stages.files.len() + 1));
+        return Ok(format!(
+            "{}; {}",
+            counted(stages.files.len() + 1, "file"),
+            counted(count, "published network")
+        ));
     }
     if let Some(path) = table(folder)? {
         let read = report::read_csv(&path)?;
@@ -170,7 +200,8 @@ fn check_results(folder: &Path) -> Result<String> {
     }
     let files = match stages.files.len() {
         0 => "no hashes, because an older version wrote it".into(),
-        files => format!("{} files", files + 1),
+        files => counted(files + 1, "file"),
     };
-    Ok(format!("{files}; {rows} rows say what {} stages gave", stages.records.len()))
+    let (rows, stages) = (counted(rows, "row"), counted(stages.records.len(), "stage"));
+    Ok(format!("{files}; {rows} from {stages}"))
 }

@@ -4,11 +4,13 @@
 //! the fingerprint of the original pictures, and the size and the CRC-32 of each picture. The index
 //! is sealed and written last, so a pack with an index is complete. If making a cache was
 //! interrupted, it resumes at the first incomplete pack.
+//!
+//! A cache is opened with the data set, which writes nothing, and made when pictures are needed.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pictures::{Picture, Scaler};
 use rayon::ThreadPool;
@@ -21,8 +23,9 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::memory::CHANNELS;
 
-use super::files::{Stored, decode};
+use super::files::decode;
 use super::transform::shrink;
+use super::{Item, SPLITS};
 
 /// The version of the file format, which each index contains.
 const FORMAT: u32 = 1;
@@ -119,55 +122,127 @@ fn damaged(file: &Path, what: String) -> Error {
     Error::Cache { file: file.into(), what, remedy }
 }
 
-/// Returns the positions in the cache `folder` of the pictures of the split `name`.
-///
-/// The shorter sides of the cached pictures are shrunk to `side`. Missing packs are made, with
-/// `per_pack` pictures each. `source` is the fingerprint of the pictures of all splits.
-///
-/// # Errors
-///
-/// [`Error::Cache`] if the folder has a damaged cache or one of other pictures; [`Error::Write`].
-pub(super) fn packed(
-    per_pack: usize,
-    folder: &Path,
-    name: &str,
-    pictures: &[&Stored],
+/// A cache of the pictures of a data set.
+pub(super) struct Cache {
+    folder: PathBuf,
+    /// The length to which the shorter sides are shrunk.
     side: usize,
-    source: &str,
-    pool: &ThreadPool,
-    on_event: &mut dyn FnMut(Event),
-) -> Result<Vec<Packed>> {
-    let mut all = Vec::with_capacity(pictures.len());
-    // This removes files of an interrupted run. It fails if the folder does not exist yet.
-    whole_file::sweep(folder).ok();
-    for (number, part) in pictures.chunks(per_pack).enumerate() {
-        let path = |ending: &str| folder.join(format!("{name}-{number:05}.{ending}"));
-        let (pack, index) = (path("rgb"), path("json"));
-        let kept = match Index::read(&index, &pack, source, part.len())? {
-            Some(index) => index.pictures,
-            None => {
-                let folder = folder.display().to_string();
-                on_event(Event::Shrinking {
-                    folder,
-                    split: name.into(),
-                    done: all.len(),
-                    total: pictures.len(),
-                });
-                let kept = write(&pack, part, side, pool)?;
-                let bytes = kept.iter().map(Kept::size).sum();
-                Index { format: FORMAT, source: source.into(), bytes, pictures: kept.clone() }
-                    .write(&index)?;
-                kept
-            }
+    /// The number of pictures in a pack.
+    per_pack: usize,
+    /// The fingerprint of the pictures of all splits.
+    source: String,
+    pictures: Arc<[Vec<Item>; 2]>,
+    /// The position of every picture, once all packs are there.
+    packed: OnceLock<Vec<Packed>>,
+    /// Is held while packs are made, so that no other thread makes them too.
+    making: Mutex<()>,
+}
+
+/// The paths and the pictures of a pack.
+struct Pack<'a> {
+    pack: PathBuf,
+    index: PathBuf,
+    split: &'static str,
+    items: &'a [Item],
+    /// The number of the split's pictures in the packs before this one.
+    before: usize,
+    /// The number of pictures in the split.
+    of: usize,
+}
+
+impl Cache {
+    /// Opens the cache in `folder`, as far as it exists, and writes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Cache`] if the folder has a damaged cache or one of other pictures.
+    pub fn open(
+        folder: &Path,
+        side: usize,
+        per_pack: usize,
+        source: String,
+        pictures: &Arc<[Vec<Item>; 2]>,
+    ) -> Result<Cache> {
+        let cache = Cache {
+            folder: folder.into(),
+            side,
+            per_pack,
+            source,
+            pictures: Arc::clone(pictures),
+            packed: OnceLock::new(),
+            making: Mutex::default(),
         };
-        let (pack, mut offset): (Arc<Path>, u64) = (pack.into(), 0);
-        for kept in kept {
-            let size = kept.size();
-            all.push(Packed { pack: Arc::clone(&pack), offset, kept });
-            offset += size;
-        }
+        // Every index is checked, also those after a pack that is missing.
+        cache.packs().try_for_each(|pack| cache.index(&pack).map(drop))?;
+        Ok(cache)
     }
-    Ok(all)
+
+    /// Returns the positions of the pictures, of all splits one after the other. Makes the packs
+    /// that are missing.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Cache::open`], and [`Error::Write`].
+    pub fn packed(&self, pool: &ThreadPool, on_event: &mut dyn FnMut(Event)) -> Result<&[Packed]> {
+        let _making = match self.packed.get() {
+            Some(packed) => return Ok(packed),
+            None => self.making.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        if let Some(packed) = self.packed.get() {
+            return Ok(packed);
+        }
+        // This removes files of an interrupted run. It fails if the folder does not exist yet.
+        whole_file::sweep(&self.folder).ok();
+        let mut all = Vec::new();
+        for pack in self.packs() {
+            let kept = match self.index(&pack)? {
+                Some(index) => index.pictures,
+                None => self.make(&pack, pool, on_event)?,
+            };
+            let (file, mut offset): (Arc<Path>, u64) = (pack.pack.into(), 0);
+            for kept in kept {
+                let size = kept.size();
+                all.push(Packed { pack: Arc::clone(&file), offset, kept });
+                offset += size;
+            }
+        }
+        Ok(self.packed.get_or_init(|| all))
+    }
+
+    fn packs(&self) -> impl Iterator<Item = Pack<'_>> {
+        self.pictures.iter().zip(SPLITS).flat_map(move |(items, split)| {
+            items.chunks(self.per_pack).enumerate().map(move |(number, part)| {
+                let path = |ending: &str| self.folder.join(format!("{split}-{number:05}.{ending}"));
+                Pack {
+                    pack: path("rgb"),
+                    index: path("json"),
+                    split,
+                    items: part,
+                    before: number * self.per_pack,
+                    of: items.len(),
+                }
+            })
+        })
+    }
+
+    /// Returns the index of a pack; `None` if the pack must still be made.
+    fn index(&self, pack: &Pack) -> Result<Option<Index>> {
+        Index::read(&pack.index, &pack.pack, &self.source, pack.items.len())
+    }
+
+    fn make(&self, pack: &Pack, pool: &ThreadPool, on_event: &mut dyn FnMut(Event)) -> Result<Vec<Kept>> {
+        on_event(Event::Shrinking {
+            folder: self.folder.display().to_string(),
+            split: pack.split.into(),
+            done: pack.before,
+            total: pack.of,
+        });
+        let kept = write(&pack.pack, pack.items, self.side, pool)?;
+        let bytes = kept.iter().map(Kept::size).sum();
+        let index = Index { format: FORMAT, source: self.source.clone(), bytes, pictures: kept.clone() };
+        index.write(&pack.index)?;
+        Ok(kept)
+    }
 }
 
 /// Returns whether an error of reading is about the file, which is not a regular one or shorter
@@ -177,20 +252,20 @@ fn is_of_the_file(error: &io::Error) -> bool {
 }
 
 /// Decodes and shrinks pictures into a pack, which is written atomically.
-fn write(pack: &Path, pictures: &[&Stored], side: usize, pool: &ThreadPool) -> Result<Vec<Kept>> {
-    let mut all = Vec::with_capacity(pictures.len());
+fn write(pack: &Path, items: &[Item], side: usize, pool: &ThreadPool) -> Result<Vec<Kept>> {
+    let mut all = Vec::with_capacity(items.len());
     whole_file::replace(
         pack,
         |error| Error::write(pack)(error),
         |temporary| {
             let mut file = BufWriter::new(File::create(temporary).map_err(Error::write(pack))?);
-            for part in pictures.chunks(AT_ONCE) {
+            for part in items.chunks(AT_ONCE) {
                 let made: Vec<Result<Result<Picture, String>>> = pool.install(|| {
-                    let make = |scaler: &mut Scaler, stored: &&Stored| -> Result<Result<Picture, String>> {
-                        match stored.read() {
+                    let make = |scaler: &mut Scaler, item: &Item| -> Result<Result<Picture, String>> {
+                        match item.stored.read() {
                             // A disk or a network that fails says nothing about the picture.
                             Err(error) if !is_of_the_file(&error) => {
-                                Err(Error::io(stored.to_string())(error))
+                                Err(Error::io(item.stored.to_string())(error))
                             }
                             read => Ok(decode(read).and_then(|picture| shrink(picture, side, scaler))),
                         }
@@ -293,6 +368,28 @@ mod tests {
         collect(data.train_batches(4, FLIP, 1, 0))
     }
 
+    /// Makes the cache; returns the splits that were made.
+    fn make(data: &ImageNet) -> Vec<String> {
+        let mut made = Vec::new();
+        let mut note = |event| match event {
+            Event::Shrinking { split, done: 0, .. } => made.push(split),
+            other => panic!("{other}"),
+        };
+        data.prepare(&mut note).unwrap();
+        made
+    }
+
+    #[test]
+    fn a_cache_is_made_when_it_is_needed() {
+        let (folder, options) = source();
+        let data = open(folder.path(), &options).unwrap();
+        let held = data.hold_out(4, 0).unwrap();
+        assert!(!folder.path().join("cache").exists(), "loading wrote something");
+        assert_eq!(make(&held), SPLITS);
+        assert!(make(&data).is_empty());
+        assert!(make(&open(folder.path(), &options).unwrap()).is_empty());
+    }
+
     fn refused(folder: &Path, options: &Options) -> String {
         let error = open(folder, options).unwrap_err();
         assert!(matches!(error, Error::Cache { .. }), "{error}");
@@ -387,7 +484,7 @@ mod tests {
     fn the_cache_of_other_pictures_is_refused() {
         let (folder, options) = source();
         let folder = folder.path();
-        open(folder, &options).unwrap();
+        make(&open(folder, &options).unwrap());
         let changed = folder.join("val/n01443537/high.png");
         let contents = fs::read(&changed).unwrap();
         let check = || {
@@ -401,6 +498,13 @@ mod tests {
         check();
         fs::remove_file(&changed).unwrap();
         check();
+        // Whatever is missing, nothing is written beside the index of other pictures.
+        let packs = ["rgb", "json"].map(|ending| folder.join(format!("cache/training-00000.{ending}")));
+        let kept = packs.each_ref().map(|path| fs::read(path).unwrap());
+        packs.iter().for_each(|path| fs::remove_file(path).unwrap());
+        check();
+        assert_eq!(fs::read_dir(folder.join("cache")).unwrap().count(), 2);
+        packs.iter().zip(kept).for_each(|(path, contents)| fs::write(path, contents).unwrap());
         fs::write(&changed, contents).unwrap();
         open(folder, &options).unwrap();
         refused(folder, &Options { resize: 21, ..options.clone() });
@@ -412,18 +516,22 @@ mod tests {
     fn making_a_cache_is_gone_on_with() {
         let (folder, options) = source();
         let data = open(folder.path(), &Options { cache: None, ..options }).unwrap();
-        let pictures: Vec<&Stored> = data.0.splits[TRAIN].iter().map(|item| &item.stored).collect();
-        assert_eq!(pictures.len(), 10);
+        assert_eq!(data.train_images(), 10);
         let cache = folder.path().join("cache");
         let mut done = Vec::new();
         let mut make = |killed_at: usize| {
             done.clear();
             let made = catch_unwind(AssertUnwindSafe(|| {
-                packed(3, &cache, "training", &pictures, 20, "a fingerprint", &data.0.pool, &mut |event| {
-                    let Event::Shrinking { done: before, total: 10, .. } = event else { panic!("{event}") };
-                    done.push(before);
-                    assert!(before < killed_at, "killed");
-                })
+                let cache = Cache::open(&cache, 20, 3, "a fingerprint".into(), &data.0.splits).unwrap();
+                let mut note = |event| match event {
+                    Event::Shrinking { split, done: before, .. } if split == SPLITS[TRAIN] => {
+                        done.push(before);
+                        assert!(before < killed_at, "killed");
+                    }
+                    Event::Shrinking { .. } => {}
+                    other => panic!("{other}"),
+                };
+                cache.packed(&data.0.common.pool, &mut note).map(<[Packed]>::to_vec)
             }));
             (made.map(|made| made.unwrap()).ok(), done.clone())
         };
@@ -437,8 +545,8 @@ mod tests {
             packed.unwrap().iter().map(|packed| packed.read().unwrap()).collect::<Vec<_>>()
         };
         let (made, again) = (read(made), read(again));
-        assert!(made == again && made.iter().filter(|made| made.is_ok()).count() == 9);
-        // There are four packs with their indices and no other files.
-        assert_eq!(fs::read_dir(&cache).unwrap().count(), 8);
+        assert!(made == again && made[..10].iter().filter(|made| made.is_ok()).count() == 9);
+        // There are four packs of the one split and two of the other, their indices, no other files.
+        assert_eq!((made.len(), fs::read_dir(&cache).unwrap().count()), (16, 12));
     }
 }

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::text::counted;
 
 /// The names of ImageNet-1000's classes, sorted. Line `i`, counted from 0, is class `i`.
 const OFFICIAL: &str = include_str!("wnids.txt");
@@ -62,10 +63,9 @@ impl Classes {
         rows.sort();
         if let Some((i, (number, name))) = rows.iter().enumerate().find(|(i, (number, _))| i != number) {
             return Err(wrong(format!(
-                "its {} classes must have the numbers 0 to {}, each once, but {name} has {number} where {i} \
-                 was expected",
-                rows.len(),
-                rows.len() - 1
+                "{name} has the number {number} where {i} was expected: the {} must have the numbers from 0 on, \
+                 each once",
+                counted(rows.len(), "class")
             )));
         }
         let n = rows.len();
@@ -73,11 +73,17 @@ impl Classes {
         match classes.numbers.len() == n && (1..=usize::from(u16::MAX)).contains(&n) {
             true => Ok(classes),
             false => Err(wrong(format!(
-                "it has {n} rows with {} different names; expected 1 to {} classes, each once",
-                classes.numbers.len(),
+                "it has {} with {}; expected 1 to {} classes, each once",
+                counted(n, "row"),
+                counted(classes.numbers.len(), "different name"),
                 u16::MAX
             ))),
         }
+    }
+
+    /// Returns whether these are the official classes in their usual order.
+    pub fn are_official(&self) -> bool {
+        self.names.iter().map(String::as_str).eq(OFFICIAL.lines())
     }
 
     /// Returns the number of classes.
@@ -177,7 +183,7 @@ mod tests {
     #[test]
     fn the_official_classes_are_a_thousand_in_sorted_order() {
         let classes = Classes::official();
-        assert_eq!(classes.len(), 1000);
+        assert!(classes.are_official() && classes.len() == 1000);
         assert!(classes.names.is_sorted() && classes.numbers.len() == 1000);
         assert!(classes.names.iter().all(|name| name.len() == 9 && name.starts_with('n')));
         // Tench, Chihuahua and toilet paper have these indices in many published networks.
@@ -195,6 +201,7 @@ mod tests {
     fn other_names_are_numbered_in_their_order() {
         let classes = Classes::ordered(["dog", "cat"].map(String::from).to_vec()).unwrap();
         assert_eq!((classes.len(), classes.number("cat"), classes.number("dog")), (2, Some(1), Some(0)));
+        assert!(!classes.are_official());
     }
 
     #[test]
@@ -211,9 +218,9 @@ mod tests {
             let error = read(text).unwrap_err().to_string();
             assert!(error.contains(expected) && error.contains(FILE), "{error}");
         };
-        refused("0\tn01\n2\tn02\n", "n02 has 2 where 1 was expected");
-        refused("0\tn01\n0\tn02\n", "n02 has 0 where 1 was expected");
-        refused("0\tn01\n1\tn01\n", "2 rows with 1 different names");
+        refused("0\tn01\n2\tn02\n", "n02 has the number 2 where 1 was expected");
+        refused("0\tn01\n0\tn02\n", "n02 has the number 0 where 1 was expected");
+        refused("0\tn01\n1\tn01\n", "2 rows with 1 different name;");
         refused("index\twnid\n", "0 rows");
         refused("0\tn01\n1 n02\n", "line 2 is \"1 n02\"");
     }

@@ -365,7 +365,7 @@ fn subsets_are_the_first_of_their_classes() {
     check(&|options| options.train_limit = Some(Limit::Total(4)), &[0, 0, 1, 999], &[0, 1, 999]);
     check(&|options| options.train_limit = Some(Limit::PerClass(9)), &[0, 0, 1, 1, 999, 999], &[0, 1, 999]);
     let data = check(&|options| options.train_limit = Some(Limit::PerClass(1)), &[0, 1, 999], &[0, 1, 999]);
-    assert!(data.source().ends_with("; limited to 1/class"), "{}", data.source());
+    assert!(data.source().ends_with("; limited to 1 training image a class"), "{}", data.source());
     let names: Vec<&str> = data.0.splits[TRAIN].iter().map(|item| item.stored.file_name()).collect();
     assert_eq!(names, ["n01440764_6.JPEG", "n01443537_6.JPEG", "n15075141_6.JPEG"]);
 
@@ -377,7 +377,7 @@ fn subsets_are_the_first_of_their_classes() {
     assert!(names(&held).is_subset(&names(&all)) && names(&held).len() == 6);
     assert_eq!(held.fingerprint(), all.hold_out(3, 5).unwrap().fingerprint());
     for n in [0, 6] {
-        assert!(all.hold_out(n, 0).unwrap_err().to_string().contains("choose 1..=5"));
+        assert!(all.hold_out(n, 0).unwrap_err().to_string().contains("expected hold_out from 1 to 5"));
     }
     let error =
         open(dir.path(), &Options { classes: Some(ClassChoice::First(1001)), ..small() }).unwrap_err();
@@ -401,6 +401,45 @@ fn classes_may_be_called_as_splits() {
     assert_eq!((data.classes(), data.train_images(), data.test_images()), (2, 4, 4));
     assert_eq!(collect(data.test_batches(4)).0, [0, 0, 1, 1]);
     assert_eq!(data.hold_out(2, 0).unwrap().name(), "imagenet_holdout_part");
+}
+
+/// A network would be trained without a class of which there are no training pictures.
+#[test]
+fn classes_without_pictures_are_named() {
+    let said = |train: &[&str], val: &[&str], options: &Options| {
+        let dir = tempfile::tempdir().unwrap();
+        for (split, classes) in [("train", train), ("val", val)] {
+            let place = dir.path().join(split);
+            classes
+                .iter()
+                .for_each(|class| write(&place.join(class).join("1.jpg"), &jpeg_of(&scene(30, 30, 0))));
+        }
+        let mut told = Vec::new();
+        let folder = DataSource::Folder(dir.path().into());
+        let data = load(&folder, options, &mut |event| told.push(event.to_string())).unwrap();
+        assert_eq!(data.title(), format!("pictures in {}", data.source()));
+        let held = data.hold_out(1, 0).map(|held| held.prepare(&mut |_| {}).is_ok());
+        let prepared = data.prepare(&mut |_| {}).map_err(|error| error.to_string());
+        // Held out images stand in for missing test images, not for a class.
+        assert!(
+            val.is_empty() || held.is_ok_and(|held| held == prepared.is_ok()) || data.train_images() == 1
+        );
+        (told.into_iter().filter(|line| !line.starts_with("looking")).collect::<String>(), prepared)
+    };
+    assert_eq!(said(&["cat", "dog"], &["cat", "dog"], &small()), (String::new(), Ok(())));
+    let error = said(&["dog", "newt"], &["cat", "dog", "newt"], &small()).1.unwrap_err();
+    assert!(error.contains("no training images of class cat in") && error.contains("train/cat/*"), "{error}");
+    let error = said(&["a"], &["a", "b", "c", "d", "e"], &small()).1.unwrap_err();
+    assert!(error.contains("classes b, c, d and 1 more"), "{error}");
+    let (told, prepared) = said(&["cat", "dog", "newt"], &["dog"], &small());
+    assert!(told.contains("nothing about classes cat, newt") && prepared.is_ok(), "{told}");
+    // Classes that are not taken need no pictures, and taken ones keep theirs if there is a limit.
+    let dogs = Options { classes: "dog".parse().ok(), ..small() };
+    assert!(said(&["dog"], &["cat", "dog"], &dogs).1.is_ok());
+    let one = Options { train_limit: Some(Limit::Total(1)), ..small() };
+    assert!(said(&["cat", "dog"], &["cat", "dog"], &one).1.is_ok());
+    let error = said(&["cat", "dog"], &[], &small()).1.unwrap_err();
+    assert!(error.contains("no test images") && error.contains("val/CLASS/*"), "{error}");
 }
 
 #[test]
@@ -508,7 +547,11 @@ fn a_folder_without_data_is_named() {
     let data = open(dir.path(), &small()).unwrap();
     assert_eq!(collect(data.test_batches(5)).0, [3]);
     let error = data.train_batches(5, FLIP, 0, 0).next().unwrap().unwrap_err().to_string();
-    assert!(error.ends_with("has no training images"), "{error}");
+    assert!(
+        error.starts_with("there are no training images in ") && error.ends_with("train/CLASS/*"),
+        "{error}"
+    );
+    assert_eq!(data.prepare(&mut |_| {}).unwrap_err().to_string(), error);
     let error = load(&DataSource::Synthetic, &small(), &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("no synthetic stand-in"), "{error}");
 }
