@@ -137,7 +137,8 @@ pub(crate) fn publish(picks: &[Pick], session: &Session) -> Result<String> {
         .map(|row| vec![row.file.clone(), mebibytes(row.bytes), format!("{:.2}", row.top1_percent)]);
     let mut said = text::table(&["network", "MiB", "top-1 %"], &lines.collect::<Vec<_>>());
     let all = rows.iter().map(|row| row.bytes).sum();
-    said += &format!("{} networks, {} MiB. Written to {}.", rows.len(), mebibytes(all), folder.display());
+    let count = report::counted(rows.len(), "network");
+    said += &format!("{count}, {} MiB. Written to {}.", mebibytes(all), folder.display());
     Ok(said)
 }
 

@@ -171,9 +171,9 @@ impl Session {
         let place = self.folder(results::PUBLISHED);
         if let Some(folder) = Folder::read(&place)? {
             self.display.line(&format!(
-                "{} networks are published in {}",
-                folder.rows().len(),
-                place.display()
+                "published in {}: {}",
+                place.display(),
+                report::counted(folder.rows().len(), "network")
             ));
             self.published = folder.outcomes()?;
             self.machine.store = self.machine.store.clone().beside(folder.published()?);
@@ -382,8 +382,10 @@ impl Session {
         if let Some(first) = skipped.first() {
             let count = skipped.len();
             self.display.line(&format!(
-                "{count} images could not be used and were left out, the first being {} ({})",
-                first.file, first.why
+                "{} could not be used, the first being {} ({})",
+                report::counted(count, "image"),
+                first.file,
+                first.why
             ));
         }
     }

@@ -276,9 +276,10 @@ impl Table {
         let lost = lost(&report::read_csv(&file)?, kept);
         if lost > 0 {
             bail!(
-                "{} holds {lost} rows {which}, which this run would drop: {advice}name another folder with --out, or \
-                 move that one away",
-                folder.display()
+                "{} holds {} {which}, which this run would drop: {advice}name another folder with --out, or move that \
+                 one away",
+                folder.display(),
+                report::counted(lost, "row")
             );
         }
         Ok(())
@@ -471,22 +472,22 @@ fn notes(outcomes: &[&Outcome]) -> Vec<String> {
         ));
     }
     for outcome in outcomes {
-        let report = outcome.report.clone().and_then(|r| serde_json::from_value::<pfq::Report>(r).ok());
-        if let Some(report) = report {
-            let sum = |f: fn(&pfq::LayerReport) -> usize| report.layers.iter().map(f).sum::<usize>();
+        let pruning = outcome.report.clone().and_then(|r| serde_json::from_value::<pfq::Report>(r).ok());
+        if let Some(pruning) = pruning {
+            let sum = |f: fn(&pfq::LayerReport) -> usize| pruning.layers.iter().map(f).sum::<usize>();
             notes.push(format!(
-                "{} (stage {}): {} of {} filters have a running variance below τ = {}; {} filters removed, \
+                "{} (stage {}): {} of {} filters have a running variance below τ = {}; {} removed, \
                  weights {} → {}, MACs {:.2} M → {:.2} M, top-1 right after it {:.2} %.",
                 outcome.label,
                 outcome.key,
                 sum(|l| l.low),
                 sum(|l| l.filters),
-                report::shortest(report.threshold),
-                sum(|l| l.removed),
-                report.weights_before,
-                report.weights_after,
-                report.macs_before as f64 / 1e6,
-                report.macs_after as f64 / 1e6,
+                report::shortest(pruning.threshold),
+                report::counted(sum(|l| l.removed), "filter"),
+                pruning.weights_before,
+                pruning.weights_after,
+                pruning.macs_before as f64 / 1e6,
+                pruning.macs_after as f64 / 1e6,
                 outcome.evaluation.top1_percent,
             ));
         }

@@ -294,6 +294,7 @@ fn figures_of_real_data_stay() {
     assert!(place.table3(&flags).status.success(), "rows on synthetic data are replaced");
     assert!(place.rows().iter().all(|row| !report::is_synthetic(&row.dataset)));
     std::fs::remove_dir_all(place.path("pictures/val")).unwrap();
+    let flags = [&flags[..], &["--out", "elsewhere"]].concat();
     place.check_refused(&flags, &["no test images", "val/CLASS/*"]);
 }
 

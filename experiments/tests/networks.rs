@@ -247,7 +247,7 @@ fn a_table_is_drawn_and_a_stage_repeated_without_pre_training() {
     assert!(lines == 7 && plan.contains("7 of 7 stages done"), "{plan}");
 
     let said = place.run(&flags);
-    assert!(said.contains("4 networks are published in results/networks/tiny"), "{said}");
+    assert!(said.contains("published in results/networks/tiny: 4 networks"), "{said}");
     assert_eq!(place.stages(), 0, "{said}");
     for file in ["table3.csv", "profile.toml"] {
         let read =

@@ -395,9 +395,14 @@ pub fn shortest(value: f64) -> String {
     if scientific.len() < plain.len() { scientific } else { plain }
 }
 
-/// Returns a count with its noun, as "1 row" or "2 rows".
-pub(crate) fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+/// Returns a count with its noun, as "1 row", "2 rows" or "3 classes".
+pub fn counted(count: usize, noun: &str) -> String {
+    let ending = match (count, noun.ends_with('s')) {
+        (1, _) => "",
+        (_, true) => "es",
+        (_, false) => "s",
+    };
+    format!("{count} {noun}{ending}")
 }
 
 pub(crate) fn list(lines: &[String]) -> String {

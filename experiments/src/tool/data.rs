@@ -1,6 +1,5 @@
 //! Images for the tool's commands.
 
-use super::text::counted;
 use crate::profile::DataSettings;
 use crate::progress::Display;
 use crate::session;
@@ -83,7 +82,7 @@ pub(super) fn load(wanted: Wanted, network: &Network) -> Result<Box<dyn Dataset>
     if network.classes() != data.classes() {
         bail!(
             "the network tells {} apart, but there are {} ({})",
-            counted(network.classes(), "class"),
+            report::counted(network.classes(), "class"),
             data.classes(),
             data.title()
         );

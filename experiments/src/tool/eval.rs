@@ -1,6 +1,5 @@
 use super::data::{self, Wanted};
 use super::network::NetworkFile;
-use super::text::counted;
 use super::values;
 use crate::progress::duration;
 use crate::published::PublishedFile;
@@ -92,7 +91,7 @@ impl Eval {
         text += &format!(
             "{}: {} in {}\n{said}",
             data.title(),
-            counted(data.test_images() - skipped.len(), "test image"),
+            report::counted(data.test_images() - skipped.len(), "test image"),
             duration(started.elapsed().as_secs_f64()),
         );
         Ok(text)

@@ -1,6 +1,6 @@
 //! The network that a command works on.
 
-use super::text::{counted, millions};
+use super::text::millions;
 use super::values;
 use crate::output;
 use anyhow::{Result, anyhow, bail};
@@ -122,7 +122,7 @@ impl NetworkFile {
         let line = format!(
             "{}: {what}; {}, {height}×{width} images, {} M MACs, {} M weights\n",
             self.file.display(),
-            counted(network.classes(), "class"),
+            report::counted(network.classes(), "class"),
             millions(network.macs()),
             millions(network.weights()),
         );

@@ -1,5 +1,5 @@
 use super::network::NetworkFile;
-use super::text::{counted, millions, table};
+use super::text::{millions, table};
 use super::values;
 use anyhow::Result;
 use clap::Args;
@@ -62,7 +62,7 @@ fn described(report: &Report, epsilon: f64) -> String {
         sum(|l| l.low),
         sum(|l| l.filters),
         report::shortest(report.threshold),
-        counted(sum(|l| l.removed), "filter")
+        report::counted(sum(|l| l.removed), "filter")
     );
     if report.threshold > epsilon {
         text += &format!(
@@ -76,7 +76,7 @@ fn described(report: &Report, epsilon: f64) -> String {
     ];
     for (channels, why) in kept.into_iter().filter(|(channels, _)| *channels > 0) {
         let are = if channels == 1 { "is" } else { "are" };
-        text += &format!("{} {are} kept though {why}\n", counted(channels, "channel"));
+        text += &format!("{} {are} kept though {why}\n", report::counted(channels, "channel"));
     }
     text + &format!(
         "weights {} → {} M, {:.2} % pruned\nMACs {} → {} M\n",

@@ -1,6 +1,6 @@
 use super::conversion::{Conversion, precision};
 use super::data::{self, Wanted};
-use super::text::{counted, short, table};
+use super::text::{short, table};
 use super::values;
 use anyhow::{Result, bail};
 use baselines::{Cap, Dfq, DfqReport};
@@ -93,7 +93,7 @@ impl Quantize {
         let written = self.conversion.save(&quantized, &extras)?;
         text += &described(&report);
         if let Some(images) = seen {
-            text += &format!("ranges of activations from {}\n", counted(images, "training image"));
+            text += &format!("ranges of activations from {}\n", report::counted(images, "training image"));
         }
         Ok(text + &written)
     }
@@ -147,7 +147,7 @@ fn described(report: &DfqReport) -> String {
         })
         .collect();
     let mut text = table(&["layer", "folded weights", "equalized", "absorbed", "correction"], &rows);
-    text += &format!("equalized in {}\n", counted(report.sweeps, "sweep"));
+    text += &format!("equalized in {}\n", report::counted(report.sweeps, "sweep"));
     text
 }
 

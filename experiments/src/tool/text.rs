@@ -24,16 +24,6 @@ pub(crate) fn millions(count: u64) -> String {
     format!("{:.2}", count as f64 / 1e6)
 }
 
-/// Formats a count and its noun: `1 class`, `2 classes`.
-pub(crate) fn counted(n: usize, noun: &str) -> String {
-    let ending = match (n, noun.ends_with('s')) {
-        (1, _) => "",
-        (_, true) => "es",
-        (_, false) => "s",
-    };
-    format!("{n} {noun}{ending}")
-}
-
 /// Formats a number with three decimals or, if these would hide it or be many digits, in scientific
 /// notation.
 pub(crate) fn short(value: f32) -> String {
@@ -58,6 +48,5 @@ mod tests {
     fn small_numbers_keep_their_digits() {
         let shown = [0.0, -0.000_412_3, 0.001, -12.345_6, 20_000.0].map(short);
         assert_eq!(shown, ["0.000", "-4.12e-4", "0.001", "-12.346", "2.00e4"]);
-        assert_eq!([1, 2].map(|n| counted(n, "class")), ["1 class", "2 classes"]);
     }
 }

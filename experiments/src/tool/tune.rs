@@ -1,6 +1,6 @@
 use super::conversion::Conversion;
 use super::data::{self, Wanted};
-use super::text::{counted, millions, table};
+use super::text::{millions, table};
 use super::values;
 use crate::flags::{Running, TIME_LIMIT};
 use crate::profile::{Profile, check_padding};
@@ -209,7 +209,7 @@ fn report(outcomes: &[Outcome], tuned: &Network) -> String {
             last.evaluation.top1_percent,
             report::pruned_percent(first.macs, last.macs),
             report::pruned_percent(first.weights, last.weights),
-            counted(tuned.classes(), "class")
+            report::counted(tuned.classes(), "class")
         );
     }
     text

@@ -1,5 +1,5 @@
 use super::network::NetworkFile;
-use super::text::{counted, short, table};
+use super::text::{short, table};
 use super::values;
 use anyhow::{Result, bail};
 use clap::Args;
@@ -82,7 +82,7 @@ impl Variance {
             let file = self.network.file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
             let caption = Caption {
                 title: format!("Running variances of {file}"),
-                subtitle: format!("{}, {}", network.name, counted(network.classes(), "class")),
+                subtitle: format!("{}, {}", network.name, report::counted(network.classes(), "class")),
                 threshold,
             };
             histogram::plot_variances(&layers, &caption, svg, png)?;

@@ -1,4 +1,3 @@
-use super::text::counted;
 use crate::process::one_line;
 use crate::profile::Profile;
 use crate::progress::Display;
@@ -97,7 +96,7 @@ impl Verify {
             let name = folder.file_name().unwrap_or_default().to_string_lossy();
             match finding {
                 Finding::Whole(outcome) => {
-                    let files = counted(outcome.files.len() + 1, "file");
+                    let files = report::counted(outcome.files.len() + 1, "file");
                     report.stage(&outcome, &folder, data.as_deref(), files);
                 }
                 Finding::Unhashed(outcome) => {
@@ -119,7 +118,7 @@ impl Verify {
             bail!("{wrong} of {checked} are wrong");
         }
         let again = match data {
-            Some(_) => format!("; {evaluated} of {} evaluated again", counted(outcomes, "network")),
+            Some(_) => format!("; {evaluated} of {} evaluated again", report::counted(outcomes, "network")),
             None => String::new(),
         };
         Ok(format!("{text}{checked} checked, nothing wrong{again}\n"))
@@ -189,8 +188,8 @@ fn check_results(folder: &Path) -> Result<String> {
         networks.published()?;
         return Ok(format!(
             "{}; {}",
-            counted(stages.files.len() + 1, "file"),
-            counted(count, "published network")
+            report::counted(stages.files.len() + 1, "file"),
+            report::counted(count, "published network")
         ));
     }
     if let Some(path) = table(folder)? {
@@ -200,8 +199,8 @@ fn check_results(folder: &Path) -> Result<String> {
     }
     let files = match stages.files.len() {
         0 => "no hashes, because an older version wrote it".into(),
-        files => counted(files + 1, "file"),
+        files => report::counted(files + 1, "file"),
     };
-    let (rows, stages) = (counted(rows, "row"), counted(stages.records.len(), "stage"));
+    let (rows, stages) = (report::counted(rows, "row"), report::counted(stages.records.len(), "stage"));
     Ok(format!("{files}; {rows} from {stages}"))
 }
