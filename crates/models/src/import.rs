@@ -4,7 +4,7 @@
 //! needs no description. No tensor tells the strides; they are those for ImageNet unless specified.
 
 use crate::file::STRUCTURE;
-use crate::{Error, HEAD, Input, MobileNet, Network, Norm, Result, Unit, Version, input, pth};
+use crate::{Error, HEAD, Input, MOST_CHANNELS, MobileNet, Network, Norm, Result, Unit, Version, input, pth};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use safetensors::tensor::SafeTensors;
@@ -154,7 +154,7 @@ impl Import {
             return Err(fail(format!("has no {classifier} to tell the number of classes")));
         };
         if classes == 0 {
-            return Err(fail(format!("has no classes ({classifier}): expected at least one")));
+            return Err(fail(format!("has no classes ({classifier}): expected 1 to {MOST_CHANNELS}")));
         }
         let config = MobileNet {
             version,

@@ -137,7 +137,7 @@ fn errors_name_the_tensors() {
         let weight = Tensor::zeros((0, 1280), DType::F32, &Device::Cpu).unwrap();
         t.insert("classifier.weight".into(), weight);
     };
-    check_error(none, default, &["has no classes (classifier.weight)", "at least one"]);
+    check_error(none, default, &["has no classes (classifier.weight)", "expected 1 to 131072"]);
     // Explicit settings are used, and do not fit.
     check_error(
         |_| (),
