@@ -353,6 +353,10 @@ impl Table {
             if !all.contains_key(key) {
                 continue;
             }
+            // Without anything random all seeds are the same row.
+            if rows.iter().any(|row: &Row| row.settings_hash == key && row.method == planned.method) {
+                continue;
+            }
             let lineage = match results::line(&planned.stage, data.fingerprint(), &all) {
                 Err(_) if !here.contains_key(key) => continue,
                 lineage => lineage?,

@@ -324,6 +324,23 @@ fn what_is_done_is_drawn_and_said() {
     assert!(!output.status.success() && said(&output).contains("holds no results"), "{}", said(&output));
 }
 
+/// Figures of several seeds that are the same run would have no spread.
+#[test]
+fn a_method_without_anything_random_has_one_row() {
+    let place = Place::new();
+    let mut ablation = Command::new(env!("CARGO_BIN_EXE_ablation"));
+    ablation.current_dir(place.root()).args(["--config", "tiny.toml", "--data", "synthetic"]);
+    let output = ablation
+        .args(["--device", "cpu", "--only", "ablation_dfq_alone,mobilenet_v2", "--seeds", "0,1"])
+        .output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let file = place.path("results/ablation_dfq_alone/tiny/ablation_dfq_alone.csv");
+    let rows = report::read_csv(&file).unwrap();
+    let methods: std::collections::BTreeSet<&str> = rows.iter().map(|row| row.method.as_str()).collect();
+    assert!(rows.len() == methods.len() && rows.iter().all(|row| row.seed == 0), "{rows:?}");
+}
+
 /// If the results can't be written, this is noticed before hours of training.
 #[test]
 fn results_that_cannot_be_written_are_noticed_first() {
