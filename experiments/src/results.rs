@@ -40,7 +40,9 @@ pub(crate) fn outcomes(place: &Path) -> Result<Vec<Outcome>> {
     let path = place.join(STAGES);
     let read = || -> Result<Vec<Outcome>> {
         let mut value: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-        let stages: Vec<Value> = serde_json::from_value(value["stages"].take())?;
+        // Older versions wrote a plain list.
+        let stages = value.get_mut("stages").map(Value::take).unwrap_or(value);
+        let stages: Vec<Value> = serde_json::from_value(stages)?;
         stages.into_iter().map(|stage| Outcome::of_results(stage).map_err(anyhow::Error::msg)).collect()
     };
     read().with_context(|| path.display().to_string())

@@ -226,6 +226,13 @@ fn results_of_older_versions_are_verified_by_their_rows() {
             && text.contains("nothing wrong"),
         "{text}"
     );
+    // They had a plain list of stages.
+    let place = Place::new();
+    place.run(&["--only", &format!("{ROWS},ours")]);
+    let path = place.path("results/table3/tiny/stages.json");
+    let stages: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    std::fs::write(&path, stages["stages"].to_string()).unwrap();
+    place.run(&["--draw"]);
 }
 
 /// Results on real data are a record. A run that found no data and fell back to synthetic ones
