@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 
 /// The number of bits of the largest multiplier of a sum, without its sign. It has more if the
-/// smallest one would have fewer than [`LEAST_BITS`].
+/// smallest one would have fewer than 16.
 pub const MULTIPLIER_BITS: u32 = 31;
 
 /// The number of bits that the smallest multiplier of a sum has, if there is room for them.
