@@ -208,6 +208,9 @@ pub struct Only {
     tables: Vec<String>,
 }
 
+/// The largest number of names that an error lists.
+const FEW: usize = 12;
+
 impl Only {
     /// Sorts the terms by kind, ignoring case and space around them. An unknown term is an error
     /// that names what is allowed.
@@ -226,13 +229,15 @@ impl Only {
             } else if let Some(bits) = parse_bits(&term.to_ascii_lowercase()) {
                 only.bits.push(bits);
             } else {
-                let tables = match tables {
-                    [_, _, ..] => format!(", or a table ({})", tables.join(", ")),
-                    _ => String::new(),
+                let tables = match tables.len() {
+                    0 | 1 => String::new(),
+                    2..=FEW => format!(", or a table ({})", tables.join(", ")),
+                    _ => ", or a table that --help lists".into(),
                 };
-                let methods = match methods {
-                    [] => String::new(),
-                    _ => format!(", or a method ({})", methods.join(", ")),
+                let methods = match methods.len() {
+                    0 => String::new(),
+                    1..=FEW => format!(", or a method ({})", methods.join(", ")),
+                    _ => ", or a method that --plan names".into(),
                 };
                 bail!(
                     "--only {term} is unknown: expected a model ({}), bits such as a4w4{methods}{tables}",
@@ -353,5 +358,8 @@ mod tests {
             ["resnet", "mobilenet_v2", "ours", "table4"].iter().all(|part| error.contains(part)),
             "{error}"
         );
+        let error = Only::parse(&["resnet".into()], &["mobilenet_v2"], &["ours"; 20], &["table3"; 20]);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("that --plan names, or a table that --help lists"), "{error}");
     }
 }
