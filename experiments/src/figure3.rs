@@ -66,8 +66,8 @@ pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) ->
     }
     let mut figures = Vec::new();
     for (config, stage) in &subjects {
-        let Some(outcome) = session.run(stage)? else { return Ok(Done::InTime) };
-        figures.push(Figure::of(*config, &session.network(stage)?, outcome, session)?);
+        let (outcome, network) = session.produce(stage)?;
+        figures.push(Figure::of(*config, &network, outcome, session)?);
     }
     let folder = session.folder("figure3");
     let text = write(&figures, session, &folder)?;

@@ -57,8 +57,8 @@ pub fn main() -> Result<()> {
         let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
         let mut found = Vec::new();
         for (config, stage) in subjects {
-            let Some(outcome) = session.run(&stage)? else { return Ok(Done::InTime) };
-            let network = session.network(&stage)?.to_device(&Device::Cpu)?;
+            let (outcome, network) = session.produce(&stage)?;
+            let network = network.to_device(&Device::Cpu)?;
             let rows = measure(&network, &pfq, &on_cpu)?;
             let threshold = session.profile.pfq.threshold.unwrap_or(network.epsilon);
             let filters = filters(&network, threshold)?;

@@ -370,10 +370,15 @@ impl Session {
         Ok(self.machine.store.network_file(stage, self.data.fingerprint())?)
     }
 
-    /// Returns a stage's network; runs the stage if it has not been run.
-    pub fn network(&mut self, stage: &Stage) -> Result<Network> {
+    /// Returns a stage's outcome and network; runs the stage if it has not been run.
+    pub fn produce(&mut self, stage: &Stage) -> Result<(Outcome, Network)> {
         let (resources, store, display) = self.parts();
-        Ok(store.produce(stage, resources.device, &resources, &mut |event| display.stage(event))?.1)
+        Ok(store.produce(stage, resources.device, &resources, &mut |event| display.stage(event))?)
+    }
+
+    /// Prepares the data, before a stage runs.
+    fn prepare(&mut self) -> Result<()> {
+        Ok(self.data.prepare(&mut |event| self.display.data(&event))?)
     }
 
     /// Tells how many images could not be used.
@@ -425,7 +430,9 @@ impl Session {
                         plan.len()
                     )
                 })?;
-                self.data.prepare(&mut |event| self.display.data(&event))?;
+                if planned.to_do || planned.published {
+                    self.prepare()?;
+                }
                 let Some(outcome) = self.run_here(&planned.stage)? else { return Ok(Some(Done::InTime)) };
                 match self.published.get(key) {
                     Some(published) => output::print(&repeated(&outcome, published)),
@@ -445,7 +452,7 @@ impl Session {
         let plan = self.plan(ends)?;
         let to_do = plan.iter().filter(|planned| planned.to_do).count();
         if to_do > 0 {
-            self.data.prepare(&mut |event| self.display.data(&event))?;
+            self.prepare()?;
             let left = self.time_left(&plan)?;
             self.display.line(&format!("{to_do} of {} stages to run; {left}", plan.len()));
         }
@@ -480,9 +487,8 @@ impl Session {
                 None => match self.epochs_left(planned)? {
                     None => "to do: a few seconds".into(),
                     Some((epochs, work)) => {
-                        let s = if epochs == 1 { "" } else { "s" };
                         let what = match planned.epochs_done {
-                            0 => format!("to do: {epochs} epoch{s}"),
+                            0 => format!("to do: {}", report::counted(epochs, "epoch")),
                             done => format!("begun: {epochs} of {} epochs left", epochs + done),
                         };
                         format!("{what}, about {}", duration(work / speed))

@@ -173,7 +173,7 @@ impl Engine {
         for (index, node) in network.nodes.iter().enumerate() {
             let place = node.name();
             let output = match node.quantizer() {
-                Some(quantizer) => lattice(quantizer, place)?,
+                Some(quantizer) => lattice(quantizer, node)?,
                 None if index == network.last() => Scale::fine(2f64.powi(-(LOGIT_FRACTION as i32))),
                 // An output that only sums read gets a scale relative to the first of these sums.
                 None => {
@@ -184,7 +184,7 @@ impl Engine {
                     let sums: Option<Vec<&Quantizer>> = sums.collect();
                     let first = sums.as_deref().and_then(<[_]>::first).copied();
                     Scale::fine(
-                        lattice(first.ok_or_else(|| float(place))?, place)?.step
+                        lattice(first.ok_or_else(|| float(node))?, node)?.step
                             * 2f64.powi(-(FRACTION as i32)),
                     )
                 }
@@ -214,7 +214,7 @@ impl Engine {
             }
             scales.push(output);
         }
-        let image = image.ok_or_else(|| float(network.nodes[0].name()))?;
+        let image = image.ok_or_else(|| float(&network.nodes[0]))?;
         Ok(Self { input: network.input, image, image_scale: scales[0], steps, shapes })
     }
 
@@ -274,15 +274,15 @@ impl Engine {
 }
 
 /// Returns the scale of an activation quantizer.
-fn lattice(quantizer: &Quantizer, place: &str) -> Result<Scale> {
+fn lattice(quantizer: &Quantizer, node: &Node) -> Result<Scale> {
     let lattice = quantizer.output_lattice()?;
-    lattice.as_ref().map(Scale::of).ok_or_else(|| float(place))
+    lattice.as_ref().map(Scale::of).ok_or_else(|| float(node))
 }
 
 /// Returns the error that the output of a node is not quantized.
-fn float(place: &str) -> Error {
-    let what = if place == "input" { "the image" } else { "the output" };
-    Error::Float { place: place.into(), what }
+fn float(node: &Node) -> Error {
+    let what = if matches!(node, Node::Image(_)) { "the image" } else { "the output" };
+    Error::Float { place: node.name().into(), what }
 }
 
 impl Convolution {

@@ -568,8 +568,9 @@ fn reading() -> Markup {
     html! {
         p {
             "Accuracies are those of the last epoch, never the best epoch’s, on the test set (in ablations, on training "
-            "images that were held out). MACs are the multiply–accumulates of one image. A difference is ours less the paper’s; where † stands, the network, its "
-            "width or the data are not the paper’s, and only the order of the methods can be compared."
+            "images that were held out). MACs are the multiply–accumulates of one image. A difference is ours less the "
+            "paper’s; where † stands, the network, its width or the data are not the paper’s, and only the order of the "
+            "methods can be compared."
         }
         p {
             "A claim is a statement of the paper that can fail. It is about one or more comparisons, each of a network at "

@@ -159,7 +159,7 @@ impl Tune {
         let mut extras = Extras::default();
         let stages: Vec<&str> = outcomes.iter().map(|outcome| outcome.key.as_str()).collect();
         extras.metadata.insert("stages".into(), stages.join(","));
-        let tuned = session.network(&end)?.to_device(&candle_core::Device::Cpu)?;
+        let tuned = session.produce(&end)?.1.to_device(&candle_core::Device::Cpu)?;
         let written = self.conversion.save(&tuned, &extras)?;
         Ok(report(&outcomes, &tuned) + &written)
     }

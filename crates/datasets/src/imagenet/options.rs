@@ -40,8 +40,9 @@ pub struct Options {
     /// The folder of a cache of the decoded pictures, with their shorter sides shrunk to `resize`.
     ///
     /// The cache is made if it does not exist, when pictures are needed: by
-    /// [`Dataset::prepare`](crate::Dataset::prepare), or else with the first batch. `None` reads and decodes the original pictures each
-    /// time. With a cache, evaluation sees the same pixels, and training sees less detail.
+    /// [`Dataset::prepare`](crate::Dataset::prepare), or else with the first batch. `None` reads and
+    /// decodes the original pictures each time. With a cache, evaluation sees the same pixels, and
+    /// training sees less detail.
     pub cache: Option<PathBuf>,
     /// The number of threads that read and decode; `None` is one thread per core.
     pub threads: Option<usize>,
