@@ -342,7 +342,13 @@ impl Frame {
 /// text has a colour that is not defined in this module.
 pub(crate) fn themed(svg: &str) -> Option<String> {
     let family = format!(" font-family=\"{FONT}\"");
-    let said_anyway = [" opacity=\"1\"", " stroke=\"none\"", " text-anchor=\"start\"", family.as_str()];
+    let said_anyway = [
+        " opacity=\"1\"",
+        " stroke=\"none\"",
+        " stroke-width=\"1\"",
+        " text-anchor=\"start\"",
+        family.as_str(),
+    ];
     let svg = said_anyway.iter().fold(svg.to_string(), |svg, attribute| svg.replace(attribute, ""));
     let hex = |RGBColor(red, green, blue)| format!("#{red:02X}{green:02X}{blue:02X}");
     let (white, alarm) = (hex(WHITE), hex(ALARM));
@@ -373,44 +379,78 @@ pub(crate) fn themed(svg: &str) -> Option<String> {
     let mut parts = svg.split('<');
     let before = parts.next()?.to_string();
     let painted = parts.try_fold(before, |whole, part| Some(whole + "<" + &element(part)?))?;
-    Some(with_joined_marks(&painted))
+    Some(with_joined_shapes(&painted))
 }
 
 /// The largest side of a square that marks a point.
 const MARK: u32 = 16;
 
-/// Joins consecutive equal marks of points, of which a scatter plot has thousands, into one path.
-///
-/// The path has a subpath of zero length for each mark, which square line caps draw as a square.
-fn with_joined_marks(svg: &str) -> String {
-    /// Returns the center, the side and the colour of a mark.
-    fn mark(line: &str) -> Option<((u32, u32), u32, &str)> {
-        let (x, rest) = line.strip_prefix("<rect x=\"")?.split_once("\" y=\"")?;
+/// A shape as a part of a path: how the path is painted, and the data of its subpath.
+struct Subpath {
+    paint: String,
+    data: String,
+    /// Whether other marks of points may be painted between this one and the next of its paint.
+    mark: bool,
+}
+
+impl Subpath {
+    /// Returns the shape that a line of the SVG contains, if it is a rectangle or a polyline.
+    fn of(line: &str) -> Option<Self> {
+        let element = line.trim_end().strip_suffix("/>")?;
+        Self::of_rectangle(element).or_else(|| Self::of_polyline(element))
+    }
+
+    fn of_rectangle(element: &str) -> Option<Self> {
+        let (x, rest) = element.strip_prefix("<rect x=\"")?.split_once("\" y=\"")?;
         let (y, rest) = rest.split_once("\" width=\"")?;
         let (width, rest) = rest.split_once("\" height=\"")?;
-        let (height, rest) = rest.split_once("\" fill=\"")?;
-        let colour = rest.trim_end().strip_suffix("\"/>")?;
+        let (height, paint) = rest.split_once("\" ")?;
         let side: u32 = width.parse().ok()?;
-        let middle = |start: &str| Some(start.parse::<u32>().ok()? + side / 2);
-        (width == height && side <= MARK).then_some(((middle(x)?, middle(y)?), side, colour))
+        let colour = paint.strip_prefix("fill=\"").and_then(|colour| colour.strip_suffix('"'));
+        if let Some(colour) = colour.filter(|_| width == height && side <= MARK) {
+            // Square line caps draw a subpath of zero length as a square.
+            let middle = |start: &str| Some(start.parse::<u32>().ok()? + side / 2);
+            let paint = format!("stroke=\"{colour}\" stroke-width=\"{side}\" stroke-linecap=\"square\"");
+            return Some(Self { paint, data: format!("M{} {}h0", middle(x)?, middle(y)?), mark: true });
+        }
+        let data = format!("M{x} {y}h{width}v{height}h-{width}z");
+        Some(Self { paint: paint.to_string(), data, mark: false })
     }
+
+    fn of_polyline(element: &str) -> Option<Self> {
+        let (paint, points) = element.strip_prefix("<polyline ")?.split_once(" points=\"")?;
+        let points = points.trim_end_matches(['"', ' ']).replace(',', " ");
+        Some(Self { paint: paint.to_string(), data: format!("M{points}"), mark: false })
+    }
+}
+
+/// Joins consecutive rectangles and lines that are painted alike into one path.
+///
+/// Marks of points, of which a scatter plot has thousands, also join if marks of other colours are
+/// between them.
+fn with_joined_shapes(svg: &str) -> String {
     let mut joined = String::new();
-    let mut paths: Vec<((u32, &str), String)> = Vec::new();
+    let mut paths: Vec<Subpath> = Vec::new();
+    let finish = |joined: &mut String, paths: &mut Vec<Subpath>| {
+        let path = |Subpath { paint, data, .. }| format!("<path d=\"{data}\" {paint}/>\n");
+        joined.extend(paths.drain(..).map(path));
+    };
     for line in svg.split_inclusive('\n') {
-        if let Some(((x, y), side, colour)) = mark(line) {
-            let dot = format!("M{x} {y}h0");
-            match paths.iter_mut().find(|(alike, _)| *alike == (side, colour)) {
-                Some((_, path)) => path.push_str(&dot),
-                None => paths.push(((side, colour), dot)),
-            }
-        } else {
-            joined.extend(paths.drain(..).map(|((side, colour), path)| {
-                let stroke = format!("stroke=\"{colour}\" stroke-width=\"{side}\" stroke-linecap=\"square\"");
-                format!("<path d=\"{path}\" {stroke}/>\n")
-            }));
+        let Some(shape) = Subpath::of(line) else {
+            finish(&mut joined, &mut paths);
             joined.push_str(line);
+            continue;
+        };
+        // Marks wait beside each other, and everything else alone.
+        if paths.first().is_some_and(|first| !(first.mark && shape.mark) && first.paint != shape.paint) {
+            finish(&mut joined, &mut paths);
+        }
+        match paths.iter_mut().find(|path| path.paint == shape.paint) {
+            Some(path) => path.data.push_str(&shape.data),
+            None => paths.push(shape),
         }
     }
+    finish(&mut joined, &mut paths);
     joined
 }
 
@@ -464,22 +504,52 @@ mod tests {
     }
 
     #[test]
-    fn marks_that_are_painted_alike_become_one_path() {
-        let mark =
-            |x: u32, paint: &str| format!("<rect x=\"{x}\" y=\"2\" width=\"12\" height=\"12\"{paint}/>\n");
-        let (blue, orange) = (" fill=\"#0072B2\"", " fill=\"#E69F00\"");
-        let bar = "<rect x=\"9\" y=\"2\" width=\"12\" height=\"13\" fill=\"#0072B2\"/>\n";
-        let svg =
-            ["<svg>\n", &mark(1, blue), &mark(5, orange), &mark(7, blue), bar, &mark(8, blue), "</svg>"]
-                .concat();
-        let stroke =
-            |colour: &str| format!(" stroke=\"{colour}\" stroke-width=\"12\" stroke-linecap=\"square\"");
-        let (of_blue, of_orange) = (stroke("#0072B2"), stroke("#E69F00"));
-        let expected = format!(
-            "<svg>\n<path d=\"M7 8h0M13 8h0\"{of_blue}/>\n<path d=\"M11 8h0\"{of_orange}/>\n{bar}\
-             <path d=\"M14 8h0\"{of_blue}/>\n</svg>"
+    fn shapes_that_are_painted_alike_become_one_path() {
+        fn check(lines: &[&str], expect: &[&str]) {
+            let svg = |lines: &[&str]| lines.iter().map(|line| format!("{line}\n")).collect::<String>();
+            assert_eq!(with_joined_shapes(&svg(lines)), svg(expect));
+        }
+        const BLUE: &str = "stroke=\"#0072B2\" stroke-width=\"12\" stroke-linecap=\"square\"";
+        const ORANGE: &str = "stroke=\"#E69F00\" stroke-width=\"12\" stroke-linecap=\"square\"";
+        let rectangle = |x: u32, height: u32, paint: &str| {
+            format!("<rect x=\"{x}\" y=\"2\" width=\"12\" height=\"{height}\" {paint}/>")
+        };
+        let (blue, orange, card) = ("fill=\"#0072B2\"", "fill=\"#E69F00\"", "style=\"fill:var(--card)\"");
+        // Marks join across marks of other colours, but not across a bar.
+        let (first, second, third) =
+            (rectangle(1, 12, blue), rectangle(5, 12, orange), rectangle(7, 12, blue));
+        let (bar, last) = (rectangle(9, 13, blue), rectangle(8, 12, blue));
+        let of_blue = format!("<path d=\"M7 8h0M13 8h0\" {BLUE}/>");
+        let of_orange = format!("<path d=\"M11 8h0\" {ORANGE}/>");
+        let (of_bar, of_last) =
+            (format!("<path d=\"M9 2h12v13h-12z\" {blue}/>"), format!("<path d=\"M14 8h0\" {BLUE}/>"));
+        check(
+            &["<svg>", &first, &second, &third, &bar, &last, "</svg>"],
+            &["<svg>", &of_blue, &of_orange, &of_bar, &of_last, "</svg>"],
         );
-        assert_eq!(with_joined_marks(&svg), expected);
+        // Bars and lines join only if nothing is between them.
+        let (left, inside, right) = (rectangle(1, 40, blue), rectangle(2, 30, card), rectangle(20, 40, blue));
+        let of_inside = format!("<path d=\"M2 2h12v30h-12z\" {card}/>");
+        check(
+            &[&left, &inside, &right, &left],
+            &[
+                &format!("<path d=\"M1 2h12v40h-12z\" {blue}/>"),
+                &of_inside,
+                &format!("<path d=\"M20 2h12v40h-12zM1 2h12v40h-12z\" {blue}/>"),
+            ],
+        );
+        let line = |points: &str, width: u32| {
+            format!(
+                "<polyline fill=\"none\" stroke=\"#222222\" stroke-width=\"{width}\" points=\"{points} \"/>"
+            )
+        };
+        let path = |data: &str, width: u32| {
+            format!("<path d=\"{data}\" fill=\"none\" stroke=\"#222222\" stroke-width=\"{width}\"/>")
+        };
+        check(
+            &[&line("1,2 3,4", 6), &line("5,6 7,8 9,9", 6), &line("1,1 2,2", 8), "<circle/>"],
+            &[&path("M1 2 3 4M5 6 7 8 9 9", 6), &path("M1 1 2 2", 8), "<circle/>"],
+        );
     }
 
     #[test]
