@@ -387,8 +387,7 @@ mod tests {
         }
     }
 
-    /// `full` differs from `reduced` only in width, length, decay and arithmetic (and in name and
-    /// seeds).
+    /// `full` differs from `reduced` only in width, length and decay (and in name and seeds).
     #[test]
     fn full_networks_are_trained_as_narrow_ones() {
         let mut full = Profile::named("full").unwrap();
@@ -399,13 +398,12 @@ mod tests {
         full.networks.values_mut().for_each(|network| network.width = 0.25);
         for (purpose, training) in &mut full.training.0 {
             let narrow = reduced.training.get(*purpose).unwrap();
-            assert_eq!(training.arithmetic, train::Arithmetic::Bf16);
             assert_eq!(
                 training.epochs(),
                 if *purpose == Purpose::Pretraining { 40 } else { 5 * narrow.epochs() }
             );
-            let Training { warmup_epochs, cosine_epochs, weight_decay, arithmetic, .. } = narrow;
-            *training = Training { warmup_epochs, cosine_epochs, weight_decay, arithmetic, ..*training };
+            let Training { warmup_epochs, cosine_epochs, weight_decay, .. } = narrow;
+            *training = Training { warmup_epochs, cosine_epochs, weight_decay, ..*training };
         }
         assert_eq!(full, reduced);
     }
