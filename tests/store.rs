@@ -223,7 +223,7 @@ fn a_plan_names_each_stage_once() {
     assert_eq!(keys.iter().collect::<BTreeSet<_>>().len(), 10, "a stage is planned twice: {keys:?}");
     for (i, planned) in plan.iter().enumerate() {
         assert_eq!(planned.key, planned.stage.key(&data.fingerprint).unwrap());
-        assert!(planned.outcome.is_none() && planned.epochs_done == 0);
+        assert!(planned.outcome.is_none() && planned.epochs.is_empty());
         if let Some(parent) = &planned.stage.parent {
             let parent = parent.key(&data.fingerprint).unwrap();
             assert!(
@@ -240,7 +240,7 @@ fn a_plan_names_each_stage_once() {
     let plan = store.plan(&ends, &data.fingerprint).unwrap();
     let done: Vec<bool> = plan.iter().map(|planned| planned.outcome.is_some()).collect();
     assert_eq!(done, [true, true, false, false, false, false, false, false, false, false]);
-    assert_eq!(plan[0].epochs_done, 1);
+    assert_eq!(plan[0].epochs.len(), 1);
 }
 
 /// Without any time, each call does the one epoch that it may always start, and the last call
@@ -367,7 +367,8 @@ fn a_killed_workflow_goes_on_where_it_was() {
         assert!(!status.success(), "the process should have been killed: {status}");
     }
     let plan = store.plan(std::slice::from_ref(&end), &data.fingerprint).unwrap();
-    let state: Vec<_> = plan.iter().map(|planned| (planned.outcome.is_some(), planned.epochs_done)).collect();
+    let state: Vec<_> =
+        plan.iter().map(|planned| (planned.outcome.is_some(), planned.epochs.len())).collect();
     assert_eq!(state, [(true, 1), (true, 0), (false, 1)]);
 
     let (outcome, told) = run_well(&store, &end, &data);

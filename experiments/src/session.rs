@@ -476,7 +476,7 @@ impl Session {
     /// the rows that are about a stage, by its key.
     fn show_plan(&self, ends: &[Arc<Stage>], rows: &BTreeMap<String, String>) -> Result<()> {
         let plan = self.plan(ends)?;
-        let (speed, _) = self.speed(&plan);
+        let (speed, _) = self.speed(&plan)?;
         for planned in &plan {
             let status = match planned.outcome.as_ref().filter(|_| !planned.to_do) {
                 Some(outcome) => {
@@ -487,7 +487,7 @@ impl Session {
                 None => match self.epochs_left(planned)? {
                     None => "to do: a few seconds".into(),
                     Some((epochs, work)) => {
-                        let what = match planned.epochs_done {
+                        let what = match planned.epochs.len() {
                             0 => format!("to do: {}", report::counted(epochs, "epoch")),
                             done => format!("begun: {epochs} of {} epochs left", epochs + done),
                         };
@@ -510,7 +510,7 @@ impl Session {
 
     /// Describes how long the stages of a plan will take that must be run.
     fn time_left(&self, plan: &[Planned]) -> Result<String> {
-        let (speed, basis) = self.speed(plan);
+        let (speed, basis) = self.speed(plan)?;
         let mut work = 0.0;
         for planned in plan.iter().filter(|planned| planned.to_do) {
             work += self.epochs_left(planned)?.map_or(0.0, |(_, work)| work);
@@ -519,18 +519,21 @@ impl Session {
     }
 
     /// Returns the speed in [work](Self::epoch_work) per second, and a description of its basis.
-    fn speed(&self, plan: &[Planned]) -> (f64, &'static str) {
+    fn speed(&self, plan: &[Planned]) -> Result<(f64, &'static str)> {
         let (mut work, mut seconds) = (0.0, 0.0);
         // Published stages were run on another machine.
-        for outcome in plan.iter().filter(|p| !p.published).filter_map(|p| p.outcome.as_ref()) {
-            work += self.epoch_work(outcome.macs) * outcome.metrics.len() as f64;
-            seconds += outcome.metrics.iter().map(|m| m.seconds).sum::<f64>();
+        for planned in plan.iter().filter(|planned| !planned.published && !planned.epochs.is_empty()) {
+            let macs = match &planned.outcome {
+                Some(outcome) => outcome.macs,
+                None => unpruned_macs(planned)?,
+            };
+            work += self.epoch_work(macs) * planned.epochs.len() as f64;
+            seconds += planned.epochs.iter().map(|epoch| epoch.seconds).sum::<f64>();
         }
-        if seconds > 0.0 {
-            (work / seconds, "the speed of the stages that are done")
-        } else {
-            (ASSUMED_MACS_PER_SECOND, "an assumed speed, because nothing has been measured yet")
-        }
+        Ok(match seconds > 0.0 {
+            true => (work / seconds, "the speed of the epochs that are done"),
+            false => (ASSUMED_MACS_PER_SECOND, "an assumed speed, because nothing has been measured yet"),
+        })
     }
 
     /// Returns the work of an epoch in multiply–accumulates of the forward pass.
@@ -544,12 +547,17 @@ impl Session {
     /// stage trains nothing.
     fn epochs_left(&self, planned: &Planned) -> Result<Option<(usize, f64)>> {
         let Some(training) = planned.stage.training() else { return Ok(None) };
-        // Pruning makes later stages cheaper; by how much is not known in advance.
-        let StageKind::Pretrain { network, .. } = &planned.stage.origin().kind else {
-            bail!("stage {} does not begin with pre-training", planned.stage.label());
-        };
-        let epochs = training.epochs().saturating_sub(planned.epochs_done);
-        Ok(Some((epochs, self.epoch_work(network.macs()?) * epochs as f64)))
+        let epochs = training.epochs().saturating_sub(planned.epochs.len());
+        Ok(Some((epochs, self.epoch_work(unpruned_macs(planned)?) * epochs as f64)))
+    }
+}
+
+/// Returns the multiply–accumulates of the network that a stage's lineage begins with. Pruning makes
+/// later stages cheaper; by how much is not known in advance.
+fn unpruned_macs(planned: &Planned) -> Result<u64> {
+    match &planned.stage.origin().kind {
+        StageKind::Pretrain { network, .. } => Ok(network.macs()?),
+        _ => bail!("stage {} does not begin with pre-training", planned.stage.label()),
     }
 }
 

@@ -58,6 +58,15 @@ pub struct EpochMetrics {
     pub seconds: f64,
 }
 
+impl EpochMetrics {
+    /// Reads the metrics of the epochs that a run has finished from its `metrics.csv`. The result
+    /// is empty if there is no such file, and ends before the first line that cannot be read.
+    pub fn read(path: &Path) -> Vec<Self> {
+        let Ok(mut reader) = csv::Reader::from_path(path) else { return Vec::new() };
+        reader.deserialize().map_while(|line| line.ok()).collect()
+    }
+}
+
 /// An event during a run.
 #[derive(Debug)]
 pub enum Progress {

@@ -12,7 +12,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use train::{Evaluation, Progress, TimeLimit, TrainingRun, calibrate, evaluate, fit};
+use train::{EpochMetrics, Evaluation, Progress, TimeLimit, TrainingRun, calibrate, evaluate, fit};
 use whole_file::seal;
 
 /// A folder of finished and unfinished stages, with one folder per stage.
@@ -88,8 +88,8 @@ pub struct Planned {
     /// neither stored nor published: as an end of the plan or as the input of a stage that must be
     /// run.
     pub to_do: bool,
-    /// The number of epochs in the stage's `metrics.csv`, which have been trained and evaluated.
-    pub epochs_done: usize,
+    /// The epochs in the stage's `metrics.csv`, which have been trained and evaluated.
+    pub epochs: Vec<EpochMetrics>,
 }
 
 impl Store {
@@ -264,10 +264,7 @@ impl Store {
                 continue;
             }
             let known = self.intact(&stage, data_fingerprint)?;
-            // The metrics file has a header and a line for every epoch.
-            let metrics = self.folder(&stage, data_fingerprint)?.join(METRICS);
-            let epochs_done =
-                std::fs::read_to_string(metrics).map_or(0, |text| text.lines().count().saturating_sub(1));
+            let epochs = EpochMetrics::read(&self.folder(&stage, data_fingerprint)?.join(METRICS));
             let (outcome, source) = known.unzip();
             let published = source.is_some_and(|source| source != Source::Store);
             // Whether a stage without its network must be run depends on the stages after it, so
@@ -275,7 +272,7 @@ impl Store {
             let to_do = source.is_none();
             let is_record = source == Some(Source::Record);
             records.push(is_record);
-            plan.push(Planned { stage, key, outcome, published, to_do, epochs_done });
+            plan.push(Planned { stage, key, outcome, published, to_do, epochs });
         }
         let mut needed =
             ends.iter().map(|end| end.key(data_fingerprint)).collect::<Result<BTreeSet<String>>>()?;
