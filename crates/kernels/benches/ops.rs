@@ -11,9 +11,8 @@
 //! For all other operations (`B/s`) it is the memory of operands and results per second, as if each
 //! were read or written once.
 //!
-//! Operands are made before the clock starts, and results are freed after it stops. Large results
-//! are fresh allocations; `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296`
-//! makes glibc keep their pages, as a training program's allocator should.
+//! Operands are made before the clock starts, and results are freed after it stops. The allocator
+//! keeps their pages, as in the programs that train.
 
 use candle_core::{DType, Device, Tensor};
 use divan::counter::{BytesCount, IntoCounter, ItemsCount};
@@ -192,6 +191,7 @@ fn measure<T>(bencher: Bencher, work: impl IntoCounter, operation: impl Fn() -> 
 }
 
 fn main() {
+    kernels::memory::keep_pages();
     // One second for each line, unless the command line says otherwise.
     Divan::default().max_time(Duration::from_secs(1)).config_with_args().main();
 }
@@ -421,7 +421,7 @@ fn augment(bencher: Bencher, layer: Layer) {
 #[divan::bench(args = [IMAGES])]
 fn im2col(bencher: Bencher, layer: Layer) {
     let images = random(layer.input());
-    measure(bencher, layer.moving((1 + 9) * Floats::BYTES), || kernels::im2col::forward(&images, 3, 1, 1));
+    measure(bencher, layer.moving((1 + 9) * Floats::BYTES), || kernels::im2col::forward(&images, 3, 1));
 }
 
 /// The averages of the last maps; the benchmark counts the maps that are read.
@@ -435,7 +435,7 @@ fn pool<M: Maps>(bencher: Bencher, layer: Layer) {
 #[divan::bench(args = [LAST])]
 fn pool_backward(bencher: Bencher, layer: Layer) {
     let gy = random([BATCH, layer.inputs]);
-    measure(bencher, layer.moving(Floats::BYTES), || kernels::pool::backward(&gy, layer.size, layer.size));
+    measure(bencher, layer.moving(Floats::BYTES), || kernels::pool::backward(&gy, layer.size, layer.size, DType::F32));
 }
 
 /// The cross-entropy of a batch and its gradient.

@@ -40,18 +40,12 @@ pub struct Views<'a> {
 /// set gives NaN, and a corner outside its range gives black pixels.
 pub fn batch(images: &Tensor, views: Views<'_>, mean: &Tensor, std: &Tensor, dtype: DType) -> Result<Tensor> {
     let check = Check("augment::batch");
-    let (count, h, w, c) = check.map("images", images)?;
+    let (count, h, w, c) = check.map("images", images.dims())?;
     let images = check.dtype("images", images, DType::U8)?;
     let b = views.index.elem_count();
-    let shaped = |argument, tensor: &Tensor, dims: &[usize], dtype| {
-        if tensor.dims() != dims {
-            return Err(check.shape(argument, tensor, format!("{dims:?}")));
-        }
-        check.dtype(argument, tensor, dtype)
-    };
-    let index = shaped("index", views.index, &[b], DType::U32)?;
-    let corners = shaped("corners", views.corners, &[b, 2], DType::U32)?;
-    let flip = shaped("flip", views.flip, &[b], DType::U8)?;
+    let index = check.of("index", views.index, &[b], DType::U32)?;
+    let corners = check.of("corners", views.corners, &[b, 2], DType::U32)?;
+    let flip = check.of("flip", views.flip, &[b], DType::U8)?;
     let (mean, std) = (check.dims("mean", mean, &[c])?, check.dims("std", std, &[c])?);
     let _note = profiler::note(check.0, 0, b * h * w * c * (1 + dtype.size_in_bytes()));
     if crate::gpu::runs(images.device()) {

@@ -20,11 +20,8 @@ pub fn add(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
         &[n, k] if n > 0 && k > 0 => k,
         _ => return Err(check.shape("x", x, "[images, classes]")),
     };
-    if bias.dims() != [classes] {
-        return Err(check.shape("bias", bias, format!("[{classes}]")));
-    }
     let _note = profiler::note(check.0, 0, 8 * x.elem_count() + 4 * classes);
-    let (x, bias) = (check.float("x", x)?, check.float("bias", bias)?);
+    let (x, bias) = (check.float("x", x)?, check.dims("bias", bias, &[classes])?);
     if crate::gpu::runs(x.device()) { gpu::add(&x, &bias) } else { Ok(x.broadcast_add(&bias)?) }
 }
 

@@ -11,7 +11,7 @@ mod gpu;
 use crate::check::Check;
 use crate::cpu::{self, open, read_ahead, simd};
 use crate::elements::{Element, by_element};
-use crate::work::{CHUNK, fill};
+use crate::work::{fill, whole_rows};
 use crate::{Result, profiler};
 use candle_core::Tensor;
 
@@ -54,11 +54,6 @@ pub fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> {
         let gate = |part: std::ops::Range<usize>, gx: &mut [T]| pass(&y[part.clone()], &gy[part], &cap, gx);
         cpu::tensor(fill(y.len(), whole_rows(c), gate), opened.dims())
     })
-}
-
-/// Returns the number of elements of a chunk of whole rows of `c` channels.
-fn whole_rows(c: usize) -> usize {
-    (CHUNK / c).max(1) * c
 }
 
 simd! {

@@ -29,10 +29,22 @@ impl Check {
     /// Checks that the tensor has the shape and dtype of another one, and returns it as a
     /// contiguous tensor.
     pub(crate) fn map_of(&self, argument: &'static str, tensor: &Tensor, other: &Tensor) -> Result<Tensor> {
-        if tensor.dims() != other.dims() {
-            return Err(self.shape(argument, tensor, format!("{:?}", other.dims())));
+        self.of(argument, tensor, other.dims(), other.dtype())
+    }
+
+    /// Checks that the tensor has the given dimensions and dtype, and returns it as a contiguous
+    /// tensor.
+    pub(crate) fn of(
+        &self,
+        argument: &'static str,
+        tensor: &Tensor,
+        dims: &[usize],
+        dtype: DType,
+    ) -> Result<Tensor> {
+        if tensor.dims() != dims {
+            return Err(self.shape(argument, tensor, format!("{dims:?}")));
         }
-        self.dtype(argument, tensor, other.dtype())
+        self.dtype(argument, tensor, dtype)
     }
 
     /// Returns the error for a wrong shape.
@@ -54,27 +66,11 @@ impl Check {
     /// Checks that the tensor is `f32` and has the given dimensions, and returns it as a contiguous
     /// tensor.
     pub(crate) fn dims(&self, argument: &'static str, tensor: &Tensor, dims: &[usize]) -> Result<Tensor> {
-        if tensor.dims() != dims {
-            return Err(self.shape(argument, tensor, format!("{dims:?}")));
-        }
-        self.float(argument, tensor)
+        self.of(argument, tensor, dims, DType::F32)
     }
 
     /// Returns the dimensions `[N, H, W, C]` of a feature map, all of which must be at least 1.
-    pub(crate) fn map(
-        &self,
-        argument: &'static str,
-        tensor: &Tensor,
-    ) -> Result<(usize, usize, usize, usize)> {
-        self.map_sizes(argument, tensor.dims())
-    }
-
-    /// Does the same as [`Check::map`] for dimensions without a tensor.
-    pub(crate) fn map_sizes(
-        &self,
-        argument: &'static str,
-        dims: &[usize],
-    ) -> Result<(usize, usize, usize, usize)> {
+    pub(crate) fn map(&self, argument: &'static str, dims: &[usize]) -> Result<(usize, usize, usize, usize)> {
         match dims {
             &[n, h, w, c] if !dims.contains(&0) => Ok((n, h, w, c)),
             _ => Err(self.sizes(argument, dims, "[images, height, width, channels], none of them 0")),

@@ -54,14 +54,12 @@ pub enum Below<'a> {
 
 /// Computes `z[N, Ho, Wo, C_out]` from `x[N, H, W, C_in]`.
 pub fn forward<'a>(kernel: Kernel, x: impl Into<FeatureMap>, w: impl Into<Weight<'a>>) -> Result<Tensor> {
-    fn of(kernel: Kernel, x: &FeatureMap, w: Weight<'_>) -> Result<Tensor> {
-        match kernel {
-            Kernel::Full { size, stride } => pointwise::forward(&patches(x, size, stride)?, w),
-            Kernel::Depthwise { stride } => depthwise::forward(x, w.value, stride),
-            Kernel::Pointwise => pointwise::forward(x, w),
-        }
+    let (x, w) = (x.into(), w.into());
+    match kernel {
+        Kernel::Full { size, stride } => pointwise::forward(&patches(&x, size, stride)?, w),
+        Kernel::Depthwise { stride } => depthwise::forward(&x, w.value, stride),
+        Kernel::Pointwise => pointwise::forward(&x, w),
     }
-    of(kernel, &x.into(), w.into())
 }
 
 /// Computes [`forward`] and the statistics of `z`.
@@ -70,14 +68,12 @@ pub fn forward_stats<'a>(
     x: impl Into<FeatureMap>,
     w: impl Into<Weight<'a>>,
 ) -> Result<(Tensor, Stats)> {
-    fn of(kernel: Kernel, x: &FeatureMap, w: Weight<'_>) -> Result<(Tensor, Stats)> {
-        match kernel {
-            Kernel::Full { size, stride } => pointwise::forward_stats(&patches(x, size, stride)?, w),
-            Kernel::Depthwise { stride } => depthwise::forward_stats(x, w.value, stride),
-            Kernel::Pointwise => pointwise::forward_stats(x, w),
-        }
+    let (x, w) = (x.into(), w.into());
+    match kernel {
+        Kernel::Full { size, stride } => pointwise::forward_stats(&patches(&x, size, stride)?, w),
+        Kernel::Depthwise { stride } => depthwise::forward_stats(&x, w.value, stride),
+        Kernel::Pointwise => pointwise::forward_stats(&x, w),
     }
-    of(kernel, &x.into(), w.into())
 }
 
 /// Computes `Q(φ(scale·z + shift))`, with `scale` and `shift` of shape `[C_out]`. On the CPU, `z`
@@ -90,25 +86,16 @@ pub fn forward_normalized<'a>(
     act: Activation,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    fn of(
-        kernel: Kernel,
-        x: &FeatureMap,
-        w: Weight<'_>,
-        affine: (&Tensor, &Tensor),
-        act: Activation,
-        quant: Option<Quantizer<'_>>,
-    ) -> Result<FeatureMap> {
-        match kernel {
-            Kernel::Full { size, stride } => {
-                pointwise::forward_normalized(&patches(x, size, stride)?, w, affine, act, quant)
-            }
-            Kernel::Depthwise { stride } => {
-                depthwise::forward_normalized(x, w.value, stride, affine, act, quant)
-            }
-            Kernel::Pointwise => pointwise::forward_normalized(x, w, affine, act, quant),
+    let (x, w) = (x.into(), w.into());
+    match kernel {
+        Kernel::Full { size, stride } => {
+            pointwise::forward_normalized(&patches(&x, size, stride)?, w, affine, act, quant)
         }
+        Kernel::Depthwise { stride } => {
+            depthwise::forward_normalized(&x, w.value, stride, affine, act, quant)
+        }
+        Kernel::Pointwise => pointwise::forward_normalized(&x, w, affine, act, quant),
     }
-    of(kernel, &x.into(), w.into(), affine, act, quant)
 }
 
 /// Computes the gradient of the weight, in the weight's shape, and, unless `below` is the image,
@@ -124,50 +111,38 @@ pub fn backward(
     gz: &DeferredGradient,
     below: Below<'_>,
 ) -> Result<(Tensor, Option<MapGradient>)> {
-    fn of(
-        kernel: Kernel,
-        x: &FeatureMap,
-        w: &Tensor,
-        gz: &DeferredGradient,
-        below: Below<'_>,
-    ) -> Result<(Tensor, Option<MapGradient>)> {
-        let epilogue = match below {
-            Below::Image => return Ok((grad_weight(kernel, x, &gz.tensor()?)?, None)),
-            Below::Map => None,
-            Below::Epilogue(epilogue) => Some(epilogue),
-        };
-        let (gw, gx) = match kernel {
-            Kernel::Full { .. } => {
-                let message =
-                    "a full convolution has no gradient of its input; only an image can lie below it";
-                return Err(Check("convolution::backward").setting(message.into()));
-            }
-            Kernel::Depthwise { stride } => depthwise::backward(x, w, gz, stride, epilogue)?,
-            Kernel::Pointwise => pointwise::backward(x, w, gz, epilogue)?,
-        };
-        Ok((gw, Some(gx)))
-    }
-    of(kernel, &x.into(), w, gz, below)
+    let x = x.into();
+    let epilogue = match below {
+        Below::Image => return Ok((grad_weight(kernel, &x, &gz.tensor()?)?, None)),
+        Below::Map => None,
+        Below::Epilogue(epilogue) => Some(epilogue),
+    };
+    let (gw, gx) = match kernel {
+        Kernel::Full { .. } => {
+            let message = "a full convolution has no gradient of its input; only an image can lie below it";
+            return Err(Check("convolution::backward").setting(message.into()));
+        }
+        Kernel::Depthwise { stride } => depthwise::backward(&x, w, gz, stride, epilogue)?,
+        Kernel::Pointwise => pointwise::backward(&x, w, gz, epilogue)?,
+    };
+    Ok((gw, Some(gx)))
 }
 
 /// Computes the gradient of the weight, in the weight's shape, from the gradient of the output,
 /// `gz[N, Ho, Wo, C_out]`.
-pub fn grad_weight(kernel: Kernel, x: impl Into<FeatureMap>, gz: &Tensor) -> Result<Tensor> {
-    fn of(kernel: Kernel, x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
-        match kernel {
-            // The patches are gathered again because keeping those of the forward pass would take
-            // the memory of `k·k` inputs.
-            Kernel::Full { size, stride } => pointwise::grad_weight(&patches(x, size, stride)?, gz),
-            Kernel::Depthwise { stride } => depthwise::grad_weight(x, gz, stride),
-            Kernel::Pointwise => pointwise::grad_weight(x, gz),
-        }
+fn grad_weight(kernel: Kernel, x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
+    match kernel {
+        // The patches are gathered again because keeping those of the forward pass would take the
+        // memory of `k·k` inputs.
+        Kernel::Full { size, stride } => pointwise::grad_weight(&patches(x, size, stride)?, gz),
+        Kernel::Depthwise { stride } => depthwise::grad_weight(x, gz, stride),
+        Kernel::Pointwise => pointwise::grad_weight(x, gz),
     }
-    of(kernel, &x.into(), gz)
 }
 
 /// Gathers the patches of `x` as rows, which makes a full convolution a matrix product.
 fn patches(x: &FeatureMap, size: usize, stride: usize) -> Result<Tensor> {
-    im2col::forward(&x.to_float()?, size, stride, (size - 1) / 2)
+    im2col::forward(&x.to_float()?, size, stride)
 }
 
 impl Kernel {

@@ -83,7 +83,7 @@ pub fn forward_normalized(
         }
         check.quantizer(quant)?;
         by_element!(x.dtype(), T => with_gather::<T, _>(&check, x, w, stride, |gather| {
-            let affine = AffineActivation::new(&check, gather.to.2, scale, shift, act)?;
+            let affine = AffineActivation::new(&check, gather.dims[3], scale, shift, act)?;
             blockwise::normalized(gather, &affine, quant)
         }))
     }
@@ -94,7 +94,7 @@ pub fn forward_normalized(
 /// the `(h, w)` of the input.
 pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) -> Result<Tensor> {
     let check = Check("depthwise::grad_input");
-    let (n, _, _, c) = check.map("gz", gz)?;
+    let (n, _, _, c) = check.map("gz", gz.dims())?;
     let w = check.dims("w", w, &[3, 3, c])?;
     let geometry = Geometry::new(&check, size.0, size.1, c, stride)?;
     geometry.check_output(&check, n, gz)?;
@@ -118,12 +118,12 @@ pub fn grad_input(gz: &Tensor, w: &Tensor, stride: usize, size: (usize, usize)) 
 pub fn grad_weight(x: impl Into<FeatureMap>, gz: &Tensor, stride: usize) -> Result<Tensor> {
     fn of(x: &FeatureMap, gz: &Tensor, stride: usize) -> Result<Tensor> {
         let check = Check("depthwise::grad_weight");
-        let (n, height, width, c) = check.map_sizes("x", x.dims())?;
+        let (n, height, width, c) = check.map("x", x.dims())?;
         let geometry = Geometry::new(&check, height, width, c, stride)?;
         let bytes = x.bytes() + gz.dtype().size_in_bytes() * gz.elem_count();
         let _note = profiler::note(check.0, 18 * gz.elem_count(), bytes);
         geometry.check_output(&check, n, gz)?;
-        let gz = check.map_float("gz", gz)?;
+        let gz = check.dtype("gz", gz, x.dtype())?;
         if crate::gpu::runs(gz.device()) {
             return gpu::grad_weight(&check, x, &gz, stride);
         }
@@ -155,7 +155,7 @@ pub fn backward(
     ) -> Result<(Tensor, MapGradient)> {
         let check = Check("depthwise::backward");
         let dims = x.dims();
-        let (n, height, width, c) = check.map_sizes("x", dims)?;
+        let (n, height, width, c) = check.map("x", dims)?;
         if crate::gpu::runs(w.device()) {
             let gz = gz.tensor()?;
             return Ok((grad_weight(x, &gz, stride)?, grad_input(&gz, w, stride, (height, width))?.into()));
@@ -191,7 +191,7 @@ fn with_gather<T: Element, R>(
     stride: usize,
     f: impl FnOnce(&Gather<'_, T>) -> Result<R>,
 ) -> Result<R> {
-    let (n, height, width, c) = check.map_sizes("x", x.dims())?;
+    let (n, height, width, c) = check.map("x", x.dims())?;
     let w = check.dims("w", w, &[3, 3, c])?;
     let Geometry { h, w: width, ho, wo, .. } = Geometry::new(check, height, width, c, stride)?;
     let outputs = n * ho * wo * c;
@@ -434,12 +434,11 @@ struct Gather<'a, T> {
     x: Operand<'a, T>,
     w: &'a [f32],
     stride: usize,
+    /// The dimensions `[N, H, W, C]` of the maps that are written.
     dims: [usize; 4],
     /// The number of elements of an image that is read; `from_row` is that of one of its rows.
     from: usize,
     from_row: usize,
-    /// Height, width and number of channels of a map that is written.
-    to: (usize, usize, usize),
     rows: Vec<Vec<Tap>>,
     columns: Vec<Vec<Tap>>,
 }
@@ -458,7 +457,7 @@ impl<'a, T: Element> Gather<'a, T> {
         let rows = reach(direction, stride, (to_h, from_h), (from_w * c, 3 * c));
         let columns = reach(direction, stride, (to_w, from_w), (c, c));
         let from_row = from_w * c;
-        Self { x, w, stride, dims: [n, to_h, to_w, c], from: from_h * from_row, from_row, to, rows, columns }
+        Self { x, w, stride, dims: [n, to_h, to_w, c], from: from_h * from_row, from_row, rows, columns }
     }
 }
 
@@ -522,7 +521,7 @@ impl<T: Element> Blockwise for Gather<'_, T> {
 
     /// Returns the number of positions in whole rows of a map.
     fn rows_per_block(&self) -> usize {
-        let (_, w, c) = self.to;
+        let [_, _, w, c] = self.dims;
         (CHUNK.min(T::AT_ONCE) / (w * c)).max(1) * w
     }
 
@@ -536,7 +535,7 @@ impl<T: Element> Blockwise for Gather<'_, T> {
         rows: Range<usize>,
         z: &'z mut [MaybeUninit<f32>],
     ) -> Written<'z> {
-        let (h, w, c) = self.to;
+        let [_, h, w, c] = self.dims;
         let mut z = Progress::new(z);
         for row in rows.start / w..rows.end / w {
             let (image, taps) = (row / h, &self.rows[row % h]);

@@ -130,16 +130,13 @@ struct Intervals {
 impl Intervals {
     fn of(bounds: &Tensor, bits: Bits) -> Result<Self> {
         let bounds = cpu::values(bounds)?;
-        Ok(Self::new(bounds[0], bounds[1], bits))
-    }
-
-    fn new(low: f32, high: f32, bits: Bits) -> Self {
+        let (low, high) = (bounds[0], bounds[1]);
         let count = bits.max_level() as f32;
         // The reciprocal of a width below the smallest normal number, or of 0 if the bounds meet,
         // would overflow.
         let width = (high - low) / count;
         let width = if width < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { width };
-        Self { low, high, count, width, per_width: 1.0 / width }
+        Ok(Self { low, high, count, width, per_width: 1.0 / width })
     }
 }
 

@@ -55,7 +55,11 @@ pub fn overwrite(to: &Tensor, from: &Tensor) -> Result<()> {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
             let bytes = to.elem_count() * to.dtype().size_in_bytes();
-            Ok(cuda::copy(device, address_mut(to)?, address(from)?, bytes)?)
+            // SAFETY: both tensors have this size.
+            #[allow(unsafe_code)]
+            unsafe {
+                Ok(cuda::copy(device, address_mut(to)?, address(from)?, bytes)?)
+            }
         }
         _ => Ok(to.slice_set(from, 0, 0)?),
     }
@@ -120,8 +124,8 @@ pub(crate) struct Launch {
     module: Module,
     kernel: String,
     /// The number of blocks along x and y.
-    /// The number of threads of a block along x and y.
     grid: [u32; 2],
+    /// The number of threads of a block along x and y.
     block: [u32; 2],
     arguments: Arguments,
     /// The device of the tensors.
@@ -334,7 +338,7 @@ pub(crate) fn empty(dims: impl Into<Shape>, dtype: DType, device: &Device) -> Re
     let tensor = unsafe { Tensor::empty(dims, dtype, device)? };
     #[cfg(feature = "emulation")]
     if device.is_cpu() {
-        emulation::spoil(&tensor, address_mut(&tensor)?);
+        emulation::spoil(&tensor)?;
     }
     Ok(tensor)
 }
@@ -362,6 +366,14 @@ pub(crate) fn width<'a>(len: usize, tensors: impl IntoIterator<Item = &'a Tensor
         }
     }
     Ok(4)
+}
+
+/// Returns the name of an elementwise kernel for a dtype, and the number of groups of elements of
+/// these tensors of one size that it processes at once.
+pub(crate) fn grouped(kernel: &str, of: DType, tensors: &[&Tensor]) -> Result<(String, usize)> {
+    let len = tensors[0].elem_count();
+    let width = width(len, tensors.iter().copied())?;
+    Ok((format!("{kernel}_{}_{width}", name(of)), len / width))
 }
 
 /// An operand of a matrix product: a matrix, or a tensor that stores the matrix transposed.

@@ -91,14 +91,6 @@ impl Activation {
     pub fn apply(self, x: f32) -> f32 {
         clamp(x, self.bounds())
     }
-
-    /// Returns whether `φ'(x) = 1`, which holds strictly inside the interval.
-    ///
-    /// Outside the interval and at the kinks the derivative is 0, as in PyTorch.
-    pub fn passes(self, x: f32) -> bool {
-        let (lo, hi) = self.bounds();
-        lo < x && x < hi
-    }
 }
 
 /// Clamps `x` to `(lo, hi)` in two vector instructions; NaN stays NaN.

@@ -38,11 +38,8 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -
         &[n, k] if n > 0 && k > 0 => (n, k),
         _ => return Err(check.shape("logits", logits, "[images, classes]")),
     };
-    if labels.dims() != [n] {
-        return Err(check.shape("labels", labels, format!("[{n}]")));
-    }
     let _note = profiler::note(check.0, 0, 8 * logits.elem_count());
-    let labels = check.dtype("labels", labels, DType::U32)?;
+    let labels = check.of("labels", labels, &[n], DType::U32)?;
     let logits = check.float("logits", logits)?;
     if crate::gpu::runs(logits.device()) {
         return gpu::forward(&logits, &labels, smoothing);

@@ -112,7 +112,7 @@ pub fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, items: usize) -> Re
 /// Returns the initial step of LSQ, `2·mean|x|/√Q_P`, `[1]`.
 pub fn initial_step(x: &Tensor, bits: Bits, signed: bool) -> Result<Tensor> {
     let check = Check("lsq::initial_step");
-    let _note = profiler::note(check.0, 0, 4 * x.elem_count());
+    let _note = profiler::note(check.0, 0, x.dtype().size_in_bytes() * x.elem_count());
     if x.elem_count() == 0 {
         return Err(check.shape("x", x, "at least one element"));
     }

@@ -589,7 +589,7 @@ impl DeferredGradient {
     }
 
     /// Returns the convolution's output, whose gradient this is.
-    pub fn z(&self) -> &Tensor {
+    pub(crate) fn z(&self) -> &Tensor {
         &self.of.z
     }
 
@@ -696,7 +696,8 @@ struct Gate {
     grid: Option<Grid>,
 }
 
-/// Returns the gradient at `u` of the gated function.
+/// Returns the gradient at `u` of the gated function. Outside the bounds and at the kinks it is 0, as
+/// in PyTorch.
 #[inline(always)]
 fn gated(u: f32, gy: f32, (lo, hi): (f32, f32), passes: impl Fn(f32) -> bool) -> f32 {
     if (lo < u) & (u < hi) & passes(u) { gy } else { 0.0 }

@@ -18,6 +18,7 @@ use crate::check::Check;
 use crate::cpu::{self, open, simd};
 use crate::elements::{Element, by_element};
 use crate::learned::{LANES, Lanes, map_and_sum};
+use crate::quantize::fake;
 use crate::work::{CHUNK, fill};
 use crate::{Result, profiler};
 use candle_core::Tensor;
@@ -45,7 +46,7 @@ pub fn forward(x: &Tensor, alpha: &Tensor, bits: Bits, signed: bool) -> Result<T
     by_element!(x.dtype(), T => {
         let opened = open(&x);
         let x: &[T] = opened.elements()?;
-        cpu::tensor(fill(x.len(), CHUNK, |part, y| quantize(&x[part], y, &grid)), opened.dims())
+        cpu::tensor(fill(x.len(), CHUNK, |part, y| fake(&x[part], y, &[grid])), opened.dims())
     })
 }
 
@@ -73,15 +74,6 @@ pub fn backward(x: &Tensor, gy: &Tensor, alpha: &Tensor, signed: bool) -> Result
 fn bound(alpha: &Tensor) -> Result<f32> {
     let alpha = cpu::values(alpha)?[0];
     Ok(if alpha < 0.0 { 0.0 } else { alpha })
-}
-
-simd! {
-    fn quantize<T: Element>(x: &[T], y: &mut [T], grid: &Grid) {
-        let grid = *grid;
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = T::nearest(grid.fake(x.float()));
-        }
-    }
 }
 
 simd! {

@@ -92,7 +92,7 @@ pub fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
     let check = Check("pointwise::grad_input");
     let (rows, depth) = check.rows("gz", gz)?;
     let columns = match w.dims() {
-        &[columns, found] if found == depth => columns,
+        &[columns, found] if found == depth && columns > 0 => columns,
         _ => return Err(check.shape("w", w, format!("[input channels, {depth}]"))),
     };
     let sizes = ProductSizes { rows, columns, depth };
@@ -201,7 +201,7 @@ fn forward_sizes(check: &Check, x: &FeatureMap, w: Weight<'_>) -> Result<Product
         dims => return Err(check.sizes("x", dims, "[…, channels], not empty")),
     };
     match w.value.dims() {
-        &[found, columns] if found == depth => Ok(ProductSizes { rows, columns, depth }),
+        &[found, columns] if found == depth && columns > 0 => Ok(ProductSizes { rows, columns, depth }),
         _ => Err(check.shape("w", w.value, format!("[{depth}, output channels]"))),
     }
 }
@@ -273,8 +273,8 @@ struct Product<'a, T: Multiplicand> {
     sizes: ProductSizes,
 }
 
-/// Returns the number of rows of a block. The data that they read and write take about half of a
-/// small second-level cache.
+/// Returns the number of rows of a block. The data that they read and write take about 512 KiB, half
+/// of the second-level cache of many servers.
 fn rows_per_block<T: Multiplicand>(ProductSizes { columns, depth, .. }: ProductSizes) -> usize {
     let bytes = 16 * CHUNK;
     (bytes / size_of::<T>() / (depth + columns)).max(64).next_multiple_of(8)

@@ -15,7 +15,7 @@ use std::ops::Range;
 pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
     fn of(x: &FeatureMap) -> Result<Tensor> {
         let check = Check("pool::global_average");
-        let (n, h, w, c) = check.map_sizes("x", x.dims())?;
+        let (n, h, w, c) = check.map("x", x.dims())?;
         let _note = profiler::note(check.0, 0, x.bytes() + 4 * n * c);
         if crate::gpu::runs(x.device()) {
             return gpu::global_average(&check, x);
@@ -38,13 +38,9 @@ pub fn global_average(x: impl Into<FeatureMap>) -> Result<Tensor> {
     of(&x.into())
 }
 
-/// Computes the gradient of the input, `[N, h, w, C]`, from the gradient of the means, `[N, C]`.
-pub fn backward(gy: &Tensor, h: usize, w: usize) -> Result<Tensor> {
-    backward_as(gy, h, w, DType::F32)
-}
-
-/// Computes [`backward`] in a given dtype: `F32` or `BF16`.
-pub fn backward_as(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tensor> {
+/// Computes the gradient of the input, `[N, h, w, C]`, in `dtype` (`F32` or `BF16`) from the
+/// gradient of the means, `[N, C]`.
+pub fn backward(gy: &Tensor, h: usize, w: usize, dtype: DType) -> Result<Tensor> {
     let check = Check("pool::backward");
     if gy.rank() != 2 || gy.elem_count() == 0 {
         return Err(check.shape("gy", gy, "[images, channels]"));
@@ -108,7 +104,7 @@ mod tests {
                 let expected = reference(std::slice::from_ref(&x)).unwrap();
                 assert_close(&global_average(&x).unwrap(), &expected, 1e-6, &context);
                 let gy = random(2, &[n, c]);
-                assert_gradients(&[&x], &gy, reference, &[&backward(&gy, h, w).unwrap()], &context);
+                assert_gradients(&[&x], &gy, reference, &[&backward(&gy, h, w, DType::F32).unwrap()], &context);
             }
         }
     }
@@ -117,7 +113,9 @@ mod tests {
     fn same_bits_everywhere() {
         for [n, h, w, c] in LARGE {
             let (x, gy) = (random(1, &[n, h, w, c]), random(2, &[n, c]));
-            assert_same_everywhere(|| vec![global_average(&x).unwrap(), backward(&gy, h, w).unwrap()]);
+            assert_same_everywhere(|| {
+                vec![global_average(&x).unwrap(), backward(&gy, h, w, DType::F32).unwrap()]
+            });
         }
     }
 }

@@ -45,6 +45,14 @@ const ROWS: usize = 8;
 /// pass. The next step continues from the sums in the result, so the bits are the same.
 const DEPTH: usize = 144;
 
+/// The result of a product, `[rows, columns]`, and what happens to the memory that it is in.
+pub(crate) enum Target<'c> {
+    /// The memory is set to the product.
+    Set(&'c mut [MaybeUninit<f32>]),
+    /// The product is added to what is there.
+    Add(&'c mut [f32]),
+}
+
 /// A factor of one multiplication: a float, or a pair of `bf16` values.
 pub(crate) trait Factor: Copy + Default + Send + Sync {
     /// The number of elements in a factor, which are neighbours in the depth.
@@ -56,15 +64,8 @@ pub(crate) trait Factor: Copy + Default + Send + Sync {
     /// Returns whether the machine can multiply these factors.
     fn are_multiplied() -> bool;
 
-    /// Computes `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
-    fn product(
-        a: Left<Self>,
-        b: Right<Self>,
-        sizes: ProductSizes,
-        c: &mut [MaybeUninit<f32>],
-        add: bool,
-        most: usize,
-    );
+    /// Computes `c = a·b` or `c += a·b`, summed up in steps of about `most` of the depth.
+    fn product(a: Left<Self>, b: Right<Self>, sizes: ProductSizes, c: Target<'_>, most: usize);
 }
 
 /// A factor that is made from elements `T`.
@@ -142,15 +143,8 @@ impl Factor for f32 {
         true
     }
 
-    fn product(
-        a: Left<Self>,
-        b: Right<Self>,
-        sizes: ProductSizes,
-        c: &mut [MaybeUninit<f32>],
-        add: bool,
-        most: usize,
-    ) {
-        product(a, b, sizes, c, add, most);
+    fn product(a: Left<Self>, b: Right<Self>, sizes: ProductSizes, c: Target<'_>, most: usize) {
+        product(a, b, sizes, c, most);
     }
 }
 
@@ -372,10 +366,10 @@ fn set_factors<'c, T, F: FactorOf<T>>(
     if !F::set_by_tiles(a, b, sizes, scratch, c) {
         let depth = sizes.depth.div_ceil(F::ELEMENTS);
         let a = Left::rows(F::of_rows(a, sizes.depth, &mut scratch.left_factors), depth);
-        F::product(a, b.right(), ProductSizes { depth, ..sizes }, c, false, DEPTH);
+        F::product(a, b.right(), ProductSizes { depth, ..sizes }, Target::Set(c), DEPTH);
     }
     // SAFETY: all of `c` is written, by `set_by_tiles` if it returns true and otherwise by
-    // `product` without `add`.
+    // `product`.
     #[allow(unsafe_code)]
     unsafe {
         c.assume_init_mut()
@@ -439,15 +433,12 @@ fn add_transposed_factors<T, F: FactorOf<T>>(
     if F::add_transposed_by_tiles(a, &b[..depth * columns], sizes, scratch, c) {
         return;
     }
-    // SAFETY: `product` writes only floats to `c`, so `c` stays initialized.
-    #[allow(unsafe_code)]
-    let c = unsafe { std::slice::from_raw_parts_mut(c.as_mut_ptr().cast(), c.len()) };
     let Scratch { left_factors, right_factors, left, right } = scratch;
     if rows * columns < PACKED * (rows + columns) {
         let a = F::of_columns(a, rows, 0, left_factors);
         let b = F::of_columns(b, columns, LANES, right_factors);
         let sizes = ProductSizes { depth: depth.div_ceil(F::ELEMENTS), ..sizes };
-        F::product(Left::columns(a, rows), Right::rows(b, columns), sizes, c, true, DEPTH / 2);
+        F::product(Left::columns(a, rows), Right::rows(b, columns), sizes, Target::Add(c), DEPTH / 2);
         return;
     }
     let step = equal_steps(depth.div_ceil(F::ELEMENTS), PACKED_DEPTH) * F::ELEMENTS;
@@ -456,7 +447,7 @@ fn add_transposed_factors<T, F: FactorOf<T>>(
         let b = F::of_columns(b, columns, 0, right_factors);
         pack((a, rows), (b, columns), left, right);
         let sizes = ProductSizes { depth: a.len() / rows, ..sizes };
-        F::product(left.left(), right.right(), sizes, c, true, DEPTH);
+        F::product(left.left(), right.right(), sizes, Target::Add(c), DEPTH);
     }
 }
 
@@ -490,11 +481,10 @@ simd! {
         a: Left<'_, f32>,
         b: Right<'_, f32>,
         sizes: ProductSizes,
-        c: &mut [MaybeUninit<f32>],
-        add: bool,
+        c: Target<'_>,
         most: usize,
     ) {
-        sum_up::<f32, Plain>(a, b, sizes, c, add, most);
+        sum_up::<f32, Plain>(a, b, sizes, c, most);
     }
 }
 
@@ -515,32 +505,40 @@ impl Multiply<f32> for Plain {
     }
 }
 
-/// Computes `c = a·b`, or `c += a·b` if `add`, summed up in steps of about `most` of the depth.
+/// Computes `c = a·b` or `c += a·b`, summed up in steps of about `most` of the depth.
 #[inline(always)]
 fn sum_up<F: Factor, M: Multiply<F>>(
     a: Left<F>,
     b: Right<F>,
     sizes: ProductSizes,
-    c: &mut [MaybeUninit<f32>],
-    add: bool,
+    c: Target<'_>,
     most: usize,
 ) {
     let ProductSizes { rows, columns, depth } = sizes;
-    assert_eq!(c.len(), rows * columns);
-    match (add, depth) {
-        (true, _) => (),
-        (false, 0) => c.fill(MaybeUninit::new(0.0)),
-        (false, _) => poison(c),
-    }
+    let (len, add) = match &c {
+        Target::Set(c) => (c.len(), false),
+        Target::Add(c) => (c.len(), true),
+    };
+    assert_eq!(len, rows * columns);
+    let c: *mut f32 = match c {
+        Target::Set(c) => {
+            if depth == 0 {
+                c.fill(MaybeUninit::new(0.0));
+            } else {
+                poison(c);
+            }
+            c.as_mut_ptr().cast()
+        }
+        Target::Add(c) => c.as_mut_ptr(),
+    };
     if rows == 0 || columns == 0 || depth == 0 {
         return;
     }
     assert!(a.position(rows - 1, depth - 1) < a.factors.len());
     assert!(b.position(columns - 1, depth - 1) + LANES <= b.factors.len());
-    let c = c.as_mut_ptr().cast();
     let step = equal_steps(depth, most);
-    // SAFETY: by the assertions, all reads lie in the operands and all writes in `c`, which callers
-    // initialize if `add`.
+    // SAFETY: by the assertions, all reads lie in the operands and all writes in `c`, which is
+    // initialized if `add`.
     #[allow(unsafe_code)]
     unsafe {
         if Instructions::current() >= Instructions::WIDE {

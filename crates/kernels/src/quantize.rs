@@ -10,7 +10,7 @@ pub(crate) mod gpu;
 use crate::check::Check;
 use crate::cpu::{self, open, read_ahead, simd};
 use crate::elements::{Element, by_element};
-use crate::work::{CHUNK, fill, parts};
+use crate::work::{fill, parts, whole_rows};
 use crate::{Quantizer, Result, profiler};
 use candle_core::Tensor;
 use quant_core::Grid;
@@ -91,14 +91,9 @@ pub fn update_range(range: &Tensor, batch: &Tensor, momentum: f64) -> Result<()>
     })
 }
 
-/// Returns the number of elements of a chunk of whole rows.
-fn whole_rows(channels: usize) -> usize {
-    (CHUNK / channels).max(1) * channels
-}
-
 simd! {
     /// Quantizes elements with one grid, or whole rows with one grid for each channel.
-    fn fake<T: Element>(x: &[T], y: &mut [T], grids: &[Grid]) {
+    pub(crate) fn fake<T: Element>(x: &[T], y: &mut [T], grids: &[Grid]) {
         if let [grid] = *grids {
             for (y, x) in y.iter_mut().zip(x) {
                 *y = T::nearest(grid.fake(x.float()));

@@ -16,23 +16,7 @@ use std::mem::MaybeUninit;
 
 /// Computes `a + b`.
 pub fn add(a: &Tensor, b: impl Into<FeatureMap>) -> Result<Tensor> {
-    fn of(a: &Tensor, b: &FeatureMap) -> Result<Tensor> {
-        let check = Check("residual::add");
-        let _note = profiler::note(check.0, 0, b.bytes() + 2 * a.dtype().size_in_bytes() * a.elem_count());
-        if crate::gpu::runs(a.device()) {
-            return gpu::add(&check, a, b, None);
-        }
-        by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, b, |x, b| {
-            let (sum, _) = blocks(
-                (x.len(), 1),
-                CHUNK,
-                || (),
-                |(), part, y| (sums(&x[part.clone()], b.part(part), Sink::<T>::Floats(y)), ()),
-            );
-            cpu::tensor(sum, a.dims())
-        }))
-    }
-    of(a, &b.into())
+    sum(&Check("residual::add"), a, &b.into(), None)?.to_float()
 }
 
 /// Computes `Q(a + b)`.
@@ -41,27 +25,27 @@ pub fn add_quantize(
     b: impl Into<FeatureMap>,
     quant: Option<Quantizer<'_>>,
 ) -> Result<FeatureMap> {
-    fn of(a: &Tensor, b: &FeatureMap, quant: Option<Quantizer<'_>>) -> Result<FeatureMap> {
-        let check = Check("residual::add_quantize");
-        check.quantizer(quant)?;
-        let read = a.dtype().size_in_bytes();
-        let written = if quant.is_some() { 1 } else { read };
-        let _note = profiler::note(check.0, 0, b.bytes() + (read + written) * a.elem_count());
-        if crate::gpu::runs(a.device()) {
-            return Ok(FeatureMap::of(gpu::add(&check, a, b, quant)?, a.dtype(), quant));
-        }
-        by_element!(a.dtype(), T => with_operands::<T, _>(&check, a, b, |x, b| {
-            FeatureMap::write::<T, _>(
-                a.dims(),
-                (x.len(), 1),
-                quant,
-                CHUNK,
-                || (),
-                |(), part, y| sums(&x[part.clone()], b.part(part), y),
-            )
-        }))
+    sum(&Check("residual::add_quantize"), a, &b.into(), quant)
+}
+
+fn sum(check: &Check, a: &Tensor, b: &FeatureMap, quant: Option<Quantizer<'_>>) -> Result<FeatureMap> {
+    check.quantizer(quant)?;
+    let read = a.dtype().size_in_bytes();
+    let written = if quant.is_some() { 1 } else { read };
+    let _note = profiler::note(check.0, 0, b.bytes() + (read + written) * a.elem_count());
+    if crate::gpu::runs(a.device()) {
+        return Ok(FeatureMap::of(gpu::add(check, a, b, quant)?, a.dtype(), quant));
     }
-    of(a, &b.into(), quant)
+    by_element!(a.dtype(), T => with_operands::<T, _>(check, a, b, |x, b| {
+        FeatureMap::write::<T, _>(
+            a.dims(),
+            (x.len(), 1),
+            quant,
+            CHUNK,
+            || (),
+            |(), part, y| sums(&x[part.clone()], b.part(part), y),
+        )
+    }))
 }
 
 /// Computes the sum `scale·z + shift + b`, of the shape of `z`, and its smallest and largest

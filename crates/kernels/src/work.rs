@@ -13,9 +13,14 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The number of elements of a chunk: half of a small second-level cache, and enough work for a
-/// task.
+/// The number of elements of a chunk: 128 KiB of floats, which fit into a second-level cache, and
+/// enough work for a task.
 pub(crate) const CHUNK: usize = 32 * 1024;
+
+/// Returns the number of elements of a chunk of whole rows of `channels` elements.
+pub(crate) fn whole_rows(channels: usize) -> usize {
+    (CHUNK / channels).max(1) * channels
+}
 
 /// The largest number of parts of a reduction of any size, because each part leaves sums that are
 /// added up in order.

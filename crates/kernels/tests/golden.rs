@@ -46,7 +46,7 @@ fn stem() {
     let golden = Golden::load();
     for stride in [1, 2] {
         let of = |what: &str| format!("stem{stride}.{what}");
-        let patches = im2col::forward(golden.get(&of("x")), 3, stride, 1).unwrap();
+        let patches = im2col::forward(golden.get(&of("x")), 3, stride).unwrap();
         let y = pointwise::forward(&patches, golden.get(&of("w"))).unwrap();
         golden.check(&of("y"), &y, SUMS);
         let gw = pointwise::grad_weight(&patches, golden.get(&of("gy"))).unwrap();

@@ -18,6 +18,10 @@ impl Other for Here {
     fn run(&self, operation: &dyn Fn() -> Vec<Tensor>) -> Vec<Tensor> {
         operation()
     }
+
+    fn is_the_cpu(&self) -> bool {
+        true
+    }
 }
 
 macro_rules! in_halves {

@@ -602,7 +602,7 @@ impl Network {
                 (Record::Pool { input, size: (h, w), dtype, quantized }, Some(g)) => {
                     let g =
                         quantized.map_or(Ok(g.tensor.clone()), |q| q.backward(&g.tensor, &mut gradients))?;
-                    add(&mut found[input], pool::backward_as(&g, h, w, dtype)?.into())?;
+                    add(&mut found[input], pool::backward(&g, h, w, dtype)?.into())?;
                 }
                 // The image has no gradient.
                 (Record::Image, _) | (_, None) => (),

@@ -195,7 +195,7 @@ fn operation(layer: &Layer, batch: usize, settings: Settings, device: &Device, d
         Kind::Stem => {
             let weight = random(&[size * size * inputs, outputs])?;
             // Patches are gathered twice, as in the network.
-            let patches = move |x: &Tensor| im2col::forward(x, size, stride, (size - 1) / 2);
+            let patches = move |x: &Tensor| im2col::forward(x, size, stride);
             Box::new(move || {
                 std::hint::black_box(pointwise::forward(&patches(&x)?, &weight)?);
                 Ok(pointwise::grad_weight(&patches(&x)?, &gy)?)

@@ -1,18 +1,17 @@
 //! The cuBLAS functions that are used: matrix products.
 //!
-//! Sums are taken in ascending order, in the precision that the call asks for. For TF32, the
-//! operands are rounded to TF32.
+//! Sums are taken in ascending order, in `f32`. For TF32, the operands are rounded to TF32.
 
 // These are functions of a C library, which take pointers from the caller.
 #![allow(unsafe_code)]
 
 use crate::device::touch;
-use crate::driver::functions;
+use crate::driver::{functions, give};
 use crate::graphs;
 use crate::memory;
 use crate::ops::Value;
 use crate::{Error, Result};
-use half::{bf16, f16};
+use half::bf16;
 use rayon::prelude::*;
 use std::ffi::{c_int, c_void};
 
@@ -45,18 +44,14 @@ struct Matrix {
 }
 
 const F32: c_int = 0;
-const F64: c_int = 1;
-const F16: c_int = 2;
 const BF16: c_int = 14;
 /// `CUBLAS_COMPUTE_32F_FAST_TF32`.
 const TF32: c_int = 77;
-const COMPUTE_F64: [c_int; 2] = [70, 71];
 
 fn size_of(kind: c_int) -> Result<usize> {
     match kind {
         F32 => Ok(4),
-        F64 => Ok(8),
-        F16 | BF16 => Ok(2),
+        BF16 => Ok(2),
         _ => Err(Error::NotSupported(format!("the type {kind} of matrices"))),
     }
 }
@@ -74,26 +69,24 @@ impl Matrix {
     }
 
     /// Returns the stored element `(row, column)`.
-    fn element(&self, row: usize, column: usize) -> Result<f64> {
+    fn element(&self, row: usize, column: usize) -> Result<f32> {
         let size = size_of(self.kind)?;
         let at = self.at + ((column * self.lead as usize + row) * size) as u64;
         // SAFETY: `touch` has checked that these bytes are within an allocation.
         let bits = unsafe { memory::load(at, size) };
         Ok(match self.kind {
-            F32 => f32::of(bits).into(),
-            F64 => f64::of(bits),
-            F16 => f16::of(bits).into(),
+            F32 => f32::of(bits),
             _ => bf16::of(bits).into(),
         })
     }
 
     /// Returns the elements of the matrix `[rows, columns]` in row-major order, after its
     /// transposition, if any.
-    fn rows<T: Number>(&self, rows: usize, columns: usize, tf32: bool) -> Result<Vec<T>> {
+    fn rows(&self, rows: usize, columns: usize, tf32: bool) -> Result<Vec<f32>> {
         let all = (0..rows * columns).into_par_iter().map(|i| {
             let (row, column) = (i / columns, i % columns);
             let value = if self.transposed { self.element(column, row) } else { self.element(row, column) }?;
-            Ok(T::rounded(if tf32 { rounded_to_tf32(value as f32).into() } else { value }))
+            Ok(if tf32 { rounded_to_tf32(value) } else { value })
         });
         all.collect()
     }
@@ -109,9 +102,9 @@ fn rounded_to_tf32(x: f32) -> f32 {
 }
 
 /// Reads a factor from the host or the device.
-fn factor(at: *const c_void, double: bool) -> f64 {
-    // SAFETY: the API asks for a pointer to a factor of this type.
-    unsafe { if double { *at.cast::<f64>() } else { f64::from(*at.cast::<f32>()) } }
+fn factor(at: u64) -> f32 {
+    // SAFETY: the API asks for a pointer to a factor.
+    unsafe { *(at as *const f32) }
 }
 
 /// Puts `c = alpha·a·b + beta·c` into the handle's stream.
@@ -128,20 +121,15 @@ fn product(
 ) -> Result<()> {
     let blas = blas(handle)?;
     let [m, n, k] = [m, n, k].map(|n| n as usize);
-    let double = COMPUTE_F64.contains(&compute);
-    let factor_size = if double { 8 } else { 4 };
-    let read = move |[alpha, beta]: [u64; 2]| {
-        (factor(alpha as *const c_void, double), factor(beta as *const c_void, double))
-    };
     let places = [alpha as u64, beta as u64];
     // Factors on the host are read now.
-    let known = (!blas.factors_on_device).then(|| read(places));
+    let known = (!blas.factors_on_device).then(|| places.map(factor));
     graphs::put(blas.stream, move |stream| {
-        let (alpha, beta) = match known {
+        let [alpha, beta] = match known {
             Some(factors) => factors,
             None => {
-                touch(stream, &places.map(|place| (place, factor_size)))?;
-                read(places)
+                touch(stream, &places.map(|place| (place, 4)))?;
+                places.map(factor)
             }
         };
         products((m, n, k), (alpha, beta), (a, b, c), compute, (batch, strides), stream)
@@ -151,13 +139,12 @@ fn product(
 /// Computes a [`product`] now.
 fn products(
     (m, n, k): (usize, usize, usize),
-    (alpha, beta): (f64, f64),
+    (alpha, beta): (f32, f32),
     (a, b, c): (Matrix, Matrix, Matrix),
     compute: c_int,
     (batch, strides): (c_int, [i64; 3]),
     stream: u64,
 ) -> Result<()> {
-    let double = COMPUTE_F64.contains(&compute);
     for i in 0..i64::from(batch) {
         let moved = |matrix: &Matrix, stride: i64| -> Result<Matrix> {
             let at = matrix.at + (i * stride) as u64 * size_of(matrix.kind)? as u64;
@@ -168,40 +155,40 @@ fn products(
             if matrix.transposed { matrix.bytes(columns, rows) } else { matrix.bytes(rows, columns) }
         };
         touch(stream, &[stored(&a, m, k)?, stored(&b, k, n)?, c.bytes(m, n)?])?;
-        if double {
-            multiply::<f64>((&a, &b, &c), (m, n, k), (alpha, beta), false)?;
-        } else {
-            multiply::<f32>((&a, &b, &c), (m, n, k), (alpha, beta), compute == TF32)?;
-        }
+        multiply((&a, &b, &c), (m, n, k), (alpha, beta), compute == TF32)?;
     }
     Ok(())
 }
 
-/// Computes one product, with sums in `T`.
-fn multiply<T: Number>(
+/// Computes one product.
+fn multiply(
     (a, b, c): (&Matrix, &Matrix, &Matrix),
     (m, n, k): (usize, usize, usize),
-    (alpha, beta): (f64, f64),
+    (alpha, beta): (f32, f32),
     tf32: bool,
 ) -> Result<()> {
-    let (left, right) = (a.rows::<T>(m, k, tf32)?, b.rows::<T>(k, n, tf32)?);
+    let (left, right) = (a.rows(m, k, tf32)?, b.rows(k, n, tf32)?);
     let size = size_of(c.kind)?;
     (0..m).into_par_iter().try_for_each(|row| {
-        let mut sums = vec![T::default(); n];
+        let mut sums = vec![0.0; n];
         for (&x, others) in left[row * k..][..k].iter().zip(right.chunks_exact(n)) {
             for (sum, &other) in sums.iter_mut().zip(others) {
                 *sum += x * other;
             }
         }
         for (column, &sum) in sums.iter().enumerate() {
-            let scaled = (T::rounded(alpha) * sum).into();
+            let scaled = alpha * sum;
             // With beta = 0, the old value is not read: it may be NaN.
-            let value = if beta == 0.0 { scaled } else { scaled + beta * c.element(row, column)? };
+            let value = match beta {
+                0.0 => scaled,
+                _ => {
+                    let old = f64::from(beta) * f64::from(c.element(row, column)?);
+                    (f64::from(scaled) + old) as f32
+                }
+            };
             let bits = match c.kind {
-                F32 => (value as f32).bits(),
-                F64 => value.bits(),
-                F16 => f16::from_f32(value as f32).bits(),
-                _ => bf16::from_f32(value as f32).bits(),
+                F32 => value.bits(),
+                _ => bf16::from_f32(value).bits(),
             };
             // SAFETY: `touch` has checked that these bytes are within an allocation.
             unsafe { memory::store(c.at + ((column * c.lead as usize + row) * size) as u64, size, bits) };
@@ -210,31 +197,9 @@ fn multiply<T: Number>(
     })
 }
 
-/// A type that sums are taken in.
-trait Number:
-    Copy + Default + Send + Sync + std::ops::Mul<Output = Self> + std::ops::AddAssign + Into<f64>
-{
-    fn rounded(x: f64) -> Self;
-}
-
-impl Number for f32 {
-    fn rounded(x: f64) -> Self {
-        x as Self
-    }
-}
-
-impl Number for f64 {
-    fn rounded(x: f64) -> Self {
-        x
-    }
-}
-
 functions! {
     fn cublasCreate_v2(handle: *mut *mut c_void) {
-        let made = Box::into_raw(Box::new(Blas { stream: 0, factors_on_device: false }));
-        // SAFETY: the API asks for a pointer to a place for the handle.
-        unsafe { handle.write(made.cast()) };
-        Ok(())
+        give(handle, Box::into_raw(Box::new(Blas { stream: 0, factors_on_device: false })).cast())
     }
 
     fn cublasDestroy_v2(handle: *mut c_void) {

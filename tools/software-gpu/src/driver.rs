@@ -63,7 +63,7 @@ pub(crate) fn answer(call: &str, work: impl FnOnce() -> Result<()>) -> Status {
 macro_rules! functions {
     ($(fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $body:block)*) => {
         $(
-            #[allow(non_snake_case, clippy::too_many_arguments)]
+            #[allow(non_snake_case)]
             #[unsafe(no_mangle)]
             extern "C" fn $name($($argument: $kind),*) -> $crate::driver::Status {
                 $crate::driver::answer(stringify!($name), move || $body)
@@ -464,7 +464,7 @@ mod tests {
         for expected in [2.0, 4.0] {
             assert_eq!(cuGraphLaunch(runs, stream), SUCCESS);
             assert_eq!(allocated(x, 4), [expected; 4]);
-            assert!(allocated(y, 4).iter().all(|y| y.is_nan()), "given back");
+            assert!(allocated(y, 4).iter().all(|y| y.is_nan()), "freed");
         }
         assert_eq!(cuGraphExecDestroy(runs), SUCCESS);
         assert_eq!(cuGraphDestroy(graph), SUCCESS);

@@ -80,8 +80,8 @@ pub(crate) fn begin(handle: Handle) -> Result<()> {
 pub(crate) fn end(handle: Handle) -> Result<Graph> {
     let graph = recordings().remove(&stream(handle));
     let graph = graph.ok_or_else(|| Error::Call("the stream does not record".into()))?;
-    let kept = graph.memory.iter().find(|(_, (_, given_back))| !given_back);
-    let kept = kept.map(|(address, (size, _))| format!("{size} bytes at {address:#x} are not given back"));
+    let kept = graph.memory.iter().find(|(_, (_, freed))| !freed);
+    let kept = kept.map(|(address, (size, _))| format!("{size} bytes at {address:#x} are not freed"));
     match graph.problem.clone().or(kept) {
         None => Ok(graph),
         Some(problem) => {
@@ -106,14 +106,14 @@ pub(crate) fn free(address: Pointer, handle: Handle) -> Result<()> {
     let mut recordings = recordings();
     let Some(graph) = recordings.get_mut(&stream(handle)) else { return Ok(()) };
     match graph.memory.get_mut(&address) {
-        Some((size, given_back @ false)) => {
-            *given_back = true;
+        Some((size, freed @ false)) => {
+            *freed = true;
             let size = *size;
             drop(recordings);
             spoil(address, size, handle)
         }
         _ => {
-            let problem = format!("memory at {address:#x} is given back that is not the graph's");
+            let problem = format!("memory at {address:#x} is freed that is not the graph's");
             Err(Error::Call(graph.problem.insert(problem).clone()))
         }
     }

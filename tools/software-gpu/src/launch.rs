@@ -21,7 +21,7 @@ pub(crate) struct Launch<'a> {
     pub(crate) program: &'a Program,
     pub(crate) grid: [u32; 3],
     pub(crate) block: [u32; 3],
-    /// The bytes of dynamic shared memory, which come after the kernel's own.
+    /// The bytes of dynamic shared memory. A kernel has either static or dynamic shared memory.
     pub(crate) dynamic: usize,
     /// The kernel's parameters, in the layout that it declares.
     pub(crate) parameters: &'a [u64],
@@ -344,7 +344,7 @@ impl<'a> Block<'a> {
                 }
             }
             Action::Trap(what) => return Err(self.launch.fail(step.line, (*what).into())),
-            Action::Branch(_) | Action::Exit | Action::Barrier => unreachable!("changes of the way"),
+            Action::Branch(_) | Action::Exit | Action::Barrier => unreachable!("control flow"),
         }
         Ok(())
     }

@@ -9,7 +9,7 @@
 
 use crate::Error;
 use crate::device::touch;
-use crate::driver::functions;
+use crate::driver::{functions, give};
 use crate::graphs;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::io::{self, Read, Write};
@@ -50,12 +50,6 @@ const REMOTE_ERROR: c_int = 6;
 
 fn failed(error: io::Error) -> Error {
     Error::Call(format!("the other processes: {error}"))
-}
-
-/// Writes a result to the caller's pointer.
-fn give<T>(to: *mut T, value: T) {
-    // SAFETY: the API asks for a pointer to a `T`.
-    unsafe { to.write(value) };
 }
 
 fn named(id: &mut Id) -> io::Result<()> {
@@ -129,21 +123,18 @@ fn group(handle: *const c_void) -> &'static Group {
 
 functions! {
     fn ncclGetVersion(version: *mut c_int) {
-        give(version, 20_000);
-        Ok(())
+        give(version, 20_000)
     }
 
     fn ncclGetUniqueId(id: *mut Id) {
         let mut made = Id([0; 128]);
         named(&mut made).map_err(failed)?;
-        give(id, made);
-        Ok(())
+        give(id, made)
     }
 
     fn ncclCommInitRank(handle: *mut *mut c_void, size: c_int, id: Id, rank: c_int) {
         let group = join(id.path(), rank as usize, size as usize).map_err(failed)?;
-        give(handle, Box::into_raw(Box::new(group)).cast());
-        Ok(())
+        give(handle, Box::into_raw(Box::new(group)).cast())
     }
 
     fn ncclAllReduce(
@@ -171,8 +162,7 @@ functions! {
 
     fn ncclCommGetAsyncError(handle: *const c_void, status: *mut c_int) {
         let failed = group(handle).failed.load(Ordering::Relaxed);
-        give(status, if failed { REMOTE_ERROR } else { 0 });
-        Ok(())
+        give(status, if failed { REMOTE_ERROR } else { 0 })
     }
 
     fn ncclCommAbort(handle: *mut c_void) {

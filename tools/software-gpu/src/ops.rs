@@ -128,7 +128,7 @@ pub(crate) fn op(opcode: &[&str]) -> Option<Op> {
     let has = |modifier: &str| modifiers.contains(&modifier);
     let is_float = matches!(kind, "f32" | "f64");
     match *name {
-        "mov" | "cvta" => each(|a, _, _, _| a),
+        "mov" => each(|a, _, _, _| a),
         "add" | "sub" | "mul" | "fma" | "mad" if is_float => float(name, kind, modifiers),
         "add" => integers!(kind, two(|a: T, b: T| a.wrapping_add(b))),
         "sub" => integers!(kind, two(|a: T, b: T| a.wrapping_sub(b))),

@@ -21,8 +21,8 @@ pub(crate) struct Program {
     pub(crate) registers: usize,
     /// The registers that hold a value before the first instruction.
     pub(crate) given: HashMap<Given, Register>,
-    /// The bytes of a block's static shared memory. A launch's dynamic shared memory comes after
-    /// it.
+    /// The bytes of a block's static shared memory. A kernel has either static or dynamic shared
+    /// memory.
     pub(crate) shared: usize,
     /// The bytes of a thread's local memory.
     pub(crate) local: usize,

@@ -224,6 +224,13 @@ impl Parser {
         }
     }
 
+    fn skip_line(&mut self) {
+        let line = self.line();
+        while self.peek().is_some() && self.line() == line {
+            self.next += 1;
+        }
+    }
+
     fn module(mut self) -> Result<Module> {
         let mut module = Module::default();
         while self.peek().is_some() {
@@ -232,10 +239,7 @@ impl Parser {
             }
             match self.word()?.as_str() {
                 ".version" | ".target" | ".address_size" => {
-                    let line = self.line();
-                    while self.peek().is_some() && self.line() == line {
-                        self.next += 1;
-                    }
+                    self.skip_line();
                 }
                 ".file" | ".pragma" | ".alias" => self.skip_past(';'),
                 ".visible" | ".weak" | ".common" | ".extern" => {}
@@ -378,12 +382,7 @@ impl Parser {
                     ".shared" => {
                         body.extend(self.variables(Space::Shared)?.into_iter().map(Statement::Variable))
                     }
-                    ".loc" => {
-                        let line = self.line();
-                        while self.line() == line {
-                            self.next += 1;
-                        }
-                    }
+                    ".loc" => self.skip_line(),
                     ".pragma" => self.skip_past(';'),
                     word if word.starts_with('.') => {
                         return self.fail(&format!("a known directive before it, not {word}"));

@@ -1,7 +1,7 @@
 //! Launches of cap.cu.
 
 use crate::Result;
-use crate::gpu::{Launch, Module, empty, module, name, width};
+use crate::gpu::{Launch, Module, empty, grouped, module};
 use candle_core::Tensor;
 
 const MODULE: Module = module!("cap");
@@ -18,9 +18,8 @@ pub(super) fn backward(y: &Tensor, gy: &Tensor, cap: &Tensor) -> Result<Tensor> 
 fn launch(kernel: &str, maps: &[&Tensor], cap: &Tensor) -> Result<Tensor> {
     let like = maps[0];
     let out = empty(like.dims(), like.dtype(), like.device())?;
-    let width = width(like.elem_count(), maps.iter().copied().chain([&out]))?;
-    let count = like.elem_count() / width;
-    let kernel = format!("{kernel}_{}_{width}", name(like.dtype()));
+    let all: Vec<&Tensor> = maps.iter().copied().chain([&out]).collect();
+    let (kernel, count) = grouped(kernel, like.dtype(), &all)?;
     let launch = Launch::shared(MODULE, kernel, count);
     let launch = maps.iter().try_fold(launch, |launch, map| launch.read(map))?;
     launch.read(cap)?.write(&out)?.sizes([count, cap.elem_count()])?.run()?;

@@ -110,7 +110,7 @@ fn convolve_map(
     stride: usize,
     stats: bool,
 ) -> Result<(Tensor, Option<Partials>)> {
-    let (n, h, width, c) = check.map_sizes("x", x.dims())?;
+    let (n, h, width, c) = check.map("x", x.dims())?;
     let w = check.dims("w", w, &[3, 3, c])?;
     let Geometry { ho, wo, .. } = Geometry::new(check, h, width, c, stride)?;
     let outputs = n * ho * wo * c;
@@ -148,7 +148,7 @@ const PARTS: usize = 1024;
 
 /// Returns the gradient of the weight, `[3, 3, C]` in `f32`.
 pub(super) fn grad_weight(check: &Check, x: &FeatureMap, gz: &Tensor, stride: usize) -> Result<Tensor> {
-    let (n, h, w, c) = check.map_sizes("x", x.dims())?;
+    let (n, h, w, c) = check.map("x", x.dims())?;
     let (_, ho, wo, _) = gz.dims4()?;
     let x = Map::new(check, "x", x)?;
     let width = width(c, [&x.tensor, gz])?;

@@ -2,7 +2,7 @@
 
 use super::{Gradients, SOFTNESS};
 use crate::Result;
-use crate::gpu::{Launch, Module, empty, module, name, width};
+use crate::gpu::{Launch, Module, empty, grouped, module};
 use crate::learned::gpu::{summed, totals};
 use candle_core::Tensor;
 use quant_core::Bits;
@@ -11,9 +11,8 @@ const MODULE: Module = module!("dsq");
 
 pub(super) fn forward(x: &Tensor, bounds: &Tensor, bits: Bits) -> Result<Tensor> {
     let y = empty(x.dims(), x.dtype(), x.device())?;
-    let width = width(x.elem_count(), [x, &y])?;
-    let count = x.elem_count() / width;
-    Launch::shared(MODULE, format!("forward_{}_{width}", name(x.dtype())), count)
+    let (kernel, count) = grouped("forward", x.dtype(), &[x, &y])?;
+    Launch::shared(MODULE, kernel, count)
         .read(x)?
         .read(bounds)?
         .write(&y)?
@@ -31,10 +30,7 @@ pub(super) fn backward(
     bits: Bits,
 ) -> Result<Gradients> {
     let gx = empty(x.dims(), x.dtype(), x.device())?;
-    let width = width(x.elem_count(), [x, gy, &gx])?;
-    let count = x.elem_count() / width;
-    let kernel = format!("backward_{}_{width}", name(x.dtype()));
-    let (launch, parts) = summed(MODULE, kernel, 3, count, x.device())?;
+    let (launch, parts, count) = summed(MODULE, "backward", 3, &[x, gy, &gx])?;
     launch
         .read(x)?
         .read(gy)?

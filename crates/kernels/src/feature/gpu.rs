@@ -2,7 +2,7 @@
 
 use super::{FeatureMap, Levels};
 use crate::check::Check;
-use crate::gpu::{Launch, Module, empty, grids, module, name, width};
+use crate::gpu::{Launch, Module, empty, grids, grouped, module, name};
 use crate::{Quantizer, Result};
 use candle_core::{DType, Tensor};
 
@@ -45,9 +45,8 @@ impl Map {
 /// dtype `of`.
 fn convert(kernel: &str, x: &Tensor, quant: Quantizer<'_>, of: DType, to: DType) -> Result<Tensor> {
     let y = empty(x.dims(), to, x.device())?;
-    let width = width(x.elem_count(), [x, &y])?;
-    let count = x.elem_count() / width;
-    Launch::shared(MODULE, format!("{kernel}_{}_{width}", name(of)), count)
+    let (kernel, count) = grouped(kernel, of, &[x, &y])?;
+    Launch::shared(MODULE, kernel, count)
         .read(x)?
         .read(quant.range)?
         .write(&y)?
@@ -96,9 +95,8 @@ pub(crate) fn steps(a: Quantizer<'_>, b: Option<Quantizer<'_>>) -> Result<Tensor
 pub(crate) fn scaled(sums: &Tensor, factors: &Tensor, dtype: DType) -> Result<Tensor> {
     let (_, channels) = sums.dims2()?;
     let y = empty(sums.dims(), dtype, sums.device())?;
-    let width = width(sums.elem_count(), [sums, &y])?;
-    let count = sums.elem_count() / width;
-    Launch::shared(MODULE, format!("scale_{}_{width}", name(dtype)), count)
+    let (kernel, count) = grouped("scale", dtype, &[sums, &y])?;
+    Launch::shared(MODULE, kernel, count)
         .read(sums)?
         .read(factors)?
         .write(&y)?

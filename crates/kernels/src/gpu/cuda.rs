@@ -62,11 +62,14 @@ pub(super) fn expect_one_stream(device: &CudaDevice) {
 
 /// Copies bytes between two addresses on the device, for any dtype. Candle copies `bf16` with
 /// kernels that it leaves out of builds for GPUs before compute capability 8.0.
-pub(super) fn copy(device: &CudaDevice, to: u64, from: u64, bytes: usize) -> Result<()> {
+///
+/// # Safety
+/// There must be memory of this size at both addresses. Memory is freed in the order of the stream,
+/// so it may be freed before the copy has run.
+#[allow(unsafe_code)]
+pub(super) unsafe fn copy(device: &CudaDevice, to: u64, from: u64, bytes: usize) -> Result<()> {
     let stream = device.cuda_stream();
-    // SAFETY: `overwrite` passes the addresses of two tensors of this size; memory is freed in the
-    // order of the stream, so both outlive the copy.
-    #[allow(unsafe_code)]
+    // SAFETY: the caller guarantees the memory.
     unsafe { memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }.w()
 }
 
@@ -115,14 +118,11 @@ pub(super) fn product(
         Factor::Plain(_) => sys::cublasOperation_t::CUBLAS_OP_N,
         Factor::Transposed(_) => sys::cublasOperation_t::CUBLAS_OP_T,
     };
-    let stored = |factor: &Factor<'_>| match *factor {
-        Factor::Plain(tensor) | Factor::Transposed(tensor) => tensor.clone(),
-    };
     let kind = |tensor: &Tensor| match tensor.dtype() {
         DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
         _ => sys::cudaDataType_t::CUDA_R_32F,
     };
-    let (a_stored, b_stored) = (stored(&a), stored(&b));
+    let (a_stored, b_stored) = (a.tensor(), b.tensor());
     let tf32 = a_stored.dtype() == DType::F32 && candle_core::cuda::gemm_reduced_precision_f32();
     let compute = if tf32 {
         sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
@@ -139,8 +139,8 @@ pub(super) fn product(
         None => ((&raw const one).cast(), (&raw const zero).cast()),
     };
     let [m, n, k] = [rows, columns, depth].map(|size| size as i32);
-    let [a_row, b_row] = [&a_stored, &b_stored].map(|tensor| tensor.dims()[1] as i32);
-    let (a_at, b_at, c_at) = (super::address(&a_stored)?, super::address(&b_stored)?, super::address_mut(c)?);
+    let [a_row, b_row] = [a_stored, b_stored].map(|tensor| tensor.dims()[1] as i32);
+    let (a_at, b_at, c_at) = (super::address(a_stored)?, super::address(b_stored)?, super::address_mut(c)?);
     let blas = device.cublas_handle();
     let handle = *blas.handle();
     // SAFETY: cuBLAS is column-major and sees our row-major matrices transposed, so the call

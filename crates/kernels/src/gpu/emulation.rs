@@ -18,7 +18,7 @@
 //!
 //! It warns once that it ignores a jump, because it does not know the stacks of the fibers.
 
-use super::{Launch, Module};
+use super::{Launch, Module, address_mut};
 use crate::Error;
 use crate::work::lock;
 use candle_core::Tensor;
@@ -66,11 +66,11 @@ pub fn available() -> Result<(), String> {
 /// Fills a tensor with bytes 0xff, NaN as floats, so that tests notice what a kernel does not
 /// write.
 #[allow(unsafe_code)]
-pub(super) fn spoil(tensor: &Tensor, address: u64) {
-    let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
-    // SAFETY: the caller passes the address of the tensor's elements, for which any bytes are
-    // valid.
+pub(super) fn spoil(tensor: &Tensor) -> crate::Result<()> {
+    let (address, bytes) = (address_mut(tensor)?, tensor.elem_count() * tensor.dtype().size_in_bytes());
+    // SAFETY: the address is that of the tensor's elements, for which any bytes are valid.
     unsafe { (address as *mut u8).write_bytes(0xff, bytes) };
+    Ok(())
 }
 
 fn compiler() -> &'static Result<PathBuf, String> {

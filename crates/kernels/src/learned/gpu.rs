@@ -1,20 +1,22 @@
 //! Launches of the sums over all elements in learned.cuh.
 
 use crate::Result;
-use crate::gpu::{BLOCKS, Launch, Module, THREADS, empty};
-use candle_core::{DType, Device, Tensor};
+use crate::gpu::{BLOCKS, Launch, Module, THREADS, empty, grouped};
+use candle_core::{DType, Tensor};
 
-/// Makes a launch of a kernel that takes `sums` sums over `count` groups of elements. Also returns
-/// the tensor `[sums, blocks]` to which each block writes its share.
+/// Makes a launch of an elementwise kernel that also takes `sums` sums over all elements of
+/// `tensors`. Also returns the tensor `[sums, blocks]` to which each block writes its share, and the
+/// number of groups of elements.
 pub(crate) fn summed(
     module: Module,
-    kernel: impl AsRef<str>,
+    kernel: &str,
     sums: usize,
-    count: usize,
-    device: &Device,
-) -> Result<(Launch, Tensor)> {
+    tensors: &[&Tensor],
+) -> Result<(Launch, Tensor, usize)> {
+    let (kernel, count) = grouped(kernel, tensors[0].dtype(), tensors)?;
     let blocks = count.div_ceil(8 * THREADS).clamp(1, BLOCKS);
-    Ok((Launch::new(module, kernel, [blocks, 1], [1, THREADS]), empty((sums, blocks), DType::F64, device)?))
+    let parts = empty((sums, blocks), DType::F64, tensors[0].device())?;
+    Ok((Launch::new(module, kernel, [blocks, 1], [1, THREADS]), parts, count))
 }
 
 /// Returns the sums `[sums]` over the blocks' shares.

@@ -2,7 +2,7 @@
 
 use super::{Gradients, MIN_STEP, Params};
 use crate::Result;
-use crate::gpu::{Launch, Module, empty, module, name, width};
+use crate::gpu::{Launch, Module, empty, grouped, module};
 use crate::learned::gpu::{summed, totals};
 use candle_core::Tensor;
 
@@ -10,10 +10,9 @@ const MODULE: Module = module!("lsq");
 
 pub(super) fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
     let y = empty(x.dims(), x.dtype(), x.device())?;
-    let width = width(x.elem_count(), [x, &y])?;
-    let count = x.elem_count() / width;
+    let (kernel, count) = grouped("forward", x.dtype(), &[x, &y])?;
     let (low, high) = params.levels();
-    Launch::shared(MODULE, format!("forward_{}_{width}", name(x.dtype())), count)
+    Launch::shared(MODULE, kernel, count)
         .read(x)?
         .read(params.step)?
         .read_if(params.offset)?
@@ -26,11 +25,8 @@ pub(super) fn forward(x: &Tensor, params: Params<'_>) -> Result<Tensor> {
 
 pub(super) fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, g: f64) -> Result<Gradients> {
     let gx = empty(x.dims(), x.dtype(), x.device())?;
-    let width = width(x.elem_count(), [x, gy, &gx])?;
-    let count = x.elem_count() / width;
     let (low, high) = params.levels();
-    let kernel = format!("backward_{}_{width}", name(x.dtype()));
-    let (launch, parts) = summed(MODULE, kernel, 2, count, x.device())?;
+    let (launch, parts, count) = summed(MODULE, "backward", 2, &[x, gy, &gx])?;
     launch
         .read(x)?
         .read(gy)?
@@ -49,10 +45,7 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, params: Params<'_>, g: f64) -> R
 
 /// Returns the sum of the absolute values, `[1]`.
 pub(super) fn magnitude(x: &Tensor) -> Result<Tensor> {
-    let width = width(x.elem_count(), [x])?;
-    let count = x.elem_count() / width;
-    let kernel = format!("magnitude_{}_{width}", name(x.dtype()));
-    let (launch, parts) = summed(MODULE, kernel, 1, count, x.device())?;
+    let (launch, parts, count) = summed(MODULE, "magnitude", 1, &[x])?;
     launch.read(x)?.write(&parts)?.sizes([count])?.run()?;
     totals(MODULE, &parts)
 }

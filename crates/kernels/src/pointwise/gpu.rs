@@ -12,7 +12,7 @@
 //! Sums are always `f32`. If the weights have a grid for each column, the product stays `f32` until
 //! each column is multiplied by its step.
 
-use super::{forward_sizes, sizes, with_channels};
+use super::{forward_sizes, with_channels};
 use crate::check::Check;
 use crate::feature::gpu::{integers, scaled, steps};
 use crate::gpu::Factor::{Plain, Transposed};
@@ -93,17 +93,8 @@ pub(super) fn grad_input(gz: &Tensor, w: &Tensor) -> Result<Tensor> {
 
 /// Returns `xᵀ · ∂z`, `[Cin, Cout]` in `f32`.
 pub(super) fn grad_weight(check: &Check, x: &FeatureMap, gz: &Tensor) -> Result<Tensor> {
-    sizes(check, x, gz)?;
-    let gz = check.map_float("gz", gz)?;
+    let gz = check.dtype("gz", gz, x.dtype())?;
     let (x, alpha) = factor(check, x)?;
-    if x.dtype() != gz.dtype() {
-        return Err(crate::Error::DType {
-            op: check.0,
-            argument: "gz",
-            found: gz.dtype(),
-            expected: x.dtype(),
-        });
-    }
     product(Transposed(&x), Plain(&matrix(&gz)?), alpha.as_ref(), DType::F32)
 }
 

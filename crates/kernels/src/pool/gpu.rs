@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 const MODULE: Module = module!("pool");
 
 pub(super) fn global_average(check: &Check, x: &FeatureMap) -> Result<Tensor> {
-    let (n, h, w, c) = check.map_sizes("x", x.dims())?;
+    let (n, h, w, c) = check.map("x", x.dims())?;
     let x = Map::new(check, "x", x)?;
     let y = empty((n, c), DType::F32, x.tensor.device())?;
     let width = width(c, [&x.tensor, &y])?;

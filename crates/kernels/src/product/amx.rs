@@ -93,7 +93,7 @@ macro_rules! sums {
         ///
         /// # Safety
         /// The machine must have tiles, they must be configured, and each operand must have `steps`
-        /// tiles.
+        /// tiles, at least one.
         #[inline]
         #[allow(unsafe_code)]
         unsafe fn $name(
@@ -189,11 +189,12 @@ unsafe fn sum_up<L, R, S: Copy + Default>(
     sum: unsafe fn([*const u8; 2], [*const u8; 2], usize, (bool, bool), &mut Sums<S>),
     mut write: impl FnMut(usize, usize, &Sums<S>),
 ) {
+    assert!(steps > 0, "a product over nothing");
     let mut sums = Sums([[S::default(); 2 * SIDE]; 2 * SIDE]);
     let both =
         |of: usize, at: usize| if at + SIDE < of { [at / SIDE, at / SIDE + 1] } else { [at / SIDE; 2] };
-    // SAFETY: the caller guarantees the tiles, and the slices in `tile` check the sizes of the
-    // operands.
+    // SAFETY: the caller guarantees the tiles, the assertion the steps, and the slices in `tile`
+    // check the sizes of the operands.
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly));
         for i in (0..rows).step_by(2 * SIDE) {
@@ -315,7 +316,7 @@ pub(super) unsafe fn set_levels(
 ) {
     let LevelProduct { x, depth, w, shift, scale, .. } = *product;
     let columns = w.columns;
-    assert!(x.len() == rows * depth && c.len() == rows * columns);
+    assert!(depth > 0 && x.len() == rows * depth && c.len() == rows * columns);
     assert!(shift.len() >= columns.next_multiple_of(SIDE) && scale.len() >= columns.next_multiple_of(SIDE));
     // SAFETY: the caller guarantees the instructions. Shifts and scales fill whole vectors, and
     // each store is masked to the lanes of a row.

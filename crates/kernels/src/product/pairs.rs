@@ -1,6 +1,6 @@
 //! Products of `bf16` values in pairs of neighbours in the depth, with AVX512-BF16 or matrix tiles.
 
-use super::{Factor, FactorOf, LANES, Left, Multiply, Packed, Pair, Right, Scratch, amx, sum_up};
+use super::{Factor, FactorOf, LANES, Left, Multiply, Packed, Pair, Right, Scratch, Target, amx, sum_up};
 use crate::ProductSizes;
 use crate::cpu::{Instructions, simd};
 use half::bf16;
@@ -16,19 +16,12 @@ impl Factor for Pair {
         Instructions::current().have_bf16() && (has_tiles() || dot_is_fast())
     }
 
-    fn product(
-        a: Left<Self>,
-        b: Right<Self>,
-        sizes: ProductSizes,
-        c: &mut [MaybeUninit<f32>],
-        add: bool,
-        most: usize,
-    ) {
+    fn product(a: Left<Self>, b: Right<Self>, sizes: ProductSizes, c: Target<'_>, most: usize) {
         assert!(Instructions::of_machine().have_bf16(), "pairs are made where they are multiplied");
         // SAFETY: the assertion shows that the machine has the instructions.
         #[allow(unsafe_code)]
         unsafe {
-            product(a, b, sizes, c, add, most)
+            product(a, b, sizes, c, most)
         }
     }
 }
@@ -136,15 +129,8 @@ simd! {
 /// The machine must have the target features of this function.
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2,avx512bf16")]
 #[allow(unsafe_code)]
-unsafe fn product(
-    a: Left<Pair>,
-    b: Right<Pair>,
-    sizes: ProductSizes,
-    c: &mut [MaybeUninit<f32>],
-    add: bool,
-    most: usize,
-) {
-    sum_up::<Pair, Dot>(a, b, sizes, c, add, most);
+unsafe fn product(a: Left<Pair>, b: Right<Pair>, sizes: ProductSizes, c: Target<'_>, most: usize) {
+    sum_up::<Pair, Dot>(a, b, sizes, c, most);
 }
 
 /// Multiplication with `VDPBF16PS`, for which [`product`] is compiled.

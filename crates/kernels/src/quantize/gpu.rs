@@ -1,6 +1,6 @@
 //! Launches of quantize.cu.
 
-use crate::gpu::{Launch, Module, empty, grids, module, name, width};
+use crate::gpu::{Launch, Module, empty, grids, grouped, module};
 use crate::{Quantizer, Result};
 use candle_core::{DType, Tensor};
 
@@ -15,9 +15,8 @@ const MOST_BLOCKS: usize = 512;
 
 pub(super) fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let y = empty(x.dims(), x.dtype(), x.device())?;
-    let width = width(x.elem_count(), [x, &y])?;
-    let count = x.elem_count() / width;
-    Launch::shared(MODULE, format!("fake_{}_{width}", name(x.dtype())), count)
+    let (kernel, count) = grouped("fake", x.dtype(), &[x, &y])?;
+    Launch::shared(MODULE, kernel, count)
         .read(x)?
         .read(quant.range)?
         .write(&y)?
@@ -29,9 +28,8 @@ pub(super) fn forward(x: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
 
 pub(super) fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<Tensor> {
     let gx = empty(x.dims(), x.dtype(), x.device())?;
-    let width = width(x.elem_count(), [x, gy, &gx])?;
-    let count = x.elem_count() / width;
-    Launch::shared(MODULE, format!("mask_{}_{width}", name(x.dtype())), count)
+    let (kernel, count) = grouped("mask", x.dtype(), &[x, gy, &gx])?;
+    Launch::shared(MODULE, kernel, count)
         .read(x)?
         .read(gy)?
         .read(quant.range)?
@@ -43,11 +41,10 @@ pub(super) fn backward(x: &Tensor, gy: &Tensor, quant: Quantizer<'_>) -> Result<
 }
 
 pub(super) fn min_max(x: &Tensor) -> Result<Tensor> {
-    let width = width(x.elem_count(), [x])?;
-    let count = x.elem_count() / width;
+    let (kernel, count) = grouped("extremes", x.dtype(), &[x])?;
     let blocks = if x.elem_count() <= ONE_BLOCK { 1 } else { count.div_ceil(256 * 8).min(MOST_BLOCKS) };
     let parts = empty((2, blocks), DType::F32, x.device())?;
-    Launch::new(MODULE, format!("extremes_{}_{width}", name(x.dtype())), [blocks, 1], [256, 1])
+    Launch::new(MODULE, kernel, [blocks, 1], [256, 1])
         .read(x)?
         .write(&parts)?
         .sizes([count])?

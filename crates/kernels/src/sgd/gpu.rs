@@ -28,12 +28,11 @@ pub(super) fn step(updates: &[Update<'_>], rule: Rule<'_>) -> Result<()> {
                 .read(update.grad)?
                 .write(update.velocity)?
                 .sizes([update.param.elem_count(), first])?
-                .floats([update.weight_decay as f32])
-                .sizes([0])?;
+                .floats([update.weight_decay as f32]);
             first += blocks(update);
         }
         for _ in updates.len()..PARAMETERS {
-            launch = launch.read_if(None)?.read_if(None)?.read_if(None)?.sizes([0, 0, 0, 0])?;
+            launch = launch.read_if(None)?.read_if(None)?.read_if(None)?.sizes([0, 0, 0])?;
         }
         launch.read_if(at)?.sizes([updates.len()])?.floats([rate as f32, rule.momentum as f32]).run()?;
     }

@@ -12,7 +12,6 @@ struct Parameter {
     // The number of elements, and the index of the parameter's first block.
     u32 count, first;
     float decay;
-    u32 unused;
 };
 
 struct Step {
