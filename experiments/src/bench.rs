@@ -223,10 +223,14 @@ pub fn main() -> Result<()> {
         output::print(&format!("    {}", summary(&measured)));
         rows.extend(measured);
         others.extend(of_others);
-        // Writing after each case keeps the measurements of a run that is stopped.
-        if let Some(folder) = &folder {
+        // Writing after each case keeps the measurements of a run that is stopped, but only in a
+        // folder of its own: a record must not be replaced by a part of another one.
+        if let Some(folder) = &flags.out {
             report::bench::write(&rows, &context(&others), folder)?;
         }
+    }
+    if let Some(folder) = &folder {
+        report::bench::write(&rows, &context(&others), folder)?;
     }
     output::print(&format!("\n{}", report::bench::terminal(&rows, &context(&others))));
     if let Some(folder) = folder {
@@ -235,9 +239,13 @@ pub fn main() -> Result<()> {
     Ok(())
 }
 
+/// The beginning of the command of a build for GPUs.
+const ON_GPU: &str =
+    "scripts/cuda-toolchain run cargo run --release -p experiments --features cuda --bin bench_pytorch --";
+
 /// Returns the command as it can be given elsewhere: without flags that name local paths.
 fn command_line(mut flags: impl Iterator<Item = String>) -> String {
-    let mut words = vec!["just bench-pytorch".to_string()];
+    let mut words = vec![if cfg!(feature = "cuda") { ON_GPU } else { "just bench-pytorch" }.to_string()];
     while let Some(word) = flags.next() {
         let place = ["--python", "--out"].into_iter().find(|flag| word.starts_with(flag));
         if place.is_none() {
@@ -406,7 +414,7 @@ impl Bench {
 
 impl Runner {
     fn is_ours(&self) -> bool {
-        pytorch::flags(self.implementation.id, Place::Cpu).is_none()
+        self.implementation.id == OURS
     }
 
     fn set_up(&mut self, case: &Case, layers: Option<&Layers>) -> Result<Ready> {
@@ -452,8 +460,7 @@ fn each(runners: &mut [Slot], mut act: impl FnMut(&mut Runner) -> Result<()>) ->
 /// Formats the speeds of a case as one line.
 fn summary(rows: &[Speed]) -> String {
     let one = |row: &Speed| {
-        let known = IMPLEMENTATIONS.iter().find(|known| known.id == row.implementation);
-        let label = known.map_or(row.implementation.as_str(), |known| known.label);
+        let label = report::bench::label(&row.implementation);
         match row.images_per_second {
             Some(speed) => {
                 let ratio = row.ratio_of_ours.map(|ratio| format!(" (×{ratio:.2})")).unwrap_or_default();
@@ -472,12 +479,14 @@ mod tests {
     #[test]
     fn commands_do_not_say_where_things_lie() {
         let check = |words: &[&str], expected: &str| {
-            assert_eq!(command_line(words.iter().map(|word| word.to_string())), expected);
+            let found = command_line(words.iter().map(|word| word.to_string()));
+            let program = if cfg!(feature = "cuda") { ON_GPU } else { "just bench-pytorch" };
+            assert_eq!(found, format!("{program}{expected}"));
         };
-        check(&[], "just bench-pytorch");
-        check(&["--python", "a/b", "--rounds", "3", "--out=c"], "just bench-pytorch --rounds 3");
-        check(&["--python=a/b", "--only", "train"], "just bench-pytorch --only train");
-        check(&["--device", "cuda", "--out", "c"], "just bench-pytorch --device cuda");
+        check(&[], "");
+        check(&["--python", "a/b", "--rounds", "3", "--out=c"], " --rounds 3");
+        check(&["--python=a/b", "--only", "train"], " --only train");
+        check(&["--device", "cuda", "--out", "c"], " --device cuda");
     }
 
     #[test]

@@ -3,13 +3,24 @@
 use anyhow::{Context as _, Result};
 use std::path::Path;
 
+/// The flags of cargo for the features of this build.
+const FEATURES: &str = if cfg!(feature = "nccl") {
+    " -p experiments --features nccl"
+} else if cfg!(feature = "cuda") {
+    " -p experiments --features cuda"
+} else if cfg!(feature = "mpi") {
+    " -p experiments --features mpi"
+} else {
+    ""
+};
+
 /// Returns the cargo command that repeats this call of the program. It is the one that runs what
 /// `--draw` draws.
 pub(crate) fn line() -> String {
     let mut words = std::env::args();
     let program = words.next().unwrap_or_default();
     let program = Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut command = vec!["cargo run --release --bin".into(), program, "--".into()];
+    let mut command = vec![format!("cargo run --release{FEATURES} --bin"), program, "--".into()];
     command.extend(words.filter(|word| word != "--draw").map(quoted));
     command.join(" ").trim_end_matches(" --").into()
 }

@@ -4,7 +4,7 @@
 //! The networks are the pre-trained ones that the tables start from, so they come from the same
 //! store.
 
-use crate::flags::{Flags, Only};
+use crate::flags::Flags;
 use crate::output;
 use crate::profile::ModelName;
 use crate::results::PROFILE;
@@ -38,14 +38,13 @@ pub fn main() -> Result<()> {
 /// Returns the networks that `--only` picks.
 pub(crate) fn subjects(flags: &Flags) -> Result<Vec<ModelName>> {
     let names = MODELS.map(|model| model.version().name());
-    let only = Only::parse(&flags.only, &names, &[], &[])?;
-    // Pre-trained networks are not quantized.
-    let picks = |model: &ModelName| only.picks("", model.version().name(), (32, 32), "");
-    let models: Vec<ModelName> = MODELS.into_iter().filter(picks).collect();
-    if models.is_empty() {
-        bail!("--only {} picks no network: expected {}", flags.only.join(","), names.join(" or "));
+    let terms: Vec<String> = flags.only.iter().map(|term| term.trim().to_lowercase()).collect();
+    if let Some(term) = terms.iter().find(|term| !names.contains(&term.as_str())) {
+        bail!("--only {term}: expected a network, {}", names.join(" or "));
     }
-    Ok(models)
+    let picks =
+        |model: &ModelName| terms.is_empty() || terms.iter().any(|term| term == model.version().name());
+    Ok(MODELS.into_iter().filter(picks).collect())
 }
 
 /// Pre-trains missing networks and draws the figure.
@@ -88,10 +87,8 @@ impl Figure {
     fn of(config: MobileNet, network: &Network, outcome: Outcome, session: &Session) -> Result<Self> {
         let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
         let images = batch.images.to_device(network.device())?;
-        let layers = pfq::variances(network)?
-            .into_iter()
-            .map(|layer| Variances { layer: layer.layer, values: layer.variance })
-            .collect();
+        let layers =
+            pfq::variances(network)?.into_iter().map(|(layer, values)| Variances { layer, values }).collect();
         let threshold = session.profile.pfq.threshold.unwrap_or(network.epsilon);
         let filters = observe(network, &choose(network, threshold)?, &images)?;
         Ok(Self { config, outcome, threshold, filters, layers })

@@ -245,7 +245,7 @@ fn rows_of_tables(results: &Path) -> Result<Vec<Row>> {
         let folder = results.join(&name);
         for profile in entries(&folder, Path::is_dir)? {
             let path = folder.join(profile).join(format!("{name}.csv"));
-            if name != results::PUBLISHED && name != "bench" && path.is_file() {
+            if name != results::PUBLISHED && path.is_file() {
                 rows.extend(report::read_csv(&path)?);
             }
         }

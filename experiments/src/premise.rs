@@ -22,6 +22,7 @@ use kernels::quantize;
 use models::{MobileNet, Network, Quantization, Step, Unit};
 use pfq::PfQ;
 use quant_core::{Bits, Precision};
+use report::bench::Spread;
 use report::histogram::{Caption, write_rows};
 use report::premise::{FilterRow, PremiseRow, plot, plot_filters};
 use std::collections::{BTreeMap, HashMap};
@@ -107,8 +108,8 @@ fn measure(network: &Network, pfq: &PfQ, batch: &Batch) -> Result<Vec<PremiseRow
         let lsq_after = lsq(&unfolded.1, &unfolded.1)?;
         let [largest_before, largest_after] = [unit, other].map(largest_of_filters);
         let (largest_before, largest_after) = (largest_before?, largest_after?);
-        // The median is taken over the filters that stay: if most filters are dead, the median of
-        // all would be zero.
+        // The (upper) median is taken over the filters that stay: if most filters are dead, the
+        // median of all would be zero.
         let usual = largest_after[largest_after.len() / 2].max(f64::from(f32::MIN_POSITIVE));
         let [largest_before, largest_after] = [largest_before, largest_after].map(|all| all[all.len() - 1]);
         rows.push(PremiseRow {
@@ -377,22 +378,13 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
 
 /// Returns the median; NaN if there are no values.
 fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    let middle = |i: usize| values.get(i).copied().unwrap_or(f64::NAN);
-    (middle(values.len().saturating_sub(1) / 2) + middle(values.len() / 2)) / 2.0
+    Spread::of(values.iter().copied()).map_or(f64::NAN, |spread| spread.median)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use models::{Input, Norm, Version};
-
-    #[test]
-    fn a_median_is_between_the_middle_values() {
-        assert_eq!([&[3.0, 1.0, 2.0][..], &[4.0, 1.0, 2.0, 8.0], &[5.0]].map(median), [2.0, 3.0, 5.0]);
-        assert!(median(&[]).is_nan());
-    }
 
     /// A filter with almost no variance and a large folding factor sets its layer's grid. Without
     /// it, the other filters keep their levels.

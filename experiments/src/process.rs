@@ -1,5 +1,6 @@
 //! Settings of the whole process, and how a program ends.
 
+use crate::flags::TIME_LIMIT;
 use crate::output;
 use anyhow::{Error, Result};
 use std::process::ExitCode;
@@ -24,6 +25,16 @@ pub fn exit(result: Result<()>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Ends a program whose time limit left something to do.
+pub(crate) fn end_in_time() -> Result<()> {
+    output::print(
+        "The time limit has been reached and stages are left (--plan shows them): run the same command again to \
+         continue.",
+    );
+    output::finish()?;
+    std::process::exit(TIME_LIMIT)
 }
 
 /// Formats an error as one line, with those of its causes that it does not state itself.

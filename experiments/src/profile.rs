@@ -1,5 +1,6 @@
 use anyhow::{Context, Result, bail};
 use baselines::{Calibration, Dfq};
+use clap::ValueEnum;
 use datasets::imagenet::Options;
 use kernels::Activation;
 use models::{Fold, Input, Method, MobileNet, Quantization, Version, WeightGrid};
@@ -41,8 +42,9 @@ pub struct Profile {
 }
 
 /// A model of the tables.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum ModelName {
     /// MobileNetV1.
     MobilenetV1,

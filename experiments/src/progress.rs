@@ -142,8 +142,8 @@ impl Display {
                 self.line(&format!(
                     "  epoch {epoch}/{epochs}: training loss {train_loss:.3}, test top-1 {test_top1_percent:.2} %, \
                      {} (this stage: {} left)",
-                    duration(seconds),
-                    duration(left)
+                    report::duration(seconds),
+                    report::duration(left)
                 ));
                 if epoch == epochs {
                     self.clear();
@@ -159,28 +159,7 @@ impl Display {
             outcome.label,
             outcome.evaluation.top1_percent,
             outcome.macs as f64 / 1e6,
-            duration(outcome.seconds)
+            report::duration(outcome.seconds)
         ));
-    }
-}
-
-/// Formats a duration as `42 s`, `3 min 20 s` or `2 h 05 min`.
-pub fn duration(seconds: f64) -> String {
-    let s = seconds.round() as u64;
-    match s {
-        0..60 => format!("{s} s"),
-        60..3600 => format!("{} min {:02} s", s / 60, s % 60),
-        _ => format!("{} h {:02} min", s / 3600, s % 3600 / 60),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::duration;
-
-    #[test]
-    fn durations_read_well() {
-        let got = [0.2, 59.6, 200.0, 7500.0].map(duration);
-        assert_eq!(got, ["0 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]);
     }
 }

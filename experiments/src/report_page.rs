@@ -24,7 +24,7 @@ struct Flags {
 
     /// File for the page; index.html in the folder with the results if not given. The page's links
     /// to files work only there
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "verify")]
     out: Option<PathBuf>,
 
     /// Evaluate every published network instead of writing the page
@@ -77,7 +77,7 @@ pub fn deviations() -> report::Result<Vec<Deviation>> {
 /// are published networks. Any other folder with pictures or CSV files, such as
 /// `figure3/<profile>/`, is shown as it is.
 pub fn read(results: &Path) -> Result<Page> {
-    let tables = tables::ALL.iter().chain(&tables::ABLATIONS).map(|table| TableEntry {
+    let tables = tables::every().map(|table| TableEntry {
         name: table.name.into(),
         title: table.title.into(),
         chooses: table.chooses,

@@ -1,9 +1,9 @@
 //! The session of a program that runs stages: its settings, data, device and store.
 
-use crate::flags::{Flags, PlanFormat, Running, TIME_LIMIT};
+use crate::flags::{Flags, PlanFormat, Running};
 use crate::job::Job;
 use crate::profile::{self, ModelName, Profile};
-use crate::progress::{Display, duration};
+use crate::progress::Display;
 use crate::published::Folder;
 use crate::{command, device, output, process, results, signals, slurm};
 use anyhow::{Context as _, Result, bail};
@@ -61,11 +61,7 @@ pub(crate) fn main(
         Ok(())
     })?;
     if done == Done::InTime {
-        output::print(
-            "The time limit has been reached and stages are left (--plan shows them): run the same command \
-             again to continue.",
-        );
-        std::process::exit(TIME_LIMIT);
+        process::end_in_time()?;
     }
     Ok(())
 }
@@ -482,7 +478,7 @@ impl Session {
                 Some(outcome) => {
                     let top1 = outcome.evaluation.top1_percent;
                     let done = if planned.published { "published" } else { "done" };
-                    format!("{done}: top-1 {top1:.2} %, took {}", duration(outcome.seconds))
+                    format!("{done}: top-1 {top1:.2} %, took {}", report::duration(outcome.seconds))
                 }
                 None => match self.epochs_left(planned)? {
                     None => "to do: a few seconds".into(),
@@ -491,7 +487,7 @@ impl Session {
                             0 => format!("to do: {}", report::counted(epochs, "epoch")),
                             done => format!("begun: {epochs} of {} epochs left", epochs + done),
                         };
-                        format!("{what}, about {}", duration(work / speed))
+                        format!("{what}, about {}", report::duration(work / speed))
                     }
                 },
             };
@@ -515,7 +511,7 @@ impl Session {
         for planned in plan.iter().filter(|planned| planned.to_do) {
             work += self.epochs_left(planned)?.map_or(0.0, |(_, work)| work);
         }
-        Ok(format!("about {} left (estimated from {basis})", duration(work / speed)))
+        Ok(format!("about {} left (estimated from {basis})", report::duration(work / speed)))
     }
 
     /// Returns the speed in [work](Self::epoch_work) per second, and a description of its basis.
@@ -587,7 +583,7 @@ pub(crate) fn load(
     settings: &profile::DataSettings,
     display: &mut Display,
 ) -> Result<Box<dyn Dataset>> {
-    let source: DataSource = wanted.parse().unwrap_or_else(|never| match never {});
+    let source = DataSource::from(wanted);
     let data: Box<dyn Dataset> = match &settings.imagenet {
         Some(options) => {
             let data = imagenet::load(&source, options, &mut |event| display.data(&event))?;

@@ -173,9 +173,8 @@ fn to_publish(picked: &[(&Table, Vec<&RowPlan>)], session: &Session) -> Result<V
         Ok(picks.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     };
     // A table that the profile has no settings for has no rows.
-    let tables = tables::ALL.iter().chain([&&tables::BEYOND]).chain(&tables::ABLATIONS);
     let rows: Vec<(&Table, Vec<RowPlan>)> =
-        tables.filter_map(|table| Some((*table, table.rows(session).ok()?))).collect();
+        tables::every().filter_map(|table| Some((table, table.rows(session).ok()?))).collect();
     let all: Vec<_> = rows.iter().map(|(table, rows)| (*table, rows.iter().collect())).collect();
     let picked = of(picked)?;
     let mut picks = of(&all)?;

@@ -3,7 +3,7 @@
 use crate::{Method, ModelName, Table};
 use baselines::{Cap, Dfq, Normalization};
 use kernels::Activation;
-use models::{Fold, Method as Quantizers, Quantization, WeightGrid};
+use models::{Fold, Method as Quantizers, MobileNet, Quantization, WeightGrid};
 use pfq::{Corrected, Criterion, PfQ};
 use quant_core::Precision;
 use std::sync::Arc;
@@ -135,6 +135,11 @@ macro_rules! learned_rates {
     ($method:expr, $($rate:literal),+) => {
         rates!(Purpose::Learned($method), |r, network| r.learned(network, $method), $($rate),+)
     };
+}
+
+/// Returns every table: the paper's, and our own.
+pub fn every() -> impl Iterator<Item = &'static Table> {
+    ALL.into_iter().chain([&BEYOND]).chain(ABLATIONS)
 }
 
 /// Every table of the paper, in an order that starts with the main result.
@@ -542,11 +547,7 @@ fn pruned_by(recipe: &Recipe, pretrained: &Arc<Stage>, pfq: PfQ) -> Result<Arc<S
 }
 
 fn decay_norm(recipe: &Recipe, pretrained: &Arc<Stage>, decay_norm: bool) -> Result<Arc<Stage>> {
-    repretrained(recipe, pretrained, |kind| {
-        if let StageKind::Pretrain { training, .. } = kind {
-            training.decay_norm = decay_norm;
-        }
-    })
+    recipe.algorithm1(&repretrained(pretrained, |_, training| training.decay_norm = decay_norm))
 }
 
 fn threshold(recipe: &Recipe, pretrained: &Arc<Stage>, threshold: Option<f64>) -> Result<Arc<Stage>> {
@@ -580,19 +581,11 @@ fn with_quantization(
 }
 
 fn activation(recipe: &Recipe, pretrained: &Arc<Stage>, activation: Activation) -> Result<Arc<Stage>> {
-    repretrained(recipe, pretrained, |kind| {
-        if let StageKind::Pretrain { network, .. } = kind {
-            network.activation = activation;
-        }
-    })
+    recipe.algorithm1(&repretrained(pretrained, |network, _| network.activation = activation))
 }
 
 fn weight_decay(recipe: &Recipe, pretrained: &Arc<Stage>, weight_decay: f64) -> Result<Arc<Stage>> {
-    repretrained(recipe, pretrained, |kind| {
-        if let StageKind::Pretrain { training, .. } = kind {
-            training.weight_decay = weight_decay;
-        }
-    })
+    recipe.algorithm1(&repretrained(pretrained, |_, training| training.weight_decay = weight_decay))
 }
 
 /// Returns a workflow in which all trainings, including the pre-training, use `arithmetic`.
@@ -602,23 +595,18 @@ fn computed_in(
     arithmetic: Arithmetic,
     workflow: fn(&Recipe, &Arc<Stage>) -> Result<Arc<Stage>>,
 ) -> Result<Arc<Stage>> {
-    let (mut recipe, mut kind) = (recipe.clone(), pretrained.kind);
+    let mut recipe = recipe.clone();
     for training in recipe.trainings.0.values_mut() {
         training.arithmetic = arithmetic;
     }
-    if let StageKind::Pretrain { training, .. } = &mut kind {
-        training.arithmetic = arithmetic;
-    }
-    workflow(&recipe, &Stage::root(kind))
+    workflow(&recipe, &repretrained(pretrained, |_, training| training.arithmetic = arithmetic))
 }
 
-/// Returns Algorithm 1 on a network with a changed pre-training.
-fn repretrained(
-    recipe: &Recipe,
-    pretrained: &Arc<Stage>,
-    change: impl FnOnce(&mut StageKind),
-) -> Result<Arc<Stage>> {
+/// Returns a changed pre-training.
+fn repretrained(pretrained: &Arc<Stage>, change: impl FnOnce(&mut MobileNet, &mut Training)) -> Arc<Stage> {
     let mut kind = pretrained.kind;
-    change(&mut kind);
-    recipe.algorithm1(&Stage::root(kind))
+    if let StageKind::Pretrain { network, training, .. } = &mut kind {
+        change(network, training);
+    }
+    Stage::root(kind)
 }

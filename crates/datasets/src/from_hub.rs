@@ -36,11 +36,7 @@ pub(crate) fn fetch(
 /// [`Error::Hub`](crate::Error::Hub) if a file cannot be downloaded or must not be,
 /// [`Error::Malformed`](crate::Error::Malformed) if a file in the cache is damaged (to repair this,
 /// delete the named file).
-pub fn load(hub: &Hub, on_event: &mut dyn FnMut(Event)) -> Result<InMemoryDataset> {
-    load_with(hub, &Manifest::official(), on_event)
-}
-
-pub(crate) fn load_with(
+pub(crate) fn load(
     hub: &Hub,
     manifest: &Manifest,
     on_event: &mut dyn FnMut(Event),
@@ -75,7 +71,7 @@ mod tests {
     }
 
     fn quietly(hub: &Hub) -> Result<InMemoryDataset> {
-        load_with(hub, &manifest(b"", b""), &mut |_| {})
+        load(hub, &manifest(b"", b""), &mut |_| {})
     }
 
     fn check(data: &InMemoryDataset) {
@@ -88,7 +84,7 @@ mod tests {
     fn files_are_downloaded_once_and_then_taken_from_the_cache() {
         let (server, _home, hub) = setup();
         let mut events = Vec::new();
-        check(&load_with(&hub, &manifest(b"", b""), &mut |event| events.push(event)).unwrap());
+        check(&load(&hub, &manifest(b"", b""), &mut |event| events.push(event)).unwrap());
         let prefix = "/datasets/uoft-cs/cifar100/resolve";
         let (train, test) = ("cifar100/train-00000-of-00001.parquet", "cifar100/test-00000-of-00001.parquet");
         // The second file is requested from the same commit as the first one.

@@ -176,16 +176,13 @@ fn load_hub(hub: &Hub, options: &Options, on_event: &mut dyn FnMut(Event)) -> Re
         let archives = match complete(&folder, prefix, options.tables)? {
             Some(archives) => archives,
             None => {
-                let paths = match listed.take() {
-                    Some(paths) => paths,
-                    None => {
-                        on_event(Event::Trying { place: format!("the Hugging Face hub ({REPO})") });
-                        hub.list(REPO, TABLES, MAIN)?
-                    }
-                };
+                if listed.is_none() {
+                    on_event(Event::Trying { place: format!("the Hugging Face hub ({REPO})") });
+                    listed = Some(hub.list(REPO, TABLES, MAIN)?);
+                }
+                let paths = listed.iter().flatten();
                 let names: Vec<String> =
-                    paths.iter().filter_map(|path| Some(path.rsplit_once('/')?.1.to_string())).collect();
-                listed = Some(paths);
+                    paths.filter_map(|path| Some(path.rsplit_once('/')?.1.to_string())).collect();
                 let names = tables_of(prefix, &names, options.tables);
                 if names.is_empty() {
                     let what = format!("the hub's {REPO} has no {TABLES}/{prefix}-*.parquet any more");
@@ -252,8 +249,8 @@ fn complete(folder: &Path, split: &str, limit: Option<usize>) -> Result<Option<V
     let Some(all) = all else { return Ok(None) };
     let wanted =
         (0..all.min(limit.unwrap_or(all))).map(|i| folder.join(format!("{split}-{i:05}-of-{all:05}.tar")));
-    let archives: Vec<PathBuf> = wanted.collect();
-    Ok(archives.iter().all(|path| path.is_file()).then_some(archives))
+    // This stops at the first missing file, whatever number the name of another file has.
+    Ok(wanted.map(|path| path.is_file().then_some(path)).collect())
 }
 
 /// Returns the archive of the table `name` in `folder`. If it does not exist, unpacks the table

@@ -45,8 +45,6 @@ pub use dataset::{Dataset, Skipped};
 pub use error::{Error, Result};
 pub use event::Event;
 pub use feed::Feed;
-pub use from_hub::load as load_hub;
-pub use hub::Hub;
 pub use memory::{Images, InMemoryDataset};
 pub use source::{DataSource, load};
 pub use synthetic::synthetic;

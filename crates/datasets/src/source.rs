@@ -1,12 +1,9 @@
 //! The sources from which CIFAR-100 can be loaded.
 
-use std::convert::Infallible;
 use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use hub::Hub;
-use serde::{Deserialize, Serialize};
 
 use crate::cifar::Manifest;
 use crate::error::{Error, Result};
@@ -21,10 +18,8 @@ const FOLDER: &str = "data";
 
 /// The source of a data set.
 ///
-/// It is parsed from text (`"auto"`, `"synthetic"`, `"hub"`; any other text is a folder) and
-/// written as the same text.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "String", into = "String")]
+/// It is made from a text: `"auto"`, `"synthetic"`, `"hub"`; any other text is a folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DataSource {
     /// The first source that has data, of:
     ///
@@ -59,38 +54,13 @@ pub enum DataSource {
     Hub,
 }
 
-impl FromStr for DataSource {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> std::result::Result<DataSource, Infallible> {
-        Ok(DataSource::from(text.to_string()))
-    }
-}
-
-impl From<String> for DataSource {
-    fn from(text: String) -> DataSource {
-        match text.as_str() {
+impl From<&str> for DataSource {
+    fn from(text: &str) -> DataSource {
+        match text {
             "auto" => DataSource::Auto,
             "synthetic" => DataSource::Synthetic,
             "hub" => DataSource::Hub,
             _ => DataSource::Folder(text.into()),
-        }
-    }
-}
-
-impl From<DataSource> for String {
-    fn from(source: DataSource) -> String {
-        source.to_string()
-    }
-}
-
-impl fmt::Display for DataSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DataSource::Auto => f.write_str("auto"),
-            DataSource::Synthetic => f.write_str("synthetic"),
-            DataSource::Hub => f.write_str("hub"),
-            DataSource::Folder(folder) => write!(f, "{}", folder.display()),
         }
     }
 }
@@ -106,7 +76,7 @@ pub fn load(source: &DataSource, on_event: &mut dyn FnMut(Event)) -> Result<InMe
         DataSource::Auto => Search::from_env().run(on_event),
         DataSource::Synthetic => synthetic::default(),
         DataSource::Folder(folder) => folder::load(folder, &Manifest::official(), on_event),
-        DataSource::Hub => from_hub::load(&Hub::from_env(), on_event),
+        DataSource::Hub => from_hub::load(&Hub::from_env(), &Manifest::official(), on_event),
     }
 }
 
@@ -138,7 +108,7 @@ impl Search {
             Err(error @ Error::NoData { .. }) => skip(self.folder.display(), error, on_event),
             done => return done,
         }
-        match from_hub::load_with(&self.hub, &self.manifest, on_event) {
+        match from_hub::load(&self.hub, &self.manifest, on_event) {
             Err(Error::Hub(
                 error @ (hub::Error::Failed { .. } | hub::Error::Gated { .. } | hub::Error::Offline { .. }),
             )) => skip("the hub", error, on_event),
@@ -165,16 +135,15 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn sources_are_read_and_written() {
-        for text in ["auto", "synthetic", "hub", "some/folder"] {
-            let source: DataSource = text.parse().unwrap();
-            assert_eq!(source.to_string(), text);
-            let json = serde_json::to_string(&source).unwrap();
-            assert_eq!(json, format!("{text:?}"));
-            assert_eq!(serde_json::from_str::<DataSource>(&json).unwrap(), source);
+    fn sources_are_made_from_texts() {
+        for (text, source) in [
+            ("auto", DataSource::Auto),
+            ("synthetic", DataSource::Synthetic),
+            ("hub", DataSource::Hub),
+            ("./hub", DataSource::Folder("./hub".into())),
+        ] {
+            assert_eq!(DataSource::from(text), source);
         }
-        assert_eq!("auto".parse(), Ok(DataSource::Auto));
-        assert_eq!("./hub".parse(), Ok(DataSource::Folder("./hub".into())));
     }
 
     fn search(root: &Path, server: &Server) -> Search {

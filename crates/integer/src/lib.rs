@@ -7,7 +7,7 @@
 //! levels and the logits.
 //!
 //! A value that is not quantized, such as the branch of a residual, has [`FRACTION`] fractional
-//! bits relative to a level of the sum. Logits have [`LOGIT_FRACTION`] fractional bits.
+//! bits relative to a level of the sum. Logits have 16 fractional bits.
 
 #![forbid(unsafe_code)]
 
@@ -18,7 +18,7 @@ use models::{Kernel, Lattice, Network, Node, Norm, Quantizer, Unit};
 use rayon::prelude::*;
 use rescale::Rescale;
 
-pub use rescale::{MOST_SHIFT, MULTIPLIER_BITS};
+pub use rescale::MULTIPLIER_BITS;
 
 /// The number of fractional bits of a summand that is not quantized, relative to a level of the
 /// sum.
@@ -28,7 +28,7 @@ pub use rescale::{MOST_SHIFT, MULTIPLIER_BITS};
 pub const FRACTION: u32 = 20;
 
 /// The number of fractional bits of a logit.
-pub const LOGIT_FRACTION: u32 = 16;
+const LOGIT_FRACTION: u32 = 16;
 
 /// The reasons why a network can't be evaluated with integers.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +75,7 @@ pub struct Engine {
     input: [usize; 3],
     image: Quantizer,
     image_scale: Scale,
+    logit_scale: Scale,
     /// The steps of every node except the image.
     steps: Vec<Step>,
     /// The height, width and channels of each node's output.
@@ -215,7 +216,8 @@ impl Engine {
             scales.push(output);
         }
         let image = image.ok_or_else(|| float(&network.nodes[0]))?;
-        Ok(Self { input: network.input, image, image_scale: scales[0], steps, shapes })
+        let (image_scale, logit_scale) = (scales[0], scales[network.last()]);
+        Ok(Self { input: network.input, image, image_scale, logit_scale, steps, shapes })
     }
 
     /// Returns the logits `[N, classes]` of normalized images `[N, H, W, C]`, whose levels are
@@ -242,8 +244,9 @@ impl Engine {
 
     /// Returns the logits of an image that is given as integers.
     fn run(&self, image: Vec<i32>) -> Vec<f32> {
-        let step = 2f32.powi(-(LOGIT_FRACTION as i32));
-        self.outputs(image).pop().unwrap_or_default().into_iter().map(|logit| logit as f32 * step).collect()
+        let Scale { step, offset, .. } = self.logit_scale;
+        let value = |logit| logit as f32 * step as f32 + offset as f32;
+        self.outputs(image).pop().unwrap_or_default().into_iter().map(value).collect()
     }
 
     /// Returns the integers of every node's output.

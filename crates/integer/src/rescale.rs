@@ -11,7 +11,7 @@ const LEAST_BITS: u32 = 16;
 
 /// The largest number of fractional bits of a multiplier and of the bias. If ratios are so small
 /// that 31 significant bits would need more, they have fewer significant bits.
-pub const MOST_SHIFT: u32 = 40;
+const MOST_SHIFT: u32 = 40;
 
 /// The factors of a sum of `N` kinds of integers.
 ///

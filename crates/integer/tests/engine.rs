@@ -84,6 +84,20 @@ fn dead_layers_saturate() {
     }
 }
 
+/// A file may describe a network whose logits are quantized too.
+#[test]
+fn quantized_logits_are_levels() {
+    let mut network = network(Version::V2, &settings(4, Method::Uniform), false);
+    let largest = network.forward(&images(20, &network)).unwrap().abs().unwrap().max_all().unwrap();
+    let largest = largest.to_scalar::<f32>().unwrap();
+    let mut quantizer = network.units().find_map(|unit| unit.output_quantizer.clone()).unwrap();
+    quantizer.set_range(-largest, largest).unwrap();
+    let last = network.last();
+    *network.nodes[last].quantizer_mut() = Some(quantizer);
+    let differences = differences(&network);
+    assert!(differences[differences.len() / 2] < 1e-4, "{differences:?}");
+}
+
 #[test]
 fn what_is_float_is_named() {
     let float = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 10) };

@@ -435,7 +435,9 @@ fn pool<M: Maps>(bencher: Bencher, layer: Layer) {
 #[divan::bench(args = [LAST])]
 fn pool_backward(bencher: Bencher, layer: Layer) {
     let gy = random([BATCH, layer.inputs]);
-    measure(bencher, layer.moving(Floats::BYTES), || kernels::pool::backward(&gy, layer.size, layer.size, DType::F32));
+    measure(bencher, layer.moving(Floats::BYTES), || {
+        kernels::pool::backward(&gy, layer.size, layer.size, DType::F32)
+    });
 }
 
 /// The cross-entropy of a batch and its gradient.

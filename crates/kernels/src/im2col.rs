@@ -22,9 +22,9 @@ pub fn forward(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
     let (n, h, w, c) = check.map("x", x.dims())?;
     let padding = kernel.saturating_sub(1) / 2;
     if kernel == 0 || stride == 0 || h + 2 * padding < kernel || w + 2 * padding < kernel {
-        return Err(check.setting(format!(
-            "a kernel of {kernel} with stride {stride} does not fit {h}×{w} images"
-        )));
+        return Err(
+            check.setting(format!("a kernel of {kernel} with stride {stride} does not fit {h}×{w} images"))
+        );
     }
     let bytes = x.dtype().size_in_bytes() * (1 + kernel * kernel / (stride * stride)) * x.elem_count();
     let _note = profiler::note(check.0, 0, bytes);
@@ -74,7 +74,10 @@ mod tests {
         let (c, outputs) = (x.dims()[3], w.dims()[1]);
         let w = w.reshape((kernel, kernel, c, outputs)).unwrap().permute((3, 2, 0, 1)).unwrap();
         let x = x.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap();
-        x.conv2d(&w.contiguous().unwrap(), (kernel - 1) / 2, stride, 1, 1).unwrap().permute((0, 2, 3, 1)).unwrap()
+        x.conv2d(&w.contiguous().unwrap(), (kernel - 1) / 2, stride, 1, 1)
+            .unwrap()
+            .permute((0, 2, 3, 1))
+            .unwrap()
     }
 
     #[test]

@@ -104,7 +104,13 @@ mod tests {
                 let expected = reference(std::slice::from_ref(&x)).unwrap();
                 assert_close(&global_average(&x).unwrap(), &expected, 1e-6, &context);
                 let gy = random(2, &[n, c]);
-                assert_gradients(&[&x], &gy, reference, &[&backward(&gy, h, w, DType::F32).unwrap()], &context);
+                assert_gradients(
+                    &[&x],
+                    &gy,
+                    reference,
+                    &[&backward(&gy, h, w, DType::F32).unwrap()],
+                    &context,
+                );
             }
         }
     }

@@ -96,6 +96,9 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     })
 }
 
+/// The named tensors and the metadata of a file.
+type Contents = (Vec<(String, Bytes)>, BTreeMap<String, String>);
+
 /// Returns an upper bound of the bytes that a tensor takes in a file: its data and its header
 /// entry.
 fn entry_bytes((name, tensor): &(String, Bytes)) -> usize {
@@ -257,15 +260,19 @@ impl Network {
 
     /// Returns the bytes of one file that holds the network and `extras`, without a seal.
     pub fn to_bytes(&self, extras: &Extras) -> Result<Vec<u8>> {
-        let fail = |e: &dyn std::fmt::Display| fail(Path::new(&self.name), e);
+        let (tensors, metadata) = self.contents(extras)?;
+        serialize(tensors, metadata).map_err(|e| fail(Path::new(&self.name), e))
+    }
+
+    /// Returns the named tensors and the metadata of a file, without a seal.
+    fn contents(&self, extras: &Extras) -> Result<Contents> {
         let own = self.tensors().into_iter();
         let extra = extras.tensors.iter().map(|(name, tensor)| (name.clone(), tensor));
-        let tensors: Vec<(String, Bytes)> =
-            own.chain(extra).map(|(name, tensor)| Ok((name, bytes(tensor)?))).collect::<Result<_>>()?;
-        let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(&e))?;
+        let tensors = own.chain(extra).map(|(name, tensor)| Ok((name, bytes(tensor)?)));
+        let structure = serde_json::to_string(&Structure::of(self));
         let mut metadata = extras.metadata.clone();
-        metadata.insert(STRUCTURE.into(), structure);
-        serialize(tensors, metadata).map_err(|e| fail(&e))
+        metadata.insert(STRUCTURE.into(), structure.map_err(|e| fail(Path::new(&self.name), e))?);
+        Ok((tensors.collect::<Result<_>>()?, metadata))
     }
 
     /// Returns the SHA-256, in lower-case hex, of the file that holds only the network.
@@ -275,16 +282,7 @@ impl Network {
 
     /// Writes the network and `extras` to files of at most `most` bytes each.
     fn save_in_parts(&self, path: &Path, extras: &Extras, most: usize) -> Result<BTreeMap<String, String>> {
-        let mut tensors = Vec::new();
-        for (name, tensor) in self.tensors() {
-            tensors.push((name, bytes(tensor)?));
-        }
-        for (name, tensor) in &extras.tensors {
-            tensors.push((name.clone(), bytes(tensor)?));
-        }
-        let structure = serde_json::to_string(&Structure::of(self)).map_err(|e| fail(path, e))?;
-        let mut metadata = extras.metadata.clone();
-        metadata.insert(STRUCTURE.into(), structure);
+        let (mut tensors, mut metadata) = self.contents(extras)?;
         if extras.sealed {
             metadata.insert(SEAL.into(), seal::BLANK.into());
         }

@@ -123,8 +123,7 @@ impl Unit {
     /// `None` if the weights are not quantized. `epsilon` is the network's.
     pub fn weight_levels(&self, epsilon: f64) -> Result<Option<WeightLevels>> {
         let Some(quantizer) = &self.weight_quantizer else { return Ok(None) };
-        let factor = self.batch_norm().filter(|_| quantizer.folded());
-        let factor = factor.map(|norm| norm.scale(epsilon)).transpose()?;
+        let factor = self.folding_factor(epsilon)?;
         let folded = factor.is_some();
         let weight = factor.map_or(Ok(self.weight.clone()), |factor| self.weight.broadcast_mul(&factor))?;
         let Some(lattice) = quantizer.lattice(&weight)? else { return Ok(None) };

@@ -31,7 +31,7 @@ pub use import::{Import, Naming, Origin};
 pub use kernels::convolution::Kernel;
 pub use lattice::{Lattice, TensorRange, WeightLevels};
 pub use mobilenet::{Input, MobileNet, Strides, Version};
-pub use network::{BatchNorm, HEAD, Image, MOST_CHANNELS, MOST_SIDE, Network, Node, Norm, Pool, Sum, Unit};
+pub use network::{BatchNorm, HEAD, Image, MOST_CHANNELS, Network, Node, Norm, Pool, Sum, Unit};
 pub use parameter::{Gradients, Parameter, Role};
 pub use pass::{Observer, Step, Tape};
 pub use quantization::{Fold, Quantization, WeightGrid};

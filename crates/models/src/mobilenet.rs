@@ -9,7 +9,6 @@ use std::str::FromStr;
 
 /// The version of a MobileNet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum Version {
     /// MobileNetV1 (Howard et al. 2017): 13 depthwise separable blocks.
     #[serde(rename = "mobilenet_v1")]
@@ -30,8 +29,7 @@ impl Version {
 }
 
 /// The image size that the strides are designed for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Input {
     /// 32 × 32, with the strides that give the paper's MAC counts on CIFAR-100.
     Cifar,
@@ -71,8 +69,7 @@ impl Input {
 
 /// The strides of a MobileNet. The stem's stride is first. V1 continues with the strides of the 13
 /// blocks, V2 with those of the seven stages, which apply to the first block of each stage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Strides {
     /// The strides, padded with zeros at the end.
     values: [usize; Self::MOST],
@@ -133,8 +130,7 @@ impl FromStr for Strides {
 const MOST_WIDTH: f64 = 16.0;
 
 /// The description of a MobileNet. `MobileNet::new` has the defaults of the paper's networks.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MobileNet {
     /// V1 or V2.
     pub version: Version,

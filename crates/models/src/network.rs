@@ -96,7 +96,7 @@ pub struct Pool {
 }
 
 /// The largest height and width of an input image.
-pub const MOST_SIDE: usize = 8192;
+const MOST_SIDE: usize = 8192;
 
 /// The largest number of channels of a feature map, and so of filters and classes.
 pub const MOST_CHANNELS: usize = 1 << 17;
@@ -445,7 +445,7 @@ impl Network {
     }
 
     /// Returns an error about a place in this network.
-    pub fn structure_error(&self, place: impl Into<String>, problem: impl Into<String>) -> Error {
+    pub(crate) fn structure_error(&self, place: impl Into<String>, problem: impl Into<String>) -> Error {
         Error::Structure { network: self.name.clone(), place: place.into(), problem: problem.into() }
     }
 

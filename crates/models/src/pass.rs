@@ -206,12 +206,17 @@ impl UsedWeight {
 }
 
 impl Unit {
+    /// Returns `γ/√(V+ε)` of each filter if the unit's quantizer is that of folded weights.
+    pub(crate) fn folding_factor(&self, epsilon: f64) -> Result<Option<Tensor>> {
+        let quantizer = self.weight_quantizer.as_ref();
+        let norm = self.batch_norm().filter(|_| quantizer.is_some_and(Quantizer::folded));
+        norm.map(|norm| norm.scale(epsilon)).transpose()
+    }
+
     /// Returns the weights that the products use, quantized if the unit has a quantizer. The
     /// running statistics of batch normalization give the folding factor.
     fn used_weight(&self, epsilon: f64) -> Result<UsedWeight> {
-        let factor =
-            self.batch_norm().filter(|_| self.weight_quantizer.as_ref().is_some_and(Quantizer::folded));
-        let factor = factor.map(|norm| norm.scale(epsilon)).transpose()?;
+        let factor = self.folding_factor(epsilon)?;
         let mut used = self.quantized_weight(factor.as_ref())?;
         if let Some(factor) = factor {
             // A factor is 0 if the filter's γ is 0. Its weights are 0 already.
@@ -338,10 +343,7 @@ impl Unit {
                 let y = norm::forward(&z, &scale, &shift, act, None)?.to_float()?;
                 let y = cap::forward(&y, cap)?;
                 capped = Some([y.clone(), cap.clone()]);
-                if let Some(quantizer) = &mut self.output_quantizer {
-                    quantizer.observe(|| step.extremes(quantize::min_max(&y)?), step.range_momentum)?;
-                }
-                let (y, quantized) = train_levels(y, &mut self.output_quantizer, step)?;
+                let (y, quantized) = train_levels(y, None, &mut self.output_quantizer, step)?;
                 (Output::Map(y), quantized)
             }
             (None, Readers::Sum, _) => (Output::Affine { z, scale, shift }, None),
@@ -420,11 +422,7 @@ impl Sum {
             y = norm::forward(&y, &ones, &zeros, self.activation, None)?.to_float()?;
             extremes = None;
         }
-        if let Some(quantizer) = &mut self.quantizer {
-            let extremes = || extremes.map_or_else(|| quantize::min_max(&y), Ok);
-            quantizer.observe(|| step.extremes(extremes()?), step.range_momentum)?;
-        }
-        let (y, quantized) = train_levels(y, &mut self.quantizer, step)?;
+        let (y, quantized) = train_levels(y, extremes, &mut self.quantizer, step)?;
         Ok((y, SumRecord { inputs: self.inputs, normalized, activated, quantized }))
     }
 }
@@ -436,13 +434,18 @@ fn identity(map: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((ones, zeros))
 }
 
-/// Quantizes like [`train_quantizer`], but a uniform quantizer, which has observed `y`, returns
-/// levels.
+/// Quantizes like [`train_quantizer`], but a uniform quantizer observes `y` and returns levels.
+/// `extremes` are those of `y`, if they are known.
 fn train_levels(
     y: Tensor,
+    extremes: Option<Tensor>,
     quantizer: &mut Option<Quantizer>,
     step: Step<'_>,
 ) -> Result<(FeatureMap, Option<Quantized>)> {
+    if let Some(quantizer) = quantizer {
+        let extremes = || extremes.map_or_else(|| quantize::min_max(&y), Ok);
+        quantizer.observe(|| step.extremes(extremes()?), step.range_momentum)?;
+    }
     let levels = quantizer.as_ref().map(|quantizer| quantizer.levels(&y)).transpose()?.flatten();
     match levels {
         Some((y, quantized)) => Ok((y, Some(quantized))),

@@ -45,8 +45,7 @@ pub enum WeightGrid {
 
 /// The settings of a fine-tuning stage. By default, nothing is quantized. Bit widths are 2…8, or 32
 /// for float.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Quantization {
     /// The bits of every activation tensor except the image and the pooled features.
     pub activations: Precision,
@@ -62,23 +61,12 @@ pub struct Quantization {
     pub fold: Fold,
     /// The quantization method. The image, the first layer's weights, the pooled features and the
     /// classifier's weights are uniform in every method.
-    ///
-    /// The default is not written, because the keys of stored stages are hashes of these settings.
-    #[serde(default, skip_serializing_if = "is_default")]
     pub method: Method,
-    /// The number of grids of a uniformly quantized weight tensor. The default is not written, as
-    /// for `method`.
-    #[serde(default, skip_serializing_if = "is_default")]
+    /// The number of grids of a uniformly quantized weight tensor.
     pub weight_grid: WeightGrid,
     /// Whether the gradients of DSQ's bounds and softness, which are sums over all values, are
-    /// scaled as LSQ scales the gradient of its step. Other methods ignore it. The default is not
-    /// written, as for `method`.
-    #[serde(default, skip_serializing_if = "is_default")]
+    /// scaled as LSQ scales the gradient of its step. Other methods ignore it.
     pub gradient_scale: bool,
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
 }
 
 impl Network {

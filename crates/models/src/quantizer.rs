@@ -18,8 +18,7 @@ use std::fmt::Debug;
 macro_rules! methods {
     ($($(#[$attribute:meta])* $name:ident = $schemes:expr,)*) => {
         /// The method by which the tensors between the first and the last layer are quantized.
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-        #[serde(rename_all = "snake_case")]
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Method { $($(#[$attribute])* $name,)* }
 
         impl Method {
@@ -428,9 +427,16 @@ impl Entry {
         Self { bits: quantizer.bits, ready: None, folded, kind: quantizer.kind() }
     }
 
-    /// Returns the quantizer with `empty` in place of each of its tensors.
-    pub(crate) fn quantizer(self, empty: &Tensor) -> Result<Quantizer, String> {
+    /// Returns the quantizer of weights or of activations with `empty` in place of each of its
+    /// tensors.
+    pub(crate) fn quantizer(self, of_weights: bool, empty: &Tensor) -> Result<Quantizer, String> {
         let Self { bits, ready, folded, kind } = self;
+        if (ready.is_some(), folded.is_some()) != (!of_weights, of_weights) {
+            let [of, field] = if of_weights { ["weights", "folded"] } else { ["activations", "ready"] };
+            return Err(format!(
+                "a quantizer of {of} needs the field {field:?}, and not that of the other kind"
+            ));
+        }
         let all = Method::ALL.iter().map(|method| method.schemes()).chain([&dsq::SCALED]);
         let scheme = match folded {
             None => all.flat_map(|all| [all.unsigned, all.signed]).find(|scheme| scheme.kind() == kind),

@@ -94,7 +94,7 @@ impl NodeEntry {
                 input,
                 kernel: unit.kernel,
                 weight: empty.clone(),
-                weight_quantizer: quantizer(unit.weight_quantizer, empty)?,
+                weight_quantizer: of_weights(unit.weight_quantizer, empty)?,
                 norm: match unit.normalized {
                     true => Norm::Batch(BatchNorm {
                         gamma: empty.clone(),
@@ -106,20 +106,24 @@ impl NodeEntry {
                 },
                 activation: unit.activation,
                 cap: unit.capped.then(|| empty.clone()),
-                output_quantizer: quantizer(unit.output_quantizer, empty)?,
+                output_quantizer: of_activations(unit.output_quantizer, empty)?,
             }),
             Self::Sum { name, inputs, activation, quantizer: entry } => {
-                Node::Sum(Sum { name, inputs, activation, quantizer: quantizer(entry, empty)? })
+                Node::Sum(Sum { name, inputs, activation, quantizer: of_activations(entry, empty)? })
             }
             Self::Pool { name, input, quantizer: entry } => {
-                Node::Pool(Pool { name, input, quantizer: quantizer(entry, empty)? })
+                Node::Pool(Pool { name, input, quantizer: of_activations(entry, empty)? })
             }
         })
     }
 }
 
-fn quantizer(entry: Option<Entry>, empty: &Tensor) -> Result<Option<Quantizer>, String> {
-    entry.map(|entry| entry.quantizer(empty)).transpose()
+fn of_activations(entry: Option<Entry>, empty: &Tensor) -> Result<Option<Quantizer>, String> {
+    entry.map(|entry| entry.quantizer(false, empty)).transpose()
+}
+
+fn of_weights(entry: Option<Entry>, empty: &Tensor) -> Result<Option<Quantizer>, String> {
+    entry.map(|entry| entry.quantizer(true, empty)).transpose()
 }
 
 impl Structure {
@@ -210,7 +214,7 @@ impl Structure {
         }
         let empty = Tensor::zeros(0, DType::F32, &Device::Cpu).map_err(|e| e.to_string())?;
         let entries = if self.nodes.is_empty() { self.expanded()? } else { self.nodes };
-        let mut nodes = vec![Node::Image(Image { quantizer: quantizer(self.input_quantizer, &empty)? })];
+        let mut nodes = vec![Node::Image(Image { quantizer: of_activations(self.input_quantizer, &empty)? })];
         for entry in entries {
             nodes.push(entry.node(&empty)?);
         }

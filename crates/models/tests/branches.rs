@@ -5,7 +5,7 @@
 use candle_core::{D, DType, Device, Tensor, Var};
 use kernels::{Activation, loss::softmax_cross_entropy};
 use models::{
-    BatchNorm, Extras, Fold, Kernel, Method, Network, Node, Norm, Quantization, Quantizer, Step, Sum, Unit,
+    BatchNorm, Extras, Kernel, Method, Network, Node, Norm, Quantization, Quantizer, Step, Sum, Unit,
 };
 use quant_core::Precision;
 use rand::{Rng, SeedableRng};
@@ -217,19 +217,13 @@ fn a_hidden_layer_after_pooling_is_trained_too() {
 }
 
 fn eight_bits(method: Method) -> Quantization {
-    let [eight, float] = [8, 32].map(|bits| Precision::try_from(bits).unwrap());
-    let (first_layer, last_layer, fold) = (eight, eight, Fold::Unfolded);
-    let weight_grid = Default::default();
-    let gradient_scale = false;
+    let eight = Precision::try_from(8).unwrap();
     Quantization {
         activations: eight,
-        weights: float,
-        first_layer,
-        last_layer,
-        fold,
-        weight_grid,
+        first_layer: eight,
+        last_layer: eight,
         method,
-        gradient_scale,
+        ..Quantization::default()
     }
 }
 

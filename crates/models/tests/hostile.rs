@@ -110,6 +110,11 @@ fn sizes_and_strides_that_nothing_can_be_computed_with() {
     }
     let quantizer = json!({"bits": 9, "ready": true});
     check_structure("/units/2/output_quantizer", quantizer, &["can't be understood"]);
+    // A quantizer of weights for activations, and the other way round.
+    let quantizer = json!({"bits": 4, "folded": true});
+    check_structure("/units/2/output_quantizer", quantizer, &["needs the field", "ready"]);
+    let quantizer = json!({"bits": 4, "ready": false});
+    check_structure("/units/2/weight_quantizer", quantizer, &["needs the field", "folded"]);
 }
 
 #[test]

@@ -369,19 +369,3 @@ fn the_head_takes_learned_quantizers() {
     let alpha = network.parameters().into_iter().find(|p| p.name == "head.alpha").unwrap();
     assert_eq!(gradients.of(&alpha).unwrap().dims(), [1]);
 }
-
-/// Settings without a method, as in old files, are uniform. Uniform settings are written without
-/// the method.
-#[test]
-fn the_method_goes_without_saying_where_it_is_uniform() {
-    let text = r#"{"activations":4,"weights":4,"first_layer":8,"last_layer":8,"fold":"unfolded"}"#;
-    let read: Quantization = serde_json::from_str(text).unwrap();
-    assert_eq!(read, settings(Method::Uniform, Fold::Unfolded));
-    assert_eq!(serde_json::to_string(&read).unwrap(), text);
-    let channels =
-        Quantization { weight_grid: WeightGrid::Channel, ..settings(Method::Uniform, Fold::Unfolded) };
-    let channels = serde_json::to_string(&channels).unwrap();
-    assert!(channels.ends_with(r#""fold":"unfolded","weight_grid":"channel"}"#), "{channels}");
-    let pact = serde_json::to_string(&settings(Method::Pact, Fold::Unfolded)).unwrap();
-    assert!(pact.ends_with(r#""fold":"unfolded","method":"pact"}"#), "{pact}");
-}

@@ -221,16 +221,14 @@ fn activation(
     }
     let name = format!("{name}.activation");
     match (low.is_finite(), high.is_finite()) {
-        (false, false) if !(in_float && lattice.is_some()) => x,
-        (true, false) if low == 0.0 && !(in_float && lattice.is_some()) => {
-            builder.node("Relu", name, &[&x], vec![])
-        }
         _ if in_float && lattice.is_some() => {
             let low = builder.floats(format!("{name}.min"), &[], &[low]);
             let high = builder.floats(format!("{name}.max"), &[], &[high]);
             let x = builder.node("Max", format!("{name}.low"), &[&x, &low], vec![]);
             builder.node("Min", name, &[&x, &high], vec![])
         }
+        (false, false) => x,
+        (true, false) if low == 0.0 => builder.node("Relu", name, &[&x], vec![]),
         _ => {
             let mut bound = |field: &str, value: f32| match value.is_finite() {
                 true => builder.floats(format!("{name}.{field}"), &[], &[value]),

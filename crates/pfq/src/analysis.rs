@@ -5,21 +5,13 @@ use candle_core::{Device, Tensor};
 use models::{BatchNorm, Network, Node, Quantizer, Unit};
 use quant_core::{fold_scale, fold_shift};
 
-/// The running variances of one layer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LayerVariance {
-    /// The name of the unit.
-    pub layer: String,
-    /// The running variance V of each filter's output.
-    pub variance: Vec<f32>,
-}
-
-/// Returns the running variances of every batch-normalized layer, in order.
-pub fn variances(network: &Network) -> Result<Vec<LayerVariance>> {
+/// Returns the name of every batch-normalized layer, in order, with the running variance V of each
+/// filter's output.
+pub fn variances(network: &Network) -> Result<Vec<(String, Vec<f32>)>> {
     let mut all = Vec::new();
     for unit in network.units() {
         if let Some(norm) = unit.batch_norm() {
-            all.push(LayerVariance { layer: unit.name.clone(), variance: norm.variance.to_vec1()? });
+            all.push((unit.name.clone(), norm.variance.to_vec1()?));
         }
     }
     Ok(all)

@@ -15,7 +15,7 @@ mod analysis;
 mod groups;
 mod prune;
 
-pub use analysis::{Constants, LayerVariance, variances};
+pub use analysis::{Constants, variances};
 pub use groups::{Group, groups};
 pub use prune::{Corrected, Criterion, LayerReport, PfQ, Report};
 

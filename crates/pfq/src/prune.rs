@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// The settings of pruning for quantization: which filters count as constant, and whether their
 /// constants are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PfQ {
     /// The threshold τ: filters whose running variance is below it are removed. `None` means the ε
     /// of the network's batch normalization, so that the method has no parameter of its own.
@@ -17,10 +16,8 @@ pub struct PfQ {
     /// "PfQ (w/o bias correction)".
     pub bias_correction: bool,
     /// Which parameter of a live normalization takes up the constants.
-    #[serde(default)]
     pub corrected: Corrected,
     /// How the filters are chosen.
-    #[serde(default)]
     pub criterion: Criterion,
 }
 
@@ -37,8 +34,7 @@ impl Default for PfQ {
 
 /// The parameter that bias correction changes in a live normalization. Evaluation is the same for
 /// both, up to rounding.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Corrected {
     /// The running mean, `μ ← μ − Σ_j w_j a_j`. Training does not read it: there the normalization
     /// subtracts a constant with the mean of the batch, whether its channel is removed or not.
@@ -54,8 +50,7 @@ pub enum Corrected {
 /// Criteria other than [`Criterion::Variance`] remove as many filters of each layer as `Variance`
 /// would, so that the numbers of weights and multiply–accumulates are the same. Their filters are
 /// not constant; `φ(β)`, which is near their mean, takes the place of the constant.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Criterion {
     /// The filters with a running variance below τ: PfQ.
     #[default]
@@ -106,13 +101,6 @@ pub struct LayerReport {
     /// were low, and smaller if channels are tied to others that were not, or if the last channel
     /// of a group was kept.
     pub removed: usize,
-}
-
-impl Report {
-    /// Returns the pruned weights in percent of `whole`, the number of weights before any pruning.
-    pub fn weights_pruned_percent(&self, whole: u64) -> f64 {
-        100.0 * (1.0 - self.weights_after as f64 / whole as f64)
-    }
 }
 
 impl PfQ {
@@ -237,9 +225,9 @@ impl PfQ {
         if self.bias_correction {
             let lost = |(keep, constant): (&bool, &Option<f32>)| constant.filter(|_| !keep).unwrap_or(0.0);
             let lost: Vec<f32> = keep.iter().zip(constants).map(lost).collect();
-            // Every tap of a filter reads the same constants.
+            // This unit is pointwise: full convolutions read the image, which keeps its channels.
             let lost = Tensor::from_vec(lost, (1, keep.len()), unit.weight.device())?;
-            let shift = lost.repeat((1, unit.kernel.taps()))?.matmul(&unit.weight)?.squeeze(0)?;
+            let shift = lost.matmul(&unit.weight)?.squeeze(0)?;
             match &mut unit.norm {
                 Norm::Batch(norm) => match self.corrected {
                     Corrected::Mean => norm.mean = (&norm.mean - shift)?,

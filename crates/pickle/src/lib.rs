@@ -13,7 +13,7 @@ use std::collections::HashMap;
 
 /// The maximum number of instructions, each of which takes at most 256 bytes of memory. The
 /// training set of CIFAR-100 has 250,000 instructions, and a checkpoint 30 per tensor.
-pub const MOST_INSTRUCTIONS: usize = 1 << 20;
+const MOST_INSTRUCTIONS: usize = 1 << 20;
 
 /// The index of a value in its pickle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -429,7 +429,8 @@ fn ratio_cell(row: Option<&Speed>) -> String {
     optional(ratio, |(median, min, max)| format!("×{median:.2} ({min:.2}–{max:.2})"))
 }
 
-fn label(implementation: &str) -> &str {
+/// Returns the name of an implementation for people.
+pub fn label(implementation: &str) -> &str {
     let known = IMPLEMENTATIONS.iter().find(|known| known.id == implementation);
     known.map_or(implementation, |known| known.label)
 }

@@ -51,4 +51,4 @@ pub use stats::{
     Estimate, LEVEL, MOST_NEEDED, Quantity, Range, Summary, Verdict, by_seed, differences, holm, paired,
     summarize,
 };
-pub use text::{About, counted, markdown, shortest, terminal};
+pub use text::{About, counted, duration, markdown, shortest, terminal};

@@ -317,7 +317,7 @@ impl Page {
                     (counted(stages.len(), "stage")) ", each counted once though tables share them: "
                     (duration(total(&stages))) " of wall time."
                 }
-                @for run in self.tested().filter(|run| run.profile == profile) { (run.made()) }
+                @for run in self.tested().filter(|run| run.profile == profile) { (run.made(&self.label(&run.table))) }
                 details {
                     summary { "Every stage of profile " (profile) }
                     (stage_table(profile, &stages))
@@ -434,7 +434,7 @@ impl TableResults {
     }
 
     /// Lists the commands, the data and the provenance.
-    fn made(&self) -> Markup {
+    fn made(&self, label: &str) -> Markup {
         let commands: BTreeSet<&str> = self.stages.iter().map(|of| of.provenance.command.as_str()).collect();
         let data: BTreeSet<String> = self
             .stages
@@ -442,9 +442,9 @@ impl TableResults {
             .map(|of| format!("{} from {}", dataset_label(&of.data.name), of.data.source))
             .collect();
         html! {
-            h4 { (table_label(&self.table)) }
+            h4 { (label) }
             @if !commands.is_empty() {
-                pre tabindex="0" role="region" aria-label={ "Commands of " (table_label(&self.table)) ", profile " (self.profile) } {
+                pre tabindex="0" role="region" aria-label={ "Commands of " (label) ", profile " (self.profile) } {
                     code { @for command in commands { (command) "\n" } }
                 }
             }

@@ -34,7 +34,7 @@ pub struct PremiseRow {
     pub largest_weight_before: f64,
     /// The largest magnitude of a folded weight after pruning.
     pub largest_weight_after: f64,
-    /// The largest magnitude of a folded weight before pruning, divided by the median, over the
+    /// The largest magnitude of a folded weight before pruning, divided by the upper median, over the
     /// remaining filters, of the largest magnitude of each filter.
     pub dynamic_range_before: f64,
     /// The largest magnitude of a folded weight after pruning, divided by the same median.

@@ -272,7 +272,7 @@ fn verdict(orderings: &[Ordering]) -> String {
     let count = |verdict| orderings.iter().filter(|ordering| ordering.verdict() == Some(verdict)).count();
     let same = |ordering: &&Ordering| {
         let paper = ordering.paper.filter(|_| ordering.verdict() == Some(Verdict::NotDecided));
-        paper.is_some_and(|paper| (paper > 0.0) == (ordering.difference.mean > 0.0))
+        paper.is_some_and(|paper| paper * ordering.difference.mean > 0.0)
     };
     format!(
         "Orders of the paper that hold: {}; that fail: {}; that are not decided: {} (of these, as in the paper by their \
@@ -362,12 +362,13 @@ fn citation(rows: &[Row]) -> String {
     if tables.is_empty() { tables } else { format!("{tables} of Nishikawa and Ikegaya, arXiv:2011.06751") }
 }
 
-pub(crate) fn duration(seconds: f64) -> String {
+/// Formats a duration as `42 s`, `3 min 20 s` or `2 h 05 min`.
+pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match (whole / 3600, whole / 60 % 60, whole % 60) {
-        (0, 0, _) => format!("{seconds:.1} s"),
-        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
-        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+        (0, 0, seconds) => format!("{seconds} s"),
+        (0, minutes, seconds) => format!("{minutes} min {seconds:02} s"),
+        (hours, minutes, _) => format!("{hours} h {minutes:02} min"),
     }
 }
 

@@ -21,7 +21,7 @@ pub use calibrate::calibrate;
 pub use evaluate::{Evaluation, evaluate, evaluate_in};
 pub use fit::{dismiss, fit, follow};
 pub use limit::TimeLimit;
-pub use run::{EpochMetrics, Progress, Trained, TrainingRun};
+pub use run::{CHECKPOINT, EpochMetrics, METRICS, Progress, Trained, TrainingRun};
 pub use settings::{Arithmetic, Decay, Training};
 pub use step::{Found, Trainer};
 

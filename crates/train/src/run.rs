@@ -39,6 +39,12 @@ impl TrainingRun<'_> {
     }
 }
 
+/// The file of a run's metrics, in its folder.
+pub const METRICS: &str = "metrics.csv";
+
+/// The file of a run's checkpoint, in its folder.
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
+
 /// The metrics of one epoch: a line of `metrics.csv`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct EpochMetrics {

@@ -1,7 +1,7 @@
 //! The state of a training between two epochs, and its checkpoint.
 
 use crate::evaluate::evaluate_on;
-use crate::run::{EpochMetrics, Progress, Trained, TrainingRun};
+use crate::run::{CHECKPOINT, EpochMetrics, METRICS, Progress, Trained, TrainingRun};
 use crate::together::Work;
 use crate::totals::Totals;
 use crate::{Error, Evaluation, Result, TimeLimit, Trainer, Training};
@@ -176,13 +176,13 @@ impl State {
         self.metrics.push(metrics);
         self.low_variance_percent.push(low_variance_percent);
         if let Some(run) = run {
-            write_metrics(&self.metrics, &self.low_variance_percent, &run.folder.join("metrics.csv"))?;
+            write_metrics(&self.metrics, &self.low_variance_percent, &run.folder.join(METRICS))?;
         }
         Ok(metrics)
     }
 
     fn checkpoint(run: &TrainingRun) -> PathBuf {
-        run.folder.join("checkpoint.safetensors")
+        run.folder.join(CHECKPOINT)
     }
 
     /// Writes the checkpoint of a trained epoch, before the epoch is evaluated.

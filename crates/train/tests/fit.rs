@@ -10,7 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use datasets::{Augmentation, Batches, Dataset, Epoch, Images, InMemoryDataset, Part, train_batches};
 use kernels::gpu::emulation::{self, Order};
 use kernels::{Activation, loss::softmax_cross_entropy, sgd};
-use models::{BatchNorm, Extras, Kernel, Network, Norm, Step};
+use models::{BatchNorm, Extras, Fold, Kernel, Method, Network, Norm, Quantization, Step};
+use quant_core::Precision;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -93,16 +94,23 @@ fn wide_network(last: usize) -> Network {
 /// Returns [`network`] with every kind of quantizer, and so with ranges that a checkpoint must
 /// hold.
 fn quantized() -> Network {
-    quantized_with("batch_statistics", "uniform")
+    quantized_with(Fold::BatchStatistics, Method::Uniform)
 }
 
-fn quantized_with(fold: &str, method: &str) -> Network {
+fn quantized_with(fold: Fold, method: Method) -> Network {
+    let [four, eight] = [4, 8].map(|bits| Precision::try_from(bits).unwrap());
     let mut network = network();
-    let settings = serde_json::json!({
-        "activations": 4, "weights": 4, "first_layer": 8, "last_layer": 8, "fold": fold,
-        "method": method,
-    });
-    network.quantize(&serde_json::from_value(settings).unwrap()).unwrap();
+    network
+        .quantize(&Quantization {
+            activations: four,
+            weights: four,
+            first_layer: eight,
+            last_layer: eight,
+            fold,
+            method,
+            ..Quantization::default()
+        })
+        .unwrap();
     network
 }
 
@@ -466,14 +474,16 @@ fn a_cuda_graph_changes_no_bit() {
     let short = Training { warmup_epochs: 0.0, cosine_epochs: 1.0, ..training() };
     let (data, training) = (data(4 * BATCH + 3, 10), short);
     let check = |device: &Device| {
-        let quantized = ["uniform", "pact", "dsq", "lsq"].map(|method| quantized_with("unfolded", method));
+        let quantized = [Method::Uniform, Method::Pact, Method::Dsq, Method::Lsq]
+            .map(|method| quantized_with(Fold::Unfolded, method));
         // A network as DFQ leaves it.
-        let mut capped = quantized_with("frozen", "uniform");
+        let mut capped = quantized_with(Fold::Frozen, Method::Uniform);
         for unit in capped.units_mut().filter(|unit| unit.activation != Activation::Identity) {
             unit.cap = Some(Tensor::full(2f32, unit.filters(), &Device::Cpu).unwrap());
         }
         let all = [network(), capped].into_iter().chain(quantized).map(|network| (network, false));
-        for (network, fails) in all.chain([(quantized_with("batch_statistics", "uniform"), device.is_cuda())])
+        for (network, fails) in
+            all.chain([(quantized_with(Fold::BatchStatistics, Method::Uniform), device.is_cuda())])
         {
             let run = |graphs| {
                 let (folder, mut told) = (tempfile::tempdir().unwrap(), Vec::new());

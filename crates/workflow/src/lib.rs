@@ -16,7 +16,7 @@ mod stage;
 mod store;
 mod verify;
 
-pub use outcome::{DataOrigin, Outcome, Provenance};
+pub use outcome::{DataOrigin, NETWORK, Outcome, Provenance};
 pub use published::Published;
 pub use recipe::{Purpose, Recipe, Trainings};
 pub use stage::{Stage, StageKind};

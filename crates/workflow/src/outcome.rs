@@ -10,10 +10,7 @@ use whole_file::seal;
 /// The file that marks a stage as done.
 pub(crate) const OUTCOME: &str = "outcome.json";
 /// The file of a stage's resulting network.
-pub(crate) const NETWORK: &str = "network.safetensors";
-/// The file of a training's metrics.
-pub(crate) const METRICS: &str = "metrics.csv";
-
+pub const NETWORK: &str = "network.safetensors";
 /// The file of the quantizers' ranges at the stage's start and end.
 pub(crate) const RANGES: &str = "ranges.csv";
 

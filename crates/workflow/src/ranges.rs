@@ -27,9 +27,7 @@ impl Ranges {
         }
         let text = format!("node,tensor,at,bits,lowest,highest\n{}", self.0);
         let hash = seal::sha256(&text);
-        let fail =
-            |e: std::io::Error| Error::File { path: path.display().to_string(), problem: e.to_string() };
-        whole_file::write(path, text).map_err(fail)?;
+        whole_file::write(path, text).map_err(|e| Error::file(path, e))?;
         Ok(Some(hash))
     }
 }

@@ -1,4 +1,4 @@
-use crate::outcome::{METRICS, NETWORK, OUTCOME, RANGES};
+use crate::outcome::{NETWORK, OUTCOME, RANGES};
 use crate::ranges::Ranges;
 use crate::{DataOrigin, Error, Outcome, Provenance, Published, Result, Stage, StageKind, key};
 use baselines::Calibration;
@@ -12,7 +12,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use train::{EpochMetrics, Evaluation, Progress, TimeLimit, TrainingRun, calibrate, evaluate, fit};
+use train::{EpochMetrics, Evaluation, METRICS, Progress, TimeLimit, TrainingRun, calibrate, evaluate, fit};
 use whole_file::seal;
 
 /// A folder of finished and unfinished stages, with one folder per stage.
@@ -502,7 +502,7 @@ impl Store {
 }
 
 pub(crate) fn checkpoint_file(folder: &Path) -> PathBuf {
-    folder.join("checkpoint.safetensors")
+    folder.join(train::CHECKPOINT)
 }
 
 /// Moves those of a stage's files whose names begin with one of `prefixes` into a new folder inside
@@ -516,9 +516,8 @@ fn set_aside(
 ) -> Result<()> {
     let fail =
         |e: std::io::Error| Error::file(folder, format!("what is damaged could not be set aside: {e}"));
-    let numbers = (1..).map(|number| folder.join(format!("{DAMAGED}{number}")));
-    let place =
-        numbers.into_iter().find(|place| !place.exists()).expect("there are more numbers than folders");
+    let mut places = (1..).map(|number| folder.join(format!("{DAMAGED}{number}")));
+    let place = places.find(|place| !place.exists()).expect("there are more numbers than folders");
     std::fs::create_dir(&place).map_err(fail)?;
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(fail)? {

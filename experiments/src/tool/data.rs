@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// The minimum input height, in pixels, from which images are ImageNet's rather than CIFAR-100's if
 /// `--data` is not a folder of pictures.
-const LARGE: usize = 64;
+pub(super) const LARGE: usize = 64;
 
 /// The folders that mark a folder as one of pictures. One of CIFAR-100's files is called `train` too.
 const FOLDERS: [&str; 4] = ["train", "val", "validation", "ILSVRC"];

@@ -1,7 +1,6 @@
 use super::data::{self, Wanted};
 use super::network::NetworkFile;
 use super::values;
-use crate::progress::duration;
 use crate::published::PublishedFile;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -92,7 +91,7 @@ impl Eval {
             "{}: {} in {}\n{said}",
             data.title(),
             report::counted(data.test_images() - skipped.len(), "test image"),
-            duration(started.elapsed().as_secs_f64()),
+            report::duration(started.elapsed().as_secs_f64()),
         );
         Ok(text)
     }

@@ -3,11 +3,12 @@
 use super::text::millions;
 use super::values;
 use crate::output;
+use crate::profile::ModelName;
 use anyhow::{Result, anyhow, bail};
 use candle_core::Device;
 use clap::{Args, ValueEnum};
 use kernels::Activation;
-use models::{Import, Input, Network, Origin, Version};
+use models::{Import, Input, Network, Origin};
 use std::path::{Path, PathBuf};
 
 /// A file with a network, and what its tensors don't tell.
@@ -19,7 +20,7 @@ pub(super) struct NetworkFile {
 
     /// Architecture of public weights; derived from the names of the tensors if not given
     #[arg(long, value_enum, help_heading = "Public weights")]
-    arch: Option<Arch>,
+    arch: Option<ModelName>,
 
     /// Width multiplier of public weights; derived from the shapes of the tensors if not given
     #[arg(long, value_name = "FACTOR", value_parser = values::width, help_heading = "Public weights")]
@@ -46,14 +47,6 @@ pub(super) struct NetworkFile {
     epsilon: Option<f64>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Arch {
-    #[value(name = "mobilenet_v1")]
-    MobilenetV1,
-    #[value(name = "mobilenet_v2")]
-    MobilenetV2,
-}
-
 fn strides(text: &str) -> Result<Input, String> {
     match text {
         "imagenet" => Ok(Input::Imagenet),
@@ -73,10 +66,7 @@ impl NetworkFile {
     pub fn open(&self) -> Result<(Network, String)> {
         let default = Import::default();
         let import = Import {
-            version: self.arch.map(|arch| match arch {
-                Arch::MobilenetV1 => Version::V1,
-                Arch::MobilenetV2 => Version::V2,
-            }),
+            version: self.arch.map(ModelName::version),
             width: self.width,
             classes: self.classes,
             input: self.strides.unwrap_or(default.input),

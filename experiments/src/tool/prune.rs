@@ -82,7 +82,7 @@ fn described(report: &Report, epsilon: f64) -> String {
         "weights {} → {} M, {:.2} % pruned\nMACs {} → {} M\n",
         millions(report.weights_before),
         millions(report.weights_after),
-        report.weights_pruned_percent(report.weights_before),
+        report::pruned_percent(report.weights_before, report.weights_after),
         millions(report.macs_before),
         millions(report.macs_after)
     )

@@ -68,12 +68,14 @@ impl Quantize {
             data::load(Wanted { place, limits, bad_percent: self.bad_percent, settings: None }, &network)
         });
         let data = data.transpose()?;
-        let image_range = match self.image_range.as_deref() {
-            None if data.is_some() => data.as_deref().map_or(CIFAR, image_range),
-            None if network.input[0] < 64 => CIFAR,
-            None => IMAGENET,
-            Some(&[lo, hi]) if lo <= 0.0 && 0.0 < hi => (lo, hi),
-            Some(range) => bail!("--image-range {range:?}: expected two numbers around 0 such as -2.1,2.7"),
+        let image_range = match (self.image_range.as_deref(), data.as_deref()) {
+            (None, Some(data)) => image_range(data),
+            (None, None) if network.input[0] < data::LARGE => CIFAR,
+            (None, None) => IMAGENET,
+            (Some(&[lo, hi]), _) if lo <= 0.0 && 0.0 < hi => (lo, hi),
+            (Some(range), _) => {
+                bail!("--image-range {range:?}: expected two numbers around 0 such as -2.1,2.7")
+            }
         };
         let [activations, weights] = self.conversion.bits;
         let quantization = Quantization {

@@ -2,11 +2,11 @@ use super::conversion::Conversion;
 use super::data::{self, Wanted};
 use super::text::{millions, table};
 use super::values;
-use crate::flags::{Running, TIME_LIMIT};
+use crate::flags::Running;
 use crate::profile::{Profile, check_padding};
-use crate::progress::{Display, duration};
+use crate::progress::Display;
 use crate::session::{Machine, Session};
-use crate::{output, signals};
+use crate::{output, process, signals};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use models::{Extras, HEAD, Method, Network};
@@ -148,10 +148,7 @@ impl Tune {
         data.prepare(&mut |event| display.data(&event))?;
         let mut session = Session::given(machine, profile, data, network);
         if session.run(&end)?.is_none() {
-            output::print(
-                "The time limit has been reached and stages are left: run the same command to continue.",
-            );
-            std::process::exit(TIME_LIMIT);
+            process::end_in_time()?;
         }
         session.tell_skipped();
         let plan = session.plan(std::slice::from_ref(&end))?;
@@ -197,7 +194,7 @@ fn report(outcomes: &[Outcome], tuned: &Network) -> String {
                 removed(outcome),
                 millions(outcome.macs),
                 millions(outcome.weights),
-                duration(outcome.seconds),
+                report::duration(outcome.seconds),
             ]
         })
         .collect();

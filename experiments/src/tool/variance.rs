@@ -3,6 +3,7 @@ use super::text::{short, table};
 use super::values;
 use anyhow::{Result, bail};
 use clap::Args;
+use report::bench::Spread;
 use report::histogram::{self, Caption, Variances};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -46,7 +47,7 @@ impl Variance {
         let threshold = self.threshold.unwrap_or(network.epsilon);
         let layers: Vec<Variances> = pfq::variances(&network)?
             .into_iter()
-            .map(|layer| Variances { layer: layer.layer, values: layer.variance })
+            .map(|(layer, values)| Variances { layer, values })
             .collect();
         if layers.is_empty() {
             bail!(
@@ -106,17 +107,17 @@ fn pictures(file: &Path) -> [PathBuf; 2] {
 }
 
 fn row(layer: &Variances, threshold: f64) -> Vec<String> {
-    let mut sorted = layer.values.clone();
-    sorted.sort_by(f32::total_cmp);
+    let spread = Spread::of(layer.values.iter().map(|value| f64::from(*value)));
+    let shown = |of: fn(Spread) -> f64| spread.map_or(String::new(), |spread| short(of(spread) as f32));
     vec![
         layer.layer.clone(),
-        sorted.len().to_string(),
+        layer.values.len().to_string(),
         match layer.low(threshold) {
             0 => String::new(),
             low => low.to_string(),
         },
-        short(sorted[0]),
-        short(sorted[sorted.len() / 2]),
-        short(sorted[sorted.len() - 1]),
+        shown(|spread| spread.min),
+        shown(|spread| spread.median),
+        shown(|spread| spread.max),
     ]
 }

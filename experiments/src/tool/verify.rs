@@ -135,7 +135,7 @@ impl Verify {
 
 /// Evaluates a stage's network again, on the data of its evaluation; returns the finding.
 fn evaluate(outcome: &Outcome, folder: &Path, data: &dyn Dataset) -> Result<String> {
-    let (network, _) = Network::load(&folder.join("network.safetensors"), &Device::Cpu)?;
+    let (network, _) = Network::load(&folder.join(workflow::NETWORK), &Device::Cpu)?;
     let now = train::evaluate_in(&network, data, outcome.arithmetic())?;
     let then = outcome.evaluation;
     if !agree(now, then) || (network.macs(), network.weights()) != (outcome.macs, outcome.weights) {

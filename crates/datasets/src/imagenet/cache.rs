@@ -315,6 +315,10 @@ impl Index {
                 remedy: "name another folder for these pictures, or delete that one",
             });
         }
+        let pixels = |sum: u64, kept: &Kept| sum.checked_add(kept.size());
+        if index.pictures.iter().try_fold(0, pixels) != Some(index.bytes) {
+            return Err(damaged(path, format!("its pictures do not have {} bytes together", index.bytes)));
+        }
         match fs::metadata(pack) {
             Ok(metadata) if metadata.len() == index.bytes => Ok(Some(index)),
             // Whoever deletes a damaged pack wants it to be made again.

@@ -44,11 +44,7 @@ pub(super) fn min_max(x: &Tensor) -> Result<Tensor> {
     let (kernel, count) = grouped("extremes", x.dtype(), &[x])?;
     let blocks = if x.elem_count() <= ONE_BLOCK { 1 } else { count.div_ceil(256 * 8).min(MOST_BLOCKS) };
     let parts = empty((2, blocks), DType::F32, x.device())?;
-    Launch::new(MODULE, kernel, [blocks, 1], [256, 1])
-        .read(x)?
-        .write(&parts)?
-        .sizes([count])?
-        .run()?;
+    Launch::new(MODULE, kernel, [blocks, 1], [256, 1]).read(x)?.write(&parts)?.sizes([count])?.run()?;
     extremes_of_all(&parts)
 }
 

@@ -12,6 +12,7 @@ use crate::canvas::{
 };
 use crate::file::Result;
 use crate::names::BLUE;
+use crate::scale::tick_step;
 use crate::text::shortest;
 
 pub(super) fn plot(filters: &[FilterOutputs], caption: &Caption, svg: &Path, png: &Path) -> Result<()> {
@@ -123,9 +124,7 @@ fn draw_histogram<DB: DrawingBackend>(
 
 /// Returns round numbers from `low` to `high`, about `most` of them.
 fn ticks(low: f64, high: f64, most: f64) -> Vec<f64> {
-    let rough = (high - low) / most;
-    let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|&s| s >= rough).unwrap_or(rough);
+    let step = tick_step(high - low, most);
     // Counting whole steps makes the tick at zero exactly zero.
     let (first, last) = ((low / step - 1e-9).ceil() as i64, (high / step + 1e-9).floor() as i64);
     (first..=last).map(|n| n as f64 * step).collect()

@@ -74,7 +74,9 @@ fn difference(found: &Network, expected: &Network) -> (f64, String) {
 fn with_common_statistics_ranks_train_what_one_process_trains() {
     let data = data(BATCH * STEPS, 50);
     const TOLERANCE: f64 = 3e-5;
-    for network in [network as fn() -> Network, quantized, || quantized_with("float_statistics", "uniform")] {
+    for network in
+        [network as fn() -> Network, quantized, || quantized_with(Fold::FloatStatistics, Method::Uniform)]
+    {
         let (alone, common) = (short(), Training { sync_norm: true, ..short() });
         let (folder, same) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let one = run(network(), &data, &alone, 3, folder.path(), &mut |_| ()).unwrap();
@@ -130,14 +132,10 @@ fn a_run_in_pieces_is_gone_on_with_by_any_number_of_ranks() {
 /// still train the same network, which is checked after every epoch.
 #[test]
 fn learned_quantizers_are_the_same_on_all_ranks() {
-    for method in ["lsq", "pact", "dsq"] {
-        let mut network = network();
-        let settings = serde_json::json!({
-            "activations": 4, "weights": 4, "first_layer": 8, "last_layer": 8, "fold": "unfolded", "method": method,
-        });
-        network.quantize(&serde_json::from_value(settings).unwrap()).unwrap();
+    for method in [Method::Lsq, Method::Pact, Method::Dsq] {
+        let network = quantized_with(Fold::Unfolded, method);
         let trained = whole_run_together(2, network, &data(BATCH * STEPS, 50), &short());
-        assert!(trained.metrics[0].train_loss.is_finite(), "{method}");
+        assert!(trained.metrics[0].train_loss.is_finite(), "{method:?}");
     }
 }
 
