@@ -386,6 +386,12 @@ mod tests {
     use super::*;
     use models::{Input, Norm, Version};
 
+    #[test]
+    fn a_median_is_between_the_middle_values() {
+        assert_eq!([&[3.0, 1.0, 2.0][..], &[4.0, 1.0, 2.0, 8.0], &[5.0]].map(median), [2.0, 3.0, 5.0]);
+        assert!(median(&[]).is_nan());
+    }
+
     /// A filter with almost no variance and a large folding factor sets its layer's grid. Without
     /// it, the other filters keep their levels.
     #[test]

@@ -515,22 +515,18 @@ fn sum_up<F: Factor, M: Multiply<F>>(
     most: usize,
 ) {
     let ProductSizes { rows, columns, depth } = sizes;
-    let (len, add) = match &c {
-        Target::Set(c) => (c.len(), false),
-        Target::Add(c) => (c.len(), true),
-    };
-    assert_eq!(len, rows * columns);
-    let c: *mut f32 = match c {
+    let (len, c, add): (_, *mut f32, _) = match c {
         Target::Set(c) => {
             if depth == 0 {
                 c.fill(MaybeUninit::new(0.0));
             } else {
                 poison(c);
             }
-            c.as_mut_ptr().cast()
+            (c.len(), c.as_mut_ptr().cast(), false)
         }
-        Target::Add(c) => c.as_mut_ptr(),
+        Target::Add(c) => (c.len(), c.as_mut_ptr(), true),
     };
+    assert_eq!(len, rows * columns);
     if rows == 0 || columns == 0 || depth == 0 {
         return;
     }

@@ -537,6 +537,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn durations_read_well() {
+        let got = [0.2, 59.6, 200.0, 7500.0].map(duration);
+        assert_eq!(got, ["0 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]);
+    }
+
+    #[test]
     fn numbers_have_their_shortest_exact_form() {
         for (value, expect) in [
             (1e-5, "1e-5"),

@@ -59,10 +59,12 @@ enum Kept {
 }
 
 impl Kept {
-    /// Returns the number of bytes of the pixels.
+    /// Returns the number of bytes of the pixels, or the largest number if a damaged index has more.
     fn size(&self) -> u64 {
         match self {
-            Kept::Pixels(width, height, _) => u64::from(*width) * u64::from(*height) * CHANNELS as u64,
+            Kept::Pixels(width, height, _) => {
+                (u64::from(*width) * u64::from(*height)).saturating_mul(CHANNELS as u64)
+            }
             Kept::Damaged(_) => 0,
         }
     }
