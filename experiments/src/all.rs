@@ -1,7 +1,7 @@
 //! The binary for every table of the paper and Figure 3.
 
 use crate::session::{self, Done};
-use crate::{figure3, table, tables};
+use crate::{figure3, pretrained, table, tables};
 use anyhow::Result;
 
 /// Runs the binary: every table and Figure 3, which share stages.
@@ -20,6 +20,6 @@ pub fn main() -> Result<()> {
         {
             return Ok(done);
         }
-        figure3::run(&figure3::subjects(&flags)?, session, &flags)
+        figure3::run(&pretrained::models(&flags)?, session, &flags)
     })
 }

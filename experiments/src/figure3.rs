@@ -5,25 +5,18 @@
 //! store.
 
 use crate::flags::Flags;
-use crate::output;
+use crate::pretrained::{self, Drawn, IMAGES, Subject, first_images};
 use crate::profile::ModelName;
-use crate::results::PROFILE;
 use crate::session::{self, Done, Session};
 use anyhow::{Context as _, Result, bail};
 use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
-use models::{MobileNet, Network};
-use report::histogram::{self, Caption, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
-use std::collections::BTreeMap;
+use models::Network;
+use report::histogram::{self, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
 use std::path::Path;
-use std::sync::Arc;
-use workflow::{Outcome, Stage};
 
-/// The number of test images on which outputs are observed: the first ones.
-pub(crate) const IMAGES: usize = 250;
 /// The number of bins of a histogram of outputs.
 const BINS: usize = 40;
-const MODELS: [ModelName; 2] = [ModelName::MobilenetV1, ModelName::MobilenetV2];
 
 /// Runs the figure's binary: parses the flags, pre-trains missing networks, writes the pictures.
 pub fn main() -> Result<()> {
@@ -31,68 +24,13 @@ pub fn main() -> Result<()> {
                  are not in the store: the outputs of filters with low and with ordinary running variance, \
                  and the running variances of every layer";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
-    let models = subjects(&flags)?;
+    let models = pretrained::models(&flags)?;
     session::main(&flags, false, |session| run(&models, session, &flags))
-}
-
-/// Returns the networks that `--only` picks.
-pub(crate) fn subjects(flags: &Flags) -> Result<Vec<ModelName>> {
-    let names = MODELS.map(|model| model.version().name());
-    let terms: Vec<String> = flags.only.iter().map(|term| term.trim().to_lowercase()).collect();
-    if let Some(term) = terms.iter().find(|term| !names.contains(&term.as_str())) {
-        bail!("--only {term}: expected a network, {}", names.join(" or "));
-    }
-    let picks =
-        |model: &ModelName| terms.is_empty() || terms.iter().any(|term| term == model.version().name());
-    Ok(MODELS.into_iter().filter(picks).collect())
 }
 
 /// Pre-trains missing networks and draws the figure.
 pub(crate) fn run(models: &[ModelName], session: &mut Session, flags: &Flags) -> Result<Done> {
-    let seed = session.seeds[0];
-    let mut subjects = Vec::new();
-    for &model in models {
-        let network = session.profile.network(model, session.data.classes())?;
-        subjects.push((network, session.pretraining(model, seed)?));
-    }
-    let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
-    if let Some(done) = session.part(&ends, &BTreeMap::new(), "figure3", flags)? {
-        return Ok(done);
-    }
-    session.claim_whole("figure3", &ends)?;
-    if session.run_all(&ends)? == Done::InTime {
-        return Ok(Done::InTime);
-    }
-    let mut figures = Vec::new();
-    for (config, stage) in &subjects {
-        let (outcome, network) = session.produce(stage)?;
-        figures.push(Figure::of(*config, &network, outcome, session)?);
-    }
-    let folder = session.folder("figure3");
-    let text = write(&figures, session, &folder)?;
-    output::print(&format!("{text}\nWritten to {}.", folder.display()));
-    Ok(Done::All)
-}
-
-/// The data that the figure shows for one network.
-struct Figure {
-    config: MobileNet,
-    outcome: Outcome,
-    threshold: f64,
-    filters: Vec<FilterOutputs>,
-    layers: Vec<Variances>,
-}
-
-impl Figure {
-    fn of(config: MobileNet, network: &Network, outcome: Outcome, session: &Session) -> Result<Self> {
-        let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
-        let images = batch.images.to_device(network.device())?;
-        let layers =
-            pfq::variances(network)?.into_iter().map(|(layer, values)| Variances { layer, values }).collect();
-        let threshold = session.profile.pfq.threshold.unwrap_or(network.epsilon);
-        let filters = observe(network, &choose(network, threshold)?, &images)?;
-        Ok(Self { config, outcome, threshold, filters, layers })
-    }
+    pretrained::run("figure3", models, session, flags, draw)
 }
 
 /// A filter that the figure shows, and the rule that chose it.
@@ -200,52 +138,49 @@ fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
     if low < high { (low, high) } else { (low - 0.5, low + 0.5) }
 }
 
-/// Writes pictures, CSV files, the settings, the stages and a description to `folder`; returns a
-/// short text for the terminal.
-fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String> {
-    let Session { profile, data, provenance, .. } = session;
+/// Writes pictures and CSV files to `folder`.
+fn draw(subjects: &[Subject], session: &Session, folder: &Path) -> Result<Drawn> {
     let (mut outputs, mut variances) = (Vec::new(), Vec::new());
-    let mut names: Vec<String> =
-        ["outputs.csv", "variances.csv", "figure3.md", PROFILE].map(Into::into).into();
-    let mut text = String::from("# Figure 3: filters of low and of ordinary running variance\n\n");
-    let images = data.test_images().min(IMAGES);
-    text += &format!(
-        "The pre-trained networks of profile `{}` see the first {images} test images. Shown are, among the depthwise \
+    let mut pictures = Vec::new();
+    let batch = first_images(session)?;
+    let images = session.data.test_images().min(IMAGES);
+    let mut text = format!(
+        "# Figure 3: filters of low and of ordinary running variance\n\n\
+         The pre-trained networks of profile `{}` see the first {images} test images. Shown are, among the depthwise \
          layers and among all others, the filter with the lowest running variance V, and the filter with the median V \
          of those in the same layer that are not below τ. Normalization uses the running statistics, as in evaluation.\n\n",
-        profile.name
+        session.profile.name
     );
     text += "| network | layer | filter | V | chosen as | convolution: mean, std | after activation: mean, std |\n";
     text += "|---|---|--:|--:|---|---|---|\n";
-    for figure in figures {
-        let model = figure.config.version.name();
-        let caption = |what: &str, shown: &str| {
-            let profile = format!("profile {}", profile.name);
-            let network = format!("pre-trained, top-1 {:.2} %", figure.outcome.evaluation.top1_percent);
-            let more = [profile.as_str(), &network, shown];
-            let width = figure.config.width;
-            Caption::of_network(what, (model, width), data.name(), &more, figure.threshold)
-        };
+    let mut short = Vec::new();
+    for subject in subjects {
+        let (model, network, threshold) =
+            (subject.config.version.name(), &subject.network, subject.threshold);
+        let filters =
+            observe(network, &choose(network, threshold)?, &batch.images.to_device(network.device())?)?;
+        let layers: Vec<Variances> =
+            pfq::variances(network)?.into_iter().map(|(layer, values)| Variances { layer, values }).collect();
         let mut path = |what: &str, extension: &str| {
-            names.push(format!("{what}_{model}.{extension}"));
-            folder.join(&names[names.len() - 1])
+            pictures.push(format!("{what}_{model}.{extension}"));
+            folder.join(&pictures[pictures.len() - 1])
         };
         let shown = format!("first {images} test images");
         histogram::plot_outputs(
-            &figure.filters,
-            &caption("what filters of low and of ordinary variance give", &shown),
+            &filters,
+            &subject.caption("what filters of low and of ordinary variance give", session, &[&shown]),
             &path("outputs", "svg"),
             &path("outputs", "png"),
         )?;
         histogram::plot_variances(
-            &figure.layers,
-            &caption("running variances of every layer", "after the last epoch"),
+            &layers,
+            &subject.caption("running variances of every layer", session, &["after the last epoch"]),
             &path("variances", "svg"),
             &path("variances", "png"),
         )?;
-        outputs.extend(OutputRow::all(model, &figure.filters, figure.threshold));
-        variances.extend(VarianceRow::all(model, &figure.layers, figure.threshold));
-        for f in &figure.filters {
+        outputs.extend(OutputRow::all(model, &filters, threshold));
+        variances.extend(VarianceRow::all(model, &layers, threshold));
+        for f in &filters {
             let both = |h: &Histogram| format!("{:.3e}, {:.1e}", h.mean, h.deviation);
             text += &format!(
                 "| {model} | {} | {} | {:.1e} | {} | {} | {} |\n",
@@ -257,40 +192,21 @@ fn write(figures: &[Figure], session: &Session, folder: &Path) -> Result<String>
                 both(&f.activation)
             );
         }
+        let low: usize = layers.iter().map(|layer| layer.low(threshold)).sum();
+        let filters: usize = layers.iter().map(|layer| layer.values.len()).sum();
+        short.push(format!(
+            "{model} ×{} (stage {}): {low} of {filters} filters have V < τ = {}.",
+            subject.config.width,
+            subject.outcome.key,
+            report::shortest(threshold)
+        ));
     }
     text.push('\n');
-    let mut short = Vec::new();
-    for figure in figures {
-        let low: usize = figure.layers.iter().map(|layer| layer.low(figure.threshold)).sum();
-        let filters: usize = figure.layers.iter().map(|layer| layer.values.len()).sum();
-        let line = format!(
-            "{} ×{} (stage {}): {low} of {filters} filters have V < τ = {}.",
-            figure.config.version.name(),
-            figure.config.width,
-            figure.outcome.key,
-            report::shortest(figure.threshold)
-        );
-        text += &format!("- {line}\n");
-        short.push(line);
-    }
-    text += &format!(
-        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {} ({} training, {} test images)\n- Data behind the \
-         pictures: `outputs.csv`, `variances.csv`; settings: `profile.toml`; training of the networks: `stages.json`\n",
-        provenance.command,
-        provenance.git_commit,
-        provenance.device,
-        data.name(),
-        data.source(),
-        data.train_images(),
-        data.test_images()
-    );
-    histogram::write_rows(&outputs, &folder.join("outputs.csv"))?;
-    histogram::write_rows(&variances, &folder.join("variances.csv"))?;
-    report::write_text(&text, &folder.join("figure3.md"))?;
-    report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
-    let stages: Vec<&Outcome> = figures.iter().map(|figure| &figure.outcome).collect();
-    report::write_stages(&stages, folder, &names)?;
-    Ok(short.join("\n"))
+    text.extend(short.iter().map(|line| format!("- {line}\n")));
+    let sheets = ["outputs.csv", "variances.csv"].map(String::from);
+    histogram::write_rows(&outputs, &folder.join(&sheets[0]))?;
+    histogram::write_rows(&variances, &folder.join(&sheets[1]))?;
+    Ok(Drawn { text, short: short.join("\n"), sheets: sheets.into(), pictures })
 }
 
 #[cfg(test)]
@@ -298,7 +214,8 @@ mod tests {
     use super::*;
     use candle_core::Device;
     use datasets::test_batches;
-    use models::{Input, Unit, Version};
+    use models::{Input, MobileNet, Unit, Version};
+    use std::sync::Arc;
 
     /// The number of training steps, all on the same images and without changing the weights.
     const STEPS: i32 = 200;

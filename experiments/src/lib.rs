@@ -19,6 +19,7 @@ mod job;
 mod networks;
 mod output;
 pub mod premise;
+mod pretrained;
 mod process;
 mod profile;
 mod progress;

@@ -7,11 +7,9 @@
 //! The networks are the pre-trained ones that the tables start from, so they come from the same
 //! store.
 
-use crate::figure3::{IMAGES, subjects};
 use crate::flags::Flags;
-use crate::output;
-use crate::results::PROFILE;
-use crate::session::{self, Done, Session};
+use crate::pretrained::{self, Drawn, IMAGES, Subject, first_images};
+use crate::session::{self, Session};
 use crate::tool::text::table;
 use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
@@ -19,16 +17,14 @@ use clap::{CommandFactory, FromArgMatches};
 use datasets::Batch;
 use kernels::loss::softmax_cross_entropy;
 use kernels::quantize;
-use models::{MobileNet, Network, Quantization, Step, Unit};
+use models::{Network, Quantization, Step, Unit};
 use pfq::PfQ;
 use quant_core::{Bits, Precision};
 use report::bench::Spread;
-use report::histogram::{Caption, write_rows};
+use report::histogram::write_rows;
 use report::premise::{FilterRow, PremiseRow, plot, plot_filters};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
-use workflow::{Outcome, Stage};
 
 /// Runs the binary: parses the flags, pre-trains missing networks, writes the pictures.
 pub fn main() -> Result<()> {
@@ -37,39 +33,8 @@ pub fn main() -> Result<()> {
                  quantization to 4 and 3 bits and of their gradients with activations of 4 bits, and the \
                  ranges of activations";
     let flags = Flags::from_arg_matches(&Flags::command().about(about).get_matches())?;
-    let models = subjects(&flags)?;
-    session::main(&flags, false, |session| {
-        let subjects = models.into_iter().map(|model| {
-            let config = session.profile.network(model, session.data.classes())?;
-            Ok((config, session.pretraining(model, session.seeds[0])?))
-        });
-        let subjects = subjects.collect::<Result<Vec<(MobileNet, Arc<Stage>)>>>()?;
-        let ends: Vec<Arc<Stage>> = subjects.iter().map(|(_, stage)| stage.clone()).collect();
-        if let Some(done) = session.part(&ends, &BTreeMap::new(), "premise", &flags)? {
-            return Ok(done);
-        }
-        session.claim_whole("premise", &ends)?;
-        if session.run_all(&ends)? == Done::InTime {
-            return Ok(Done::InTime);
-        }
-        let batch = session.data.test_batches(IMAGES).next().context("there are no test images")??;
-        let (images, labels) = (batch.images.to_device(&Device::Cpu)?, batch.labels.to_device(&Device::Cpu)?);
-        let on_cpu = Batch { images, labels };
-        let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
-        let mut found = Vec::new();
-        for (config, stage) in subjects {
-            let (outcome, network) = session.produce(&stage)?;
-            let network = network.to_device(&Device::Cpu)?;
-            let rows = measure(&network, &pfq, &on_cpu)?;
-            let threshold = session.profile.pfq.threshold.unwrap_or(network.epsilon);
-            let filters = filters(&network, threshold)?;
-            found.push(Measured { config, outcome, threshold, rows, filters });
-        }
-        let folder = session.folder("premise");
-        let text = write(&found, session, &folder)?;
-        output::print(&format!("{text}\nWritten to {}.", folder.display()));
-        Ok(Done::All)
-    })
+    let models = pretrained::models(&flags)?;
+    session::main(&flags, false, |session| pretrained::run("premise", &models, session, &flags, draw))
 }
 
 /// Measures the layers of a pre-trained network before and after pruning by `pfq`. Outputs and
@@ -152,7 +117,6 @@ fn filters(network: &Network, threshold: f64) -> Result<Vec<FilterRow>> {
             [&norm.variance, &norm.gamma, &norm.beta].map(|tensor| tensor.to_vec1::<f32>());
         let (variance, gamma, beta) = (variance?, gamma?, beta?);
         rows.extend((0..unit.filters()).map(|filter| FilterRow {
-            model: network.name.clone(),
             layer: unit.name.clone(),
             filter,
             variance: variance[filter],
@@ -270,22 +234,16 @@ fn extremes(network: &Network, images: &Tensor) -> Result<Vec<(f64, f64)>> {
     Ok(all)
 }
 
-/// What was measured of a network.
-struct Measured {
-    config: MobileNet,
-    /// The outcome of its pre-training.
-    outcome: Outcome,
-    /// The threshold τ of its pruning.
-    threshold: f64,
-    rows: Vec<PremiseRow>,
-    filters: Vec<FilterRow>,
-}
-
-/// Writes pictures, CSV files, the settings, the stages and a description to `folder`; returns the
-/// table for the terminal.
-fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String> {
-    let Session { profile, data, provenance, .. } = session;
-    let mut names: Vec<String> = ["layers.csv", "filters.csv", "premise.md", PROFILE].map(Into::into).into();
+/// Measures the networks on the CPU and writes pictures and CSV files to `folder`.
+fn draw(subjects: &[Subject], session: &Session, folder: &Path) -> Result<Drawn> {
+    let batch = first_images(session)?;
+    let batch = Batch {
+        images: batch.images.to_device(&Device::Cpu)?,
+        labels: batch.labels.to_device(&Device::Cpu)?,
+    };
+    let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
+    let mut sheets = vec![String::from("layers.csv")];
+    let (mut pictures, mut layers) = (Vec::new(), Vec::new());
     let mut text = String::from("# The premise: what pruning changes before any training\n\n");
     text += &format!(
         "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
@@ -294,13 +252,16 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
          LSQ quantizes weights that are not folded, to 3 bits at the step that it begins with, 2·mean|w|/√3. \
          Gradients are those of the weights that stay, in one step with the batch's statistics and activations of 4 bits, beside \
          the same step without quantization. Gradients and ranges of outputs are those over the first {} test images.\n\n",
-        profile.name,
-        data.test_images().min(IMAGES)
+        session.profile.name,
+        session.data.test_images().min(IMAGES)
     );
     text += "| network | | before | after | layers that change |\n|---|---|--:|--:|--:|\n";
     let mut lines = Vec::new();
-    for Measured { config, outcome, threshold, rows, filters } in found {
-        let model = config.version.name();
+    for subject in subjects {
+        let (model, width) = (subject.config.version.name(), subject.config.width);
+        let network = subject.network.to_device(&Device::Cpu)?;
+        let rows = measure(&network, &pfq, &batch)?;
+        let filters = filters(&network, subject.threshold)?;
         let mut line =
             |what: &str, of: &dyn Fn(&PremiseRow) -> (f64, f64), changes: &dyn Fn(f64, f64) -> bool| {
                 // A dead block has no gradient, so its signal-to-noise ratio is NaN.
@@ -310,7 +271,7 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
                 let [before_median, after_median] = [&before, &after].map(|values| median(values));
                 let digits = if before_median.abs() < 1.0 { 4 } else { 2 };
                 let cells = [
-                    format!("{model} ×{}", config.width),
+                    format!("{model} ×{width}"),
                     what.into(),
                     format!("{before_median:.digits$}"),
                     format!("{after_median:.digits$}"),
@@ -342,38 +303,22 @@ fn write(found: &[Measured], session: &Session, folder: &Path) -> Result<String>
             )
         };
         line("range of the outputs", &ranges, &tenth);
-        let top1 = format!("pre-trained, top-1 {:.2} %", outcome.evaluation.top1_percent);
-        let more = [format!("profile {}", profile.name), top1];
-        let more: Vec<&str> = more.iter().map(String::as_str).collect();
-        let what = "weights before and after pruning";
-        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, *threshold);
-        let [svg, png] = ["svg", "png"].map(|extension| format!("premise_{model}.{extension}"));
-        plot(rows, &caption, &folder.join(&svg), &folder.join(&png))?;
-        names.extend([svg, png]);
+        let mut path = |what: &str, extension: &str| {
+            pictures.push(format!("{what}_{model}.{extension}"));
+            folder.join(&pictures[pictures.len() - 1])
+        };
+        let caption = subject.caption("weights before and after pruning", session, &[]);
+        plot(&rows, &caption, &path("premise", "svg"), &path("premise", "png"))?;
         let what = "folding factors of all filters over their running variances";
-        let caption = Caption::of_network(what, (model, config.width), data.name(), &more, *threshold);
-        let [svg, png] = ["svg", "png"].map(|extension| format!("filters_{model}.{extension}"));
-        plot_filters(filters, &caption, &folder.join(&svg), &folder.join(&png))?;
-        names.extend([svg, png]);
+        let caption = subject.caption(what, session, &[]);
+        plot_filters(&filters, &caption, &path("filters", "svg"), &path("filters", "png"))?;
+        sheets.push(format!("filters_{model}.csv"));
+        write_rows(&filters, &folder.join(&sheets[sheets.len() - 1]))?;
+        layers.extend(rows);
     }
-    text += &format!(
-        "\n- Command: `{}`\n- Commit: {}\n- Device: {}\n- Data: {}, {}\n- Data behind the pictures: `layers.csv`, `filters.csv`; settings: \
-         `profile.toml`; training of the networks: `stages.json`\n",
-        provenance.command,
-        provenance.git_commit,
-        provenance.device,
-        data.name(),
-        data.source()
-    );
-    let rows: Vec<&PremiseRow> = found.iter().flat_map(|of| &of.rows).collect();
-    let filters: Vec<&FilterRow> = found.iter().flat_map(|of| &of.filters).collect();
-    write_rows(&filters, &folder.join("filters.csv"))?;
-    write_rows(&rows, &folder.join("layers.csv"))?;
-    report::write_text(&text, &folder.join("premise.md"))?;
-    report::write_text(&toml::to_string(profile)?, &folder.join(PROFILE))?;
-    let stages: Vec<&Outcome> = found.iter().map(|of| &of.outcome).collect();
-    report::write_stages(&stages, folder, &names)?;
-    Ok(table(&["median over the layers", "before", "after", "layers that change"], &lines))
+    write_rows(&layers, &folder.join(&sheets[0]))?;
+    let short = table(&["median over the layers", "before", "after", "layers that change"], &lines);
+    Ok(Drawn { text, short, sheets, pictures })
 }
 
 /// Returns the median; NaN if there are no values.
@@ -384,7 +329,8 @@ fn median(values: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use models::{Input, Norm, Version};
+    use models::{Input, MobileNet, Norm, Version};
+    use std::sync::Arc;
 
     #[test]
     fn a_median_is_between_the_middle_values() {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use plotters::prelude::DrawingBackend;
 use plotters::style::text_anchor::HPos;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::canvas::{
     Canvas, Drawn, Entry, GRID, INK_PLAIN, LEFT, Picture, SOFT, SOFT_PLAIN, Sign, WIDTH, more_of_legend, rgb,
@@ -13,7 +13,7 @@ use crate::canvas::{
 use crate::file::Result;
 use crate::histogram::Caption;
 use crate::names::{BLUE, Colour, Look, ORANGE};
-use crate::text::shortest;
+use crate::text::{counted, shortest};
 
 /// One layer before and after pruning: a line of `layers.csv`.
 ///
@@ -96,25 +96,35 @@ struct Chart<'a> {
     caption: &'a Caption,
 }
 
-/// One filter of a pre-trained network: a line of `filters.csv`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// One filter of a pre-trained network: a line of `filters_<model>.csv`, with four digits.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct FilterRow {
-    /// The network.
-    pub model: String,
     /// The layer.
     pub layer: String,
     /// The filter's index in the layer.
     pub filter: usize,
     /// The running variance V.
+    #[serde(serialize_with = "four_digits")]
     pub variance: f32,
     /// The scale γ of the batch normalization.
+    #[serde(serialize_with = "four_digits")]
     pub gamma: f32,
     /// The shift β of the batch normalization.
+    #[serde(serialize_with = "four_digits")]
     pub beta: f32,
-    /// The factor γ/√(V + ε) of the weights when batch normalization is folded into them.
+    /// The factor γ/√(V + ε) of the weights when batch normalization is folded into them. It is not
+    /// written, because it follows from the others.
+    #[serde(skip)]
     pub factor: f32,
-    /// Whether V is below τ.
+    /// Whether V is below τ. It is not written either.
+    #[serde(skip)]
     pub below_threshold: bool,
+}
+
+/// Networks have tens of thousands of filters, and all digits would double the file.
+fn four_digits<S: Serializer>(value: &f32, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    let rounded: f64 = format!("{value:.3e}").parse().map_err(serde::ser::Error::custom)?;
+    serializer.serialize_str(&shortest(rounded))
 }
 
 /// Draws a network's filters as points, as SVG and as PNG (2400×1440).
@@ -209,7 +219,7 @@ impl Picture for Chart<'_> {
         let signs = [("before pruning", ORANGE), ("after pruning", BLUE)]
             .map(|(label, colour)| (label.into(), Sign::Filled(Look::plain(colour))));
         let canvas = &canvas.legend(112.0, &signs)?;
-        let log = |value: f64| value.max(1e-3).log10();
+        let log = |value: f64| if switched_off(value) { f64::NAN } else { value.max(1e-3).log10() };
         let ranges: [Line; 2] = [
             (&|row| log(row.dynamic_range_before), ORANGE, 2.0),
             (&|row| log(row.dynamic_range_after), BLUE, 2.0),
@@ -232,9 +242,24 @@ impl Picture for Chart<'_> {
             [(&|row| row.gradient_snr_before, ORANGE, 2.0), (&|row| row.gradient_snr_after, BLUE, 2.0)];
         let title = "signal to noise of the gradients of the weights that stay, dB: activations of 4 bits";
         self.panel(canvas, (576.0, 658.0), title, &gradients, &|tick| format!("{tick}"))?;
-        let text = "From left to right: the layers in their order. One grid for each layer, between the extremes of its weights.";
-        canvas.footer(text)
+        let mut text = String::from(
+            "From left to right: the layers in their order. One grid for each layer, between the extremes of its weights.",
+        );
+        let off = self.rows.iter().filter(|row| switched_off(row.dynamic_range_before)).count();
+        if off > 0 {
+            text += &format!(
+                " Above, {} without value: what stays of them is next to zero.",
+                counted(off, "layer")
+            );
+        }
+        canvas.footer(&text)
     }
+}
+
+/// Whether a layer's largest weight is so many times the median that the median is next to nothing:
+/// training has switched off the filters that stay. Such a ratio would press all others together.
+fn switched_off(dynamic_range: f64) -> bool {
+    dynamic_range > 1e6
 }
 
 impl Chart<'_> {
@@ -324,8 +349,13 @@ mod tests {
             assert!(text.contains(part), "the picture lacks {part:?}");
         }
         assert!(std::fs::read(path("p.png")).unwrap().starts_with(b"\x89PNG"));
+        // One layer has nothing that could be compared with its largest weight.
+        let mut with_off = rows;
+        with_off[1].dynamic_range_before = 1e24;
+        plot(&with_off, &caption, &path("o.svg"), &path("o.png")).unwrap();
+        let text = std::fs::read_to_string(path("o.svg")).unwrap();
+        assert!(text.contains("1 layer without value") && !text.contains("1e24"), "{text}");
         let filter = |i: usize| FilterRow {
-            model: "m".into(),
             layer: "last".into(),
             filter: i,
             variance: if i == 0 { 0.0 } else { 10f32.powi(i as i32 - 6) },
@@ -335,6 +365,10 @@ mod tests {
             below_threshold: i < 2,
         };
         let filters: Vec<FilterRow> = (0..7).map(filter).collect();
+        let written = FilterRow { variance: 1.234_56e-12, gamma: 0.000_987_61, beta: -5.0, ..filter(3) };
+        crate::histogram::write_rows(&[written], &path("f.csv")).unwrap();
+        let text = std::fs::read_to_string(path("f.csv")).unwrap();
+        assert_eq!(text, "layer,filter,variance,gamma,beta\nlast,3,1.235e-12,9.876e-4,-5\n");
         plot_filters(&filters, &caption, &path("f.svg"), &path("f.png")).unwrap();
         let text = std::fs::read_to_string(path("f.svg")).unwrap();
         for part in ["τ = 0.95: 2 of 7 filters", "running variance", "1e-12", "1e0"] {

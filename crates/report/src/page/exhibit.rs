@@ -22,6 +22,9 @@ pub struct Exhibit {
 /// The numbers of lines above which a table is collapsed, and above which it is not shown.
 const LONG: (usize, usize) = (40, 120);
 
+/// The number of columns above which a table is not shown: nobody reads so wide a table on a page.
+const WIDE: usize = 16;
+
 impl Exhibit {
     /// Returns whether the exhibit is empty.
     pub fn is_empty(&self) -> bool {
@@ -49,7 +52,8 @@ impl Exhibit {
         }
     }
 
-    /// Renders the CSV tables: short ones open, longer ones collapsed. The longest are left out.
+    /// Renders the CSV tables: short ones open, longer ones collapsed. The longest and the widest are
+    /// left out.
     pub(super) fn sheets(&self) -> Markup {
         let sheet = |lines: &[Vec<String>]| {
             let mut lines = lines.iter();
@@ -65,8 +69,11 @@ impl Exhibit {
             let numbers: Vec<bool> = (0..head.len()).map(number).collect();
             (head, numbers, rows)
         };
+        let shown = |lines: &[Vec<String>]| {
+            lines.len() <= LONG.1 && lines.first().is_none_or(|head| head.len() <= WIDE)
+        };
         html! {
-            @for (path, lines) in self.tables.iter().filter(|(_, lines)| lines.len() <= LONG.1) {
+            @for (path, lines) in self.tables.iter().filter(|(_, lines)| shown(lines)) {
                 @let (head, numbers, rows) = sheet(lines);
                 @let head: Vec<String> = head.iter().map(|name| name.replace('_', " ")).collect();
                 @let table = Table { head: head.iter().map(String::as_str).zip(numbers).collect(), rows };
@@ -168,6 +175,19 @@ mod tests {
         check("<image href=\"http://example.org/a.png\"/>", false);
         check("<a href=\"https://example.org\"><text>a</text></a>", false);
         assert_eq!(inline("not a picture", "a"), None);
+    }
+
+    #[test]
+    fn tables_too_long_or_too_wide_to_be_read_are_left_out() {
+        let table = |columns: usize, lines: usize| {
+            ("a.csv".into(), vec![(0..columns).map(|column| format!("c{column}")).collect(); lines])
+        };
+        let shown = |columns, lines| {
+            let exhibit = Exhibit { tables: vec![table(columns, lines)], ..Exhibit::default() };
+            exhibit.sheets().into_string().contains("<table")
+        };
+        assert!(shown(WIDE, 5) && !shown(WIDE + 1, 5));
+        assert!(shown(5, LONG.1) && !shown(5, LONG.1 + 1));
     }
 
     #[test]
