@@ -416,7 +416,7 @@ fn assemble(
         table.image(images.image(i), images.width, view, target);
         labels.push(u32::from(images.labels[i]));
     }
-    let shape = (n, images.height, images.width, images.channels);
+    let shape = (n, images.height, images.width, CHANNELS);
     Ok(Batch {
         images: Tensor::from_vec(pixels, shape, &Device::Cpu)?,
         labels: Tensor::from_vec(labels, n, &Device::Cpu)?,

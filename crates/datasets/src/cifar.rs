@@ -127,7 +127,6 @@ pub(crate) fn with_capacity(n: usize) -> Images {
         labels: Vec::with_capacity(n),
         height: SIDE,
         width: SIDE,
-        channels: CHANNELS,
     }
 }
 
@@ -193,7 +192,7 @@ mod tests {
         record.extend((0..PIXELS).map(|i| (i / 1024 * 100 + i % 1024 / 32 + i % 32) as u8));
         let images = parse_binary("x", &record, 1).unwrap();
         assert_eq!(images.labels, [42]);
-        assert_eq!((images.height, images.width, images.channels), (32, 32, 3));
+        assert_eq!((images.height, images.width), (32, 32));
         // At row 3, column 5, red is 3 + 5, green is larger by 100, and blue by 200.
         assert_eq!(images.image(0)[(3 * 32 + 5) * 3..][..3], [8, 108, 208]);
         assert_eq!(images.image(0)[..6], [0, 100, 200, 1, 101, 201]);

@@ -12,7 +12,7 @@ pub(crate) use pictures::CHANNELS;
 /// Labelled images of the same size, stored as bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Images {
-    /// The pixels, `[n, height, width, channels]`, row-major, from 0 to 255.
+    /// The pixels, `[n, height, width, 3]`, row-major, red, green and blue from 0 to 255.
     pub pixels: Vec<u8>,
     /// The class of each image, `[n]`.
     pub labels: Vec<u16>,
@@ -20,8 +20,6 @@ pub struct Images {
     pub height: usize,
     /// The number of columns of an image.
     pub width: usize,
-    /// The number of channels of a pixel.
-    pub channels: usize,
 }
 
 impl Images {
@@ -35,7 +33,7 @@ impl Images {
         self.labels.is_empty()
     }
 
-    /// Returns the bytes of image `i`, `[height, width, channels]`.
+    /// Returns the bytes of image `i`, `[height, width, 3]`.
     ///
     /// # Panics
     ///
@@ -60,22 +58,21 @@ impl Images {
             labels: indices.iter().map(|&i| self.labels[i]).collect(),
             height: self.height,
             width: self.width,
-            channels: self.channels,
         }
     }
 
     /// Returns the number of bytes of one image.
     pub(crate) fn image_size(&self) -> usize {
-        self.height * self.width * self.channels
+        self.height * self.width * CHANNELS
     }
 
     /// Checks that the fields agree with each other and that the labels lie in `0..classes`.
     fn check(&self, what: &str, classes: usize) -> Result<()> {
         let invalid = |why: String| Err(Error::Invalid(format!("the {what} images are inconsistent: {why}")));
-        if self.channels != CHANNELS || self.height == 0 || self.width == 0 {
+        if self.height == 0 || self.width == 0 {
             return invalid(format!(
-                "{}x{}x{} pixels each instead of three channels and at least one pixel",
-                self.height, self.width, self.channels
+                "{}x{} pixels each, expected at least one pixel",
+                self.height, self.width
             ));
         }
         if self.pixels.len() != self.len() * self.image_size() {
@@ -128,8 +125,8 @@ impl InMemoryDataset {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if there is no training image, if the images differ in size or do not
-    /// have three channels, or if a label is not in `0..classes`.
+    /// [`Error::Invalid`] if there is no training image, if the images differ in size or have
+    /// no pixels, or if a label is not in `0..classes`.
     pub fn new(
         name: impl Into<String>,
         source: impl Into<String>,
@@ -238,7 +235,7 @@ fn fingerprint(splits: &[&Images]) -> String {
     let mut hash = Sha256::new();
     for images in splits {
         hash.update((images.len() as u64).to_le_bytes());
-        for size in [images.height, images.width, images.channels] {
+        for size in [images.height, images.width, CHANNELS] {
             hash.update((size as u32).to_le_bytes());
         }
         for (label, pixels) in images.labels.iter().zip(images.pixels.chunks_exact(images.image_size())) {
@@ -261,7 +258,6 @@ mod tests {
             labels: (0..n).map(|i| (i % classes) as u16).collect(),
             height: 2,
             width: 1,
-            channels: 3,
         }
     }
 
@@ -285,7 +281,7 @@ mod tests {
         assert_eq!((subset.len(), subset.is_empty()), (3, false));
         assert_eq!(numbers(&subset), [7, 0, 7]);
         assert_eq!(subset.labels, [3, 0, 3]);
-        assert_eq!((subset.height, subset.width, subset.channels), (2, 1, 3));
+        assert_eq!((subset.height, subset.width), (2, 1));
         assert!(numbered(9, 4).subset(&[]).is_empty());
     }
 
@@ -387,7 +383,6 @@ mod tests {
             |train: Images| InMemoryDataset::new("d", "x", 5, train, numbered(1, 5)).unwrap_err().to_string();
         assert!(refused(numbered(0, 5)).contains("at least one training image"));
         assert!(refused(numbered(6, 6)).contains("label 5 of 5 classes"));
-        assert!(refused(Images { channels: 1, ..numbered(3, 5) }).contains("three channels"));
         assert!(refused(Images { height: 0, ..numbered(3, 5) }).contains("at least one pixel"));
         assert!(refused(Images { width: 2, ..numbered(3, 5) }).contains("18 bytes of pixels for 3 labels"));
         assert!(

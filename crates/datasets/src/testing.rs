@@ -31,7 +31,7 @@ fn value(i: usize, c: usize, y: usize, x: usize) -> u8 {
 pub fn images(n: usize) -> Images {
     let pixels = (0..n).flat_map(|i| (0..3072).map(move |p| value(i, p % 3, p / 96, p / 3 % 32))).collect();
     let labels = (0..n).map(|i| ((i * 37 + 5) % 100) as u16).collect();
-    Images { pixels, labels, height: 32, width: 32, channels: 3 }
+    Images { pixels, labels, height: 32, width: 32 }
 }
 
 pub fn binary(n: usize) -> Vec<u8> {

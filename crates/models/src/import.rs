@@ -4,7 +4,9 @@
 //! needs no description. No tensor tells the strides; they are those for ImageNet unless specified.
 
 use crate::file::STRUCTURE;
-use crate::{Error, HEAD, Input, MOST_CHANNELS, MobileNet, Network, Norm, Result, Unit, Version, input, pth};
+use crate::{
+    Error, HEAD, Input, MOST_CHANNELS, MobileNet, Network, Node, Norm, Result, Strides, Version, input, pth,
+};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use safetensors::tensor::SafeTensors;
@@ -405,25 +407,31 @@ impl Network {
         Ok((naming, tensors))
     }
 
-    /// Returns the description of the network, if its layers are those of a MobileNet of some
-    /// width.
+    /// Returns the description of the network, if its layers and what each of them reads are those of
+    /// a MobileNet of some width.
     fn config(&self) -> Result<Option<MobileNet>> {
         let kinds = [(Version::V2, false), (Version::V2, true), (Version::V1, true)];
+        let shape = |node: &Node| node.unit().map(|unit| (unit.kernel, unit.weight.dims().to_vec()));
+        let same = |(a, b): (&Node, &Node)| {
+            shape(a) == shape(b) && a.inputs() == b.inputs() && a.activation() == b.activation()
+        };
+        let Some(stem) = self.units().next() else { return Ok(None) };
         for (version, first_expansion) in kinds {
+            // Blocks have a residual where the stride is 1 and both ends are of the same width.
+            let Some(strides) = Strides::of_units(version, self.units()) else { continue };
             for width in widths() {
                 let config = MobileNet {
                     width,
                     first_expansion,
-                    ..MobileNet::new(version, Input::Imagenet, self.classes())
+                    activation: stem.activation,
+                    ..MobileNet::new(version, Input::Other(strides), self.classes())
                 };
                 let outline = config.outline()?;
                 if outline.units().count() != self.units().count() {
                     break;
                 }
-                let same = |(a, b): (&Unit, &Unit)| {
-                    a.kernel.is_depthwise() == b.kernel.is_depthwise() && a.weight.dims() == b.weight.dims()
-                };
-                if outline.units().zip(self.units()).all(same) {
+                if outline.nodes.len() == self.nodes.len() && outline.nodes.iter().zip(&self.nodes).all(same)
+                {
                     return Ok(Some(config));
                 }
             }

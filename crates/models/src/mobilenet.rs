@@ -1,4 +1,4 @@
-use crate::{BatchNorm, Error, Kernel, MOST_CHANNELS, Network, Norm, Result};
+use crate::{BatchNorm, Error, Kernel, MOST_CHANNELS, Network, Norm, Result, Unit};
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
 use rand::{Rng, SeedableRng};
@@ -90,6 +90,27 @@ impl Strides {
         &self.values[..count]
     }
 
+    /// Reads the strides of a MobileNet of this version from its units: those of the stem and of the
+    /// depthwise convolutions, in V2 of the first in each stage. Returns `None` if there are too few.
+    pub(crate) fn of_units<'a>(version: Version, units: impl Iterator<Item = &'a Unit>) -> Option<Self> {
+        let strides: Vec<usize> = units
+            .enumerate()
+            .filter(|(i, unit)| *i == 0 || unit.kernel.is_depthwise())
+            .map(|(_, unit)| unit.kernel.stride())
+            .collect();
+        let repeats: &[usize] = match version {
+            Version::V1 => &[1; 13],
+            Version::V2 => &V2_STAGES.map(|(_, _, repeats)| repeats),
+        };
+        let mut first = 1;
+        let mut found = vec![*strides.first()?];
+        for repeat in repeats {
+            found.push(*strides.get(first)?);
+            first += repeat;
+        }
+        Some(Self::of(&found))
+    }
+
     /// Returns the number of strides of a network.
     fn count(version: Version) -> usize {
         match version {
@@ -125,6 +146,10 @@ impl FromStr for Strides {
         })
     }
 }
+
+/// The stages of MobileNetV2: the expansion, the output channels at width 1, and the number of blocks.
+const V2_STAGES: [(usize, usize, usize); 7] =
+    [(1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)];
 
 /// The largest width multiplier.
 const MOST_WIDTH: f64 = 16.0;
@@ -236,10 +261,9 @@ impl MobileNet {
     }
 
     fn build_v2(&self, b: &mut Builder, stem: usize, strides: &[usize]) -> Result<()> {
-        let stages = [(1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)];
         b.unit("stem", Kernel::Full { size: 3, stride: stem }, self.scaled(32), self.activation)?;
         let mut block = 0;
-        for ((expansion, c, repeats), &stage_stride) in stages.into_iter().zip(strides) {
+        for ((expansion, c, repeats), &stage_stride) in V2_STAGES.into_iter().zip(strides) {
             for repeat in 0..repeats {
                 let stride = if repeat == 0 { stage_stride } else { 1 };
                 let (input, output, shortcut) = (b.channels, self.scaled(c), b.network.last());

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use kernels::Activation;
-use models::{Extras, Import, Input, MobileNet, Naming, Network, Norm, Origin, Version};
+use models::{Extras, Import, Input, MobileNet, Naming, Network, Node, Norm, Origin, Version};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -214,6 +214,15 @@ fn what_no_library_has_gets_no_names() {
     let last = pruned.units_mut().next_back().unwrap();
     last.weight = last.weight.narrow(0, 1, last.input_channels() - 1).unwrap();
     refused(&pruned, "of any width");
+    // All shapes are as they were, but what follows the first residual reads past its sum.
+    let mut wired = open();
+    let sum = wired.nodes.iter().position(|node| matches!(node, Node::Sum(_))).unwrap();
+    let readers = wired.units_mut().filter(|unit| unit.input == sum).map(|unit| unit.input = sum - 1);
+    assert_eq!(readers.count(), 1);
+    refused(&wired, "of any width");
+    let mut active = open();
+    active.units_mut().find(|unit| unit.name == "blocks.2.project").unwrap().activation = Activation::Relu6;
+    refused(&active, "of any width");
     let paper = MobileNet { width: 0.1, ..MobileNet::new(Version::V2, Input::Cifar, 10) };
     refused(&paper.init(0, &Device::Cpu).unwrap(), "has an expansion");
 }
