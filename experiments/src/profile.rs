@@ -86,6 +86,10 @@ pub struct NetworkSettings {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantizationSettings {
+    /// The bits of outputs without an activation function, MobileNetV2's bottlenecks and residual
+    /// sums; those of the other activations if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linear: Option<Precision>,
     /// The bits of the first layer's weights and of the input image.
     pub first_layer: Precision,
     /// The bits of the classifier's weights and of the pooled features.
@@ -310,13 +314,14 @@ impl Profile {
 
     /// Returns the settings for the workflows of one table cell.
     pub fn recipe(&self, activations: Precision, weights: Precision, seed: u64) -> Recipe {
-        let QuantizationSettings { first_layer, last_layer, fold, weight_grid, gradient_scale } =
+        let QuantizationSettings { linear, first_layer, last_layer, fold, weight_grid, gradient_scale } =
             self.quantization;
         // Recipes that need another method set it.
         let method = Method::Uniform;
         Recipe {
             quantization: Quantization {
                 activations,
+                linear,
                 weights,
                 first_layer,
                 last_layer,
@@ -363,6 +368,17 @@ mod tests {
         assert!(own.pretraining_seed.is_none() && own.seeds.len() > 1 && own.name != reduced.name);
         let shared = reduced.pretraining_seed;
         assert_eq!(Profile { name: reduced.name.clone(), pretraining_seed: shared, ..own }, reduced);
+        let mut longer = Profile::parse(include_str!("../profiles/longer.toml")).unwrap();
+        let full = Profile::named("full").unwrap();
+        for (purpose, training) in &mut longer.training.0 {
+            if *purpose != Purpose::Pretraining {
+                assert_eq!(training.cosine_epochs, full.training.get(*purpose).unwrap().cosine_epochs);
+                training.cosine_epochs /= 5.0;
+            }
+        }
+        assert_eq!(longer.name, "longer");
+        let (name, seeds) = (reduced.name.clone(), reduced.seeds.clone());
+        assert_eq!(Profile { name, seeds, ..longer }, reduced);
     }
 
     /// The `profile.toml` next to a table holds the settings that the table was made with.

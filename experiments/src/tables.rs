@@ -149,7 +149,7 @@ pub const ALL: [&Table; 5] = [&TABLE3, &TABLE1, &TABLE2, &TABLE4, &TABLE5];
 /// setting, the default last, on MobileNetV2 at 4 bits. After these come tables about DFQ's
 /// settings, about what the paper's claims rest on, and about the candidate rates of each method's
 /// training.
-pub const ABLATIONS: [&Table; 23] = [
+pub const ABLATIONS: [&Table; 24] = [
     &ablation(
         "ablation_threshold",
         "The threshold τ",
@@ -203,6 +203,19 @@ pub const ABLATIONS: [&Table; 23] = [
             Method { name: "8 bits", workflow: |r, network| end_layers(r, network, eight_bits()?) },
         ],
     ),
+    // MobileNetV1 has no such outputs.
+    &Table {
+        bits: &[(4, 4), (3, 3)],
+        ..ablation(
+            "ablation_linear",
+            "Bits of outputs without an activation function: bottlenecks and residual sums",
+            &[
+                Method { name: "float", workflow: |r, network| linear(r, network, Some(Precision::Float)) },
+                Method { name: "8 bits", workflow: |r, network| linear(r, network, Some(eight_bits()?)) },
+                Method { name: "as the others", workflow: |r, network| linear(r, network, None) },
+            ],
+        )
+    },
     &ablation(
         "ablation_activation",
         "The activation",
@@ -570,6 +583,10 @@ fn eight_bits() -> Result<Precision> {
 fn end_layers(recipe: &Recipe, pretrained: &Arc<Stage>, ends: Precision) -> Result<Arc<Stage>> {
     let quantization = Quantization { first_layer: ends, last_layer: ends, ..recipe.quantization };
     with_quantization(recipe, pretrained, quantization)
+}
+
+fn linear(recipe: &Recipe, pretrained: &Arc<Stage>, linear: Option<Precision>) -> Result<Arc<Stage>> {
+    with_quantization(recipe, pretrained, Quantization { linear, ..recipe.quantization })
 }
 
 fn with_quantization(

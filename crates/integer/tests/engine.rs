@@ -45,6 +45,10 @@ fn logits_are_those_of_the_simulation() {
     }
     let channels = Quantization { weight_grid: WeightGrid::Channel, ..uniform };
     cases.push((Version::V2, channels));
+    cases.push((
+        Version::V2,
+        Quantization { linear: Some(settings(8, Method::Uniform).activations), ..uniform },
+    ));
     cases.push((Version::V1, Quantization { fold: Fold::Frozen, ..channels }));
     cases.push((Version::V2, settings(8, Method::Uniform)));
     let frozen = Quantization { fold: Fold::Frozen, ..uniform };

@@ -49,6 +49,10 @@ pub enum WeightGrid {
 pub struct Quantization {
     /// The bits of every activation tensor except the image and the pooled features.
     pub activations: Precision,
+    /// The bits of outputs without an activation function, if activations are quantized: those of
+    /// MobileNetV2's bottlenecks, and the residual sums. If not given, those of `activations`. The
+    /// paper does not say.
+    pub linear: Option<Precision>,
     /// The bits of every weight tensor except those of the first layer and the classifier.
     pub weights: Precision,
     /// The bits of the input image (if activations are quantized) and of the first layer's weights
@@ -86,7 +90,7 @@ impl Network {
                 format!("method {method:?} with fold {fold:?}: the learned methods need \"unfolded\"");
             return Err(self.structure_error("quantization", problem));
         }
-        let Quantization { activations, weights, first_layer, last_layer, .. } = *settings;
+        let Quantization { activations, linear, weights, first_layer, last_layer, .. } = *settings;
         if fold == Fold::Frozen {
             self.fold()?;
         }
@@ -119,14 +123,15 @@ impl Network {
                 };
                 weight(&mut unit.weight_quantizer, precision, method, &unit.weight)?;
             }
+            let signed = node.activation() == Activation::Identity;
             let (precision, method) = match node {
                 Node::Image(_) => (first_layer, Method::Uniform),
                 Node::Pool(_) => (last_layer, Method::Uniform),
                 // The logits, and the outputs that only sums read.
                 _ if is_summand => (Precision::Float, method),
+                Node::Unit(_) | Node::Sum(_) if signed => (linear.unwrap_or(activations), method),
                 Node::Unit(_) | Node::Sum(_) => (activations, method),
             };
-            let signed = node.activation() == Activation::Identity;
             activation(node.quantizer_mut(), precision, method, signed)?;
         }
         Ok(())

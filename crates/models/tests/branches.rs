@@ -232,9 +232,30 @@ fn eight_bits(method: Method) -> Quantization {
 /// 0.1 or more.
 #[test]
 fn passes_with_quantized_activations_are_those_of_autograd() {
-    let mut network = network();
-    network.quantize(&eight_bits(Method::Uniform)).unwrap();
-    check(&mut network, 3e-2);
+    for linear in [None, Some(Precision::Float)] {
+        let mut network = network();
+        network.quantize(&Quantization { linear, ..eight_bits(Method::Uniform) }).unwrap();
+        check(&mut network, 3e-2);
+    }
+}
+
+/// Bottlenecks and sums have no activation function, unlike the other outputs.
+#[test]
+fn outputs_without_activation_function_have_their_own_bits() {
+    let bits_of = |linear| -> HashMap<String, u32> {
+        let mut network = network();
+        network.quantize(&Quantization { linear, ..eight_bits(Method::Uniform) }).unwrap();
+        network.forward_train(&images(), STEP).unwrap();
+        network.ranges().unwrap().into_iter().map(|range| (range.node, range.bits.get())).collect()
+    };
+    let all = bits_of(None);
+    // Only sums read the other linear outputs.
+    assert!(all.len() > 6 && all["b.narrow"] == 8, "{all:?}");
+    let mut few = all.clone();
+    few.insert("b.narrow".into(), 3);
+    assert_eq!(bits_of(Some(Precision::try_from(3).unwrap())), few);
+    few.remove("b.narrow");
+    assert_eq!(bits_of(Some(Precision::Float)), few);
 }
 
 /// Outputs that only sums read are not quantized, but the sums are. Learned quantizers are at the

@@ -114,6 +114,7 @@ fn quantized_networks_give_the_same_logits() {
     cases.push(("float statistics".into(), Quantization { fold: Fold::FloatStatistics, ..uniform }));
     let float = Precision::Float;
     cases.push(("activations alone".into(), Quantization { weights: float, ..uniform }));
+    cases.push(("linear outputs in float".into(), Quantization { linear: Some(float), ..uniform }));
     cases.push(("weights alone".into(), Quantization { activations: float, ..uniform }));
     for (name, settings) in cases {
         let network = network(Version::V2, Some(&settings));

@@ -156,6 +156,7 @@ fn training_settings(training: &Training) -> Result<Value> {
 fn quantization_settings(quantization: &Quantization) -> Value {
     let Quantization {
         activations,
+        linear,
         weights,
         first_layer,
         last_layer,
@@ -176,6 +177,9 @@ fn quantization_settings(quantization: &Quantization) -> Value {
             Fold::Frozen => "frozen",
         },
     });
+    if let Some(linear) = linear {
+        settings["linear"] = u32::from(linear).into();
+    }
     if method != Method::Uniform {
         settings["method"] = method.name().into();
     }
@@ -368,6 +372,7 @@ mod tests {
                 tune(Quantization { activations: Precision::Float, ..quantization }, training, 0),
                 "35dff0834bf04796",
             ),
+            (tune(Quantization { linear: Some(three), ..quantization }, training, 0), "60edc866d3d72958"),
             (tune(Quantization { weights: three, ..quantization }, training, 0), "d9229a27c1526c67"),
             (tune(Quantization { first_layer: three, ..quantization }, training, 0), "c3f63e398389bf83"),
             (tune(Quantization { last_layer: three, ..quantization }, training, 0), "8288a3ad17c73c79"),
