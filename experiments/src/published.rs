@@ -45,12 +45,10 @@ impl Folder {
         &self.rows
     }
 
-    /// Returns the outcomes of the networks' stages, by key.
-    ///
-    /// # Errors
-    /// If the list of networks and the stages contradict each other.
-    pub fn outcomes(&self) -> Result<BTreeMap<String, Outcome>> {
-        self.rows.iter().map(|row| Ok((row.key.clone(), self.outcome(row)?.clone()))).collect()
+    /// Returns the outcomes of all recorded stages, by key, whether or not their networks are
+    /// published.
+    pub fn records(&self) -> BTreeMap<String, Outcome> {
+        self.outcomes.iter().map(|outcome| (outcome.key.clone(), outcome.clone())).collect()
     }
 
     /// Returns the networks for use by a store.

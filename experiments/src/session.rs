@@ -114,8 +114,10 @@ pub(crate) struct Session {
     machine: Machine,
     /// The network that workflows without pre-training start from.
     given: Option<Network>,
-    /// The outcomes of stages whose networks are published, by key.
-    published: BTreeMap<String, Outcome>,
+    /// The outcomes that are recorded beside published networks, by key.
+    records: BTreeMap<String, Outcome>,
+    /// The keys of the stages whose networks are published.
+    published: BTreeSet<String>,
     display: Display,
     out: PathBuf,
 }
@@ -171,8 +173,10 @@ impl Session {
                 place.display(),
                 report::counted(folder.rows().len(), "network")
             ));
-            self.published = folder.outcomes()?;
+            let (records, keys) =
+                (folder.records(), folder.rows().iter().map(|row| row.key.clone()).collect());
             self.machine.store = self.machine.store.clone().beside(folder.published()?);
+            (self.records, self.published) = (records, keys);
         }
         Ok(())
     }
@@ -235,7 +239,8 @@ impl Session {
             },
             machine,
             given: None,
-            published: BTreeMap::new(),
+            records: BTreeMap::new(),
+            published: BTreeSet::new(),
             display: Display::new(),
             out: PathBuf::new(),
         }
@@ -358,7 +363,7 @@ impl Session {
 
     /// Returns whether a stage's network is published, whether or not the store has it too.
     pub fn is_published(&self, stage: &Stage) -> bool {
-        stage.key(self.data.fingerprint()).is_ok_and(|key| self.published.contains_key(&key))
+        stage.key(self.data.fingerprint()).is_ok_and(|key| self.published.contains(&key))
     }
 
     /// Returns the file of a finished stage's network.
@@ -430,7 +435,7 @@ impl Session {
                     self.prepare()?;
                 }
                 let Some(outcome) = self.run_here(&planned.stage)? else { return Ok(Some(Done::InTime)) };
-                match self.published.get(key) {
+                match self.records.get(key) {
                     Some(published) => output::print(&repeated(&outcome, published)),
                     None if planned.to_do => {}
                     None => output::print(&format!(
