@@ -13,7 +13,6 @@ use candle_core::Tensor;
 use clap::{CommandFactory, FromArgMatches};
 use models::Network;
 use report::histogram::{self, FilterOutputs, Histogram, OutputRow, VarianceRow, Variances};
-use std::path::Path;
 
 /// The number of bins of a histogram of outputs.
 const BINS: usize = 40;
@@ -138,10 +137,9 @@ fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
     if low < high { (low, high) } else { (low - 0.5, low + 0.5) }
 }
 
-/// Writes pictures and CSV files to `folder`.
-fn draw(subjects: &[Subject], session: &Session, folder: &Path) -> Result<Drawn> {
+/// Writes pictures and CSV files.
+fn draw(subjects: &[Subject], session: &Session, drawn: &mut Drawn) -> Result<()> {
     let (mut outputs, mut variances) = (Vec::new(), Vec::new());
-    let mut pictures = Vec::new();
     let batch = first_images(session)?;
     let images = session.data.test_images().min(IMAGES);
     let mut text = format!(
@@ -161,22 +159,20 @@ fn draw(subjects: &[Subject], session: &Session, folder: &Path) -> Result<Drawn>
             observe(network, &choose(network, threshold)?, &batch.images.to_device(network.device())?)?;
         let layers: Vec<Variances> =
             pfq::variances(network)?.into_iter().map(|(layer, values)| Variances { layer, values }).collect();
-        let mut path = |what: &str, extension: &str| {
-            pictures.push(format!("{what}_{model}.{extension}"));
-            folder.join(&pictures[pictures.len() - 1])
-        };
         let shown = format!("first {images} test images");
+        let [svg, png] = drawn.picture("outputs", subject);
         histogram::plot_outputs(
             &filters,
             &subject.caption("what filters of low and of ordinary variance give", session, &[&shown]),
-            &path("outputs", "svg"),
-            &path("outputs", "png"),
+            &svg,
+            &png,
         )?;
+        let [svg, png] = drawn.picture("variances", subject);
         histogram::plot_variances(
             &layers,
             &subject.caption("running variances of every layer", session, &["after the last epoch"]),
-            &path("variances", "svg"),
-            &path("variances", "png"),
+            &svg,
+            &png,
         )?;
         outputs.extend(OutputRow::all(model, &filters, threshold));
         variances.extend(VarianceRow::all(model, &layers, threshold));
@@ -203,10 +199,10 @@ fn draw(subjects: &[Subject], session: &Session, folder: &Path) -> Result<Drawn>
     }
     text.push('\n');
     text.extend(short.iter().map(|line| format!("- {line}\n")));
-    let sheets = ["outputs.csv", "variances.csv"].map(String::from);
-    histogram::write_rows(&outputs, &folder.join(&sheets[0]))?;
-    histogram::write_rows(&variances, &folder.join(&sheets[1]))?;
-    Ok(Drawn { text, short: short.join("\n"), sheets: sheets.into(), pictures })
+    histogram::write_rows(&outputs, &drawn.sheet("outputs.csv"))?;
+    histogram::write_rows(&variances, &drawn.sheet("variances.csv"))?;
+    (drawn.text, drawn.short) = (text, short.join("\n"));
+    Ok(())
 }
 
 #[cfg(test)]

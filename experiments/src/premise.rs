@@ -24,7 +24,6 @@ use report::bench::Spread;
 use report::histogram::write_rows;
 use report::premise::{FilterRow, PremiseRow, plot, plot_filters};
 use std::collections::HashMap;
-use std::path::Path;
 
 /// Runs the binary: parses the flags, pre-trains missing networks, writes the pictures.
 pub fn main() -> Result<()> {
@@ -234,16 +233,15 @@ fn extremes(network: &Network, images: &Tensor) -> Result<Vec<(f64, f64)>> {
     Ok(all)
 }
 
-/// Measures the networks on the CPU and writes pictures and CSV files to `folder`.
-fn draw(subjects: &[Subject], session: &Session, folder: &Path) -> Result<Drawn> {
+/// Measures the networks on the CPU and writes pictures and CSV files.
+fn draw(subjects: &[Subject], session: &Session, drawn: &mut Drawn) -> Result<()> {
     let batch = first_images(session)?;
     let batch = Batch {
         images: batch.images.to_device(&Device::Cpu)?,
         labels: batch.labels.to_device(&Device::Cpu)?,
     };
     let pfq = PfQ { threshold: session.profile.pfq.threshold, ..PfQ::default() };
-    let mut sheets = vec![String::from("layers.csv")];
-    let (mut pictures, mut layers) = (Vec::new(), Vec::new());
+    let (sheet, mut layers) = (drawn.sheet("layers.csv"), Vec::new());
     let mut text = String::from("# The premise: what pruning changes before any training\n\n");
     text += &format!(
         "The pre-trained networks of profile `{}`, before and after PfQ. Weights are folded with their batch normalization and \
@@ -303,22 +301,20 @@ fn draw(subjects: &[Subject], session: &Session, folder: &Path) -> Result<Drawn>
             )
         };
         line("range of the outputs", &ranges, &tenth);
-        let mut path = |what: &str, extension: &str| {
-            pictures.push(format!("{what}_{model}.{extension}"));
-            folder.join(&pictures[pictures.len() - 1])
-        };
         let caption = subject.caption("weights before and after pruning", session, &[]);
-        plot(&rows, &caption, &path("premise", "svg"), &path("premise", "png"))?;
+        let [svg, png] = drawn.picture("premise", subject);
+        plot(&rows, &caption, &svg, &png)?;
         let what = "folding factors of all filters over their running variances";
         let caption = subject.caption(what, session, &[]);
-        plot_filters(&filters, &caption, &path("filters", "svg"), &path("filters", "png"))?;
-        sheets.push(format!("filters_{model}.csv"));
-        write_rows(&filters, &folder.join(&sheets[sheets.len() - 1]))?;
+        let [svg, png] = drawn.picture("filters", subject);
+        plot_filters(&filters, &caption, &svg, &png)?;
+        write_rows(&filters, &drawn.sheet(format!("filters_{model}.csv")))?;
         layers.extend(rows);
     }
-    write_rows(&layers, &folder.join(&sheets[0]))?;
+    write_rows(&layers, &sheet)?;
     let short = table(&["median over the layers", "before", "after", "layers that change"], &lines);
-    Ok(Drawn { text, short, sheets, pictures })
+    (drawn.text, drawn.short) = (text, short);
+    Ok(())
 }
 
 /// Returns the median; NaN if there are no values.

@@ -11,7 +11,7 @@ use datasets::Batch;
 use models::{MobileNet, Network};
 use report::histogram::Caption;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use workflow::{Outcome, Stage};
 
@@ -42,16 +42,36 @@ impl Subject {
     }
 }
 
-/// What was drawn of the networks.
+/// What is drawn of the networks.
 pub(crate) struct Drawn {
+    folder: PathBuf,
     /// The description, in Markdown.
     pub text: String,
     /// What the terminal shows of it.
     pub short: String,
-    /// The names of the CSV files that were written.
-    pub sheets: Vec<String>,
-    /// The names of the pictures that were written.
-    pub pictures: Vec<String>,
+    /// The names of the CSV files.
+    sheets: Vec<String>,
+    /// The names of the pictures.
+    pictures: Vec<String>,
+}
+
+impl Drawn {
+    /// Returns the path of a CSV file, which will be written.
+    pub fn sheet(&mut self, name: impl Into<String>) -> PathBuf {
+        let name = name.into();
+        let path = self.folder.join(&name);
+        self.sheets.push(name);
+        path
+    }
+
+    /// Returns the paths of a picture of a network, which will be written as SVG and as PNG.
+    pub fn picture(&mut self, what: &str, subject: &Subject) -> [PathBuf; 2] {
+        let model = subject.config.version.name();
+        let names = ["svg", "png"].map(|extension| format!("{what}_{model}.{extension}"));
+        let paths = names.each_ref().map(|name| self.folder.join(name));
+        self.pictures.extend(names);
+        paths
+    }
 }
 
 /// Returns the networks that `--only` picks.
@@ -78,7 +98,7 @@ pub(crate) fn run(
     models: &[ModelName],
     session: &mut Session,
     flags: &Flags,
-    draw: impl FnOnce(&[Subject], &Session, &Path) -> Result<Drawn>,
+    draw: impl FnOnce(&[Subject], &Session, &mut Drawn) -> Result<()>,
 ) -> Result<Done> {
     let stage = |model: &ModelName| session.pretraining(*model, session.seeds[0]);
     let ends = models.iter().map(stage).collect::<Result<Vec<Arc<Stage>>>>()?;
@@ -97,7 +117,14 @@ pub(crate) fn run(
         subjects.push(Subject { config, outcome, network, threshold });
     }
     let folder = session.folder(name);
-    let drawn = draw(&subjects, session, &folder)?;
+    let mut drawn = Drawn {
+        folder: folder.clone(),
+        text: String::new(),
+        short: String::new(),
+        sheets: Vec::new(),
+        pictures: Vec::new(),
+    };
+    draw(&subjects, session, &mut drawn)?;
     let Session { profile, data, provenance, .. } = &*session;
     let sheets: Vec<String> = drawn.sheets.iter().map(|sheet| format!("`{sheet}`")).collect();
     let text = format!(

@@ -45,12 +45,6 @@ impl Folder {
         &self.rows
     }
 
-    /// Returns the outcomes of all recorded stages, by key, whether or not their networks are
-    /// published.
-    pub fn records(&self) -> BTreeMap<String, Outcome> {
-        self.outcomes.iter().map(|outcome| (outcome.key.clone(), outcome.clone())).collect()
-    }
-
     /// Returns the networks for use by a store.
     ///
     /// # Errors

@@ -114,10 +114,6 @@ pub(crate) struct Session {
     machine: Machine,
     /// The network that workflows without pre-training start from.
     given: Option<Network>,
-    /// The outcomes that are recorded beside published networks, by key.
-    records: BTreeMap<String, Outcome>,
-    /// The keys of the stages whose networks are published.
-    published: BTreeSet<String>,
     display: Display,
     out: PathBuf,
 }
@@ -173,10 +169,7 @@ impl Session {
                 place.display(),
                 report::counted(folder.rows().len(), "network")
             ));
-            let (records, keys) =
-                (folder.records(), folder.rows().iter().map(|row| row.key.clone()).collect());
             self.machine.store = self.machine.store.clone().beside(folder.published()?);
-            (self.records, self.published) = (records, keys);
         }
         Ok(())
     }
@@ -239,8 +232,6 @@ impl Session {
             },
             machine,
             given: None,
-            records: BTreeMap::new(),
-            published: BTreeSet::new(),
             display: Display::new(),
             out: PathBuf::new(),
         }
@@ -363,7 +354,9 @@ impl Session {
 
     /// Returns whether a stage's network is published, whether or not the store has it too.
     pub fn is_published(&self, stage: &Stage) -> bool {
-        stage.key(self.data.fingerprint()).is_ok_and(|key| self.published.contains(&key))
+        stage
+            .key(self.data.fingerprint())
+            .is_ok_and(|key| self.machine.store.published().file(&key).is_some())
     }
 
     /// Returns the file of a finished stage's network.
@@ -435,7 +428,7 @@ impl Session {
                     self.prepare()?;
                 }
                 let Some(outcome) = self.run_here(&planned.stage)? else { return Ok(Some(Done::InTime)) };
-                match self.records.get(key) {
+                match self.machine.store.published().outcome(key) {
                     Some(published) => output::print(&repeated(&outcome, published)),
                     None if planned.to_do => {}
                     None => output::print(&format!(

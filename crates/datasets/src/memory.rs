@@ -383,6 +383,11 @@ mod tests {
             |train: Images| InMemoryDataset::new("d", "x", 5, train, numbered(1, 5)).unwrap_err().to_string();
         assert!(refused(numbered(0, 5)).contains("at least one training image"));
         assert!(refused(numbered(6, 6)).contains("label 5 of 5 classes"));
+        // Pictures of one channel.
+        assert!(
+            refused(Images { pixels: vec![0; 6], ..numbered(3, 5) })
+                .contains("6 bytes of pixels for 3 labels")
+        );
         assert!(refused(Images { height: 0, ..numbered(3, 5) }).contains("at least one pixel"));
         assert!(refused(Images { width: 2, ..numbered(3, 5) }).contains("18 bytes of pixels for 3 labels"));
         assert!(

@@ -56,8 +56,8 @@ impl Published {
         self.stages.get(key).map(|record| &record.outcome)
     }
 
-    /// Returns the network's file of the stage with that key.
-    pub(crate) fn file(&self, key: &str) -> Option<&Path> {
+    /// Returns the network's file of the stage with that key; `None` if only its outcome is known.
+    pub fn file(&self, key: &str) -> Option<&Path> {
         self.stages.get(key)?.network.as_deref()
     }
 

@@ -134,6 +134,11 @@ impl Store {
         Ok(self.root.join(format!("{}-{kind}-{}", stage.model(), stage.key(data_fingerprint)?)))
     }
 
+    /// Returns what is published beside the store.
+    pub fn published(&self) -> &Published {
+        &self.published
+    }
+
     /// Returns the file of a stage's network: the one in the store, or the published one if the
     /// stage counts as done by it.
     ///
